@@ -1,6 +1,7 @@
 """The plan of a matrix of runs, compared with XLA's analysis of the programs that run; nothing is computed."""
 
 import dataclasses
+import re
 from contextlib import nullcontext
 from functools import cache
 
@@ -464,6 +465,20 @@ def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
     assert "The device has 14.90 GiB. More than that need: full." in v5e
     lora = describe_run(dataclasses.replace(options, method="lora", dtype="bfloat16"), "v5e")
     assert "All rows fit." in lora
+
+
+def test_named_modules_are_those_of_every_seed():
+    adapters = one_block.SMALL / "adapters"
+    options = lf.FuseOptions(base="t5-small", pool=str(adapters), task=_TASK, method="coefficients")
+    named = dataclasses.replace(options, adapters=tuple(sorted(path.name for path in adapters.iterdir()))[:3])
+    drawn = dataclasses.replace(options, recipe=lf.FusionRecipe(modules=3))
+
+    def pool(options: lf.FuseOptions, *seeds: int) -> str:
+        described = describe_run(dataclasses.replace(options, seeds=seeds))
+        (line,) = re.findall(r"^\| coefficients.*", described, re.MULTILINE)
+        return line.split("|")[8].strip()
+
+    assert pool(named, 1) == pool(named, 1, 2, 3) == pool(drawn, 1) != pool(drawn, 1, 2, 3)
 
 
 @pytest.mark.parametrize(
