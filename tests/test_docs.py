@@ -23,7 +23,7 @@ _PAGES = [*(_ROOT / name for name in _TOP), *sorted((_ROOT / "docs").rglob("*.md
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_COMMAND = re.compile(r"\blorafusion (crossbar program|[a-z]+)\b([^`#\n]*)")
+_COMMAND = re.compile(r"\blorafusion (crossbar program|[a-z-]+)\b([^`#\n]*)")
 _HEADING = re.compile(r"^#+ +(.+?) *#*$", re.MULTILINE)
 
 # Pages and folders without the habits below. Add a folder when its pages are rewritten.
@@ -198,6 +198,8 @@ def _unknown(text: str) -> list[str]:
     for subcommand, rest in _COMMAND.findall(text):
         if not _help(subcommand):
             unknown.append(subcommand)
+        if subcommand == "lm-eval":  # passes on the options of another program
+            continue
         shown = re.findall(r"(?<!\S)--[a-z][a-z-]*", rest)
         # The options of `fuse` depend on its method.
         method = re.search(r" --method [a-z][a-z-]*", rest) if subcommand == "fuse" else None

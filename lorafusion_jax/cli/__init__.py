@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "fused runs on a task, digitally or on simulated ReRAM arrays",
     "generate": "fused runs on new text, from a file or standard input",
     "merge": "modules with your own weights -> a PEFT adapter or a merged base model",
+    "lm-eval": "fused runs, bases and adapters on benchmarks of lm-evaluation-harness",
     "export": "a fused run -> a PEFT adapter or a merged base model",
     "crossbar": "crossbar program: base and pool -> simulated chips, for `fuse` and `evaluate`",
     "params": "exact trainable counts of every method, without weights",
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *rest = arguments
     if name not in COMMANDS:
         sys.exit(f"lorafusion: no subcommand {name!r}: choose one of {', '.join(COMMANDS)}")
-    run(importlib.import_module(f".{name}", __package__).main, rest)
+    run(importlib.import_module(f".{name.replace('-', '_')}", __package__).main, rest)
 
 
 def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> None:

@@ -22,20 +22,27 @@ def parse(
     *,
     groups: Groups | None = None,
     defaults: Mapping[str, Any] | None = None,
+    others: list[str] | None = None,
 ) -> Options:
     """Return the options that the arguments of a subcommand give; the docstring of their class is the help text.
 
     Fields of the dataclass may be dataclasses too; all their options are spelled without a prefix. The help text shows
-    options without a group first. `defaults` replace the dataclass's, by option name.
+    options without a group first. `defaults` replace the dataclass's, by option name. Arguments of other options are
+    added to `others`; without such a list they are refused.
     """
     import tyro
 
-    _refuse_old_names(arguments, [field for field, _, _ in flat_fields(options)])
+    if others is None:
+        _refuse_old_names(arguments, [field for field, _, _ in flat_fields(options)])
     groups = {title: names for title, names in (groups or {}).items() if names}
     shown = _shown(options, groups, defaults or {})
     description = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
-    prefixes = (tyro.conf.OmitArgPrefixes,)
-    found = tyro.cli(shown, args=list(arguments), prog=f"lorafusion {name}", description=description, config=prefixes)
+    how: Any = {"prog": f"lorafusion {name}", "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
+    if others is None:
+        found = tyro.cli(shown, args=list(arguments), **how)
+    else:
+        found, unknown = tyro.cli(shown, args=list(arguments), return_unknown_args=True, **how)
+        others += unknown
     values = dict(vars(found))
     for title in groups:
         values |= vars(values.pop(_attribute(title)))

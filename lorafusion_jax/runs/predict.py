@@ -177,10 +177,10 @@ def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
             "row_keys": draw_keys(options.sampling, options.sampling_seed, np.array([number])),
         }
         params, new_tokens = answering.params, answering.new_tokens
-        state, adapters = _begin(params, batch, problem, max_new_tokens=new_tokens, **how)
+        state, adapters = begin_answers(params, batch, problem, max_new_tokens=new_tokens, **how)
         for position in range(new_tokens):
             if state.position == position:  # else the first token is there already
-                state = _next_token(params, adapters, state, batch, problem, **how)
+                state = next_tokens(params, adapters, state, batch, problem, **how)
             yield int(state.token[0])
             if state.done[0]:
                 return
@@ -194,17 +194,19 @@ def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
-def _begin(
+def begin_answers(
     params: Params, batch: Batch, problem: Problem, *, max_new_tokens: int, **how: Any
 ) -> tuple[Generation, Adapters]:
+    """Return the state of a generation that has read the prompts (see `models.generate.begin`), and the adapters."""
     model, adapters, _ = problem.adapted_model(params)
     return begin(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=max_new_tokens, **how), adapters
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
-def _next_token(
+def next_tokens(
     params: Params, adapters: Adapters, state: Generation, batch: Batch, problem: Problem, **how: Any
 ) -> Generation:
+    """Return the state with one more token in every row; the old state's buffers are donated."""
     model, _, _ = problem.adapted_model(params)  # its adapters, computed once, are an argument
     return next_token(model, state, batch.input_mask, adapters, **how)
 

@@ -27,7 +27,11 @@ _owner = 0  # process that started it: after a fork, the child starts its own
 
 
 def render(
-    tokenizer: "transformers.PreTrainedTokenizerBase", messages: list[dict[str, str]], *, add_generation_prompt: bool
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    messages: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool,
+    continue_final_message: bool = False,
 ) -> str:
     """Return the text of a conversation, as `tokenizer.apply_chat_template` renders it.
 
@@ -38,6 +42,7 @@ def render(
         "conversations": [messages],
         "chat_template": tokenizer.get_chat_template(),
         "add_generation_prompt": add_generation_prompt,
+        "continue_final_message": continue_final_message,
         **tokenizer.special_tokens_map,
     }
     line = json.dumps(asked, default=str) + "\n"

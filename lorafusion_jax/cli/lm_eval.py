@@ -1,0 +1,37 @@
+"""`lorafusion lm-eval`: measure a model on benchmarks of lm-evaluation-harness."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+
+from ..harness.options import HarnessOptions
+from .parsing import parse
+
+GROUPS = {
+    "data and base": ("run", "run_seed", "base", "pool", "adapters", "dtype", "load_in", "max_length"),
+    "hardware": ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm", "calibration_task"),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the harness, which prints its own table; its own options are passed on to it."""
+    others: list[str] = []
+    options = parse(HarnessOptions, arguments, "lm-eval", groups=GROUPS, others=others)
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        from ..harness import model  # noqa: F401  which registers it
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"benchmarks need {error.name}, which is not installed: pip install 'lorafusion-jax[lm-eval]'"
+        ) from error
+    of_all = ((field, getattr(options, field.name)) for field in dataclasses.fields(options))
+    given = {field.name: value for field, value in of_all if value != field.default}
+    typed = sys.argv
+    sys.argv = ["lm-eval", "run", "--model", "lorafusion", "--model_args", json.dumps(given, default=str)]
+    sys.argv += ["--batch_size", "auto", *others]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = typed

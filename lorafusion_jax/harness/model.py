@@ -1,0 +1,314 @@
+"""A model of lm-evaluation-harness that computes with JAX, as its own `hf` model does with PyTorch.
+
+    lm_eval.simple_evaluate(model=HarnessLM(run="runs/snarks-fusion"), tasks=["arc_easy"])
+
+Texts become tokens, and long ones lose their first tokens, as in the harness's own `hf` model.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from ..checks import at_least
+from ..io.hf import open_base
+from ..models.generate import GREEDY, Sampling
+from ..progress import progress
+from ..runs.predict import begin_answers, draw_keys, next_tokens
+from ..tasks import IGNORED, Batch, Encoded, decode, eval_batches
+from ..tasks.chat_template import render
+from ..training.frozen import GENERATION, OPTIONS
+from ..training.loss import batch_logits, log_likelihood
+from ..training.method import Params
+from ..training.problem import Problem
+from .options import HarnessOptions, load_measured
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+# The harness would fork processes for the standard errors of perplexities, and threads of JAX may hold locks then.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
+
+_BATCH = 32  # rows
+_NEW_TOKENS = 256  # of an answer, where a task states no number
+_MOST_LOGITS = 1 << 28  # numbers of a batch's logits: 1 GiB
+_BETWEEN_CHECKS = 8  # tokens that are generated before rows are searched for the texts that end them
+_SAMPLING = ("temperature", "top_k", "top_p")
+_NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0}  # arguments of generation with which nothing changes
+# Contexts, continuations and the texts that they were made of.
+_Request = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+class _Plan(NamedTuple):
+    """How answers are generated: at most so many tokens, texts that end them, and how tokens are chosen."""
+
+    new_tokens: int
+    until: list[str]
+    sampling: Sampling
+
+
+class HarnessLM(TemplateLM):
+    """A fused run, a base model, or modules of its pool, digitally or on simulated chips.
+
+    Args:
+      batch_size: most rows of a batch; `auto` is 32.
+      max_batch_size: ignored, since no batch size is searched for.
+      device: ignored, since JAX chooses the device (JAX_PLATFORMS) and the harness's default is `cuda:0`.
+      trust_remote_code: ignored, since no code of a base is run.
+      **options: fields of `HarnessOptions`.
+
+    Raises:
+      ValueError: the options do not name one model, or a file cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ):
+        super().__init__()
+        if unknown := sorted(options.keys() - HarnessOptions.__dataclass_fields__.keys()):
+            known = ", ".join(HarnessOptions.__dataclass_fields__)
+            raise ValueError(f"no model argument {unknown[0]}: expected some of {known}, batch_size")
+        for name, value in options.items():  # as JSON has them
+            options[name] = tuple(value) if isinstance(value, list) else value
+        if options.get("run") is not None:
+            options["run"] = Path(options["run"])
+        chosen = HarnessOptions(**options)
+        self.batch_size = _BATCH if batch_size is None or str(batch_size).startswith("auto") else int(batch_size)
+        at_least(1, batch_size=self.batch_size)
+        at_least(2, max_length=chosen.max_length)
+        loaded, self._params, base = load_measured(chosen)
+        self._problem, self.tokenizer, self._text_format = loaded.problem, loaded.tokenizer, loaded.text_format
+        config = loaded.config
+        self.backend = "causal" if config.causal else "seq2seq"
+        self._vocabulary = config.vocab_size
+        context = config.longest_row
+        if context is not None and (chosen.max_length or 0) > context:
+            raise ValueError(f"max_length is {chosen.max_length}: expected at most the model's context of {context}")
+        raw: Any = types.SimpleNamespace(**({} if context else open_base(base).config()))
+        self.max_length = chosen.max_length or context or resolve_max_length(raw, self.tokenizer)
+        self._reads = 0
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that scored texts without a context follow."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name that cached requests with a chat template are kept under."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the tokens of a text; those that begin a text are not added twice."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
+        found = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        if max(found, default=0) >= self._vocabulary:
+            raise ValueError(
+                f"{string[:40]!r} has the token {max(found)}, and the model's embedding holds {self._vocabulary}: give "
+                "a base that was trained with this tokenizer"
+            )
+        return found
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return a conversation as the base's own template renders it; without a system message if it rejects one."""
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"{self.tokenizer.name_or_path} has no chat template: leave out --apply_chat_template")
+        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        try:
+            return render(self.tokenizer, chat_history, **how)
+        except ValueError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            return render(self.tokenizer, others, **how)
+
+    def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-likelihood of whole texts, in windows of the model's context."""
+        windows, of_request = [], []
+        for number, (text,) in enumerate(request.args for request in requests):
+            found = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(None, *make_disjoint_window(window)) for window in found]
+            of_request += [number] * (len(windows) - len(of_request))
+        scores = [score for score, _ in self._loglikelihood_tokens(windows)]
+        totals = np.bincount(of_request, weights=scores, minlength=len(requests)).tolist()
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(self, requests: Sequence[_Request], **kwargs: Any) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation, and whether it is the greedy one."""
+        rows = [self._cut(context, continuation) for _, context, continuation in requests]
+        scores, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
+        # A context is read once for all its continuations of one token; longer ones are read in groups of like lengths.
+        of_context, of_length = collections.defaultdict[tuple[int, ...], list[int]](list), collections.defaultdict(list)
+        for place, (context, continuation) in enumerate(rows):
+            if len(continuation) == 1:
+                of_context[tuple(context)].append(place)
+            else:
+                of_length[4 ** math.ceil(math.log(len(continuation), 4))].append(place)
+        with progress("log-likelihoods", len(rows)) as bar:
+            shared = list(of_context.values())
+            for numbers, batch in self._batches([rows[places[0]] for places in shared], 1):
+                log_probs = np.asarray(_next_log_probs(self._params, batch, self._read(OPTIONS)))
+                best = log_probs.argmax(axis=1)
+                for number, of_row, most_likely in zip(numbers, log_probs, best, strict=True):
+                    for place in shared[number] if number >= 0 else ():
+                        (token,) = rows[place][1]
+                        scores[place], greedy[place] = of_row[token], token == most_likely
+                        bar.update()
+            for longest, places in of_length.items():
+                for numbers, batch in self._batches([rows[place] for place in places], longest):
+                    real = numbers >= 0
+                    there = np.array(places)[numbers[real]]
+                    found = _scores(self._params, batch, self._read(OPTIONS))
+                    scores[there], greedy[there] = (np.asarray(part)[real] for part in found)
+                    bar.update(len(there))
+        answers = list(zip(scores.tolist(), greedy.tolist(), strict=True))
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            if texts is not None:  # else a window of a text that is kept as a whole
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
+        """Return the text that follows each prompt, up to the first of its stop texts."""
+        asked: list[Any] = [request.args for request in requests]
+        of_arguments = collections.defaultdict(list)
+        for place, (_, arguments) in enumerate(asked):
+            of_arguments[json.dumps(arguments, sort_keys=True)].append(place)
+        plans = [(self._plan(asked[places[0]][1]), places) for places in of_arguments.values()]
+        found = [""] * len(requests)
+        with progress("answers", len(requests)) as bar:
+            for plan, places in plans:
+                longest = self.max_length - (plan.new_tokens if self.backend == "causal" else 0)
+                prompts = [self.tok_encode(asked[place][0])[-longest:] for place in places]
+                for numbers, batch in self._batches([(prompt or [self.prefix_token_id], []) for prompt in prompts], 1):
+                    texts = self._generated(batch, plan, numbers)
+                    for number, text in zip(numbers, texts, strict=True):
+                        if number >= 0:
+                            found[places[number]] = postprocess_generated_text(text, plan.until, None)
+                            bar.update()
+        for arguments, text in zip(asked, found, strict=True):
+            self.cache_hook.add_partial("generate_until", arguments, text)
+        return found
+
+    def _plan(self, arguments: dict[str, Any]) -> _Plan:
+        """Return the plan that a task's arguments of generation describe."""
+        given: dict[str, Any] = dict(normalize_gen_kwargs(arguments, _NEW_TOKENS))
+        until = handle_stop_sequences(given.pop("until"), eos=self.tokenizer.decode([self.eot_token_id]))
+        new_tokens = given.pop("max_gen_toks")
+        at_least(1, max_gen_toks=new_tokens)
+        if self.backend == "causal" and new_tokens >= self.max_length:
+            raise ValueError(
+                f"max_gen_toks is {new_tokens}: expected fewer than the {self.max_length} tokens of the model's context"
+            )
+        draws = given.pop("do_sample")
+        sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+        if other := [name for name, value in given.items() if _NEUTRAL.get(name) != value]:
+            raise ValueError(
+                f"the task generates with {other[0]}, which is not supported: expected some of do_sample, "
+                f"{', '.join(_SAMPLING)}, until, max_gen_toks (--gen_kwargs overrides a task's own)"
+            )
+        return _Plan(new_tokens, until, Sampling(**sampling) if draws else GREEDY)
+
+    def _generated(self, batch: Batch, plan: _Plan, numbers: Int[np.ndarray, " B"]) -> list[str]:
+        """Return the texts that follow prompts, with their stop texts and what follows those."""
+        problem = self._read(GENERATION)
+        if "base" not in self._params:
+            problem = problem.replace(frozen=problem.frozen.unstacked())
+        # Special tokens are not in the texts, so those that end an answer are searched for by number.
+        special = set(self.tokenizer.all_special_tokens) & set(plan.until)
+        ends = (*problem.config.end_ids, *self.tokenizer.convert_tokens_to_ids(sorted(special)))
+        how = {"sampling": plan.sampling, "row_keys": draw_keys(plan.sampling, 0, numbers)}
+        state, adapters = begin_answers(self._params, batch, problem, max_new_tokens=plan.new_tokens, **how)
+        texts, position = [""] * len(numbers), int(state.position)
+        while True:
+            if position % _BETWEEN_CHECKS == 0 or position == plan.new_tokens:
+                tokens = np.array(state.tokens)[:, :position]
+                texts = decode(self.tokenizer, tokens, dataclasses.replace(self._text_format, ends=ends))
+                ended = np.isin(tokens, ends).any(axis=1) | (numbers < 0)
+                stopped = [any(stop and stop in text for stop in plan.until) for text in texts]
+                if position == plan.new_tokens or np.all(ended | stopped):
+                    return texts
+            state = next_tokens(self._params, adapters, state, batch, problem, **how)
+            position += 1
+
+    def _batches(
+        self, rows: Sequence[tuple[list[int], list[int]]], longest: int
+    ) -> Iterator[tuple[Int[np.ndarray, " B"], Batch]]:
+        """Yield batches of contexts and continuations of at most `longest` tokens (see `eval_batches`)."""
+        inputs, labels = (tuple(np.array(row[part], np.int32) for row in rows) for part in (0, 1))
+        size = min(self.batch_size, max(1, _MOST_LOGITS // (longest * self._vocabulary)))
+        return eval_batches(Encoded(inputs, labels), size, pad_id=self.tokenizer.pad_token_id)
+
+    def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """Return a context without the first tokens that the model has no room for, and its continuation."""
+        if not 1 <= len(continuation) <= self.max_length:
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens: expected 1 to {self.max_length}, the model's context. "
+                "Take it out of the task"
+            )
+        # The last token of a continuation is not read.
+        room = self.max_length + 1 - len(continuation) if self.backend == "causal" else self.max_length
+        return context[-room:], continuation
+
+    def _read(self, purpose: int) -> Problem:
+        """Return the problem with read noise that no earlier batch had."""
+        self._reads += 1
+        return self._problem.read(purpose, self._reads)
+
+
+@jax.jit
+def _next_log_probs(params: Params, batch: Batch, problem: Problem) -> Float[Array, "B V"]:
+    """Return the log-probabilities of the token that follows each context."""
+    logits, _ = batch_logits(params, batch, problem)
+    return jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
+
+
+@jax.jit
+def _scores(params: Params, batch: Batch, problem: Problem) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
+    """Return the log-likelihood of each row's labels, and whether each label is the most likely token."""
+    logits, _ = batch_logits(params, batch, problem)
+    labels = jnp.asarray(batch.labels)
+    greedy = (jnp.argmax(logits, axis=-1) == labels) | (labels == IGNORED)
+    return log_likelihood(logits, labels), jnp.all(greedy, axis=1)
+
+
+register_model("lorafusion")(HarnessLM)

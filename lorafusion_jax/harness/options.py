@@ -1,0 +1,146 @@
+"""The model that benchmarks of lm-evaluation-harness measure: a base, modules of a pool, or a fused run; on chips."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+
+from ..hardware.on_arrays import on_arrays
+from ..io.pool import open_pool
+from ..methods import find
+from ..runs.options import FuseOptions, LoadIn, OnArrays
+from ..runs.prepare import LoadedModel, Setup, load_model, of_run, prepare
+from ..runs.run import load_run
+from ..training.method import Params
+
+_OF_CHIPS = ("chip", "chip_key", "keep_digital", "age", "norm", "calibration_task")
+_OF_BASES = ("pool", "adapters", "dtype", "load_in")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarnessOptions:
+    """Measure a fused run, a base model or an adapter on benchmarks of lm-evaluation-harness.
+
+    All other options are those of `lm-eval run`, which `lm-eval run --help` lists.
+
+    Examples:
+      lorafusion lm-eval --run runs/snarks-fusion --tasks arc_easy,hellaswag
+      lorafusion lm-eval --base base --pool pool --adapters snarks --tasks arc_easy --limit 100
+      lorafusion lm-eval --run runs/snarks-fusion --crossbar isaac --tasks arc_easy
+
+    Attributes:
+      run: folder of the run.
+      run_seed: seed of the run that is measured; by default its first.
+      base: base model without a run, as in `lorafusion fuse`.
+      pool: a converted pool, or a folder of PEFT adapter folders, for the base.
+      adapters: modules of the pool, by name or index: one as it is, several as their mean; by default all.
+      dtype: dtype of weights and activations of a base without a run.
+      load_in: hold a base without a run, and its pool, in 4 or 8 bits.
+      max_length: most tokens of a prompt and its continuation; longer prompts lose their first tokens. By default
+        the model's context.
+      crossbar: measure on simulated arrays: a folder that `lorafusion crossbar program` wrote, a preset or a .yaml or
+        .json file; by default digitally.
+      chip: number of the chip.
+      chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
+      keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
+      age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
+      norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
+      calibration_task: task whose training rows set the ranges of the chip's ADCs, as in `lorafusion fuse`; by default
+        the run's own.
+    """
+
+    run: Path | None = None
+    run_seed: int | None = None
+    base: str | None = None
+    pool: str | None = None
+    adapters: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in: LoadIn = "full"
+    max_length: int | None = None
+    crossbar: str | None = None
+    chip: int = 0
+    chip_key: int = 0
+    keep_digital: tuple[str, ...] = ()
+    age: str | None = None
+    norm: Literal["ideal", "programmed"] = OnArrays.norm
+    calibration_task: str | None = None
+
+
+class MeasuredModel(NamedTuple):
+    """A model, with the problem of one seed; the trained numbers of that seed; and its base."""
+
+    loaded: LoadedModel
+    params: Params
+    base: str
+
+
+def load_measured(options: HarnessOptions) -> MeasuredModel:
+    """Load the model that the options name.
+
+    Raises:
+      ValueError: the options do not name one model, the run lacks the seed or has a method that measures no model, or
+        a file cannot be used.
+    """
+    if (options.run is None) == (options.base is None):
+        raise ValueError("expected one model: give a fused run with --run, or a base model with --base")
+    if options.crossbar is None:
+        _leave_out(options, _OF_CHIPS, "is for simulated chips: name them with --crossbar")
+    fused, params, config, place = _of_base(options), None, None, 0
+    if options.run is not None:
+        _leave_out(options, _OF_BASES, "is for a base without a run, and a run has its own: leave it out")
+        fused, params, config = load_run(options.run)
+        if find(fused.method).answers != "model":
+            raise ValueError(f"{options.run} is of the method {fused.method}, which trains no model: give another run")
+        seed = fused.seeds[0] if options.run_seed is None else options.run_seed
+        if seed not in fused.seeds:
+            raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
+        place = fused.seeds.index(seed)
+    if options.crossbar is None:
+        loaded = load_model(fused)
+    else:
+        names = ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm")
+        arrays = OnArrays(train_chip="chip", **{name: getattr(options, name) for name in names})
+        task = options.calibration_task or fused.task
+        if not task:
+            raise ValueError(
+                "a chip needs text that sets the ranges of its ADCs: name a task with training rows by "
+                "--calibration-task"
+            )
+        fused = dataclasses.replace(fused, task=task, test_rows=1, arrays=arrays)
+        loaded = prepare(fused, to_train=False)
+    if options.run is not None and config is not None:
+        loaded = of_run(loaded, fused, options.run, config)
+    if params is None:
+        of_seed = loaded.problem.replace(index=loaded.problem.index[0]).init(jax.random.key(0))
+        params = jax.tree.map(lambda p: p[None], of_seed)
+    if isinstance(loaded, Setup):  # with all seeds, whose modules share the chip
+        loaded = on_arrays(loaded, fused, params).training
+    of_seed = jax.tree.map(lambda p: p[place], params)
+    return MeasuredModel(loaded.with_problem(index=loaded.problem.index[place]), of_seed, fused.base)
+
+
+def _of_base(options: HarnessOptions) -> FuseOptions:
+    """Return the options of a base, or of the mean of some modules of its pool."""
+    adapters = options.adapters
+    if options.base is None or options.pool is None:
+        if adapters:
+            raise ValueError("--adapters names modules of a pool: give it with --base and --pool")
+    elif not adapters:
+        adapters = tuple(open_pool(options.pool, options.base).names)
+    return FuseOptions(
+        base=str(options.base),
+        task="",
+        pool=options.pool,
+        adapters=adapters,
+        method="zero-shot" if options.pool is None else "mean",
+        dtype=options.dtype,
+        load_in=options.load_in,
+    )
+
+
+def _leave_out(options: HarnessOptions, names: Sequence[str], why: str) -> None:
+    for name in names:
+        if getattr(options, name) != getattr(HarnessOptions, name):
+            raise ValueError(f"--{name.replace('_', '-')} {why}")
