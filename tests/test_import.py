@@ -42,7 +42,7 @@ _MAY_IMPORT = {
     "estimates": {"crossbar", "models", "adapters", "io", "tasks", "report", "training", "methods", "runs"},
     "_fuse": {"runs", "hardware"},
     "harness": {"models", "io", "tasks", "training", "methods", "runs", "hardware"},
-    "cli": set("_fuse crossbar io training methods runs serving hardware estimates harness".split()),
+    "cli": set("_fuse crossbar io report training methods runs serving hardware estimates harness".split()),
 }
 
 _PROBE = """

@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": "PEFT adapters -> a pool on disk",
     "fuse": "train coefficients and magnitudes on a task, evaluate by generation",
     "evaluate": "fused runs on a task, digitally or on simulated ReRAM arrays",
+    "compare": "runs on the same test rows: means with intervals, and paired differences",
     "generate": "fused runs on new text, from a file or standard input",
     "merge": "modules with your own weights -> a PEFT adapter or a merged base model",
     "lm-eval": "fused runs, bases and adapters on benchmarks of lm-evaluation-harness",

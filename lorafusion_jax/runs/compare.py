@@ -1,0 +1,108 @@
+"""Comparison of runs on the same test rows: means with intervals, and differences from one of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from ..report import Scores, Table, main_tables, paired_table, plot_means, scores
+from .folder import RunFolder
+
+_OVER_TASKS = ("over tasks", "loss over tasks")  # columns that a single task leaves empty
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Compare complete runs on the same test rows: means with 95 % intervals, and paired differences.
+
+    Example:
+      lorafusion compare runs/snarks-fusion runs/snarks-lora --plot snarks.png
+
+    Attributes:
+      runs: folders of the runs.
+      reference: folder of the run that the others are compared with; by default the first.
+      plot: PNG file to draw the means in.
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    reference: Path | None = None
+    plot: Path | None = None
+
+
+def compare(options: CompareOptions) -> list[Table]:
+    """Return a table of means and one of differences, and draw the means if the options name a file.
+
+    Seeds that two runs share are paired; a run of a single seed stands for all seeds of the other.
+
+    Raises:
+      ValueError: there are fewer than two runs, one is given twice or is not complete, the reference is none of them,
+        or they were evaluated on different test rows.
+    """
+    folders = [folder.resolve() for folder in options.runs]
+    given = ", ".join(map(str, options.runs))
+    if len(folders) < 2 or len(set(folders)) < len(folders):
+        raise ValueError(f"expected two or more different runs, got {given or 'none'}")
+    reference = folders[0] if options.reference is None else options.reference.resolve()
+    if reference not in folders:
+        raise ValueError(f"{options.reference} is none of the runs: expected one of {given}")
+    # The last part of a folder names a run, unless two runs have the same one.
+    last = [folder.name for folder in folders]
+    names = {folder: str(folder) if last.count(folder.name) > 1 else folder.name for folder in folders}
+    found, name = _scores(names), names[reference]
+    (task,) = found.tasks
+    if options.plot is not None:
+        plot_means(found, options.plot, title=task)
+    caption = f"{task}: exact match, %, mean ± standard deviation over seeds"
+    differences = f"{name} minus each other run, on the same seeds and test rows"
+    return [_table(main_tables(found)[0], caption), _table(paired_table(found, name), differences)]
+
+
+def _scores(names: dict[Path, str]) -> Scores:
+    """Return the scores of runs, if all were evaluated on the same rows."""
+    rows, asked = list[Any](), dict[Path, list[tuple[str, str]]]()
+    for folder, name in names.items():
+        run = RunFolder(folder)
+        options, results = run.config()["options"], run.results()
+        if results is None:
+            raise ValueError(f"{folder} is not complete: continue it with `lorafusion fuse --resume`")
+        before, _, after = (options.prompt or "{input}").partition("{input}")
+        predictions = run.predictions()
+        for seed in results["seeds"]:
+            of_seed = sorted((row for row in predictions if row["seed"] == seed["seed"]), key=lambda row: row["row"])
+            asked[folder] = [(row["input"].removeprefix(before).removesuffix(after), row["target"]) for row in of_seed]
+            marks: dict[str, str | None] = {}
+            for key in ("correct", "option_correct"):
+                of_rows = [row[key] for row in of_seed]
+                marks[key] = None if None in of_rows else "".join("01"[bool(mark)] for mark in of_rows)
+            rows.append(
+                {
+                    "task": results["task"],
+                    "method": name,
+                    "league": "",
+                    "trainable": results["trainable"],
+                    "seconds": results["seconds"]["train"] / len(results["seeds"]),
+                    "forward_rows": seed.get("forward_rows", 0),
+                    **{key: seed.get(key) for key in ("seed", "exact_match", "option_accuracy", "loss")},
+                    **marks,
+                }
+            )
+    first = next(iter(asked))
+    for folder, pairs in asked.items():
+        if pairs != asked[first]:
+            raise ValueError(
+                f"{folder} was evaluated on other test rows than {first}, or on other columns of them: evaluate both "
+                "on the same task, with the same --train-rows, --test-rows and columns in --prompt"
+            )
+    return scores([row | {"task": rows[0]["task"]} for row in rows])[0]  # a task's file may have got another name
+
+
+def _table(table: Table, caption: str) -> Table:
+    """Return the table with another caption, and without the columns that need several tasks."""
+    kept = [place for place, column in enumerate(table.columns) if column.name not in _OVER_TASKS]
+
+    def some(cells: Sequence[Any]) -> list[Any]:
+        return [cells[place] for place in kept]
+
+    return Table(caption, some(table.columns), [some(line) for line in table.lines])

@@ -1,0 +1,57 @@
+"""Runs compared with each other: the same test rows, paired seeds, and what is refused."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipes
+
+from lorafusion_jax import cli
+from lorafusion_jax._fuse import fuse
+from lorafusion_jax.runs.compare import CompareOptions, compare
+from lorafusion_jax.runs.run import run_path
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
+    """Folders and results: a method of two seeds with an own prompt, one of a single seed, and another task's part."""
+    out, found = tmp_path_factory.mktemp("runs"), {}
+    for name, changes in (
+        ("mean", {"method": "mean", "prompt": "do {input}"}),
+        ("base", {"method": "zero-shot", "pool": None}),
+        ("fewer", {"method": "zero-shot", "pool": None, "test_rows": 5}),
+    ):
+        options = recipes.small_run(small, out, name=name, **{"test_rows": 12} | changes)
+        found[name] = (run_path(options), fuse(options))
+    return found
+
+
+def test_means_and_paired_differences_are_those_of_the_runs(runs, tmp_path, capsys):
+    folders = [runs[name][0] for name in ("mean", "base")]
+    means, differences = compare(CompareOptions(runs=tuple(folders), plot=tmp_path / "means.png"))
+    scores = {name: [seed["exact_match"] for seed in results["seeds"]] for name, (_, results) in runs.items()}
+    assert [line[0] for line in means.lines] == ["mean", "base"]
+    of_base, paired = (
+        dict(zip([column.name for column in table.columns], table.lines[-1], strict=True))
+        for table in (means, differences)
+    )
+    assert of_base["mean"] == (pytest.approx(scores["base"][0]), None)
+    low, high = of_base["95 % interval"]
+    assert low <= scores["base"][0] <= high
+    difference = np.mean(scores["mean"]) - scores["base"][0]
+    assert paired["difference"] == pytest.approx(difference, abs=1e-6) and 0 < paired["p"] <= 1
+    assert (tmp_path / "means.png").stat().st_size
+    cli.main(["compare", *map(str, folders), "--reference", str(folders[1])])
+    assert re.search(r"base minus each other run.*\n(.*\n)*\| mean +\|", capsys.readouterr().out)
+
+
+def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
+    mean, base, fewer = (runs[name][0] for name in ("mean", "base", "fewer"))
+    with pytest.raises(ValueError, match="fewer was evaluated on other test rows than .*mean"):
+        compare(CompareOptions(runs=(mean, fewer)))
+    for given in ((), (mean,), (mean, mean)):
+        with pytest.raises(ValueError, match="expected two or more different runs"):
+            compare(CompareOptions(runs=given))
+    with pytest.raises(ValueError, match="is none of the runs"):
+        compare(CompareOptions(runs=(mean, base), reference=fewer))
