@@ -1,8 +1,8 @@
 """Add a method of your own, and compare it: python examples/your_own_method.py
 
 The method here trains one factor per matrix: y = g x W. A method is a frozen dataclass that makes its numbers and turns
-them into adapters, a recipe with options of its own, and an entry that names both. Registered, it is in runs, in
-`lorafusion fuse --method gains --help`, in counts, plans and bills.
+them into adapters, a recipe with its own options, and an entry that names both. In the process that registers it, it is
+in runs, in `lorafusion_jax.cli.main(["fuse", "--method", "gains", "--help"])`, in counts, plans and bills.
 """
 
 import dataclasses
