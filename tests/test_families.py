@@ -23,7 +23,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from second_family import FAMILY, Pair, PairConfig
 
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.estimates.bill.activity import activities

@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table

@@ -13,8 +13,7 @@ import small_llama
 from flax import nnx
 from lab import lm_eval_tasks
 
-from lorafusion_jax import cli
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import cli, fuse
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.models.architecture import kernels, set_matrices

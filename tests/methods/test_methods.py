@@ -10,7 +10,7 @@ import pytest
 import recipes
 from safetensors.numpy import load_file
 
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
 from lorafusion_jax.hardware.report import report_on_chips

@@ -13,7 +13,7 @@ import recipes
 import tiny
 from recipes import recipe
 
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import PRESETS as CROSSBARS

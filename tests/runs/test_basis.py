@@ -11,7 +11,7 @@ import pytest
 import qwix
 import recipes
 
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.plan import describe_run

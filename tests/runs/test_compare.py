@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import recipes
 
-from lorafusion_jax import cli
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import cli, fuse
 from lorafusion_jax.runs.compare import CompareOptions, compare
 from lorafusion_jax.runs.run import run_path
 

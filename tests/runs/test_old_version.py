@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.files import FileError
 from lorafusion_jax.methods.fusion import CoefficientsRecipe, FusionRecipe
 from lorafusion_jax.methods.lora import LoRARecipe

@@ -16,7 +16,7 @@ import recipes
 import small_llama
 from flax import nnx
 
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.io.hf import read_config

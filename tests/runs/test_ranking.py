@@ -12,7 +12,7 @@ import pytest
 import recipes
 import tiny
 
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.runs import ranking
 from lorafusion_jax.runs.options import FuseOptions

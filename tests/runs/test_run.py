@@ -17,8 +17,7 @@ import pytest
 import recipes
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax import interrupts
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse, interrupts
 from lorafusion_jax.files import FileError, WriteError
 from lorafusion_jax.io import checkpoint, processes
 from lorafusion_jax.io.hf import load_tokenizer

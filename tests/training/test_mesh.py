@@ -13,7 +13,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax._fuse import fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.adapters.pool import LoraPool
 from lorafusion_jax.methods.fusion import PRESETS, Fusion
 from lorafusion_jax.runs.options import FuseOptions
