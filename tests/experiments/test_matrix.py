@@ -145,7 +145,8 @@ def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(
 
 
 def test_bad_input_is_refused_before_anything_runs(options, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "evosax", None)
+    for name in ["evosax", *(name for name in sys.modules if name.startswith("evosax."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     entries = _ENTRIES | {"CMA-ES": dataclasses.replace(_ENTRIES["uniform mean"], method="cma")}
     for changes, message in [
         ({"methods": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; uniform"),

@@ -268,8 +268,9 @@ def _of_conversions(
             of_sums = jnp.broadcast_to(quantise.scale[:, None, None, :, None], sums.shape)
             beyond = quantise.clips(quantise.scaled(sums, of_sums))
             clipped = clipped + jnp.sum(jnp.where(beyond, counted, 0), axis=(0, 1, 2, 4))
+        # A sum of `counted` is now and then too large on a busy CPU (jaxlib 0.10.2).
+        seen = seen + sums.shape[1] * jnp.sum(known) * jnp.sum(used)
         counted = jnp.broadcast_to(counted, (*sums.shape[:3], 1, sums.shape[4]))
-        seen = seen + jnp.sum(counted)
         sizes, counted = (a.transpose(3, 2, 0, 1, 4).reshape(a.shape[3], at_once, -1) for a in (sizes, counted))
         if drawn < conversions:
             places = jax.random.randint(drawing, (1, at_once, drawn), 0, conversions)
