@@ -14,6 +14,7 @@ from .adapters.pool import shuffled_pool as shuffled_pool
 from .adapters.updates import LowRank as LowRank
 from .adapters.updates import Modules as Modules
 from .adapters.updates import Rescaled as Rescaled
+from .adapters.updates import WeightDecomposed as WeightDecomposed
 from .crossbar import Chip as Chip
 from .crossbar import CrossbarConfig as CrossbarConfig
 from .crossbar import program as program
