@@ -168,6 +168,34 @@ def test_incomplete_adapters_are_refused_by_name(changes, message):
         _converted(*_vera(**changes))
 
 
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        (
+            {"peft_type": "LOKR", "r": 1, "alpha": 1},
+            {"lokr_w1_a": (10**6, 1), "lokr_w1_b": (1, 10**6), "lokr_w2": (1, 1)},
+            r"expected a Kronecker product of \[5, 6\], got \[1000000, 1000000\]",
+        ),
+        (
+            {"peft_type": "RANDLORA", "r": 1000, "randlora_alpha": 1},
+            {"randlora_lambda": (1000, 1000), "randlora_gamma": (1000, 5)},
+            "expected randlora_lambda of 5 / 1000 columns, rounded up, got 1000",
+        ),
+        (
+            {"peft_type": "OFT", "num_cayley_neumann_terms": 10**9},
+            {"oft_R.weight": (3, 1)},
+            "num_cayley_neumann_terms is 1000000000: expected 1 to 100",
+        ),
+    ],
+    ids=["lokr", "randlora", "oft"],
+)
+def test_a_small_file_cannot_ask_for_a_huge_computation(config, tensors, message):
+    arrays = {f"base_model.model.block.q.{name}": np.zeros(shape, np.float32) for name, shape in tensors.items()}
+    shared = {f"base_model.randlora_{name}": np.zeros((1, 1, 1), np.float32) for name in "AB"}
+    with pytest.raises(ValueError, match=message):
+        _converted(config, arrays | (shared if config["peft_type"] == "RANDLORA" else {}))
+
+
 def _on_small_base(folder, config, tensors_of):
     """Write an adapter of every query of the embedded base."""
     paths = {path: shape for path, shape in linear_shapes(read_config(_SMALL / "base")).items() if path.endswith(".q")}

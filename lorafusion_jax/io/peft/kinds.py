@@ -4,6 +4,7 @@ An update dW [d_out, d_in] of rank at most r becomes B A exactly. Another one is
 closest matrix of that rank in the Frobenius norm. The formulas are those of PEFT 0.21 (`get_delta_weight`).
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from ...files import shown, some
 from .config import check_fields, configured
 
+_MOST_TERMS = 100  # of a series; PEFT's default is 5
 Matrix = Float[np.ndarray, "d_out d_in"]
 
 
@@ -53,11 +55,6 @@ class Module(NamedTuple):
             )
         return array.astype(np.float64)
 
-    def product(self, first: str, second: str) -> np.ndarray:
-        """Return the product of two factors of an inner size that neither the base nor the kind gives."""
-        left = self.take(first, None, None)
-        return left @ self.take(second, left.shape[1], None)
-
 
 def _loha(module: Module) -> Matrix:
     """Hadamard product of two low-rank matrices (LoHa, arXiv 2108.06098)."""
@@ -71,13 +68,14 @@ def _loha(module: Module) -> Matrix:
 def _lokr(module: Module) -> Matrix:
     """Kronecker product of two matrices, each a matrix or a product of factors (LoKr, arXiv 2309.14859)."""
     factors = [
-        module.take(part, None, None) if module.has(part) else module.product(f"{part}_a", f"{part}_b")
+        [module.take(name, None, None) for name in ([part] if module.has(part) else [f"{part}_a", f"{part}_b"])]
         for part in ("lokr_w1", "lokr_w2")
     ]
-    rows, columns = np.prod([factor.shape for factor in factors], axis=0)
+    # Before anything is multiplied: a small file could state a huge product.
+    rows, columns = (math.prod(of[end].shape[axis] for of in factors) for end, axis in ((0, 0), (-1, 1)))
     if (rows, columns) != (module.d_out, module.d_in):
         raise ValueError(f"expected a Kronecker product of [{module.d_out}, {module.d_in}], got [{rows}, {columns}]")
-    return module.scaling * np.kron(*factors)
+    return module.scaling * np.kron(*(functools.reduce(np.matmul, of) for of in factors))
 
 
 def _vera(module: Module) -> Matrix:
@@ -92,6 +90,8 @@ def _randlora(module: Module) -> Matrix:
     small, large = sorted((module.d_in, module.d_out))
     diagonal = module.take("randlora_lambda", None, None)
     rank, bases = diagonal.shape
+    if bases != math.ceil(small / max(rank, 1)):
+        raise ValueError(f"expected randlora_lambda of {small} / {rank} columns, rounded up, got {bases}")
     gamma = module.take("randlora_gamma", bases, small)
     narrow = module.take("randlora_A", rank, None, None)[:, :bases, :small]
     wide = module.take("randlora_B", None, None, rank)[:large, :bases]
@@ -116,7 +116,10 @@ def _oft(module: Module) -> Matrix:
         norm = np.linalg.norm(skew, axis=(1, 2), keepdims=True)
         skew *= np.minimum(1, bound / np.maximum(norm, 1e-300))
     if module.config.get("use_cayley_neumann", True):
-        rotation = _cayley_series(skew, module.config.get("num_cayley_neumann_terms", 5))
+        terms = module.config.get("num_cayley_neumann_terms", 5)
+        if not isinstance(terms, int) or not 1 <= terms <= _MOST_TERMS:
+            raise ValueError(f"num_cayley_neumann_terms is {shown(terms)}: expected 1 to {_MOST_TERMS}")
+        rotation = _cayley_series(skew, terms)
     else:
         rotation = _cayley(skew)
     inputs = module.weight().reshape(module.d_out, -1, size)
