@@ -127,7 +127,7 @@ def _parquet_rows(path: Path) -> Rows:
         with pyarrow.parquet.ParquetFile(path) as file:
             batches = (batch for batch in file.iter_batches(1000))
             yield from ((f"{path}, row {n}", row) for n, row in enumerate(r for b in batches for r in b.to_pylist()))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also of single texts and dates
         raise FileError(path, got=f"not Parquet: {error}", fix="write the file again") from error
 
 

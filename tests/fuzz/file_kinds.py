@@ -28,7 +28,7 @@ from lorafusion_jax.crossbar.cost.constants import load_constants, save_constant
 from lorafusion_jax.hardware.folder import load_chips
 from lorafusion_jax.io import arrays
 from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.peft.adapter import read_adapter, resave
+from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
 from lorafusion_jax.models.registry import abstract_model
 from lorafusion_jax.report import append_rows, read_rows
@@ -91,8 +91,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
     (folder / "bbh").mkdir()
     bbh = _written(folder / "bbh" / "task.json", {"examples": [{"input": f"say {n}", "target": "x"} for n in range(4)]})
     split = _written(folder / "split.json", {"task": _split(bbh)})
-    saved = folder / "saved"
-    datasets.Dataset.from_list(json.loads(task.read_text())).save_to_disk(saved)
+    saved, table = folder / "saved", datasets.Dataset.from_list(json.loads(task.read_text()))
+    table.save_to_disk(saved)
+    csv_file, parquet_file = folder / "task.csv", folder / "task.parquet"
+    table.to_csv(csv_file)
+    table.to_parquet(parquet_file)
 
     def resealed() -> None:
         manifest = json.loads((pool / "manifest.json").read_text())
@@ -131,6 +134,17 @@ def kinds(folder: Path) -> dict[str, Kind]:
         resave(ConvertedPool(pool).adapter(entry["name"]), out)
         shutil.rmtree(out)
 
+    query = "encoder.block.0.layer.0.SelfAttention.q"
+    checked = {"shapes": {query: (96, 96)}, "base_tensor": lf.base_tensor(base)}
+
+    def other(kind: str, part: str) -> Kind:
+        at = folder / kind
+        if not at.exists():
+            fields, tensors = _OTHER_KINDS[kind]
+            named = {f"base_model.model.{query}.{name}": np.ones(shape, "f4") for name, shape in tensors.items()}
+            write_adapter(at, {"peft_type": kind, "target_modules": ["q"]} | fields, named)
+        return Kind(at / part, lambda: read_adapter(str(at), **checked))
+
     return {
         "pool manifest": Kind(pool / "manifest.json", whole_pool, signed),
         "pool manifest, not signed": Kind(pool / "manifest.json", lambda: lf.load_pool(pool)),
@@ -150,6 +164,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "adapter config": Kind(Path(sources[0]) / "adapter_config.json", lambda: read_adapter(sources[0])),
         "adapter weights": Kind(Path(sources[0]) / "adapter_model.safetensors", lambda: read_adapter(sources[0])),
         "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: read_adapter(str(pickled))),
+        **{f"{kind} config": other(kind, "adapter_config.json") for kind in _OTHER_KINDS},
+        **{f"{kind} weights": other(kind, "adapter_model.safetensors") for kind in _OTHER_KINDS},
         "tokenizer": Kind(base / "tokenizer.json", lambda: lf.load_tokenizer(base)),
         "tokenizer config": Kind(base / "tokenizer_config.json", lambda: lf.load_tokenizer(base)),
         "GGUF, byte level": Kind(bytes_file, lambda: gguf_base(bytes_file)),
@@ -166,6 +182,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "result rows": Kind(folder / "rows.jsonl", lambda: read_rows(folder / "rows.jsonl")),
         "task list": Kind(task, lambda: load_task(task, train_rows=2)),
         "task rows": Kind(folder / "task.jsonl", lambda: load_task(folder / "task.jsonl", train_rows=2)),
+        "task CSV": Kind(csv_file, lambda: load_task(csv_file, train_rows=2)),
+        "task Parquet": Kind(parquet_file, lambda: load_task(parquet_file, train_rows=2)),
         "bbh task": Kind(bbh, lambda: load_task(bbh, train_rows=2)),
         "bbh split": Kind(split, of_lorahub),
         "data set state": Kind(saved / "state.json", lambda: load_task(saved, train_rows=2)),
@@ -332,6 +350,17 @@ def _write_chips(folder: Path) -> Path:
     return folder
 
 
+# Fields and shapes of tensors of adapters that are converted to LoRA.
+_OTHER_KINDS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
+    "LOHA": (
+        {"r": 2, "alpha": 4, "rank_pattern": {"q": 2}, "alpha_pattern": {}},
+        {"hada_w1_a": (96, 2), "hada_w1_b": (2, 96), "hada_w2_a": (96, 2), "hada_w2_b": (2, 96)},
+    ),
+    "OFT": (
+        {"r": 0, "oft_block_size": 4, "coft": True, "eps": 0.1, "num_cayley_neumann_terms": 5},
+        {"oft_R.weight": (24, 6)},
+    ),
+}
 _BYTE_LEVEL = {
     "model": "gpt2",
     "pre": "gpt-2",

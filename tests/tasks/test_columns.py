@@ -1,5 +1,6 @@
 """Rows of other layouts: named columns, templates, CSV, Parquet, and conversations of ShareGPT."""
 
+import io
 import json
 
 import pyarrow
@@ -21,6 +22,13 @@ def _file(tmp_path, suffix, rows=_ROWS):
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return file
+
+
+def _not_utf8():
+    file = io.BytesIO()
+    table = pyarrow.Table.from_pylist([{"input": "four", "target": "4"}])
+    pyarrow.parquet.write_table(table, file, compression="none")
+    return file.getvalue().replace(b"four", b"fou\xff")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
@@ -82,6 +90,7 @@ def test_columns_that_rows_lack_are_refused_with_those_that_they_have(tmp_path, 
         ("a.csv", b"input,target\na\n", "line 2 has another number of columns"),
         ("a.csv", b"input,target\n\xff,b\n", "UTF-8"),
         ("a.parquet", b"PAR1 and no more", "not Parquet"),
+        ("a.parquet", _not_utf8(), "a.parquet: .*not Parquet: 'utf-8'"),
         ("a.txt", b"", "ends in .txt: expected one of .jsonl, .json, .csv, .parquet"),
     ],
 )
