@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -228,15 +229,17 @@ def _without_magnitudes(adapter: PeftAdapter, tensor: Callable[[str], np.ndarray
     """Return a DoRA adapter as a plain LoRA.
 
     With inputs of independent numbers, the mean square of an output's error is the squared Frobenius norm of the
-    difference of the weights.
+    difference of the weights. A column of zeros stays zero, whatever its magnitude.
     """
     errors = {}
     for path, (a, b) in adapter.factors.items():
         weight = np.asarray(tensor(f"{path}.weight"), np.float32)
         weight = weight + adapter.scaling[path] * (b.astype(np.float32) @ a.astype(np.float32))
         magnitude = (adapter.magnitude or {})[path].astype(np.float32)[:, None]
-        own = magnitude / np.linalg.norm(weight, axis=1, keepdims=True) * weight
-        errors[path] = float(np.linalg.norm(own - weight) / np.linalg.norm(own))
+        norm = np.linalg.norm(weight, axis=1, keepdims=True)
+        own = magnitude / np.where(norm == 0, 1, norm) * weight
+        difference, total = float(np.linalg.norm(own - weight)), float(np.linalg.norm(own))
+        errors[path] = difference / total if total else math.inf if difference else 0.0
     worst = max(errors, key=errors.__getitem__)
     config = dict(adapter.config) | {"use_dora": False}
     note = (

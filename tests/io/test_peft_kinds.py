@@ -2,11 +2,12 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.hf import base_tensor, read_config
@@ -233,15 +234,21 @@ def test_other_kinds_are_in_a_pool_next_to_lora_with_its_rank_and_their_residual
 
 
 def test_several_doras_fit_into_a_pool_without_their_magnitudes(tmp_path):
-    draw = np.random.default_rng(0)
+    """A column of W + dW that is zero has no direction, and stays zero."""
+    draw, base = np.random.default_rng(0), tmp_path / "base"
+    shutil.copytree(_SMALL / "base", base)
+    weights = load_file(base / "model.safetensors")
+    weights["encoder.block.0.layer.0.SelfAttention.q.weight"][0] = 0
+    save_file(weights, base / "model.safetensors")
 
     def factors(d_in, d_out):
         factors = {"lora_A.weight": draw.normal(size=(2, d_in)), "lora_B.weight": draw.normal(size=(d_out, 2))}
+        factors["lora_B.weight"][0] = 0
         return factors | {"lora_magnitude_vector": draw.uniform(1, 2, d_out)}
 
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "use_dora": True}
     folders = [_on_small_base(tmp_path / name, config, factors)[0] for name in ("one", "two")]
-    options = {"base": str(_SMALL / "base"), "adapters": tuple(folders), "out": tmp_path / "pool"}
+    options = {"base": str(base), "adapters": tuple(folders), "out": tmp_path / "pool"}
     with pytest.raises(ValueError, match="convert it alone, or take the adapters without .* --drop-magnitudes"):
         convert(ConvertOptions(**options))
     manifest = convert(ConvertOptions(**options, drop_magnitudes=True))
@@ -250,8 +257,8 @@ def test_several_doras_fit_into_a_pool_without_their_magnitudes(tmp_path):
     assert pool.magnitude is None and pool.names == ("one", "two")
     adapter, errors = read_adapter(folders[0]), []
     for path, (a, b) in adapter.factors.items():
-        plain = base_tensor(_SMALL / "base")(f"{path}.weight") + b @ a / 2
-        dora = plain * (adapter.magnitude[path] / np.linalg.norm(plain, axis=1))[:, None]
+        plain = base_tensor(base)(f"{path}.weight") + b @ a / 2
+        dora = plain * (adapter.magnitude[path] / np.linalg.norm(plain, axis=1).clip(1e-30))[:, None]
         inputs = draw.normal(size=(20_000, plain.shape[1]))
         errors.append(np.linalg.norm(inputs @ (dora - plain).T) / np.linalg.norm(inputs @ dora.T))
     (note,) = [note for note in manifest["adapters"][0]["notes"] if "without its magnitudes" in note]
