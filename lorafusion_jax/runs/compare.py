@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 
@@ -29,6 +29,19 @@ class CompareOptions:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     reference: Path | None = None
     plot: Path | None = None
+
+
+class _TestRows(NamedTuple):
+    """Rows that a run was evaluated on: the digest that it recorded, and the texts without the prompt."""
+
+    sha256: str | None
+    inputs: list[str]
+    targets: list[str]
+
+    def equal(self, other: "_TestRows") -> bool:
+        """Return whether the rows are the same; runs of early versions have no digest, only their inputs."""
+        same = self.sha256 is not None and self.sha256 == other.sha256
+        return self.targets == other.targets and (same or self.inputs == other.inputs)
 
 
 def compare(options: CompareOptions) -> list[Table]:
@@ -61,7 +74,7 @@ def compare(options: CompareOptions) -> list[Table]:
 
 def _scores(names: dict[Path, str]) -> Scores:
     """Return the scores of runs, if all were evaluated on the same rows."""
-    rows, asked = list[Any](), dict[Path, list[tuple[str, str]]]()
+    rows, tested = list[Any](), dict[Path, _TestRows]()
     for folder, name in names.items():
         run = RunFolder(folder)
         options, results = run.config()["options"], run.results()
@@ -71,7 +84,8 @@ def _scores(names: dict[Path, str]) -> Scores:
         predictions = run.predictions()
         for seed in results["seeds"]:
             of_seed = sorted((row for row in predictions if row["seed"] == seed["seed"]), key=lambda row: row["row"])
-            asked[folder] = [(row["input"].removeprefix(before).removesuffix(after), row["target"]) for row in of_seed]
+            inputs = [row["input"].removeprefix(before).removesuffix(after) for row in of_seed]
+            tested[folder] = _TestRows(results.get("test_sha256"), inputs, [row["target"] for row in of_seed])
             marks: dict[str, str | None] = {}
             for key in ("correct", "option_correct"):
                 of_rows = [row[key] for row in of_seed]
@@ -88,12 +102,13 @@ def _scores(names: dict[Path, str]) -> Scores:
                     **marks,
                 }
             )
-    first = next(iter(asked))
-    for folder, pairs in asked.items():
-        if pairs != asked[first]:
+    (first, same), *others = tested.items()
+    for folder, found in others:
+        if not found.equal(same):
             raise ValueError(
-                f"{folder} was evaluated on other test rows than {first}, or on other columns of them: evaluate both "
-                "on the same task, with the same --train-rows, --test-rows and columns in --prompt"
+                f"{folder} was evaluated on other test rows than {first}: evaluate both on the same task, with the "
+                "same --train-rows, --test-rows and --target, and, where a run of an earlier version is one of them, "
+                "the same columns in --prompt"
             )
     return scores([row | {"task": rows[0]["task"]} for row in rows])[0]  # a task's file may have got another name
 

@@ -93,6 +93,7 @@ class Results(TypedDict):
     exact_match_std: float | None
     seeds: list[SeedResults]
     test_rows: int
+    test_sha256: NotRequired[str]  # of all columns of the test rows; early versions wrote none
     seconds: dict[str, float]
     environment: Environment
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
 import os
 import time
@@ -203,6 +204,7 @@ def _complete(
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
     counts = trainable_count(setup) if find(options.method).groups else {}
+    tested = "".join(row.row for row in setup.task.test[: len(setup.test)])
     results = {
         "task": setup.task.name,
         "method": options.method,
@@ -218,6 +220,7 @@ def _complete(
             for i, row in enumerate(seed_rows(seeds, evaluation))
         ],
         "test_rows": len(setup.test),
+        "test_sha256": hashlib.sha256(tested.encode()).hexdigest(),
         "seconds": {"train": trained - began, "evaluate": evaluated - trained},
         "environment": config["environment"],
     }

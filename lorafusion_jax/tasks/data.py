@@ -32,11 +32,13 @@ class Example:
       input: the text; in a conversation, the user's last message.
       target: the text that follows; in a conversation, the assistant's answer.
       history: role and content of the messages before, if any.
+      row: SHA-256 of the row that it was made of, with all columns.
     """
 
     input: str
     target: str
     history: tuple[tuple[str, str], ...] = ()
+    row: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,12 @@ def load_task(
     if prompt is not None and not _columns(prompt):
         raise ValueError(f"the prompt {prompt!r} has no {{input}} or other column: write it where its text belongs")
     parts = {
-        part: [as_example(row, where, prompt, input=input, target=target, chat=chat) for where, row in rows]
+        part: [
+            dataclasses.replace(
+                as_example(row, where, prompt, input=input, target=target, chat=chat), row=_row_digest(row)
+            )
+            for where, row in rows
+        ]
         for part, rows in read_rows(source).items()
     }
     if "all" in parts:
@@ -182,6 +189,10 @@ def as_example(
     if not _is_text(answer, named=target is not None) or not str(answer).strip():
         raise ValueError(f"{where}: its {keys[1]} is {shown(answer)}: give it a text, or take the row out")
     return Example(filled, str(answer))
+
+
+def _row_digest(row: Row) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def _is_text(value: Any, *, named: bool) -> bool:

@@ -1,6 +1,8 @@
 """Runs compared with each other: the same test rows, paired seeds, and what is refused."""
 
+import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,10 @@ from lorafusion_jax.runs.run import run_path
 
 @pytest.fixture(scope="module")
 def runs(small, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
-    """Folders and results: a method of two seeds with an own prompt, one of a single seed, and another task's part."""
+    """Folders and results: a method of two seeds with an own prompt, one of a single seed, and fewer test rows."""
     out, found = tmp_path_factory.mktemp("runs"), {}
     for name, changes in (
-        ("mean", {"method": "mean", "prompt": "do {input}"}),
+        ("mean", {"method": "mean", "prompt": "{context}? {input}"}),
         ("base", {"method": "zero-shot", "pool": None}),
         ("fewer", {"method": "zero-shot", "pool": None, "test_rows": 5}),
     ):
@@ -43,6 +45,18 @@ def test_means_and_paired_differences_are_those_of_the_runs(runs, tmp_path, caps
     assert (tmp_path / "means.png").stat().st_size
     cli.main(["compare", *map(str, folders), "--reference", str(folders[1])])
     assert re.search(r"base minus each other run.*\n(.*\n)*\| mean +\|", capsys.readouterr().out)
+
+
+def test_runs_of_an_early_version_are_compared_by_their_inputs_without_the_prompt(runs, tmp_path):
+    mean, base = (runs[name][0] for name in ("mean", "base"))
+    shutil.copytree(base, early := tmp_path / "early")
+    results = json.loads((early / "results.json").read_text())
+    del results["test_sha256"]
+    (early / "results.json").write_text(json.dumps(results))
+    _, differences = compare(CompareOptions(runs=(base, early)))
+    assert differences.lines[-1][0] == "early"
+    with pytest.raises(ValueError, match="other test rows .* run of an earlier version .* same columns in --prompt"):
+        compare(CompareOptions(runs=(mean, early)))
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
