@@ -62,17 +62,6 @@ def test_a_table_has_means_and_spreads_of_tasks_by_methods():
     assert "| 900 to 1,232 |" in markdown_table([*_ROWS, _row("hard", "fusion", 3, 1.0, 900)])
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [([], "no results to report"), ([{"task": "easy", "method": "LoRA"}], "a row lacks seed, exact_match, train")],
-)
-def test_rows_that_cannot_be_reported(rows, message, tmp_path):
-    for of_rows in (markdown_table, lambda rows: plot_accuracy(rows, tmp_path / "accuracy.png")):
-        with pytest.raises(ValueError, match=message):
-            of_rows(rows)
-    assert not list(tmp_path.iterdir())
-
-
 def test_plots_are_whole_png_files(tmp_path):
     plot_accuracy(_ROWS, tmp_path / "accuracy.png", apart=("impossible",), title="accuracy")
     plot_learning_curves(_METRICS, tmp_path / "curves.png", title="loss")
@@ -121,7 +110,7 @@ def test_bars_curves_and_dots_are_the_numbers_of_the_rows(tmp_path, figures):
     assert means.get_ylim()[0] > means.get_ylim()[1]
 
 
-@pytest.mark.parametrize("start", [0, 1, 2])
+@pytest.mark.parametrize("start", [0, 1])
 def test_every_method_is_a_labelled_point_and_no_texts_overlap(figures, tmp_path, start):
     (found,) = scores(made_up(start=start, items=30))
     report.plot_against_trainable(found, tmp_path / "trainable.png", title="title")
@@ -139,30 +128,20 @@ def test_every_method_is_a_labelled_point_and_no_texts_overlap(figures, tmp_path
         assert text.xy[0] == pytest.approx(np.log10(count)) if count else text.xy[0] < 1
 
 
-def test_plots_without_data_names_or_matplotlib_are_refused(tmp_path, monkeypatch):
-    path = tmp_path / "plot.png"
-    with pytest.raises(ValueError, match="no learning curves: give lines with step, seed and cross_entropy"):
-        plot_learning_curves({"easy": {"zero-shot": []}}, path)
-    with pytest.raises(ValueError, match=r"expected names for every row and column of \[2, 4\], got \[3, 4\]"):
-        report.plot_coefficients(np.zeros((2, 4)), list("abc"), list("wxyz"), path)
+def test_tables_and_plots_without_data_names_or_matplotlib_are_refused(tmp_path, monkeypatch):
+    path, half = tmp_path / "plot.png", [{"task": "easy", "method": "LoRA"}]
+    names = list("abc"), list("wxyz")
+    for make, message in (
+        (lambda: plot_learning_curves({"easy": {"zero-shot": []}}, path), "no learning curves: give lines with step"),
+        (lambda: report.plot_coefficients(np.zeros((2, 4)), *names, path), r"column of \[2, 4\], got \[3, 4\]"),
+        (lambda: plot_accuracy([], path), "no results to report"),
+        (lambda: plot_accuracy(half, path), "a row lacks seed, exact_match, train"),
+        (lambda: markdown_table([]), "no results to report"),
+        (lambda: markdown_table(half), "a row lacks seed, exact_match, train"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"plots need matplotlib, .* pip install -e '\.\[plots\]'"):
         plot_accuracy(_ROWS, path)
-
-
-def test_a_file_keeps_its_old_content_until_the_new_one_is_whole(tmp_path, monkeypatch):
-    path = tmp_path / "table.md"
-    report.write_text(path, "old")
-
-    def torn(partial, text, encoding):
-        partial.write_bytes(text[:1].encode())
-        raise OSError("disk full")
-
-    monkeypatch.setattr("pathlib.Path.write_text", torn)
-    with pytest.raises(OSError, match="disk full"):
-        report.write_text(path, "new")
-    assert path.read_text() == "old"
-    monkeypatch.undo()
-    report.write_text(path, "new")
-    assert path.read_text() == "new"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["table.md"]
+    assert not list(tmp_path.iterdir())
