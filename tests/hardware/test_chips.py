@@ -249,19 +249,8 @@ def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(small, chips, fu
     assert not (chips / "runs" / "refused").exists()
 
 
-@pytest.mark.long
-def test_a_run_in_another_dtype_is_on_the_same_chips_and_a_control_is_not(small, chips, fused):
-    folder = load_chips(str(chips / "two"))
-    other = dataclasses.replace(fused, dtype="bfloat16")
-    folder.check(prepare(other), other)
-    control = dataclasses.replace(fused, control="random")
-    with pytest.raises(ValueError, match="two holds the modules of a pool, not the random control"):
-        folder.check(prepare(control), control)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_what_chips_cannot_do_is_refused(small, chips, fused):
+    for changes, message in (
         ({"chips": 3}, "two has no chip 2: it has 0 to 1"),
         ({"chips": 0}, "chips is 0: "),
         ({"chip_key": 1}, "has its own key and digital weights"),
@@ -269,11 +258,12 @@ def test_a_run_in_another_dtype_is_on_the_same_chips_and_a_control_is_not(small,
         ({"crossbar": "isaac", "chips": 2}, "nothing in isaac is random"),
         ({"adc_bits": 4}, "has no ADC to give 4 bits"),
         ({"lora_in": "cells"}, "trained no LoRA"),
-    ],
-)
-def test_what_chips_cannot_do(small, chips, fused, changes, message):
-    with pytest.raises(ValueError, match=message):
-        _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
+    ):
+        with pytest.raises(ValueError, match=message):
+            _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
+    folder, control = load_chips(str(chips / "two")), dataclasses.replace(fused, control="random")
+    with pytest.raises(ValueError, match="two holds the modules of a pool, not the random control"):
+        folder.check(prepare(control), control)
 
 
 @pytest.mark.accelerator

@@ -36,7 +36,6 @@ from lorafusion_jax.hardware.program import program
 from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lorahub import LORAHUB, objective_of
-from lorafusion_jax.methods.untrained import ZeroShot
 from lorafusion_jax.models.architecture import kernels, matrices
 from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.weights import dense, is_in_arrays
@@ -238,22 +237,6 @@ def test_layers_that_a_module_does_not_adapt_add_no_noise():
     _close(y[:, 0], 2 * np.einsum("li,lir,lro->lo", np.ones((3, 16)), A[:, :, :3], B[:, :3]), 1e-4)
 
 
-@pytest.mark.long
-def test_chips_are_an_axis_of_the_model():
-    keys = jax.random.split(_KEY, 2)
-    method = Fusion()
-    params = _params(method)
-
-    def loss(key):
-        frozen = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, key)
-        return tiny.loss(params, tiny.problem(method, frozen, _INDEX))
-
-    losses = jax.jit(jax.vmap(loss))(keys)
-    assert losses[0] != losses[1]
-    frozen = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, keys[1])
-    _close(losses[1], _loss_and_gradients(params, frozen, method)[0], 1e-4)
-
-
 # Read noise.
 
 
@@ -352,11 +335,3 @@ def test_errors_by_site_layer_and_module():
     }
     # 6 bits, sign included: a uniform error of 1 / 31 of the largest input.
     assert all(20 < sqnr < 45 for sqnr in found.values())
-
-
-@pytest.mark.long
-def test_isaac_loses_nothing_but_quantisation():
-    frozen = program(_GRAPH, Frozen(_BASE), {"*": PRESETS["isaac"]}, _KEY)
-    inputs = ({}, jnp.zeros(0, jnp.int32), tiny.batch())
-    run = logits_of(_GRAPH, ZeroShot())
-    _close(jax.jit(run)(frozen, inputs), jax.jit(run)(Frozen(_BASE), inputs), 2e-3)
