@@ -162,19 +162,16 @@ _MESH = ("--distributed", "--mesh", "seed=4")
 _BY_HAND = ("--coordinator", "localhost:1", "--processes", "2", "--process")
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
+def test_options_of_processes_that_contradict_each_other_are_refused(small, tmp_path, capsys):
+    for more, message in (
         (_MESH, "--distributed: JAX cannot join other processes here"),
         (["--distributed"], "give their layout with --mesh"),
         (["--coordinator", "localhost:1"], "give all three, with --distributed"),
         ([*_MESH, "--processes", "2", "--process", "0"], "give all three"),
         ([*_BY_HAND, "0"], "give all three, with --distributed"),
         ([*_MESH, *_BY_HAND, "2"], "--process 2 of --processes 2: give 0 to 1"),
-    ],
-)
-def test_options_of_processes_that_contradict_each_other_are_refused(small, tmp_path, capsys, more, message):
-    with pytest.raises(SystemExit, match="2"):
-        main(_command(small, tmp_path, *more)[3:])
-    assert message in capsys.readouterr().err
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(_command(small, tmp_path, *more)[3:])
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -172,6 +172,6 @@ def test_a_step_on_a_cpu_is_done_before_a_stop_is_looked_for(problem):
         done.append(metrics[-1]["loss"].is_ready())
 
     recipe, rows = dataclasses.replace(_RECIPE, epochs=1), _rows()
-    tokens = Encoded(tuple(np.tile(row, 60) for row in rows.tokens.inputs), rows.tokens.labels)  # so steps take a while
+    tokens = Encoded(tuple(np.tile(row, 20) for row in rows.tokens.inputs), rows.tokens.labels)  # so steps take a while
     fit(problem, rows._replace(tokens=tokens), start(problem, _SEEDS), recipe, _SEEDS, after_interval=after_interval)
     assert done == [True] * (_STEPS - 1)

@@ -86,7 +86,7 @@ def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
     assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(frozen)} & set(places)
 
 
-def test_numbers_and_rates_that_do_not_fit_the_method_are_refused(problem, start):
+def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start):
     c = start.params["coefficients"]
     for given, message in (
         ({"lora": c}, "no group 'lora' to start from: the method has coefficients, magnitudes"),
@@ -95,15 +95,21 @@ def test_numbers_and_rates_that_do_not_fit_the_method_are_refused(problem, start
     ):
         with pytest.raises(ValueError, match=message):
             init_state(problem, jax.random.key(0), given)
-    rates = _rates()
     for there, message in (
         ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes, only for coefficients: add it"),
         ({}, "no learning rate for coefficients, magnitudes, only for no group"),
     ):
         with pytest.raises(ValueError, match=message):
-            fusion_step(
-                start, tiny.batch(), problem, rates._replace(learning_rate=there), optimisation=Optimisation(steps=2)
-            )
+            rates = _rates()._replace(learning_rate=there)
+            fusion_step(start, tiny.batch(), problem, rates, optimisation=Optimisation(steps=2))
+    for numbers, message in (
+        ({"clip": -1.0}, "clip is -1.0: give a norm above 0, or None for no clipping"),
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"clip": np.nan}, "clip is nan"),
+        ({"warmup": -1}, "warmup is -1: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Optimisation(steps=6, **numbers)
 
 
 def _random_like(params, seed):
@@ -186,11 +192,11 @@ def test_gradients_that_are_not_finite_are_zeroed_and_counted(start, take):
     np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-6)
 
 
-@pytest.mark.parametrize("clip", [None, 0.5, 1e6])
+@pytest.mark.parametrize("clip", [None, 0.5])
 def test_clipping_by_the_norm_of_all_groups(start, take, clip):
     gradients = _random_like(start.params, 0)
     norm = _norm(gradients)
-    assert 0.5 < norm < 1e6
+    assert norm > 0.5
     state, metrics = take(start, gradients, _rates(l2=1.0), Optimisation(steps=9, clip=clip))
     factor = 0.5 / norm if clip == 0.5 else 1.0
     # After one step Adam's first moment is a tenth of what it was given; L2 comes after clipping.
@@ -224,20 +230,6 @@ def test_schedules(start, take, optimisation, factor):
         np.testing.assert_allclose(moved["coefficients"], 0.02 * factor(number), atol=1e-6)
         for change in moved["magnitudes"].values():
             np.testing.assert_allclose(change, 0.005 * factor(number), atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ({"clip": -1.0}, "clip is -1.0: give a norm above 0, or None for no clipping"),
-        ({"clip": 0.0}, "clip is 0.0"),
-        ({"clip": np.nan}, "clip is nan"),
-        ({"warmup": -1}, "warmup is -1: "),
-    ],
-)
-def test_settings_without_a_meaning_are_refused(numbers, message):
-    with pytest.raises(ValueError, match=message):
-        Optimisation(steps=6, **numbers)
 
 
 def test_a_recipe_stops_after_a_third_of_its_epochs_counted_from_a_fifth():
@@ -298,8 +290,8 @@ def test_a_stopped_seed_stays_bit_for_bit_while_another_goes_on(start, take):
 # Pruning.
 
 
-@pytest.mark.parametrize("share", [0.14, 0.5])  # 23.5 and 84 of 168
-def test_pruning_takes_the_smallest_of_all_entries_and_keeps_them_at_zero(start, take, share):
+def test_pruning_takes_the_smallest_of_all_entries_and_keeps_them_at_zero(start, take):
+    share = 0.14  # 23.5 of 168
     # The smallest entries are spread unevenly: sites differ in scale, so no site or module is pruned as a whole.
     rng = np.random.default_rng(0)
     magnitudes = {
@@ -326,7 +318,7 @@ def test_pruning_takes_the_smallest_of_all_entries_and_keeps_them_at_zero(start,
     _equal(pruned.best, pruned.params)
     assert np.isinf(pruned.best_loss)
 
-    for number in range(3):
+    for number in range(2):
         gradients = _random_like(start.params, 10 + number)
         pruned, _ = take(pruned, gradients, _rates(), Optimisation(steps=9, prune=share))
         for tree in (pruned.params, pruned.adam.mu, pruned.adam.nu):
