@@ -22,7 +22,7 @@ _TEXTS = (
     "the cold bold gold is old",
     "user assistant system 東京 日本 é",
 )
-_CONFIG = {
+CONFIG = {
     "model_type": "llama",
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -62,7 +62,7 @@ def make(folder: Path, *, chat_template: str | None = CHATML, **config: Any) -> 
     source = folder.with_name(f"{folder.name}-source")
     source.mkdir(parents=True)
     tokenizer = make_tokenizer(chat_template=chat_template)
-    (source / "config.json").write_text(json.dumps(_CONFIG | {"vocab_size": len(tokenizer)} | config))
+    (source / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": len(tokenizer)} | config))
     tokenizer.save_pretrained(source)
     save_base(Decoder(read_config(source), rngs=nnx.Rngs(0)), folder, source)
     if (template := source / "chat_template.jinja").is_file():

@@ -30,18 +30,25 @@ _SIZES |= {"num_decoder_layers": 2, "model_type": "t5", "feed_forward_proj": "ga
 _Q = "encoder.block.1.layer.0.SelfAttention.q"
 
 
-@pytest.fixture
-def base(tmp_path):
-    """A base of which there is config.json only."""
-    folder = tmp_path / "base"
+def _base(folder):
+    """Write a base of which there is config.json only."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(_SIZES))
     return folder
 
 
 @pytest.fixture
+def base(tmp_path):
+    return _base(tmp_path / "base")
+
+
+@pytest.fixture
 def adapter(base):
-    """Write an adapter folder and return its name: rank `r` on every path that ends in one of `targets`."""
+    return _writer(base)
+
+
+def _writer(base):
+    """Return a function that writes an adapter: rank `r` on every path that ends in one of `targets`."""
 
     def write(name, r=2, alpha=3, targets=("q", "v"), dtype="float32", prefix="base_model.model.", extra=(), **fields):
         rng = np.random.default_rng(len(name) + r)
@@ -66,9 +73,15 @@ def _convert(base, adapters, **options):
     return convert(ConvertOptions(base=str(base), adapters=tuple(adapters), **options))
 
 
-def _printed(capsys, base, adapters, *arguments) -> str:
-    main(["convert", "--base", str(base), "--adapters", *adapters, *map(str, arguments)])
+def _printed(capsys, base, adapters, *arguments, command=main) -> str:
+    command(["convert", "--base", str(base), "--adapters", *adapters, *map(str, arguments)])
     return capsys.readouterr().out
+
+
+def _run_script(arguments) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["convert_peft_weights.py", *arguments[1:]])
+        runpy.run_path(str(_ROOT / "convert_peft_weights.py"), run_name="__main__")
 
 
 def _refused(message, *arguments, **options):
@@ -115,20 +128,6 @@ def test_a_pool_holds_what_the_files_hold(base, adapter, tmp_path):
     _assert_same_pool(read_pool(folders, config), pool)
 
 
-def test_goldens_of_every_kind(goldens, tmp_path):
-    golden = goldens / "fusion/t5a"
-    names = ["lora_0", "lora_0_bin", "rank_alpha_pattern", "rslora"]
-    folders = [str(golden / "adapters" / name) for name in names]
-    _convert(golden / "base", folders, out=tmp_path / "pool")
-    pool = load_pool(tmp_path / "pool")
-    _assert_same_pool(read_pool(folders, read_config(golden / "base")), pool)
-    for tree in (pool.A, pool.B):
-        for array in tree.values():
-            np.testing.assert_array_equal(array[:, 0], array[:, 1])
-    assert pool.rank["encoder.self.q"].tolist() == [[16, 16, 4, 16], [16, 16, 16, 16]]
-    assert pool.rank["decoder.cross.v"].tolist() == [[16, 16, 16, 16], [16, 16, 8, 16]]
-
-
 def test_some_adapters_of_a_pool_in_a_given_order(base, adapter, tmp_path):
     folders = [adapter("one"), adapter("two", r=4), adapter("third")]
     _convert(base, folders, out=tmp_path / "pool")
@@ -140,6 +139,8 @@ def test_some_adapters_of_a_pool_in_a_given_order(base, adapter, tmp_path):
         load_pool(tmp_path / "pool", chosen=["fourth"])
     with pytest.raises(ValueError, match="at least one adapter: none was given"):
         load_pool(tmp_path / "pool", chosen=[])
+    with pytest.raises(ValueError, match=r"chosen is 'one', a single adapter: expected a list, chosen=\['one'\]"):
+        load_pool(tmp_path / "pool", chosen="one")
     # What was not chosen is not read either.
     shutil.rmtree(tmp_path / "pool/adapters/0001")
     _assert_same_pool(load_pool(tmp_path / "pool", chosen=["third", "one"]), chosen)
@@ -244,7 +245,7 @@ def test_the_manifest(base, adapter, tmp_path, capsys):
 
 def test_a_dry_run_reports_the_same_and_writes_nothing(base, adapter, tmp_path, capsys):
     folders = [adapter("one"), adapter("wide", r=5)]
-    written = _printed(capsys, base, folders, "--out", tmp_path / "pool")
+    written = _printed(capsys, base, folders, "--out", tmp_path / "pool", command=_run_script)
     before = sorted(tmp_path.rglob("*"))
     dry = [_printed(capsys, base, folders, "--dry-run", *out) for out in (("--out", tmp_path / "dry"), ())]
     assert sorted(tmp_path.rglob("*")) == before
@@ -343,10 +344,13 @@ def _edit_manifest(folder, change, *, sign):
 _TABLE = "encoder.self.q"
 
 
-@pytest.fixture
-def one_pool(base, adapter, tmp_path):
-    _convert(base, [adapter("one")], out=tmp_path / "pool")
-    return tmp_path / "pool"
+@pytest.fixture(scope="module")
+def one_pool(tmp_path_factory):
+    """A pool that no test changes."""
+    folder = tmp_path_factory.mktemp("one")
+    base = _base(folder / "base")
+    _convert(base, [_writer(base)("one")], out=folder / "pool")
+    return folder / "pool"
 
 
 def _ranks(number, value):
@@ -357,7 +361,7 @@ def _adapter(**fields):
     return lambda m: m["adapters"][0].update(fields)
 
 
-def _base(**fields):
+def _config(**fields):
     return lambda m: m["base"]["config"].update(fields)
 
 
@@ -394,11 +398,14 @@ def _base(**fields):
         (lambda m: m.update(adapters=5), "adapters is 5: expected a list"),
         (lambda m: m.update(adapters=[]), r"adapters is \[\]: expected a list"),
         (lambda m: m["base"].update(family="mamba"), "family is 'mamba': expected one of t5, decoder"),
-        (_base(d_model=0), "d_model is 0: expected an integer from 1 to 10,000,000"),
-        (_base(num_layers=10**9), "num_layers is 1000000000: expected an integer from 1"),
-        (_base(new=1), "new is unknown"),
-        (_base(d_model=10**6), r"(of [\d,]+ bytes, and the manifest states [\d,]+ numbers|modules do not fit; first)"),
-        (_base(d_kv=7), r"modules do not fit; first .*: expected \[r, "),
+        (_config(d_model=0), "d_model is 0: expected an integer from 1 to 10,000,000"),
+        (_config(num_layers=10**9), "num_layers is 1000000000: expected an integer from 1"),
+        (_config(new=1), "new is unknown"),
+        (
+            _config(d_model=10**6),
+            r"(of [\d,]+ bytes, and the manifest states [\d,]+ numbers|modules do not fit; first)",
+        ),
+        (_config(d_kv=7), r"modules do not fit; first .*: expected \[r, "),
     ],
 )
 def test_a_manifest_that_was_edited_is_refused(one_pool, tmp_path, change, message):
@@ -415,15 +422,6 @@ def test_a_manifest_that_was_edited_is_refused(one_pool, tmp_path, change, messa
     for read in (load_pool, lambda pool: ConvertedPool(pool).adapter("one")):
         with pytest.raises(ValueError, match=message):
             read(folder)
-
-
-def test_one_name_instead_of_a_list_is_refused(base, adapter, tmp_path):
-    folder = adapter("one")
-    with pytest.raises(ValueError, match=rf"'{folder}', a single adapter: .* a list, read_pool\(\['{folder}'\]\)"):
-        read_pool(folder, read_config(base))
-    _convert(base, [folder], out=tmp_path / "pool")
-    with pytest.raises(ValueError, match=r"chosen is 'one', a single adapter: expected a list, chosen=\['one'\]"):
-        load_pool(tmp_path / "pool", chosen="one")
 
 
 def test_two_adapters_of_one_name(base, adapter, tmp_path):
@@ -487,6 +485,8 @@ def test_the_list_of_adapters(base, adapter, tmp_path):
     listed.write_text("# nothing\n")
     _refused("no adapters given: --adapters", base, [], adapters_file=listed, dry_run=True)
     _refused("the pool has no folder: give --out FOLDER, or --dry-run", base, [one])
+    with pytest.raises(ValueError, match=rf"'{one}', a single adapter: .* a list, read_pool\(\['{one}'\]\)"):
+        read_pool(one, read_config(base))
 
 
 def test_the_list_of_lorahubs_adapters_comes_with_the_package(base, monkeypatch, tmp_path):
@@ -528,68 +528,50 @@ def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
     _assert_same_pool(load_pool(tmp_path / "pool"), pool)
 
 
-def _notes_on_the_base(base, adapter, theirs) -> list[str]:
-    folder = adapter(f"one{len(list(base.parent.iterdir()))}", base_model_name_or_path=theirs)
-    notes = _convert(base, [folder], dry_run=True)["adapters"][0]["notes"]
-    return [note for note in notes if "trained on" in note]
-
-
-@pytest.mark.parametrize(
-    "theirs", ["google/mt5-large", "/models/mT5-base/", "umt5-small", "meta-llama/Llama-3.2-1B", "me/my_qwen2.5@main"]
+_MT5 = _SIZES | {"_name_or_path": "google/mt5-small"}
+_LLAMA, _QWEN2, _GEMMA2 = (
+    small_llama.CONFIG | {"vocab_size": 40, "model_type": kind, "sliding_window": 4}
+    for kind in ("llama", "qwen2", "gemma2")
 )
-def test_an_adapter_of_another_family_is_refused_by_its_base_s_name(base, adapter, tmp_path, theirs):
-    folder = adapter("one", base_model_name_or_path=theirs)
-    message = rf"_config\.json: it was trained on '{theirs}', and the base is '{base}', a model of another family"
-    _refused(message, base, [folder], out=tmp_path / "pool")
-    assert not (tmp_path / "pool").exists()
-    with pytest.raises(ValueError, match=message):
-        open_pool(tmp_path, str(base)).load(["one"])
-    manifest = _convert(base, [adapter("two"), folder], dry_run=True, skip_bad=True)
-    assert [entry["name"] for entry in manifest["adapters"]] == ["two"]
 
 
 @pytest.mark.parametrize(
-    "theirs", ["google/flan-t5-large", "./our-model", "/data/checkpoint-500", "me/bert512", "me/t5-to-llama"]
-)
-def test_a_fork_is_used_with_a_note_that_has_both_names(base, adapter, theirs):
-    (note,) = _notes_on_the_base(base, adapter, theirs)
-    assert repr(theirs) in note and repr(str(base)) in note
-
-
-def test_the_same_base_needs_no_note(base, adapter):
-    for theirs in (str(base), "somebody/Base", "/elsewhere/base", "base@0123", None, "", 5):
-        assert not _notes_on_the_base(base, adapter, theirs)
-    (base / "config.json").write_text(json.dumps(_SIZES | {"_name_or_path": "google/mt5-small"}))
-    (note,) = _notes_on_the_base(base, adapter, "google/mt5-large")  # a fork of an mT5
-    assert "'google/mt5-large'" in note
-
-
-@pytest.mark.parametrize(
-    ("named", "kind", "same"),
+    ("config", "outcome", "names"),
     [
-        ("mistralai/Mistral-7B-v0.1", "llama", True),
-        ("Qwen/Qwen3-4B", "qwen2", True),
-        ("google/gemma-2b", "gemma2", True),
-        ("me/Qwen-LLaMAfied", "llama", True),
-        ("unsloth/phi-4", "llama", True),
-        ("me/my-ollama-model", "qwen2", True),
-        ("saves/llama-factory", "qwen2", True),
-        ("Qwen/Qwen2.5-0.5B", "llama", False),
-        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "qwen2", False),
-        ("google/gemma-3-1b-it", "llama", False),
+        (_SIZES, "same", ("base", "somebody/Base", "/elsewhere/base", "base@0123", None, "", 5)),
+        (_SIZES, "noted", ("google/flan-t5-large", "./our-model", "/a/checkpoint-500", "me/bert512", "me/t5-to-llama")),
+        (
+            _SIZES,
+            "refused",
+            ("google/mt5-large", "/models/mT5-base/", "umt5-small", "Llama-3-1B", "my_qwen2.5@main"),
+        ),
+        (_MT5, "noted", ("google/mt5-large",)),
+        (_LLAMA, "noted", ("mistralai/Mistral-7B-v0.1", "me/Qwen-LLaMAfied", "unsloth/phi-4")),
+        (_LLAMA, "refused", ("Qwen/Qwen2.5-0.5B", "google/gemma-3-1b-it")),
+        (_QWEN2, "noted", ("Qwen/Qwen3-4B", "me/my-ollama-model", "saves/llama-factory")),
+        (_QWEN2, "refused", ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B",)),
+        (_GEMMA2, "noted", ("google/gemma-2b",)),
     ],
 )
-def test_families_of_decoders_are_told_apart_by_name(tmp_path, named, kind, same):
-    folder = small_llama.make(tmp_path / "model", model_type=kind)
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": named}
-    path, (d_in, d_out) = next(iter(linear_shapes(read_config(folder)).items()))
-    tensors = {f"{path}.lora_A.weight": np.ones((2, d_in)), f"{path}.lora_B.weight": np.ones((d_out, 2))}
-    write_adapter(tmp_path / "one", config, tensors)
-    if same:
-        (entry,) = _convert(folder, [str(tmp_path / "one")], dry_run=True)["adapters"]
-        assert any(named in note for note in entry["notes"])
-    else:
-        _refused("a model of another family", folder, [str(tmp_path / "one")], dry_run=True)
+def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(base, adapter, tmp_path, config, outcome, names):
+    (base / "config.json").write_text(json.dumps(config))
+    two = adapter("two", targets=("q", "q_proj"))
+    for theirs in names:
+        folder = adapter("one", targets=("q", "q_proj"), base_model_name_or_path=theirs)
+        if outcome == "refused":
+            message = (
+                rf"_config\.json: it was trained on '{theirs}', and the base is '{base}', a model of another family"
+            )
+            _refused(message, base, [folder], out=tmp_path / "pool")
+            assert not (tmp_path / "pool").exists()
+            with pytest.raises(ValueError, match=message):
+                open_pool(tmp_path, str(base)).load(["one"])
+        manifest = _convert(base, [two, folder], dry_run=True, skip_bad=True)
+        assert [entry["name"] for entry in manifest["adapters"]] == ["two", "one"][: 1 if outcome == "refused" else 2]
+        notes = [note for note in manifest["adapters"][-1]["notes"] if "trained on" in note]
+        assert len(notes) == (outcome == "noted")
+        assert all(repr(theirs) in note and repr(str(base)) in note for note in notes)
+        shutil.rmtree(folder)
 
 
 def test_a_classifier_and_its_adapter_make_no_pool(base, adapter, tmp_path):
@@ -684,18 +666,3 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
     (tmp_path / "linked" / "mine").symlink_to(folders[0], target_is_directory=True)
     pool = open_pool(tmp_path / "linked", str(base))
     assert pool.load().names == pool.names == ("mine",)
-
-
-def test_the_script(base, adapter, tmp_path, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["convert_peft_weights.py", *arguments])
-        runpy.run_path(str(_ROOT / "convert_peft_weights.py"), run_name="__main__")
-
-    one, two = adapter("one"), adapter("two")
-    run("--base", str(base), "--adapters", one, two, "--out", str(tmp_path / "pool"))
-    assert capsys.readouterr().out.endswith(f"2 adapters, 784 parameters, written to {tmp_path / 'pool'}\n")
-    _assert_same_pool(load_pool(tmp_path / "pool"), read_pool([one, two], read_config(base)))
-    with pytest.raises(SystemExit) as stop:
-        run("--base", str(base), "--adapters", one, "--out", str(tmp_path / "pool"))
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / 'pool'} exists: give a new folder, or remove it first\n"
