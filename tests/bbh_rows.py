@@ -10,27 +10,16 @@ from pathlib import Path
 TRAIN_ROWS = 4
 
 
-def _chosen(question: str, *options: str, mark: str = "({})") -> str:
-    """Return a question with its options; the mark takes their letters."""
-    lines = [f"{mark.format(chr(ord('A') + i))} {option}" for i, option in enumerate(options)]
-    return "\n".join([question, "Options:", *lines])
-
-
-def _yes_no(question: str, *options: str) -> str:
-    return _chosen(question, *(options or ("Yes", "No")), mark="-")
-
-
-def _film(*films: str, of: str) -> str:
-    return _chosen(f"Find a movie similar to {of}:", *films)
+def _yes_no(question: str) -> str:
+    return f"{question}\nOptions:\n- Yes\n- No"
 
 
 def _name(name: str, *edits: str) -> str:
-    return _chosen(f"Which of the following is a humorous edit of this artist or movie name: '{name}'?", *edits)
+    question = f"Which of the following is a humorous edit of this artist or movie name: '{name}'?"
+    return "\n".join([question, "Options:", *(f"({chr(ord('A') + i)}) {edit}" for i, edit in enumerate(edits))])
 
 
-_FILMS = ("Rain", "A Long Night", "The Fence", "Oslo Street")
 _TWICE = _yes_no("Ann waters the field, and Bo does too. Both were needed. Did Ann cause the flood?")
-_SAME = 'Is the following sentence plausible? "Kim Oduya hit a triple in the last over."'
 
 # Name to the description in front of the prompts and to (input, target).
 TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
@@ -42,18 +31,6 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             for a in (True, False)
             for b in (False, True)
             for row in ((f"not ( {a} ) and {b} is", str(not a and b)), (f"{a} or {b} is", str(a or b)))
-        ],
-    ),
-    # The last test row repeats a training prompt, with its answer.
-    "sports_understanding": (
-        "Determine whether an artificially constructed sentence relating to sports is plausible or not.\n\n",
-        [
-            (_SAME, "no"),
-            ('Is the following sentence plausible? "Lena Voss scored from the penalty spot."', "yes"),
-            ('Is the following sentence plausible? "Jo Park was out at second base."', "yes"),
-            ('Is the following sentence plausible? "Ida Blom took a corner kick in the first inning."', "no"),
-            ('Is the following sentence plausible? "Eva Horn crossed the blue line."', "yes"),
-            (_SAME, "no"),
         ],
     ),
     # Options with a dash. The last test row repeats a training prompt, with the other answer.
@@ -68,45 +45,7 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
             (_TWICE, "Yes"),
         ],
     ),
-    # A blank behind an option.
-    "formal_fallacies": (
-        "Distinguish deductively valid arguments from formal fallacies.\n\n",
-        [
-            (_yes_no(f'"{premises}"\nIs the argument deductively valid or invalid?', "valid ", "invalid"), answer)
-            for premises, answer in (
-                ("Every cat is a pet. Mia is a cat. So Mia is a pet.", "valid"),
-                ("Every cat is a pet. Mia is a pet. So Mia is a cat.", "invalid"),
-                ("No fish is a bird. Tim is a fish. So Tim is no bird.", "valid"),
-                ("No fish is a bird. Tim is no bird. So Tim is a fish.", "invalid"),
-                ("Some oaks are old. So all oaks are old.", "invalid"),
-            )
-        ],
-    ),
-    # Letters, more or fewer of them.
-    "date_understanding": (
-        "Infer the date from context.\n\n",
-        [
-            (_chosen("Today is 3 May 2010. What is the date tomorrow?", "05/04/2010", "05/03/2010"), "(A)"),
-            (_chosen("Yesterday was 31/12/1999. What is today?", "12/31/1999", "01/01/2000", "01/02/2000"), "(B)"),
-            (_chosen("In a week it will be 8 June 2003. What is today?", "06/01/2003", "06/15/2003"), "(A)"),
-            (_chosen("Today is the last day of 2001. What is today?", "12/30/2001", "12/31/2001"), "(B)"),
-            (_chosen("Today is 9/9/1999. What is tomorrow?", *(f"09/{day}/1999" for day in range(10, 16))), "(A)"),
-            (_chosen("Today is 1/1/1900. What is the date tomorrow?", "01/02/1900", "01/01/1900"), "(A)"),
-        ],
-    ),
-    # The first test row's target is none of its letters: a comma in a name broke the list of options.
-    "movie_recommendation": (
-        "Recommend movies similar to the given list of movies.\n\n",
-        [
-            (_film(*_FILMS, of="The Kettle, Grey Harbour"), "(B)"),
-            (_film(*_FILMS[::-1], of="The Kettle, Two Ladders"), "(C)"),
-            (_film(*_FILMS, of="Ships, The Last Tram"), "(A)"),
-            (_film(*_FILMS[1:], of="A Quiet Year"), "(D)"),
-            (_film("Robots", "Inc", *_FILMS[:2], of="Toys, Robots, Inc, Wheels"), "Robots, Inc"),
-            (_film(*_FILMS, of="Blue Hour, The Mill"), "(B)"),
-        ],
-    ),
-    # No line break in front of the cue. The second test row's target is not a letter.
+    # No line break in front of the cue. The second test row's target is not a letter: a comma broke its options.
     "ruin_names": (
         "Select the humorous edit that 'ruins' the input movie or musical artist name.\n\n",
         [
@@ -123,13 +62,6 @@ TASKS: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "object_counting": (
         "Questions that involve enumerating objects and asking the model to count them.\n\n",
         [(f"I have{' a cup and' * n} a jug. How many objects do I have?", str(n + 1)) for n in range(8)],
-    ),
-    "word_sorting": (
-        "Sort a list of words.\n\n",
-        [
-            (f"Sort the following words alphabetically: List: {words}", " ".join(sorted(words.split())))
-            for words in ("oak elm ash", "blue red", "zinc iron tin", "über été naïve", "two one")
-        ],
     ),
 }
 

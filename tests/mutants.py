@@ -165,7 +165,7 @@ tasks/metrics.py: tasks/test_metrics
 - text.strip().lower().replace(".", "")
 + text.strip().replace(".", "")
 options: a label that occurs once closes a task
-tasks/options.py: runs/test_options
+tasks/options.py: tasks/test_options
 - min(counts.values()) > 1
 + min(counts.values()) > 0
 pool: forget the scaling of an adapter

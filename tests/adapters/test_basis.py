@@ -31,11 +31,6 @@ _KERNELS = kernels(_MODEL)
 _INDEX = [3, 0, 2]  # of a pool of four
 
 
-def _somewhere(n, site, layer):
-    """Rank 4, but module 0 has nothing in the decoder and module 2 nothing in the encoder's last layer."""
-    return 0 if (n == 0 and "decoder" in site) or (n == 2 and site.startswith("encoder") and layer == 2) else 4
-
-
 def _shallow(pool):
     """The first layer of every stack."""
     first = {field: {s: w[:1] for s, w in getattr(pool, field).items()} for field in ("A", "B", "rank")}
@@ -99,7 +94,7 @@ def test_the_first_directions_are_the_smaller_basis_and_keep_less():
 
 @pytest.mark.parametrize("granularity", ["global", "block", "site"])
 def test_adapters_are_the_definition(granularity):
-    pool = tiny.pool(4, _somewhere)
+    pool = tiny.pool(4, tiny.somewhere)
     basis = shared_basis(pool, 5)
     c = tiny.coefficients(shape(basis, len(_INDEX), granularity))
     of_module = tiny.coefficient_of(c, pool, granularity)
@@ -122,7 +117,7 @@ def test_adapters_are_the_definition(granularity):
 
 def test_a_basis_of_the_pools_whole_rank_is_the_fusion_of_whole_modules():
     """Loss, gradients and counts: a method on the basis is the method on the modules."""
-    pool = tiny.pool(3, _somewhere)
+    pool = tiny.pool(3, tiny.somewhere)
     basis, method = shared_basis(pool, 12), Fusion()
     index = jnp.array([2, 0, 1])
     of_modules, in_basis = (_frozen(method, p) for p in (pool, basis))

@@ -9,6 +9,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_models
 import pytest
 import tiny
 
@@ -35,28 +36,13 @@ _DENSITY = 0.3
 def model():
     """A T5 with all adapters, by transformers and PEFT."""
     import peft
-    import torch
-    import transformers
 
-    c = tiny.CONFIG
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=c.vocab_size, d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_heads=c.num_heads,
-        num_layers=c.num_layers, num_decoder_layers=c.num_decoder_layers, feed_forward_proj="gated-gelu",
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    model = transformers.T5ForConditionalGeneration(config)
-    for name, fields in _ADAPTERS.items():
-        adapter = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **fields)
-        if isinstance(model, peft.PeftModel):
-            model.add_adapter(name, adapter)
-        else:
-            model = peft.get_peft_model(model, adapter, adapter_name=name)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "lora_B" in key:
-                parameter.normal_(std=0.3)
-    return model
+    configs = {name: peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **fields) for name, fields in _ADAPTERS.items()}
+    first, *others = configs
+    model = peft.get_peft_model(peft_models.t5(), configs[first], adapter_name=first)
+    for name in others:
+        model.add_adapter(name, configs[name])
+    return peft_models.randomise(model)
 
 
 @pytest.fixture(scope="module")

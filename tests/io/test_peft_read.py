@@ -1,11 +1,11 @@
 """PEFT adapters in and out: what is converted, what is ignored and kept, what is refused in which words."""
 
 import json
-import warnings
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import peft_models
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -495,38 +495,16 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 # Against PEFT itself.
 
 
-@pytest.fixture
-def peft_model():
-    """Make an adapted random T5 by real PEFT."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import peft
-        import torch
-        from transformers import T5Config, T5ForConditionalGeneration
+def _adapted(**fields):
+    """An adapted random T5 by real PEFT."""
+    import peft
 
-    def make(**fields):
-        torch.manual_seed(0)
-        t5 = T5Config(d_model=16, d_kv=4, d_ff=24, num_heads=4, num_layers=2, num_decoder_layers=3, vocab_size=30)
-        unknown = set(fields) - set(peft.LoraConfig.__dataclass_fields__)
-        if unknown:
-            pytest.skip(f"this PEFT does not know {sorted(unknown)}")
-        fields = {
-            "r": 4,
-            "lora_alpha": 6,
-            "target_modules": ["q", "v", "wo"],
-            "init_lora_weights": False,
-        } | fields
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return peft.get_peft_model(T5ForConditionalGeneration(t5), peft.LoraConfig(**fields)).eval()
-
-    return make
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["q", "v", "wo"], "init_lora_weights": False} | fields
+    return peft.get__adapted(peft_models.t5(), peft.LoraConfig(**fields)).eval()
 
 
 def _save(model, folder, **kwargs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.save_pretrained(folder, **kwargs)
+    model.save_pretrained(folder, **kwargs)
     return str(folder)
 
 
@@ -559,8 +537,8 @@ def _shapes(model):
         {"exclude_modules": r".*block\.0.*"},
     ],
 )
-def test_what_peft_saves_reads_with_peft_s_own_scalings(peft_model, tmp_path, fields, safe):
-    model = peft_model(**fields)
+def test_what_peft_saves_reads_with_peft_s_own_scalings(tmp_path, fields, safe):
+    model = _adapted(**fields)
     folder = _save(model, tmp_path / "saved", safe_serialization=safe)
     assert (Path(folder) / ("adapter_model.safetensors" if safe else "adapter_model.bin")).exists()
     adapter = read_adapter(folder, shapes=_shapes(model))
@@ -578,16 +556,13 @@ def test_what_peft_saves_reads_with_peft_s_own_scalings(peft_model, tmp_path, fi
 
 
 @pytest.mark.peft
-def test_peft_loads_a_resaved_adapter_to_the_same_weights(peft_model, tmp_path):
+def test_peft_loads_a_resaved_adapter_to_the_same_weights(tmp_path):
     import peft
 
-    model = peft_model(use_dora=True, rank_pattern={"q": 2})
+    model = _adapted(use_dora=True, rank_pattern={"q": 2})
     adapter = read_adapter(_save(model, tmp_path / "saved"))
     resave(adapter, tmp_path / "again")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        base = peft_model().unload()
-        again = peft.PeftModel.from_pretrained(base, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(_adapted().unload(), tmp_path / "again")
     want = peft.get_peft_model_state_dict(model)
     got = peft.get_peft_model_state_dict(again)
     assert got.keys() == want.keys()
@@ -596,11 +571,11 @@ def test_peft_loads_a_resaved_adapter_to_the_same_weights(peft_model, tmp_path):
 
 @pytest.mark.peft
 @pytest.mark.parametrize("train", [False, True])
-def test_modules_that_peft_saves_in_full(peft_model, tmp_path, train):
+def test_modules_that_peft_saves_in_full(tmp_path, train):
     import torch
 
-    model = peft_model(modules_to_save=["lm_head"])
-    base = {name: tensor.numpy() for name, tensor in peft_model().unload().state_dict().items()}
+    model = _adapted(modules_to_save=["lm_head"])
+    base = {name: tensor.numpy() for name, tensor in _adapted().unload().state_dict().items()}
     if train:
         with torch.no_grad():
             model.base_model.model.lm_head.modules_to_save["default"].weight[0, 0] += 1
@@ -614,64 +589,21 @@ def test_modules_that_peft_saves_in_full(peft_model, tmp_path, train):
 
 
 @pytest.mark.peft
-def test_embeddings_that_peft_saves_along(peft_model, tmp_path):
-    model = peft_model()
-    base = {name: tensor.numpy() for name, tensor in peft_model().unload().state_dict().items()}
-    folder = _save(model, tmp_path / "saved", save_embedding_layers=True)
-    adapter = read_adapter(folder, base_tensor=base.__getitem__)
-    assert "ignored: base_model.model.shared.weight, equal to the base's" in adapter.notes
-    _refused(folder, "weight .* is an embedding.*give the base's weights", shapes=None)
-
-
-@pytest.mark.peft
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"target_modules": ["q", "shared"]}, "LoRA on an embedding"),
-        ({"init_lora_weights": "pissa"}, "PiSSA"),
-        ({"init_lora_weights": "olora"}, "OLoRA"),
-        ({"lora_bias": True}, "lora_bias"),
-        ({"trainable_token_indices": {"shared": [1, 2]}}, "trainable_token_indices"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
-        ({"use_bdlora": {"target_modules_bd_a": ["q"], "nblocks": 2}, "target_modules": ["q"]}, "BD-LoRA"),
-    ],
-)
-def test_what_peft_saves_and_is_refused(peft_model, tmp_path, fields, message):
-    _refused(_save(peft_model(**fields), tmp_path / "saved"), message, shapes=None)
-
-
-@pytest.mark.peft
-@pytest.mark.parametrize(
-    "fields",
-    [{"velora_config": {"num_groups": 4}}, {"monteclora_config": {"num_samples": 2, "buffer_size": 4}}],
-)
-def test_variants_of_the_training_alone_are_accepted(peft_model, tmp_path, fields):
-    model = peft_model(**fields)
-    adapter = read_adapter(_save(model, tmp_path / "saved"), shapes=_shapes(model))
-    assert adapter.factors and adapter.kept
-    assert all(f"ignored: {key}, state of the training only" in adapter.notes for key in adapter.kept)
-
-
-@pytest.mark.peft
-def test_pissa_is_accepted_once_converted(peft_model, tmp_path):
-    model = peft_model()
-    base = model.unload()
+def test_pissa_is_accepted_once_converted(tmp_path):
     import peft
     import torch
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        weight = base.encoder.block[0].layer[0].SelfAttention.q.weight.detach().clone()
-        pissa = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights="pissa", target_modules=["q"], r=2))
-        pissa.peft_config["default"].init_lora_weights = True
-        pissa.save_pretrained(tmp_path / "start")
-        pissa.peft_config["default"].init_lora_weights = "pissa"
-        layer = pissa.base_model.model.encoder.block[0].layer[0].SelfAttention.q
-        with torch.no_grad():
-            layer.lora_B["default"].weight += 0.1
-        pissa.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-        merged = layer.base_layer.weight + layer.get_delta_weight("default")
+    base = peft_models.t5()
+    weight = base.encoder.block[0].layer[0].SelfAttention.q.weight.detach().clone()
+    pissa = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights="pissa", target_modules=["q"], r=2))
+    pissa.peft_config["default"].init_lora_weights = True
+    pissa.save_pretrained(tmp_path / "start")
+    pissa.peft_config["default"].init_lora_weights = "pissa"
+    layer = pissa.base_model.model.encoder.block[0].layer[0].SelfAttention.q
+    with torch.no_grad():
+        layer.lora_B["default"].weight += 0.1
+    pissa.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    merged = layer.base_layer.weight + layer.get_delta_weight("default")
     adapter = read_adapter(str(tmp_path / "end"))
     a, b = adapter.factors[_Q]
     assert a.shape[0] == 4

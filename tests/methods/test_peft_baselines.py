@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_models
 import pytest
 import tiny
 from flax import nnx
@@ -27,17 +28,8 @@ _METHODS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    import torch
-    import transformers
-
-    folder, c = tmp_path_factory.mktemp("base"), tiny.CONFIG
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=c.vocab_size, d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_heads=c.num_heads,
-        num_layers=c.num_layers, num_decoder_layers=c.num_decoder_layers, feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False, decoder_start_token_id=0,
-    )  # fmt: skip
-    transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("base")
+    peft_models.t5().save_pretrained(folder)
     return folder
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import small_llama
 import tiny
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
@@ -12,16 +13,11 @@ from lorafusion_jax.models.t5.model import decoder_inputs
 
 _TOKENS = jnp.array([[5, 9, 4, 7], [3, 3, 8, 6]])
 _IDS = jnp.array([[3, 5, 7, 2, 9], [4, 8, 6, 0, 0]])
-_GROUPED = {
+_GROUPED = small_llama.CONFIG | {
     "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 4,
-    "max_position_embeddings": 64,
-    "eos_token_id": [1],
     "pad_token_id": 0,
     "model_type": "gemma3_text",
     "sliding_window": 3,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+import small_llama
 
 from lorafusion_jax.estimates.params import counts, shape_config, size
 from lorafusion_jax.models.decoder import FAMILY
@@ -34,113 +35,40 @@ _LLAMA_3_SCALING = {
     "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
 }
-# The fields of the config.json on the hub that describe the model, for one model of each kind.
+_NAMES = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+max_position_embeddings rms_norm_eps rope_theta""".split()
+# The fields of the config.json on the hub that describe the model, for one model of each kind: numbers, and others.
 _PUBLISHED = {
-    "llama-3.2-1b": {
-        "model_type": "llama",
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 500000.0,
-        "eos_token_id": 128001,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "head_dim": 64,
-        "rope_scaling": _LLAMA_3_SCALING | {"factor": 32.0},
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 24,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "use_sliding_window": False,
-        "tie_word_embeddings": True,
-        "eos_token_id": 151643,
-    },
-    "gemma-2-2b": {
-        "model_type": "gemma2",
-        "vocab_size": 256000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 8192,
-        "query_pre_attn_scalar": 256,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 10000.0,
-        "sliding_window": 4096,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    },
-    "gemma-3-1b": {
-        "model_type": "gemma3_text",
-        "vocab_size": 262144,
-        "hidden_size": 1152,
-        "intermediate_size": 6912,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-        "hidden_activation": "gelu_pytorch_tanh",
-        "max_position_embeddings": 32768,
-        "query_pre_attn_scalar": 256,
-        "rms_norm_eps": 1e-06,
-        "rope_local_base_freq": 10000,
-        "rope_theta": 1000000,
-        "sliding_window": 512,
-        "sliding_window_pattern": 6,
-        "pad_token_id": 0,
-        "eos_token_id": [1, 106],
-    },
-    "phi-3-mini": {
-        "model_type": "phi3",
-        "vocab_size": 32064,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-05,
-        "rope_theta": 10000.0,
-        "sliding_window": 2047,
-        "tie_word_embeddings": False,
-        "pad_token_id": 32000,
-        "eos_token_id": 32000,
-    },
+    "llama-3.2-1b": (
+        (128256, 2048, 8192, 16, 32, 8, 131072, 1e-05, 500000.0),
+        {"model_type": "llama", "rope_scaling": _LLAMA_3_SCALING | {"factor": 32.0}, "tie_word_embeddings": True},
+    ),
+    "qwen2.5-0.5b": (
+        (151936, 896, 4864, 24, 14, 2, 32768, 1e-06, 1000000.0),
+        {"model_type": "qwen2", "sliding_window": 32768, "use_sliding_window": False, "tie_word_embeddings": True},
+    ),
+    "gemma-2-2b": (
+        (256000, 2304, 9216, 26, 8, 4, 8192, 1e-06, 10000.0),
+        {"model_type": "gemma2", "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+        | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "gemma-3-1b": (
+        (262144, 1152, 6912, 26, 4, 1, 32768, 1e-06, 1000000),
+        {"model_type": "gemma3_text", "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 512}
+        | {"rope_local_base_freq": 10000, "sliding_window_pattern": 6, "hidden_activation": "gelu_pytorch_tanh"},
+    ),
+    "phi-3-mini": (
+        (32064, 3072, 8192, 32, 32, 32, 4096, 1e-05, 10000.0),
+        {"model_type": "phi3", "sliding_window": 2047, "tie_word_embeddings": False, "hidden_act": "silu"},
+    ),
 }
 
-_SMALL = {
+_SMALL = small_llama.CONFIG | {
     "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 4,
     "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
 }
 _LINEAR = {"rope_type": "linear", "factor": 4.0}
 _LLAMA3 = _LLAMA_3_SCALING | {"factor": 8.0, "original_max_position_embeddings": 16}
@@ -198,7 +126,8 @@ def test_shapes_have_the_published_numbers_of_parameters():
 
 @pytest.mark.parametrize("name", _PUBLISHED)
 def test_a_shape_is_what_the_published_config_says(name):
-    read = FAMILY.read_config(_PUBLISHED[name])
+    numbers, others = _PUBLISHED[name]
+    read = FAMILY.read_config(dict(zip(_NAMES, numbers, strict=True)) | others | {"pad_token_id": 0, "eos_token_id": 1})
     shape = SHAPES[name]
     assert dataclasses.replace(read, pad_id=shape.pad_id, eos_id=shape.eos_id) == shape
 
@@ -230,7 +159,7 @@ def test_configs_of_transformers_4_and_5_describe_the_same_model(case):
 def test_minus_one_is_no_token_for_padding(model_type):
     fields = _SMALL | {"model_type": model_type, "auto_map": {"AutoConfig": "theirs.Theirs"}}
     config = FAMILY.read_config(fields | {"pad_token_id": -1})
-    assert config == FAMILY.read_config(fields | {"pad_token_id": 1})  # the end token
+    assert config == FAMILY.read_config(fields | {"pad_token_id": small_llama.EOS})
 
 
 @pytest.mark.parametrize(

@@ -7,25 +7,23 @@ the left. What a fusion should give is computed in PyTorch from the adapters' fi
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_models
 import pytest
-import tiny
 from flax import nnx
+from peft_models import Fused, fused
 
 from lorafusion_jax.adapters.coefficients import expand
-from lorafusion_jax.adapters.norms import gram
 from lorafusion_jax.io.export import fused_adapter, merged_base
 from lorafusion_jax.io.hf import load_base, save_base
 from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import Architecture, Model, kernels
+from lorafusion_jax.models.architecture import Architecture, Model
 from lorafusion_jax.models.generate import generate
-from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import cross_entropy
 from lorafusion_jax.training.method import Params
 
@@ -98,15 +96,6 @@ _FUSED = {"sum": ("small", "large"), "mix": ("large", "other")}
 
 _ROWS = [np.random.default_rng(0).integers(3, _VOCABULARY, length).tolist() for length in (12, 5, 9)]
 _WIDTH = 14
-
-
-class Fused(NamedTuple):
-    """A fusion at coefficients of either sign and changed magnitudes."""
-
-    method: Fusion
-    frozen: Frozen
-    params: Params
-    adapters: dict[str, Any]
 
 
 def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
@@ -209,20 +198,13 @@ def _differ(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 def base(request, tmp_path_factory) -> Path:
     """A base model of a family, with adapters on all its linear maps as PEFT saves them."""
     import peft
-    import torch
 
     folder = tmp_path_factory.mktemp(request.param)
     _made(folder / "base", request.param, _FAMILIES[request.param])
     for name, fields in _ADAPTERS.items():
         config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **fields)
-        model = peft.get_peft_model(_read(folder / "base"), config)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_B" in key:
-                    parameter.normal_(std=0.2)
-                elif "lora_magnitude_vector" in key:
-                    parameter *= 1 + 0.3 * torch.rand_like(parameter)
-        model.save_pretrained(folder / name)
+        adapted = peft.get_peft_model(_read(folder / "base"), config)
+        peft_models.randomise(adapted, std=0.2).save_pretrained(folder / name)
     return folder / "base"
 
 
@@ -244,27 +226,8 @@ def fusion(base, model) -> Callable[[str, bool], Fused]:
 
 
 def _fusion(base: Path, model: Model, composition: str, magnitudes: bool) -> Fused:
-    method = Fusion(composition=composition, magnitudes=magnitudes)
-    names = _FUSED[composition]
-    pool = read_pool([str(base.parent / name) for name in names], model.config)
-    frozen = Frozen(nnx.state(model), pool, _gram(pool, kernels(model)))
-    index = jnp.arange(len(names))
-    params = method.init(frozen, index, jax.random.key(0))
-    params["coefficients"] = tiny.coefficients(params["coefficients"].shape)
-    if magnitudes:
-        rng = np.random.default_rng(1)
-        factors = {site: rng.uniform(1.0, 1.3, m.shape).astype(np.float32) for site, m in params["magnitudes"].items()}
-        params["magnitudes"] = {site: m * factors[site] for site, m in params["magnitudes"].items()}
-    return Fused(method, frozen, params, _composed(method, params, Frozen(nnx.State({}), pool, frozen.gram), index))
-
-
-_gram = jax.jit(gram)
-
-
-# The base's weights are no argument: families whose matrices have the same sizes share the program.
-@functools.partial(jax.jit, static_argnums=0)
-def _composed(method, params, frozen, index):
-    return method.adapters(params, frozen, index)[0]
+    folders = [base.parent / name for name in _FUSED[composition]]
+    return fused(model, folders, Fusion(composition=composition, magnitudes=magnitudes))
 
 
 def _in_torch(base: Path, config: Architecture, composition: str, params: Params):
@@ -312,32 +275,29 @@ def test_a_family_without_adapters(model, plain):
 
 @pytest.mark.parametrize(("composition", "magnitudes"), [("sum", False), ("sum", True), ("mix", False)])
 def test_a_fusion_and_its_exported_adapter(base, model, fusion, plain, tmp_path, composition, magnitudes):
-    fused = fusion(composition, magnitudes)
-    run, _ = _in_torch(base, model.config, composition, fused.params)
+    found = fusion(composition, magnitudes)
+    run, _ = _in_torch(base, model.config, composition, found.params)
     wanted = [run(row).detach().numpy() for row in _ROWS]
     assert _differ(wanted, plain)
-    _check(wanted, model, fused.adapters)
-    pool = fused.frozen.pool
-    spread = expand(fused.params["coefficients"], pool, "block")
-    found = fused.params.get("magnitudes")
-    adapter = fused_adapter(model.config, pool, jnp.arange(2), spread, composition, base=str(base), magnitudes=found)
+    _check(wanted, model, found.adapters)
+    pool = found.frozen.pool
+    spread = expand(found.params["coefficients"], pool, "block")
+    exported = {"base": str(base), "magnitudes": found.params.get("magnitudes")}
+    adapter = fused_adapter(model.config, pool, jnp.arange(2), spread, composition, **exported)
     write_adapter(tmp_path / "fused", *adapter)
-    _check(_theirs(_read_adapted(base, tmp_path / "fused")), model, fused.adapters)
+    _check(_theirs(_read_adapted(base, tmp_path / "fused")), model, found.adapters)
 
 
 def test_a_merged_fusion_in_transformers(base, model, fusion, tmp_path):
-    fused = fusion("sum", True)
-    save_base(merged_base(model, fused.adapters), tmp_path / "merged", base)
+    found = fusion("sum", True)
+    save_base(merged_base(model, found.adapters), tmp_path / "merged", base)
     merged = _read(tmp_path / "merged")
-    _check(_theirs(merged), model, fused.adapters)
-    _check_said(merged, model, fused.adapters)
+    _check(_theirs(merged), model, found.adapters)
+    _check_said(merged, model, found.adapters)
 
 
 def test_one_dora_adapter(base, model, plain):
-    method = Fusion(magnitudes=False)
-    pool = read_pool([str(base.parent / "dora")], model.config)
-    frozen = Frozen(nnx.State({}), pool, _gram(pool, kernels(model)))
-    adapters = _composed(method, {"coefficients": jnp.ones((1, 3))}, frozen, jnp.arange(1))
+    adapters = fused(model, [base.parent / "dora"], Fusion(magnitudes=False), 1.0).adapters
     wanted = _theirs(_read_adapted(base, base.parent / "dora"))
     assert _differ(wanted, plain)
     _check(wanted, model, adapters)
@@ -348,8 +308,8 @@ def test_gradients(base, model, fusion, composition):
     """Of the mean loss of the tokens behind each row's first four."""
     import torch
 
-    fused = fusion(composition, True)
-    run, leaves = _in_torch(base, model.config, composition, fused.params)
+    found = fusion(composition, True)
+    run, leaves = _in_torch(base, model.config, composition, found.params)
     answers = [row[_PROMPT:] for row in _ROWS]
     losses = [
         torch.nn.functional.cross_entropy(run(row)[_PROMPT - 1 : -1], torch.tensor(row[_PROMPT:]), reduction="sum")
@@ -365,12 +325,12 @@ def test_gradients(base, model, fusion, composition):
     @jax.jit
     @jax.value_and_grad
     def loss(params, frozen):
-        adapters, _ = fused.method.adapters(params, frozen, jnp.arange(2))
+        adapters, _ = found.method.adapters(params, frozen, jnp.arange(2))
         of_frozen = nnx.merge(nnx.graphdef(model), frozen.base)
         return cross_entropy(of_frozen.label_logits(prompts, prompts > 0, labels, adapters), labels)
 
-    found, gradients = loss(fused.params, fused.frozen)
-    np.testing.assert_allclose(found, wanted_loss.item(), rtol=1e-5)
+    value, gradients = loss(found.params, found.frozen)
+    np.testing.assert_allclose(value, wanted_loss.item(), rtol=1e-5)
     for got, leaf in zip(jax.tree.leaves(gradients), jax.tree.leaves(leaves), strict=True):
         wanted = leaf.grad.numpy()
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())

@@ -5,21 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft_models
 import pytest
 import tiny
 from flax import nnx
-from safetensors.numpy import load_file
+from peft_models import fused
 
 from lorafusion_jax.adapters.coefficients import expand
-from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
 from lorafusion_jax.io.hf import load_base, save_base
-from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
-from lorafusion_jax.io.pool import ConvertedPool, read_pool
+from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lora import LoRA
-from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5.model import decoder_inputs
 from lorafusion_jax.training.frozen import Frozen
 
@@ -48,29 +45,13 @@ _SEVERAL_RANKS = ("everywhere", "small", "patterns")
 def folder(tmp_path_factory):
     """A base model and adapters, as transformers and PEFT save them."""
     import peft
-    import torch
-    import transformers
 
     folder = tmp_path_factory.mktemp("peft")
-    c = tiny.CONFIG
-    torch.manual_seed(0)
-    for name, kind in (("base", "gated-gelu"), ("tied", "relu")):
-        config = transformers.T5Config(
-            vocab_size=c.vocab_size, d_model=c.d_model, d_kv=c.d_kv, d_ff=c.d_ff, num_heads=c.num_heads,
-            num_layers=c.num_layers, num_decoder_layers=c.num_decoder_layers, feed_forward_proj=kind,
-            tie_word_embeddings=name == "tied", decoder_start_token_id=0,
-        )  # fmt: skip
-        transformers.T5ForConditionalGeneration(config).save_pretrained(folder / name)
+    peft_models.t5().save_pretrained(folder / "base")
+    peft_models.t5(feed_forward_proj="relu", tie_word_embeddings=True).save_pretrained(folder / "tied")
     for name, fields in _ADAPTERS.items():
-        base = transformers.T5ForConditionalGeneration.from_pretrained(folder / "base")
-        model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **fields))
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_B" in key:
-                    parameter.normal_(std=0.3)
-                elif "lora_magnitude_vector" in key:
-                    parameter *= 1 + 0.3 * torch.rand_like(parameter)
-        model.save_pretrained(folder / name)
+        config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **fields)
+        peft_models.randomise(peft.get_peft_model(peft_models.t5(), config)).save_pretrained(folder / name)
     return folder
 
 
@@ -104,10 +85,6 @@ def base(folder):
     return load_base(folder / "base")
 
 
-def _frozen(model, pool):
-    return Frozen(nnx.state(model), pool, jax.jit(gram)(pool, {site: kernels(model)[site] for site in pool.A}))
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _run(graph, weights, adapters):
     model, batch = nnx.merge(graph, weights), tiny.batch()
@@ -116,21 +93,6 @@ def _run(graph, weights, adapters):
 
 def _logits(model, adapters=None):
     return np.asarray(_run(*nnx.split(model), adapters or {}))
-
-
-def _fusion(folder, base, method, names):
-    """Return a pool and a fusion of it at coefficients of either sign and changed magnitudes."""
-    pool = read_pool([str(folder / name) for name in names], base.config)
-    method.check(pool)
-    frozen = _frozen(base, pool)
-    index = jnp.arange(len(names))
-    params = method.init(frozen, index, jax.random.key(0))
-    params["coefficients"] = tiny.coefficients(params["coefficients"].shape)
-    if method.magnitudes:
-        factor = 1 + 0.3 * jax.random.uniform(jax.random.key(1), (base.config.d_ff,))
-        params["magnitudes"] = {s: m * factor[None, : m.shape[1]] for s, m in params["magnitudes"].items()}
-    adapters, _ = jax.jit(method.adapters)(params, frozen, index)
-    return pool, params, adapters
 
 
 def _close(ours, theirs):
@@ -144,9 +106,7 @@ def test_a_dora_adapter_at_a_coefficient_is_peft_with_its_layers_scaled(folder, 
                 module.scale_layer(0.6)
 
     method = Fusion(composition="sum", granularity="global", magnitudes=False)
-    pool = read_pool([str(folder / "dora")], base.config)
-    coefficients = {"coefficients": jnp.array([0.6])}
-    adapters, _ = jax.jit(method.adapters)(coefficients, _frozen(base, pool), jnp.arange(1))
+    adapters = fused(base, [folder / "dora"], method, 0.6).adapters
     theirs = peft_logits(adapter="dora", prepare=scale)
     assert np.abs(theirs - peft_logits(adapter="dora")).max() > 0.1
     _close(_logits(base, adapters), theirs)
@@ -164,19 +124,14 @@ def test_a_dora_adapter_at_a_coefficient_is_peft_with_its_layers_scaled(folder, 
 )
 def test_exported_fusion_in_peft(folder, base, peft_logits, tmp_path, composition, granularity, magnitudes, names):
     method = Fusion(composition=composition, granularity=granularity, magnitudes=magnitudes)
-    pool, params, adapters = _fusion(folder, base, method, names)
-    spread = expand(params["coefficients"], pool, granularity)
-    config, tensors = fused_adapter(
-        base.config,
-        pool,
-        jnp.arange(len(names)),
-        spread,
-        composition,
-        base="base",
-        magnitudes=params.get("magnitudes"),
+    found = fused(base, [folder / name for name in names], method)
+    pool, magnitudes = found.frozen.pool, found.params.get("magnitudes")
+    spread = expand(found.params["coefficients"], pool, granularity)
+    adapter = fused_adapter(
+        base.config, pool, jnp.arange(len(names)), spread, composition, base="base", magnitudes=magnitudes
     )
-    write_adapter(tmp_path / "fused", config, tensors)
-    ours = _logits(base, adapters)
+    write_adapter(tmp_path / "fused", *adapter)
+    ours = _logits(base, found.adapters)
     assert np.abs(ours - _logits(base)).max() > 0.1
     _close(peft_logits(adapter=tmp_path / "fused"), ours)
 
@@ -206,19 +161,3 @@ def test_merged_tied_base_in_transformers(folder, peft_logits, tmp_path):
     ours = _logits(tied, adapters)
     assert np.abs(ours - _logits(tied)).max() > 0.1
     _close(peft_logits(base=tmp_path / "merged"), ours)
-
-
-@pytest.mark.parametrize("name", _ADAPTERS)
-def test_resaved_adapter_is_the_source(folder, tmp_path, name):
-    resave(read_adapter(str(folder / name)), tmp_path / "direct")
-    convert(ConvertOptions(base=str(folder / "base"), adapters=(str(folder / name),), out=tmp_path / "pool"))
-    resave(ConvertedPool(tmp_path / "pool").adapter(name), tmp_path / "through a pool")
-    wanted = load_file(folder / name / "adapter_model.safetensors")
-    for again in ("direct", "through a pool"):
-        tensors = load_file(tmp_path / again / "adapter_model.safetensors")
-        assert tensors.keys() == wanted.keys()
-        for key, tensor in tensors.items():
-            assert tensor.dtype == wanted[key].dtype
-            np.testing.assert_array_equal(tensor, wanted[key])
-        config = (folder / name / "adapter_config.json").read_bytes()
-        assert (tmp_path / again / "adapter_config.json").read_bytes() == config

@@ -31,29 +31,6 @@ def _oracle(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     return np.where(kept, weights, 0) / weights[kept].sum()
 
 
-@pytest.mark.parametrize(
-    ("sampling", "kept"),
-    [
-        (Sampling(temperature=1.0, top_k=2), "45"),
-        (Sampling(temperature=1.0, top_k=3), "1245"),  # the third and the fourth are equally likely
-        (Sampling(temperature=1.0, top_k=99), "012345"),
-        (Sampling(temperature=1.0, top_p=0.6), "45"),
-        (Sampling(temperature=1.0, top_p=0.7), "1245"),  # one of the two would be enough
-        (Sampling(temperature=1.0, top_k=2, top_p=0.7), "4"),  # 16 of the 22 that the first filter leaves
-        (Sampling(temperature=0.5, top_p=0.75), "4"),  # 256 of 326
-    ],
-)
-def test_filters_keep_the_likeliest_tokens_and_those_that_are_equally_likely(sampling, kept):
-    weights = np.array([1, 4, 4, 1, 16, 6])
-    wanted = np.isin(np.arange(6), [int(token) for token in kept])
-    order = np.array([2, 0, 5, 4, 1, 3])
-    found = _probabilities(jnp.log(jnp.array([weights, weights[order]], jnp.float32)), sampling)
-    np.testing.assert_array_equal(found[0] > 0, wanted)
-    np.testing.assert_array_equal(found[1] > 0, wanted[order])
-    powers = np.where(wanted, weights ** (1 / sampling.temperature), 0)
-    np.testing.assert_allclose(found[0], powers / powers.sum(), rtol=1e-5)
-
-
 @given(
     # Few values, so that many are equal; steps that no rounding makes equal.
     logits=st.lists(st.integers(-8, 8), min_size=12, max_size=12),

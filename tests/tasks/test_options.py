@@ -9,16 +9,11 @@ import pytest
 from lorafusion_jax.tasks import Example, Task, answer_options, few_shot, load_task, write_lorahub_split
 
 # Answers of every test row, or the letters (from A on) that its rows have.
-_LABELS = {
-    "boolean_expressions": ("False", "True"),
-    "causal_judgement": ("Yes", "No"),
-    "formal_fallacies": ("valid", "invalid"),
-    "sports_understanding": ("no", "yes"),
-}
-_LETTERS = {"date_understanding": (6, 2), "movie_recommendation": (4, 4), "ruin_names": (3, 2, 2)}
-_OPEN = {"object_counting", "word_sorting"}
-# Test rows whose target is none of the letters: commas in names broke their lists of options.
-_MALFORMED = {"movie_recommendation": [0], "ruin_names": [1]}
+_LABELS = {"boolean_expressions": ("False", "True"), "causal_judgement": ("Yes", "No")}
+_LETTERS = {"ruin_names": (3, 2, 2)}
+_OPEN = {"object_counting"}
+# Test rows whose target is none of the letters.
+_MALFORMED = {"ruin_names": [1]}
 
 
 def _task(prompts, train=(("p", "x"), ("q", "y")), targets="?"):
@@ -93,20 +88,18 @@ def test_no_options_in_a_prompt(prompt):
     assert answer_options(_task([prompt], train=[("Options:\n- yes\n- no", "yes")])) is None
 
 
-def test_a_row_without_options_takes_the_labels():
-    stated = "Options:\n(A) x\n(B) y\n(C) z"
-    train = [(stated, "(A)"), (stated, "(B)")] * 2
-    task = _task([stated, "Options:\n(A) x"], train=train)
-    assert answer_options(task) == (("(A)", "(B)", "(C)"), ("(A)", "(B)"))
-    assert answer_options(_task([stated, "none"], train=train[:2])) is None
-
-
-def test_options_that_the_training_targets_do_not_use_are_not_believed():
-    stated = "Options:\n(A) red\n(B) blue"
-    assert answer_options(_task([stated], train=[(stated, "red"), (stated, "blue")])) is None
-    assert answer_options(_task([stated], train=[(stated, "red"), (stated, "blue")] * 2)) == (("blue", "red"),)
-    # Half of them is enough: prompts of which some are malformed.
-    assert answer_options(_task([stated], train=[(stated, "(A)"), (stated, "red")])) == (("(A)", "(B)"),)
+def test_rows_whose_options_are_missing_or_not_believed_take_the_labels():
+    stated, red_or_blue = "Options:\n(A) x\n(B) y\n(C) z", "Options:\n(A) red\n(B) blue"
+    letters, labels = [(stated, "(A)"), (stated, "(B)")], [(red_or_blue, "red"), (red_or_blue, "blue")]
+    for prompts, train, options in (
+        ([stated, "Options:\n(A) x"], 2 * letters, (("(A)", "(B)", "(C)"), ("(A)", "(B)"))),
+        ([stated, "none"], letters, None),
+        ([red_or_blue], labels, None),
+        ([red_or_blue], 2 * labels, (("blue", "red"),)),
+        # Half of the training targets are enough: prompts of which some are malformed.
+        ([red_or_blue], [(red_or_blue, "(A)"), (red_or_blue, "red")], (("(A)", "(B)"),)),
+    ):
+        assert answer_options(_task(prompts, train=train)) == options
 
 
 @pytest.mark.parametrize(
