@@ -23,20 +23,18 @@ class Hub:
       repositories: name -> path in it -> content.
       private: names that need the token.
       gated: names that nobody was let in to.
-      broken: path -> how many bytes to send before the connection breaks, once.
       busy: how many requests to answer with 429 first.
       answers: path -> status, headers and parts of an answer to give instead; without a Content-Length it is chunked.
-      requests: method and path of every request, with its Range.
+      requests: method and path of every request.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.private: set[str] = set()
         self.gated: set[str] = set()
-        self.broken: dict[str, int] = {}
         self.busy = 0
         self.answers: dict[str, tuple[int, dict[str, str], Iterable[bytes]]] = {}
-        self.requests: list[tuple[str, str, str | None]] = []
+        self.requests: list[tuple[str, str]] = []
         self.uploaded: dict[str, bytes] = {}
 
     def add(self, name: str, folder: Path) -> None:
@@ -96,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = self._chunks()
-        hub.requests.append((self.command, path, self.headers.get("Range")))
+        hub.requests.append((self.command, path))
         if hub.busy:
             hub.busy -= 1
             return self._send(429, b"slow down", {"Retry-After": "0"})
@@ -163,18 +161,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, name: str, path: str) -> None:
         content = self.hub.repositories[name][path]
-        headers = {"ETag": _etag(content), "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        status, asked = 200, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        whole = len(content)
-        if asked:
-            status, content = 206, content[int(asked[1]) :]
-            headers["Content-Range"] = f"bytes {asked[1]}-{whole - 1}/{whole}"
-        if self.command == "GET" and path in self.hub.broken:
-            self._head(status, len(content), headers)
-            self.wfile.write(content[: self.hub.broken.pop(path)])
-            self.close_connection = True
-            return
-        self._send(status, content, headers)
+        headers = {"ETag": _etag(content), "X-Repo-Commit": COMMIT}
+        self._send(200, content, headers)
 
     def _create(self, asked: dict[str, str]) -> None:
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
@@ -233,14 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, found: object, status: int = 200) -> None:
         self._send(status, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
-    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
+    def _send(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(length))
-        for key, value in headers.items():
+        for key, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
             self.send_header(key, value)
         self.end_headers()
-
-    def _send(self, status: int, content: bytes = b"", headers: dict[str, str] | None = None) -> None:
-        self._head(status, len(content), headers or {})
         if self.command != "HEAD":
             self.wfile.write(content)

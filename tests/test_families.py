@@ -43,9 +43,8 @@ from lorafusion_jax.io.hf import load_base, load_tokenizer, read_config, save_ba
 from lorafusion_jax.io.pool import load_pool, read_pool
 from lorafusion_jax.methods import METHODS
 from lorafusion_jax.methods.fusion import FusionRecipe
-from lorafusion_jax.models.architecture import Architecture, kernels, linear_shapes, places
+from lorafusion_jax.models.architecture import Architecture, linear_shapes, places
 from lorafusion_jax.models.decoder.shapes import SHAPES
-from lorafusion_jax.models.generate import generate
 from lorafusion_jax.models.registry import FAMILIES
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.options import FuseOptions
@@ -203,27 +202,6 @@ def test_an_adapter_of_another_family_is_refused(family, adapters, tmp_path):
     for of, adapter, message in cases:
         with pytest.raises(ValueError, match=rf"wrong base\?.* no linear module {message}"):
             convert(ConvertOptions(base=str(of), adapters=(str(adapter),), out=tmp_path / "pool"))
-
-
-def test_a_saved_base_is_read_back(tmp_path):
-    base = _pair(tmp_path).base
-    tensors = load_file(base / "model.safetensors")
-    assert {"tokens.weight", "output.weight", "last.weight", "model.writers.2.talk.back.weight"} <= tensors.keys()
-    model, drawn = load_base(base), kernels(Pair(_PAIR, rngs=nnx.Rngs(0)))
-    assert model.config == _PAIR
-    for site, kernel in kernels(model).items():
-        np.testing.assert_array_equal(kernel, drawn[site])
-
-
-def test_generation_follows_the_logits_of_labels():
-    """One token after the other through the cache gives the tokens of all at once."""
-    model = Pair(_PAIR, rngs=nnx.Rngs(1))
-    ids, mask = jnp.array([[5, 6, 7], [8, 9, 0]]), jnp.array([[True, True, True], [True, True, False]])
-    said = generate(model, ids, mask, max_new_tokens=5)
-    again = jnp.argmax(model.label_logits(ids, mask, said, {}), axis=-1)
-    for row, likeliest in zip(np.asarray(said), np.asarray(again), strict=True):
-        length = int(np.argmax(row == 1)) + 1 if (row == 1).any() else len(row)
-        np.testing.assert_array_equal(row[:length], likeliest[:length])
 
 
 @pytest.mark.long
@@ -391,15 +369,6 @@ def test_parameters_and_flops_are_the_model_s():
     attention = 3 * 2 * source * target * 8
     operations = 2 * rows * (source * of_source + target * of_target + attention)
     assert forward_flops(_PAIR, shape, Update()) == operations
-
-
-@_LLAMA_ONLY
-def test_parameters_of_a_decoder_are_the_model_s(family):
-    found = counts(family.config, modules=2, rank=3, basis=4, targets=["q_proj", "up_proj"])
-    maps = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24
-    assert found["full fine-tuning"] == maps + 320 * 16 + 3 * 16
-    assert found["LoRAFusion"] == 2 + 16 + 24
-    assert weights_bytes(family.config) == 4 * found["full fine-tuning"]
 
 
 # Matrices that are read at the same time, by how often. Of the pair: ask (query and its modules; the memory is the

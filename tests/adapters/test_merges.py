@@ -121,13 +121,6 @@ def test_merges_are_what_peft_defines(kind):
         _close(got[site][layer], wanted)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cat", "ties", "dare_linear_svd"])
-def test_a_single_module_is_only_weighted(kind):
-    got = _update(index=[1], weights=[-0.6], kind=kind, density=0.3)
-    for site in _POOL.A:
-        _close(got[site], -0.6 * np.asarray(_POOL.A[site][:, 1] @ _POOL.B[site][:, 1]))
-
-
 def test_where_nothing_is_pruned_the_rules_meet():
     linear = _update(kind="linear")
     for kind in ("magnitude_prune", "dare_linear"):
@@ -199,24 +192,6 @@ def test_merges_map_over_seeds(kind):
         one = _update(index=index[seed], weights=[1 / 3] * 3, key=keys[seed], kind=kind)
         for site in one:
             _close(both["A"][site][seed] @ both["B"][site][seed], one[site])
-
-
-@pytest.mark.parametrize("kind", ["linear", "cat", "dare_ties_svd"])
-def test_the_method_trains_nothing(kind):
-    method, frozen, index = Merge(kind=kind, weight=0.5), Frozen(nnx.State({}), _POOL), jnp.arange(4)
-    method.check(_POOL)
-    params = method.init(frozen, index, _KEY)
-    acting = method.trainable(params, frozen, index)
-    assert jax.tree.structure(acting) == jax.tree.structure(params)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(acting))
-
-    def total(params):
-        adapters, metrics = method.adapters(params, frozen, index)
-        assert adapters.keys() == _POOL.A.keys() and not metrics
-        return sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(adapters))
-
-    value, gradient = jax.value_and_grad(total)(params)
-    assert value > 0 and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 def test_a_quantised_pool_merges_as_what_it_holds():

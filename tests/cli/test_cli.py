@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from lorafusion_jax import cli
 
@@ -54,33 +52,6 @@ def test_fuse_on_a_converted_pool_equals_the_adapter_folders(small, run, tmp_pat
     _fuse(*small, tmp_path)
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
-
-
-@pytest.mark.long
-def test_evaluate_generate_and_export(run, small, pool, tmp_path, capsys):
-    cli.main(["evaluate", "--run", str(run), "--test-rows", "3"])
-    assert capsys.readouterr().out.startswith("seed  exact match %  loss\n1 ")
-    (tmp_path / "text").write_text("double then digit : a b c\n")
-    cli.main(["generate", "--run", str(run), "--file", str(tmp_path / "text")])
-    assert capsys.readouterr().out.strip()
-    cli.main(["export", "--run", str(run), "--seed", "2", "--out", str(tmp_path / "adapter")])
-    assert capsys.readouterr().out == f"seed 2 of {run}, fusion\nwritten to {tmp_path / 'adapter'}\n"
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["use_dora"]) == (2 * 16, True)
-    cli.main(["export", "--run", str(run), "--format", "merged", "--out", str(tmp_path / "merged")])
-    again = tmp_path / "again"
-    # The merged model answers without a pool as the run does with it.
-    zero = [*_FUSE, "--base", str(tmp_path / "merged"), *_QUICK[2:], "--method", "zero-shot"]
-    cli.main([*zero, "--out", str(again), "--name", "z"])
-    said, wanted = (
-        [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").read_text().splitlines()][:5]
-        for folder in (again / "z", run)
-    )
-    assert said == wanted
-    cli.main(["export", "--pool", str(pool), "--adapter", "double_next", "--out", str(tmp_path / "one")])
-    files = [f / "adapter_model.safetensors" for f in (tmp_path / "one", small[1] / "double_next")]
-    a, b = map(load_file, files)
-    assert a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(run, tmp_path, capsys):

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
-import os
 import re
 import runpy
 import shlex
@@ -161,30 +160,3 @@ def test_every_block_names_its_language_so_that_none_is_left_out(page):
     text = page.read_text()
     assert {block.language for block in _blocks(text)} <= {*_RUN, *_SHOWN}
     assert _INDENTED.findall(_BLOCK.sub("", text)) == []
-
-
-def test_a_block_is_made_small_or_skipped_by_the_comments_before_it():
-    page = (
-        "# Title\n\n<!-- test: --epochs 20 => --epochs 1 -->\n<!-- test: fuse => params -->\n"
-        "```bash\nlorafusion fuse --epochs 20\n```\n\n<!-- test: skip, needs the hub -->\n```python\n1 / 0\n```\n"
-    )
-    small, skipped = _blocks(page)
-    assert small == _Block("bash", "lorafusion params --epochs 1\n", 5)
-    assert skipped.skipped == "needs the hub"
-    with pytest.raises(AssertionError, match="replaces what is not in its block: --seeds"):
-        list(_blocks("<!-- test: --seeds => --seed -->\n```bash\nlorafusion fuse\n```\n"))
-    with pytest.raises(AssertionError, match="neither"):
-        list(_blocks("<!-- test: quickly -->\n```bash\nlorafusion fuse\n```\n"))
-
-
-def test_a_line_that_a_test_cannot_run_is_refused(monkeypatch):
-    with pytest.raises(AssertionError, match="cannot run this line.*rm"):
-        _run_shell("rm -r pool\n", monkeypatch)
-
-
-def test_the_blocks_of_a_page_share_a_namespace_and_name_their_lines(tmp_path, monkeypatch):
-    page = tmp_path / "page.md"
-    page.write_text("# Title\n\n```python\nx = 2\n```\n\n```python\n\ny = x / 0\n```\n")
-    with pytest.raises(ZeroDivisionError) as raised:
-        _run_page(page, monkeypatch)
-    assert raised.traceback[-1].lineno + 1 == 9 and os.fspath(raised.traceback[-1].path) == os.fspath(page)

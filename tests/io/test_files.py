@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import datasets
-import one_block
 import pytest
 import tokenizers
 import transformers
@@ -132,27 +131,6 @@ def test_metrics_that_are_damaged(tmp_path):
     for read in (run.results, run.predictions):
         with pytest.raises(FileError, match=r"(results\.json|predictions\.jsonl, line 1): \w+ is missing"):
             read()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"d_ff": [8]}, r"d_ff is \[8\]: expected an integer"),
-        ({"num_layers": 10**9}, "num_layers is 1000000000: expected an integer from 1 to 10,000"),
-        ({"eos_token_id": {"a": 1}}, r"eos_token_id is \{'a': 1\}: expected an integer or a list or null"),
-        ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small': expected a number"),
-        ({"model_type": ["t5"]}, r"model_type is \['t5'\]"),
-        ({"model_type": "llama", "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: expected an int"),
-        ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads is 0: expected an integer from 1"),
-        ({"model_type": "llama", "hidden_act": ["silu"]}, r"hidden_act is \['silu'\]: expected a text"),
-        ({"model_type": "llama", "rope_scaling": 3}, "rope_scaling is 3: expected an object"),
-    ],
-)
-def test_a_base_whose_configuration_is_damaged(tmp_path, fields, message):
-    config = json.loads((one_block.SMALL / "base" / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | fields))
-    with pytest.raises(ValueError, match=f"^{tmp_path}/config.json: .*{message}"):
-        lf.read_config(tmp_path)
 
 
 def test_a_shape_that_numpy_refuses_is_a_fault_of_its_file(tmp_path):

@@ -6,7 +6,6 @@ import time
 
 import datasets
 import hub_server
-import one_block
 import pytest
 from hub_server import COMMIT
 from huggingface_hub import constants
@@ -22,16 +21,11 @@ _TREE = f"/api/models/org/base/tree/{COMMIT}"
 _OUT = "../../../../outside"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return one_block.cut(tmp_path_factory.mktemp("small"))[0]
-
-
 @pytest.fixture
-def hub(base, monkeypatch, tmp_path):
+def hub(small, monkeypatch, tmp_path):
     """A hub with a base, whose library caches in a folder of its own."""
     with hub_server.in_place(monkeypatch, tmp_path / "a" / "b" / "c") as found:
-        found.add("org/base", base)
+        found.add("org/base", small[0])
         yield found
 
 
@@ -39,30 +33,29 @@ def _outside(folder):
     return list(folder.rglob("*outside*"))
 
 
-@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit"])
-@pytest.mark.parametrize("name", [_OUT, "/nowhere/outside", "..", "a\\b"])
-def test_a_header_that_is_a_path_is_refused(hub, tmp_path, header, name):
-    headers = {"ETag": '"1"', "X-Repo-Commit": COMMIT, "Content-Length": "2"} | {header: f'"{name}"'}
-    hub.answers[_CONFIG] = (200, headers, [b"{}"])
-    with pytest.raises(ValueError, match=f"'org/base' .* the hub sends {header.lower()} .*part of a path"):
-        resolve("org/base", patterns=("config.json",))
-    assert not _outside(tmp_path)
+_INFO_OF_A_PATH = {"id": "org/base", "sha": _OUT, "siblings": [], "tags": [], "private": False}
+_LISTED = {"type": "file", "path": "config.json", "size": 2, "oid": 40 * "0", "lfs": {"oid": _OUT, "size": 2}}
 
 
-def test_a_commit_that_is_a_path_is_refused(hub, tmp_path):
-    info = {"id": "org/base", "sha": _OUT, "siblings": [], "tags": [], "private": False}
-    hub.answers[_INFO] = (200, {"Content-Type": "application/json"}, [json.dumps(info).encode()])
-    for fetch in (read_config, load_tokenizer):
-        with pytest.raises(ValueError, match="org/base.* the hub sends sha '../../../../outside'"):
-            fetch("org/base")
-    assert not _outside(tmp_path)
-
-
-def test_a_digest_in_a_listing_that_is_a_path_is_refused(hub, tmp_path):
-    entry = {"type": "file", "path": "config.json", "size": 2, "oid": 40 * "0", "lfs": {"oid": _OUT, "size": 2}}
-    hub.answers[_TREE] = (200, {}, [json.dumps([entry]).encode()])
-    with pytest.raises(ValueError, match="org/base.* the hub sends oid"):
-        resolve("org/base", patterns=("config.json",))
+@pytest.mark.parametrize("fetch", [read_config, load_tokenizer])
+@pytest.mark.parametrize(
+    ("path", "headers", "content", "message"),
+    [
+        *(
+            (_CONFIG, {header: f'"{name}"'}, {}, f"{header.lower()} .*part of a path")
+            for header in ("ETag", "X-Linked-Etag", "X-Repo-Commit")
+            for name in (_OUT, "/nowhere/outside", "..", "a\\b")
+        ),
+        (_INFO, {}, _INFO_OF_A_PATH, "sha '../../../../outside'"),
+        (_TREE, {}, [_LISTED], "oid"),
+    ],
+)
+def test_names_that_are_paths_are_refused(hub, tmp_path, fetch, path, headers, content, message):
+    body = json.dumps(content).encode()
+    sent = {"ETag": '"1"', "X-Repo-Commit": COMMIT, "Content-Length": str(len(body))} | headers
+    hub.answers[path] = (200, sent, [body])
+    with pytest.raises(ValueError, match=f"org/base.* the hub sends {message}"):
+        fetch("org/base")
     assert not _outside(tmp_path)
 
 
@@ -120,10 +113,9 @@ def test_a_busy_hub_cannot_ask_for_a_long_pause(hub, monkeypatch):
 def test_a_commit_of_data_that_is_a_path_is_refused(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", constants.ENDPOINT)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "a" / "datasets"))
-    info = {"id": "org/data", "sha": _OUT, "siblings": [], "tags": [], "private": False}
     hub.repositories["org/data"] = {"train.jsonl": b'{"input": "a", "target": "b"}\n'}
     for path in ("/api/datasets/org/data", "/api/datasets/org/data/revision/main"):
-        hub.answers[path] = (200, {}, [json.dumps(info).encode()])
+        hub.answers[path] = (200, {}, [json.dumps(_INFO_OF_A_PATH | {"id": "org/data"}).encode()])
     with pytest.raises(ValueError, match="org/data .* the hub sends sha"):
         load_task("org/data")
     assert not _outside(tmp_path)
@@ -148,7 +140,7 @@ def test_answers_that_the_library_cannot_take_are_a_value_error(hub, fetch, path
         fetch("org/base")
 
 
-def test_sessions_of_a_user_are_used(hub, base):
+def test_sessions_of_a_user_are_used(hub, small):
     import huggingface_hub
     from huggingface_hub.utils import _http
 
@@ -161,7 +153,7 @@ def test_sessions_of_a_user_are_used(hub, base):
 
     huggingface_hub.set_client_factory(make)
     try:
-        assert read_config("org/base") == read_config(base)
+        assert read_config("org/base") == read_config(small[0])
         assert made
     finally:
         huggingface_hub.set_client_factory(before)

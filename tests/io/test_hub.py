@@ -4,7 +4,6 @@ import datasets
 import hub_server
 import jax.numpy as jnp
 import numpy as np
-import one_block
 import pytest
 from hub_server import TOKEN
 
@@ -15,11 +14,6 @@ from lorafusion_jax.io.hub import make_repository
 from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.io.source import resolve
 from lorafusion_jax.tasks import load_task
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return one_block.cut(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture
@@ -99,19 +93,6 @@ def test_refusals_of_the_hub_are_explained(hub, monkeypatch):
     assert (resolve("org/adapter", patterns=None) / "adapter_config.json").is_file()
 
 
-def test_a_download_that_breaks_is_continued(hub, monkeypatch):
-    from huggingface_hub import constants
-
-    name, sent = "adapter_model.safetensors", 300
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
-    hub.broken[name] = sent
-    folder = resolve("org/adapter", patterns=None)
-    content = hub.repositories["org/adapter"][name]
-    assert (folder / name).read_bytes() == content
-    ranges = [asked for method, path, asked in hub.requests if method == "GET" and path.endswith(name)]
-    assert ranges[-1] == f"bytes={sent}-"
-
-
 @pytest.fixture
 def data(hub, monkeypatch, tmp_path):
     """The hub with a data set of two files."""
@@ -133,7 +114,7 @@ def data(hub, monkeypatch, tmp_path):
 def test_data_come_by_id_and_revision(data):
     task = load_task(f"org/data@{hub_server.COMMIT}")
     assert [example.input for example in task.test] == ["test 0", "test 1"] and len(task.train) == 3
-    assert f"/datasets/org/data/resolve/{hub_server.COMMIT}/test.jsonl" in [path for _, path, _ in data.requests]
+    assert f"/datasets/org/data/resolve/{hub_server.COMMIT}/test.jsonl" in [path for _, path in data.requests]
     with pytest.raises(ValueError, match=r"org/data@v9 is not a local path.*evision.*v9"):
         load_task("org/data@v9")
     with pytest.raises(ValueError, match=r"org/data:other is not a local path.*'other' not found"):

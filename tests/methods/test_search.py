@@ -1,22 +1,26 @@
 """Searches without gradients: LoraHub's objective and optimiser, CMA-ES, and the best single module."""
 
+import functools
 import importlib.util
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_search
+import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.io.hf import base_tensor, load_base
 from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.methods import cma, find, lorahub
+from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.mean import single_losses
+from lorafusion_jax.models.t5 import T5, T5Config
 from lorafusion_jax.tasks import IGNORED, Batch
 
 _SEEDS, _GENERATIONS, _POPULATION = (1, 2), 8, 6
@@ -41,6 +45,78 @@ def _found(method, objective, seeds, *, modules=3, rounds=_GENERATIONS, populati
     return cma.search(objective, keys, modules, generations=rounds, population=population, **more)
 
 
+# A model of one layer, a pool for one of its sites, and the job of a search over them.
+
+_SITE = "decoder.self.v"
+_CONFIG = T5Config(vocab_size=16, d_model=8, d_kv=4, d_ff=16, num_heads=2, num_layers=1, num_decoder_layers=1)
+
+
+def _job_of(
+    model,
+    pool,
+    batches,
+    *,
+    seeds=(1,),
+    method=lorahub.LORAHUB,
+    seed_mode="sequential",
+    record=lambda rows: None,
+    **recipe,
+):
+    """A search over all modules of a pool, on batches whose leaves have an axis of seeds."""
+    index = jnp.tile(jnp.arange(len(pool)), (len(seeds), 1))
+    frozen = tiny.frozen(model, pool)
+    problem = lf.Problem(graph=nnx.graphdef(model), method=method, frozen=frozen, index=index, seed_mode=seed_mode)
+    rows = SimpleNamespace(once=lambda size: iter(batches))
+    return SearchJob(problem, rows, SimpleNamespace(batch_size=4, **recipe), seeds, (pool.names,) * len(seeds), record)
+
+
+def _small(seeds=(1,), **more):
+    """A random model and pool of three modules, and two batches of one-token answers, those of the modules' sum.
+
+    The second batch holds a row that only fills it up.
+    """
+    model, pool, batches = _drawn()
+    batches = [jax.tree.map(lambda a: np.stack([np.asarray(a)] * len(seeds)), batch) for batch in batches]
+    return _job_of(model, pool, batches, seeds=seeds, **more)
+
+
+@functools.cache
+def _drawn():
+    model = T5(_CONFIG, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    A, B = rng.normal(size=(2, 1, 3, 2, 8)).astype(np.float32)
+    pool = lf.LoraPool(
+        A={_SITE: jnp.asarray(A.swapaxes(2, 3))},
+        B={_SITE: jnp.asarray(B)},
+        rank={_SITE: jnp.full((1, 3), 2)},
+        names=("a", "b", "c"),
+    )
+    batches = []
+    for real in (4, 3):
+        row_mask = np.arange(4) < real
+        ids = rng.integers(2, 16, (4, 5)).astype(np.int32)
+        mask = np.broadcast_to(row_mask[:, None], ids.shape)
+        answers = np.argmax(_mixed(model, pool, np.ones(3))(ids, mask, np.zeros((4, 1), np.int32)), axis=-1)
+        labels = np.where(row_mask[:, None], answers, -100).astype(np.int32)
+        batches.append(Batch(ids, mask, labels, row_mask))
+    return model, pool, batches
+
+
+def _mixed(model, pool, weights):
+    """Return the model with A' B' added to its kernel: the oracle, which knows no adapters."""
+    A, B = (np.einsum("lnab,n->lab", np.asarray(m[_SITE]), weights) for m in (pool.A, pool.B))
+    kernel = np.asarray(lf.kernels(model)[_SITE]) + A @ B
+    mixed = nnx.clone(model)
+    mixed.decoder.self_attention.v.kernel.set_value(jnp.asarray(kernel, jnp.float32))
+    graph, weights = nnx.split(mixed)
+    return lambda *inputs: _logits(graph, weights, *map(jnp.asarray, inputs))
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _logits(graph, weights, ids, mask, start):
+    return nnx.merge(graph, weights)(ids, mask, start)
+
+
 # The objective.
 
 
@@ -63,7 +139,7 @@ def _golden(folder, seed_mode):
         )
         for k in (0, 1)
     ]
-    job = small_search.job_of(model, pool, batches, seeds=(42,), seed_mode=seed_mode)
+    job = _job_of(model, pool, batches, seeds=(42,), seed_mode=seed_mode)
     return lorahub.objective_of(job), _arrays(folder / "lorahub.npz")
 
 
@@ -85,13 +161,13 @@ def test_the_search_proposes_the_weights_of_the_golden_search(goldens):
 
 
 def test_the_objective_is_the_loss_of_the_mixed_model_and_a_penalty():
-    job = small_search.small(seeds=_SEEDS)
+    job = _small(seeds=_SEEDS)
     weights = np.array([[0.5, -1.0, 0.25], [0.0, 0.0, 0.0]])
     got = lorahub.objective_of(job)(1, weights)
     frozen = job.problem.frozen
     model = nnx.merge(job.problem.graph, frozen.base)
     for seed, w in enumerate(weights):
-        mixed = small_search.mixed(model, frozen.pool, w)
+        mixed = _mixed(model, frozen.pool, w)
         total = 0.0
         for batch in job.rows.once(4):
             labels = batch.labels[seed]
@@ -108,7 +184,7 @@ def test_the_objective_is_the_loss_of_the_mixed_model_and_a_penalty():
 def test_a_search_improves_on_zeros_and_reports_every_round(method):
     lines = []
     recipe = {"evaluations": 40, "generations": _GENERATIONS, "population": _POPULATION}
-    job = small_search.small(_SEEDS, record=lines.extend, **recipe)
+    job = _small(_SEEDS, record=lines.extend, **recipe)
     params, rounds = find(method.__name__.rpartition(".")[2]).search(job)
     objective = lorahub.objective_of(job)
     zero, found = objective(1, np.zeros((2, 3))), objective(1, np.asarray(params["coefficients"], float))
@@ -212,16 +288,16 @@ def _ragged():
 
 
 def test_a_module_without_a_finite_loss_is_never_the_best():
-    job = small_search.small(_SEEDS, method=lf.Fusion(granularity="global", magnitudes=False))
+    job = _small(_SEEDS, method=lf.Fusion(granularity="global", magnitudes=False))
     losses = single_losses(list(job.rows.once(4)), job.problem)
     best = int(np.argmin(losses[0]))
     pool = job.problem.frozen.pool
-    B = pool.B[small_search.SITE].at[:, best].set(3e38)  # overflows where it is read, and is zero where it is not
+    B = pool.B[_SITE].at[:, best].set(3e38)  # overflows where it is read, and is zero where it is not
     job = job._replace(
         problem=job.problem.replace(
             frozen=lf.Frozen(
                 job.problem.frozen.base,
-                lf.LoraPool(A=pool.A, B={small_search.SITE: B}, rank=pool.rank, names=pool.names),
+                lf.LoraPool(A=pool.A, B={_SITE: B}, rank=pool.rank, names=pool.names),
                 job.problem.frozen.gram,
             )
         )
@@ -235,14 +311,14 @@ def test_a_module_without_a_finite_loss_is_never_the_best():
 @pytest.mark.parametrize("seed_mode", ["sequential", "batched"])
 def test_losses_of_single_modules_are_those_of_merged_kernels(seed_mode):
     method = lf.Fusion(granularity="global", magnitudes=False)
-    batches, problem = _ragged(), small_search.small(_SEEDS, seed_mode=seed_mode, method=method).problem
+    batches, problem = _ragged(), _small(_SEEDS, seed_mode=seed_mode, method=method).problem
     problem = problem.replace(index=jnp.array([[2, 0], [1, 2]]))  # some of the pool's modules, in another order
     got = single_losses(batches, problem)
     assert np.ptp(got) > 0.1
     model, pool = nnx.merge(problem.graph, problem.frozen.base), problem.frozen.pool
     for seed, modules in enumerate(np.asarray(problem.index)):
         for n, module in enumerate(modules):
-            mixed = small_search.mixed(model, pool, np.eye(3)[module])
+            mixed = _mixed(model, pool, np.eye(3)[module])
             picked = []
             for batch in batches:
                 labels = batch.labels[seed]

@@ -241,16 +241,6 @@ def test_single_adapter(golden, name, numbers):
     golden.check_greedy(adapters, said, by_generation=name == "lora_a" and 5 in numbers)
 
 
-@pytest.mark.long
-def test_a_batch_padded_on_the_left_with_an_adapter(golden):
-    file = dict(np.load(golden.folder / "single_lora_c_all_rslora.npz"))
-    problem = golden.problem(["lora_c_all_rslora"], Fusion(composition="sum", magnitudes=False))
-    adapters = _adapters(problem, problem.init(jax.random.key(0)))
-    real = golden.inputs["batch_left_mask"] > 0
-    logits = golden.exact_logits(jnp.asarray(golden.inputs["batch_left_ids"]), jnp.asarray(real), adapters)
-    golden.check_row(logits[real], file, "left")
-
-
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", _FUSIONS)
 def test_fusion(golden, name):

@@ -8,17 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import qwix
 import recipes
 
 from lorafusion_jax import fuse
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.plan import describe_run
-from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
-from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.folders import new_folder
 from lorafusion_jax.io.hf import load_base
 from lorafusion_jax.io.pool import load_basis, load_pool, open_pool, read_pool
 from lorafusion_jax.models.architecture import kernels
@@ -27,7 +23,6 @@ from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import check, load_model, with_whole_modules
 from lorafusion_jax.runs.run import run_path
-from lorafusion_jax.serving.predict import evaluate_runs
 
 
 @pytest.fixture(scope="module")
@@ -68,35 +63,6 @@ def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
     (again,) = evaluate_run(EvaluateOptions(run=run_path(options)))
     assert (again["exact_match"], again["loss"]) == (results["exact_match"], results["seeds"][0]["loss"])
     assert fuse(dataclasses.replace(options, resume=True)) == results
-
-
-@pytest.mark.nightly
-def test_runs_in_a_basis_share_a_bank_and_chips(fused, converted, tmp_path):
-    """A core and none in one batch; the same run on ideal arrays that a folder of chips holds."""
-    options, results = fused
-    other = dataclasses.replace(
-        options, name="other", method="coefficients", recipe=dataclasses.replace(options.recipe, train_core=False)
-    )
-    of_other = fuse(other)
-    rows = evaluate_runs((run_path(options), run_path(other)))
-    for row, alone in zip(rows, (results, of_other), strict=True):
-        assert row["exact_match"] == alone["exact_match"]
-        assert row["loss"] == pytest.approx(alone["seeds"][0]["loss"], rel=1e-4)
-    whole = _options(converted, tmp_path, name="whole", basis=None, epochs=1)
-    fuse(whole)
-    with pytest.raises(ValueError, match="fuses whole modules, and .* a basis of 16 directions"):
-        evaluate_runs((run_path(options), run_path(whole)))
-    manifest = write_chips(
-        ProgramOptions(
-            base=str(converted[0]), pool=str(converted[1]), basis=16, crossbar="ideal", out=tmp_path / "chips"
-        )
-    )
-    assert manifest["basis_sha256"]
-    on = EvaluateOnChipsOptions(run=run_path(options), crossbar=str(tmp_path / "chips"), test_rows=5)
-    (row,) = evaluate_on_chips(on)["rows"]
-    assert row["loss"] == pytest.approx(results["seeds"][0]["loss"], rel=1e-3)
-    with pytest.raises(ValueError, match="programmed with another pool"):
-        evaluate_on_chips(dataclasses.replace(on, run=run_path(whole)))
 
 
 def test_an_exported_adapter_and_a_merged_base_are_the_fusion(fused, converted, tmp_path):
@@ -144,15 +110,6 @@ def test_controls_project_the_modules_on_other_directions(converted, tmp_path):
         assert (pool.names, pool.k) == (own.names, 16)
         for site in own.sites if control != "shuffled" else ():  # a stack of one layer is not shuffled
             assert pool.kept()[site].sum() < own.kept()[site].sum()
-
-
-def test_two_processes_cannot_add_to_one_pool(converted, tmp_path):
-    pool = tmp_path / "pool"
-    shutil.copytree(converted[1], pool, ignore=shutil.ignore_patterns("basis"))
-    with new_folder(pool / "basis") as first:
-        with pytest.raises(ValueError, match=r"pool/\.basis\.partial is being written by another process: wait for it"):
-            convert(ConvertOptions(out=pool, basis=24))
-        assert first.is_dir()
 
 
 def test_new_modules_join_an_existing_basis(small, converted, tmp_path, capsys):
@@ -228,19 +185,3 @@ def test_a_pool_without_a_basis_names_the_command_that_makes_one(small, converte
     (other / "basis" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=f"basis of another pool: {own} had other weights"):
         load_basis(other)
-
-
-@pytest.mark.nightly
-def test_seeds_a_mesh_and_4_bits(converted, tmp_path):
-    """Seeds that share a program are those alone, on one device or four; 4 bits train too."""
-    both = _options(converted, tmp_path, name="both", seeds=(1, 2), epochs=1, train_core=True)
-    wanted = fuse(both)
-    alone = fuse(dataclasses.replace(both, name="alone", seeds=(2,)))
-    assert alone["seeds"][0]["loss"] == wanted["seeds"][1]["loss"]
-    meshed = fuse(dataclasses.replace(both, name="mesh", mesh="seed=2,model=2"))
-    for got, of_one in zip(meshed["seeds"], wanted["seeds"], strict=True):
-        assert got["loss"] == pytest.approx(of_one["loss"], rel=1e-4)
-    in_4_bits = dataclasses.replace(both, name="nf4", load_in="nf4")
-    assert fuse(in_4_bits)["seeds"][0]["loss"] == pytest.approx(wanted["seeds"][0]["loss"], rel=0.2)
-    frozen = load_model(in_4_bits).problem.frozen
-    assert all(isinstance(u, qwix.QArray) for u in frozen.pool.U.values())

@@ -562,13 +562,14 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
     assert (tmp_path / "out" / "README.md").is_file()
 
 
-def test_a_run_is_named_after_its_task_without_revision_and_config():
-    for task in ("owner/bench", "owner/bench@v1.0", "owner/bench@refs/pr/1:counting", "tasks/bench.json"):
-        assert run_path(FuseOptions(base="base", pool="pool", task=task)) == Path("runs/bench-fusion")
-
-
-def test_runs_of_one_task_are_named_by_method_and_control():
-    options = FuseOptions(base="base", pool="pool", task="tasks/snarks.json")
-    changes = ({}, {"control": "random"}, {"name": "own"})
-    found = [run_path(dataclasses.replace(options, **change)).name for change in changes]
-    assert found == ["snarks-fusion", "snarks-fusion-random", "own"]
+@pytest.mark.parametrize(
+    ("task", "changes", "name"),
+    [
+        ("owner/bench", {}, "bench-fusion"),
+        ("owner/bench@refs/pr/1:counting", {}, "bench-fusion"),
+        ("tasks/bench.json", {"control": "random"}, "bench-fusion-random"),
+        ("tasks/bench.json", {"name": "own"}, "own"),
+    ],
+)
+def test_a_run_is_named_after_its_task_method_and_control(task, changes, name):
+    assert run_path(FuseOptions(base="base", pool="pool", task=task, **changes)) == Path("runs") / name
