@@ -10,11 +10,8 @@ import numpy as np
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import Model, kernels
-from lorafusion_jax.training.frozen import Frozen
+import lorafusion_jax as lf
+from lorafusion_jax.models.architecture import Model
 from lorafusion_jax.training.method import Params
 
 
@@ -46,16 +43,16 @@ def randomise(model: Any, std: float = 0.3) -> Any:
 class Fused(NamedTuple):
     """A fusion at coefficients of either sign and changed magnitudes."""
 
-    method: Fusion
-    frozen: Frozen
+    method: lf.Fusion
+    frozen: lf.Frozen
     params: Params
     adapters: dict[str, Any]
 
 
-def fused(model: Model, folders: list[Path], method: Fusion, coefficients: Any = None) -> Fused:
+def fused(model: Model, folders: list[Path], method: lf.Fusion, coefficients: Any = None) -> Fused:
     """Fuse adapters, at given coefficients or at some of either sign."""
-    pool = read_pool([str(folder) for folder in folders], model.config)
-    frozen = Frozen(nnx.state(model), pool, _gram(pool, {site: kernels(model)[site] for site in pool.A}))
+    pool = lf.read_pool([str(folder) for folder in folders], model.config)
+    frozen = lf.Frozen(nnx.state(model), pool, _gram(pool, {site: lf.kernels(model)[site] for site in pool.A}))
     index = jnp.arange(len(folders))
     params = method.init(frozen, index, jax.random.key(0))
     shape = params["coefficients"].shape
@@ -63,10 +60,10 @@ def fused(model: Model, folders: list[Path], method: Fusion, coefficients: Any =
     rng = np.random.default_rng(1)
     for site, m in params.get("magnitudes", {}).items():
         params["magnitudes"][site] = m * jnp.asarray(rng.uniform(1.0, 1.3, m.shape), jnp.float32)
-    return Fused(method, frozen, params, _composed(method, params, Frozen(nnx.State({}), pool, frozen.gram), index))
+    return Fused(method, frozen, params, _composed(method, params, lf.Frozen(nnx.State({}), pool, frozen.gram), index))
 
 
-_gram = jax.jit(gram)
+_gram = jax.jit(lf.gram)
 
 
 # The base's weights are no argument: families whose matrices have the same sizes share the program.

@@ -23,14 +23,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from second_family import FAMILY, Pair, PairConfig
 
-from lorafusion_jax import fuse
+import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.estimates.bill.activity import activities
 from lorafusion_jax.estimates.bill.bill import bills
 from lorafusion_jax.estimates.bill.options import CostOptions
 from lorafusion_jax.estimates.estimate import Settings
-from lorafusion_jax.estimates.flops import Shape, Update, forward_flops
+from lorafusion_jax.estimates.flops import Shape, forward_flops
 from lorafusion_jax.estimates.memory import weights_bytes
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import describe_run, plan
@@ -39,17 +39,11 @@ from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
 from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.hf import load_base, load_tokenizer, read_config, save_base
-from lorafusion_jax.io.pool import load_pool, read_pool
-from lorafusion_jax.methods import METHODS
-from lorafusion_jax.methods.fusion import FusionRecipe
-from lorafusion_jax.models.architecture import Architecture, linear_shapes, places
+from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.decoder.shapes import SHAPES
 from lorafusion_jax.models.registry import FAMILIES
 from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import load_run
 from lorafusion_jax.training.mesh import partition, rules
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
@@ -77,7 +71,7 @@ class _Case(NamedTuple):
 
     folder: Path
     base: Path
-    config: Architecture
+    config: lf.Architecture
     task: Path
     adapted: tuple[str, ...]
     task_type: str
@@ -88,7 +82,7 @@ def _pair(folder: Path) -> _Case:
     shutil.copytree(_SMALL / "base", folder / "source", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
     sizes = {name: getattr(_PAIR, name) for name in ("vocab_size", "d_model", "d_ff", "reader_layers", "writer_layers")}
     (folder / "source" / "config.json").write_text(json.dumps(sizes | {"model_type": "pair"}))
-    save_base(Pair(_PAIR, rngs=nnx.Rngs(0)), folder / "base", folder / "source")
+    lf.save_base(Pair(_PAIR, rngs=nnx.Rngs(0)), folder / "base", folder / "source")
     adapted = ("reader.mix.up", "writer.talk.query", "writer.mix.down")
     return _Case(folder, folder / "base", _PAIR, _SMALL / "tasks" / "double_digit", adapted, "FEATURE_EXTRACTION")
 
@@ -106,7 +100,7 @@ def _llama(folder: Path) -> _Case:
         for part, chosen in (("train", rows), ("test", rows[:4])):
             (folder / name / f"{part}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
     adapted = ("decoder.self_attn.q_proj", "decoder.self_attn.o_proj", "decoder.mlp.down_proj")
-    return _Case(folder, base, read_config(base), folder / "closed", adapted, "CAUSAL_LM")
+    return _Case(folder, base, lf.read_config(base), folder / "closed", adapted, "CAUSAL_LM")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,7 +118,7 @@ def family(request, tmp_path_factory) -> _Case:
 @pytest.fixture(scope="module")
 def adapters(family) -> list[Path]:
     """Three PEFT adapters."""
-    rng, sites = np.random.default_rng(0), places(family.config)
+    rng, sites = np.random.default_rng(0), lf.places(family.config)
     for number in range(3):
         folder, tensors = family.folder / "adapters" / f"adapter_{number}", {}
         for path, (d_in, d_out) in linear_shapes(family.config).items():
@@ -147,12 +141,12 @@ def pool(family, adapters) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(family, pool) -> Callable[..., FuseOptions]:
+def asked(family, pool) -> Callable[..., lf.FuseOptions]:
     """A function from a name and further options to the options of a short run."""
 
-    def options(name: str, **changes) -> FuseOptions:
+    def options(name: str, **changes) -> lf.FuseOptions:
         values = {"base": str(family.base), "task": str(family.task), "seeds": (1,), "test_rows": 4}
-        if METHODS[changes.get("method", "fusion")].pool:
+        if lf.METHODS[changes.get("method", "fusion")].pool:
             values["pool"] = str(pool)
         return recipes.options(_QUICK, **values | {"out": family.folder / "runs", "name": name} | changes)
 
@@ -163,22 +157,24 @@ def asked(family, pool) -> Callable[..., FuseOptions]:
 def run(asked) -> Path:
     """Two seeds of a fusion."""
     options = asked("fusion", seeds=(1, 2))
-    fuse(options)
+    lf.fuse(options)
     return options.out / "fusion"
 
 
 @pytest.fixture(scope="module")
 def done(asked, family) -> Callable[[str], dict]:
     """A function from a method to the results of its run with one seed."""
-    return functools.cache(lambda method: fuse(asked(method, task=str(family.task.with_name("open")), method=method)))
+    return functools.cache(
+        lambda method: lf.fuse(asked(method, task=str(family.task.with_name("open")), method=method))
+    )
 
 
 def test_a_converted_pool_is_the_adapters(family, pool, adapters):
     assert json.loads((pool / "manifest.json").read_text())["base"]["family"] == family.config.family
-    loaded = load_pool(pool)
+    loaded = lf.load_pool(pool)
     assert list(loaded.A) == list(loaded.sites) == list(family.adapted)
     file = load_file(adapters[1] / "adapter_model.safetensors")
-    for path, (site, layer) in places(family.config).items():
+    for path, (site, layer) in lf.places(family.config).items():
         if site in family.adapted:
             a, b = (file[f"base_model.model.{path}.lora_{factor}.weight"] for factor in "AB")
             np.testing.assert_array_equal(loaded.A[site][layer, 1], a.T)
@@ -187,7 +183,7 @@ def test_a_converted_pool_is_the_adapters(family, pool, adapters):
 
 @pytest.mark.parametrize("family", ["pair"], indirect=True)
 def test_coefficients_have_a_column_for_each_block_and_site(pool):
-    loaded = load_pool(pool)
+    loaded = lf.load_pool(pool)
     assert column_names(loaded, "block") == ["reader.0", "reader.1", "writer.0", "writer.1", "writer.2"]
     writers = [f"writer.{layer}.{site}" for layer in range(3) for site in ("talk.query", "mix.down")]
     assert column_names(loaded, "site") == ["reader.0.mix.up", "reader.1.mix.up", *writers]
@@ -211,7 +207,7 @@ def test_two_seeds_are_trained_and_evaluated(family, run):
     columns = sum(config.sites[site].layers * config.sites[site].d_out for site in family.adapted)
     # A coefficient for each of two modules and each block, and a magnitude for each column of the adapted matrices.
     assert results["trainable_by_group"] == {"coefficients": 2 * config.layers, "magnitudes": columns}
-    assert len(results["seeds"]) == 2 and load_run(run)[1]["coefficients"].shape == (2, 2, config.layers)
+    assert len(results["seeds"]) == 2 and lf.load_run(run)[1]["coefficients"].shape == (2, 2, config.layers)
     for row in results["seeds"]:
         assert math.isfinite(row["loss"])
 
@@ -219,24 +215,24 @@ def test_two_seeds_are_trained_and_evaluated(family, run):
 @_LLAMA_ONLY
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=() if name in _SHORT else pytest.mark.long) for name in METHODS if name != "fusion"],
+    [pytest.param(name, marks=() if name in _SHORT else pytest.mark.long) for name in lf.METHODS if name != "fusion"],
 )
 def test_every_method_runs(family, method, done):
     results = done(method)
     (row,) = results["seeds"]
     assert 0 <= row["exact_match"] <= 100
     assert row["loss"] is None if method == "constant" else math.isfinite(row["loss"])
-    if METHODS[method].title is not None:
-        targets = [site.rpartition(".")[2] for site in family.adapted] if METHODS[method].pool else None
+    if lf.METHODS[method].title is not None:
+        targets = [site.rpartition(".")[2] for site in family.adapted] if lf.METHODS[method].pool else None
         found = counts(family.config, modules=2, rank=_RANK, vera_rank=3, basis=None, targets=targets)
-        assert results["trainable"] == found[METHODS[method].title.format(lora_rank=_RANK, vera_rank=3)]
+        assert results["trainable"] == found[lf.METHODS[method].title.format(lora_rank=_RANK, vera_rank=3)]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("family", ["pair"], indirect=True)
 def test_methods_without_a_pool_adapt_the_family_s_own_choice(asked):
     options = asked("lora", method="lora")
-    results = fuse(options)
+    results = lf.fuse(options)
     config = json.loads((options.out / "lora" / "config.json").read_text())
     assert config["options"]["recipe"]["lora_targets"] == ["up", "query"]
     assert results["trainable"] == 2 * 2 * (8 + 12) + 3 * 2 * (8 + 12) + 3 * 2 * (8 + 8)
@@ -253,7 +249,7 @@ def test_methods_without_a_pool_adapt_the_family_s_own_choice(asked):
 )
 def test_a_base_in_few_bits(family, load_in, method, rel, asked, done):
     task = str(family.task.with_name("open"))
-    (row,) = fuse(asked(f"{load_in}-{method}", task=task, load_in=load_in, method=method))["seeds"]
+    (row,) = lf.fuse(asked(f"{load_in}-{method}", task=task, load_in=load_in, method=method))["seeds"]
     (exact,) = done(method)["seeds"]
     assert row["loss"] == pytest.approx(exact["loss"], rel=rel) and row["loss"] != exact["loss"]
 
@@ -261,8 +257,8 @@ def test_a_base_in_few_bits(family, load_in, method, rel, asked, done):
 @pytest.mark.nightly
 def test_a_mesh_gives_the_numbers_of_one_device(run, asked):
     options = asked("mesh", seeds=(1, 2), mesh="seed=2,model=2")
-    fuse(options)
-    (_, alone, _), (_, spread, _) = load_run(run), load_run(options.out / "mesh")
+    lf.fuse(options)
+    (_, alone, _), (_, spread, _) = lf.load_run(run), lf.load_run(options.out / "mesh")
     for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -322,21 +318,21 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert fields["task_type"] == family.task_type and fields["use_dora"]
     assert fields["target_modules"] == sorted(
-        path for path, (site, _) in places(family.config).items() if site in family.adapted
+        path for path, (site, _) in lf.places(family.config).items() if site in family.adapted
     )
-    again = read_pool([str(tmp_path / "adapter")], family.config)
+    again = lf.read_pool([str(tmp_path / "adapter")], family.config)
     assert again.magnitude is not None and again.sites == family.adapted
 
     export(ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged"))
-    options, params, _ = load_run(run)
+    options, params, _ = lf.load_run(run)
     setup = prepare(options)
     problem = setup.problem.replace(index=setup.problem.index[1])
     model, adapters, _ = problem.adapted_model(jax.tree.map(lambda p: p[1], params))
     ids, labels = jnp.array([[5, 6, 7]]), jnp.array([[8, 9, 1]])
     fused = model.label_logits(ids, ids > 0, labels, adapters)
-    merged = load_base(tmp_path / "merged").label_logits(ids, ids > 0, labels, {})
+    merged = lf.load_base(tmp_path / "merged").label_logits(ids, ids > 0, labels, {})
     np.testing.assert_allclose(merged, fused, atol=1e-4)
-    assert load_tokenizer(str(tmp_path / "merged")).chat_template == setup.tokenizer.chat_template
+    assert lf.load_tokenizer(str(tmp_path / "merged")).chat_template == setup.tokenizer.chat_template
 
 
 @_LLAMA_ONLY
@@ -347,7 +343,7 @@ def test_a_plan_counts_what_a_run_needs(asked, family):
 
 
 def test_a_plan_has_a_row_for_each_method():
-    recipe = FusionRecipe(modules=2, epochs=1)
+    recipe = lf.FusionRecipe(modules=2, epochs=1)
     work = uniform(recipe, source=8, target=4, train_rows=20, test_rows=8)
     methods = ["zero-shot", "fusion", "lora", "full"]
     rows = plan(_PAIR, methods, {"task": work}, Settings(recipe=recipe, rank=2))
@@ -368,7 +364,7 @@ def test_parameters_and_flops_are_the_model_s():
     of_target = 3 * (2 * 8 * 8 + 2 * 8 * 12) + 8 * 66
     attention = 3 * 2 * source * target * 8
     operations = 2 * rows * (source * of_source + target * of_target + attention)
-    assert forward_flops(_PAIR, shape, Update()) == operations
+    assert forward_flops(_PAIR, shape, lf.Update()) == operations
 
 
 # Matrices that are read at the same time, by how often. Of the pair: ask (query and its modules; the memory is the

@@ -11,15 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.models.architecture import kernels
+import lorafusion_jax as lf
 from lorafusion_jax.models.t5 import T5, T5Config
-from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.loss import objective
-from lorafusion_jax.training.method import Method, Params
-from lorafusion_jax.training.problem import Problem
+from lorafusion_jax.training.method import Params
 
 CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_layers=3, num_decoder_layers=2)
 
@@ -59,7 +53,7 @@ def pool(
     names: str = "qv",
     config: T5Config = CONFIG,
     seed: int = 0,
-) -> LoraPool:
+) -> lf.LoraPool:
     """Random modules at the sites whose last name is one of `names`, about as large as the base's kernels."""
     rng = np.random.default_rng(seed)
     A, B, rank = {}, {}, {}
@@ -72,35 +66,37 @@ def pool(
         b = rng.normal(size=(*r.shape, r.max(), site.d_out)) * 0.5 * real[:, :, :, None]
         A[name], B[name] = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
         rank[name] = jnp.asarray(r, jnp.int32)
-    return LoraPool(A=A, B=B, rank=rank, names=tuple(f"module_{n}" for n in range(modules)))
+    return lf.LoraPool(A=A, B=B, rank=rank, names=tuple(f"module_{n}" for n in range(modules)))
 
 
-def frozen(model: T5, modules: LoraPool | None = None) -> Frozen:
+def frozen(model: T5, modules: lf.LoraPool | None = None) -> lf.Frozen:
     """The model with a pool: by default three modules of rank 4, of which the first has nothing in the decoder."""
     modules = modules or pool(3, lambda n, site, layer: 0 if n == 0 and "decoder" in site else 4)
-    used = {site: kernel for site, kernel in kernels(model).items() if site in modules.A}
-    return Frozen(nnx.state(model), modules, jax.jit(gram)(modules, used))
+    used = {site: kernel for site, kernel in lf.kernels(model).items() if site in modules.A}
+    return lf.Frozen(nnx.state(model), modules, jax.jit(lf.gram)(modules, used))
 
 
-def problem(method: Method, weights: Frozen, index: Any = (2, 0), config: T5Config = CONFIG, **more: Any) -> Problem:
+def problem(
+    method: lf.Method, weights: lf.Frozen, index: Any = (2, 0), config: T5Config = CONFIG, **more: Any
+) -> lf.Problem:
     """A problem of the small T5; by default of a seed that fuses two of three modules."""
     graph, _ = _drawn(config, 0)
-    return Problem(graph=graph, method=method, frozen=weights, index=jnp.asarray(index, jnp.int32), **more)
+    return lf.Problem(graph=graph, method=method, frozen=weights, index=jnp.asarray(index, jnp.int32), **more)
 
 
-def loss(params: Params, of: Problem) -> jax.Array:
+def loss(params: Params, of: lf.Problem) -> jax.Array:
     """The training loss on a batch."""
-    return objective(params, batch(), of, jnp.float32(0))[0]
+    return lf.objective(params, batch(), of, jnp.float32(0))[0]
 
 
-def batch(config: T5Config = CONFIG, seed: int = 0, *, rows: int = 3, source: int = 7, target: int = 5) -> Batch:
+def batch(config: T5Config = CONFIG, seed: int = 0, *, rows: int = 3, source: int = 7, target: int = 5) -> lf.Batch:
     """Random tokens, of which the last row's are partly padding."""
     rng = np.random.default_rng(seed)
     input_ids = rng.integers(2, config.vocab_size, (rows, source))
     labels = rng.integers(2, config.vocab_size, (rows, target))
     labels[-1, target // 2 :] = -100
     lengths = np.array([source] * (rows - 1) + [source // 2])
-    return Batch(
+    return lf.Batch(
         input_ids=jnp.asarray(input_ids, jnp.int32),
         input_mask=jnp.asarray(np.arange(source) < lengths[:, None]),
         labels=jnp.asarray(labels, jnp.int32),
@@ -116,7 +112,7 @@ def coefficients(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
 
 
 def coefficient_of(
-    array: jax.Array, pool: LoraPool, granularity: str, config: T5Config = CONFIG
+    array: jax.Array, pool: lf.LoraPool, granularity: str, config: T5Config = CONFIG
 ) -> Callable[[int, str, int], np.ndarray]:
     """Return which of the coefficients acts on module n at a site in a layer: a number, or one for each rank.
 
@@ -140,7 +136,7 @@ def coefficient_of(
 
 
 def updates(
-    pool: LoraPool, index: list[int], coefficient: Callable[[int, str, int], np.ndarray], composition: str
+    pool: lf.LoraPool, index: list[int], coefficient: Callable[[int, str, int], np.ndarray], composition: str
 ) -> dict[tuple[str, int], np.ndarray]:
     """Return dW [d_in, d_out] by site and layer, by the definition, in float64."""
     found = {}

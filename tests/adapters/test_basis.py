@@ -10,24 +10,14 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.basis import (
-    base_directions,
-    directions,
-    extended,
-    in_directions,
-    random_directions,
-    shared_basis,
-)
+import lorafusion_jax as lf
+from lorafusion_jax.adapters.basis import base_directions, directions, extended, in_directions, random_directions
 from lorafusion_jax.adapters.coefficients import expand, shape
 from lorafusion_jax.adapters.composition import compose_in_basis
-from lorafusion_jax.adapters.norms import column_norms, gram
-from lorafusion_jax.adapters.updates import InBasis, LowRank
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.adapters.updates import InBasis
 
 _MODEL = tiny.t5()
-_KERNELS = kernels(_MODEL)
+_KERNELS = lf.kernels(_MODEL)
 _INDEX = [3, 0, 2]  # of a pool of four
 
 
@@ -42,11 +32,11 @@ def _deltas(pool, site, layer):
 
 
 def _frozen(method, pool):
-    return method.prepare(Frozen(nnx.state(_MODEL), pool), _KERNELS)
+    return method.prepare(lf.Frozen(nnx.state(_MODEL), pool), _KERNELS)
 
 
 def _gram(basis):
-    return jax.jit(gram)(basis, {site: _KERNELS[site] for site in basis.U})
+    return jax.jit(lf.gram)(basis, {site: _KERNELS[site] for site in basis.U})
 
 
 @functools.partial(jax.jit, static_argnames=("granularity",))
@@ -65,7 +55,7 @@ def _matrix(adapter, site, layer):
 @pytest.mark.parametrize("modules", [2, 9])  # 8 columns side by side are fewer than 16 rows, 36 are more
 def test_directions_are_the_leading_eigenvectors(modules):
     pool = tiny.pool(modules, lambda n, site, layer: (n + layer) % 4 + 1)
-    basis = shared_basis(pool, 3)
+    basis = lf.shared_basis(pool, 3)
     assert (len(basis), basis.k, basis.sites) == (modules, 3, pool.sites)
     for site in pool.rank:
         for layer in range(len(pool.rank[site])):
@@ -82,12 +72,12 @@ def test_directions_are_the_leading_eigenvectors(modules):
 
 def test_the_first_directions_are_the_smaller_basis_and_keep_less():
     pool = tiny.pool(4)
-    large, small = shared_basis(pool, 6), shared_basis(pool, 2)
+    large, small = lf.shared_basis(pool, 6), lf.shared_basis(pool, 2)
     for got, wanted in zip(jax.tree.leaves(large.first(2)), jax.tree.leaves(small), strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
     for site, kept in large.kept().items():
         assert (small.kept()[site] < kept).all() and (kept < 1).all()
-    whole = shared_basis(tiny.pool(3), 12)  # the rank of all modules together
+    whole = lf.shared_basis(tiny.pool(3), 12)  # the rank of all modules together
     for kept in whole.kept().values():
         np.testing.assert_allclose(kept, 1, atol=1e-5)
 
@@ -95,16 +85,16 @@ def test_the_first_directions_are_the_smaller_basis_and_keep_less():
 @pytest.mark.parametrize("granularity", ["global", "block", "site"])
 def test_adapters_are_the_definition(granularity):
     pool = tiny.pool(4, tiny.somewhere)
-    basis = shared_basis(pool, 5)
+    basis = lf.shared_basis(pool, 5)
     c = tiny.coefficients(shape(basis, len(_INDEX), granularity))
     of_module = tiny.coefficient_of(c, pool, granularity)
     core = {site: 0.1 * jax.random.normal(jax.random.key(1), (s.shape[0], 5, 5)) for site, s in basis.S.items()}
     terms = _gram(basis)
-    magnitudes = {site: 2.0 * norm for site, norm in column_norms(terms).items()}
+    magnitudes = {site: 2.0 * norm for site, norm in lf.column_norms(terms).items()}
     adapters, floored = _fuse(c, basis, granularity, core, terms, magnitudes)
     assert adapters.keys() == pool.A.keys() and floored == 0
     for site, adapter in adapters.items():
-        assert isinstance(adapter, LowRank)
+        assert isinstance(adapter, lf.LowRank)
         for layer in range(len(pool.rank[site])):
             U, V = np.asarray(basis.U[site][layer], float), np.asarray(basis.V[site][layer], float)
             deltas = _deltas(pool, site, layer)
@@ -118,7 +108,7 @@ def test_adapters_are_the_definition(granularity):
 def test_a_basis_of_the_pools_whole_rank_is_the_fusion_of_whole_modules():
     """Loss, gradients and counts: a method on the basis is the method on the modules."""
     pool = tiny.pool(3, tiny.somewhere)
-    basis, method = shared_basis(pool, 12), Fusion()
+    basis, method = lf.shared_basis(pool, 12), lf.Fusion()
     index = jnp.array([2, 0, 1])
     of_modules, in_basis = (_frozen(method, p) for p in (pool, basis))
     params = jax.tree.map(lambda p: 1.1 * p, method.init(of_modules, index, jax.random.key(0)))
@@ -147,9 +137,9 @@ def test_a_basis_of_the_pools_whole_rank_is_the_fusion_of_whole_modules():
 
 
 def test_a_core_starts_at_zero_and_acts_where_modules_do():
-    method = Fusion(basis=3, core=True)
+    method = lf.Fusion(basis=3, core=True)
     pool = tiny.pool(4, lambda n, site, layer: 0 if layer == 1 else 4)
-    frozen = _frozen(method, shared_basis(pool, 5))
+    frozen = _frozen(method, lf.shared_basis(pool, 5))
     params = method.init(frozen, jnp.array(_INDEX), jax.random.key(0))
     acting = method.trainable(params, frozen, jnp.array(_INDEX))
     for site, core in params["core"].items():
@@ -160,12 +150,12 @@ def test_a_core_starts_at_zero_and_acts_where_modules_do():
 
 
 def test_quantised_directions_have_the_norms_of_what_they_are():
-    basis = shared_basis(tiny.pool(4), 8).quantised("int8")
+    basis = lf.shared_basis(tiny.pool(4), 8).quantised("int8")
     for U, V in zip(basis.U.values(), basis.V.values(), strict=True):  # one scale for each direction
         assert U.scale.shape == (len(U.qvalue), 1, 8) and V.scale.shape == (len(V.qvalue), 8, 1)
     c = tiny.coefficients(shape(basis, len(_INDEX), "block"))
     terms = _gram(basis)
-    adapters, _ = _fuse(c, basis, "block", None, terms, column_norms(terms))
+    adapters, _ = _fuse(c, basis, "block", None, terms, lf.column_norms(terms))
     for site, adapter in adapters.items():
         norms = np.linalg.norm(_matrix(adapter, site, 0), axis=0)
         np.testing.assert_allclose(norms, np.linalg.norm(_KERNELS[site][0], axis=0), rtol=1e-5)
@@ -174,11 +164,11 @@ def test_quantised_directions_have_the_norms_of_what_they_are():
 def test_modules_outside_the_basis_lose_what_it_lacks():
     pool, other = tiny.pool(4), dataclasses.replace(tiny.pool(2, seed=1), names=("new_0", "new_1"))
     lacks = dataclasses.replace(tiny.pool(1, names="q", seed=1), names=("new",))
-    with_nothing = extended(shared_basis(pool, 5), lacks)
+    with_nothing = extended(lf.shared_basis(pool, 5), lacks)
     for field in (with_nothing.S, with_nothing.energy, with_nothing.rank):
         assert not field["encoder.self.v"][:, 4].any() and field["encoder.self.q"][:, 4].any()
     assert (with_nothing.kept()["encoder.self.v"][:, 4] == 1).all()  # of nothing, nothing is lost
-    basis = shared_basis(pool, 6)
+    basis = lf.shared_basis(pool, 6)
     both = extended(basis, other)
     assert both.names == (*pool.names, "new_0", "new_1")
     for site in basis.S:
@@ -201,7 +191,7 @@ def test_modules_outside_the_basis_lose_what_it_lacks():
 
 def test_directions_of_controls_are_orthonormal_and_keep_less():
     pool = tiny.pool(4)
-    own = shared_basis(pool, 4)
+    own = lf.shared_basis(pool, 4)
     for given in (random_directions(pool, 4, jax.random.key(0)), base_directions(pool, _KERNELS, 4)):
         control = in_directions(pool, given)
         for site in pool.rank:
@@ -222,20 +212,20 @@ def test_directions_of_controls_are_orthonormal_and_keep_less():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda pool: shared_basis(pool, 0), "0 directions: expected at least 1"),
-        (lambda pool: shared_basis(pool, 13), "is 16 x 12: use at most 12"),
+        (lambda pool: lf.shared_basis(pool, 0), "0 directions: expected at least 1"),
+        (lambda pool: lf.shared_basis(pool, 13), "is 16 x 12: use at most 12"),
         (lambda pool: directions(pool.select([0]), 5), "1 modules of rank 4 .* at most 4"),
-        (lambda pool: shared_basis(pool, 3).first(4), "has 3 directions, which do not include the first 4"),
-        (lambda pool: _frozen(Fusion(basis=2), pool), "whole modules: .* `shared_basis"),
+        (lambda pool: lf.shared_basis(pool, 3).first(4), "has 3 directions, which do not include the first 4"),
+        (lambda pool: _frozen(lf.Fusion(basis=2), pool), "whole modules: .* `shared_basis"),
         (
             lambda pool: in_directions(pool, directions(_shallow(pool), 3)),
             r"\(1, 16, 12\): the modules have \(3, 16, 12\)",
         ),
-        (lambda pool: Fusion(basis=4, composition="mix"), "a mix in a shared basis"),
-        (lambda pool: Fusion(basis=4, granularity="rank"), "every rank of a module"),
-        (lambda pool: _frozen(Fusion(composition="mix"), shared_basis(pool, 3)), "a mix in a shared basis"),
-        (lambda pool: shared_basis(dataclasses.replace(pool, magnitude={}), 3), "a DoRA adapter has magnitudes"),
-        (lambda pool: shared_basis(pool.quantised("int8"), 3), "are QArray: give plain arrays, not quantised ones"),
+        (lambda pool: lf.Fusion(basis=4, composition="mix"), "a mix in a shared basis"),
+        (lambda pool: lf.Fusion(basis=4, granularity="rank"), "every rank of a module"),
+        (lambda pool: _frozen(lf.Fusion(composition="mix"), lf.shared_basis(pool, 3)), "a mix in a shared basis"),
+        (lambda pool: lf.shared_basis(dataclasses.replace(pool, magnitude={}), 3), "a DoRA adapter has magnitudes"),
+        (lambda pool: lf.shared_basis(pool.quantised("int8"), 3), "are QArray: give plain arrays, not quantised ones"),
     ],
 )
 def test_bases_that_cannot_be_are_refused(make, message):
@@ -244,7 +234,7 @@ def test_bases_that_cannot_be_are_refused(make, message):
 
 
 def test_a_basis_in_no_arrays_makes_low_rank_updates_and_in_basis_is_the_same():
-    basis = shared_basis(tiny.pool(4), 5)
+    basis = lf.shared_basis(tiny.pool(4), 5)
     c = tiny.coefficients(shape(basis, len(_INDEX), "block"))
     adapters, _ = _fuse(c, basis, "block")
     for site, adapter in adapters.items():

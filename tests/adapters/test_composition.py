@@ -12,19 +12,13 @@ import qwix
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.basis import shared_basis
+import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import column_names, expand, initial, present, shape
-from lorafusion_jax.adapters.composition import compose, compose_in_basis
-from lorafusion_jax.adapters.norms import Gram, PairTerms, column_norms, gram, pair_terms, pairs_are_smaller
-from lorafusion_jax.adapters.pool import LoraPool, random_pool
-from lorafusion_jax.adapters.updates import Dense, LowRank, Modules, mix_outputs
+from lorafusion_jax.adapters.composition import compose_in_basis
+from lorafusion_jax.adapters.norms import PairTerms, pair_terms, pairs_are_smaller
+from lorafusion_jax.adapters.updates import Dense, mix_outputs
 from lorafusion_jax.io.export import fused_adapter
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.methods.merge import Merge
-from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.weights import dense
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.recipe import Optimisation
 
 _GRANULARITIES = ("global", "block", "site", "rank")
 _INDEX = [3, 0, 2]  # of a pool of four
@@ -41,7 +35,7 @@ def _full(n, site, layer):
 
 
 _MODEL = tiny.t5()
-_KERNELS = kernels(_MODEL)
+_KERNELS = lf.kernels(_MODEL)
 
 
 def _layer(tree, layer):
@@ -61,7 +55,7 @@ def _matrices(adapters):
 # The modules of `_INDEX`, fused; compiled, since operations one by one take longer to compile than together.
 @functools.partial(jax.jit, static_argnames=("granularity", "composition", "differentiate_norm"))
 def _fuse(c, pool, granularity, composition, gram=None, magnitudes=None, differentiate_norm=False):
-    return compose(
+    return lf.compose(
         pool,
         jnp.array(_INDEX),
         expand(c, pool, granularity),
@@ -76,7 +70,7 @@ def _close(got, wanted, tolerance=1e-5):
     np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), rtol=tolerance, atol=tolerance)
 
 
-def _gram(pool, terms=gram):
+def _gram(pool, terms=lf.gram):
     return jax.jit(terms)(pool, {site: _KERNELS[site] for site in pool.A})
 
 
@@ -90,7 +84,7 @@ def _kernel(site, layer):
 @pytest.mark.parametrize("granularity", _GRANULARITIES)
 @pytest.mark.parametrize(
     ("composition", "ranks", "kind"),
-    [("mix", tiny.somewhere, LowRank), ("sum", _several, Modules), ("sum", _full, Dense)],
+    [("mix", tiny.somewhere, lf.LowRank), ("sum", _several, lf.Modules), ("sum", _full, Dense)],
 )
 def test_adapters_are_the_definition(composition, granularity, ranks, kind):
     pool = tiny.pool(4, ranks)
@@ -152,8 +146,8 @@ def test_blocks_of_unequal_depths_have_columns_of_their_own():
 @pytest.mark.parametrize(
     ("composition", "ranks", "granularity", "terms"),
     [
-        *(("mix", tiny.somewhere, granularity, gram) for granularity in ("block", "rank")),
-        *(("sum", ranks, granularity, gram) for ranks in (_several, _full) for granularity in ("block", "rank")),
+        *(("mix", tiny.somewhere, granularity, lf.gram) for granularity in ("block", "rank")),
+        *(("sum", ranks, granularity, lf.gram) for ranks in (_several, _full) for granularity in ("block", "rank")),
         *(("sum", ranks, "block", pair_terms) for ranks in (_several, _full)),
         *(pytest.param("sum", _several, of, pair_terms, marks=pytest.mark.long) for of in ("global", "site")),
     ],
@@ -162,7 +156,7 @@ def test_gram_norm_is_the_norm(composition, granularity, ranks, terms):
     pool = tiny.pool(4, ranks)
     c = tiny.coefficients(shape(pool, len(_INDEX), granularity))
     terms = _gram(pool, terms)
-    magnitudes = {site: 2.0 * norm for site, norm in column_norms(terms).items()}
+    magnitudes = {site: 2.0 * norm for site, norm in lf.column_norms(terms).items()}
     adapters, floored = _fuse(c, pool, granularity, composition, gram=terms, magnitudes=magnitudes)
     assert floored == 0
     matrices = _matrices(adapters)
@@ -178,7 +172,7 @@ def _cancelling():
     site = "encoder.self.q"
     W = _KERNELS[site]
     unit = jnp.broadcast_to(jnp.eye(W.shape[1])[None, None], (3, 1, W.shape[1], W.shape[1]))
-    return LoraPool(
+    return lf.LoraPool(
         A={site: unit}, B={site: -W[:, None]}, rank={site: jnp.full((3, 1), W.shape[1])}, names=("minus W",)
     )
 
@@ -186,15 +180,15 @@ def _cancelling():
 @pytest.mark.parametrize(
     ("composition", "terms", "c", "floored"),
     [
-        *(("sum", gram, *of) for of in ((0.0, False), (0.99, False), (1 - 1e-5, True), (1.0, True))),
+        *(("sum", lf.gram, *of) for of in ((0.0, False), (0.99, False), (1 - 1e-5, True), (1.0, True))),
         *(("sum", pair_terms, *of) for of in ((0.99, False), (1.0, True))),
-        *(("mix", gram, *of) for of in ((0.0, False), (0.99, False), (1.0, True))),
+        *(("mix", lf.gram, *of) for of in ((0.0, False), (0.99, False), (1.0, True))),
     ],
 )
 def test_norms_near_cancellation_are_floored_and_counted(composition, terms, c, floored):
     pool = _cancelling()
-    site, frozen = "encoder.self.q", Frozen(nnx.split(_MODEL)[1], pool, _gram(pool, terms))
-    method = Fusion(composition=composition, granularity="global", start="uniform")
+    site, frozen = "encoder.self.q", lf.Frozen(nnx.split(_MODEL)[1], pool, _gram(pool, terms))
+    method = lf.Fusion(composition=composition, granularity="global", start="uniform")
     params = method.init(frozen, jnp.arange(1), jax.random.key(0))
     # A mix is quadratic: its dW is -c^2 W.
     params["coefficients"] = jnp.float32([c if composition == "sum" else c**0.5])
@@ -235,13 +229,13 @@ def test_peak_memory_does_not_hold_w_plus_dw(composition, differentiate_norm):
         return jax.ShapeDtypeStruct((layers, *sizes), jnp.float32)
 
     def value(c, magnitudes, A, B, squared, cross, x, W):
-        pool = LoraPool(A={"q": A}, B={"q": B}, rank={"q": jnp.full((layers, modules), rank)}, names=("",) * modules)
-        adapters, _ = compose(
+        pool = lf.LoraPool(A={"q": A}, B={"q": B}, rank={"q": jnp.full((layers, modules), rank)}, names=("",) * modules)
+        adapters, _ = lf.compose(
             pool,
             jnp.arange(modules),
             {"q": c},
             composition,
-            gram=Gram({"q": squared}, {"q": cross}),
+            gram=lf.Gram({"q": squared}, {"q": cross}),
             magnitudes={"q": magnitudes},
             differentiate_norm=differentiate_norm,
         )
@@ -279,10 +273,10 @@ def test_pair_terms_are_inner_products_of_columns():
 
 def test_a_sum_has_pair_terms_on_accelerators_where_they_take_no_more_memory():
     def prepared(pool, **changes):
-        found, frozen = [], Frozen(nnx.split(_MODEL)[1], pool)
+        found, frozen = [], lf.Frozen(nnx.split(_MODEL)[1], pool)
 
         def kind_and_size():
-            terms = Fusion(**changes).prepare(frozen, _KERNELS).gram
+            terms = lf.Fusion(**changes).prepare(frozen, _KERNELS).gram
             found.append((type(terms), sum(a.size for a in jax.tree.leaves(terms))))
 
         jax.eval_shape(kind_and_size)
@@ -290,7 +284,7 @@ def test_a_sum_has_pair_terms_on_accelerators_where_they_take_no_more_memory():
 
     pools = {modules: tiny.pool(modules, names="q") for modules in (4, 5, 6)}  # of rank 4
     grams = {modules: prepared(pool) for modules, pool in pools.items()}
-    assert {kind for kind, _ in grams.values()} == {Gram}
+    assert {kind for kind, _ in grams.values()} == {lf.Gram}
     with tiny.for_tpu():
         assert prepared(pools[4])[0] == PairTerms and prepared(pools[4])[1] < grams[4][1]
         assert prepared(pools[5]) == (PairTerms, grams[5][1]) and prepared(pools[6]) == grams[6]
@@ -298,7 +292,7 @@ def test_a_sum_has_pair_terms_on_accelerators_where_they_take_no_more_memory():
             assert prepared(pools[4], granularity=granularity)[0] == PairTerms
         for others in ({"composition": "mix"}, {"granularity": "rank"}, {"magnitudes": False}):
             assert prepared(pools[4], **others) == grams[4]
-        assert prepared(shared_basis(pools[4], 3))[0] == Gram
+        assert prepared(lf.shared_basis(pools[4], 3))[0] == lf.Gram
     for modules in range(1, 40):
         fewer = modules * (modules + 1) // 2 + modules <= 16 * modules
         assert pairs_are_smaller(modules, 16) == fewer
@@ -327,9 +321,9 @@ def _objective_in_numpy(pool, site, x, direction, composition, m, norm):
 @pytest.mark.parametrize(
     ("composition", "ranks", "terms"),
     [
-        ("mix", tiny.somewhere, gram),
-        ("sum", tiny.somewhere, gram),
-        ("sum", _full, gram),
+        ("mix", tiny.somewhere, lf.gram),
+        ("sum", tiny.somewhere, lf.gram),
+        ("sum", _full, lf.gram),
         ("sum", tiny.somewhere, pair_terms),
     ],
 )
@@ -341,7 +335,7 @@ def test_gradients_and_the_norm_as_a_constant(composition, ranks, terms, differe
     c = tiny.coefficients((3,))
     assert np.any(c < 0) and np.any(c > 0)
     terms = _gram(pool, terms)
-    magnitudes = {s: jnp.asarray(rng.uniform(0.5, 2, n.shape), jnp.float32) for s, n in column_norms(terms).items()}
+    magnitudes = {s: jnp.asarray(rng.uniform(0.5, 2, n.shape), jnp.float32) for s, n in lf.column_norms(terms).items()}
 
     def value(c, magnitudes):
         adapters, _ = _fuse(c, pool, "global", composition, terms, magnitudes, differentiate_norm)
@@ -366,34 +360,37 @@ def test_gradients_and_the_norm_as_a_constant(composition, ranks, terms, differe
 
 def test_a_mix_of_several_ranks_is_refused():
     pool, index = tiny.pool(4, _several), jnp.array(_INDEX)
-    frozen, spread = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool)), expand(tiny.coefficients((3, 5)), pool, "block")
-    mix = Fusion(composition="mix")
+    frozen, spread = (
+        lf.Frozen(nnx.split(_MODEL)[1], pool, _gram(pool)),
+        expand(tiny.coefficients((3, 5)), pool, "block"),
+    )
+    mix = lf.Fusion(composition="mix")
     for refused in (
         lambda: mix.check(pool),
         lambda: mix.init(frozen, index, jax.random.key(0)),
-        lambda: compose(pool, index, spread, "mix"),
+        lambda: lf.compose(pool, index, spread, "mix"),
         # The values of an index are not known inside a compiled function, so all modules count.
-        lambda: jax.jit(lambda index: compose(pool, index, spread, "mix"))(index),
+        lambda: jax.jit(lambda index: lf.compose(pool, index, spread, "mix"))(index),
         lambda: fused_adapter(tiny.CONFIG, pool, index, spread, "mix", base="b"),
     ):
         with pytest.raises(ValueError, match="different ranks.*use the composition sum"):
             refused()
     mix.check(tiny.pool(4, tiny.somewhere))
-    Fusion(composition="sum").check(pool)
+    lf.Fusion(composition="sum").check(pool)
 
 
 def test_fusions_that_cannot_be_are_refused():
     pool, index, base = tiny.pool(2, names="q"), jnp.arange(2), nnx.split(_MODEL)[1]
-    frozen, key, basis = Frozen(base, pool, _gram(pool, pair_terms)), jax.random.key(0), shared_basis(pool, 4)
-    m, ones = column_norms(frozen.gram), expand(jnp.ones(2), pool, "global")
-    method = Fusion(granularity="rank")
+    frozen, key, basis = lf.Frozen(base, pool, _gram(pool, pair_terms)), jax.random.key(0), lf.shared_basis(pool, 4)
+    m, ones = lf.column_norms(frozen.gram), expand(jnp.ones(2), pool, "global")
+    method = lf.Fusion(granularity="rank")
     by_pairs = "a sum of digital modules with one coefficient each: prepare the frozen"
     for refused, message in (
-        (lambda: Fusion(composition="mix", start="zeros"), "a mix that starts at zero never moves.*composition sum"),
-        (lambda: Fusion().init(Frozen(base), index, key), "needs a pool and its Gram terms"),
-        (lambda: compose(pool, index, ones, "sum", magnitudes=m), r"Gram terms .* give gram\(pool, kernels\)"),
+        (lambda: lf.Fusion(composition="mix", start="zeros"), "a mix that starts at zero never moves.*composition sum"),
+        (lambda: lf.Fusion().init(lf.Frozen(base), index, key), "needs a pool and its Gram terms"),
+        (lambda: lf.compose(pool, index, ones, "sum", magnitudes=m), r"Gram terms .* give gram\(pool, kernels\)"),
         (lambda: compose_in_basis(basis, index, ones, magnitudes=m), r"Gram terms .* give gram\(basis, kernels\)"),
-        (lambda: compose(pool, index, ones, "mix", gram=frozen.gram, magnitudes=m), by_pairs),
+        (lambda: lf.compose(pool, index, ones, "mix", gram=frozen.gram, magnitudes=m), by_pairs),
         (lambda: method.adapters(method.init(frozen, index, key), frozen, index), by_pairs),
     ):
         with pytest.raises(ValueError, match=message):
@@ -403,9 +400,9 @@ def test_fusions_that_cannot_be_are_refused():
 @pytest.mark.parametrize(
     ("sound", "change", "message"),
     [
-        (Fusion(), {"granularity": "blocks"}, "granularity is 'blocks': expected one of global, block, site, rank"),
-        (Merge(kind="cat"), {"kind": "mean"}, "kind is 'mean': expected one of linear, magnitude_prune, "),
-        (Optimisation(steps=1), {"schedule": "linear"}, "schedule is 'linear': expected one of constant, cosine"),
+        (lf.Fusion(), {"granularity": "blocks"}, "granularity is 'blocks': expected one of global, block, site, rank"),
+        (lf.Merge(kind="cat"), {"kind": "mean"}, "kind is 'mean': expected one of linear, magnitude_prune, "),
+        (lf.Optimisation(steps=1), {"schedule": "linear"}, "schedule is 'linear': expected one of constant, cosine"),
     ],
 )
 def test_a_name_of_no_choice_is_refused(sound, change, message):
@@ -437,8 +434,8 @@ def test_magnitudes_act_only_where_a_module_does():
         pool,
         **{field: {s: w for s, w in getattr(pool, field).items() if "encoder" in s} for field in ("A", "B", "rank")},
     )
-    frozen = Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
-    method = Fusion(composition="sum")
+    frozen = lf.Frozen(nnx.split(_MODEL)[1], pool, _gram(pool))
+    method = lf.Fusion(composition="sum")
     for index, layers in ([0], [0]), ([1], [1]), ([0, 1], [0, 1]):
         params = method.init(frozen, jnp.array(index), jax.random.key(0))
         acting = method.trainable(params, frozen, jnp.array(index))["magnitudes"]["encoder.self.q"]
@@ -456,7 +453,7 @@ def test_a_mix_takes_ranks_that_differ_where_modules_do_not_meet():
     pool = tiny.pool(2, lambda n, site, layer: 1 + layer if n == 0 else 5)
     for index in ([0], [1]):
         c = tiny.coefficients((1,))
-        adapters, _ = compose(pool, jnp.array(index), expand(c, pool, "global"), "mix")
+        adapters, _ = lf.compose(pool, jnp.array(index), expand(c, pool, "global"), "mix")
         matrices = _matrices(adapters)
         for (site, layer), update in tiny.updates(pool, index, tiny.coefficient_of(c, pool, "global"), "mix").items():
             _close(matrices[site][layer], _kernel(site, layer) + update)
@@ -504,7 +501,7 @@ def test_starts():
 
 def test_pools_choose_by_name_and_index():
     pool = tiny.pool(4)
-    for empty in (pool, shared_basis(pool, 4)):
+    for empty in (pool, lf.shared_basis(pool, 4)):
         with pytest.raises(ValueError, match="a pool needs at least one adapter: none was given"):
             empty.select([])
     chosen = pool.select(["module_2", 0])
@@ -525,7 +522,7 @@ def test_pools_choose_by_name_and_index():
 
 def test_the_random_control_keeps_norms_sites_and_ranks():
     pool = tiny.pool(4, _several, names="v")
-    control = jax.jit(random_pool)(pool, jax.random.key(0))
+    control = jax.jit(lf.random_pool)(pool, jax.random.key(0))
     for field in ("A", "B"):
         for site, weight in getattr(pool, field).items():
             replaced = np.asarray(getattr(control, field)[site])
@@ -534,13 +531,13 @@ def test_the_random_control_keeps_norms_sites_and_ranks():
             assert np.abs(replaced - np.asarray(weight)).max() > 0.1
     # Zeros within a module's rank are replaced too.
     pruned = dataclasses.replace(pool, A={site: a.at[:, :, 0].set(0.0) for site, a in pool.A.items()})
-    for site, a in jax.jit(random_pool)(pruned, jax.random.key(0)).A.items():
+    for site, a in jax.jit(lf.random_pool)(pruned, jax.random.key(0)).A.items():
         np.testing.assert_array_equal(a != 0, control.A[site] != 0)
 
 
 def test_a_random_module_depends_on_matrix_site_layer_and_key_alone():
     pool = tiny.pool(3, lambda n, site, layer: (3, 6, 0 if "cross" in site else 2)[n], names="v")
-    control, other = (random_pool(pool, jax.random.key(number)) for number in (0, 1))
+    control, other = (lf.random_pool(pool, jax.random.key(number)) for number in (0, 1))
     assert np.abs(other.A["encoder.self.v"] - control.A["encoder.self.v"]).max() > 0.1
     # Not on other modules, nor on how they pad it.
     for n, rank in ((0, 3), (1, 6), (2, 2)):
@@ -550,11 +547,11 @@ def test_a_random_module_depends_on_matrix_site_layer_and_key_alone():
             A={site: a[..., :rank] for site, a in alone.A.items()},
             B={site: b[:, :, :rank] for site, b in alone.B.items()},
         )
-        drawn = random_pool(alone, jax.random.key(0))
+        drawn = lf.random_pool(alone, jax.random.key(0))
         for site in pool.A:
             np.testing.assert_array_equal(control.A[site][:, [n], :, :rank], drawn.A[site])
             np.testing.assert_array_equal(control.B[site][:, [n], :rank], drawn.B[site])
-    even = random_pool(tiny.pool(2, names="v"), jax.random.key(0))
+    even = lf.random_pool(tiny.pool(2, names="v"), jax.random.key(0))
     first = [
         weights[site][layer, 0].ravel()[:40] for weights in (even.A, even.B) for site in even.A for layer in (0, 1)
     ]
@@ -576,7 +573,7 @@ def test_a_mix_and_its_gradient_do_not_depend_on_modules_beside_it(others):
     @jax.jit
     def squared(pool, index):
         def loss(coefficients):
-            adapters, _ = compose(pool, index, coefficients, "mix")
+            adapters, _ = lf.compose(pool, index, coefficients, "mix")
             return sum(jnp.sum(jnp.square(a.A @ a.B)) for a in adapters.values()), adapters
 
         return jax.grad(loss, has_aux=True)(coefficients)

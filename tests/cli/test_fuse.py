@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import lorafusion_jax as lf
 from lorafusion_jax.cli import fuse, main
-from lorafusion_jax.methods.fusion import PRESETS, FusionRecipe
-from lorafusion_jax.methods.lora import DoRARecipe, LoRARecipe
-from lorafusion_jax.runs.options import FuseOptions
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 
@@ -22,7 +20,7 @@ def asked(monkeypatch):
         found.append(options)
         raise ValueError("stop here")
 
-    def ask(*arguments: str) -> FuseOptions:
+    def ask(*arguments: str) -> lf.FuseOptions:
         monkeypatch.setattr(fuse, "fuse", take)
         with pytest.raises(SystemExit, match="2"):
             main(["fuse", "--base", "b", "--task", "t", *arguments])
@@ -32,14 +30,14 @@ def asked(monkeypatch):
 
 
 def test_options_in_every_group_reach_the_run(asked):
-    assert asked() == FuseOptions(base="b", task="t")
+    assert asked() == lf.FuseOptions(base="b", task="t")
     options = asked("--method", "lora", "--lr-lora", "0.5", "--age", "1day", "--from", "run", "--seeds", "3", "4")
     assert (options.method, options.recipe.lr_lora, options.arrays.age) == ("lora", 0.5, "1day")
     assert (options.start_from, options.seeds) == (Path("run"), (3, 4))
 
 
 def test_a_preset_gives_the_numbers_that_the_other_options_do_not(asked):
-    reference = PRESETS["reference"]
+    reference = lf.PRESETS["reference"]
     assert asked("--preset", "reference").recipe == reference
     # An option that repeats the default recipe's number overrides the preset's all the same.
     changed = asked("--composition", "sum", "--preset", "reference", "--lr-coefficients", "0.1")
@@ -47,14 +45,14 @@ def test_a_preset_gives_the_numbers_that_the_other_options_do_not(asked):
     # Another method has some of these numbers.
     dora = asked("--preset", "reference", "--method", "dora", "--lora-rank", "4").recipe
     shared = {name: value for name, value in vars(reference).items() if hasattr(dora, name)}
-    assert dora == DoRARecipe(**shared, lora_rank=4) and shared.keys() >= {"lr_magnitudes", "protocol", "clip"}
+    assert dora == lf.DoRARecipe(**shared, lora_rank=4) and shared.keys() >= {"lr_magnitudes", "protocol", "clip"}
 
 
 def test_a_recipe_of_another_method_is_accepted_only_with_common_numbers():
-    options = FuseOptions(base="b", task="t", method="lora", recipe=FusionRecipe(epochs=3))
-    assert options.recipe == LoRARecipe(epochs=3)
+    options = lf.FuseOptions(base="b", task="t", method="lora", recipe=lf.FusionRecipe(epochs=3))
+    assert options.recipe == lf.LoRARecipe(epochs=3)
     with pytest.raises(ValueError, match="modules is an option of the methods fusion, .* not of lora"):
-        FuseOptions(base="b", task="t", method="lora", recipe=FusionRecipe(modules=3))
+        lf.FuseOptions(base="b", task="t", method="lora", recipe=lf.FusionRecipe(modules=3))
 
 
 def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):

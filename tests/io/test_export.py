@@ -10,18 +10,14 @@ import pytest
 import tiny
 from flax import nnx
 
+import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import expand, shape
-from lorafusion_jax.adapters.norms import column_norms, gram
-from lorafusion_jax.adapters.updates import LowRank
-from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
+from lorafusion_jax.io.export import fused_adapter, lora_adapter
 from lorafusion_jax.io.peft.adapter import read_adapter, write_adapter
-from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import kernels, linear_shapes
+from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.layers import Linear
 from lorafusion_jax.models.t5.model import decoder_inputs
-from lorafusion_jax.models.weights import dense, quantise
-from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.models.weights import dense
 
 _MODEL = tiny.t5()
 _INDEX = [3, 0, 2]
@@ -37,7 +33,7 @@ def _several(n, site, layer):
 
 
 def _kernel(site, layer):
-    return np.asarray(kernels(_MODEL)[site][layer], np.float64)
+    return np.asarray(lf.kernels(_MODEL)[site][layer], np.float64)
 
 
 def _in_peft(config, tensors):
@@ -113,7 +109,7 @@ def test_a_quantised_pool_exports_what_it_computes(composition):
 def test_a_lora_is_a_plain_adapter():
     rng = np.random.default_rng(0)
     adapters = {
-        site: LowRank(
+        site: lf.LowRank(
             jnp.asarray(rng.normal(size=(s.layers, s.d_in, 3)), jnp.float32),
             jnp.asarray(rng.normal(size=(s.layers, 3, s.d_out)), jnp.float32),
         )
@@ -132,14 +128,14 @@ def test_a_lora_is_a_plain_adapter():
 @pytest.mark.parametrize("magnitudes", [False, True])
 def test_an_exported_adapter_is_read_as_it_was_written(tmp_path, magnitudes):
     pool = tiny.pool(4, _several)
-    m = column_norms(jax.jit(gram)(pool, {s: kernels(_MODEL)[s] for s in pool.A})) if magnitudes else None
+    m = lf.column_norms(jax.jit(lf.gram)(pool, {s: lf.kernels(_MODEL)[s] for s in pool.A})) if magnitudes else None
     spread = expand(tiny.coefficients((3, 5)), pool, "block")
     config, tensors = fused_adapter(_MODEL.config, pool, jnp.array(_INDEX), spread, "sum", base="b", magnitudes=m)
     write_adapter(tmp_path / "fused", config, tensors)
     adapter = read_adapter(str(tmp_path / "fused"), shapes=linear_shapes(_MODEL.config))
     assert set(adapter.scaling.values()) == {1.0}
     assert not [note for note in adapter.notes if note.startswith("warning")]
-    again = read_pool([str(tmp_path / "fused")], _MODEL.config)
+    again = lf.read_pool([str(tmp_path / "fused")], _MODEL.config)
     one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
     _, tensors_again = fused_adapter(
         _MODEL.config, again, jnp.arange(1), one, "sum", base="b", magnitudes=again.magnitude
@@ -154,8 +150,8 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
     """The oracle is the run that was exported: pruned and negative magnitudes are read back as they were."""
     graph, base = nnx.split(_MODEL)
     pool, index = tiny.pool(3, _somewhere), jnp.arange(3)
-    terms = jax.jit(gram)(pool, {s: kernels(_MODEL)[s] for s in pool.A})
-    method, frozen = Fusion(), Frozen(base, pool, terms)
+    terms = jax.jit(lf.gram)(pool, {s: lf.kernels(_MODEL)[s] for s in pool.A})
+    method, frozen = lf.Fusion(), lf.Frozen(base, pool, terms)
     rng = np.random.default_rng(0)
     params = method.init(frozen, index, jax.random.key(0))
     params["magnitudes"] = {
@@ -164,9 +160,9 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
     spread = expand(params["coefficients"], pool, "block")
     written = fused_adapter(_MODEL.config, pool, index, spread, "sum", base="b", magnitudes=params["magnitudes"])
     write_adapter(tmp_path / "fused", *written)
-    again = read_pool([str(tmp_path / "fused")], _MODEL.config)
-    frozen_again = Frozen(base, again, jax.jit(gram)(again, {s: kernels(_MODEL)[s] for s in again.A}))
-    next_method = Fusion(magnitudes=magnitudes)
+    again = lf.read_pool([str(tmp_path / "fused")], _MODEL.config)
+    frozen_again = lf.Frozen(base, again, jax.jit(lf.gram)(again, {s: lf.kernels(_MODEL)[s] for s in again.A}))
+    next_method = lf.Fusion(magnitudes=magnitudes)
     start = next_method.init(frozen_again, jnp.arange(1), jax.random.key(1))
     assert (start["coefficients"] == 1).all() and ("magnitudes" in start) == magnitudes
     adapters = jax.jit(next_method.adapters)(start, frozen_again, jnp.arange(1))[0]
@@ -184,8 +180,8 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
 
 def _fused(model, composition):
     pool = tiny.pool(4, _somewhere)
-    frozen = Frozen(nnx.split(model)[1], pool, jax.jit(gram)(pool, {s: kernels(model)[s] for s in pool.A}))
-    method = Fusion(composition=composition)
+    frozen = lf.Frozen(nnx.split(model)[1], pool, jax.jit(lf.gram)(pool, {s: lf.kernels(model)[s] for s in pool.A}))
+    method = lf.Fusion(composition=composition)
     params = method.init(frozen, jnp.array(_INDEX), jax.random.key(0))
     params["coefficients"] = tiny.coefficients(params["coefficients"].shape)
     params["magnitudes"] = {site: 1.5 * m for site, m in params["magnitudes"].items()}
@@ -207,13 +203,13 @@ def _logits(model, adapters=None):
 def test_a_merged_model_says_what_the_adapted_one_says(composition):
     model = tiny.t5()
     adapters = _fused(model, composition)
-    before, old = _logits(model), kernels(model)
-    merged = merged_base(model, adapters)
+    before, old = _logits(model), lf.kernels(model)
+    merged = lf.merged_base(model, adapters)
     _close(_logits(merged), _logits(model, adapters), 1e-4)
     assert np.abs(_logits(merged) - before).max() > 0.1
     # The model that it was made from is as it was.
     np.testing.assert_array_equal(_logits(model), before)
-    for site, kernel in kernels(merged).items():
+    for site, kernel in lf.kernels(merged).items():
         assert (kernel is old[site]) == (site not in adapters)
 
 
@@ -221,11 +217,11 @@ def test_quantised_and_bf16_models_merge_in_float32():
     model = tiny.t5()
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
-            module.kernel.set_value(quantise(module.kernel.get_value(), "int8", tiled_axis=-2))
+            module.kernel.set_value(lf.quantise(module.kernel.get_value(), "int8", tiled_axis=-2))
     adapters = _fused(model, "sum")
-    merged = merged_base(model, adapters)
+    merged = lf.merged_base(model, adapters)
     _close(_logits(merged), _logits(model, adapters), 1e-4)
-    assert all(isinstance(kernels(merged)[site], jax.Array) for site in adapters)
+    assert all(isinstance(lf.kernels(merged)[site], jax.Array) for site in adapters)
     in_bf16 = tiny.t5(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"))
-    for site, expected in kernels(merged_base(tiny.t5(), adapters)).items():
-        np.testing.assert_array_equal(kernels(merged_base(in_bf16, adapters))[site], expected)
+    for site, expected in lf.kernels(lf.merged_base(tiny.t5(), adapters)).items():
+        np.testing.assert_array_equal(lf.kernels(lf.merged_base(in_bf16, adapters))[site], expected)

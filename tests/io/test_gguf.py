@@ -16,23 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import lorafusion_jax as lf
 from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.gguf.base import GGUFBase
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged
-from lorafusion_jax.io.hf import (
-    base_digest,
-    base_tensor,
-    load_base,
-    load_tokenizer,
-    open_base,
-    read_config,
-    save_base,
-)
+from lorafusion_jax.io.hf import base_digest, open_base
 from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.models.architecture import kernels, linear_shapes
+from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.runs.merge import MergeOptions, merge
@@ -231,7 +224,7 @@ def test_a_file_is_the_folder_it_was_made_of(tmp_path, folders, name):
     """The same structure and the same weights, bit for bit."""
     folder = folders[name]
     file = _written(folder, tmp_path / "model.gguf")
-    assert read_config(file) == read_config(folder) and base_digest(file) == base_digest(folder)
+    assert lf.read_config(file) == lf.read_config(folder) and base_digest(file) == base_digest(folder)
 
 
 def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, folders):
@@ -240,7 +233,7 @@ def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, fold
         _written(folder, tmp_path / f"{number}.gguf", kinds=lambda _name, kind=kind: kind)
         for number, kind in enumerate((None, "Q8_0", "Q8_0"))
     )
-    got, expected = (dict(nnx.to_flat_state(nnx.state(load_base(source)))) for source in (file, folder))
+    got, expected = (dict(nnx.to_flat_state(nnx.state(lf.load_base(source)))) for source in (file, folder))
     assert got.keys() == expected.keys()
     for path, variable in expected.items():
         np.testing.assert_array_equal(got[path].get_value(), variable.get_value(), str(path))
@@ -251,7 +244,7 @@ def test_other_values_of_older_and_newer_files(tmp_path, folders):
     """A pattern of windows, absent widths of heads, the older key of a scaling, keys without effect, ends of turns."""
 
     def read(name, changes):
-        return read_config(_written(folders[name], tmp_path / "model.gguf", changes))
+        return lf.read_config(_written(folders[name], tmp_path / "model.gguf", changes))
 
     pattern = {"attention.sliding_window_pattern": [True] * 6 + [False], "rope.freq_base_swa": 5_000.0}
     config = read("gemma3", {f"gemma3.{key}": value for key, value in (pattern | {"expert_count": 0}).items()})
@@ -282,11 +275,11 @@ def _in_turn(title):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
     file = _written(folders["llama"], tmp_path / "model.gguf", kinds=_in_turn)
-    tensor, model = base_tensor(file), load_base(file, dtype=dtype, quantise="int8")
+    tensor, model = lf.base_tensor(file), lf.load_base(file, dtype=dtype, quantise="int8")
     tensors = open_base(file).tensors()
     head = model.variables()["head"].get_value()
     matrices = {("lm_head", 0): qwix.QArray(head.qvalue[None], head.scale[None], qtype="int8")}
-    for (site, kernel), layer in itertools.product(kernels(model).items(), range(2)):
+    for (site, kernel), layer in itertools.product(lf.kernels(model).items(), range(2)):
         matrices[model.config.sites[site].path_of(layer), layer] = kernel
     assert len(matrices) == 15
     for (path, layer), weight in matrices.items():
@@ -309,10 +302,10 @@ def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
 def test_other_precisions_are_quantised_from_the_file_s_numbers(tmp_path, folders):
     plain = _written(folders["llama"], tmp_path / "model.gguf", kinds=_in_turn)
     saved = tmp_path / "folder"
-    save_base(load_base(plain), saved, plain)
-    for path, weight in kernels(load_base(plain, quantise="nf4")).items():
+    lf.save_base(lf.load_base(plain), saved, plain)
+    for path, weight in lf.kernels(lf.load_base(plain, quantise="nf4")).items():
         np.testing.assert_array_equal(
-            dense(weight, jnp.float32), dense(kernels(load_base(saved, quantise="nf4"))[path], jnp.float32)
+            dense(weight, jnp.float32), dense(lf.kernels(lf.load_base(saved, quantise="nf4"))[path], jnp.float32)
         )
 
 
@@ -439,20 +432,20 @@ def test_a_file_is_converted_for_saved_and_read_back(tmp_path, folders):
     path = "base_model.model.model.layers.0.self_attn.q_proj"
     factors = {f"{path}.lora_A.weight": np.ones((2, 64), np.float32), f"{path}.lora_B.weight": np.ones((64, 2), "f4")}
     # A copy of the base's head, as PEFT saves one: it is compared with the file's.
-    copies = {"base_model.model.lm_head.weight": base_tensor(file)("lm_head.weight")}
+    copies = {"base_model.model.lm_head.weight": lf.base_tensor(file)("lm_head.weight")}
     save_file(factors | copies, adapter / "adapter_model.safetensors")
     manifest = convert(ConvertOptions(base=file, adapters=(str(adapter),), dry_run=True))
     assert manifest["base"]["source"] == file and manifest["totals"]["adapters"] == 1
-    assert shape_config(file) == read_config(file)
+    assert shape_config(file) == lf.read_config(file)
     saved = tmp_path / "saved"
-    save_base(load_base(file), saved, file)
+    lf.save_base(lf.load_base(file), saved, file)
     assert manifest["base"]["config_sha256"] == open_base(saved).config_sha256()
-    assert read_config(saved) == read_config(file)
+    assert lf.read_config(saved) == lf.read_config(file)
     tensors, wanted = load_file(saved / "model.safetensors"), load_file(folders["llama"] / "model.safetensors")
     assert tensors.keys() == wanted.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(tensor, wanted[name])
-    ours, again = load_tokenizer(file), load_tokenizer(saved)
+    ours, again = lf.load_tokenizer(file), lf.load_tokenizer(saved)
     for text in ("the th é</s><think>", string.printable):
         assert again(text)["input_ids"] == ours(text)["input_ids"]
     assert again.chat_template == ours.chat_template and again.special_tokens_map == ours.special_tokens_map
@@ -469,7 +462,7 @@ def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, fol
     write_merged(tmp_path / "merged.gguf", GGUFBase(file), tensors, kind)
     merged = GGUFBase(tmp_path / "merged.gguf")
     assert merged.config() == GGUFBase(file).config()
-    ours, theirs = (dict(nnx.to_flat_state(nnx.state(load_base(base.place)))) for base in (merged, GGUFBase(file)))
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(lf.load_base(base.place)))) for base in (merged, GGUFBase(file)))
     assert ours.keys() == theirs.keys()
     for path, weight in theirs.items():
         # The weights are multiples of 1 / 64 below 8, which float16 has; a step of Q8_0 is at most 8 / 127.
@@ -481,7 +474,7 @@ def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, fol
 
 @pytest.mark.parametrize("name", _MODELS)
 def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folders, name):
-    config, content = read_config(folders[name]), open_base(folders[name]).config()
+    config, content = lf.read_config(folders[name]), open_base(folders[name]).config()
     draw = np.random.default_rng(0)
     tensors = {}
     for path, (d_in, d_out) in linear_shapes(config).items():
@@ -519,7 +512,7 @@ def test_weighted_modules_of_a_file_are_written_as_files(tmp_path, folders):
     a, b = (found[f"blk.1.attn_k.weight.lora_{name}"] for name in "ab")
     np.testing.assert_allclose(b @ a, _interleaved(update, 2), atol=1e-5)
     merge(MergeOptions(out=tmp_path / "merged", format="gguf-f16", **options))
-    merged, base = (base_tensor(source)(f"{path}.weight") for source in (tmp_path / "merged" / "model.gguf", file))
+    merged, base = (lf.base_tensor(source)(f"{path}.weight") for source in (tmp_path / "merged" / "model.gguf", file))
     np.testing.assert_allclose(merged, base + update, atol=2**-8)
     with pytest.raises(ValueError, match="is not a GGUF file, whose metadata --format gguf-q8_0 would keep"):
         folder = options | {"base": str(folders["llama"])}
@@ -553,10 +546,10 @@ def test_files_that_are_not_whole_or_not_gguf(tmp_path, folders):
     for data, message in damaged.items():
         file.write_bytes(data)
         with pytest.raises(ValueError, match=f"^{file}{message}"):
-            load_base(file)
+            lf.load_base(file)
     file.unlink()
     with pytest.raises(ValueError, match=f"^{file}: no such file"):
-        load_base(file)
+        lf.load_base(file)
 
 
 @pytest.mark.parametrize("tensors", [2, 3])
@@ -621,7 +614,8 @@ _TOKENIZERS = [
 
 @pytest.mark.parametrize(
     ("read", "prefix", "changes", "message"),
-    [(load_base, "", *case) for case in _FILES] + [(load_tokenizer, "tokenizer.ggml.", *case) for case in _TOKENIZERS],
+    [(lf.load_base, "", *case) for case in _FILES]
+    + [(lf.load_tokenizer, "tokenizer.ggml.", *case) for case in _TOKENIZERS],
 )
 def test_files_that_are_refused(tmp_path, folders, read, prefix, changes, message):
     changes = {f"{prefix}{key}": value for key, value in changes.items()}
@@ -661,11 +655,11 @@ def test_stretched_frequencies_that_are_not_llama3_s_are_refused(tmp_path, folde
     held.shape, held.nbytes = held.tensor.shape, held.tensor.nbytes
     message = r"rope_freqs\.weight (has shape \[31\]: \w+ \[32\]|are not those of a rope scaling llama3)"
     with pytest.raises(ValueError, match=message):
-        read_config(_close(writer))
+        lf.read_config(_close(writer))
 
 
 def test_longrope_is_refused(tmp_path, folders):
     writer = _writer(folders["phi3"], tmp_path / "model.gguf")
     writer.add_tensor("rope_factors_long.weight", np.ones(4, np.float32))
     with pytest.raises(ValueError, match=r"the rope scaling is longrope, which is not implemented: \w+ linear"):
-        read_config(_close(writer))
+        lf.read_config(_close(writer))

@@ -14,19 +14,11 @@ import torch_files
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax.io.hf import (
-    base_digest,
-    base_tensor,
-    load_base,
-    load_tokenizer,
-    open_base,
-    read_config,
-    save_base,
-)
-from lorafusion_jax.models.architecture import kernels, linear_shapes
-from lorafusion_jax.models.generate import generate
+import lorafusion_jax as lf
+from lorafusion_jax.io.hf import base_digest, open_base
+from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.t5 import T5Config
-from lorafusion_jax.models.weights import QUANTISED_TYPES, dense, quantise
+from lorafusion_jax.models.weights import QUANTISED_TYPES, dense
 
 _JSON = {
     "model_type": "t5",
@@ -55,7 +47,7 @@ def _write_config(folder, **fields):
 def base(tmp_path):
     """A folder with a small untied T5 1.1, random weights."""
     folder = _write_config(tmp_path / "base")
-    config, rng = read_config(folder), np.random.default_rng(0)
+    config, rng = lf.read_config(folder), np.random.default_rng(0)
     shapes = {f"{path}.weight": (d_out, d_in) for path, (d_in, d_out) in linear_shapes(config).items()}
     for stack, layers, sublayers in (("encoder", 3, 2), ("decoder", 2, 3)):
         shapes[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, 2)
@@ -110,7 +102,7 @@ def _greedy(model, input_ids, mask, length):
     graph, state = nnx.split(model)
 
     def run(state, *x):
-        return generate(nnx.merge(graph, state), *x, max_new_tokens=length)
+        return lf.generate(nnx.merge(graph, state), *x, max_new_tokens=length)
 
     tokens = jax.jit(run)(state, jnp.asarray(input_ids, jnp.int32), jnp.asarray(mask > 0))
     return np.concatenate([np.full((len(tokens), 1), model.start_id), np.asarray(tokens)], axis=1)
@@ -119,7 +111,7 @@ def _greedy(model, input_ids, mask, length):
 @pytest.mark.smoke
 @pytest.mark.parametrize("layout", ["bin", "sharded safetensors", "sharded bin"])
 def test_every_layout_of_files_gives_the_same_model(base, tmp_path, layout):
-    _assert_same_model(load_base(other := _lay_out(base, tmp_path / "other", layout)), load_base(base))
+    _assert_same_model(lf.load_base(other := _lay_out(base, tmp_path / "other", layout)), lf.load_base(base))
     assert base_digest(other) == base_digest(base)
 
 
@@ -128,7 +120,7 @@ def test_golden_with_the_configuration_of_transformers_5(goldens, tmp_path, layo
     source = goldens / "fusion/t5a/base"
     other = _lay_out(source, tmp_path / "other", layout)
     shutil.copyfile(source / "config.transformers5.json", other / "config.json")
-    _assert_same_model(load_base(other), load_base(source))
+    _assert_same_model(lf.load_base(other), lf.load_base(source))
 
 
 @pytest.mark.parametrize(
@@ -144,22 +136,22 @@ def test_golden_with_the_configuration_of_transformers_5(goldens, tmp_path, layo
     ],
 )
 def test_what_the_configuration_says_of_head_and_scale(tmp_path, fields, tied, scaled):
-    config = read_config(_write_config(tmp_path / "base", **fields))
+    config = lf.read_config(_write_config(tmp_path / "base", **fields))
     assert (config.tied, config.scale_logits) == (tied, scaled)
 
 
 def test_the_defaults_of_old_configurations(tmp_path):
     fields = dict.fromkeys(("num_decoder_layers", "feed_forward_proj", "tie_word_embeddings"), ...)
-    config = read_config(_write_config(tmp_path / "base", **fields, relative_attention_num_buckets=16))
+    config = lf.read_config(_write_config(tmp_path / "base", **fields, relative_attention_num_buckets=16))
     sizes = {name: _JSON[name] for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers")}
     assert config == T5Config(**sizes, num_decoder_layers=3, gated=False, tied=True, scale_logits=True, buckets=16)
 
 
 @pytest.mark.parametrize("none", [-1, None])
 def test_no_token_for_padding_is_never_a_token(tmp_path, none):
-    config = read_config(_write_config(tmp_path / "base", pad_token_id=none))
-    assert config == read_config(_write_config(tmp_path / "base"))
-    config = read_config(_write_config(tmp_path / "base", pad_token_id=none, decoder_start_token_id=2))
+    config = lf.read_config(_write_config(tmp_path / "base", pad_token_id=none))
+    assert config == lf.read_config(_write_config(tmp_path / "base"))
+    config = lf.read_config(_write_config(tmp_path / "base", pad_token_id=none, decoder_start_token_id=2))
     assert (config.pad_id, config.start_id) == (0, 2)
 
 
@@ -176,20 +168,20 @@ def test_no_token_for_padding_is_never_a_token(tmp_path, none):
 def test_end_tokens_are_those_of_both_configurations(tmp_path, own, generation, ends):
     folder = _write_config(tmp_path / "base", model_type="llama", eos_token_id=own)
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    assert read_config(folder).end_ids == ends
+    assert lf.read_config(folder).end_ids == ends
 
 
 def test_the_weights_determine_whether_the_head_is_tied(base):
     _write_config(base, tie_word_embeddings=True, scale_decoder_outputs=False)
-    model = load_base(base)
+    model = lf.load_base(base)
     assert not model.config.tied and not model.config.scale_logits
     np.testing.assert_array_equal(model.head[...].T, load_file(base / "model.safetensors")["lm_head.weight"])
     _change(base, lambda tensors: tensors.update({"lm_head.weight": tensors["shared.weight"].copy()}))
-    assert load_base(_write_config(base)).config.tied
+    assert lf.load_base(_write_config(base)).config.tied
 
 
 def test_copies_of_the_embedding_and_the_unused_table_are_let_pass(base):
-    before = load_base(base)
+    before = lf.load_base(base)
 
     def add(tensors):
         for stack in ("encoder", "decoder"):
@@ -198,35 +190,35 @@ def test_copies_of_the_embedding_and_the_unused_table_are_let_pass(base):
         tensors[unused] = np.ones((32, 2), np.float32)
 
     _change(base, add)
-    _assert_same_model(load_base(base), before)
+    _assert_same_model(lf.load_base(base), before)
     _change(base, lambda tensors: tensors["decoder.embed_tokens.weight"].__iadd__(1))
     with pytest.raises(ValueError, match=r"decoder\.embed_tokens\.weight differs from shared\.weight"):
-        load_base(base)
+        lf.load_base(base)
 
 
 @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_dtypes(base, stored, dtype):
     _change(base, lambda tensors: tensors.update({k: v.astype(stored) for k, v in tensors.items()}))
-    model = load_base(base, dtype=dtype)
+    model = lf.load_base(base, dtype=dtype)
     assert model.config.dtype == dtype
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(dtype)}
     expected = load_file(base / "model.safetensors")[_V].T.astype(dtype)
-    np.testing.assert_array_equal(np.asarray(kernels(model)["decoder.cross.v"][1]), expected)
+    np.testing.assert_array_equal(np.asarray(lf.kernels(model)["decoder.cross.v"][1]), expected)
 
 
 @pytest.mark.parametrize("qtype", QUANTISED_TYPES)
 def test_a_model_is_quantised_as_it_loads(base, qtype):
-    plain, quantised = load_base(base), load_base(base, quantise=qtype)
-    for site, kernel in kernels(quantised).items():
+    plain, quantised = lf.load_base(base), lf.load_base(base, quantise=qtype)
+    for site, kernel in lf.kernels(quantised).items():
         # A tile holds one scale: along d_in, of which 8, 6 and 10 are single tiles.
-        layers, _, d_out = kernels(plain)[site].shape
+        layers, _, d_out = lf.kernels(plain)[site].shape
         assert kernel.qtype == qtype and kernel.scale.shape == (layers, 1, d_out)
-        width = np.abs(kernels(plain)[site]).max(axis=1, keepdims=True)
+        width = np.abs(lf.kernels(plain)[site]).max(axis=1, keepdims=True)
         # Half the widest gap between levels, in units of the largest weight: 0.152 in NF4, 1 / 15 in int4.
         gap = {"nf4": 0.153, "int4": 0.067, "int8": 0.004}[qtype]
-        assert (np.abs(dense(kernel, "float32") - kernels(plain)[site]) <= gap * width).all()
-        at_once = quantise(kernels(plain)[site], qtype, tiled_axis=-2)
+        assert (np.abs(dense(kernel, "float32") - lf.kernels(plain)[site]) <= gap * width).all()
+        at_once = lf.quantise(lf.kernels(plain)[site], qtype, tiled_axis=-2)
         assert jax.tree.structure(kernel) == jax.tree.structure(at_once)
         np.testing.assert_array_equal(dense(kernel, "float32"), dense(at_once, "float32"))
     assert quantised.head.get_value().qtype == qtype
@@ -236,8 +228,8 @@ def test_a_model_is_quantised_as_it_loads(base, qtype):
 def test_a_saved_model_is_the_same_and_keeps_its_files(base, tmp_path):
     (base / "tokenizer.json").write_text("{}")
     (base / "README.md").write_text("not copied")
-    save_base(load_base(base), tmp_path / "again", base)
-    _assert_same_model(load_base(tmp_path / "again"), load_base(base))
+    lf.save_base(lf.load_base(base), tmp_path / "again", base)
+    _assert_same_model(lf.load_base(tmp_path / "again"), lf.load_base(base))
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -246,15 +238,15 @@ def test_a_saved_model_is_the_same_and_keeps_its_files(base, tmp_path):
     assert (tmp_path / "again/config.json").read_bytes() == (base / "config.json").read_bytes()
     assert load_file(tmp_path / "again/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
     with pytest.raises(ValueError, match="exists: give a new folder"):
-        save_base(load_base(base), tmp_path / "again", base)
+        lf.save_base(lf.load_base(base), tmp_path / "again", base)
 
 
 def test_saving_dequantises_and_keeps_the_dtype(base, tmp_path):
-    model = load_base(base, dtype="bfloat16", quantise="int8")
-    save_base(model, tmp_path / "again", base)
+    model = lf.load_base(base, dtype="bfloat16", quantise="int8")
+    lf.save_base(model, tmp_path / "again", base)
     tensors = load_file(tmp_path / "again/model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    expected = dense(kernels(model)["decoder.cross.v"], "bfloat16")[1].T
+    expected = dense(lf.kernels(model)["decoder.cross.v"], "bfloat16")[1].T
     np.testing.assert_array_equal(tensors[_V], np.asarray(expected))
 
 
@@ -263,20 +255,20 @@ def test_a_saved_model_states_the_dtype_of_its_file(base, tmp_path, stated, dtyp
     """transformers 5 loads weights in the dtype that the configuration states."""
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {stated: "float16"}))
-    save_base(load_base(base, dtype=dtype), tmp_path / "again", base)
+    lf.save_base(lf.load_base(base, dtype=dtype), tmp_path / "again", base)
     assert json.loads((tmp_path / "again/config.json").read_text()) == config | {stated: dtype}
 
 
 def test_a_tensor_of_the_base_by_name(base, tmp_path):
-    tensor, tensors = base_tensor(base), load_file(base / "model.safetensors")
+    tensor, tensors = lf.base_tensor(base), load_file(base / "model.safetensors")
     np.testing.assert_array_equal(tensor(_V), tensors[_V])
     np.testing.assert_array_equal(tensor("lm_head.weight"), tensors["lm_head.weight"])
     np.testing.assert_array_equal(tensor("encoder.embed_tokens.weight"), tensors["shared.weight"])
     with pytest.raises(KeyError, match="score"):
         tensor("score.weight")
     _change(base, lambda tensors: tensors.pop("lm_head.weight"))
-    np.testing.assert_array_equal(base_tensor(base)("lm_head.weight"), tensors["shared.weight"])
-    lazy = base_tensor(_write_config(tmp_path / "no_weights"))
+    np.testing.assert_array_equal(lf.base_tensor(base)("lm_head.weight"), tensors["shared.weight"])
+    lazy = lf.base_tensor(_write_config(tmp_path / "no_weights"))
     with pytest.raises(ValueError, match="has no weights"):
         lazy(_V)
 
@@ -305,7 +297,7 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
 )
 def test_configurations_that_are_refused(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
-        read_config(_write_config(tmp_path / "base", **fields))
+        lf.read_config(_write_config(tmp_path / "base", **fields))
 
 
 def _forget(*names):
@@ -326,7 +318,7 @@ def _forget(*names):
 def test_weights_that_do_not_fit(base, change, message):
     _change(base, change)
     with pytest.raises(ValueError, match=message):
-        load_base(base)
+        lf.load_base(base)
 
 
 @pytest.mark.parametrize("name", [_V, "decoder.final_layer_norm.weight"])
@@ -345,7 +337,7 @@ def test_weights_that_do_not_fit(base, change, message):
 def test_weights_that_are_not_finite_floats_are_refused_by_name(base, name, change, message):
     _change(base, lambda tensors: tensors.update({name: np.ascontiguousarray(change(tensors[name]))}))
     with pytest.raises(ValueError, match=f"^{base}: {name} (holds )?{message}"):
-        load_base(base)
+        lf.load_base(base)
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "a/../../x", "..\\x", "", "x" * 256, "\0"])
@@ -361,17 +353,17 @@ def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(ValueError, match=f"^{folder}.*{message}"):
-            load_base(folder)
+            lf.load_base(folder)
     index.write_text("{}")
     with pytest.raises(ValueError, match=r"index\.json: weight_map is missing: expected an object"):
-        load_base(folder)
+        lf.load_base(folder)
 
 
 def test_files_that_are_missing_or_damaged(base, tmp_path):
     with pytest.raises(ValueError, match=r": not a Hugging Face model: it has no config\.json"):
-        read_config(tmp_path)
+        lf.read_config(tmp_path)
     with pytest.raises(ValueError, match="neither a folder here nor a hub id"):
-        load_base(tmp_path / "no" / "such" / "folder")
+        lf.load_base(tmp_path / "no" / "such" / "folder")
     weights = base / "model.safetensors"
     content = weights.read_bytes()
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -379,14 +371,14 @@ def test_files_that_are_missing_or_damaged(base, tmp_path):
         original = file.read_bytes()
         file.write_text(pointer)
         with pytest.raises(ValueError, match=f"{file}: this is a Git LFS pointer"):
-            load_base(base)
+            lf.load_base(base)
         file.write_bytes(original)
     weights.write_bytes(content[:-100])
     with pytest.raises(ValueError, match=f"{weights}: truncated or corrupt"):
-        load_base(base)
+        lf.load_base(base)
     weights.unlink()
     with pytest.raises(ValueError, match=r"has no weights: expected model\.safetensors or pytorch_model\.bin"):
-        load_base(base)
+        lf.load_base(base)
 
 
 @pytest.mark.peft
@@ -427,7 +419,7 @@ def test_transformers_agrees(tmp_path, fields, safe):
             arguments = {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
             return model(**{name: torch.tensor(ids) for name, ids in arguments.items()}).logits.numpy()
 
-    ours = load_base(tmp_path / "base")
+    ours = lf.load_base(tmp_path / "base")
     assert ours.config.tied == fields["tie_word_embeddings"]
     wanted = logits(theirs)
     # 3e-5 of the largest: what float32 leaves of a few layers, in the order that this processor sums.
@@ -439,7 +431,7 @@ def test_transformers_agrees(tmp_path, fields, safe):
     texts = _greedy(ours, input_ids, mask, 12)[:, : generated.shape[1]]
     np.testing.assert_array_equal(texts, generated)
 
-    save_base(ours, tmp_path / "again", tmp_path / "base")
+    lf.save_base(ours, tmp_path / "again", tmp_path / "base")
     again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
     np.testing.assert_array_equal(logits(again), logits(theirs))
 
@@ -447,7 +439,7 @@ def test_transformers_agrees(tmp_path, fields, safe):
 def test_code_that_a_repository_brings_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: "y")  # to the offer that transformers makes on a terminal
     base = shutil.copytree(_EMBEDDED, tmp_path / "base")
-    before, path = read_config(base), base / "config.json"
+    before, path = lf.read_config(base), base / "config.json"
     auto_map = {"auto_map": {"AutoConfig": "theirs.Theirs", "AutoModelForSeq2SeqLM": "theirs.Theirs"}}
     path.write_text(json.dumps(json.loads(path.read_text()) | auto_map))
     config = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
@@ -458,9 +450,9 @@ from transformers import PreTrainedTokenizerFast
 class Theirs(PreTrainedTokenizerFast): ...
 """
     (base / "theirs.py").write_text(code)
-    assert read_config(base) == before
-    assert load_base(base).config.sites == before.sites
-    assert load_tokenizer(base)("ab").input_ids
+    assert lf.read_config(base) == before
+    assert lf.load_base(base).config.sites == before.sites
+    assert lf.load_tokenizer(base)("ab").input_ids
     assert not (tmp_path / "ran").exists()
 
 

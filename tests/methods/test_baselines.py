@@ -9,22 +9,18 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.updates import WeightDecomposed
-from lorafusion_jax.io.export import merged_base
+import lorafusion_jax as lf
 from lorafusion_jax.methods.full import FullFineTuning
-from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.vera import VeRA
-from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.training.frozen import Frozen
 
 _MODEL = tiny.t5()
 _BASE = nnx.state(_MODEL)
 _SITES = tuple((name, site) for name, site in tiny.CONFIG.sites.items() if name.rpartition(".")[2] in ("q", "wo"))
 _INDEX = jnp.arange(0)
 _METHODS = {
-    "lora": LoRA(sites=_SITES, rank=3, alpha=5.0),
-    "dora": LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
+    "lora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0),
+    "dora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
     "vera": VeRA(sites=_SITES, rank=7),
     "magnitudes": Magnitudes(tuple(name for name, _ in _SITES)),
 }
@@ -32,7 +28,7 @@ _ALL = _METHODS | {"full": FullFineTuning()}
 
 
 def _frozen(method):
-    return method.prepare(Frozen(_BASE), kernels(_MODEL))
+    return method.prepare(lf.Frozen(_BASE), lf.kernels(_MODEL))
 
 
 def _moved(params, seed=1):
@@ -44,18 +40,18 @@ def _moved(params, seed=1):
 def _merged(method, params):
     """Site -> [L, d_in, d_out]: the matrices that the adapted model multiplies by."""
     adapters, _ = jax.jit(method.adapters)(params, _frozen(method), _INDEX)
-    merged = kernels(merged_base(_MODEL, adapters))
+    merged = lf.kernels(lf.merged_base(_MODEL, adapters))
     return {name: np.asarray(merged[name], np.float64) for name, _ in _SITES}
 
 
 def _definition(method, params, name):
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    W = np.asarray(kernels(_MODEL)[name], np.float64)
+    W = np.asarray(lf.kernels(_MODEL)[name], np.float64)
     if isinstance(method, VeRA):
         A, B = (np.asarray(m, np.float64) for m in method.projections(jax.random.key(0)))
         d, b = (params["vera"][part][name] for part in "db")
         return W + (A[: W.shape[1]] * d[:, None]) @ (B[:, : W.shape[2]] * b[:, None])
-    if isinstance(method, LoRA):
+    if isinstance(method, lf.LoRA):
         W = W + method.alpha / method.rank * params["lora"]["A"][name] @ params["lora"]["B"][name]
     if "magnitudes" in params:
         W = W / np.linalg.norm(W, axis=1, keepdims=True) * params["magnitudes"][name][:, None]
@@ -66,7 +62,7 @@ def _definition(method, params, name):
 def test_adapters_are_the_definition(method):
     params = method.init(_frozen(method), _INDEX, jax.random.key(3))
     for name, started in _merged(method, params).items():  # no method changes the base before its first step
-        np.testing.assert_allclose(started, np.asarray(kernels(_MODEL)[name]), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(started, np.asarray(lf.kernels(_MODEL)[name]), rtol=1e-5, atol=1e-6)
     params = _moved(params)
     for name, merged in _merged(method, params).items():
         np.testing.assert_allclose(merged, _definition(method, params, name), rtol=1e-5, atol=1e-5)
@@ -100,7 +96,7 @@ def test_the_norm_of_a_dora_update_counts_as_constant():
     W, A, B, m, x, direction = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
     def value(A, B, m):
-        return jnp.sum(direction * WeightDecomposed(A, B, m)(x, W))
+        return jnp.sum(direction * lf.WeightDecomposed(A, B, m)(x, W))
 
     found = jax.jit(jax.grad(value, argnums=(0, 1, 2)))(A, B, m)
     W, A, B, m, x, direction = (np.asarray(a, np.float64) for a in (W, A, B, m, x, direction))
@@ -114,19 +110,19 @@ def test_the_norm_of_a_dora_update_counts_as_constant():
 
 def test_full_fine_tuning_replaces_the_frozen_weights():
     method, loss = FullFineTuning(), jax.jit(tiny.loss)
-    here, elsewhere = (tiny.problem(method, Frozen(nnx.state(tiny.t5(seed=seed))), ()) for seed in (0, 1))
+    here, elsewhere = (tiny.problem(method, lf.Frozen(nnx.state(tiny.t5(seed=seed))), ()) for seed in (0, 1))
     weights = elsewhere.init(jax.random.key(0))
     assert loss(weights, elsewhere) == loss(weights, here)
     assert abs(float(loss(here.init(jax.random.key(0)), here) - loss(weights, here))) > 0.01
 
 
 def test_random_starts_are_drawn_as_in_peft():
-    drawn = _METHODS["lora"].init(Frozen(_BASE), _INDEX, jax.random.key(3))["lora"]["A"]
+    drawn = _METHODS["lora"].init(lf.Frozen(_BASE), _INDEX, jax.random.key(3))["lora"]["A"]
     for name, site in _SITES:
         assert 0.95 * site.d_in**-0.5 < float(jnp.abs(drawn[name]).max()) <= site.d_in**-0.5
     assert (drawn["decoder.self.q"] != drawn["decoder.cross.q"]).all()
     vera = dataclasses.replace(_METHODS["vera"], rank=500)
-    start = vera.init(Frozen(_BASE), _INDEX, jax.random.key(3))["vera"]
+    start = vera.init(lf.Frozen(_BASE), _INDEX, jax.random.key(3))["vera"]
     assert all((d == np.float32(0.1)).all() for d in start["d"].values())
     widest_in, widest_out = (max(getattr(site, d) for _, site in _SITES) for d in ("d_in", "d_out"))
     A, B = vera.projections(jax.random.key(0))

@@ -10,17 +10,15 @@ import pytest
 import recipes
 from safetensors.numpy import load_file
 
-from lorafusion_jax import fuse
+import lorafusion_jax as lf
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
 from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
-from lorafusion_jax.runs.run import load_run, run_path
+from lorafusion_jax.runs.run import run_path
 from lorafusion_jax.tasks import load_task, split
 
 _SEEDS = (1, 2)
@@ -50,7 +48,7 @@ def _cases(methods):
     return [pytest.param(method, marks=tiers.get(method, pytest.mark.long)) for method in methods]
 
 
-def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> FuseOptions:
+def _options(small: tuple[Path, Path], out: Path, method: str, **changes) -> lf.FuseOptions:
     """`cat` is the method merge with that rule."""
     values = {"evaluations": 4, "generations": 2, "population": 4, "shots": 2, "name": method, "method": method}
     return recipes.small_run(
@@ -66,7 +64,7 @@ def runs(small, tmp_path_factory):
     @functools.cache
     def run(method):
         options = _options(small, out, method)
-        return options, fuse(options)
+        return options, lf.fuse(options)
 
     return run
 
@@ -92,7 +90,7 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
     if method in _SEARCHED:
         forward = _SEARCHED[method] * _ADAPT
         steps = {"cma": 2}.get(method, _SEARCHED[method])
-    table = counts(read_config(options.base), modules=2, rank=4, vera_rank=8)
+    table = counts(lf.read_config(options.base), modules=2, rank=4, vera_rank=8)
     trainable = {"lorahub": 2, "cma": 2}.get(method, 0) if method not in _TRAINED else table[_TRAINED[method]]
     assert results["trainable"] == sum(results["trainable_by_group"].values()) == trainable
     # By hand: modules x blocks; sites x rank x both factors x width.
@@ -122,7 +120,7 @@ def test_methods_differ(methods, runs):
 def test_the_best_single_module_is_the_one_of_least_loss(runs):
     options, results = runs("single")
     folder = run_path(options)
-    _, params, _ = load_run(folder)
+    _, params, _ = lf.load_run(folder)
     lines = RunFolder(folder).metrics()
     for s, seed in enumerate(results["seeds"]):
         tried = [line for line in lines if line["seed"] == seed["seed"]]
@@ -146,7 +144,7 @@ def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
     said = {}
     for name, task in {"as it is": recipes.TASK, **folders}.items():
         options = _options(small, tmp_path, method, seeds=(1,), task=str(task), train_rows=5, name=name)
-        (row,) = fuse(options)["seeds"]
+        (row,) = lf.fuse(options)["seeds"]
         said[name] = row["loss"], recipes.answers(options, 1)
     assert said["others"] == said["as it is"] != said["own"]
     if method == "constant":
@@ -197,7 +195,7 @@ def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path)
     options, results = runs(method)
     _exported(runs, method, "merged", tmp_path)
     zero = _options((tmp_path / "merged", small[1]), tmp_path, "zero-shot")
-    (row,) = fuse(zero)["seeds"]
+    (row,) = lf.fuse(zero)["seeds"]
     assert row["loss"] == pytest.approx(results["seeds"][1]["loss"], rel=1e-4)
     assert recipes.answers(zero, 1) == recipes.answers(options, 2)
 
@@ -207,8 +205,8 @@ def dora_again(small, tmp_path_factory):
     """A fusion some of whose magnitudes turned negative, and the pool that its exported adapter is."""
     out = tmp_path_factory.mktemp("dora")
     options = _options(small, out, "fusion", lr_magnitudes=2.0)
-    results = fuse(options)
-    magnitudes = load_run(run_path(options))[1]["magnitudes"]
+    results = lf.fuse(options)
+    magnitudes = lf.load_run(run_path(options))[1]["magnitudes"]
     assert np.mean([m[0] < 0 for m in magnitudes.values()]) > 0.01
     export(ExportOptions(out=out / "exported", run=run_path(options)))
     convert(ConvertOptions(base=str(small[0]), adapters=(str(out / "exported"),), out=out / "pool"))
@@ -220,7 +218,7 @@ def dora_again(small, tmp_path_factory):
 def test_an_exported_fusion_fused_again_is_the_run_it_came_from(method, dora_again, small, tmp_path):
     was, wanted, pool = dora_again
     options = _options(small, tmp_path, method, pool=str(pool), lr_coefficients=0.0, lr_magnitudes=0.0)
-    found = fuse(options)
+    found = lf.fuse(options)
     assert found["seeds"][0]["loss"] == pytest.approx(wanted["seeds"][0]["loss"], rel=1e-5)
     assert recipes.answers(options, 1) == recipes.answers(was, 1)
     # And its export is that adapter.
@@ -237,7 +235,7 @@ def test_an_exported_fusion_fused_again_is_the_run_it_came_from(method, dora_aga
 def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(method, dora_again, small, tmp_path):
     options = _options(small, tmp_path, method, pool=str(dora_again[2]))
     with pytest.raises(ValueError, match=r"DoRA adapter.* magnitudes"):
-        fuse(options)
+        lf.fuse(options)
     assert not run_path(options).exists()
 
 
@@ -303,5 +301,5 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
     for method, changes, message in cases:
         options = _options(small, tmp_path, method, **changes)
         with pytest.raises(ValueError, match=message):
-            fuse(options)
+            lf.fuse(options)
         assert not run_path(options).exists()

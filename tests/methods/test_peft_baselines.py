@@ -8,20 +8,15 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.io.hf import load_base
-from lorafusion_jax.methods.lora import LoRA
+import lorafusion_jax as lf
 from lorafusion_jax.methods.vera import Projections, VeRA
-from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.loss import objective
-from lorafusion_jax.training.problem import Problem
 
 pytestmark = pytest.mark.peft
 
 _NAMES = ("q", "v", "wo")  # of three shapes, which VeRA cuts from its shared matrices
 _SITES = tuple((n, s) for n, s in tiny.CONFIG.sites.items() if n.rpartition(".")[2] in _NAMES)
 _METHODS = {
-    "dora": LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
+    "dora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
     "vera": VeRA(sites=_SITES, rank=128),
 }
 
@@ -73,13 +68,13 @@ def _tensors(model, kind, of=lambda parameter: parameter):
 
 
 def _frozen(folder, model, kind):
-    base = load_base(folder)
+    base = lf.load_base(folder)
     graph, weights = nnx.split(base)
     if kind == "dora":
-        norms = {n: jnp.linalg.norm(kernels(base)[n], axis=1) for n, _ in _SITES}
-        return graph, Frozen(weights, norms=norms)
+        norms = {n: jnp.linalg.norm(lf.kernels(base)[n], axis=1) for n, _ in _SITES}
+        return graph, lf.Frozen(weights, norms=norms)
     shared = (jnp.asarray(getattr(model.base_model, at)["default"].numpy().T) for at in ("vera_A", "vera_B"))
-    return graph, Frozen(weights, prepared=Projections(*shared))
+    return graph, lf.Frozen(weights, prepared=Projections(*shared))
 
 
 def _close(ours, theirs):
@@ -131,10 +126,10 @@ def test_first_step(folder, kind, moved):
     @jax.jit
     def step(params, frozen):
         def ours(params):
-            return objective(
+            return lf.objective(
                 params,
                 batch,
-                Problem(graph=graph, method=_METHODS[kind], frozen=frozen, index=jnp.arange(0)),
+                lf.Problem(graph=graph, method=_METHODS[kind], frozen=frozen, index=jnp.arange(0)),
                 jnp.float32(0),
             )[0]
 

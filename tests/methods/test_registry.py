@@ -13,8 +13,7 @@ import recipes
 import tiny
 from recipes import recipe
 
-from lorafusion_jax import fuse
-from lorafusion_jax.adapters.basis import shared_basis
+import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import PRESETS as CROSSBARS
 from lorafusion_jax.estimates.bill import CostOptions, bills
@@ -22,18 +21,12 @@ from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.params import counts, trainable_count
 from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.estimates.workload import uniform
-from lorafusion_jax.methods import METHODS, fields_of, find, register
+from lorafusion_jax.methods import fields_of, find
 from lorafusion_jax.methods.entry import Built, PlannedPool
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.mean import MeanFusion
-from lorafusion_jax.methods.merge import Merge
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.run import load_run
-from lorafusion_jax.training.recipe import Recipe
 
 _SMALL = SHAPES["t5-small"]
 _POOL = tiny.pool(2)
@@ -43,9 +36,9 @@ _POOL = tiny.pool(2)
 def gains():
     """The example's method, which trains one factor for each matrix and has options of its own."""
     example = types.SimpleNamespace(**runpy.run_path(str(one_block.SMALL.parent / "your_own_method.py")))
-    register(example.GAINS)
+    lf.register(example.GAINS)
     yield example
-    del METHODS["gains"]
+    del lf.METHODS["gains"]
 
 
 @pytest.mark.usefixtures("gains")
@@ -55,7 +48,7 @@ def test_a_new_method_is_run_with_its_own_options(small, tmp_path, capsys):
     main(["fuse", "--base", str(small[0]), "--task", str(recipes.TASK), *own, *quick])
     # q and v of one encoder layer and, twice, of a decoder layer.
     assert "gains, 6 trainable numbers" in capsys.readouterr().out
-    options, params, _ = load_run(tmp_path / "double_digit-gains")
+    options, params, _ = lf.load_run(tmp_path / "double_digit-gains")
     assert (options.recipe.first_gain, options.recipe.lr_gains, options.recipe.epochs) == (0.5, 0.0, 2)
     assert all((gain == 0.5).all() for gain in params["gains"].values())
 
@@ -82,7 +75,7 @@ def test_a_new_method_is_counted_planned_and_billed(capsys):
     assert counts(_SMALL)["gains from 1"] == matrices
     main(["fuse", "--base", "t5-small", "--task", str(recipes.TASK), "--method", "gains", "--plan"])
     assert re.search(rf"\| gains +\| +1 \| +{matrices} \|", capsys.readouterr().out)
-    work = {"task": uniform(Recipe(), source=64, target=8, test_rows=10)}
+    work = {"task": uniform(lf.Recipe(), source=64, target=8, test_rows=10)}
     row = plan(_SMALL, ["gains"], work, Settings())[0]
     assert row.cost.trainable == matrices and row.cost.training_flops > row.cost.evaluation_flops
     main(["cost", "--shape", "t5-small"])
@@ -93,11 +86,13 @@ def test_a_new_method_is_counted_planned_and_billed(capsys):
 
 def test_an_entry_that_cannot_be_used_is_refused(gains, capsys):
     with pytest.raises(ValueError, match="there is a method 'gains' already: give this one another name"):
-        register(gains.GAINS)
+        lf.register(gains.GAINS)
     with pytest.raises(ValueError, match="fuses a pool: let GainsRecipe inherit from PoolRecipe"):
-        register(dataclasses.replace(gains.GAINS, name="pooled", pool=True))
-    wrong = dataclasses.make_dataclass("WrongRecipe", [("seeds", int, 1)], bases=(Recipe,), frozen=True, kw_only=True)
-    METHODS["gains"] = dataclasses.replace(gains.GAINS, recipe=wrong)
+        lf.register(dataclasses.replace(gains.GAINS, name="pooled", pool=True))
+    wrong = dataclasses.make_dataclass(
+        "WrongRecipe", [("seeds", int, 1)], bases=(lf.Recipe,), frozen=True, kw_only=True
+    )
+    lf.METHODS["gains"] = dataclasses.replace(gains.GAINS, recipe=wrong)
     with pytest.raises(SystemExit, match="2"):
         main(["fuse", "--base", "b", "--task", "t", "--method", "gains"])
     assert "WrongRecipe has a field seeds, which is an option of every run" in capsys.readouterr().err
@@ -107,12 +102,12 @@ def test_an_unknown_method_is_answered_with_those_there_are():
     with pytest.raises(ValueError, match="no method 'gains': choose one of fusion, coefficients"):
         find("gains")
     with pytest.raises(ValueError, match="no method 'gains'"):
-        fuse(FuseOptions(base="b", task="t", method="gains"))
+        lf.fuse(lf.FuseOptions(base="b", task="t", method="gains"))
 
 
-@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.learns == "trained"])
+@pytest.mark.parametrize("name", [name for name, entry in lf.METHODS.items() if entry.learns == "trained"])
 def test_every_group_of_an_entry_is_trained_at_its_own_rate_of_the_recipe(name):
-    entry = METHODS[name]
+    entry = lf.METHODS[name]
     found = trainable_count(entry, _SMALL, recipe(name, modules=2), PlannedPool(rank=4, pool=2, targets=("q", "v")))
     assert tuple(found) == entry.groups and all(np.array(list(found.values())) > 0)
     rates = [number for number in fields_of(entry) if number.startswith("lr_")]
@@ -130,18 +125,18 @@ def test_a_method_is_built_with_the_numbers_of_the_recipe():
 
     def built(name, pool=_POOL, **numbers):
         of = recipe(name, **(numbers or chosen))
-        return METHODS[name].build(Built(config=_SMALL, recipe=of, pool=pool, modules=2))
+        return lf.METHODS[name].build(Built(config=_SMALL, recipe=of, pool=pool, modules=2))
 
-    fusion = Fusion(composition="mix", granularity="site", start="twice", differentiate_norm=True)
+    fusion = lf.Fusion(composition="mix", granularity="site", start="twice", differentiate_norm=True)
     assert built("fusion") == fusion
     assert built("coefficients") == dataclasses.replace(fusion, magnitudes=False)
     assert built("mean-fusion") == MeanFusion(**dataclasses.asdict(fusion))
-    in_basis = built("fusion", shared_basis(_POOL, 4), basis=3, train_core=True)
-    assert in_basis == Fusion(basis=3, core=True)
-    assert built("merge") == Merge(kind="ties", density=0.3)
+    in_basis = built("fusion", lf.shared_basis(_POOL, 4), basis=3, train_core=True)
+    assert in_basis == lf.Fusion(basis=3, core=True)
+    assert built("merge") == lf.Merge(kind="ties", density=0.3)
     sites = tuple((name, site) for name, site in _SMALL.sites.items() if name.endswith(".q"))
-    assert built("lora") == LoRA(sites=sites, rank=3, alpha=6.0)
-    assert built("dora") == LoRA(sites=sites, rank=3, alpha=6.0, dora=True)
+    assert built("lora") == lf.LoRA(sites=sites, rank=3, alpha=6.0)
+    assert built("dora") == lf.LoRA(sites=sites, rank=3, alpha=6.0, dora=True)
     assert built("vera") == VeRA(sites=sites, rank=5)
     assert built("magnitudes") == Magnitudes(tuple(name for name, _ in sites))
 

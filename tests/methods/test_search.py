@@ -15,13 +15,11 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.io.hf import base_tensor, load_base
-from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.methods import cma, find, lorahub
 from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.mean import single_losses
 from lorafusion_jax.models.t5 import T5, T5Config
-from lorafusion_jax.tasks import IGNORED, Batch
+from lorafusion_jax.tasks import IGNORED
 
 _SEEDS, _GENERATIONS, _POPULATION = (1, 2), 8, 6
 
@@ -98,7 +96,7 @@ def _drawn():
         mask = np.broadcast_to(row_mask[:, None], ids.shape)
         answers = np.argmax(_mixed(model, pool, np.ones(3))(ids, mask, np.zeros((4, 1), np.int32)), axis=-1)
         labels = np.where(row_mask[:, None], answers, -100).astype(np.int32)
-        batches.append(Batch(ids, mask, labels, row_mask))
+        batches.append(lf.Batch(ids, mask, labels, row_mask))
     return model, pool, batches
 
 
@@ -126,12 +124,12 @@ def _arrays(path):
 
 
 def _golden(folder, seed_mode):
-    model = load_base(folder / "base")
+    model = lf.load_base(folder / "base")
     sources = [str(folder / "adapters" / f"lora_{n}") for n in range(4)]
-    pool = read_pool(sources, model.config, base_tensor=base_tensor(folder / "base"))
+    pool = lf.read_pool(sources, model.config, base_tensor=lf.base_tensor(folder / "base"))
     arrays = _arrays(folder / "inputs.npz")
     batches = [
-        Batch(
+        lf.Batch(
             input_ids=jnp.asarray(arrays[f"input_ids_{k}"], jnp.int32)[None],
             input_mask=jnp.asarray(arrays[f"attention_mask_{k}"] > 0)[None],
             labels=jnp.asarray(arrays[f"labels_{k}"], jnp.int32)[None],
@@ -283,7 +281,7 @@ def _ragged():
         ids, labels = (rng.integers(2, 16, (2, 4, width)) for width in (5, 3))
         labels = np.where(np.arange(3) < np.array(lengths)[:, None], labels, IGNORED)
         row_mask = np.broadcast_to(real, (2, 4)).copy()
-        batches.append(Batch(ids.astype(np.int32), mask, labels.astype(np.int32), row_mask))
+        batches.append(lf.Batch(ids.astype(np.int32), mask, labels.astype(np.int32), row_mask))
     return batches
 
 

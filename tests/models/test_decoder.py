@@ -14,14 +14,11 @@ import pytest
 import small_llama
 from flax import nnx
 
+import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import expand
-from lorafusion_jax.adapters.composition import compose
-from lorafusion_jax.io.hf import load_base
-from lorafusion_jax.io.pool import read_pool
 from lorafusion_jax.models.decoder import FAMILY, Decoder
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.decoder.rotary import rotation
-from lorafusion_jax.models.generate import generate
 
 _TINY = small_llama.CONFIG | {
     "vocab_size": 40,
@@ -37,7 +34,7 @@ def _close(got, wanted, tolerance, relative=0.0):
 
 @functools.partial(jax.jit, static_argnames=("graph", "tokens"))
 def _say(graph, base, adapters, ids, mask, tokens):
-    return generate(nnx.merge(graph, base), ids, mask, adapters, max_new_tokens=tokens)
+    return lf.generate(nnx.merge(graph, base), ids, mask, adapters, max_new_tokens=tokens)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -51,7 +48,7 @@ def _logits(graph, base, ids, mask, adapters):
 @pytest.fixture(scope="module")
 def stories(goldens):
     folder = goldens / "stories260k"
-    model = load_base(folder / "base")
+    model = lf.load_base(folder / "base")
     model.config = dataclasses.replace(model.config, eos_id=(1, 2))
     prompts, answers = (json.loads((folder / f"{name}.json").read_text()) for name in ("prompts", "greedy"))
     return model, folder, prompts["prompts"], answers, dict(np.load(folder / "logits.npz"))
@@ -75,9 +72,9 @@ def test_stories_logits_and_tokens(stories, name):
     model, folder, prompts, answers, logits = stories
     adapters = {}
     if weights := _FUSIONS[name]:
-        pool = read_pool([str(folder / "adapters" / adapter) for adapter in weights], model.config)
+        pool = lf.read_pool([str(folder / "adapters" / adapter) for adapter in weights], model.config)
         c = jnp.array(list(weights.values()), jnp.float32)
-        adapters, _ = compose(pool, jnp.arange(len(pool)), expand(c, pool, "global"), "sum")
+        adapters, _ = lf.compose(pool, jnp.arange(len(pool)), expand(c, pool, "global"), "sum")
     width = max(map(len, prompts))
     ids = jnp.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
     mask = jnp.arange(width)[None] < jnp.array([len(prompt) for prompt in prompts])[:, None]
@@ -145,7 +142,7 @@ def test_generation_follows_the_logits_of_labels(model_type):
     config = FAMILY.read_config(_TINY | {"model_type": model_type, "pad_token_id": 0, "sliding_window": 4})
     model = Decoder(config, rngs=nnx.Rngs(1))
     ids, mask = jnp.array([[5, 6, 7, 8, 9], [8, 9, 0, 0, 0]]), jnp.array([[True] * 5, [True, True] + [False] * 3])
-    said = generate(model, ids, mask, max_new_tokens=12)
+    said = lf.generate(model, ids, mask, max_new_tokens=12)
     again = jnp.argmax(model.label_logits(ids, mask, said, {}), axis=-1)
     for row, wanted in zip(np.asarray(said), np.asarray(again), strict=True):
         ends = np.isin(row, config.end_ids)

@@ -17,13 +17,11 @@ import pytest
 from flax import nnx
 from peft_models import Fused, fused
 
+import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import expand
-from lorafusion_jax.io.export import fused_adapter, merged_base
-from lorafusion_jax.io.hf import load_base, save_base
+from lorafusion_jax.io.export import fused_adapter
 from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import Architecture, Model
-from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.architecture import Model
 from lorafusion_jax.training.loss import cross_entropy
 from lorafusion_jax.training.method import Params
 
@@ -162,7 +160,7 @@ def _run(graph, weights, adapters):
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _say(graph, weights, adapters):
-    return generate(nnx.merge(graph, weights), *_padded(), adapters, max_new_tokens=_TOKENS)
+    return lf.generate(nnx.merge(graph, weights), *_padded(), adapters, max_new_tokens=_TOKENS)
 
 
 def _check(theirs: list[np.ndarray], model: Model, adapters: dict[str, Any] | None = None) -> None:
@@ -210,7 +208,7 @@ def base(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(base) -> Model:
-    return load_base(base)
+    return lf.load_base(base)
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +225,10 @@ def fusion(base, model) -> Callable[[str, bool], Fused]:
 
 def _fusion(base: Path, model: Model, composition: str, magnitudes: bool) -> Fused:
     folders = [base.parent / name for name in _FUSED[composition]]
-    return fused(model, folders, Fusion(composition=composition, magnitudes=magnitudes))
+    return fused(model, folders, lf.Fusion(composition=composition, magnitudes=magnitudes))
 
 
-def _in_torch(base: Path, config: Architecture, composition: str, params: Params):
+def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Params):
     """Return a function that runs the model with the fusion in its weights, and the fusion's numbers as leaves."""
     import torch
     from safetensors.torch import load_file
@@ -290,14 +288,14 @@ def test_a_fusion_and_its_exported_adapter(base, model, fusion, plain, tmp_path,
 
 def test_a_merged_fusion_in_transformers(base, model, fusion, tmp_path):
     found = fusion("sum", True)
-    save_base(merged_base(model, found.adapters), tmp_path / "merged", base)
+    lf.save_base(lf.merged_base(model, found.adapters), tmp_path / "merged", base)
     merged = _read(tmp_path / "merged")
     _check(_theirs(merged), model, found.adapters)
     _check_said(merged, model, found.adapters)
 
 
 def test_one_dora_adapter(base, model, plain):
-    adapters = fused(model, [base.parent / "dora"], Fusion(magnitudes=False), 1.0).adapters
+    adapters = fused(model, [base.parent / "dora"], lf.Fusion(magnitudes=False), 1.0).adapters
     wanted = _theirs(_read_adapted(base, base.parent / "dora"))
     assert _differ(wanted, plain)
     _check(wanted, model, adapters)
@@ -338,7 +336,7 @@ def test_gradients(base, model, fusion, composition):
 
 @pytest.mark.parametrize("kind", _LLAMAS)
 def test_rope_scalings_and_tied_heads(tmp_path, kind):
-    ours = load_base(_made(tmp_path / "base", "llama", _LLAMAS[kind]))
+    ours = lf.load_base(_made(tmp_path / "base", "llama", _LLAMAS[kind]))
     theirs = _read(tmp_path / "base")
     assert ours.config.tied == (kind == "tied")
     _check(_theirs(theirs), ours)
@@ -350,4 +348,4 @@ def test_windows_that_a_family_does_not_read(tmp_path, model_type):
     """A Llama has no window, and a Phi-3 has one in all layers; transformers reads this Mistral as a Ministral."""
     changes = {"sliding_window": _WINDOW, "layer_types": _FAMILIES["gemma3_text"]["layer_types"]}
     folder = _made(tmp_path / "base", model_type, changes)
-    _check(_theirs(_read(folder)), load_base(folder))
+    _check(_theirs(_read(folder)), lf.load_base(folder))

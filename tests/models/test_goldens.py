@@ -13,21 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.io.export import merged_base
-from lorafusion_jax.io.hf import base_tensor, load_base
-from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.methods.untrained import ZeroShot
-from lorafusion_jax.models.architecture import kernels, places
-from lorafusion_jax.models.generate import generate
-from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.frozen import Frozen
+import lorafusion_jax as lf
 from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.method import Method
-from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.recipe import Rates
-from lorafusion_jax.training.step import fusion_step, init_state
 
 _KINDS = ("t5a", "t5b", "llama")
 _LORAS = ("lora_0", "lora_1", "lora_2", "lora_3")
@@ -50,11 +37,11 @@ class _Case(NamedTuple):
     """A fusion, a model to put it on, and the goldens' numbers."""
 
     graph: nnx.GraphDef
-    method: Method
-    frozen: Frozen
+    method: lf.Method
+    frozen: lf.Frozen
     index: jax.Array
     params: dict
-    batches: tuple[Batch, Batch]
+    batches: tuple[lf.Batch, lf.Batch]
     inputs: dict[str, np.ndarray]
     golden: dict[str, np.ndarray]
     rows: list[tuple[str, int]]  # site and layer of every row of the golden's magnitudes
@@ -78,16 +65,16 @@ class _Case(NamedTuple):
             np.testing.assert_array_equal(tokens[rows], self.golden[greedy][:, prompt:])
 
     def step(self, state, batch, *, l1, l2):
-        recipe = PRESETS["reference"]
+        recipe = lf.PRESETS["reference"]
         rates = {"coefficients": jnp.float32(recipe.lr_coefficients), "magnitudes": jnp.float32(recipe.lr_magnitudes)}
-        rates = Rates({group: rates[group] for group in self.params}, l2=jnp.float32(l2), l1=jnp.float32(l1))
+        rates = lf.Rates({group: rates[group] for group in self.params}, l2=jnp.float32(l2), l1=jnp.float32(l1))
         return _step(state, self.batches[batch], self.problem(), rates, optimisation=recipe.optimisation(20))
 
     def start(self):
-        return init_state(self.problem(), jax.random.key(0), self.params)
+        return lf.init_state(self.problem(), jax.random.key(0), self.params)
 
     def problem(self):
-        return Problem(graph=self.graph, method=self.method, frozen=self.frozen, index=self.index)
+        return lf.Problem(graph=self.graph, method=self.method, frozen=self.frozen, index=self.index)
 
     def by_row(self, magnitudes):
         return np.stack([magnitudes[site][layer] for site, layer in self.rows])
@@ -100,29 +87,29 @@ def case(goldens):
     @functools.cache
     def base(kind):
         arrays = dict(np.load(goldens / kind / "inputs.npz"))
-        return load_base(goldens / kind / "base"), arrays, (_batch(arrays, 0), _batch(arrays, 1))
+        return lf.load_base(goldens / kind / "base"), arrays, (_batch(arrays, 0), _batch(arrays, 1))
 
     @functools.cache
     def make(kind, file="inputs"):
         model, arrays, batches = base(kind)
         graph, weights = nnx.split(model)
         if file == "inputs":
-            return _Case(graph, ZeroShot(), Frozen(weights), jnp.arange(0), {}, batches, arrays, arrays, [])
+            return _Case(graph, lf.ZeroShot(), lf.Frozen(weights), jnp.arange(0), {}, batches, arrays, arrays, [])
         golden = dict(np.load(goldens / kind / f"{file}.npz"))
         names = [file.removeprefix("single_").removesuffix("_fused")]
         if file.startswith("pool"):
             names = _LORAS[: len(golden["grad_coeff"])]
         sources = [str(goldens / kind / "adapters" / name) for name in names]
-        pool = read_pool(sources, model.config, base_tensor=base_tensor(goldens / kind / "base"))
-        frozen = Frozen(weights, pool, gram(pool, {site: kernels(model)[site] for site in pool.A}))
+        pool = lf.read_pool(sources, model.config, base_tensor=lf.base_tensor(goldens / kind / "base"))
+        frozen = lf.Frozen(weights, pool, lf.gram(pool, {site: lf.kernels(model)[site] for site in pool.A}))
         # Only the sum takes several ranks.
         composition = "sum" if "products" in file or "pattern" in file else "mix"
-        method = Fusion(composition=composition, start="uniform", magnitudes="dora" in file)
+        method = lf.Fusion(composition=composition, start="uniform", magnitudes="dora" in file)
         index = jnp.arange(len(pool))
         params = method.init(frozen, index, jax.random.key(0))
         if "traj_coeff" in golden:
             params["coefficients"] = jnp.asarray(golden["traj_coeff"][0])
-        rows = [places(model.config)[path] for path in golden.get("modules", ())]
+        rows = [lf.places(model.config)[path] for path in golden.get("modules", ())]
         return _Case(graph, method, frozen, index, params, batches, arrays, golden, rows)
 
     return make
@@ -148,7 +135,7 @@ def _batch(arrays, k):
         labels = labels[:, prompt:]
     labels = np.pad(labels, ((0, 4 - len(labels)), (0, 0)), constant_values=-100)
     row_mask = jnp.arange(4) < len(arrays[f"labels_{k}"])
-    return Batch(*_rows_of_four(arrays, k, end=prompt), jnp.asarray(labels, jnp.int32), row_mask)
+    return lf.Batch(*_rows_of_four(arrays, k, end=prompt), jnp.asarray(labels, jnp.int32), row_mask)
 
 
 # Adapters are arguments: fusions that differ in their pools' names alone share this program.
@@ -159,11 +146,11 @@ def _say(graph, base, adapters, batch, whole):
     of_labels = logits = model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters)
     if model.config.causal:
         logits = model(*whole, adapters)
-    tokens = generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=16)
+    tokens = lf.generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=16)
     return logits, of_labels, tokens
 
 
-_step = jax.jit(fusion_step, static_argnames=("optimisation",))
+_step = jax.jit(lf.fusion_step, static_argnames=("optimisation",))
 
 
 def _close(got, wanted, tolerance, relative=0.0):
@@ -184,17 +171,17 @@ def test_single_adapter(case, name):
     tolerance = 2e-4 if name == "rslora" else 1e-4
     single.check("logits", loss="loss_mean_ce", greedy="greedy", tolerance=tolerance)
     single.check("logits_batch1", k=1, tolerance=tolerance)
-    graph, merged = nnx.split(merged_base(nnx.merge(single.graph, single.frozen.base), single.adapters()))
-    base = single._replace(graph=graph, method=ZeroShot(), frozen=Frozen(merged), params={})
+    graph, merged = nnx.split(lf.merged_base(nnx.merge(single.graph, single.frozen.base), single.adapters()))
+    base = single._replace(graph=graph, method=lf.ZeroShot(), frozen=lf.Frozen(merged), params={})
     base.check("logits_merged", tolerance=tolerance)
 
 
 @pytest.mark.parametrize(
     "method",
     [
-        Fusion(composition="sum", magnitudes=False),  # coefficients
-        Fusion(composition="mix", start="xavier", magnitudes=False),  # the same, of the reference preset
-        Fusion(granularity="global", magnitudes=False),  # mean and single
+        lf.Fusion(composition="sum", magnitudes=False),  # coefficients
+        lf.Fusion(composition="mix", start="xavier", magnitudes=False),  # the same, of the reference preset
+        lf.Fusion(granularity="global", magnitudes=False),  # mean and single
     ],
     ids=["coefficients", "mix", "single"],
 )
@@ -233,7 +220,7 @@ def test_loss_and_gradients(case, kind, file):
 @pytest.mark.parametrize(("kind", "file"), _CASES)
 def test_twenty_steps_of_the_reference_protocol(case, kind, file):
     fusion = case(kind, file)
-    golden, recipe = fusion.golden, PRESETS["reference"]
+    golden, recipe = fusion.golden, lf.PRESETS["reference"]
     state = fusion.start()
     for number in range(20):
         state, metrics = fusion.step(state, number % 2, l1=recipe.l1, l2=recipe.l2)

@@ -11,14 +11,11 @@ import tiny
 from flax import nnx
 from peft_models import fused
 
+import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import expand
-from lorafusion_jax.io.export import fused_adapter, lora_adapter, merged_base
-from lorafusion_jax.io.hf import load_base, save_base
+from lorafusion_jax.io.export import fused_adapter, lora_adapter
 from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.t5.model import decoder_inputs
-from lorafusion_jax.training.frozen import Frozen
 
 pytestmark = pytest.mark.peft
 
@@ -82,7 +79,7 @@ def peft_logits(folder):
 
 @pytest.fixture(scope="module")
 def base(folder):
-    return load_base(folder / "base")
+    return lf.load_base(folder / "base")
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -105,7 +102,7 @@ def test_a_dora_adapter_at_a_coefficient_is_peft_with_its_layers_scaled(folder, 
             if hasattr(module, "scale_layer"):
                 module.scale_layer(0.6)
 
-    method = Fusion(composition="sum", granularity="global", magnitudes=False)
+    method = lf.Fusion(composition="sum", granularity="global", magnitudes=False)
     adapters = fused(base, [folder / "dora"], method, 0.6).adapters
     theirs = peft_logits(adapter="dora", prepare=scale)
     assert np.abs(theirs - peft_logits(adapter="dora")).max() > 0.1
@@ -123,7 +120,7 @@ def test_a_dora_adapter_at_a_coefficient_is_peft_with_its_layers_scaled(folder, 
     ],
 )
 def test_exported_fusion_in_peft(folder, base, peft_logits, tmp_path, composition, granularity, magnitudes, names):
-    method = Fusion(composition=composition, granularity=granularity, magnitudes=magnitudes)
+    method = lf.Fusion(composition=composition, granularity=granularity, magnitudes=magnitudes)
     found = fused(base, [folder / name for name in names], method)
     pool, magnitudes = found.frozen.pool, found.params.get("magnitudes")
     spread = expand(found.params["coefficients"], pool, granularity)
@@ -138,8 +135,8 @@ def test_exported_fusion_in_peft(folder, base, peft_logits, tmp_path, compositio
 
 def _trained_lora(model):
     adapted = {name: site for name, site in model.config.sites.items() if name.endswith((".o", "r.self.q"))}
-    method = LoRA(sites=tuple(adapted.items()), rank=3, alpha=5.0)
-    frozen = Frozen(nnx.split(model)[1])
+    method = lf.LoRA(sites=tuple(adapted.items()), rank=3, alpha=5.0)
+    frozen = lf.Frozen(nnx.split(model)[1])
     shapes = jax.eval_shape(method.init, frozen, jnp.arange(0), jax.random.key(0))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape, np.float32)), shapes)
@@ -155,9 +152,9 @@ def test_exported_lora_in_peft(base, peft_logits, tmp_path):
 
 
 def test_merged_tied_base_in_transformers(folder, peft_logits, tmp_path):
-    tied = load_base(folder / "tied")
+    tied = lf.load_base(folder / "tied")
     adapters = _trained_lora(tied)
-    save_base(merged_base(tied, adapters), tmp_path / "merged", folder / "tied")
+    lf.save_base(lf.merged_base(tied, adapters), tmp_path / "merged", folder / "tied")
     ours = _logits(tied, adapters)
     assert np.abs(ours - _logits(tied)).max() > 0.1
     _close(peft_logits(base=tmp_path / "merged"), ours)

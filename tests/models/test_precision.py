@@ -16,17 +16,10 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.basis import Pool, shared_basis
-from lorafusion_jax.adapters.composition import compose
+import lorafusion_jax as lf
+from lorafusion_jax.adapters.basis import Pool
 from lorafusion_jax.adapters.merges import merge
-from lorafusion_jax.adapters.norms import gram, pair_terms
-from lorafusion_jax.adapters.updates import WeightDecomposed
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.recipe import Optimisation, Rates
-from lorafusion_jax.training.step import fusion_step, init_state
+from lorafusion_jax.adapters.norms import pair_terms
 
 _DOT = re.compile(
     r"stablehlo\.dot_general .*?precision = \[(\w+), (\w+)\].*?: \(tensor<([\dx]+)x\w+>, tensor<([\dx]+)x\w+>\)"
@@ -54,22 +47,24 @@ def _check(products, *, of_weights: bool = True):
     assert all(highest == weights for weights, highest in products)
 
 
-def _frozen(pool: Pool, terms: Any = gram) -> Frozen:
-    return Frozen(nnx.state(_MODEL), pool, jax.jit(terms)(pool, {site: kernels(_MODEL)[site] for site in pool.rank}))
+def _frozen(pool: Pool, terms: Any = lf.gram) -> lf.Frozen:
+    return lf.Frozen(
+        nnx.state(_MODEL), pool, jax.jit(terms)(pool, {site: lf.kernels(_MODEL)[site] for site in pool.rank})
+    )
 
 
-def _step(method: Fusion, pool: Pool, terms: Any = gram) -> list[tuple[bool, bool]]:
-    problem = Problem(graph=nnx.split(_MODEL)[0], method=method, frozen=_frozen(pool, terms), index=jnp.arange(3))
-    state = init_state(problem, jax.random.key(0))
-    rates = Rates({group: jnp.float32(0.1) for group in state.params}, l2=jnp.float32(0), l1=jnp.float32(0))
-    step = partial(fusion_step, optimisation=Optimisation(steps=1))
+def _step(method: lf.Fusion, pool: Pool, terms: Any = lf.gram) -> list[tuple[bool, bool]]:
+    problem = lf.Problem(graph=nnx.split(_MODEL)[0], method=method, frozen=_frozen(pool, terms), index=jnp.arange(3))
+    state = lf.init_state(problem, jax.random.key(0))
+    rates = lf.Rates({group: jnp.float32(0.1) for group in state.params}, l2=jnp.float32(0), l1=jnp.float32(0))
+    step = partial(lf.fusion_step, optimisation=lf.Optimisation(steps=1))
     return _products(step, state, tiny.batch(rows=_ROWS), problem, rates)
 
 
-@pytest.mark.parametrize("terms", [gram, pair_terms])
+@pytest.mark.parametrize("terms", [lf.gram, pair_terms])
 def test_gram_terms(terms):
     pool = tiny.pool(2)
-    _check(_products(terms, pool, {site: kernels(_MODEL)[site] for site in pool.A}))
+    _check(_products(terms, pool, {site: lf.kernels(_MODEL)[site] for site in pool.A}))
 
 
 @pytest.mark.parametrize(
@@ -78,20 +73,20 @@ def test_gram_terms(terms):
 )
 def test_a_step(composition, rank, differentiate_norm):
     """Ranks of 2, 4 and 6 make the norm by the Gram matrix, by dW a layer at a time, and from dW as a matrix."""
-    method = Fusion(composition=composition, differentiate_norm=differentiate_norm)
+    method = lf.Fusion(composition=composition, differentiate_norm=differentiate_norm)
     _check(_step(method, tiny.pool(3, lambda n, site, layer: rank)))
 
 
 def test_a_step_with_pair_terms():
-    method = Fusion(differentiate_norm=True)
+    method = lf.Fusion(differentiate_norm=True)
     _check(_step(method, tiny.pool(3), pair_terms))
 
 
 @pytest.mark.parametrize("core", [False, True])
 def test_a_step_in_a_shared_basis(core):
-    basis = shared_basis(tiny.pool(3), 5)
-    _check(_products(gram, basis, {site: kernels(_MODEL)[site] for site in basis.rank}))
-    _check(_step(Fusion(composition="sum", basis=5, core=core, differentiate_norm=True), basis))
+    basis = lf.shared_basis(tiny.pool(3), 5)
+    _check(_products(lf.gram, basis, {site: lf.kernels(_MODEL)[site] for site in basis.rank}))
+    _check(_step(lf.Fusion(composition="sum", basis=5, core=core, differentiate_norm=True), basis))
 
 
 def test_a_product_at_a_device_s_default_is_found():
@@ -101,7 +96,7 @@ def test_a_product_at_a_device_s_default_is_found():
 
 def test_a_mix_by_rank_is_no_product():
     spread = {site: jnp.ones((b.shape[0], 3, b.shape[2])) for site, b in tiny.pool(3).B.items()}
-    _check(_products(lambda pool: compose(pool, jnp.arange(3), spread, "mix")[0], tiny.pool(3)), of_weights=False)
+    _check(_products(lambda pool: lf.compose(pool, jnp.arange(3), spread, "mix")[0], tiny.pool(3)), of_weights=False)
 
 
 @pytest.mark.parametrize("kind", ["linear", "svd", "dare_ties_svd"])
@@ -117,4 +112,6 @@ def test_merges(kind):
 def test_a_dora_in_training():
     rng = np.random.default_rng(0)
     A, B, W, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((16, 3), (3, 12), (16, 12), (_ROWS, 16)))
-    _check(_products(jax.value_and_grad(lambda d, x, W: jnp.sum(d(x, W))), WeightDecomposed(A, B, jnp.ones(12)), x, W))
+    _check(
+        _products(jax.value_and_grad(lambda d, x, W: jnp.sum(d(x, W))), lf.WeightDecomposed(A, B, jnp.ones(12)), x, W)
+    )

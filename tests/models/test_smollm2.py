@@ -17,18 +17,9 @@ import pytest
 import smollm2
 from flax import nnx
 
-from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.io.hf import base_tensor, load_base, load_tokenizer, open_base
-from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.models.architecture import kernels, places
-from lorafusion_jax.models.generate import generate
-from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.frozen import Frozen
+import lorafusion_jax as lf
+from lorafusion_jax.io.hf import open_base
 from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.recipe import Rates
-from lorafusion_jax.training.step import fusion_step, init_state
 
 pytestmark = pytest.mark.usefixtures("optimised_by_llvm")
 
@@ -54,14 +45,14 @@ class _Golden(NamedTuple):
     base: nnx.State
 
     def problem(self, names, method):
-        pool = read_pool(
+        pool = lf.read_pool(
             [str(self.folder / "adapters" / name) for name in names],
             self.model.config,
-            base_tensor=base_tensor(smollm2.gguf_file()),
+            base_tensor=lf.base_tensor(smollm2.gguf_file()),
         )
-        used = {site: kernels(self.model)[site] for site in pool.A}
-        frozen = Frozen(self.base, pool, jax.jit(gram)(pool, used))
-        return Problem(graph=self.graph, method=method, frozen=frozen, index=jnp.arange(len(names)))
+        used = {site: lf.kernels(self.model)[site] for site in pool.A}
+        frozen = lf.Frozen(self.base, pool, jax.jit(lf.gram)(pool, used))
+        return lf.Problem(graph=self.graph, method=method, frozen=frozen, index=jnp.arange(len(names)))
 
     def prompts(self, numbers=range(6)):
         """Some prompts as one batch, padded on the right."""
@@ -120,7 +111,7 @@ class _Golden(NamedTuple):
             prompts[row, :start], answers[row, :count] = ids[row, :start], labels[row, start : start + count]
         lengths = np.pad(starts, (0, 4 - len(starts)))
         mask = np.arange(16)[None] < lengths[:, None]
-        return Batch(jnp.asarray(prompts), jnp.asarray(mask), jnp.asarray(answers), jnp.arange(4) < len(ids))
+        return lf.Batch(jnp.asarray(prompts), jnp.asarray(mask), jnp.asarray(answers), jnp.arange(4) < len(ids))
 
 
 def _widened(leaf):
@@ -139,7 +130,7 @@ def _logits(graph, base, ids, mask, adapters):
 # Level 0, which tests have, makes a step of generation three times as slow.
 @functools.partial(jax.jit, static_argnames="graph", compiler_options={"xla_backend_optimization_level": 1})
 def _say(graph, base, ids, mask, adapters):
-    return generate(nnx.merge(graph, base), ids, mask, adapters, max_new_tokens=_TOKENS)
+    return lf.generate(nnx.merge(graph, base), ids, mask, adapters, max_new_tokens=_TOKENS)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -148,12 +139,12 @@ def _label_logits(graph, base, ids, mask, labels, adapters):
 
 
 _adapters = jax.jit(lambda problem, params: problem.method.adapters(params, problem.frozen, problem.index)[0])
-_step = jax.jit(fusion_step, static_argnames="optimisation")
+_step = jax.jit(lf.fusion_step, static_argnames="optimisation")
 
 
 @pytest.fixture(scope="module")
 def golden(goldens):
-    folder, model = goldens / "smollm2", load_base(smollm2.gguf_file())
+    folder, model = goldens / "smollm2", lf.load_base(smollm2.gguf_file())
     return _Golden(folder, dict(np.load(folder / "inputs.npz")), model, *nnx.split(model))
 
 
@@ -177,7 +168,7 @@ def test_the_configuration_is_the_one_that_transformers_reads(goldens):
 
 
 def test_the_tokenizer_is_the_model_s_own(goldens):
-    tokenizer = load_tokenizer(smollm2.gguf_file())
+    tokenizer = lf.load_tokenizer(smollm2.gguf_file())
     cases = json.loads((goldens / "smollm2" / "tokenizer_cases.json").read_text())
     for case in cases["strings"]:
         ids = tokenizer(case["text"])["input_ids"]
@@ -230,7 +221,7 @@ def test_greedy_ids_of_the_base(golden):
 def test_single_adapter(golden, name, numbers):
     """Ranks, patterns, rslora and magnitudes, on two or on all maps."""
     file = dict(np.load(golden.folder / f"single_{name}.npz"))
-    problem = golden.problem([name], Fusion(composition="sum", magnitudes=name == "dora_e"))
+    problem = golden.problem([name], lf.Fusion(composition="sum", magnitudes=name == "dora_e"))
     adapters = _adapters(problem, problem.init(jax.random.key(0)))
     # Position 0 of one prompt is off by 5.7e-4 in float32 with all maps adapted, and by 1e-5 in float64.
     logits = golden.exact_logits if name == "lora_c_all_rslora" else golden.logits
@@ -248,22 +239,22 @@ def test_fusion(golden, name):
     file = dict(np.load(golden.folder / f"{name}.npz"))
     kind, mode, magnitudes = name.split("_")
     trained = magnitudes == "dora"
-    method = Fusion(composition="mix" if mode == "factors" else "sum", start="uniform", magnitudes=trained)
+    method = lf.Fusion(composition="mix" if mode == "factors" else "sum", start="uniform", magnitudes=trained)
     problem = golden.problem(_POOLS[kind], method)
     params = problem.init(jax.random.key(0)) | {"coefficients": jnp.asarray(file["coeff0"])}
     sites = _Sites(golden, problem, _WHOLE)
 
     adapters = _adapters(problem, params)
     golden.check_logits(file, golden.logits(*golden.prompts(), adapters))
-    batches, recipe = (golden.batch(0), golden.batch(1)), PRESETS["reference"]
+    batches, recipe = (golden.batch(0), golden.batch(1)), lf.PRESETS["reference"]
     _close(golden.entropy(0, adapters), file["loss_mean_ce"], 5e-5)
 
     def step(state, batch, *, l1, l2):
         rates = {"coefficients": jnp.float32(recipe.lr_coefficients), "magnitudes": jnp.float32(recipe.lr_magnitudes)}
-        rates = Rates({group: rates[group] for group in params}, l1=jnp.float32(l1), l2=jnp.float32(l2))
+        rates = lf.Rates({group: rates[group] for group in params}, l1=jnp.float32(l1), l2=jnp.float32(l2))
         return _step(state, batch, problem, rates, optimisation=recipe.optimisation(6))
 
-    start = init_state(problem, jax.random.key(0), params)
+    start = lf.init_state(problem, jax.random.key(0), params)
     # The golden's gradients leave L1 and L2 out. After one step Adam's first moment is a tenth of the gradient.
     state, metrics = step(start, batches[0], l1=0.0, l2=0.0)
     gradients = jax.tree.map(lambda moment: 10 * moment, state.adam.mu)
@@ -275,7 +266,7 @@ def test_fusion(golden, name):
         for number, gradient in enumerate(sites.whole(gradients["magnitudes"])):
             _close(gradient, file[f"grad_mag_{number}"], 1e-5, 1e-4)
 
-    state = init_state(problem, jax.random.key(0), params)
+    state = lf.init_state(problem, jax.random.key(0), params)
     for number in range(6):
         state, metrics = step(state, batches[number % 2], l1=recipe.l1, l2=recipe.l2)
         _close(metrics["loss"], file["traj_loss"][number], 3e-5)
@@ -299,7 +290,7 @@ class _Sites:
     """The golden's order of adapted matrices: block by block, then as the model computes them."""
 
     def __init__(self, golden, problem, whole):
-        pool, order = problem.frozen.pool, places(golden.model.config)
+        pool, order = problem.frozen.pool, lf.places(golden.model.config)
         there = [
             (site, layer)
             for site, layer in order.values()

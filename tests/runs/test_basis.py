@@ -10,16 +10,12 @@ import numpy as np
 import pytest
 import recipes
 
-from lorafusion_jax import fuse
-from lorafusion_jax.adapters.basis import shared_basis
+import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.hf import load_base
-from lorafusion_jax.io.pool import load_basis, load_pool, open_pool, read_pool
-from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import check, load_model, with_whole_modules
 from lorafusion_jax.runs.run import run_path
@@ -34,24 +30,24 @@ def converted(small, tmp_path_factory) -> tuple[Path, Path]:
     return base, out
 
 
-def _options(converted: tuple[Path, Path], out: Path, **changes) -> FuseOptions:
+def _options(converted: tuple[Path, Path], out: Path, **changes) -> lf.FuseOptions:
     return recipes.small_run(converted, out, **{"batch_size": 32, "basis": 16, "seeds": (1,)} | changes)
 
 
 @pytest.fixture(scope="module")
-def fused(converted, tmp_path_factory) -> tuple[FuseOptions, dict]:
+def fused(converted, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
     options = _options(converted, tmp_path_factory.mktemp("runs"), name="in_basis", train_core=True)
-    return options, fuse(options)
+    return options, lf.fuse(options)
 
 
 def test_a_basis_on_disk_is_the_one_of_the_modules_and_reads_none_of_them(converted, tmp_path):
-    basis, wanted = load_basis(converted[1], 16), shared_basis(load_pool(converted[1]), 16)
+    basis, wanted = lf.load_basis(converted[1], 16), lf.shared_basis(lf.load_pool(converted[1]), 16)
     assert (basis.names, basis.sites, basis.k) == (wanted.names, wanted.sites, 16)
     for got, of_pool in zip(jax.tree.leaves(basis), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got, of_pool, atol=1e-4)
     alone = tmp_path / "alone"
     shutil.copytree(converted[1], alone, ignore=shutil.ignore_patterns("adapters"))
-    assert load_basis(alone, 16).names == basis.names
+    assert lf.load_basis(alone, 16).names == basis.names
 
 
 def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
@@ -62,7 +58,7 @@ def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
     assert losses[-1] < losses[0]
     (again,) = evaluate_run(EvaluateOptions(run=run_path(options)))
     assert (again["exact_match"], again["loss"]) == (results["exact_match"], results["seeds"][0]["loss"])
-    assert fuse(dataclasses.replace(options, resume=True)) == results
+    assert lf.fuse(dataclasses.replace(options, resume=True)) == results
 
 
 def test_an_exported_adapter_and_a_merged_base_are_the_fusion(fused, converted, tmp_path):
@@ -72,12 +68,12 @@ def test_an_exported_adapter_and_a_merged_base_are_the_fusion(fused, converted, 
     export(ExportOptions(run=run_path(options), out=tmp_path / "merged", format="merged"))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["use_dora"]) == (16, True)
-    base, merged = (load_base(folder) for folder in (converted[0], tmp_path / "merged"))
-    pool = read_pool([str(tmp_path / "adapter")], base.config)
+    base, merged = (lf.load_base(folder) for folder in (converted[0], tmp_path / "merged"))
+    pool = lf.read_pool([str(tmp_path / "adapter")], base.config)
     for site, A in pool.A.items():
-        adapted = np.asarray(kernels(base)[site][0] + A[0, 0] @ pool.B[site][0, 0], float)
+        adapted = np.asarray(lf.kernels(base)[site][0] + A[0, 0] @ pool.B[site][0, 0], float)
         wanted = np.asarray(pool.magnitude[site][0]) * adapted / np.linalg.norm(adapted, axis=0)
-        np.testing.assert_allclose(kernels(merged)[site][0], wanted, atol=1e-4)
+        np.testing.assert_allclose(lf.kernels(merged)[site][0], wanted, atol=1e-4)
 
 
 @pytest.mark.nightly
@@ -92,15 +88,15 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
         options = _options(
             (converted[0], whole), tmp_path, name=choose, choose=choose, basis=48, epochs=1, method="coefficients"
         )
-        chosen[choose] = fuse(options)["seeds"][0]["modules"]
-        assert fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"] == chosen[choose]
+        chosen[choose] = lf.fuse(options)["seeds"][0]["modules"]
+        assert lf.fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"] == chosen[choose]
     assert chosen["gradient"] == chosen["basis-gradient"]
     control = _options((converted[0], whole), tmp_path, choose="gradient", basis=48, control="random")
     ranked = with_whole_modules(load_model(control), control).problem.frozen.pool
-    np.testing.assert_array_equal(ranked.A["encoder.self.q"], load_pool(whole).A["encoder.self.q"])
+    np.testing.assert_array_equal(ranked.A["encoder.self.q"], lf.load_pool(whole).A["encoder.self.q"])
     shutil.rmtree(whole / "adapters")
     options = _options((converted[0], whole), tmp_path, name="alone", choose="basis-gradient", epochs=1, basis=48)
-    assert fuse(options)["seeds"][0]["modules"] == chosen["gradient"]
+    assert lf.fuse(options)["seeds"][0]["modules"] == chosen["gradient"]
 
 
 def test_controls_project_the_modules_on_other_directions(converted, tmp_path):
@@ -118,14 +114,14 @@ def test_new_modules_join_an_existing_basis(small, converted, tmp_path, capsys):
     out = tmp_path / "more"
     main(["convert", "--base", str(base), "--adapters", str(new), "--out", str(out), "--basis-from", str(converted[1])])
     assert f"{new.name}: the basis keeps" in capsys.readouterr().out
-    there, more = load_basis(converted[1]), load_basis(out)
+    there, more = lf.load_basis(converted[1]), lf.load_basis(out)
     assert more.names == (*there.names, new.name)
     np.testing.assert_array_equal(more.U["encoder.self.q"], there.U["encoder.self.q"])
     options = _options((base, out), tmp_path, adapters=(new.name, there.names[0]))
     assert load_model(options).problem.frozen.pool.names == (there.names[0], new.name)
     ranked = dataclasses.replace(options, adapters=(), recipe=dataclasses.replace(options.recipe, choose="gradient"))
     with pytest.raises(ValueError, match="only its part in the basis"):
-        fuse(ranked)
+        lf.fuse(ranked)
 
 
 def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
@@ -174,7 +170,7 @@ def test_a_pool_without_a_basis_names_the_command_that_makes_one(small, converte
         convert(ConvertOptions(out=converted[1], basis=8))
     with pytest.raises(ValueError, match="give one of them"):
         convert(ConvertOptions(out=bare, basis=8, basis_from=converted[1]))
-    names = load_pool(converted[1]).names
+    names = lf.load_pool(converted[1]).names
     convert(ConvertOptions(base=str(base), adapters=(str(sorted(adapters.iterdir())[3]),), out=other))
     shutil.copytree(converted[1] / "basis", other / "basis")
     manifest = json.loads((other / "basis" / "manifest.json").read_text())
@@ -184,4 +180,4 @@ def test_a_pool_without_a_basis_names_the_command_that_makes_one(small, converte
     )
     (other / "basis" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=f"basis of another pool: {own} had other weights"):
-        load_basis(other)
+        lf.load_basis(other)

@@ -7,24 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax import fuse
-from lorafusion_jax.files import FileError
-from lorafusion_jax.methods.fusion import CoefficientsRecipe, FusionRecipe
-from lorafusion_jax.methods.lora import LoRARecipe
+import lorafusion_jax as lf
 from lorafusion_jax.runs.folder import RunFolder, read_options
-from lorafusion_jax.runs.options import FuseOptions, OnArrays
-from lorafusion_jax.runs.run import load_run
+from lorafusion_jax.runs.options import OnArrays
 
 _TESTS = Path(__file__).resolve().parents[1]
 _OLD = _TESTS / "old_version"
-_OPTIONS = FuseOptions(
+_OPTIONS = lf.FuseOptions(
     base="examples/small/base",
     pool="examples/small/adapters",
     task="examples/small/tasks/double_digit",
     seeds=(1, 2),
     name="run",
     method="coefficients",
-    recipe=CoefficientsRecipe(modules=2, epochs=1, batch_size=48, max_new_tokens=8),
+    recipe=lf.CoefficientsRecipe(modules=2, epochs=1, batch_size=48, max_new_tokens=8),
     seed_mode="sequential",
     test_rows=3,
 )
@@ -49,24 +45,24 @@ def test_an_old_run_is_read_by_the_new_names(run):
 
 def test_an_old_run_that_is_complete_is_not_run_again(run, capsys):
     options = dataclasses.replace(_OPTIONS, out=run.parent, resume=True)
-    assert fuse(options)["exact_match"] == json.loads((run / "results.json").read_text())["exact_match"]
+    assert lf.fuse(options)["exact_match"] == json.loads((run / "results.json").read_text())["exact_match"]
     assert "is complete: nothing to resume" in capsys.readouterr().err
     other = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, modules=3))
     with pytest.raises(ValueError, match="modules was 2, now 3"):
-        fuse(other)
+        lf.fuse(other)
 
 
 def test_old_final_numbers_are_refused_with_the_version_that_reads_them(run):
-    with pytest.raises(FileError, match="checkpoints/final: .* commit [0-9a-f]{7}"):
-        load_run(run)
+    with pytest.raises(lf.FileError, match="checkpoints/final: .* commit [0-9a-f]{7}"):
+        lf.load_run(run)
 
 
 def test_old_rows_have_the_settings_of_their_methods_alone():
     rows = [json.loads(line)["config"] for line in (_OLD / "results.jsonl").read_text().splitlines()]
     lora, fusion, in_basis = (read_options(row, "row") for row in rows)
-    assert lora.recipe == LoRARecipe(lora_targets=("q", "v")) and lora.arrays == OnArrays()
-    assert fusion.recipe == FusionRecipe() and fusion.seed_mode == "auto"
-    assert in_basis.recipe == FusionRecipe(modules=28, basis=32, train_core=True, lr_core=5e-4)
+    assert lora.recipe == lf.LoRARecipe(lora_targets=("q", "v")) and lora.arrays == OnArrays()
+    assert fusion.recipe == lf.FusionRecipe() and fusion.seed_mode == "auto"
+    assert in_basis.recipe == lf.FusionRecipe(modules=28, basis=32, train_core=True, lr_core=5e-4)
 
 
 def test_every_committed_row_can_be_read():
@@ -80,5 +76,5 @@ def test_every_committed_row_can_be_read():
 def test_a_field_that_no_version_had_is_refused():
     row = json.loads((_OLD / "results.jsonl").read_text().splitlines()[0])["config"]
     row["recipe"]["speed"] = 1
-    with pytest.raises(FileError, match=r"row: recipe\.speed is unknown"):
+    with pytest.raises(lf.FileError, match=r"row: recipe\.speed is unknown"):
         read_options(row, "row")

@@ -16,14 +16,10 @@ import recipes
 import small_llama
 from flax import nnx
 
-from lorafusion_jax import fuse
+import lorafusion_jax as lf
 from lorafusion_jax.estimates.plan import describe_run
-from lorafusion_jax.io.export import merged_base
-from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.models.generate import Sampling
 from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import (
     EvaluateOptions,
     GenerateOptions,
@@ -58,16 +54,16 @@ def task(tmp_path_factory) -> Path:
     return folder
 
 
-def _options(base: Path, task: Path, out: Path, **changes) -> FuseOptions:
+def _options(base: Path, task: Path, out: Path, **changes) -> lf.FuseOptions:
     recipe = {"epochs": 2, "batch_size": 6, "lora_rank": 2, "lr_lora": 0.05, "max_new_tokens": 6, "shots": 2}
     values = {"base": str(base), "task": str(task), "out": out, "method": "lora", "save_seconds": 0.0}
     return recipes.options(recipe, **values | changes)
 
 
 @pytest.fixture(scope="module")
-def chat(base, task, tmp_path_factory) -> tuple[FuseOptions, dict]:
+def chat(base, task, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
     options = _options(base, task, tmp_path_factory.mktemp("runs"), chat=True, prompt="say {input}", seeds=(1, 2))
-    return options, fuse(options)
+    return options, lf.fuse(options)
 
 
 def test_a_run_with_a_chat_template_is_asked_as_it_was_trained(chat):
@@ -102,7 +98,7 @@ def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
     of_seed = jax.tree.map(lambda p: p[1], params)
     problem = setup.problem
     adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index[1])
-    graph, weights = nnx.split(merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters))
+    graph, weights = nnx.split(lf.merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters))
 
     @jax.jit
     def log_probs(weights, ids):
@@ -137,7 +133,7 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answ
         return jnp.array([[said + [small_llama.END] * (6 - len(said))] * len(batch.row_mask)])
 
     monkeypatch.setattr(evaluation, "generate_seeds", generate_seeds)
-    results = fuse(options)
+    results = lf.fuse(options)
     assert [row["prediction"] for row in RunFolder(run_path(options)).predictions()] == [answer] * 2
     assert results["seeds"][0]["exact_match"] == (0 if chat else 50)
     shown = r"((the )*\w+ (cold|short|old|the gold)\n\n){2}"
@@ -165,10 +161,10 @@ def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(changes
             (no_weights / path.name).write_bytes(path.read_bytes())
     options = _options(no_weights, task, tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        fuse(options)
+        lf.fuse(options)
     assert not run_path(options).exists()
     with pytest.raises(ValueError, match="has no weights"):
-        fuse(_options(no_weights, task, tmp_path))
+        lf.fuse(_options(no_weights, task, tmp_path))
 
 
 def test_chat_needs_a_template(task, tmp_path):
@@ -211,7 +207,7 @@ def test_each_line_gets_an_answer_and_a_blank_line_an_empty_one(base, monkeypatc
     odd = "hot\u2028bold\x85bold\x0bbold\x0cbold\x1cbold"  # only line breaks end a line
     hot, bold, of_odd = _ask(base, monkeypatch, f"hot\nbold\n{odd}\n")
     assert _ask(base, monkeypatch, f"\nhot\n \n{odd}\n\nbold\r\n", stream=stream) == ["", hot, "", of_odd, "", bold]
-    draw = functools.partial(_ask, base, monkeypatch, sampling=Sampling(temperature=1.0), stream=stream)
+    draw = functools.partial(_ask, base, monkeypatch, sampling=lf.Sampling(temperature=1.0), stream=stream)
     assert draw("\nhot\n")[1] == draw("bold\nhot\n")[1]
 
 
@@ -221,13 +217,13 @@ def test_padding_is_a_token_that_the_model_has(base, monkeypatch, tmp_path):
     tokenizer = small_llama.make_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(tmp_path / "base")
-    assert tokenizer.pad_token_id == read_config(base).vocab_size
+    assert tokenizer.pad_token_id == lf.read_config(base).vocab_size
     text = "hot\nthe bold gold is old\n"
     assert _ask(tmp_path / "base", monkeypatch, text) == _ask(base, monkeypatch, text)
 
 
 def test_draws_depend_on_the_seed_and_the_line_alone(base, monkeypatch):
-    sampling = Sampling(temperature=1.0, top_k=200, top_p=0.95)
+    sampling = lf.Sampling(temperature=1.0, top_k=200, top_p=0.95)
     text = "hot\nbold\nhot\n"
     ask = functools.partial(_ask, base, monkeypatch, sampling=sampling)
     drawn = ask(text)

@@ -12,13 +12,11 @@ import pytest
 import recipes
 import tiny
 
-from lorafusion_jax import fuse
-from lorafusion_jax.methods.fusion import Fusion
+import lorafusion_jax as lf
 from lorafusion_jax.runs import ranking
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import load_run, run_path
+from lorafusion_jax.runs.run import run_path
 
 _INDEX = jnp.array([2, 0])
 
@@ -40,10 +38,10 @@ def _at_zero(problem):
 
 
 def test_the_gradient_that_ranks_equals_finite_differences(frozen):
-    problem = tiny.problem(Fusion(), frozen, _INDEX)
+    problem = tiny.problem(lf.Fusion(), frozen, _INDEX)
     got = _gradient(problem, _at_zero(problem))
     # At c = 0 magnitudes rescale nothing, and their norm counts as constant: the oracle has no magnitudes.
-    loss = functools.partial(jax.jit(tiny.loss), of=problem.replace(method=Fusion(magnitudes=False)))
+    loss = functools.partial(jax.jit(tiny.loss), of=problem.replace(method=lf.Fusion(magnitudes=False)))
     wanted, eps = np.zeros(got.shape), 3e-3
     for place in np.ndindex(*got.shape):
         moved = jnp.zeros(got.shape).at[place].set(eps)
@@ -55,7 +53,7 @@ def test_the_gradient_that_ranks_equals_finite_differences(frozen):
 @pytest.mark.long
 def test_one_coefficient_a_module_descends_as_the_sum_of_its_blocks(frozen):
     def gradient(granularity):
-        problem = tiny.problem(Fusion(granularity=granularity, magnitudes=False), frozen, _INDEX)
+        problem = tiny.problem(lf.Fusion(granularity=granularity, magnitudes=False), frozen, _INDEX)
         return _gradient(problem, _at_zero(problem))[None]
 
     by_block, by_module = gradient("block"), gradient("global")
@@ -64,7 +62,7 @@ def test_one_coefficient_a_module_descends_as_the_sum_of_its_blocks(frozen):
     np.testing.assert_array_equal(ranking.most_descent(np.asarray(by_block), 2), wanted)
 
 
-def _options(folder: Path, **changes) -> FuseOptions:
+def _options(folder: Path, **changes) -> lf.FuseOptions:
     values = {"choose": "gradient", "modules": 3, "epochs": 1, "batch_size": 32, "name": "ranked"} | changes
     return recipes.small_run((folder / "base", folder / "pool"), folder, **values)
 
@@ -74,7 +72,7 @@ def ranked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     one_block.cut(folder, adapters=None)
     options = _options(folder)
-    return options, fuse(options)
+    return options, lf.fuse(options)
 
 
 def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
@@ -94,9 +92,9 @@ def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
     rows = evaluate_run(EvaluateOptions(run=run_path(options)))
     for row, seed in zip(rows, results["seeds"], strict=True):
         assert row == {name: seed[name] for name in row}
-    _, params, config = load_run(run_path(options))
+    _, params, config = lf.load_run(run_path(options))
     (run_path(options) / "results.json").unlink()
-    again = fuse(dataclasses.replace(options, resume=True))
+    again = lf.fuse(dataclasses.replace(options, resume=True))
     assert again["seeds"] == results["seeds"]
     assert [seed["modules"] for seed in again["seeds"]] == config["modules"]
     assert params["coefficients"].shape == (2, 3, 2)
@@ -114,5 +112,5 @@ def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
 def test_choices_that_contradict_other_options_are_refused(tmp_path, changes, message):
     one_block.cut(tmp_path)
     with pytest.raises(ValueError, match=message):
-        fuse(_options(tmp_path, **changes))
+        lf.fuse(_options(tmp_path, **changes))
     assert not (tmp_path / "ranked").exists()

@@ -17,38 +17,34 @@ import pytest
 import recipes
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax import fuse, interrupts
-from lorafusion_jax.files import FileError, WriteError
+import lorafusion_jax as lf
+from lorafusion_jax import interrupts
+from lorafusion_jax.files import WriteError
 from lorafusion_jax.io import checkpoint, processes
-from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.io.source import resolve
-from lorafusion_jax.methods.fusion import PRESETS
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import load_run, run_path
-from lorafusion_jax.serving.service import FusedRun, Service
+from lorafusion_jax.runs.run import run_path
 from lorafusion_jax.tasks.batches import eval_batches
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import start
-from lorafusion_jax.training.recipe import Recipe
 
 
-def _options(small: tuple[Path, Path], out: Path, **changes) -> FuseOptions:
+def _options(small: tuple[Path, Path], out: Path, **changes) -> lf.FuseOptions:
     return recipes.small_run(small, out, **{"epochs": 3, "save_seconds": 0.0} | changes)
 
 
 @pytest.fixture(scope="module")
-def fused(small, tmp_path_factory) -> tuple[FuseOptions, dict]:
+def fused(small, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
     options = _options(small, tmp_path_factory.mktemp("runs"), name="whole")
-    return options, fuse(options)
+    return options, lf.fuse(options)
 
 
 @pytest.fixture
-def copied(fused, tmp_path) -> tuple[FuseOptions, Path]:
+def copied(fused, tmp_path) -> tuple[lf.FuseOptions, Path]:
     """A copy of the run that can be changed: its options, and its folder."""
     options = dataclasses.replace(fused[0], out=tmp_path, resume=True)
     shutil.copytree(run_path(fused[0]), run_path(options))
@@ -63,14 +59,14 @@ def _change_config(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def _assert_resumes(options: FuseOptions, fused: tuple[FuseOptions, dict]) -> None:
+def _assert_resumes(options: lf.FuseOptions, fused: tuple[lf.FuseOptions, dict]) -> None:
     """Resume a run, and check that it gets the bits of the run without interruptions."""
     whole, results = fused
-    resumed = fuse(dataclasses.replace(options, resume=True))
+    resumed = lf.fuse(dataclasses.replace(options, resume=True))
     assert {**resumed, "seconds": None} == {**results, "seconds": None}
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (run_path(options) / name).read_bytes() == (run_path(whole) / name).read_bytes()
-    for a, b in zip(*(jax.tree.leaves(load_run(run_path(of))[1]) for of in (options, whole)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(lf.load_run(run_path(of))[1]) for of in (options, whole)), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -97,7 +93,7 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
     options = _options(small, tmp_path, name="diverged", epochs=30, lr_coefficients=1e38, lr_magnitudes=1e38)
     for resume in (False, True):
         with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
-            fuse(dataclasses.replace(options, resume=resume))
+            lf.fuse(dataclasses.replace(options, resume=resume))
     folder = tmp_path / "diverged"
     assert len([row for row in RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
     newest = checkpoint.load_newest(checkpoint.steps(folder / "checkpoints"), note=pytest.fail)
@@ -107,13 +103,13 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
 @pytest.mark.long
 def test_a_seed_does_not_depend_on_the_seeds_next_to_it(fused, tmp_path):
     options, results = fused
-    alone = fuse(dataclasses.replace(options, seeds=(2,), out=tmp_path))
+    alone = lf.fuse(dataclasses.replace(options, seeds=(2,), out=tmp_path))
     assert alone["seeds"][0] == results["seeds"][1]
 
 
 def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
     options, results = fused
-    again = fuse(dataclasses.replace(options, out=tmp_path, profile=tmp_path / "profile"))
+    again = lf.fuse(dataclasses.replace(options, out=tmp_path, profile=tmp_path / "profile"))
     assert again["trainable"] == results["trainable"]
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     with gzip.open(trace) as file:
@@ -122,15 +118,15 @@ def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
     assert calls["PjitFunction(train_seeds)"] == 2 * calls["PjitFunction(_after_epoch)"] > 0
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match=f"{tmp_path / 'file' / 'profile'} cannot be written"):
-        fuse(dataclasses.replace(options, out=tmp_path / "other", profile=tmp_path / "file" / "profile"))
+        lf.fuse(dataclasses.replace(options, out=tmp_path / "other", profile=tmp_path / "file" / "profile"))
 
 
 @pytest.mark.accelerator
 @pytest.mark.long
 def test_batched_seeds_equal_sequential_ones(fused, tmp_path):
     options = dataclasses.replace(fused[0], seed_mode="batched", out=tmp_path)
-    fuse(options)
-    for a, b in zip(*(jax.tree.leaves(load_run(run_path(of))[1]) for of in (fused[0], options)), strict=True):
+    lf.fuse(options)
+    for a, b in zip(*(jax.tree.leaves(lf.load_run(run_path(of))[1]) for of in (fused[0], options)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -153,7 +149,7 @@ def test_batched_seeds_share_the_position_of_the_token_that_they_generate(small)
     [{"control": "random"}, {"load_in": "int8"}, pytest.param({"load_in": "nf4"}, marks=pytest.mark.nightly)],
 )
 def test_a_control_and_quantised_weights_change_the_loss_but_not_the_counts(changes, small, tmp_path, fused):
-    results = fuse(_options(small, tmp_path, **changes))
+    results = lf.fuse(_options(small, tmp_path, **changes))
     assert results["trainable"] == fused[1]["trainable"]
     assert results["seeds"][0]["loss"] == pytest.approx(fused[1]["seeds"][0]["loss"], rel=0.5)
     assert results["seeds"][0]["loss"] != fused[1]["seeds"][0]["loss"]
@@ -161,10 +157,10 @@ def test_a_control_and_quantised_weights_change_the_loss_but_not_the_counts(chan
 
 @pytest.mark.long
 def test_the_reference_protocol_prunes_magnitudes(small, tmp_path):
-    recipe = dataclasses.replace(PRESETS["reference"], epochs=2, modules=2, max_new_tokens=8, prune=0.15)
+    recipe = dataclasses.replace(lf.PRESETS["reference"], epochs=2, modules=2, max_new_tokens=8, prune=0.15)
     options = dataclasses.replace(_options(small, tmp_path, name="reference"), recipe=recipe)
-    fuse(options)
-    _, params, _ = load_run(run_path(options))
+    lf.fuse(options)
+    _, params, _ = lf.load_run(run_path(options))
     share = np.mean([np.mean(np.asarray(m) == 0) for m in params["magnitudes"].values()])
     assert share == pytest.approx(0.15, abs=1e-3)
 
@@ -187,8 +183,8 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, copied, capsys):
     elif killed_after == "an older version":  # whose trained numbers orbax stored; states are as they were
         (folder / "final").rename(folder / "checkpoints" / "final")
         message = rf"final: stored by orbax.* commit 49e672b, whose `lorafusion export --run {folder}` writes it"
-        with pytest.raises(FileError, match=message):
-            load_run(folder)
+        with pytest.raises(lf.FileError, match=message):
+            lf.load_run(folder)
         assert RunFolder(folder).config()["options"].seeds == options.seeds and RunFolder(folder).metrics()
     elif killed_after != "training":
         shutil.rmtree(folder / "final")
@@ -215,7 +211,7 @@ def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(fused, tmp_
     monkeypatch.setattr(processes, "any_of", lambda due, asked: (due, True))
     monkeypatch.setattr(processes, "end", end)
     with pytest.raises(SystemExit, match="another process of this run was stopped"):
-        fuse(options)
+        lf.fuse(options)
     assert [path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()] == ["step_000002"]
 
 
@@ -265,7 +261,7 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(signals, whole, 
         for name in ("hold", "asked", "release"):
             patch.setattr(interrupts, name, getattr(seen, name))
         with pytest.raises(SystemExit):
-            fuse(options)
+            lf.fuse(options)
     unit = "epoch" if whole else "step"
     assert seen.advice[-1].startswith(f"after this {unit} (the last one took ")
     assert "; its state is saved in " in seen.advice[-1]
@@ -281,19 +277,19 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(signals, whole, 
 def test_a_run_starts_from_the_numbers_of_another_one(fused, tmp_path):
     options, _ = fused
     more = dataclasses.replace(options, start_from=run_path(options), out=tmp_path)
-    fuse(more)
+    lf.fuse(more)
     first = RunFolder(run_path(more)).metrics()[0]["loss"]
     assert first < RunFolder(run_path(options)).metrics()[0]["loss"]
     with pytest.raises(ValueError, match="other modules or seeds"):
-        fuse(dataclasses.replace(more, seeds=(5,), name="other"))
+        lf.fuse(dataclasses.replace(more, seeds=(5,), name="other"))
     with pytest.raises(ValueError, match="trained with the method fusion"):
-        fuse(dataclasses.replace(more, method="coefficients", name="other"))
+        lf.fuse(dataclasses.replace(more, method="coefficients", name="other"))
 
 
 def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     options, results = fused
     _, folder = copied
-    assert load_run(str(folder))[2] == RunFolder(folder).config()
+    assert lf.load_run(str(folder))[2] == RunFolder(folder).config()
     rows = evaluate_run(EvaluateOptions(run=folder))
     assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
     # A task's own test set is all that is scored, whatever its training rows are.
@@ -333,16 +329,16 @@ def moved(copied, small, tmp_path):
     return run, dataclasses.replace(options, base=str(base), pool=str(pool))
 
 
-def _uses(run: Path, options: FuseOptions) -> dict:
+def _uses(run: Path, options: lf.FuseOptions) -> dict:
     def resumed():
         (run / "results.json").unlink(missing_ok=True)
-        return fuse(options)
+        return lf.fuse(options)
 
     return {
         "evaluate": lambda: evaluate_run(EvaluateOptions(run=run)),
         "generate": lambda: generate_lines(GenerateOptions(run=run, file=run.parent / "lines")),
         "export": lambda: export(ExportOptions(run=run, out=run.parent / "out")),
-        "serve": lambda: Service([FusedRun.read(run)], capacity=1),
+        "serve": lambda: lf.Service([lf.FusedRun.read(run)], capacity=1),
         "resume": resumed,
     }
 
@@ -383,8 +379,8 @@ def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, ca
 def test_a_run_without_digests_is_used_with_a_note(moved, capsys):
     run, _ = moved
     _change_config(run, digests=None, folders=None)
-    service = Service([FusedRun.read(run)], capacity=1)
-    service.add("one", FusedRun.read(run))
+    service = lf.Service([lf.FusedRun.read(run)], capacity=1)
+    service.add("one", lf.FusedRun.read(run))
     assert capsys.readouterr().err.count(f"note: {run} is of an older version and has no digests of its base") == 1
 
 
@@ -395,19 +391,19 @@ def test_a_base_with_a_relative_path_is_found_from_another_folder(fused, small, 
     elsewhere.mkdir()
     monkeypatch.chdir(there)
     asked = {"base": "owner/name", "method": "zero-shot", "pool": None, "out": Path("runs")}
-    fuse(dataclasses.replace(options, **asked, recipe=Recipe(max_new_tokens=8)))
+    lf.fuse(dataclasses.replace(options, **asked, recipe=lf.Recipe(max_new_tokens=8)))
     run = there / "runs" / "whole"
     monkeypatch.chdir(elsewhere)
-    assert load_run(run)[0].base == str(there / "owner" / "name")
+    assert lf.load_run(run)[0].base == str(there / "owner" / "name")
     evaluate_run(EvaluateOptions(run=run))
     there.rename(tmp_path / "moved")  # the whole project
     monkeypatch.chdir(tmp_path / "moved")
-    assert load_run("runs/whole")[0].base == "owner/name"
+    assert lf.load_run("runs/whole")[0].base == "owner/name"
     evaluate_run(EvaluateOptions(run=Path("runs/whole")))
     monkeypatch.chdir(elsewhere)
     assert capsys.readouterr().err == ""
     _change_config(tmp_path / "moved" / "runs" / "whole", folders=None)  # as in older versions
-    assert load_run(tmp_path / "moved" / "runs" / "whole")[0].base == "owner/name"
+    assert lf.load_run(tmp_path / "moved" / "runs" / "whole")[0].base == "owner/name"
     assert "there is no folder owner/name here: its base is taken for one of the hub" in capsys.readouterr().err
 
 
@@ -418,11 +414,11 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     with RunFolder(folder).locked():
         with pytest.raises(ValueError, match=rf"whole is in use by process {os.getpid()}: wait for it, or give"):
-            fuse(options)
+            lf.fuse(options)
     assert before == {path: path.read_bytes() for path in before}
     new = dataclasses.replace(options, name="new", resume=False)
     with RunFolder(run_path(new)).locked(), pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
-        fuse(new)
+        lf.fuse(new)
 
 
 def test_a_run_begun_while_this_one_was_loading_is_not_overwritten(copied, monkeypatch):
@@ -431,7 +427,7 @@ def test_a_run_begun_while_this_one_was_loading_is_not_overwritten(copied, monke
     answers = iter([False, True])
     monkeypatch.setattr(RunFolder, "exists", lambda self: next(answers))
     with pytest.raises(ValueError, match="holds a run"):
-        fuse(dataclasses.replace(options, resume=False))
+        lf.fuse(dataclasses.replace(options, resume=False))
     assert (folder / "results.json").read_bytes() == results
 
 
@@ -459,7 +455,7 @@ def test_a_run_begun_while_this_one_was_loading_is_not_overwritten(copied, monke
 def test_bad_options_stop_before_anything_is_written(changes, message, small, tmp_path):
     options = _options(small, tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        fuse(options)
+        lf.fuse(options)
     assert not list(tmp_path.iterdir())
 
 
@@ -468,14 +464,14 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
     new = dataclasses.replace(options, out=tmp_path, name="new")
     for changes, message in (({"pool": str(tmp_path)}, "is not a pool"), ({"base": str(tmp_path)}, "config.json")):
         with pytest.raises(ValueError, match=message):
-            fuse(dataclasses.replace(new, **changes))
+            lf.fuse(dataclasses.replace(new, **changes))
     assert not run_path(new).exists()
     with pytest.raises(ValueError, match="prune is an option of the methods fusion, mean-fusion, not of coefficients"):
         dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, prune=0.1), method="coefficients")
     with pytest.raises(ValueError, match="holds a run"):
-        fuse(options)
+        lf.fuse(options)
     with pytest.raises(ValueError, match="was begun with other options: seeds was"):
-        fuse(dataclasses.replace(options, seeds=(3,), resume=True))
+        lf.fuse(dataclasses.replace(options, seeds=(3,), resume=True))
 
 
 def test_metrics_are_also_written_to_weights_and_biases(small, tmp_path, monkeypatch):
@@ -483,7 +479,7 @@ def test_metrics_are_also_written_to_weights_and_biases(small, tmp_path, monkeyp
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     options = _options(small, tmp_path, log=True)
-    fuse(options)
+    lf.fuse(options)
     assert list(run_path(options).glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -530,7 +526,7 @@ def test_peft_loads_what_was_pushed_and_says_the_same(fused, hub, small, tmp_pat
     export(ExportOptions(run=folder, seed=2, out=tmp_path / "out", push="me/fused"))
     fetched = resolve("me/fused", patterns=None)
     model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(small[0]), fetched).eval()
-    tokenizer = load_tokenizer(small[0])
+    tokenizer = lf.load_tokenizer(small[0])
     said = [row for row in RunFolder(folder).predictions() if row["seed"] == 2]
     asked = tokenizer([row["input"] for row in said], padding=True, return_tensors="pt")
     with torch.no_grad():
@@ -572,4 +568,4 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
     ],
 )
 def test_a_run_is_named_after_its_task_method_and_control(task, changes, name):
-    assert run_path(FuseOptions(base="base", pool="pool", task=task, **changes)) == Path("runs") / name
+    assert run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes)) == Path("runs") / name

@@ -11,16 +11,13 @@ import one_block
 import pytest
 from flax import nnx
 
-from lorafusion_jax.io.export import merged_base
-from lorafusion_jax.methods.fusion import PRESETS
+import lorafusion_jax as lf
 from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.runs.evaluate import evaluate, evaluate_seeds, seed_rows
-from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.tasks import answer_options
 from lorafusion_jax.training.fit import start
 from lorafusion_jax.training.frozen import GENERATION, LOSS, OPTIONS
-from lorafusion_jax.training.problem import Problem
 
 _WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]
 _SEEDS = (1, 2)
@@ -44,14 +41,14 @@ def given(tmp_path_factory):
     for part, count in (("train", 6), ("test", 11)):
         lines = [json.dumps(_row(number, rng)) + "\n" for number in range(count)]
         (out / "task" / f"{part}.jsonl").write_text("".join(lines))
-    options = FuseOptions(
+    options = lf.FuseOptions(
         base=str(base),
         pool=str(pool),
         task=str(out / "task"),
         seeds=_SEEDS,
         out=out,
         eval_batch=7,
-        recipe=dataclasses.replace(PRESETS["default"], modules=2, max_new_tokens=4),
+        recipe=dataclasses.replace(lf.PRESETS["default"], modules=2, max_new_tokens=4),
     )
     setup = prepare(options)
     params = start(setup.problem, _SEEDS).params
@@ -86,7 +83,7 @@ def chosen(given):
     for seed in range(len(_SEEDS)):
         of_seed = jax.tree.map(lambda p, seed=seed: p[seed], params)
         adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index[seed])
-        model = merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters)
+        model = lf.merged_base(nnx.merge(problem.graph, problem.frozen.base), adapters)
         rows = []
         for example in setup.task.test:
             options = [line[2:] for line in example.input.splitlines() if line.startswith("- ")]
@@ -129,7 +126,7 @@ def test_every_batch_is_read_with_noise_of_its_own(given, monkeypatch):
     """Eleven rows, and about three times as many pairs of a row and an option, in batches of four."""
     setup, _, params = given
     read, closed = [], answer_options(setup.task)
-    monkeypatch.setattr(Problem, "read", lambda problem, *number: read.append(number) or problem)
+    monkeypatch.setattr(lf.Problem, "read", lambda problem, *number: read.append(number) or problem)
     for name, shape in (("generate_seeds", (4,)), ("seed_entropies", None), ("seed_likelihoods", ())):
         monkeypatch.setattr(
             evaluation,
