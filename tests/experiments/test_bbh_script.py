@@ -11,14 +11,14 @@ from lorafusion_jax.tasks import write_lorahub_split
 
 @pytest.fixture(scope="module")
 def arguments(small, tmp_path_factory):
-    folder, (like, pool) = tmp_path_factory.mktemp("bbh"), small
+    folder, (base, pool) = tmp_path_factory.mktemp("bbh"), small
     rows, index = bbh_rows.write(folder / "rows")
     tasks = ["boolean_expressions", "object_counting"]
     for task in write_lorahub_split(rows, folder / "data_bbh", tasks, index=index):
         with (task / "example.jsonl").open("a") as file:  # a few-shot prompt has five examples
             file.write("\n" + bbh_rows.lines(task.name, [5])[0])
     return {
-        "--base": [str(byte_base.make(folder / "base", like))],
+        "--base": [str(base)],
         "--pool": [str(pool)],
         "--out": [str(folder / "out")],
         "--data": [str(folder / "data_bbh")],
@@ -36,10 +36,11 @@ def _run(arguments, **changes):
 
 
 @pytest.mark.nightly
-def test_tasks_with_and_without_options(arguments, tmp_path):
+def test_tasks_with_and_without_options(arguments, small, tmp_path):
+    base, out = byte_base.make(tmp_path / "base", small[0]), tmp_path / "out"
     for _ in range(2):  # the second run finds every row
-        _run(arguments, out=[str(tmp_path)], methods=["zero-shot", "LoRAFusion"])
-    rows = read_rows(tmp_path / "results.jsonl")
+        _run(arguments, base=[str(base)], out=[str(out)], methods=["zero-shot", "LoRAFusion"])
+    rows = read_rows(out / "results.jsonl")
     assert sorted((row["task"], row["method"], row["seed"]) for row in rows) == [
         (task, method, seed)
         for task in ("boolean_expressions", "object_counting")
@@ -47,7 +48,7 @@ def test_tasks_with_and_without_options(arguments, tmp_path):
     ]
     assert all(len(row["correct"]) == 4 for row in rows)
     assert {row["task"] for row in rows if row["option_accuracy"] is not None} == {"boolean_expressions"}
-    assert "boolean_expressions" in (tmp_path / "report" / "report.html").read_text()
+    assert "boolean_expressions" in (out / "report" / "report.html").read_text()
 
 
 def test_a_plan_for_flan_t5_large_needs_no_weights(arguments, capsys):

@@ -10,6 +10,7 @@ import _measure
 import _model
 import jax
 import numpy as np
+import padding
 import pytest
 import table
 import tiny
@@ -33,15 +34,16 @@ def _check(cases):
     assert len({case["name"] for case in cases}) == len(cases)
 
 
-def test_padding_is_counted_in_tokens(tmp_path):
+def test_padding_is_counted_in_tokens(tmp_path, monkeypatch, capsys):
     """A task of 90 rows of 3 characters and 10 of 30, that is 2 and 9 tokens, and answers of 2 tokens."""
     task = tmp_path / "lengths"
     task.mkdir()
     rows = [{"input": "x" * (30 if i % 10 == 0 else 3), "target": "yyyy"} for i in range(100)]
     for part in ("train", "test"):
         (task / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, _ROOT / "benchmarks/padding.py", "--json", "--tasks", task]
-    printed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    monkeypatch.setattr(sys, "argv", ["padding.py", "--json", "--tasks", str(task)])
+    padding.main()
+    printed = json.loads(capsys.readouterr().out)
     assert printed["processor"] and isinstance(printed["features"], list)
     assert printed["rates"] == {}  # it computes no products
     _check(printed["cases"])

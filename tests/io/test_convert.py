@@ -458,14 +458,6 @@ def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_p
     assert not [path for path in tmp_path.iterdir() if "pool" in path.name]
 
 
-def test_names_with_line_breaks_stay_on_their_lines_of_the_report(base, adapter, tmp_path, capsys):
-    one, bad = adapter("a\nb  10  2"), adapter("c\nd", bias="all")
-    out = _printed(capsys, base, [one, bad], "--skip-bad", "--dry-run")
-    lines = out.splitlines()
-    assert len(lines) == 5
-    assert lines[1].startswith(r"a\nb  10  2 ") and lines[3].startswith("left out") and r"c\nd" in lines[3]
-
-
 def test_an_out_that_exists_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool/precious").write_text("kept")
@@ -636,15 +628,6 @@ def test_a_pool_of_another_base(base, adapter, tmp_path):
     (base / "config.json").write_text(json.dumps(_SIZES | {"feed_forward_proj": "relu"}))
     with pytest.raises(ValueError, match=r"encoder\.ff\.wi_0 is Site.* there and None here"):
         open_pool(tmp_path / "pool", str(base))
-
-
-def test_an_open_pool_reads_its_manifest_once(base, adapter, tmp_path):
-    _convert(base, [adapter("one"), adapter("wide", r=5)], out=tmp_path / "pool")
-    expected = load_pool(tmp_path / "pool")
-    pool = open_pool(tmp_path / "pool", str(base))
-    (tmp_path / "pool/manifest.json").unlink()
-    _assert_same_pool(pool.load(), expected)
-    _assert_same_pool(pool.load([1]), expected.select([1]))
 
 
 def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tmp_path):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import peft_models
 import pytest
 import torch_files
 from flax import nnx
@@ -386,20 +387,16 @@ def test_files_that_are_missing_or_damaged(base, tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
-        {"feed_forward_proj": "relu", "tie_word_embeddings": True},
-        {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": True, "num_layers": 2, "num_decoder_layers": 4},
+        {"tie_word_embeddings": False},
+        {"tie_word_embeddings": True, "feed_forward_proj": "relu"},
+        {"tie_word_embeddings": True, "num_layers": 2, "num_decoder_layers": 4},
     ],
 )
 def test_transformers_agrees(tmp_path, fields, safe):
     import torch
     import transformers
 
-    sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 12, "d_ff": 40, "num_heads": 2}
-    depths = {"num_layers": 3, "num_decoder_layers": 2}
-    torch.manual_seed(0)
-    config = transformers.T5Config(**sizes | depths | fields, decoder_start_token_id=0)
-    theirs = transformers.T5ForConditionalGeneration(config).eval()
+    theirs = peft_models.t5(**fields).eval()
     if not fields["tie_word_embeddings"]:  # version 5 ties every new model and leaves apart what it loads apart
         theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())
     with torch.no_grad():
@@ -411,7 +408,7 @@ def test_transformers_agrees(tmp_path, fields, safe):
         torch.save(theirs.state_dict(), tmp_path / "base/pytorch_model.bin")
 
     rng = np.random.default_rng(0)
-    input_ids, decoder_ids = rng.integers(2, 60, (3, 9)), rng.integers(2, 60, (3, 7))
+    input_ids, decoder_ids = rng.integers(2, 48, (3, 9)), rng.integers(2, 48, (3, 7))
     mask = (np.arange(9) < np.array([[9], [4], [1]])).astype(np.int64)
 
     def logits(model):

@@ -500,7 +500,7 @@ def _adapted(**fields):
     import peft
 
     fields = {"r": 4, "lora_alpha": 6, "target_modules": ["q", "v", "wo"], "init_lora_weights": False} | fields
-    return peft.get__adapted(peft_models.t5(), peft.LoraConfig(**fields)).eval()
+    return peft.get_peft_model(peft_models.t5(), peft.LoraConfig(**fields)).eval()
 
 
 def _save(model, folder, **kwargs):
@@ -589,6 +589,7 @@ def test_modules_that_peft_saves_in_full(tmp_path, train):
 
 
 @pytest.mark.peft
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base:UserWarning")
 def test_pissa_is_accepted_once_converted(tmp_path):
     import peft
     import torch

@@ -252,14 +252,6 @@ def test_an_interrupted_search_leaves_no_thread_that_keeps_python_alive():
     assert threading.active_count() <= before  # those of earlier searches may have ended meanwhile
 
 
-@pytest.mark.parametrize(
-    ("recipe", "message"), [({"generations": 0}, "generations is 0"), ({"population": 3}, "population is 3")]
-)
-def test_generations_that_are_too_few_are_refused(recipe, message):
-    with pytest.raises(ValueError, match=message):
-        lf.CMARecipe(**recipe).check()
-
-
 @pytest.mark.parametrize(("module", "method"), [("nevergrad", lorahub), ("evosax.algorithms", cma)])
 def test_a_missing_library_is_named_with_the_command(module, method, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)

@@ -32,10 +32,14 @@ def test_each_token_of_t5_attends_to_those_before_it():
     model = tiny.t5()
     config = model.config
     inputs = decoder_inputs(_TOKENS, start_id=model.start_id, pad_id=config.pad_id)
-    wanted = model(_IDS, _IDS > 0, inputs)
+
+    def both():
+        return model(_IDS, _IDS > 0, inputs), model.prompt(_IDS, _IDS > 0, 6, {})[1]
+
+    wanted, _ = jax.jit(both)()
     with tiny.for_tpu():
-        _same(model(_IDS, _IDS > 0, inputs), wanted)
-        _, cache = model.prompt(_IDS, _IDS > 0, 6, {})
+        logits, cache = jax.jit(both)()
+        _same(logits, wanted)
         # Heads side by side, so that only the model's own width is padded.
         assert {a.shape[-1] for a in cache} == {config.num_heads * config.d_kv} and {a.ndim for a in cache} == {4}
         step = jax.jit(lambda token, position, cache: model.decode_token(token, position, cache, _IDS > 0, {}))
@@ -59,8 +63,8 @@ def test_a_decoder_attends_to_the_same_columns():
     def both():
         return model.label_logits(_IDS, _IDS > 0, _TOKENS, {}), model.prompt(_IDS, _IDS > 0, 2, {})[0]
 
-    wanted = both()
+    wanted = jax.jit(both)()
     with tiny.for_tpu():
-        found = both()
+        found = jax.jit(both)()
     for got, of_cpu in zip(found, wanted, strict=True):
         _same(got, of_cpu)

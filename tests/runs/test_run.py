@@ -421,16 +421,6 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         lf.fuse(new)
 
 
-def test_a_run_begun_while_this_one_was_loading_is_not_overwritten(copied, monkeypatch):
-    options, folder = copied
-    results = (folder / "results.json").read_bytes()
-    answers = iter([False, True])
-    monkeypatch.setattr(RunFolder, "exists", lambda self: next(answers))
-    with pytest.raises(ValueError, match="holds a run"):
-        lf.fuse(dataclasses.replace(options, resume=False))
-    assert (folder / "results.json").read_bytes() == results
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
