@@ -249,16 +249,3 @@ def test_the_shuffled_control_moves_whole_layers():
             np.testing.assert_array_equal(getattr(shuffled, field)[site][:, [2]], getattr(alone, field)[site])
     # Three layers have two cycles, and the modules do not all share one.
     assert len(orders["encoder", 3]) == 2 and len(orders["decoder", 2]) == 1
-
-
-@pytest.mark.long
-def test_the_shuffled_control_takes_quantised_and_single_layers():
-    pool, shuffle = _pool(), jax.jit(shuffled_pool)
-    a, b = (shuffle(pool, _KEY).quantised("int8"), shuffle(pool.quantised("int8"), _KEY))
-    _same(a, b)
-    single = tiny.pool(2, config=dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1))
-    _same(shuffled_pool(single, _KEY).A, single.A)
-    dora = dataclasses.replace(tiny.pool(1), magnitude={s: a[:, 0, 0] for s, a in tiny.pool(1).B.items()})
-    shuffled = shuffled_pool(dora, _KEY)
-    for site in dora.A:
-        np.testing.assert_array_equal(shuffled.magnitude[site], shuffled.B[site][:, 0, 0])

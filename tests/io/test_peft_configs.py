@@ -1,13 +1,122 @@
-"""Configurations of adapters, each accepted or refused by name, with weights made to fit them."""
+"""Configurations as PEFT from 0.2 to 0.21, other tools and people write them, accepted or refused by name.
+
+Written for these tests in the form of files that lie in public repositories; the weights are made to fit them.
+"""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
-from adapter_configs import ACCEPTED, REFUSED
 from safetensors.numpy import save_file
 
 from lorafusion_jax.io.peft.adapter import read_adapter
+
+# Fields by the version of PEFT that added them, with their defaults.
+_ADDED: dict[str, dict[str, Any]] = {
+    "0.2": {
+        "base_model_name_or_path": "somebody/llama-7b",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    },
+    "0.3": {"init_lora_weights": True},
+    "0.4": {"auto_mapping": None, "layers_pattern": None, "layers_to_transform": None, "revision": None},
+    "0.6": {"alpha_pattern": {}, "rank_pattern": {}},
+    "0.7": {"loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core"},
+    "0.8": {"use_rslora": False},
+    "0.9": {"use_dora": False},
+    "0.10": {"layer_replication": None},
+    "0.14": {"eva_config": None, "exclude_modules": None, "lora_bias": False},
+    "0.15": {"corda_config": None, "trainable_token_indices": None},
+    "0.17": {"qalora_group_size": 16, "target_parameters": None, "use_qalora": False},
+    "0.18": {"alora_invocation_tokens": None, "arrow_config": None, "peft_version": "0.18.0"},
+    "0.21": {"kasa_config": None, "lora_ga_config": None, "use_bdlora": None, "velora_config": None},
+}
+_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_SAVED = ["classifier", "score"]
+
+
+def _fields(version: str, **changes: Any) -> dict[str, Any]:
+    names = list(_ADDED)
+    fields: dict[str, Any] = {}
+    for name in names[: names.index(version) + 1]:
+        fields |= _ADDED[name]
+    return dict(sorted((fields | changes).items()))
+
+
+def _peft(version: str, **changes: Any) -> bytes:
+    """Write as PEFT does: sorted, indented, without a line break at the end."""
+    return json.dumps(_fields(version, **changes), indent=2).encode()
+
+
+_UNSLOTH = {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}, "lora_dropout": 0}
+_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:0c5f5d2d62b4f1d0f0c0b3e0b1a19d4c2f3c4a5b6d7e8f90123456789abcdef0\nsize 1049\n"
+)
+
+# Scaling and adapter_config.json.
+_ACCEPTED: dict[str, tuple[float, bytes]] = {
+    "the first version": (2.0, _peft("0.2")),
+    "dropped keys of the first version": (2.0, _peft("0.2", enable_lora=None, merge_weights=False)),
+    "Conv1D": (4.0, _peft("0.6", lora_alpha=32, target_modules=["c_attn"], fan_in_fan_out=True)),
+    "the flag of Conv1D on linear maps": (2.0, _peft("0.9", fan_in_fan_out=True)),
+    "no task": (2.0, _peft("0.3", task_type=None)),
+    "T5": (2.0, _peft("0.4", r=16, lora_alpha=32, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")),
+    "a classifier without a saved head": (2.0, _peft("0.8", task_type="SEQ_CLS")),
+    "every map of a Llama": (0.25, _peft("0.10", r=64, target_modules=_ALL, revision="main")),
+    "layers by their paths": (1.0, _peft("0.14", target_modules=["h.0.c_attn", "h.1.c_attn"], lora_alpha=8)),
+    "targets as a pattern": (2.0, _peft("0.15", target_modules=r"(.*(language_model).*(q_proj|v_proj).*$)")),
+    "targets given twice": (1.0, _peft("0.14", target_modules=["q_proj", "v_proj", "q_proj"], r=16)),
+    "an initialisation that leaves the base alone": (2.0, _peft("0.17", init_lora_weights="eva")),
+    "no module saved, as an empty list": (2.0, _peft("0.18", modules_to_save=[])),
+    "made by unsloth": (2.0, _peft("0.18", revision="unsloth", **_UNSLOTH)),
+    "rank-stabilised": (4.0, _peft("0.21", use_rslora=True, r=16, lora_alpha=16)),
+    "DoRA with a pattern of targets, rank-stabilised": (
+        4.0,
+        _peft("0.18", use_dora=True, use_rslora=True, r=64, lora_alpha=32, target_modules=r".*\.(q|v)_proj"),
+    ),
+    "a small scale and a high rank": (0.125, _peft("0.21", r=128, lora_alpha=16)),
+    "ranks and scales by pattern": (
+        2.0,
+        _peft("0.21", r=4, lora_alpha=8, rank_pattern={"v_proj": 8}, alpha_pattern={"v_proj": 16}),
+    ),
+    "an escaped name of a base": (
+        2.0,
+        json.dumps(_fields("0.15", base_model_name_or_path="C:\\Modelle\\größer")).encode(),
+    ),
+    "line ends of Windows": (2.0, _peft("0.8").replace(b"\n", b"\r\n")),
+    "written by hand": (
+        2.0,
+        b'{"peft_type": "LORA",\n "r": 16, "lora_alpha": 32,\n "target_modules": ["q_proj", "v_proj"]}\n',
+    ),
+    "an unknown field": (2.0, _peft("0.21", my_notes={"seed": 3})),
+}
+
+
+def _json(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+# Part of the refusal and adapter_config.json.
+_REFUSED: dict[str, tuple[str, bytes]] = {
+    "MergedLinear": ("enable_lora is set: the MergedLinear of PEFT 0.2", _peft("0.2", enable_lora=[True, False])),
+    "modules saved": (r"modules_to_save is \['classifier', 'score'\]", _peft("0.14", modules_to_save=_SAVED)),
+    "prefix tuning": ("peft_type is 'PREFIX_TUNING': expected LORA or another kind", _json(peft_type="PREFIX_TUNING")),
+    "AdapterHub": ("AdapterHub", _json(config={"mh_adapter": False}, model_class="BertAdapterModel", name="task")),
+    "tunix": ("tunix / qwix", _json(base_model="gemma", framework="jax-tunix-qwix", lora_rank=32, lora_alpha=32.0)),
+    "another format": ("own format, 'my-native-lora'", _json(format="my-native-lora", rank=16, tensor_count=512)),
+    "a base's name alone": (r"no peft_type among its fields \['base_model'\]", _json(base_model="somebody/robot")),
+    "a pointer of Git LFS": ("this is a Git LFS pointer", _POINTER),
+}
 
 
 def _write(folder, data):
@@ -29,18 +138,18 @@ def _write(folder, data):
     return config
 
 
-@pytest.mark.parametrize("name", ACCEPTED)
+@pytest.mark.parametrize("name", _ACCEPTED)
 def test_accepted_with_its_scaling(tmp_path, name):
-    scaling, data = ACCEPTED[name]
+    scaling, data = _ACCEPTED[name]
     config = _write(tmp_path, data)
     adapter = read_adapter(str(tmp_path))
     assert adapter.config == config and adapter.config_text == data
     assert set(adapter.scaling.values()) == {scaling}
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", _REFUSED)
 def test_refused_with_its_file_and_the_reason(tmp_path, name):
-    reason, data = REFUSED[name]
+    reason, data = _REFUSED[name]
     _write(tmp_path, data)
     with pytest.raises(ValueError, match=rf"/adapter_config\.json: .*{reason}"):
         read_adapter(str(tmp_path))

@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import recipes
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
 from lorafusion_jax.hardware.report import report_on_chips
-from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
@@ -200,40 +199,15 @@ def test_an_exported_model_says_what_the_run_says(method, runs, small, tmp_path)
     assert recipes.answers(zero, 1) == recipes.answers(options, 2)
 
 
-@pytest.fixture(scope="module")
-def dora_again(small, tmp_path_factory):
-    """A fusion some of whose magnitudes turned negative, and the pool that its exported adapter is."""
-    out = tmp_path_factory.mktemp("dora")
-    options = _options(small, out, "fusion", lr_magnitudes=2.0)
-    results = lf.fuse(options)
-    magnitudes = lf.load_run(run_path(options))[1]["magnitudes"]
-    assert np.mean([m[0] < 0 for m in magnitudes.values()]) > 0.01
-    export(ExportOptions(out=out / "exported", run=run_path(options)))
-    convert(ConvertOptions(base=str(small[0]), adapters=(str(out / "exported"),), out=out / "pool"))
-    return options, results, out / "pool"
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("method", [pytest.param("fusion", marks=pytest.mark.nightly), "single"])
-def test_an_exported_fusion_fused_again_is_the_run_it_came_from(method, dora_again, small, tmp_path):
-    was, wanted, pool = dora_again
-    options = _options(small, tmp_path, method, pool=str(pool), lr_coefficients=0.0, lr_magnitudes=0.0)
-    found = lf.fuse(options)
-    assert found["seeds"][0]["loss"] == pytest.approx(wanted["seeds"][0]["loss"], rel=1e-5)
-    assert recipes.answers(options, 1) == recipes.answers(was, 1)
-    # And its export is that adapter.
-    export(ExportOptions(out=tmp_path / "again", run=run_path(options)))
-    first, second = (
-        load_file(folder / "adapter_model.safetensors") for folder in (was.out / "exported", tmp_path / "again")
-    )
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        np.testing.assert_array_equal(second[name], tensor)
-
-
 @pytest.mark.parametrize("method", ["lorahub", "cma", "merge"])
-def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(method, dora_again, small, tmp_path):
-    options = _options(small, tmp_path, method, pool=str(dora_again[2]))
+def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(method, small, tmp_path):
+    dora = shutil.copytree(sorted(small[1].glob("*/*.safetensors"))[0].parent, tmp_path / "pool" / "dora")
+    config, weights = dora / "adapter_config.json", dora / "adapter_model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    tensors = load_file(weights)
+    factors = {key.removesuffix("lora_B.weight"): b for key, b in tensors.items() if key.endswith("lora_B.weight")}
+    save_file(tensors | {f"{key}lora_magnitude_vector": b[:, 0].copy() for key, b in factors.items()}, weights)
+    options = _options(small, tmp_path, method, pool=str(tmp_path / "pool"))
     with pytest.raises(ValueError, match=r"DoRA adapter.* magnitudes"):
         lf.fuse(options)
     assert not run_path(options).exists()

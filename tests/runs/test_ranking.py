@@ -50,18 +50,6 @@ def test_the_gradient_that_ranks_equals_finite_differences(frozen):
     assert np.all(np.asarray(got)[1, 3:] == 0) and np.all(np.abs(got)[0] > 0)  # module 0 has no decoder sites
 
 
-@pytest.mark.long
-def test_one_coefficient_a_module_descends_as_the_sum_of_its_blocks(frozen):
-    def gradient(granularity):
-        problem = tiny.problem(lf.Fusion(granularity=granularity, magnitudes=False), frozen, _INDEX)
-        return _gradient(problem, _at_zero(problem))[None]
-
-    by_block, by_module = gradient("block"), gradient("global")
-    np.testing.assert_allclose(jnp.sum(by_block, axis=2), by_module, atol=1e-6)
-    wanted = np.argsort(np.asarray(by_module), axis=1)
-    np.testing.assert_array_equal(ranking.most_descent(np.asarray(by_block), 2), wanted)
-
-
 def _options(folder: Path, **changes) -> lf.FuseOptions:
     values = {"choose": "gradient", "modules": 3, "epochs": 1, "batch_size": 32, "name": "ranked"} | changes
     return recipes.small_run((folder / "base", folder / "pool"), folder, **values)

@@ -143,28 +143,6 @@ def test_batched_seeds_share_the_position_of_the_token_that_they_generate(small)
     assert (position.aval.shape, token.aval.shape) == ((), (2, 5))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "changes",
-    [{"control": "random"}, {"load_in": "int8"}, pytest.param({"load_in": "nf4"}, marks=pytest.mark.nightly)],
-)
-def test_a_control_and_quantised_weights_change_the_loss_but_not_the_counts(changes, small, tmp_path, fused):
-    results = lf.fuse(_options(small, tmp_path, **changes))
-    assert results["trainable"] == fused[1]["trainable"]
-    assert results["seeds"][0]["loss"] == pytest.approx(fused[1]["seeds"][0]["loss"], rel=0.5)
-    assert results["seeds"][0]["loss"] != fused[1]["seeds"][0]["loss"]
-
-
-@pytest.mark.long
-def test_the_reference_protocol_prunes_magnitudes(small, tmp_path):
-    recipe = dataclasses.replace(lf.PRESETS["reference"], epochs=2, modules=2, max_new_tokens=8, prune=0.15)
-    options = dataclasses.replace(_options(small, tmp_path, name="reference"), recipe=recipe)
-    lf.fuse(options)
-    _, params, _ = lf.load_run(run_path(options))
-    share = np.mean([np.mean(np.asarray(m) == 0) for m in params["magnitudes"].values()])
-    assert share == pytest.approx(0.15, abs=1e-3)
-
-
 # Runs that were killed or stopped.
 
 

@@ -91,16 +91,6 @@ def test_eval_batches(pairs, batch_size):
     assert (np.diff([len(encoded.inputs[row]) for row in order[: len(pairs)]]) >= 0).all()
 
 
-def test_predictions_return_to_file_order():
-    encoded = _encoded([(length, 1) for length in (30, 5, 90, 7, 41)])
-    result = np.zeros(5, np.int32)
-    for rows, batch in eval_batches(encoded, 2, pad_id=_PAD):
-        predictions = batch.input_ids[:, 0]
-        result[rows[rows >= 0]] = predictions[rows >= 0]
-    assert result.tolist() == [1000, 1001, 1002, 1003, 1004]
-    assert list(eval_batches(Encoded((), ()), 4, pad_id=_PAD)) == []
-
-
 @given(lengths.filter(lambda pairs: len(pairs) > 1), st.integers(1, 12), st.booleans())
 def test_train_batches(pairs, batch_size, reference):
     encoded, orders = _epochs(pairs, batch_size, reference)

@@ -94,23 +94,6 @@ def chosen(given):
     return found
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("seed_mode", ["sequential", pytest.param("batched", marks=pytest.mark.nightly)])
-def test_the_likeliest_option_is_that_of_a_loop(seed_mode, given, chosen):
-    setup, options, params = given
-    closed = answer_options(setup.task)
-    assert closed is not None and {len(of_row) for of_row in closed} == {2, 3, 4}
-    found = evaluate(setup.with_problem(seed_mode=seed_mode), params, batch_size=7, options=closed)
-    assert found.option_correct is not None
-    wanted = [[said == row.target for (said, _), row in zip(rows, setup.task.test, strict=True)] for rows in chosen]
-    assert min(margin for rows in chosen for _, margin in rows) > 1e-3  # no tie that rounding decides
-    np.testing.assert_array_equal(found.option_correct, wanted)
-    # The task tells right from wrong, and one seed from the other.
-    assert 0 < np.mean(wanted) < 1 and [said for said, _ in chosen[0]] != [said for said, _ in chosen[1]]
-    percents = [row["option_accuracy"] for row in seed_rows(_SEEDS, found)]
-    assert percents == pytest.approx([100 * np.mean(of_seed) for of_seed in wanted])
-
-
 def test_options_are_scored_for_the_rows_that_are_evaluated(given, chosen):
     """Batches of another size, fewer rows, and the mode from the options of a run."""
     setup, options, params = given
