@@ -47,6 +47,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(_ROOT / ".cache" / "hypothesis"))
 
 import beartype  # noqa: E402
+import hub_server  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -202,3 +203,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def goldens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of goldens, with the weights that are made from a seed."""
     return seeded.unfold(tmp_path_factory.mktemp("goldens"))
+
+
+@pytest.fixture
+def hub(small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hub_server.Hub]:
+    """A hub with a base and an adapter, in place of the real one; its library caches deep in a folder of its own."""
+    with hub_server.in_place(monkeypatch, tmp_path / "a" / "b" / "c") as found:
+        found.add("org/base", small[0])
+        found.add("org/adapter", sorted(small[1].iterdir())[0])
+        yield found

@@ -16,9 +16,13 @@ import pytest
 from lorafusion_jax import cli
 
 _ROOT = Path(__file__).resolve().parent.parent
-_TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/small/README.md")
+_TOP = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 _NOTEBOOKS = sorted((_ROOT / "examples" / "notebooks").glob("*.ipynb"))
-_PAGES = [*(_ROOT / name for name in _TOP), *sorted((_ROOT / "docs").rglob("*.md"))]
+_PAGES = [
+    *(_ROOT / name for name in _TOP),
+    *sorted(_ROOT.glob("examples/*/README.md")),
+    *sorted(_ROOT.glob("docs/**/*.md")),
+]
 
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
@@ -26,22 +30,6 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _COMMAND = re.compile(r"\blorafusion (crossbar program|[a-z-]+)\b([^`#\n]*)")
 _HEADING = re.compile(r"^#+ +(.+?) *#*$", re.MULTILINE)
 
-# Pages and folders without the habits below. Add a folder when its pages are rewritten.
-_PLAIN = (
-    "docs/guides",
-    "docs/concepts",
-    "docs/reference",
-    "docs/results",
-    "docs/start.md",
-    "docs/index.md",
-    "README.md",
-    "SECURITY.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "examples/small/README.md",
-    "examples/smollm2/README.md",
-    "examples/notebooks",
-)
 # Phrases that make readers stop, each with a better one.
 _HABITS = {
     r"\bof (?:its|their|your|our|his) own\b": "its own ..., separate, another",
@@ -153,15 +141,6 @@ def _habits(text: str, allowed: tuple[str, ...] = ()) -> list[str]:
     ]
 
 
-def _plain_pages() -> list[Path]:
-    found = (_ROOT / name for name in _PLAIN)
-    return [
-        page
-        for path in found
-        for page in (sorted([*path.rglob("*.md"), *path.rglob("*.ipynb")]) if path.is_dir() else [path])
-    ]
-
-
 def _text(page: Path) -> str:
     """Return the text of a page, or the Markdown of a notebook."""
     if page.suffix == ".md":
@@ -170,7 +149,7 @@ def _text(page: Path) -> str:
     return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
-@pytest.mark.parametrize("page", _plain_pages(), ids=lambda page: page.relative_to(_ROOT).as_posix())
+@pytest.mark.parametrize("page", [*_PAGES, *_NOTEBOOKS], ids=lambda page: page.relative_to(_ROOT).as_posix())
 def test_prose_is_plain_english(page):
     assert _habits(_text(page), _ALLOWED.get(page.relative_to(_ROOT).as_posix(), ())) == []
 

@@ -19,6 +19,15 @@ def _load(name: str) -> types.ModuleType:
 
 _hlo, _bundles = _load("_hlo"), _load("_bundles")
 
+# A sum, which exchanges of devices apply.
+_ADD = """
+%add.1 (x.1: f32[], x.2: f32[]) -> f32[] {
+  %x.1 = f32[]{:T(128)} parameter(0)
+  %x.2 = f32[]{:T(128)} parameter(1)
+  ROOT %x.3 = f32[]{:T(128)} add(%x.1, %x.2)
+}
+"""
+
 # Two products of a batch of 4, [2, 3] by [3, 5], which XLA for TPUs writes as windows of one entry each; another
 # product; a slice of an array of 7; three trips of a loop whose body makes a sum over devices.
 _TPU = """HloModule jit_f, is_scheduled=true
@@ -44,12 +53,6 @@ _TPU = """HloModule jit_f, is_scheduled=true
   ROOT %tuple.1 = (s32[]{:T(128)}, f32[4,2,3]{2,1,0:T(8,128)S(1)}, f32[4,3,5]{2,1,0:T(8,128)}) tuple(%a.1, %b.1)
 }
 
-%add.1 (x.1: f32[], x.2: f32[]) -> f32[] {
-  %x.1 = f32[]{:T(128)} parameter(0)
-  %x.2 = f32[]{:T(128)} parameter(1)
-  ROOT %x.3 = f32[]{:T(128)} add(%x.1, %x.2)
-}
-
 %condition.1 (arg.2: (s32[], f32[4,2,3], f32[4,3,5])) -> pred[] {
   %bound.1 = s32[]{:T(128)} constant(3)
   %arg.2 = (s32[]{:T(128)}, f32[4,2,3]{2,1,0:T(8,128)S(1)}, f32[4,3,5]{2,1,0:T(8,128)}) parameter(0)
@@ -65,7 +68,7 @@ ENTRY %main.1 (w.1: f32[7,8,128], i.2: s32[], v.1: f32[8,128]) -> f32[1,8,128] {
   %low.1 = f32[8,8]{1,0:T(8,128)S(1)} convolution(%v.1, %v.1), dim_labels=bf_oi->bf, metadata={op_name="jit(f)/dot_general"}
   ROOT %row.1 = f32[1,8,128]{2,1,0:T(8,128)} fusion(%w.1, %i.2), kind=kLoop, calls=%fused_computation.2
 }
-"""  # fmt: skip  # noqa: E501
+""" + _ADD  # fmt: skip  # noqa: E501
 
 
 def test_a_tpu_s_program():
@@ -119,12 +122,6 @@ _EXCHANGES = """HloModule jit_g, is_scheduled=true
   ROOT %gather.2 = f32[16,128]{1,0:T(8,128)} all-gather(%p.1), channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}
 }
 
-%add.1 (x.1: f32[], x.2: f32[]) -> f32[] {
-  %x.1 = f32[]{:T(128)} parameter(0)
-  %x.2 = f32[]{:T(128)} parameter(1)
-  ROOT %x.3 = f32[]{:T(128)} add(%x.1, %x.2)
-}
-
 %body.1 (arg.1: (s32[], f32[64,8,40])) -> (s32[], f32[64,8,40]) {
   ROOT %arg.1 = (s32[]{:T(128)}, f32[64,8,40]{2,1,0:T(8,128)}) parameter(0)
 }
@@ -146,7 +143,7 @@ ENTRY %main.1 (w.1: f32[64,8,40], v.1: f32[8,128]) -> f32[16,128] {
   %one.1 = f32[16,128]{1,0:T(8,128)} fusion(%v.1), kind=kCustom, calls=%part.1
   ROOT %two.1 = f32[16,128]{1,0:T(8,128)} fusion(%v.1), kind=kCustom, calls=%part.2
 }
-"""  # fmt: skip  # noqa: E501
+""" + _ADD  # fmt: skip  # noqa: E501
 
 
 def test_padding_fills_and_exchanges():

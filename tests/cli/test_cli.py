@@ -76,7 +76,6 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
     for arguments, message in [
         ([*fuse, "--seeds", "1", "1"], "a seed is given twice"),
         (fuse, "give one with --pool"),
-        (["export", "--run", str(run), "--out", str(run)], "exists"),
         (["export", "--out", str(tmp_path / "x")], "nothing to export: give --run"),
         (["evaluate", "--run", str(tmp_path)], ": not a run: it has no config.json"),
         ([*chips, "--crossbar", "isac"], "no preset 'isac': choose one of ideal, isaac"),
@@ -84,7 +83,6 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
         ([*chips, "--chips", "0"], "chips is 0"),
         ([*chips, "--compensate", "both", "--report"], "a report is of one age, compensated or not: give one"),
         ([*chips, "--keep-digital", "embedding", "--report"], "the rule 'embedding' matches no weight"),
-        (["generate"], "a fused run with --run, or an unchanged base model with --base"),
         (["generate", "--base", "b", "--top-p", "0.9"], "top_k and top_p filter a draw, and temperature 0 draws"),
     ]:
         with pytest.raises(SystemExit) as stop:

@@ -5,7 +5,6 @@ import json
 import time
 
 import datasets
-import hub_server
 import pytest
 from hub_server import COMMIT
 from huggingface_hub import constants
@@ -19,14 +18,6 @@ _INFO = "/api/models/org/base/revision/main"
 _CONFIG = f"/org/base/resolve/{COMMIT}/config.json"
 _TREE = f"/api/models/org/base/tree/{COMMIT}"
 _OUT = "../../../../outside"
-
-
-@pytest.fixture
-def hub(small, monkeypatch, tmp_path):
-    """A hub with a base, whose library caches in a folder of its own."""
-    with hub_server.in_place(monkeypatch, tmp_path / "a" / "b" / "c") as found:
-        found.add("org/base", small[0])
-        yield found
 
 
 def _outside(folder):

@@ -16,16 +16,6 @@ from lorafusion_jax.io.source import resolve
 from lorafusion_jax.tasks import load_task
 
 
-@pytest.fixture
-def hub(small, monkeypatch, tmp_path):
-    """A hub with a base and an adapter, in place of the real one for this process."""
-    base, pool = small
-    with hub_server.in_place(monkeypatch, tmp_path) as found:
-        found.add("org/base", base)
-        found.add("org/adapter", sorted(pool.iterdir())[0])
-        yield found
-
-
 @pytest.mark.parametrize("revision", ["", "@main", f"@{hub_server.COMMIT}"])
 def test_bases_tokenizers_and_adapters_come_by_id_and_revision(hub, small, revision):
     source = f"org/base{revision}"

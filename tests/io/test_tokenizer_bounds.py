@@ -1,8 +1,8 @@
 """Tokenizers that mean harm: more added tokens than load, and steps that lengthen a text without a bound."""
 
 import json
+import shutil
 
-import one_block
 import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -13,8 +13,8 @@ from lorafusion_jax.io.hf import load_tokenizer
 
 
 @pytest.fixture
-def base(tmp_path):
-    return one_block.cut(tmp_path)[0]
+def base(small, tmp_path):
+    return shutil.copytree(small[0], tmp_path / "base")
 
 
 @pytest.mark.parametrize(
