@@ -531,7 +531,7 @@ def _shapes(model):
             "rank_pattern": {"q": 2, "block.1.layer.0.SelfAttention.v": 3},
             "alpha_pattern": {"SelfAttention.q": 5},
         },
-        {"rank_pattern": {"^decoder.block.2.*": 2}, "use_rslora": True, "target_modules": "all-linear"},
+        {"rank_pattern": {"^decoder.block.1.*": 2}, "use_rslora": True, "target_modules": "all-linear"},
         {"use_dora": True},
         {"init_lora_weights": "mica"},
         {"exclude_modules": r".*block\.0.*"},

@@ -1,5 +1,6 @@
 """Against PyTorch and PEFT themselves, on models made here: unequal depths, all linear maps, several ranks."""
 
+import copy
 import functools
 
 import jax
@@ -44,11 +45,12 @@ def folder(tmp_path_factory):
     import peft
 
     folder = tmp_path_factory.mktemp("peft")
-    peft_models.t5().save_pretrained(folder / "base")
     peft_models.t5(feed_forward_proj="relu", tie_word_embeddings=True).save_pretrained(folder / "tied")
+    (base := peft_models.t5()).save_pretrained(folder / "base")
     for name, fields in _ADAPTERS.items():
         config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", **fields)
-        peft_models.randomise(peft.get_peft_model(peft_models.t5(), config)).save_pretrained(folder / name)
+        adapted = peft.get_peft_model(copy.deepcopy(base), config)
+        peft_models.randomise(adapted).save_pretrained(folder / name)
     return folder
 
 
