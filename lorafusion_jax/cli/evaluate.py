@@ -42,7 +42,7 @@ GROUPS = {
     "data and base": ("run", "runs", "task", "train_rows", "test_rows", "eval_batch"),
     "hardware": (
         "crossbar", "chips", "ages", "compensate", "report", "read_noise", "adc_bits", "keep_digital", "norm",
-        "lora_in", "chip_key", "calibration_rows",
+        "lora_in", "chip_key", "calibration_rows", "restore",
     ),
 }  # fmt: skip
 

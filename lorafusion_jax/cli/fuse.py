@@ -101,7 +101,7 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
         "method": ("method", "adapters", "control"),
         f"method {entry.name}": own,
         "training": (*common, "start_from"),
-        "hardware": ("crossbar", "train_chip", "chip", "chip_key", "keep_digital", "age", "norm"),
+        "hardware": ("crossbar", "train_chip", "chip", "chip_key", "keep_digital", "age", "norm", "restore"),
         "run": (
             "seeds", "out", "name", "plan", "plan_for", "resume", "eval_batch", "max_new_tokens", "log", "save_seconds",
             "seed_mode", "mesh", "distributed", "coordinator", "processes", "process", "profile",

@@ -10,7 +10,7 @@ from .parsing import parse
 
 GROUPS = {
     "data and base": ("run", "run_seed", "base", "pool", "adapters", "dtype", "load_in", "max_length"),
-    "hardware": ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm", "calibration_task"),
+    "hardware": ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm", "restore", "calibration_task"),
 }
 
 

@@ -14,8 +14,20 @@ converted); P polarities (1 once subtracted), R row tiles (1 once summed), C col
 from types import ModuleType as _ModuleType
 
 from .calibration.one_chip import Statistics, calibrated, probe
+from .calibration.restore import fit_corrections
 from .calibration.whole_model import calibrate_tree, observe, site_errors
-from .chip.chip import Chip, chips_in, is_chip, programmed_weights, reads, with_chips, with_config, with_read_key
+from .chip.chip import (
+    Chip,
+    chips_in,
+    is_chip,
+    programmed_weights,
+    reads,
+    with_chips,
+    with_config,
+    with_corrections,
+    with_read_key,
+)
+from .chip.correction import Correction, Corrections, place
 from .chip.files import load_chip, save_chip
 from .chip.plan import Plan
 from .chip.program import is_random, program

@@ -3,19 +3,21 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jaxtyping import Array
 
 from ..crossbar import calibrate_tree
-from ..runs.prepare import Setup
+from ..runs.prepare import LoadedModel, Setup
 from ..tasks import Batch, Encoded, eval_batches
 from ..training.frozen import Frozen
 from ..training.loss import batch_logits
 from ..training.method import Method, Params
 from ..training.problem import Problem
+
+_Loaded = TypeVar("_Loaded", bound=LoadedModel)
 
 # Training rows that ADCs are calibrated on.
 CALIBRATION_ROWS = 64
@@ -48,8 +50,8 @@ def logits_of(graph: nnx.GraphDef, method: Method) -> Callable[[Frozen, tuple[Pa
     return run
 
 
-def looped(setup: Setup) -> Setup:
-    """Return the setup with a loop over layers, because reads compile slowly."""
+def looped(setup: _Loaded) -> _Loaded:
+    """Return the model with a loop over layers, because reads compile slowly."""
     model = nnx.merge(setup.problem.graph, setup.problem.frozen.base)
     model.config = dataclasses.replace(model.config, unroll=False)
     return setup.with_problem(graph=nnx.split(model)[0])

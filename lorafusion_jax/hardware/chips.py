@@ -25,7 +25,7 @@ from ..tasks import Split
 from ..training.frozen import Frozen
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, calibrate
-from .program import Norms, program
+from .program import Norms, Restored, program
 
 _Tree = TypeVar("_Tree")
 
@@ -129,6 +129,7 @@ def stack_chips(
     limits: Limits,
     modules: Int[Array, " P"] | None = None,
     norm: Norms = "ideal",
+    restored: Restored | None = None,
 ) -> ChipPerSeed:
     """Return frozen weights on several chips, in one program; further arguments as for `program`.
 
@@ -138,13 +139,15 @@ def stack_chips(
       rules: rules of every chip, which may differ in arrays but not in plain numbers.
       keys: [C], keys of the chips.
       of_seed: chip of each seed of a program.
-      limits: converters' ranges that all chips share, from `limits_of`.
+      limits: converters' ranges that all chips share, from `limits_of`; restored weights have ranges of their chips.
+      restored: digital corrections of all chips, chips first.
     """
     split = [_split(of_chip) for of_chip in rules]
     if len({structures for structures, _ in split}) > 1:
         raise ValueError("chips of one program differ in plain numbers of their configurations: give these as arrays")
     values = jax.tree.map(lambda *of_chips: jnp.stack(of_chips), *(values for _, values in split))
-    weights = _program_all(digital, values, keys, limits, modules, structures=split[0][0], graph=graph, norm=norm)
+    arrays = (digital, (keys, values, restored), limits, modules)
+    weights = _program_all(*arrays, structures=split[0][0], graph=graph, norm=norm)
     return ChipPerSeed(**_fields(weights), chip_of_seed=of_seed)
 
 
@@ -157,6 +160,7 @@ def on_every_chip(
     modules: Int[Array, " P"] | None,
     norm: Norms,
     calibration_rows: int = CALIBRATION_ROWS,
+    restored: Sequence[Restored] = (),
 ) -> Setup:
     """Return the setup of S seeds on C chips: C * S seeds, each with a chip.
 
@@ -170,15 +174,18 @@ def on_every_chip(
       modules: numbers of the pool's modules on the chips.
       norm: weights that the magnitudes' norms are computed from.
       calibration_rows: number of training rows to calibrate on.
+      restored: digital corrections of each chip.
     """
     problem = setup.problem
-    first = program(problem.graph, problem.frozen, rules, keys[0], modules=modules, norm=norm)
+    how = {"modules": modules, "norm": norm}
+    of_first = restored[0] if restored else None
+    first = program(problem.graph, problem.frozen, rules, keys[0], restored=of_first, **how)
     limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
     count, seeds = len(keys), len(problem.index)
     chip_of_seed = jnp.repeat(jnp.arange(count), seeds)
-    frozen = stack_chips(
-        problem.graph, problem.frozen, [rules] * count, keys, chip_of_seed, limits=limits, modules=modules, norm=norm
-    )
+    on_chips = jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored) if restored else None
+    arguments = (problem.graph, problem.frozen, [rules] * count, keys, chip_of_seed)
+    frozen = stack_chips(*arguments, limits=limits, restored=on_chips, **how)
     split = setup.split and Split(*(np.tile(rows, (count, 1)) for rows in setup.split))
     on_all = setup.with_problem(frozen=frozen, index=jnp.tile(problem.index, (count, 1)))
     return dataclasses.replace(on_all, split=split)
@@ -206,8 +213,7 @@ def _plain(frozen: Frozen) -> Frozen:
 @partial(jax.jit, static_argnames=("structures", "graph", "norm"))
 def _program_all(
     digital: Frozen,
-    values: list[list[Any]],
-    keys: Array,
+    chips: tuple[Array, list[list[Any]], Restored | None],
     limits: Limits,
     modules: Int[Array, " P"] | None,
     *,
@@ -215,18 +221,21 @@ def _program_all(
     graph: nnx.GraphDef,
     norm: Norms,
 ) -> Frozen:
-    def of_chip(chip: tuple[Array, list[list[Any]]]) -> Frozen:
-        key, values = chip
-        frozen = program(graph, digital, structures.rules(values), key, modules=modules, norm=norm)
-        return _with_limits(frozen, limits)
+    def of_chip(chip: tuple[Array, list[list[Any]], Restored | None]) -> Frozen:
+        key, values, restored = chip
+        how = {"modules": modules, "norm": norm, "restored": restored}
+        return _with_limits(program(graph, digital, structures.rules(values), key, **how), limits)
 
-    return jax.lax.map(of_chip, (keys, values))
+    return jax.lax.map(of_chip, chips)
 
 
 def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:
-    """Return a chip whose converters have these ranges."""
+    """Return a chip whose converters have these ranges; corrected weights keep the ranges of their corrections."""
     leaves = []
     for leaf, (of_adcs, of_dacs) in zip(chips_in(frozen), limits, strict=True):
+        if leaf.correction is not None:
+            leaves.append(leaf)
+            continue
         dac = leaf.config.dac
         own = leaf.input_limit if dac is None or dac.scaling != "calibrated" else of_dacs
         leaves.append(dataclasses.replace(leaf, limits=of_adcs, input_limit=own))

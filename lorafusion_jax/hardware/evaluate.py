@@ -23,13 +23,14 @@ from ..progress import progress
 from ..runs.evaluate import evaluate, seed_rows
 from ..runs.options import FuseOptions, OnArrays
 from ..runs.predict import EvaluateOptions, load_to_evaluate
-from ..runs.prepare import Setup
+from ..runs.prepare import Setup, digests
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, looped
 from .chips import for_every_chip, on_every_chip
 from .folder import Chips, aged, load_chips
 from .on_arrays import check, module_numbers, without_merged_pool
-from .program import Norms
+from .program import Norms, Restored
+from .restored import load_restored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,8 @@ class EvaluateOnChipsOptions(EvaluateOptions):
       lora_in: where the module of a LoRA baseline is: in `sram` next to the arrays, or written into separate `cells`.
       chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
       calibration_rows: training rows that the ADCs are calibrated on.
+      restore: digital corrections of the chips: a folder that `lorafusion restore` wrote, or its name in the folder of
+        the chips; by default none.
       report: evaluate chip after chip, each calibrated on its own, and next to the digital model; and report every
         site's signal to quantisation noise ratio, arrays and conversions.
     """
@@ -72,6 +75,7 @@ class EvaluateOnChipsOptions(EvaluateOptions):
     lora_in: Literal["sram", "cells"] = "sram"
     chip_key: int = 0
     calibration_rows: int = CALIBRATION_ROWS
+    restore: str | None = None
     report: bool = False
 
     def check_digital(self) -> None:
@@ -86,7 +90,8 @@ class EvaluateOnChipsOptions(EvaluateOptions):
 class EvaluationRequest:
     """A digital run (setup, options, trained numbers), and the chips to evaluate it on.
 
-    `modules` are the numbers of the pool's modules on the chips, `configs` the arrays by age and compensation.
+    `modules` are the numbers of the pool's modules on the chips, `restored` the corrections of each chip or empty, and
+    `configs` the arrays by age and compensation.
     """
 
     setup: Setup
@@ -95,6 +100,7 @@ class EvaluationRequest:
     chips: Chips
     count: int
     modules: Int[Array, " P"] | None
+    restored: list[Restored]
     configs: dict[tuple[str | None, bool | None], CrossbarConfig]
 
 
@@ -117,10 +123,14 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     check(setup, fused)
     chips.check(setup, fused)
     numbers = module_numbers(setup, fused, chips)
+    restored = []
+    if options.restore is not None:
+        base = digests(setup, fused)["base"]
+        restored = [load_restored(options.restore, chips, number, base) for number in range(count)]
     if options.lora_in == "cells":
         setup, params = lora_in_cells(setup, params)
         numbers = None
-    return EvaluationRequest(without_merged_pool(setup), fused, params, chips, count, numbers, configs)
+    return EvaluationRequest(without_merged_pool(setup), fused, params, chips, count, numbers, restored, configs)
 
 
 def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
@@ -149,6 +159,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                 modules=on.modules,
                 norm=options.norm,
                 calibration_rows=options.calibration_rows,
+                restored=on.restored,
             )
             everyone = for_every_chip(params, count)
             found = evaluate(on_all, everyone, batch_size=options.eval_batch)
@@ -172,6 +183,7 @@ def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
         "read_noise": options.read_noise,
         "adc_bits": options.adc_bits,
         "norm": options.norm,
+        "restore": options.restore,
         "lora_in": options.lora_in if method == "lora" else None,
     }
 

@@ -11,14 +11,15 @@ from ..io.pool import open_pool
 from ..methods import find
 from ..methods.merge import Merge
 from ..runs.options import FuseOptions
-from ..runs.prepare import Setup
+from ..runs.prepare import Setup, digests
 from ..runs.run import HardwareSetup
 from ..training.frozen import Frozen
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, calibrate, looped
 from .chips import redrawn
 from .folder import STEP_CHIPS, Chips, aged, load_chips
-from .program import program
+from .program import Restored, program
+from .restored import load_restored
 
 
 def check(setup: Setup, options: FuseOptions) -> None:
@@ -45,19 +46,28 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     config = aged(chips.config, asked.age)
     if asked.train_chip in ("fresh", "both") and not is_random(config):
         raise ValueError(f"programming is not random in {chips.name}: train with --train-chip chip, or none")
+    if asked.restore is not None and asked.train_chip in ("fresh", "both"):
+        raise ValueError(
+            f"{asked.restore} corrects chip {asked.chip}, not the fresh chips that --train-chip {asked.train_chip} "
+            "draws: train with --train-chip chip, or none"
+        )
+    restored = None
+    if asked.restore is not None:
+        restored = load_restored(asked.restore, chips, asked.chip, digests(setup, options)["base"])
     setup = looped(without_merged_pool(setup))
     graph, digital = setup.problem.graph, setup.problem.frozen
 
-    def calibrated(config: CrossbarConfig) -> Frozen:
+    def calibrated(config: CrossbarConfig, restored: Restored | None) -> Frozen:
         numbers = module_numbers(setup, options, chips)
         key = chips.chip_key(asked.chip)
-        chip = program(graph, digital, chips.rules(config), key, modules=numbers, norm=asked.norm)
+        how = {"modules": numbers, "norm": asked.norm, "restored": restored}
+        chip = program(graph, digital, chips.rules(config), key, **how)
         return calibrate(setup, params, chip, rows=CALIBRATION_ROWS)
 
-    chip = calibrated(config)
+    chip = calibrated(config, restored)
     training = chip
     if asked.train_chip == "none":
-        training = calibrated(deterministic(config))
+        training = calibrated(deterministic(config), None)
     elif asked.train_chip != "chip":
         key = jax.random.fold_in(chips.key, STEP_CHIPS)
         steps = "every" if asked.train_chip == "fresh" else "other"

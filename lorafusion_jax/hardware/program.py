@@ -4,7 +4,7 @@ Embeddings, norms, softmax, coefficients, magnitudes and S of a basis stay digit
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +14,28 @@ from jaxtyping import Array, Int
 from ..adapters.basis import Pool
 from ..adapters.norms import Gram, PairTerms, gram, norms
 from ..adapters.pool import LoraPool
-from ..crossbar import Rules, chips_in, program_tree
+from ..crossbar import Correction, Rules, chips_in, place, program_tree, with_chips, with_corrections
 from ..models.architecture import Model, kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..training.frozen import Frozen
 
 # Weights that the magnitudes' norms are computed from: those on the chip, which have to be read back, or their targets.
 Norms = Literal["programmed", "ideal"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """Digital corrections of one chip, and its converters' ranges, by the names of its weights (`crossbar.place`)."""
+
+    corrections: dict[str, Correction]
+    ranges: dict[str, dict[str, Array]]
+
+    def on(self, weights: Any) -> Any:
+        """Return a tree of weights with these corrections and ranges on its chips; other chips keep theirs."""
+        weights = with_corrections(weights, self.corrections)
+        ranged = [dataclasses.replace(chip, **self.ranges.get(place(chip), {})) for chip in chips_in(weights)]
+        return with_chips(weights, ranged)
 
 
 def program(
@@ -31,6 +46,7 @@ def program(
     *,
     modules: Int[Array, " P"] | None = None,
     norm: Norms = "programmed",
+    restored: Restored | None = None,
 ) -> Frozen:
     """Write the weights that rules name into arrays.
 
@@ -43,6 +59,7 @@ def program(
       key: key of the chip, which determines it; may be vmapped over.
       modules: numbers of the pool's modules on a chip with more modules.
       norm: weights that the magnitudes' norms are computed from.
+      restored: digital corrections of the base's chips.
 
     Raises:
       ValueError: a pattern matches nothing, a weight cannot be programmed, or all weights are digital although there
@@ -62,6 +79,8 @@ def program(
     if any(config is not None for config in rules.values()) and not chips_in(placed):
         raise ValueError(f"the digital weights {', '.join(map(repr, rules))} leave none for arrays: name fewer")
     factors = placed.pop("pool", None)
+    if restored is not None:
+        placed = restored.on(placed)
     set_matrices(model, placed)
     _, state = nnx.split(model)
     programmed = dataclasses.replace(frozen, base=state)

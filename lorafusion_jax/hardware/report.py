@@ -41,7 +41,9 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         for chip in range(on.count):
             began = time.perf_counter()
             rules, key = chips.rules(config), chips.chip_key(chip)
-            frozen = program(problem.graph, problem.frozen, rules, key, modules=on.modules, norm=options.norm)
+            how = {"modules": on.modules, "norm": options.norm}
+            restored = on.restored[chip] if on.restored else None
+            frozen = program(problem.graph, problem.frozen, rules, key, restored=restored, **how)
             frozen = calibrate_tree(run, frozen, batches)
             rows = site_errors(frozen, observe(run, frozen, batches))
             calibrated = time.perf_counter()

@@ -15,7 +15,7 @@ from ..runs.prepare import LoadedModel, Setup, load_model, of_run, prepare
 from ..runs.run import load_run
 from ..training.method import Params
 
-_OF_CHIPS = ("chip", "chip_key", "keep_digital", "age", "norm", "calibration_task")
+_OF_CHIPS = ("chip", "chip_key", "keep_digital", "age", "norm", "restore", "calibration_task")
 _OF_BASES = ("pool", "adapters", "dtype", "load_in")
 
 
@@ -47,6 +47,8 @@ class HarnessOptions:
       keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
       age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
+      restore: digital corrections of the chip: a folder that `lorafusion restore` wrote, or its name in the folder of
+        the chips; by default none.
       calibration_task: task whose training rows set the ranges of the chip's ADCs, as in `lorafusion fuse`; by default
         the run's own.
     """
@@ -65,6 +67,7 @@ class HarnessOptions:
     keep_digital: tuple[str, ...] = ()
     age: str | None = None
     norm: Literal["ideal", "programmed"] = OnArrays.norm
+    restore: str | None = None
     calibration_task: str | None = None
 
 
@@ -100,7 +103,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
     if options.crossbar is None:
         loaded = load_model(fused)
     else:
-        names = ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm")
+        names = ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm", "restore")
         arrays = OnArrays(train_chip="chip", **{name: getattr(options, name) for name in names})
         task = options.calibration_task or fused.task
         if not task:

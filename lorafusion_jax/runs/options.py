@@ -32,6 +32,8 @@ class OnArrays:
       keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
       age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
+      restore: digital corrections of the chip: a folder that `lorafusion restore` wrote, or its name in the folder of
+        the chips.
     """
 
     crossbar: str | None = None
@@ -41,6 +43,7 @@ class OnArrays:
     keep_digital: tuple[str, ...] = ()
     age: str | None = None
     norm: Literal["ideal", "programmed"] = "ideal"
+    restore: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -101,6 +101,8 @@ def _awaits_inputs(leaf: Chip) -> bool:
 
 def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
     adc = leaf.config.adc
+    if leaf.correction is not None and (leaf.limits is not None or leaf.input_limit is not None):
+        return leaf  # its correction belongs to these ranges
     if _awaits_inputs(leaf):
         met = jnp.sum(seen.inputs, axis=-1)
     elif adc is None or adc.range != "calibrated" or leaf.plan.path == "product":

@@ -15,6 +15,7 @@ from ..config.structure import Structure, check_same, split_config
 from ..mapping import decoding, encoding
 from ..mapping.bit_fields import Packed
 from ..mapping.geometry import Geometry
+from .correction import Correction, Corrections, place
 from .plan import Plan
 
 
@@ -44,6 +45,7 @@ class Chip:
       plan: path of a read, and its reason.
       key: PRNG key of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
       tap: zeros whose gradient is the converters' statistics (see `calibration.whole_model`), or None.
+      correction: digital correction of the reads, with the leading axes of the stack, or None.
       name: name of the weight in rules and reports, and `first` the number of its first layer, if a stack was split.
     """
 
@@ -66,6 +68,7 @@ class Chip:
     plan: Plan = dataclasses.field(metadata={"static": True})
     key: Any = None
     tap: Any = None
+    correction: Correction | None = None
     name: str = dataclasses.field(default="", metadata={"static": True})
     first: int = dataclasses.field(default=0, metadata={"static": True})
 
@@ -152,9 +155,13 @@ def reads(tree: Any, *numbers: Array | int) -> Any:
 
 
 def programmed_weights(chip: Chip) -> Float[Array, "*N d_in d_out"]:
-    """Return the weights as programmed: the matrix of a read with ideal converters."""
-    weights = over_stack(lambda one: one.codes * encoding.per_weight(one.scale, one.geometry), chip.shape[:-2])
-    return weights(chip)
+    """Return the weights as programmed, and corrected: the matrix of a read with ideal converters."""
+
+    def of_one(one: Chip) -> Array:
+        weights = one.codes * encoding.per_weight(one.scale, one.geometry)
+        return weights if one.correction is None else one.correction.weights(weights)
+
+    return over_stack(of_one, chip.shape[:-2])(chip)
 
 
 def columns_of(chip: Chip) -> Float[Array, "k R rows cols"]:
@@ -184,6 +191,30 @@ def with_chips(weights: Any, chips: Sequence[Chip]) -> Any:
     """Return the tree with other chips, in the order of `chips_in`."""
     following = iter(chips)
     return jax.tree.map(lambda leaf: next(following) if is_chip(leaf) else leaf, weights, is_leaf=is_chip)
+
+
+def with_corrections(weights: Any, corrections: Corrections) -> Any:
+    """Return a tree of weights whose chips have these corrections; the others keep theirs.
+
+    Raises:
+      ValueError: a correction is of no chip, or of a chip of another shape.
+    """
+    chips = {place(chip): chip for chip in chips_in(weights)}
+    for name, correction in corrections.items():
+        if name not in chips:
+            raise ValueError(f"a correction of {name!r}: expected one of the chips {', '.join(chips)}")
+        *lead, d_in, d_out = chips[name].shape
+        rank = 0 if correction.U is None else correction.U.shape[-1]
+        shapes = {"scale": (d_out,), "offset": (d_out,), "U": (d_in, rank), "V": (rank, d_out)}
+        for part, of_one in shapes.items():
+            values = getattr(correction, part)
+            if values is not None and values.shape != (*lead, *of_one):
+                raise ValueError(
+                    f"the {part} of the correction of {name!r} has the shape {values.shape}: expected "
+                    f"{(*lead, *of_one)}, as the chip has {chips[name].shape}"
+                )
+    corrected = {name: dataclasses.replace(chips[name], correction=of_chip) for name, of_chip in corrections.items()}
+    return with_chips(weights, list((chips | corrected).values()))
 
 
 def over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., Any]:

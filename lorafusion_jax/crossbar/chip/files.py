@@ -19,6 +19,7 @@ from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
 from ..mapping.geometry import Geometry
 from .chip import Chip, reconfigured
+from .correction import Correction
 from .plan import Path as PathOfRead
 from .plan import Plan, exact_ties
 
@@ -33,7 +34,7 @@ _DAMAGED += (RecursionError, NotImplementedError, json.JSONDecodeError)
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
-    """Write a programmed chip, or a stack of them, to a file, with its name and without its read key."""
+    """Write a programmed chip, or a stack of them, to a file, with its name and correction and without its read key."""
     path = Path(path)
     arrays: dict[str, Any] = {}
     for name in _ARRAYS:
@@ -43,6 +44,9 @@ def save_chip(chip: Chip, path: str | Path) -> None:
         parts = value._asdict() if isinstance(value, Packed) else {"": value}
         arrays |= {f"{name}.{part}".rstrip("."): np.asarray(a) for part, a in parts.items() if a is not None}
     arrays |= {f"values.{i}": np.asarray(value) for i, value in enumerate(chip.values)}
+    if chip.correction is not None:
+        parts = vars(chip.correction).items()
+        arrays |= {f"correction.{part}": np.asarray(values) for part, values in parts if values is not None}
     config = _shared_config(chip)
     meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
     meta |= {"name": chip.name, "first": chip.first}
@@ -99,6 +103,8 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     fields: dict[str, Any] = {name: stored.get(name) for name in _ARRAYS}
     if packed:
         fields["columns"] = Packed(**packed)
+    if parts := {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("correction.")}:
+        fields["correction"] = Correction(**parts)
     geometry, plan = Geometry.of(stored["codes"].shape[-2:], config), dict(meta["plan"])
     if "ties" not in plan:  # written before plans had it
         if fault := _earlier_fault(config, plan):

@@ -34,7 +34,7 @@ _USUAL = 32
 
 
 def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
-    """Return `x @ W` as the arrays and their converters compute it, in the dtype of `x`.
+    """Return `x @ W` as the arrays and their converters compute it, corrected digitally, in the dtype of `x`.
 
     It is computed in the dtype of the chip: float32 for weights of 16 bits. With read noise or stochastic rounding the
     chip needs another key for every read (see `with_read_key`).
@@ -53,7 +53,9 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
         return jnp.zeros((*x.shape[:-1], chip.shape[1]), x.dtype)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(chip.codes.dtype)
     # Without its name, so that weights of one kind share a compiled read.
-    y = _compiled(batch, dataclasses.replace(chip, name="", first=0))
+    y = _compiled(batch, dataclasses.replace(chip, name="", first=0, correction=None))
+    if chip.correction is not None:
+        y = chip.correction(batch, y)
     return y.reshape(*x.shape[:-1], chip.shape[1]).astype(x.dtype)
 
 

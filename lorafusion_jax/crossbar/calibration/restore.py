@@ -1,0 +1,239 @@
+"""Corrections of a model's chips in closed form, from unlabelled inputs: least squares, matrix by matrix.
+
+The digital model runs once over the inputs. A tap at every product multiplies by the digital matrix, reads the chip
+with the same inputs, and returns the moments of both outputs as its gradient (see `whole_model`). Each input vector has
+the weight 1 / mean square of its digital outputs: otherwise the few tokens with massive activations decide the fit.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..chip.chip import Chip, chips_in, reads, with_chips
+from ..chip.correction import Correction, place
+from ..read.matmul import matmul
+from .whole_model import Run
+
+# More singular directions than so many times the mean rank are not considered for one matrix.
+_MOST_RANKS = 8
+
+
+class _Moments(NamedTuple):
+    """Weighted sums over input vectors x, with digital outputs y and reads z; matrices only for low rank.
+
+    Attributes:
+      count: number of input vectors, unweighted, and `one` the sum of their weights.
+      y, z, yz, zz: [*N, d_out] sums of the outputs and their products.
+      xx: [*N, d_in, d_in] sum of x x^T, and `xe` [*N, d_in, d_out] that of x (y - z)^T.
+    """
+
+    count: Any
+    one: Any
+    y: Any
+    z: Any
+    yz: Any
+    zz: Any
+    xx: Any = None
+    xe: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Tap:
+    moments: _Moments
+    matrix: Float[Array, "*N d_in d_out"]
+
+    def collect(self, x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
+        """Return the digital product, and the moments as the gradient of `moments`, which are zeros."""
+        leaves, tree = jax.tree.flatten(chip)
+        return _tapped(tree, x, self.moments, self.matrix, leaves)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tapped(tree: Any, x: Array, moments: _Moments, matrix: Array, leaves: list[Any]) -> Array:
+    return _tapped_forward(tree, x, moments, matrix, leaves)[0]
+
+
+def _tapped_forward(tree, x, moments, matrix, leaves):
+    rows = x.reshape(-1, x.shape[-1]).astype(matrix.dtype)
+    y, z = jnp.dot(rows, matrix, precision="highest"), matmul(rows, jax.tree.unflatten(tree, leaves))
+    power = jnp.mean(jnp.square(y), axis=1)
+    weight = jnp.where(power > 0, 1 / jnp.where(power > 0, power, 1), 0)
+    weighted_y, weighted_z = weight[:, None] * y, weight[:, None] * z
+    xx = xe = None
+    if moments.xx is not None:
+        xx = jnp.dot(rows.T, weight[:, None] * rows, precision="highest")
+        xe = jnp.dot(rows.T, weighted_y - weighted_z, precision="highest")
+    of_columns = {"y": weighted_y, "z": weighted_z, "yz": weighted_y * z, "zz": weighted_z * z}
+    sums = {name: jnp.sum(values, axis=0) for name, values in of_columns.items()}
+    found = _Moments(count=jnp.asarray(len(rows), matrix.dtype), one=jnp.sum(weight), **sums, xx=xx, xe=xe)
+    return y.reshape(*x.shape[:-1], -1).astype(x.dtype), (jnp.zeros_like(x), found, None, None)
+
+
+_tapped.defvjp(_tapped_forward, lambda tree, gradients, cotangent: gradients)
+
+
+def fit_corrections(
+    run: Run,
+    weights: Any,
+    matrices: Sequence[Float[Array, "*N d_in d_out"]],
+    batches: Iterable[Any],
+    *,
+    scales: bool = True,
+    offsets: bool = False,
+    numbers: int = 0,
+    ridge: float = 1e-2,
+) -> dict[str, Correction]:
+    """Return the corrections whose reads of the batches are closest to the digital products, chip by chip.
+
+    A chip's reads need no more than the batches' input vectors, each once. Its cells are not written.
+
+    Args:
+      run: function from weights and a batch to an array that depends on every product, such as logits.
+      weights: tree with calibrated chips.
+      matrices: digital matrices of the chips, in the order of `chips_in`.
+      batches: inputs, without labels.
+      scales: fit a factor of each column.
+      offsets: fit an offset of each column too.
+      numbers: numbers that matrices of low rank may have in all. They go to the directions that remove the most of the
+        remaining error, relative to the outputs, for their numbers (reduced-rank regression).
+      ridge: pulls scales towards 1, offsets and matrices towards 0: share of the mean power that is added to each
+        column or direction.
+
+    Raises:
+      ValueError: there are no batches, they do not read one of the chips, or a matrix has another shape than its chip.
+    """
+    chips = chips_in(weights)
+    if offsets and (numbers or not scales):
+        raise ValueError("offsets are fitted with scales and without matrices of low rank: leave out one of them")
+    if shapes := [(place(c), c.shape, m.shape) for c, m in zip(chips, matrices, strict=True) if c.shape != m.shape]:
+        raise ValueError("the matrix of {0} has the shape {2}: expected {1}".format(*shapes[0]))
+    total = None
+    for number, batch in enumerate(batches):
+        found = _observe(weights, list(matrices), batch, jnp.int32(number), run=run, low_rank=numbers > 0)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    if total is None:
+        raise ValueError("there are no batches: give some text or inputs, without labels")
+    per_rank = sum(math.prod(chip.shape[:-2]) * sum(chip.matrix_shape) for chip in chips)
+    most = math.ceil(_MOST_RANKS * numbers / per_rank)
+    corrections, directions = {}, []
+    for chip, matrix in zip(chips, matrices, strict=True):
+        seen = jax.tree.map(np.asarray, total.pop(0))  # freed one after the other
+        lead = chip.shape[:-2]
+        if not np.all(seen.count > 0):
+            raise ValueError(f"{place(chip)} was read by none of the batches: give batches that use all chips")
+        scale = offset = None
+        if offsets:
+            scale, offset = _of_columns(seen, ridge)
+        elif scales:
+            scale = _blend(seen.yz, seen.zz, ridge)
+        if numbers:
+            fewest = seen.count.min()
+            if fewest < chip.matrix_shape[0]:
+                warnings.warn(
+                    f"{place(chip)} was read with {fewest:.0f} vectors, fewer than its {chip.matrix_shape[0]} inputs: "
+                    f"the ridge of {ridge:g} decides what they leave open; give more text, or a larger ridge",
+                    stacklevel=2,
+                )
+            for index in np.ndindex(lead):
+                one = jax.tree.map(lambda leaf, index=index: leaf[index], seen)
+                factor = np.ones(len(one.y)) if scale is None else scale[index].astype(float)
+                found = _low_rank(one, np.asarray(matrix[index], float), factor, ridge, most)
+                directions.append((place(chip), index, *found))
+        of_columns = (None if part is None else jnp.asarray(part) for part in (scale, offset))
+        corrections[place(chip)] = Correction(**dict(zip(("scale", "offset"), of_columns, strict=True)))
+    return _with_low_rank(corrections, directions, {place(chip): chip for chip in chips}, numbers)
+
+
+@functools.partial(jax.jit, static_argnames=("run", "low_rank"))
+def _observe(
+    weights: Any, matrices: list[Array], batch: Any, number: Array, *, run: Run, low_rank: bool
+) -> list[_Moments]:
+    chips = chips_in(reads(weights, number))
+
+    def total(moments: list[_Moments]) -> Array:
+        taps = map(_Tap, moments, matrices)
+        tapped = [dataclasses.replace(chip, tap=tap) for chip, tap in zip(chips, taps, strict=True)]
+        return jnp.sum(run(with_chips(weights, tapped), batch))
+
+    def zeros(chip: Chip) -> _Moments:
+        *lead, d_in, d_out = chip.shape
+        of_columns = (jnp.zeros((*lead, d_out)) for _ in range(4))
+        pair = (jnp.zeros((*lead, d_in, d)) if low_rank else None for d in (d_in, d_out))
+        return _Moments(jnp.zeros(lead), jnp.zeros(lead), *of_columns, *pair)
+
+    return jax.grad(total)(list(map(zeros, chips)))
+
+
+def _blend(product: np.ndarray, power: np.ndarray, ridge: float) -> np.ndarray:
+    """Return the least-squares factor of each column, pulled towards 1."""
+    pull = ridge * power.mean(axis=-1, keepdims=True)
+    whole = power + pull
+    return np.where(whole > 0, (product + pull) / np.where(whole > 0, whole, 1), 1)
+
+
+def _of_columns(seen: _Moments, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the least-squares factor and offset of each column, or of all columns of a stack."""
+    one = np.asarray(seen.one)[..., None]
+    one = np.where(one > 0, one, 1)
+    scale = _blend(seen.yz - seen.y * seen.z / one, seen.zz - np.square(seen.z) / one, ridge)
+    return scale, (seen.y - scale * seen.z) / one
+
+
+def _low_rank(
+    seen: _Moments, matrix: np.ndarray, scale: np.ndarray, ridge: float, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the `most` leading directions U, V of the remaining error, and the share of power that each removes.
+
+    With C = sum x x^T and D = sum x (y - z)^T, the remaining error has the moments
+    M = sum x (y - s z)^T = D s + C W (1 - s), and the best matrix of rank r is L^-T (L^-1 M)_r with C = L L^T.
+    """
+    moments = seen.xx.astype(float)
+    mean = max(np.trace(moments) / len(moments), np.finfo(np.float32).tiny)
+    root = np.linalg.cholesky(moments + ridge * mean * np.eye(len(moments)))
+    whitened = np.linalg.solve(root, seen.xe * scale + (moments @ matrix) * (1 - scale))
+    # The leading singular vectors of a matrix are eigenvectors of its smaller Gram matrix, which are found faster.
+    wide = whitened.shape[0] <= whitened.shape[1]
+    power, vectors = np.linalg.eigh(whitened @ whitened.T if wide else whitened.T @ whitened)
+    power, vectors = power[: -most - 1 : -1], vectors[:, : -most - 1 : -1]
+    left, right = (vectors, vectors.T @ whitened) if wide else (whitened @ vectors, vectors.T)
+    balance = np.sqrt(np.sqrt(np.maximum(power, np.finfo(np.float32).tiny)))
+    left, right = (left * balance, right / balance[:, None]) if wide else (left / balance, right * balance[:, None])
+    gain = np.maximum(power, 0) / (max(seen.one, 1e-30) * len(scale))
+    return np.linalg.solve(root.T, left).astype(np.float32), right.astype(np.float32), gain
+
+
+def _with_low_rank(
+    corrections: dict[str, Correction],
+    directions: list[tuple[str, tuple[int, ...], np.ndarray, np.ndarray, np.ndarray]],
+    chips: dict[str, Chip],
+    numbers: int,
+) -> dict[str, Correction]:
+    """Return the corrections with the directions that remove most for their numbers, as many as the numbers allow."""
+    choices = [
+        (gain / (len(left) + right.shape[1]), len(left) + right.shape[1], number)
+        for number, (_, _, left, right, gains) in enumerate(directions)
+        for gain in gains
+    ]
+    ranks, left_over = [0] * len(directions), numbers
+    for _, cost, number in sorted(choices, key=lambda choice: -choice[0]):
+        if cost <= left_over:
+            ranks[number], left_over = ranks[number] + 1, left_over - cost
+    found = dict(corrections)
+    for name in dict.fromkeys(name for name, *_ in directions):
+        *lead, d_in, d_out = chips[name].shape
+        own = [(d, rank) for d, rank in zip(directions, ranks, strict=True) if d[0] == name]
+        widest = max(1, *(rank for _, rank in own))
+        U, V = np.zeros((*lead, d_in, widest), np.float32), np.zeros((*lead, widest, d_out), np.float32)
+        for (_, index, left, right, _), rank in own:
+            U[(*index, slice(None), slice(rank))], V[(*index, slice(rank))] = left[:, :rank], right[:rank]
+        found[name] = dataclasses.replace(found[name], U=jnp.asarray(U), V=jnp.asarray(V))
+    return found

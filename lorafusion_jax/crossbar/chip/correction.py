@@ -1,0 +1,60 @@
+"""Digital numbers next to the arrays that bring their outputs closer to those of the digital weights."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Correction:
+    """Correction of a chip's reads: y = scale * read(x) + offset + (x @ U) @ V. A part that is None is left out.
+
+    Attributes:
+      scale: factor of each column.
+      offset: number that is added to each column.
+      U: first factor of a matrix of low rank; matrices of a stack with a smaller rank than r have columns of zeros.
+      V: second factor.
+    """
+
+    scale: Float[Array, "*N d_out"] | None = None
+    offset: Float[Array, "*N d_out"] | None = None
+    U: Float[Array, "*N d_in r"] | None = None
+    V: Float[Array, "*N r d_out"] | None = None
+
+    def __call__(self, x: Float[Array, "*B d_in"], y: Float[Array, "*B d_out"]) -> Float[Array, "*B d_out"]:
+        """Return the corrected outputs, given the inputs and outputs of one matrix."""
+        lead = range(y.ndim - 1)
+        if self.scale is not None:
+            y = y * jnp.expand_dims(self.scale.astype(y.dtype), lead)
+        if self.offset is not None:
+            y = y + jnp.expand_dims(self.offset.astype(y.dtype), lead)
+        if self.U is not None and self.V is not None:
+            y = y + (x @ self.U.astype(x.dtype)) @ self.V.astype(x.dtype)
+        return y
+
+    def weights(self, read: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+        """Return the matrix of the corrected reads, without offsets, given that of the reads."""
+        scaled = read if self.scale is None else read * self.scale[None]
+        return scaled if self.U is None or self.V is None else scaled + self.U @ self.V
+
+    def numbers(self) -> int:
+        """Return how many digital numbers it has; columns of zeros in U, and their rows of V, do not count."""
+        found = sum(part.size for part in (self.scale, self.offset) if part is not None)
+        if self.U is None or self.V is None:
+            return found
+        ranks = int(jnp.sum(jnp.any(self.U != 0, axis=-2)))
+        return found + ranks * (self.U.shape[-2] + self.V.shape[-1])
+
+
+# The corrections of a model, by the names of its chips (`place`).
+Corrections = Mapping[str, Correction]
+
+
+def place(chip: Any) -> str:
+    """Return the name of a chip in its model: that of the weight, and the first layer where a stack was split."""
+    return f"{chip.name}.{chip.first}" if chip.first else chip.name

@@ -1,0 +1,165 @@
+"""Restoring a model on a chip: digital corrections from unlabelled inputs, without writing a cell.
+
+Closed forms fit them matrix by matrix (`crossbar.fit_corrections`). Distillation then trains them to give the digital
+model's outputs on the chip, with gradients through the chip's reads.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from ..crossbar import Correction, Corrections, chips_in, fit_corrections, place, reads, with_corrections
+from ..progress import progress
+from ..training.step import standard_promotion
+
+# (weights, batch) -> logits. Use one function for all calls, because each function is compiled once.
+Run = Callable[[Any, Any], Float[Array, "*B V"]]
+Method = Literal["scales", "offsets", "low-rank", "lora"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Restoring:
+    """Kind of the corrections, and their training.
+
+    Attributes:
+      method: a factor of each column (`scales`); an offset too (`offsets`); factors and matrices of low rank
+        (`low-rank`); or these matrices alone, which start as zeros (`lora`).
+      numbers: digital numbers that matrices of low rank may have in all.
+      ridge: of the closed forms (see `crossbar.fit_corrections`).
+      epochs: passes of distillation over the inputs; 0 for the closed form alone.
+      rate: Adam's learning rate of factors and offsets, and `rate_low_rank` of the matrices'.
+      seed: seed of the order of the inputs, and of the start of `lora`.
+    """
+
+    method: Method = "scales"
+    numbers: int = 0
+    ridge: float = 1e-2
+    epochs: int = 5
+    rate: float = 1e-2
+    rate_low_rank: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.method in ("low-rank", "lora")) != (self.numbers > 0):
+            raise ValueError(
+                f"the method {self.method} with {self.numbers} numbers of low rank: expected more than 0 for low-rank "
+                "and lora, and 0 for scales and offsets"
+            )
+        if self.method == "lora" and not self.epochs:
+            raise ValueError("lora starts as zeros and has no closed form: give 1 epoch or more, or choose low-rank")
+
+
+def restore(
+    run: Run,
+    weights: Any,
+    matrices: Sequence[Float[Array, "*N d_in d_out"]],
+    batches: Sequence[Any],
+    targets: Sequence[Float[Array, "*B V"]],
+    how: Restoring = Restoring(),
+) -> dict[str, Correction]:
+    """Return corrections that bring a model on chips back to its digital outputs, by the names of the chips.
+
+    Put them on the chips by `crossbar.with_corrections(weights, corrections)`.
+
+    Args:
+      run: function from weights and a batch to logits.
+      weights: tree with calibrated chips, of any model.
+      matrices: digital matrices of the chips, in the order of `crossbar.chips_in`.
+      batches: inputs without labels, all of one shape.
+      targets: the digital model's logits of every batch.
+      how: kind of the corrections, and their training.
+
+    Raises:
+      ValueError: there are no batches, or what `crossbar.fit_corrections` refuses.
+    """
+    key = jax.random.key(how.seed)
+    if how.method == "lora":
+        corrections = _zeros(weights, how.numbers, jax.random.fold_in(key, 1))
+    else:
+        numbers = how.numbers if how.method == "low-rank" else 0
+        kinds = {"offsets": how.method == "offsets", "numbers": numbers, "ridge": how.ridge}
+        corrections = fit_corrections(run, weights, matrices, batches, **kinds)
+    return distil(run, weights, corrections, batches, targets, how) if how.epochs else corrections
+
+
+def distil(
+    run: Run,
+    weights: Any,
+    corrections: Corrections,
+    batches: Sequence[Any],
+    targets: Sequence[Float[Array, "*B V"]],
+    how: Restoring,
+) -> dict[str, Correction]:
+    """Return corrections trained for the digital model's distribution of the next token; arguments as for `restore`.
+
+    Each step minimises KL(digital || chip) on one batch with Adam, whose rates fall to zero in a cosine. Every epoch
+    has a separate random order.
+    """
+    if len(batches) != len(targets) or not batches:
+        raise ValueError(f"{len(batches)} batches and {len(targets)} targets: expected as many, and at least 1")
+    steps = how.epochs * len(batches)
+    params = {site: {name: jnp.copy(part) for name, part in _parts(c)} for site, c in corrections.items()}
+    kinds = {s: {name: "low rank" if name in ("U", "V") else "columns" for name in of} for s, of in params.items()}
+    optimiser = optax.multi_transform(
+        {
+            kind: optax.adam(optax.cosine_decay_schedule(rate, steps))
+            for kind, rate in {"columns": how.rate, "low rank": how.rate_low_rank}.items()
+        },
+        kinds,
+    )
+    key, state = jax.random.fold_in(jax.random.key(how.seed), 0), optimiser.init(params)
+    orders = [jax.random.permutation(jax.random.fold_in(key, epoch), len(batches)) for epoch in range(how.epochs)]
+    with progress("steps", steps) as bar:
+        for step, number in enumerate(np.concatenate(orders)):
+            here = reads(weights, step)
+            params, state = _step(params, state, here, batches[number], targets[number], run, optimiser.update)
+            bar.update()
+    return _corrections(params)
+
+
+@partial(jax.jit, static_argnums=(5, 6), donate_argnums=(0, 1))
+def _step(params: Any, state: Any, weights: Any, batch: Any, target: Array, run: Run, update: Any) -> tuple[Any, Any]:
+    def loss(params: Any) -> Array:
+        return divergence(run(with_corrections(weights, _corrections(params)), batch), target)
+
+    gradient = jax.grad(loss)(params)
+    with standard_promotion():
+        updates, state = update(gradient, state)
+    return optax.apply_updates(params, updates), state
+
+
+def _parts(correction: Correction) -> list[tuple[str, Array]]:
+    return [(name, part) for name, part in vars(correction).items() if part is not None]
+
+
+def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, Correction]:
+    return {site: Correction(**parts) for site, parts in params.items()}
+
+
+def divergence(logits: Float[Array, "*B V"], target: Float[Array, "*B V"]) -> Float[Array, ""]:
+    """Return the mean of KL(softmax(target) || softmax(logits)), in nats."""
+    wanted = jax.nn.log_softmax(target.astype(jnp.float32))
+    got = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1))
+
+
+def _zeros(weights: Any, numbers: int, key: Array) -> dict[str, Correction]:
+    """Return corrections of low rank that change nothing yet: U is random and V is zero, as in LoRA."""
+    chips = chips_in(weights)
+    per_rank = sum(math.prod(chip.shape[:-2]) * sum(chip.matrix_shape) for chip in chips)
+    if not (rank := numbers // per_rank):
+        raise ValueError(f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}")
+    found = {}
+    for number, chip in enumerate(chips):
+        *lead, d_in, d_out = chip.shape
+        U = jax.random.normal(jax.random.fold_in(key, number), (*lead, d_in, rank)) * d_in**-0.5
+        found[place(chip)] = Correction(U=U, V=jnp.zeros((*lead, rank, d_out)))
+    return found

@@ -1,0 +1,186 @@
+"""Digital corrections of chips: closed forms against NumPy's least squares, and what they may be put on."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, Cell, Correction, CrossbarConfig, Device, Independent, Mapping
+
+_ANALOG = {"cell": Cell(bits=None), "mapping": Mapping(weight_bits=None), "dac": None}
+_NOISY = CrossbarConfig(**_ANALOG, device=Device(programming=Independent(0.05)))
+_PERFECT = CrossbarConfig(**_ANALOG)
+_WEIGHTS = {
+    "layers": jax.random.normal(jax.random.key(0), (3, 8, 8)),
+    "head": jax.random.normal(jax.random.key(1), (8, 5)),
+}
+_BATCHES = [jax.random.normal(jax.random.key(n), (20, 8)) for n in (2, 3)]
+
+
+def _run(weights, x):
+    """A residual network of three layers, scanned, and a head."""
+    x, _ = jax.lax.scan(lambda x, w: (x + _product(jnp.tanh(x), w), None), x, weights["layers"])
+    return _product(x, weights["head"])
+
+
+def _product(x, weight):
+    return crossbar.matmul(x, weight) if isinstance(weight, crossbar.Chip) else x @ weight
+
+
+def _chips(config=_NOISY):
+    return crossbar.program_tree(_WEIGHTS, {"*": config}, jax.random.key(7))
+
+
+def _fit(weights=None, batches=_BATCHES, **how):
+    weights = _chips() if weights is None else weights
+    return crossbar.fit_corrections(_run, weights, [_WEIGHTS["head"], _WEIGHTS["layers"]], batches, **how)
+
+
+def _seen_by_layers():
+    """Inputs, digital outputs, reads and row weights of every matrix in the digital model, in float64."""
+    x, found = np.concatenate(_BATCHES).astype(float), []
+    programmed = {
+        chip.name: np.asarray(crossbar.programmed_weights(chip), float) for chip in crossbar.chips_in(_chips())
+    }
+    for layer in range(3):
+        inputs = np.tanh(x)
+        found.append((inputs, inputs @ np.asarray(_WEIGHTS["layers"][layer]), inputs @ programmed["layers"][layer]))
+        x = x + found[-1][1]
+    found.append((x, x @ np.asarray(_WEIGHTS["head"]), x @ programmed["head"]))
+    return [(x, y, z, 1 / np.mean(np.square(y), axis=1)) for x, y, z in found]
+
+
+def _of_layer(corrections, layer):
+    if layer == 3:
+        return corrections["head"]
+    return jax.tree.map(lambda part: part[layer], corrections["layers"])
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+def test_scales_are_those_of_weighted_least_squares(offsets):
+    found = _fit(offsets=offsets, ridge=0.0)
+    for layer, (_, y, z, weight) in enumerate(_seen_by_layers()):
+        one, root = _of_layer(found, layer), np.sqrt(weight)
+        for column in range(y.shape[1]):
+            unknowns = np.stack([z[:, column], np.ones(len(z))][: 1 + offsets], axis=1)
+            wanted, *_ = np.linalg.lstsq(unknowns * root[:, None], y[:, column] * root, rcond=None)
+            got = [one.scale[column], *([one.offset[column]] if offsets else [])]
+            np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
+
+
+def test_low_rank_is_the_best_matrix_of_that_rank():
+    # All ranks that there are: what remains is the least-squares error of a full matrix, which is none here.
+    found = _fit(numbers=10_000, ridge=1e-7)
+    for layer, (x, y, z, _) in enumerate(_seen_by_layers()):
+        one = _of_layer(found, layer)
+        got = np.asarray(one(jnp.asarray(x, jnp.float32), jnp.asarray(z, jnp.float32)))
+        np.testing.assert_allclose(got, y, atol=2e-3 * np.abs(y).max())
+    # Rank 1 for every matrix, without scales: the reduced-rank regression of NumPy's SVD.
+    found = _fit(scales=False, numbers=3 * 16 + 13, ridge=1e-7)
+    removed = 0.0
+    for layer, (x, y, z, weight) in enumerate(_seen_by_layers()):
+        one, root = _of_layer(found, layer), np.sqrt(weight)[:, None]
+        rank = int(np.any(np.asarray(one.U) != 0, axis=0).sum())
+        orthogonal, triangle = np.linalg.qr(x * root)
+        left, singular, right = np.linalg.svd(orthogonal.T @ ((y - z) * root), full_matrices=False)
+        wanted = np.linalg.solve(triangle, (left[:, :rank] * singular[:rank]) @ right[:rank])
+        np.testing.assert_allclose(one.U @ one.V, wanted, atol=2e-3 * np.abs(wanted).max())
+        removed += rank
+    assert removed > 0
+
+
+def test_a_perfect_chip_needs_no_correction():
+    found = _fit(_chips(_PERFECT), numbers=200)
+    for one in found.values():
+        np.testing.assert_allclose(one.scale, 1, atol=1e-6)
+        np.testing.assert_allclose(one.U @ one.V, 0, atol=1e-5)
+
+
+def test_low_rank_stays_within_its_numbers_and_prefers_what_removes_most():
+    few, many = (_fit(numbers=numbers) for numbers in (40, 90))
+    used = [sum(c.numbers() for c in found.values()) - 3 * 8 - 5 for found in (few, many)]
+    assert 0 < used[0] <= 40 < used[1] <= 90
+
+
+def test_corrections_of_the_same_chip_are_the_same_and_bring_outputs_closer():
+    chips, x = _chips(), jax.random.normal(jax.random.key(9), (30, 8))
+    errors = [
+        float(jnp.mean(jnp.square(_run(tree, x) - _run(_WEIGHTS, x))))
+        for tree in (
+            chips,
+            crossbar.with_corrections(chips, _fit()),
+            crossbar.with_corrections(chips, _fit(numbers=200)),
+        )
+    ]
+    assert errors[2] < 0.5 * errors[1] and errors[1] < errors[0]
+    jax.tree.map(np.testing.assert_array_equal, _fit(numbers=90), _fit(numbers=90))
+
+
+def test_programmed_weights_contain_the_correction():
+    chips = crossbar.with_corrections(_chips(), _fit(numbers=90))
+    x = _BATCHES[0]
+    for chip in crossbar.chips_in(chips):
+        held = crossbar.programmed_weights(chip)
+        one, of_one = (chip, held) if held.ndim == 2 else (jax.tree.map(lambda leaf: leaf[1], chip), held[1])
+        np.testing.assert_allclose(crossbar.matmul(x, one), x @ of_one, atol=1e-4)
+
+
+def test_a_calibrated_and_corrected_chip_keeps_its_ranges_and_survives_a_file(tmp_path):
+    config = CrossbarConfig(adc=ADC(bits=5), device=Device(programming=Independent(0.03)))
+    chips = crossbar.calibrate_tree(_run, _chips(config), _BATCHES)
+    corrected = crossbar.with_corrections(chips, _fit(chips, numbers=60))
+    again = crossbar.calibrate_tree(_run, corrected, [4 * _BATCHES[0]])
+    for before, after in zip(crossbar.chips_in(corrected), crossbar.chips_in(again), strict=True):
+        np.testing.assert_array_equal(before.limits, after.limits)
+    for chip in crossbar.chips_in(corrected):
+        crossbar.save_chip(chip, tmp_path / "chip.npz")
+        loaded = crossbar.load_chip(tmp_path / "chip.npz")
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(chip), jax.tree.leaves(loaded))
+
+
+def test_gradients_reach_corrections_and_inputs():
+    chips, corrections, x = _chips(), _fit(numbers=90), _BATCHES[0]
+
+    def loss(corrections):
+        return jnp.mean(jnp.square(_run(crossbar.with_corrections(chips, corrections), x)))
+
+    gradient = jax.grad(loss)(corrections)
+    direction = jax.tree.map(jnp.ones_like, corrections)
+    up, down = (loss(jax.tree.map(lambda c, d, s=s: c + s * d, corrections, direction)) for s in (1e-3, -1e-3))
+    along = sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(along, (up - down) / 2e-3, rtol=2e-2)
+
+
+def test_fewer_vectors_than_inputs_warn_of_the_ridge():
+    with pytest.warns(UserWarning, match=r"fewer than its 8 inputs: the ridge of 0\.01 decides"):
+        _fit(batches=[_BATCHES[0][:4]], numbers=90)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _fit(batches=[_BATCHES[0][:4]])
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (lambda: _fit(batches=[]), "there are no batches"),
+        (lambda: _fit(offsets=True, numbers=9), "offsets are fitted with scales and without"),
+        (
+            lambda: crossbar.fit_corrections(_run, _chips(), [_WEIGHTS["head"].T, _WEIGHTS["layers"]], _BATCHES),
+            r"the matrix of head has the shape \(5, 8\): expected \(8, 5\)",
+        ),
+        (
+            lambda: crossbar.with_corrections(_chips(), {"tail": Correction(scale=jnp.ones(5))}),
+            "a correction of 'tail': expected one of the chips head, layers",
+        ),
+        (
+            lambda: crossbar.with_corrections(_chips(), {"head": Correction(scale=jnp.ones(4))}),
+            r"the scale of the correction of 'head' has the shape \(4,\): expected \(5,\)",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_chips_is_refused(case, message):
+    with pytest.raises(ValueError, match=message):
+        case()

@@ -1,0 +1,147 @@
+"""A model restored on chips from unlabelled text: on disk, in evaluations, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import small_llama
+
+from lorafusion_jax import cli, crossbar
+from lorafusion_jax.crossbar import Independent, save_config
+from lorafusion_jax.hardware.folder import load_chips
+from lorafusion_jax.hardware.program import program
+from lorafusion_jax.hardware.restore import Restoring, divergence, restore
+from lorafusion_jax.hardware.restored import (
+    RestoreOptions,
+    digital_matrices,
+    load_restored,
+    logits_of_base,
+    restore_chips,
+    windows,
+)
+from lorafusion_jax.io.hf import base_digest
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.prepare import load_model
+
+_TEXT = "the cold bold gold is old and the tall wall is small. " * 60
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A base, a configuration with programming errors, a text, and the corrections of two chips."""
+    home = tmp_path_factory.mktemp("restored")
+    small_llama.make(home / "base")
+    noisy = crossbar.load_config("ideal")
+    noisy = dataclasses.replace(noisy, device=crossbar.Device(programming=Independent(0.05)))
+    save_config(noisy, home / "noisy.yaml")
+    (home / "page.txt").write_text(_TEXT)
+    restore_chips(_options(home, out=home / "restored", chip=(0, 2), epochs=2, method="low-rank", rank=2.0))
+    return home
+
+
+def _options(home, **changed):
+    given = {"base": str(home / "base"), "crossbar": str(home / "noisy.yaml"), "text": (home / "page.txt",)}
+    return RestoreOptions(**given | changed)
+
+
+def _loaded(home):
+    return load_model(FuseOptions(base=str(home / "base"), task="", method="zero-shot"))
+
+
+def test_restoring_brings_the_chips_closer_to_the_digital_model(home):
+    manifest = json.loads((home / "restored" / "manifest.json").read_text())["metadata"]
+    assert manifest["chips"] == [0, 2] and manifest["epochs"] == 2
+    for before, after in manifest["divergence"].values():
+        assert after < 0.5 * before
+
+
+def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
+    loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
+    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    run, key = logits_of_base(graph), chips.chip_key(2)
+    ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+    batches = windows(ids, 128)
+    measured = max(1, len(batches) // 8)
+    weights = program(graph, frozen, chips.rules(), key).base
+    numbers = 2 * sum(sum(matrix.shape[-2:]) for matrix in digital_matrices(loaded, weights))
+    how = Restoring(method="low-rank", numbers=numbers, epochs=2)
+    train = batches[: len(batches) - measured]
+    targets = [run(frozen.base, batch) for batch in train]
+    found = restore(run, weights, digital_matrices(loaded, weights), train, targets, how)
+    of_disk = load_restored(str(home / "restored"), chips, 2, base_digest(str(home / "base")))
+    for site, correction in found.items():
+        of_site = of_disk.corrections[site]
+        np.testing.assert_allclose(of_site.scale, correction.scale, rtol=1e-4)
+        np.testing.assert_allclose(of_site.U @ of_site.V, correction.U @ correction.V, atol=1e-4)
+    on_chip = program(graph, frozen, chips.rules(), key, restored=of_disk).base
+    again = of_disk.on(program(graph, frozen, chips.rules(), key).base)
+    np.testing.assert_array_equal(run(on_chip, batches[0]), run(again, batches[0]))
+    assert divergence(run(on_chip, batches[0]), run(frozen.base, batches[0])) < divergence(
+        run(weights, batches[0]), run(frozen.base, batches[0])
+    )
+
+
+def test_a_perfect_chip_stays_as_it_is(home):
+    loaded = _loaded(home)
+    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    run, rules = logits_of_base(graph), {"*": crossbar.load_config("ideal")}
+    weights = program(graph, frozen, rules, jax.random.key(0)).base
+    ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+    batches = windows(ids[:256], 128)
+    targets = [run(frozen.base, batch) for batch in batches]
+    found = restore(run, weights, digital_matrices(loaded, weights), batches, targets, Restoring(epochs=0))
+    for correction in found.values():
+        np.testing.assert_allclose(correction.scale, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"crossbar": "other"}, "with another configuration"),
+        ({"key": 3}, "with another key"),
+        ({"base": "0" * 64}, "with another base model"),
+        ({"chip": 1}, r"corrects the chips 0, 2, not chip 1: run `lorafusion restore`"),
+    ],
+)
+def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed, message):
+    name = str(home / "noisy.yaml")
+    if "crossbar" in changed:
+        save_config(crossbar.load_config("ideal"), tmp_path / "other.yaml")
+        name = str(tmp_path / "other.yaml")
+    chips = load_chips(name, key=changed.get("key", 0))
+    with pytest.raises(ValueError, match=message):
+        load_restored(
+            str(home / "restored"),
+            chips,
+            changed.get("chip", 0),
+            changed.get("base", base_digest(str(home / "base"))),
+        )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"out": None}, "is no folder of chips to put corrections into: give a folder with --out"),
+        ({"tokens": 100}, "the text has 100 tokens: give at least one window of 128"),
+        ({"self_text": 256}, "text comes from --text or from --self-text: leave out one of them"),
+        ({"method": "lora", "epochs": 0}, "lora starts as zeros and has no closed form: give 1 epoch or more"),
+        ({"method": "lora", "rank": 0.5}, "less than one rank for each matrix: give at least"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        restore_chips(_options(home, **{"out": tmp_path / "restored"} | changed))
+    assert not (tmp_path / "restored").exists()
+
+
+def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, capsys):
+    arguments = ["restore", "--base", str(home / "base"), "--crossbar", str(home / "noisy.yaml"), "--self-text", "256"]
+    arguments += ["--epochs", "1", "--out", str(tmp_path / "restored")]
+    cli.main(arguments)
+    printed = capsys.readouterr().out
+    assert "digital numbers a chip" in printed and "KL from the digital model" in printed
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    assert "corrections are never overwritten" in capsys.readouterr().err
