@@ -21,6 +21,8 @@ from .crossbar import program as program
 from .crossbar import program_tree as program_tree
 from .crossbar import with_read_key as with_read_key
 from .files import FileError as FileError
+from .hardware.restore import Restoring as Restoring
+from .hardware.restore import restore as restore
 from .io.export import merged_base as merged_base
 from .io.hf import base_tensor as base_tensor
 from .io.hf import load_base as load_base

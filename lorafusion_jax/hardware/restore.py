@@ -33,7 +33,7 @@ class Restoring:
       method: a factor of each column (`scales`); an offset too (`offsets`); factors and matrices of low rank
         (`low-rank`); or these matrices alone, which start as zeros (`lora`).
       numbers: digital numbers that matrices of low rank may have in all.
-      ridge: of the closed forms (see `crossbar.fit_corrections`).
+      ridge: ridge of the closed forms (see `crossbar.fit_corrections`).
       epochs: passes of distillation over the inputs; 0 for the closed form alone.
       rate: Adam's learning rate of factors and offsets, and `rate_low_rank` of the matrices'.
       seed: seed of the order of the inputs, and of the start of `lora`.
