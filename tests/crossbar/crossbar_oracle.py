@@ -5,10 +5,14 @@ nothing else; the wires are solved by nodal analysis, ties at an ADC are decided
 the exact mean and variance of every conversion.
 
 Axis letters: K weight slices, J input slices, P polarities (1 once subtracted), R row tiles, C column tiles, B batch.
+
+Quantities with an error are stacked: [4, ...] of mean, slack (how far it may be off), variance of noise, and the sum of
+|terms|, which rounding errors are relative to.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,6 +67,11 @@ class Read(NamedTuple):
 Drawn = Callable[[np.ndarray], np.ndarray]
 
 
+def scaled(four: np.ndarray, factor: Any) -> np.ndarray:
+    """Return a quantity with an error times a factor."""
+    return np.stack([four[0] * factor, four[1] * np.abs(factor), four[2] * factor**2, four[3] * np.abs(factor)])
+
+
 # Structure
 
 
@@ -83,6 +92,17 @@ def grid(shape: tuple[int, int], config: CrossbarConfig) -> tuple[list[int], lis
 
 def starts(sizes: Any) -> list[int]:
     return [sum(sizes[:i]) for i in range(len(sizes))]
+
+
+def spans(sizes: list[int]) -> list[slice]:
+    return [slice(start, start + size) for start, size in zip(starts(sizes), sizes, strict=True)]
+
+
+def tiles(rows: list[int], cols: list[int]) -> Iterator[tuple[int, int, slice, slice]]:
+    """Yield the place of every tile in the grid, and its rows and columns of the matrix."""
+    for r, of_rows in enumerate(spans(rows)):
+        for c, of_cols in enumerate(spans(cols)):
+            yield r, c, of_rows, of_cols
 
 
 def g_min(config: CrossbarConfig) -> float:
@@ -125,30 +145,23 @@ def pulse_top(config: CrossbarConfig) -> int:
     return 1 if config.dac is None else 2 ** input_slices(config)[0] - 1
 
 
-def separate(config: CrossbarConfig) -> bool:
-    return config.adc is not None and config.adc.separate
-
-
-def signed_sums(config: CrossbarConfig) -> bool:
-    signed_inputs = config.dac is None or config.dac.signed
-    return signed_inputs or (config.encoding.kind == "differential" and not separate(config))
+def subtracts(config: CrossbarConfig) -> bool:
+    """Whether the polarities are subtracted before they are converted."""
+    return config.encoding.kind == "differential" and not (config.adc is not None and config.adc.separate)
 
 
 def integer_sums(config: CrossbarConfig) -> bool:
     """Whether every sum that a perfect chip brings to its ADC is an integer in level units."""
-    if config.cell.bits is None or config.dac is None or config.tile.wire or config.device.iv:
+    device, adc = config.device, config.adc
+    if config.cell.bits is None or config.dac is None:
         return False
-    if config.tile.current_limit is not None or config.device.read_noise is not None:
+    if config.tile.wire or device.iv or config.tile.current_limit is not None or device.read_noise is not None:
         return False
-    device = config.device
     if device.programming or device.stuck or (device.drift and device.time is not None):
         return False
-    if config.adc is not None and not config.adc.gain_error is config.adc.offset_error is config.adc.noise is None:
+    if adc is not None and not adc.gain_error is adc.offset_error is adc.noise is None:
         return False
-    subtracted = config.encoding.kind == "differential" and not separate(config)
-    if separate(config) and config.encoding.two_sided:
-        return False
-    return subtracted or config.cell.on_off_ratio is None
+    return subtracts(config) or (config.cell.on_off_ratio is None and not config.encoding.two_sided)
 
 
 # Programming
@@ -157,22 +170,13 @@ def integer_sums(config: CrossbarConfig) -> bool:
 def program(W: np.ndarray, config: CrossbarConfig) -> Chip:
     """Return a chip of perfect cells. Weights are divided and rounded in their own dtype, as the package does."""
     rows, cols = grid(W.shape, config)
-    M, q = np.abs(W), config.mapping.quantile
-
-    def largest(block: np.ndarray) -> Any:
-        top = (np.quantile(block, q) if q < 1 else 0) or block.max()  # a quantile of zero is no full scale
-        return W.dtype.type(top if top > 0 else 1)
-
-    full = np.empty_like(W)
-    for r0, height in zip(starts(rows), rows, strict=True):
-        for c0, width in zip(starts(cols), cols, strict=True):
-            here = np.s_[r0 : r0 + height, c0 : c0 + width]
-            if config.mapping.scale == "tile":
-                full[here] = largest(M[here])
-            elif config.mapping.scale == "matrix":
-                full[here] = largest(M)
-            else:
-                full[here] = [largest(M[:, c]) for c in range(c0, c0 + width)]
+    d_in, d_out = W.shape
+    blocks = {"matrix": ([d_in], [d_out]), "tile": (rows, cols), "column": ([d_in], [1] * d_out)}
+    full, quantile = np.empty_like(W), config.mapping.quantile
+    for _, _, *here in tiles(*blocks[config.mapping.scale]):
+        block = np.abs(W[*here])
+        top = (np.quantile(block, quantile) if quantile < 1 else 0) or block.max()  # a quantile of zero: no full scale
+        full[*here] = top if top > 0 else 1
     bits = config.mapping.weight_bits
     top = 1 if bits is None else 2 ** (bits - 1) - 1
     scale = full / W.dtype.type(top)
@@ -183,41 +187,43 @@ def program(W: np.ndarray, config: CrossbarConfig) -> Chip:
     P = 2 if config.encoding.kind == "differential" else 1
     cells = np.zeros((K, P, len(rows), len(cols), max(rows), max(cols) + unit))
     flipped = np.zeros((K, len(rows), len(cols), max(cols)), bool) if config.encoding.flip else None
-    for k in range(K):
-        for r, (r0, height) in enumerate(zip(starts(rows), rows, strict=True)):
-            for c, (c0, width) in enumerate(zip(starts(cols), cols, strict=True)):
-                tile = codes[r0 : r0 + height, c0 : c0 + width]
-                at = np.s_[max(rows) - height :, :width]
-                for p, level in enumerate(_levels(tile, k, config)):
-                    cells[(k, p, r, c, *at)] = level
-                if flipped is not None:
-                    full_scale = height * tops(config)[k]
-                    flipped[k, r, c, :width] = 2 * cells[(k, 0, r, c, *at)].sum(0) > full_scale
-                    for j in np.flatnonzero(flipped[k, r, c]):
-                        cells[k, 0, r, c, max(rows) - height :, j] *= -1
-                        cells[k, 0, r, c, max(rows) - height :, j] += tops(config)[k]
-                if unit:
-                    cells[k, 0, r, c, :, -1] = 1.0 if config.encoding.flip else zeros(config)[k]
-    scales = np.stack([scale[r0] for r0 in starts(rows)]).astype(float)
-    return Chip(cells, flipped, scales)
+    for r, c, of_rows, of_cols in tiles(rows, cols):
+        tile = codes[of_rows, of_cols]
+        bottom, width = max(rows) - len(tile), tile.shape[1]
+        for k, top in enumerate(tops(config)):
+            levels = np.stack(_levels(tile, k, config))
+            if flipped is not None:
+                flipped[k, r, c, :width] = flip = 2 * levels[0].sum(0) > len(tile) * top
+                levels = np.where(flip, top - levels, levels)
+            cells[k, :, r, c, bottom:, :width] = levels
+            if unit:
+                cells[k, 0, r, c, :, -1] = 1.0 if config.encoding.flip else zeros(config)[k]
+    return Chip(cells, flipped, scale[starts(rows)].astype(float))
 
 
 def _levels(codes: np.ndarray, k: int, config: CrossbarConfig) -> list[np.ndarray]:
     """Return the levels of each polarity's cells in slice k."""
+    offset = config.encoding.kind == "offset"
     if config.cell.bits is None:
-        digit = codes if config.encoding.kind == "differential" else (codes + 1) / 2
+        digit = (codes + 1) / 2 if offset else codes
     else:
         start, bits = starts(config.cell.bits)[k], config.cell.bits[k]
-        if config.encoding.kind == "offset":
-            digit = (codes.astype(int) + 2 ** (config.mapping.weight_bits - 1) >> start) % 2**bits
-        else:
-            digit = np.sign(codes) * ((np.abs(codes).astype(int) >> start) % 2**bits)
-    if config.encoding.kind == "offset":
+        shifted = codes + 2 ** (config.mapping.weight_bits - 1) if offset else np.abs(codes)
+        digit = (1 if offset else np.sign(codes)) * ((shifted.astype(int) >> start) % 2**bits)
+    if offset:
         return [digit]
-    top = tops(config)[k]
     if config.encoding.two_sided:
+        top = tops(config)[k]
         return [(top + digit) / 2, (top - digit) / 2]
-    return [np.where(digit > 0, digit, 0), np.where(digit < 0, -digit, 0)]
+    return [np.maximum(digit, 0), np.maximum(-digit, 0)]
+
+
+def weights(chip: Chip, d_in: int, config: CrossbarConfig) -> np.ndarray:
+    """Return the weights as programmed: the outputs of unit inputs where reads and converters are ideal."""
+    device = dataclasses.replace(config.device, iv=None, read_noise=None)
+    tile = dataclasses.replace(config.tile, wire=None, current_limit=None)
+    ideal = {**vars(config), "dac": None, "adc": None, "device": device, "tile": tile}
+    return read(chip._replace(gain=None, offset=None), np.eye(d_in), CrossbarConfig(**ideal)).y
 
 
 # Reading
@@ -244,21 +250,12 @@ def input_codes(x: np.ndarray, full: np.ndarray, config: CrossbarConfig, drawn: 
     return np.clip(n, -top if config.dac.signed else 0, top)
 
 
-def beyond_dac(x: np.ndarray, full: np.ndarray, config: CrossbarConfig) -> np.ndarray:
-    """Return which inputs are clipped."""
-    if config.dac is None:
-        return np.zeros(x.shape, bool)
-    return (np.abs(x) > full) | ((x < 0) & (not config.dac.signed))
-
-
 def pulses(n: np.ndarray, config: CrossbarConfig) -> np.ndarray:
     """Return the input slices [J, B, d_in]."""
     if config.dac is None:
         return n[None]
     sizes, whole = input_slices(config), np.abs(n).astype(int)
-    return np.stack(
-        [np.sign(n) * ((whole >> s) % 2**b) for s, b in zip(starts(sizes), sizes, strict=True)],
-    )
+    return np.stack([np.sign(n) * ((whole >> s) % 2**b) for s, b in zip(starts(sizes), sizes, strict=True)])
 
 
 def lsbs(config: CrossbarConfig, rows: list[int], limits: np.ndarray | None) -> np.ndarray | None:
@@ -269,19 +266,16 @@ def lsbs(config: CrossbarConfig, rows: list[int], limits: np.ndarray | None) -> 
     adc = config.adc
     if adc is None:
         return None
-    top = code_range(config)[1]
     units = full_current(config)
     if adc.range == "granular":
         return np.ones((len(rows), len(units)))
     if adc.range == "max" and not config.encoding.flip:
-        highest = np.asarray(rows, float)[:, None] * np.ones(len(units))
-    elif adc.range == "given":
-        highest = np.broadcast_to(np.asarray(adc.limits, float)[..., 1], (len(rows), len(units)))
+        highest = np.asarray(rows, float)[:, None]
     else:
-        highest = np.broadcast_to(np.asarray(limits, float)[..., 1], (len(rows), len(units)))
-    steps = highest * units / top
-    whole = np.rint(steps)
+        highest = np.asarray(adc.limits if adc.range == "given" else limits, float)[..., 1]
+    steps = np.broadcast_to(highest * units / code_range(config)[1], (len(rows), len(units)))
     if integer_sums(config) and adc.range == "calibrated":
+        whole = np.rint(steps)
         assert (np.abs(steps - whole) < 1e-4 * steps).all(), f"calibrated steps {steps} are not whole"
         return whole
     return steps
@@ -295,7 +289,8 @@ def full_current(config: CrossbarConfig) -> np.ndarray:
 
 def code_range(config: CrossbarConfig) -> tuple[int, int]:
     bits = config.adc.bits
-    return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if signed_sums(config) else (0, 2**bits - 1)
+    signed = config.dac is None or config.dac.signed or subtracts(config)
+    return (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
 def read(
@@ -321,101 +316,79 @@ def read(
         scale = full * x.dtype.type(2**halvings)
         n = input_codes(x, scale, config, drawn)
         four, clipped, sums, lsb = _once(chip, n, x.dtype, config, limits, rounds=rounds)
-        four *= (scale.astype(float) / input_top(config)) ** np.asarray([1, 1, 2, 1])[:, None, None]
-        inputs = beyond_dac(x, scale, config).sum(1)
+        beyond = np.zeros(x.shape, bool)
+        if config.dac is not None:
+            beyond = (np.abs(x) > scale) | ((x < 0) & (not config.dac.signed))
         stops = at & (clipped[:, 2].sum(0) == 0) if halvings < again else at
-        found.append((stops, four, clipped, inputs))
+        found.append((stops, scaled(four, scale.astype(float) / input_top(config)), clipped, beyond.sum(1)))
         at = at & (clipped[:, 3].sum(0) > 0)
         if halvings == 0:
             first = sums, lsb
         if not at.any():
             break
-    stops, four, clipped, inputs = (np.stack(parts) for parts in zip(*found, strict=True))
-    y, slack, variance, magnitude = np.moveaxis(four, 1, 0)
-    low = np.where(stops[..., None], y - slack, np.inf).min(0)
-    high = np.where(stops[..., None], y + slack, -np.inf).max(0)
+    stops, four, clipped, inputs = (np.stack(each) for each in zip(*found, strict=True))
+    y, slack, variance, magnitude = np.where(stops[:, None, :, None], four, np.nan).swapaxes(0, 1)
+    low, high = np.nanmin(y - slack, 0), np.nanmax(y + slack, 0)
+    of_sums = _bounds(stops[:, None], clipped[:, :, 0], clipped[:, :, 1])
+    spread = np.nanmax(variance, 0), np.nanmax(magnitude, 0)
     return Read(
-        (low + high) / 2,
-        (high - low) / 2,
-        np.where(stops[..., None], variance, 0).max(0),
-        np.where(stops[..., None], magnitude, 0).max(0),
-        first[0],
-        np.stack(_bounds(stops[:, None], clipped[:, :, 0], clipped[:, :, 1]), axis=1),
-        np.stack(_bounds(stops, inputs, inputs)),
-        first[1],
+        (low + high) / 2, (high - low) / 2, *spread, first[0], of_sums, _bounds(stops, inputs, inputs), first[1]
     )
 
 
-def _bounds(stops: np.ndarray, least: np.ndarray, most: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.where(stops, least, np.inf).min(0).sum(-1), np.where(stops, most, 0).max(0).sum(-1)
+def _bounds(stops: np.ndarray, least: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """Return the least and the largest count over the reads at which a vector may stop, summed over vectors."""
+    ends = np.where(stops, least, np.inf).min(0), np.where(stops, most, 0).max(0)
+    return np.stack([end.sum(-1) for end in ends], axis=-1)
 
 
 def _once(
     chip: Chip, n: np.ndarray, dtype: np.dtype, config: CrossbarConfig, limits: np.ndarray | None, *, rounds: bool
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray | None]:
-    """Return y, slack, variance and magnitude of input codes; clipped conversions, sums and steps.
+    """Return the product of input codes with its error, clipped conversions, sums and steps.
 
     Clipped are [K, 4, B]: least and largest number of sums beyond the range, and of those beyond its highest code.
     """
     rows, cols = grid((n.shape[1], chip.scale.shape[1]), config)
-    lsb = lsbs(config, rows, limits)
-    sizes = input_slices(config)
-    together = config.adc is not None and config.adc.convert == "sum"
-    weight = 2.0 ** np.asarray(starts(sizes))[:, None, None]
+    lsb, sizes, adc = lsbs(config, rows, limits), input_slices(config), config.adc
+    of_slice = 2.0 ** np.asarray(starts(sizes))[:, None, None]
     eps = 3e-6 if dtype == np.float32 else 1e-11
     if config.tile.wire is not None:
         eps = max(eps, 20 * float(config.tile.wire.tolerance))
-    out = np.zeros((4, len(n), chip.scale.shape[1]))  # y, slack, variance, magnitude
-    K, unit = len(tops(config)), config.encoding.unit_column
+    out = np.zeros((4, len(n), chip.scale.shape[1]))
+    K = len(tops(config))
     seen: list[list[np.ndarray]] = [[] for _ in range(K)]
     clipped = np.zeros((K, 4, len(n)))
-    for r, (r0, height) in enumerate(zip(starts(rows), rows, strict=True)):
+    for r, c, of_rows, of_cols in tiles(rows, cols):
         u = np.zeros((len(sizes), len(n), max(rows)))
-        u[:, :, max(rows) - height :] = pulses(n[:, r0 : r0 + height], config)
-        ones = n[:, r0 : r0 + height].sum(1)[:, None]
-        for c, (c0, width) in enumerate(zip(starts(cols), cols, strict=True)):
-            for k in range(K):
-                used = np.r_[:width, -1] if unit else np.r_[:width]
-                S, V, size = column_sums(u, chip.cells[k, :, r, c], k, config)  # [P, J, B, cols]
-                weights = weight
-                if together:
-                    S, V, size = (
-                        np.sum(weight**power * a, 1, keepdims=True) for power, a in ((1, S), (2, V), (1, size))
-                    )
-                    weights = np.ones((1, 1, 1))
-                if chip.gain is not None:
-                    gain = chip.gain[k, :, r, c][:, None, None]
-                    S, V, size = S * gain, V * gain**2, size * np.abs(gain)
-                if chip.offset is not None:
-                    shift = chip.offset[k, :, r, c][:, None, None]
-                    S, size = S + shift, size + np.abs(shift)
-                if config.adc is not None and config.adc.noise is not None:
-                    V = V + (float(config.adc.noise) * full_current(config)[k]) ** 2
-                seen[k].append(S[..., used].reshape(-1))
-                step = 1.0
-                if lsb is None:
-                    total = np.stack([S, np.zeros_like(S), V, size])
-                else:
-                    step = lsb[r, k]
-                    total, beyond = convert(S / step, V / step**2, eps * size / step, config, rounds=rounds)
-                    clipped[k] += beyond[..., used].sum((1, 2, 4))
-                powers = (1, 1, 2, 1)  # of the factor that each of the four is multiplied by
-                total = np.stack(
-                    [np.sum((weights * step) ** p * t, 1) for p, t in zip(powers, total, strict=True)]
-                )  # [4, P, B, cols]
-                value = _recombine(total, ones, k, None if chip.flipped is None else chip.flipped[k, r, c], config)
-                factor = worths(config)[k] * chip.scale[r, c0 : c0 + width]
-                for i, p in enumerate(powers):
-                    out[i][:, c0 : c0 + width] += (
-                        np.abs(factor) ** p * np.sign(factor) ** (i == 0) * value[i][:, :width]
-                    )
+        u[:, :, max(rows) - rows[r] :] = pulses(n[:, of_rows], config)
+        used = np.r_[: cols[c], -1] if config.encoding.unit_column else np.r_[: cols[c]]
+        for k in range(K):
+            total, weight = column_sums(u, chip.cells[k, :, r, c], k, config), of_slice  # [4, P, J, B, cols]
+            if adc is not None and adc.convert == "sum":
+                total, weight = scaled(total, weight).sum(2, keepdims=True), 1.0
+            if chip.gain is not None:
+                total = scaled(total, chip.gain[k, :, r, c][:, None, None])
+            if chip.offset is not None:
+                shift = chip.offset[k, :, r, c][:, None, None]
+                total[0] += shift
+                total[3] += np.abs(shift)
+            if adc is not None and adc.noise is not None:
+                total[2] += (float(adc.noise) * full_current(config)[k]) ** 2
+            seen[k].append(total[0][..., used].reshape(-1))
+            if lsb is not None:
+                total, beyond = convert(scaled(total, 1 / lsb[r, k]), eps, config, rounds=rounds)
+                clipped[k] += beyond[..., used].sum((1, 2, 4))
+                total = scaled(total, lsb[r, k])
+            total = scaled(total, weight).sum(2)
+            flipped = None if chip.flipped is None else chip.flipped[k, r, c]
+            value = _recombine(total, n[:, of_rows].sum(1)[:, None], k, flipped, config)[..., : cols[c]]
+            out[:, :, of_cols] += scaled(value, worths(config)[k] * chip.scale[r, of_cols])
     return out, clipped, [np.concatenate(s) for s in seen], lsb
 
 
-def column_sums(
-    u: np.ndarray, cells: np.ndarray, k: int, config: CrossbarConfig
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return sums, variances and sums of magnitudes [P, J, B, cols] of one array of each polarity."""
+def column_sums(u: np.ndarray, cells: np.ndarray, k: int, config: CrossbarConfig) -> np.ndarray:
+    """Return the sums [4, P, J, B, cols] of one array of each polarity."""
     low, top, pulse = g_min(config), tops(config)[k], pulse_top(config)
     G, v = low + cells / top * (1 - low), u / pulse
     drive = v if config.device.iv is None else _sinh(config.device.iv, v)
@@ -431,13 +404,9 @@ def column_sums(
     if config.tile.current_limit is not None:
         most = float(config.tile.current_limit)
         current = np.clip(current, -most, most)
-    level = pulse * top / (1 - low)
-    S = current * level
-    V = np.einsum("jbr,prc->pjbc", drive**2, spread**2) * level**2
-    size = np.einsum("jbr,prc->pjbc", np.abs(drive), G) * level
-    if config.encoding.kind == "differential" and not separate(config):
-        return (S[0] - S[1])[None], V.sum(0)[None], size.sum(0)[None]
-    return S, V, size
+    variance, size = (np.einsum("jbr,prc->pjbc", a, b) for a, b in ((drive**2, spread**2), (np.abs(drive), G)))
+    four = scaled(np.stack([current, np.zeros_like(current), variance, size]), pulse * top / (1 - low))
+    return (four[:, 0] + scaled(four[:, 1], -1))[:, None] if subtracts(config) else four
 
 
 def _sinh(iv: Any, v: np.ndarray) -> np.ndarray:
@@ -457,47 +426,42 @@ def _rectified(mean: np.ndarray, deviation: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
-    """Return the column currents [J, B, cols] of one array with resistive wires, by Newton's method on its cells.
+    """Return the column currents [..., cols] of one array with resistive wires, by Newton's method on its cells.
 
     Every word line is a ladder from its driver at the left, every bit line one to its amplifier at the bottom:
     a cell's voltage is the source's less the drops of all currents through the segments that it shares.
     """
     rows, cols = G.shape
-    wire, count = config.tile.wire, rows * cols
-    drop = np.zeros((count, count))
-    for a in range(count):
-        for b in range(count):
-            if a // cols == b // cols:  # segments of the word line up to the nearer of both cells
-                drop[a, b] += float(wire.row_resistance) * (min(a % cols, b % cols) + 1)
-            if a % cols == b % cols:  # segments of the bit line below the lower of both cells
-                drop[a, b] += float(wire.column_resistance) * (rows - max(a // cols, b // cols))
-    out = np.zeros((*v.shape[:-1], cols))
-    iv = config.device.iv
+    r, c = np.divmod(np.arange(rows * cols), cols)
+    # Segments of the word line up to the nearer of two cells, and of the bit line below the lower of both.
+    drop = float(config.tile.wire.row_resistance) * (r[:, None] == r) * (np.minimum(c[:, None], c) + 1)
+    drop += float(config.tile.wire.column_resistance) * (c[:, None] == c) * (rows - np.maximum(r[:, None], r))
+    out, iv, g = np.zeros((*v.shape[:-1], cols)), config.device.iv, G.reshape(-1)
     a = None if iv is None else float(iv.read_voltage) / float(iv.scale)
     for at in np.ndindex(*v.shape[:-1]):
         source = np.repeat(v[at], cols)
         V = source.copy()
         for _ in range(50):
-            current = G.reshape(-1) * (V if a is None else np.sinh(a * V) / np.sinh(a))
-            slope = G.reshape(-1) * (1.0 if a is None else a * np.cosh(a * V) / np.sinh(a))
+            current = g * (V if a is None else np.sinh(a * V) / np.sinh(a))
+            slope = g * (1.0 if a is None else a * np.cosh(a * V) / np.sinh(a))
             error = V + drop @ current - source
             if np.abs(error).max() < 1e-13:
                 break
-            V = V - np.linalg.solve(np.eye(count) + drop * slope, error)
+            V = V - np.linalg.solve(np.eye(len(g)) + drop * slope, error)
         out[at] = current.reshape(rows, cols).sum(0)
     return out
 
 
-def convert(
-    t: np.ndarray, V: np.ndarray, eps: np.ndarray, config: CrossbarConfig, *, rounds: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return [4, ...] mean code, slack, variance and magnitude of sums `t` in codes, and [4, ...] which are clipped.
+def convert(four: np.ndarray, eps: float, config: CrossbarConfig, *, rounds: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the codes of sums in units of a code, [4, ...], and [4, ...] which sums are clipped.
 
-    `V` are the variances of the sums, and `eps` how far rounding errors may have moved them.
+    `eps` is how far rounding errors may have moved a sum, relative to its magnitude.
     """
+    t, _, V, magnitude = four
     low, high = code_range(config)
-    above = [(t + e > high + 0.5) | ((low < 0) & (t - e < low - 0.5)) for e in (-eps, eps)]
+    eps = eps * magnitude
     clipped = [(t + e > high + 0.5) | (t - e < low - 0.5) for e in (-eps, eps)]
+    above = [(t + e > high + 0.5) | ((low < 0) & (t - e < low - 0.5)) for e in (-eps, eps)]
     beyond = np.stack([*clipped, *above]).astype(float)
     if not rounds:
         code = np.clip(t, low, high)
@@ -506,8 +470,7 @@ def convert(
     if exact_ties(config):
         t, eps = np.where(np.abs(t - nearest) < 1e-9 * np.maximum(1, np.abs(t)), nearest, t), 0.0
     codes = np.stack([np.clip(np.rint(t + e), low, high) for e in (-eps, eps)])
-    code, slack = codes.mean(0), np.abs(codes[1] - codes[0]) / 2
-    variance = np.zeros_like(t)
+    code, slack, variance = codes.mean(0), np.abs(codes[1] - codes[0]) / 2, np.zeros_like(t)
     noisy = V > 0
     if noisy.any():  # the mean of a code that exceeds c with probability P(c): low + sum P(c); likewise its square
         c = np.arange(low, high)
@@ -525,56 +488,29 @@ def exact_ties(config: CrossbarConfig) -> bool:
         return False
     if adc.range in ("granular", "calibrated"):
         return True
-    if adc.range == "max":
-        return config.cell.on_off_ratio is None and not config.encoding.flip
-    limits = np.asarray(adc.limits, float)[..., 1]
-    return config.cell.on_off_ratio is None and bool((limits * 64 == np.rint(limits * 64)).all())
+    if config.cell.on_off_ratio is not None:
+        return False
+    limits = 64 * np.asarray(adc.limits if adc.range == "given" else 0, float)
+    return not config.encoding.flip if adc.range == "max" else bool((limits == np.rint(limits)).all())
 
 
 def _recombine(
     total: np.ndarray, ones: np.ndarray, k: int, flipped: np.ndarray | None, config: CrossbarConfig
 ) -> np.ndarray:
-    """Return [4, B, cols] of what the columns stand for, offsets taken off."""
-    if config.encoding.kind == "differential":
-        if total.shape[1] == 1:
-            return total[:, 0]
-        return np.stack([total[0, 0] - total[0, 1], *(total[1:, 0] + total[1:, 1])])
-    low, top, zero = g_min(config), tops(config)[k], zeros(config)[k]
-    kappa = low / (1 - low) * top
+    """Return what the columns [4, P, B, cols] stand for, offsets taken off."""
+    if total.shape[1] == 2:
+        return total[:, 0] + scaled(total[:, 1], -1)
     total = total[:, 0]
+    if config.encoding.kind == "differential":
+        return total
+    top, zero = tops(config)[k], zeros(config)[k]
+    kappa = g_min(config) / (1 - g_min(config)) * top
     if not config.encoding.unit_column:
         shift = (kappa + zero) * ones
-        return np.stack([total[0] - shift, total[1], total[2], total[3] + np.abs(shift)])
+        return total + np.stack([-shift, 0 * shift, 0 * shift, np.abs(shift)])
     values, unit = total[..., :-1], total[..., -1:]
     if flipped is None:
-        return np.stack([values[0] - unit[0], *(values[1:] + unit[1:])])
+        return values + scaled(unit, -1)
     # A flipped column stands for top sum(u) - S, and the unit column of ones measures sum(u) (1 + kappa).
     share = np.where(flipped, top + kappa - zero, -kappa - zero) / (1 + kappa)
-    y = np.where(flipped, -1, 1) * values[0] + share * unit[0]
-    slack, magnitude = (values[i] + np.abs(share) * unit[i] for i in (1, 3))
-    return np.stack([y, slack, values[2] + share**2 * unit[2], magnitude])
-
-
-def weights(chip: Chip, d_in: int, config: CrossbarConfig) -> np.ndarray:
-    """Return the weights as programmed: what the outputs of unit inputs are if every converter is ideal."""
-    rows, cols = grid((d_in, chip.scale.shape[1]), config)
-    W = np.zeros((d_in, chip.scale.shape[1]))
-    for r, (r0, height) in enumerate(zip(starts(rows), rows, strict=True)):
-        for c, (c0, width) in enumerate(zip(starts(cols), cols, strict=True)):
-            for k in range(len(chip.cells)):
-                g = chip.cells[k, :, r, c, max(rows) - height :]
-                top, zero = tops(config)[k], zeros(config)[k]
-                if config.encoding.kind == "differential":
-                    level = g[0] - g[1]
-                elif not config.encoding.unit_column:
-                    level = g[0] - zero
-                else:
-                    low = g_min(config)
-                    kappa = low / (1 - low) * top
-                    columns = np.stack([g[0] + kappa] * 4)
-                    flipped = None if chip.flipped is None else chip.flipped[k, r, c]
-                    level = _recombine(columns[:, None], np.ones((height, 1)), k, flipped, config)[0]
-                W[r0 : r0 + height, c0 : c0 + width] += (
-                    worths(config)[k] * chip.scale[r, c0 : c0 + width] * level[:, :width]
-                )
-    return W
+    return scaled(values, np.where(flipped, -1, 1)) + scaled(unit, share)

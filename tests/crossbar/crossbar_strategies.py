@@ -8,6 +8,8 @@ all that a case costs.
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
@@ -21,7 +23,6 @@ ENCODINGS = {
     "unit column": Encoding(kind="offset", unit_column=True),
     "flip": Encoding(kind="offset", unit_column=True, flip=True),
 }
-PATHS = ("definition", "product", "loop", "lookup", "planes", "packed", "mosaic")
 CELLS = [(2,), (1,), (2, 2), (1, 1), (3,), (4,), (2, 1), (3, 3), (4, 4), (1, 1, 1), None]
 
 
@@ -229,3 +230,10 @@ def inputs(c: dict[str, Any], number: int = 0) -> np.ndarray:
 
 def dtype(c: dict[str, Any]) -> type:
     return np.float64 if c["float64"] else np.float32
+
+
+def problem(d_in: int = 30, d_out: int = 9, batch: int = 4, *, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Return normal weights, and inputs that are spread evenly from -1 to 1."""
+    rng = np.random.default_rng(seed)
+    W, x = rng.normal(size=(d_in, d_out)), rng.uniform(-1, 1, (batch, d_in))
+    return jnp.asarray(W, jnp.float32), jnp.asarray(x, jnp.float32)

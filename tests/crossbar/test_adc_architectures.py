@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from crossbar_problems import problem
+from crossbar_strategies import problem
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, DAC, Architecture, Cell, Constant, CrossbarConfig, Mapping, Range, Tile

@@ -144,7 +144,7 @@ def test_a_cell_is_verified_before_it_ages():
     np.testing.assert_allclose(written(dataclasses.replace(verified, write_verify=None), 0.5)[0], 0.75, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("tolerance", "most"), [(0.02, 200), (0.01, 4)])
+@pytest.mark.parametrize(("tolerance", "most"), [(0.02, 30), (0.01, 4)])
 def test_cells_are_written_until_they_are_within_the_tolerance_or_out_of_pulses(tolerance, most):
     sigma = 0.05
     G, pulses = written(Device(programming=Independent(sigma), write_verify=WriteVerify(tolerance, pulses=most)), 0.5)
@@ -157,12 +157,6 @@ def test_cells_are_written_until_they_are_within_the_tolerance_or_out_of_pulses(
     c = tolerance / sigma
     variance = sigma**2 * (1 - 2 * c * math.exp(-(c**2) / 2) / math.sqrt(2 * math.pi) / p)
     assert np.mean((G[~outside] - 0.5) ** 2) == pytest.approx(variance, rel=5 * math.sqrt(2 / np.sum(~outside)))
-
-
-def test_neurrams_tolerance_takes_as_many_pulses_as_it_reports():
-    """A single pulse of 17 % and an acceptance of +-1 uS of 40 take the 8.5 pulses that NeuRRAM reports."""
-    _, pulses = written(Device(programming=Independent(0.1694), write_verify=WriteVerify(1 / 40, pulses=400)), 0.6)
-    assert pulses == pytest.approx(8.52, rel=0.03)
 
 
 def test_as_many_cells_are_stuck_as_are_said_to_be():
@@ -221,16 +215,11 @@ def test_cells_that_do_not_conduct_stay_finite():
     assert np.isfinite(jax.grad(lambda G: PCM_DRIFT(G, KEY, 1e6).sum())(jnp.zeros(8))).all()
 
 
-def test_no_flicker_has_gathered_within_the_first_read():
-    drift = PowerLaw(0.01, start=1e-8, flicker=Flicker())
-    still = PowerLaw(0.01, start=1e-8)
-    np.testing.assert_array_equal(drift(cells(0.4), KEY, 1e-8), still(cells(0.4), KEY, 1e-8))
-
-
 def test_flicker_gathers_with_the_logarithm_of_time():
     flicker = Flicker(magnitude=0.01, exponent=0.5, largest=0.015, read_time=1.0)
     found = flicker.deviation(jnp.array([1.0, 0.64, 0.01]), jnp.array(99.0))
     np.testing.assert_allclose(found, np.array([0.01, 0.0125, 0.015]) * math.sqrt(math.log(50)), rtol=1e-6)
+    assert not flicker.deviation(jnp.array([0.5]), jnp.array(0.1)).any()  # within the first read
 
 
 def test_conductances_relax_as_published():
@@ -244,7 +233,7 @@ def test_conductances_relax_as_published():
 
 
 def test_drift_compensation_restores_the_mean():
-    before = np.linspace(0.1, 1, 50)
+    before = np.linspace(0.1, 1, 5)
     device = Device(drift=PowerLaw(0.05), time=1e6)
     later, _ = written(device, *before)
     np.testing.assert_allclose(
@@ -307,13 +296,3 @@ def test_gains_and_offsets_of_converters_have_their_spread():
     chip = program(jnp.ones((8, 4000)), config, KEY)
     assert_normal(chip.gain.reshape(4, -1), np.ones(4), np.full(4, 0.03))
     assert_normal(chip.offset.reshape(4, -1), np.zeros(4), np.full(4, 0.2 * 3))  # in levels: 2 bits are up to 3
-
-
-def test_functions_are_models():
-    def programming(G, key, time):
-        return G * (1 + 0.1 * jax.random.normal(key, G.shape, G.dtype))
-
-    device = Device(programming=programming, drift=lambda G, key, time: G / (1 + time), time=1.0)
-    assert_normal(written(device, 0.5)[0], [0.25], [0.025])
-    assert jax.tree.leaves(device) == [1.0]
-    assert jax.tree.unflatten(jax.tree.structure(device), [2.0]).time == 2.0

@@ -40,6 +40,10 @@ def _normal(*shape):
 _X = _normal(3, 4, 5, 6)
 
 
+def _bound(module, x=_X):
+    return module.bind(module.init(_KEY, x))
+
+
 _program = jax.jit(functools.partial(crossbar.program, config=_COARSE))
 
 
@@ -98,9 +102,10 @@ _BY_HAND = {
 }
 
 
+@functools.cache
 def _layer(kind, name):
     of_nnx, of_linen = _LAYERS[name]
-    return of_nnx(nnx.Rngs(0)) if kind == "nnx" else of_linen.bind(of_linen.init(_KEY, _X))
+    return of_nnx(nnx.Rngs(0)) if kind == "nnx" else _bound(of_linen)
 
 
 @pytest.mark.parametrize("name", _BY_HAND)
@@ -136,9 +141,9 @@ def test_an_embedding_looks_up_digitally_and_attends_on_arrays():
             embed = nn.Embed(9, 6, name="embed")
             return embed(tokens), embed.attend(embed(tokens))
 
-    variables = Attend().init(_KEY, tokens)
-    looked_up, logits = convert(Attend().bind(variables), {"embed": _COARSE}, _KEY, tokens)(tokens)
-    table = variables["params"]["embed"]["embedding"]
+    attend = _bound(Attend(), tokens)
+    looked_up, logits = convert(attend, {"embed": _COARSE}, _KEY, tokens)(tokens)
+    table = attend.variables["params"]["embed"]["embedding"]
     np.testing.assert_array_equal(looked_up, table)
     np.testing.assert_array_equal(logits, _read(table, table.T))
 
@@ -197,11 +202,9 @@ _TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, 4)))
 _DIGITAL = {"positions": None}
 
 
+@functools.cache
 def _language(kind):
-    if kind == "nnx":
-        return _Language(nnx.Rngs(1))
-    module = _LinenLanguage([8])
-    return module.bind(module.init(_KEY, _TOKENS))
+    return _Language(nnx.Rngs(1)) if kind == "nnx" else _bound(_LinenLanguage([8]), _TOKENS)
 
 
 @jax.jit
@@ -265,14 +268,6 @@ def _mlp():
     return nnx.Sequential(nnx.Linear(6, 8, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(8, 6, rngs=nnx.Rngs(1)))
 
 
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
-def test_a_rule_that_matches_nothing_is_refused_with_the_layers_there_are(kind):
-    with pytest.raises(
-        ValueError, match=r"'decoder' matches no weight: .*, blocks.down, blocks.norm, blocks.up, embed"
-    ):
-        convert(_language(kind), {"decoder": _IDEAL}, _KEY, _TOKENS)
-
-
 class _Unable(nnx.Module):
     def __init__(self, rngs):
         self.transposed = nnx.ConvTranspose(6, 7, 3, rngs=rngs)
@@ -282,72 +277,6 @@ class _Unable(nnx.Module):
         self.odd = nnx.Einsum("td,dfg->tf", (6, 7, 2), rngs=rngs)
 
 
-@pytest.mark.parametrize(
-    ("path", "why"),
-    [
-        ("transposed", "ConvTranspose has no form on arrays"),
-        ("quantised", "its dot_general is not that of JAX"),
-        ("by_hand", r"it is a parameter of shape \(6, 7\), and no layer's kernel"),
-        ("odd", "the kernel of 'td,dfg->tf' has an axis"),
-    ],
-)
-def test_what_cannot_be_on_arrays_is_refused_with_the_rule_that_leaves_it_digital(path, why):
-    others = {name: None for name in ("transposed", "quantised", "by_hand", "odd") if name != path}
-    with pytest.raises(ValueError, match=f"{path} cannot be put on arrays: {why}.*Leave it digital.*'{path}': None"):
-        convert(_Unable(nnx.Rngs(0)), others | {"*": _IDEAL}, _KEY)
-    assert isinstance(convert(_Unable(nnx.Rngs(0)), others | {path: None, "*": _IDEAL}, _KEY), _Unable)
-
-
-def test_linen_layers_that_cannot_be_on_arrays_are_refused():
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            twice = nn.Einsum((6, 6), use_bias=False, name="twice")
-            x = twice(twice(x, einsum_str="...a,ab->...b"), einsum_str="...a,ba->...b")
-            return nn.ConvTranspose(6, (3,), name="transposed")(x)
-
-    bound = Model().bind(Model().init(_KEY, _X))
-    with pytest.raises(ValueError, match="transposed cannot be put on arrays: ConvTranspose has no form"):
-        convert(bound, {"trans*": _IDEAL}, _KEY, _X)
-    with pytest.raises(ValueError, match="twice cannot be put on arrays: it is called with several equations"):
-        convert(bound, {"twice": _IDEAL}, _KEY, _X)
-
-
-def test_a_rule_that_never_decides_is_refused():
-    with pytest.raises(ValueError, match=r"'layers.2' never decides, because 'layers.\*' comes first"):
-        convert(_mlp(), {"layers.*": _COARSE, "layers.2": None}, _KEY)
-    convert(_mlp(), {"layers.0": None, "layers.2": None, "*": _COARSE}, _KEY)  # a rule for the rest may have none
-
-
-@pytest.mark.parametrize(
-    ("rules", "message"),
-    [
-        ({"*": "isaac"}, r"the rule '\*' gives 'isaac': .*load_config\('isaac'\)"),
-        (_COARSE, r"rules of type CrossbarConfig: give a table .*\{'\*': config\}"),
-    ],
-)
-def test_what_is_not_a_table_of_configurations_is_refused(rules, message):
-    for put in inspect.unwrap(convert), inspect.unwrap(crossbar.program_tree):
-        with pytest.raises(ValueError, match=message):
-            put(_mlp(), rules, _KEY)
-
-
-@pytest.mark.parametrize("key", [None, 3])
-def test_a_chip_needs_a_key(key):
-    for put in inspect.unwrap(convert), inspect.unwrap(crossbar.program_tree):
-        with pytest.raises(ValueError, match=rf"the key is {key}: give one PRNG key, such as jax.random.key\(0\)"):
-            put(_mlp(), {"*": _IDEAL}, key)
-
-
-def test_what_is_on_arrays_is_not_put_there_again():
-    layers = [_layer("nnx", name) for name in ("linear", "convolution", "einsum")]
-    for layer in (*layers, nnx.Embed(9, 6, rngs=nnx.Rngs(0)), nn.Dense(7).bind(nn.Dense(7).init(_KEY, _X))):
-        x = (_X,) if isinstance(layer, nn.Dense) else ()
-        on_arrays = convert(layer, {"*": _IDEAL}, _KEY, *x)
-        with pytest.raises(ValueError, match=r"is on arrays already"):
-            convert(on_arrays, {"*": _IDEAL}, _KEY, *x)
-
-
 def test_the_rest_of_a_model_may_follow_onto_arrays():
     model = convert(_mlp(), {"layers.0": _IDEAL}, _KEY)
     both = convert(model, {"layers.2": _IDEAL}, _KEY)
@@ -355,36 +284,106 @@ def test_the_rest_of_a_model_may_follow_onto_arrays():
     assert [chip.name for chip in crossbar.chips_in(both)] == ["layers.0", "layers.2"]
 
 
-def _on_arrays(model=None, path="*", *x):
-    return convert(model or nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {path: _IDEAL}, _KEY, *x)
+class _LinenUnable(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        twice = nn.Einsum((6, 6), use_bias=False, name="twice")
+        x = twice(twice(x, einsum_str="...a,ab->...b"), einsum_str="...a,ba->...b")
+        return nn.ConvTranspose(6, (3,), name="transposed")(x)
+
+
+class _Looked(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(9, 8, rngs=rngs)
+        self.head = nnx.Linear(8, 9, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.head(self.embed(tokens))
+
+
+def _on_arrays(model=None, rules="*", *x, config=_IDEAL):
+    rules = {rules: config} if isinstance(rules, str) else rules
+    return convert(model or nnx.Linear(6, 7, rngs=nnx.Rngs(0)), rules, _KEY, *x)
+
+
+def _unable(path):
+    """Put a model on arrays, of what cannot be there only the weight at `path`."""
+    others = dict.fromkeys({"transposed", "quantised", "by_hand", "odd"} - {path})
+    model = _Unable(nnx.Rngs(0))
+    assert isinstance(_on_arrays(model, others | {path: None, "*": _IDEAL}), _Unable)
+    return _on_arrays(model, others | {"*": _IDEAL})
+
+
+def _twice(layer, *x):
+    return _on_arrays(_on_arrays(layer, "*", *x), "*", *x)
 
 
 def _second_axis():
     return nnx.vmap(lambda rngs: nnx.Linear(6, 7, rngs=rngs), in_axes=0, out_axes=1)(nnx.Rngs(0).split(3))
 
 
-_ONE_ARRAY, _IN_ONE = (
-    r"batches is one array of shape \(3, 4, 5, 6\): give a list",
-    "stack of layers that are scanned as one",
-)
+def _scanned(*kinds):
+    """Scan two blocks on arrays, with an axis for variables of some kinds alone."""
+    model, x = convert(_language("nnx").blocks, {"*": _IDEAL}, _KEY), _normal(2, 8)
+    axes = nnx.StateAxes({kinds: 0, ...: None})
+    return nnx.scan(lambda block, x: block(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)(model, x)
 
 
-@pytest.mark.parametrize(
-    ("act", "message"),
-    [
-        (lambda: _on_arrays(_language("nnx"), "blocks.up[1:]", _TOKENS), _IN_ONE),
-        (lambda: _on_arrays(_language("linen"), "blocks.up[1:]", _TOKENS), _IN_ONE),
-        (lambda: _on_arrays(_second_axis()), r"of shape \(6, 7\) are stacked to \(6, 3, 7\), and their axis has to be"),
-        (lambda: _on_arrays(nn.Dense(3), "*", _X), r"convert\(module.bind\(variables\), rules, key, x\)"),
-        (lambda: _on_arrays({"kernel": _X}), "a model of type dict: give an NNX module, or a Linen module"),
-        (lambda: _on_arrays()(_X, out_sharding=jax.sharding.PartitionSpec()), "on arrays, which take no out_sharding"),
-        (lambda: inspect.unwrap(calibrate)(_on_arrays(), _X), _ONE_ARRAY),
-        (lambda: inspect.unwrap(site_errors)(_on_arrays(), _X), _ONE_ARRAY),
-    ],
-)
-def test_what_a_model_on_arrays_cannot_do_is_refused_with_advice(act, message):
+def _calibrated_inside(key):
+    device = crossbar.Device(programming=crossbar.Independent(0.02))
+    layer = nnx.Linear(6, 7, rngs=nnx.Rngs(0))
+    return calibrate(convert(layer, {"*": dataclasses.replace(_CALIBRATED, device=device)}, key), [_X])
+
+
+_FREE = [inspect.unwrap(put) for put in (convert, crossbar.program_tree)]  # of the tests' type checks
+_NO_RULE = r"'decoder' matches no weight: .*, blocks.down, blocks.norm, blocks.up, embed"
+_ONE_ARRAY = r"batches is one array of shape \(3, 4, 5, 6\): give a list"
+_IN_ONE = "stack of layers that are scanned as one"
+_NO_TABLE = r"rules of type CrossbarConfig: give a table .*\{'\*': config\}"
+_OUTSIDE = r"calibrate outside of them, .*jnp.stack\(leaves\), \*models\)"
+_NO_FORM = "transposed cannot be put on arrays: ConvTranspose has no form on arrays"
+_REFUSED = [
+    (lambda: _on_arrays(_language("nnx"), "decoder"), _NO_RULE),
+    (lambda: _on_arrays(_language("linen"), "decoder", _TOKENS), _NO_RULE),
+    (lambda: _on_arrays(_mlp(), {"layers.*": _COARSE, "layers.2": None}), r"'layers.2' never decides, .*comes first"),
+    (lambda: _unable("transposed"), f"{_NO_FORM}.*Leave it digital.*'transposed': None"),
+    (lambda: _unable("quantised"), "quantised cannot be put on arrays: its dot_general is not that of JAX"),
+    (lambda: _unable("by_hand"), r"by_hand .*: it is a parameter of shape \(6, 7\), and no layer's kernel"),
+    (lambda: _unable("odd"), "odd .*: the kernel of 'td,dfg->tf' has an axis"),
+    (lambda: _on_arrays(_bound(_LinenUnable()), "trans*", _X), _NO_FORM),
+    (lambda: _on_arrays(_bound(_LinenUnable()), "twice", _X), "twice .*: it is called with several equations"),
+    *((lambda put=put: put(_mlp(), {"*": "isaac"}, _KEY), r"'\*' gives 'isaac': .*\('isaac'\)") for put in _FREE),
+    *((lambda put=put: put(_mlp(), _COARSE, _KEY), _NO_TABLE) for put in _FREE),
+    *((lambda put=put: put(_mlp(), {"*": _IDEAL}, 3), "the key is 3: give one PRNG key, such as") for put in _FREE),
+    *((lambda name=name: _twice(_layer("nnx", name)), "is on arrays already") for name in ("linear", "convolution")),
+    (lambda: _twice(nnx.Embed(9, 6, rngs=nnx.Rngs(0))), "is on arrays already"),
+    (lambda: _twice(_bound(nn.Dense(7)), _X), "is on arrays already"),
+    (lambda: _on_arrays(_language("nnx"), "blocks.up[1:]"), _IN_ONE),
+    (lambda: _on_arrays(_language("linen"), "blocks.up[1:]", _TOKENS), _IN_ONE),
+    (lambda: _on_arrays(_second_axis()), r"of shape \(6, 7\) are stacked to \(6, 3, 7\), and their axis has to be"),
+    (lambda: _on_arrays(nn.Dense(3), "*", _X), r"convert\(module.bind\(variables\), rules, key, x\)"),
+    (lambda: _on_arrays({"kernel": _X}), "a model of type dict: give an NNX module, or a Linen module"),
+    (lambda: _on_arrays()(_X, out_sharding=jax.sharding.PartitionSpec()), "on arrays, which take no out_sharding"),
+    (lambda: inspect.unwrap(calibrate)(_on_arrays(), _X), _ONE_ARRAY),
+    (lambda: inspect.unwrap(site_errors)(_on_arrays(), _X), _ONE_ARRAY),
+    (lambda: _scanned(nnx.Param), r"up is a stack of \(2,\) layers, .*give it to crossbar.flax.InArrays as well"),
+    (lambda: calibrate(_on_arrays(_Looked(nnx.Rngs(0)), config=_CALIBRATED), [_TOKENS]), "embed was read by none"),
+    (lambda: jax.jit(_calibrated_inside)(_KEY), _OUTSIDE),
+    (lambda: jax.vmap(_calibrated_inside)(_KEY[None]), _OUTSIDE),
+]
+
+
+@pytest.mark.parametrize(("act", "message"), _REFUSED)
+def test_what_cannot_be_put_on_arrays_or_read_there_is_refused_with_advice(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+def test_what_is_close_to_a_refusal_goes_onto_arrays():
+    _on_arrays(_mlp(), {"layers.0": None, "layers.2": None, "*": _COARSE})  # a rule for the rest may have none
+    assert _scanned(nnx.Param, InArrays).shape == (2, 8)
+    looked_up = _on_arrays(_Looked(nnx.Rngs(0)), "*", _TOKENS, config=_CALIBRATED)
+    assert calibrate(looked_up, [_TOKENS])(_TOKENS).shape == (2, 4, 9)
 
 
 def test_the_dtype_of_a_layer_is_that_of_its_result():
@@ -398,21 +397,6 @@ def test_a_drift_without_a_time_warns():
     config = crossbar.CrossbarConfig(device=crossbar.Device(drift=crossbar.PowerLaw(0.05)))
     with pytest.warns(UserWarning, match=r"the rule '\*' has a device.drift, but its device.time is None"):
         convert(nnx.Linear(6, 7, rngs=nnx.Rngs(0)), {"*": config}, _KEY)
-
-
-def test_variables_on_arrays_need_the_axes_of_parameters():
-    model = convert(_Language(nnx.Rngs(1)).blocks, {"*": _IDEAL}, _KEY)
-    x = _normal(2, 8)
-
-    def scanned(*kinds):
-        axes = nnx.StateAxes({kinds: 0, ...: None})
-        return nnx.scan(lambda block, x: block(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)(model, x)
-
-    with pytest.raises(
-        ValueError, match=r"up is a stack of \(2,\) layers, .*give it to crossbar.flax.InArrays as well"
-    ):
-        scanned(nnx.Param)
-    assert scanned(nnx.Param, InArrays).shape == x.shape
 
 
 # Calibration.
@@ -473,42 +457,13 @@ def test_a_model_is_calibrated_with_an_array_among_its_options():
     assert calibrate(on_arrays, [x], scale=scale)(x, scale=scale).shape == (5, 3)
 
 
-def test_arrays_that_no_batch_reads_are_refused():
-    class Looked(nnx.Module):
-        def __init__(self, rngs):
-            self.embed = nnx.Embed(9, 8, rngs=rngs)
-            self.head = nnx.Linear(8, 9, rngs=rngs)
-
-        def __call__(self, tokens):
-            return self.head(self.embed(tokens))
-
-    model = Looked(nnx.Rngs(0))
-    with pytest.raises(ValueError, match="embed was read by none of the batches"):
-        calibrate(convert(model, {"*": _CALIBRATED}, _KEY), [_TOKENS])
-    assert calibrate(convert(model, {"*": _CALIBRATED}, _KEY, _TOKENS), [_TOKENS])(_TOKENS).shape == (2, 4, 9)
-
-
-def test_calibration_runs_outside_of_transformations():
-    layer = nnx.Linear(6, 7, rngs=nnx.Rngs(0))
-    random = dataclasses.replace(_CALIBRATED, device=crossbar.Device(programming=crossbar.Independent(0.02)))
-
-    def calibrated(key):
-        return calibrate(convert(layer, {"*": random}, key), [_X])
-
-    for transformed, keys in (jax.jit(calibrated), _KEY), (jax.vmap(calibrated), _KEY[None]):
-        with pytest.raises(ValueError, match=r"calibrate outside of them, .*jnp.stack\(leaves\), \*models\)"):
-            transformed(keys)
-
-
 # Noise, and transformations.
 
 
 @pytest.mark.parametrize("kind", ["nnx", "linen"])
 def test_read_noise_needs_a_key_and_calibration_has_one(kind):
     noisy = dataclasses.replace(_CALIBRATED, device=_NOISY.device)
-    dense = nn.Dense(7)
-    model = nnx.Linear(6, 7, rngs=nnx.Rngs(0)) if kind == "nnx" else dense.bind(dense.init(_KEY, _X))
-    on_arrays = calibrate(convert(model, {"*": noisy}, _KEY, _X), [_X])
+    on_arrays = calibrate(convert(_layer(kind, "linear"), {"*": noisy}, _KEY, _X), [_X])
     assert site_errors(on_arrays, [_X])[0]["sqnr"] > 0
     with pytest.raises(ValueError, match="again for every read: give it a key, .*crossbar.flax.with_read_key"):
         on_arrays(_X)
@@ -598,7 +553,7 @@ def test_a_model_on_arrays_is_saved_and_read(tmp_path):
 
 
 def test_a_chip_is_shown_on_one_line():
-    stacked = convert(_Language(nnx.Rngs(1)).blocks, {"up": _COARSE}, _KEY)
+    stacked = convert(_language("nnx").blocks, {"up": _COARSE}, _KEY)
     (chip,) = crossbar.chips_in(stacked)
     assert repr(chip) == f"Chip('up', shape=(2, 8, 16), arrays=16, path={chip.plan.path!r})"
     assert 2 * crossbar.counts(chip.matrix_shape, _COARSE).arrays == 16

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import crossbar_oracle as oracle
 import jax
@@ -42,19 +42,47 @@ def jit(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(fn, compiler_options=COMPILER)
 
 
-def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a property a test of few draws and a nightly one of `count`, the same in every run; and one to be fuzzed."""
-    few = max(2, count // 8)
+class Case(NamedTuple):
+    """A path, a crossbar with the choices that it is built from, the key of its chip, a matrix and inputs.
 
-    def decorate(check: Callable[..., None]) -> Callable[..., None]:
-        PROPERTIES[check.__name__.removeprefix("test_")] = check, drawn
+    `seen` are inputs to calibrate with.
+    """
 
-        @pytest.mark.parametrize("examples", [few, pytest.param(count, marks=pytest.mark.nightly)])
+    path: str | None
+    c: dict[str, Any]
+    config: CrossbarConfig
+    key: jax.Array
+    W: np.ndarray
+    x: np.ndarray
+    seen: np.ndarray
+
+
+def case_of(path: str | None, c: dict[str, Any], number: int = 0) -> Case:
+    arrays = weights(c, number), inputs(c, number), inputs(c, number + DRAWS)
+    return Case(path, c, build(c), jax.random.key(c["seed"]), *arrays)
+
+
+def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Make a property a test of two draws and a nightly one of `count`, the same in every run; and one to be fuzzed."""
+
+    def decorate(check: Callable[..., Any]) -> Callable[..., None]:
+        name = check.__name__.removeprefix("test_")
+
+        def one(case: tuple[str | None, dict[str, Any]], **more: Any) -> None:
+            path, c = case
+            note(repr(build(c)))
+            with jax.enable_x64(c["float64"]), refusals() as refused:
+                check(case_of(path, c), **more)
+            TALLY[name, path or "chosen", "refused" if refused else "within tolerance"] += 1
+
+        PROPERTIES[name] = one, drawn
+
+        @pytest.mark.parametrize("examples", [2, pytest.param(count, marks=pytest.mark.nightly)])
         def test(examples: int) -> None:
             TALLY.clear()
-            settings(max_examples=examples, phases=[Phase.generate])(given(**drawn)(check))()
+            settings(max_examples=examples, phases=[Phase.generate])(given(**drawn)(one))()
             # A property says nothing about what a path refuses.
-            refused = sum(number for (_, _, outcome), number in TALLY.items() if outcome == "refused")
+            refused = sum(number for (*_, outcome), number in TALLY.items() if outcome == "refused")
             assert refused <= 0.75 * TALLY.total() + 1, f"{refused} of {TALLY.total()} cases are refused"
 
         test.__doc__ = check.__doc__
@@ -63,40 +91,31 @@ def cases(count: int, **drawn: st.SearchStrategy[Any]) -> Callable[[Callable[...
     return decorate
 
 
-def tally(path: str | None, outcome: str) -> None:
-    name = next(f.name for f in traceback.extract_stack()[::-1] if f.name.startswith("test_")).removeprefix("test_")
-    TALLY[name, path or "chosen", outcome] += 1
-
-
-def precision(c: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    return jax.enable_x64(True) if c["float64"] else contextlib.nullcontext()
-
-
-class Refused(Exception):
-    """A path does not take a configuration, and says so."""
-
-
 @contextlib.contextmanager
-def refusals(path: str | None) -> Iterator[None]:
-    """Turn a ValueError that the package itself raised, with words of its own, into `Refused`."""
+def refusals() -> Iterator[list[ValueError]]:
+    """Yield a list that gets the ValueError of a block if the package itself raised it, with words of its own."""
+    refused: list[ValueError] = []
     try:
-        yield
+        yield refused
     except ValueError as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         if "lorafusion_jax/crossbar" not in last.filename or len(str(error)) < 30:
             raise
-        tally(path, "refused")
-        raise Refused from error
+        refused.append(error)
 
 
-def compiled(c: dict[str, Any], config: CrossbarConfig, path: str | None) -> Callable[..., Any]:
+def arrays_of(*arrays: np.ndarray) -> list[jax.Array]:
+    return [jnp.asarray(array) for array in arrays]
+
+
+def compiled(case: Case) -> Callable[..., Any]:
     """Return (W, x, seen) -> y, statistics of x, state, with ranges calibrated on `seen` where they come from data."""
-    key = jax.random.key(c["seed"])
-    of_read = jax.random.fold_in(key, 1) if config.reads_at_random else None
+    config = case.config
+    of_read = jax.random.fold_in(case.key, 1) if config.reads_at_random else None
 
     @jit
     def run(W: Any, x: Any, seen: Any) -> Any:
-        state = settled(program(W, config, key, path=path), seen, config, of_read)
+        state = settled(program(W, config, case.key, path=case.path), seen, of_read)
         keyed = with_read_key(state, of_read)
         return *(probe(x, keyed) if ranges(config) else (matmul(x, keyed), None)), state
 
@@ -109,40 +128,41 @@ def ranges(config: CrossbarConfig) -> int:
     return of_inputs + (config.adc is not None and config.adc.range == "calibrated")
 
 
-def settled(state: Any, seen: Any, config: CrossbarConfig, key: Any) -> Any:
+def settled(state: Any, seen: Any, key: Any) -> Any:
     """Return the state with its ranges from data."""
-    for _ in range(ranges(config)):
+    for _ in range(ranges(state.config)):
         state = calibrated(state, probe(seen, with_read_key(state, key))[1])
     return state
 
 
-def drawn_codes(c: dict[str, Any], config: CrossbarConfig) -> oracle.Drawn | None:
+def drawn_codes(case: Case) -> oracle.Drawn | None:
     """Return what random rounding makes of voltages: an identity matrix, read with the same key, shows the codes."""
-    if config.dac is None or config.dac.rounding == "nearest":
+    dac = case.config.dac
+    if dac is None or dac.rounding == "nearest":
         return None
-    top = oracle.input_top(config)
+    top = oracle.input_top(case.config)
     plain = CrossbarConfig(
         cell=crossbar.Cell(bits=None),
         mapping=crossbar.Mapping(weight_bits=None),
         tile=crossbar.Tile(rows=None, cols=None),
-        dac=dataclasses.replace(config.dac, scaling="fixed", limit=1.0),
+        dac=dataclasses.replace(dac, scaling="fixed", limit=1.0),
     )
-    key = jax.random.fold_in(jax.random.key(c["seed"]), 1)
-    read = jit(lambda v: matmul(v, with_read_key(program(jnp.eye(c["d_in"], dtype=v.dtype), plain), key)))
+    key = jax.random.fold_in(case.key, 1)
+    read = jit(lambda v: matmul(v, with_read_key(program(jnp.eye(v.shape[1], dtype=v.dtype), plain), key)))
 
     def drawn(voltages: np.ndarray) -> np.ndarray:
         codes = np.rint(top * np.asarray(read(jnp.asarray(voltages)), float))
-        exact = np.clip(voltages.astype(float), -1 if config.dac.signed else 0, 1) * top
+        exact = np.clip(voltages.astype(float), -1 if dac.signed else 0, 1) * top
         assert (np.abs(codes - exact) < 1 + 1e-5).all(), f"{voltages} as {codes} of {top}"
         return codes
 
     return drawn
 
 
-def assert_within(found: Any, wanted: oracle.Read, c: dict[str, Any], config: CrossbarConfig, what: str) -> None:
-    eps = 3e-6 if dtype(c) == np.float32 else 1e-12
-    if config.tile.wire is not None:
-        eps = max(eps, 20 * config.tile.wire.tolerance)
+def assert_within(found: Any, wanted: oracle.Read, case: Case, what: str) -> None:
+    eps = 3e-6 if dtype(case.c) == np.float32 else 1e-12
+    if case.config.tile.wire is not None:
+        eps = max(eps, 20 * case.config.tile.wire.tolerance)
     error = np.abs(np.asarray(found, float) - wanted.y)
     allowed = wanted.slack * (1 + 1e-6) + eps * np.max(wanted.magnitude, axis=0, keepdims=True) + 1e-30
     if not (error <= allowed).all():
@@ -159,10 +179,17 @@ def chip_of(state: Any) -> oracle.Chip:
     def array(leaf: Any) -> np.ndarray | None:
         return None if leaf is None else np.asarray(leaf, float)
 
-    rows = state.cells.shape[2]
-    scale = np.broadcast_to(np.asarray(state.scale, float), (rows, state.shape[1]))
+    scale = np.broadcast_to(np.asarray(state.scale, float), (state.cells.shape[2], state.shape[1]))
     flipped = None if state.flipped is None else np.asarray(state.flipped)
     return oracle.Chip(np.asarray(state.cells, float), flipped, scale, array(state.gain), array(state.offset))
+
+
+def programmed_chip(case: Case) -> oracle.Chip:
+    """Return the chip of a case: read back where it is random."""
+    config, adc = case.config, case.config.adc
+    if is_perfect(config) and (adc is None or adc.gain_error is adc.offset_error is None):
+        return oracle.program(case.W, config)
+    return chip_of(jit(lambda W: program(W, config, case.key, path="definition"))(jnp.asarray(case.W)))
 
 
 def is_perfect(config: CrossbarConfig) -> bool:
@@ -170,20 +197,21 @@ def is_perfect(config: CrossbarConfig) -> bool:
     return not (device.programming or device.stuck or (device.drift and device.time is not None))
 
 
-def same_bits(c: dict[str, Any], config: CrossbarConfig) -> bool:
+def same_bits(case: Case) -> bool:
     """Whether every path must give the same bits: all sums are integers, shifted by powers of two and scaled once."""
+    config, (d_in, d_out) = case.config, case.W.shape
     if not oracle.integer_sums(config) or config.mapping.scale == "tile":
         return False
     if config.encoding.kind == "offset" and (config.encoding.flip or not config.encoding.unit_column):
         return False
     if config.adc is not None and config.adc.range in ("max", "given"):
-        rows, _ = oracle.grid((c["d_in"], c["d_out"]), config)
+        rows, _ = oracle.grid((d_in, d_out), config)
         lsb = oracle.lsbs(config, rows, None)
         shifts = np.log2(lsb / lsb[0, 0])
         if (np.abs(shifts - np.rint(shifts)) > 1e-12).any():
             return False
     largest = sum(w * t for w, t in zip(oracle.worths(config), oracle.tops(config), strict=True))
-    return largest * oracle.input_top(config) * c["d_in"] * 2 < (2**24 if dtype(c) == np.float32 else 2**53)
+    return largest * oracle.input_top(config) * d_in * 2 < (2**24 if dtype(case.c) == np.float32 else 2**53)
 
 
 def limits_of(state: Any) -> np.ndarray | None:
@@ -202,38 +230,38 @@ AT_READ: dict[str, Any] = {
     34,
     case=reads(None, "product", "loop", "lookup", "planes", "packed", "mosaic", **AT_READ),
 )
-def test_every_path_reads_what_the_loops_say(case: tuple[str | None, dict[str, Any]]):
+def test_every_path_reads_what_the_loops_say(case: Case):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
-    path, c = case
-    note(repr(build(c)))
-    assert_path(path, c)
+    assert_paths([case.path], case.c)
 
 
-def assert_path(path: str | None, c: dict[str, Any]) -> None:
-    config = build(c)
-    with precision(c):
-        run, drawn = compiled(c, config, "definition"), drawn_codes(c, config)
-        first = [assert_defined(c, config, number, run, drawn) for number in range(DRAWS)]
-        tally("definition", "within tolerance")
-        exact = same_bits(c, config)
-        with contextlib.suppress(Refused):
-            run = compiled(c, config, path)
-            for number, (chip, y, limits) in enumerate(first):
-                W, x, seen = problem(c, number)
-                with refusals(path):
-                    found, statistics, state = run(*(jnp.asarray(a) for a in (W, x, seen)))
-                what = f"{path or 'chosen ' + state.plan.path}, draw {number}"
-                own = limits_of(state)
-                if oracle.integer_sums(config) and limits is not None:
-                    np.testing.assert_allclose(own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}")
-                wanted = oracle.read(chip, x, config, own, input_limit=state.input_limit, drawn=drawn)
-                assert_within(found, wanted, c, config, what)
-                if exact:
-                    np.testing.assert_array_equal(found, y, what)
-                assert_clipped(statistics, wanted, what)
-                read = lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0]  # noqa: B023, E731
-                assert_not_finite(read, x, found, config, state.input_limit, what)
-            tally(path, "bitwise" if exact else "within tolerance")
+def assert_paths(paths: list[str | None], c: dict[str, Any]) -> None:
+    """Hold the definition and some paths against the loops.
+
+    Raises:
+      ValueError: a path refuses the configuration.
+    """
+    draws = [case_of("definition", c, number) for number in range(DRAWS)]
+    drawn = drawn_codes(draws[0])
+    with refusals() as refused:
+        run = compiled(draws[0])
+        first = [assert_defined(case, run, drawn) for case in draws]
+    assert not refused, refused
+    exact, config = same_bits(draws[0]), draws[0].config
+    for path in paths:
+        run = compiled(draws[0]._replace(path=path))
+        for number, (case, (chip, y, limits)) in enumerate(zip(draws, first, strict=True)):
+            found, statistics, state = run(*arrays_of(case.W, case.x, case.seen))
+            what = f"{path or 'chosen ' + state.plan.path}, draw {number}"
+            own = limits_of(state)
+            if oracle.integer_sums(config) and limits is not None:
+                np.testing.assert_allclose(own, limits, rtol=1e-6, err_msg=f"ADC limits of {what}")
+            wanted = oracle.read(chip, case.x, config, own, input_limit=state.input_limit, drawn=drawn)
+            assert_within(found, wanted, case, what)
+            if exact:
+                np.testing.assert_array_equal(found, y, what)
+            assert_clipped(statistics, wanted, what)
+            assert_not_finite(run, case, found, state.input_limit, what)
 
 
 _TILED = {"d_in": 12, "rows": 6, "d_out": 4}
@@ -241,70 +269,78 @@ _TIES = {**_TILED, "encoding": "offset", "cells": (4, 4), "adc_bits": 4}  # step
 _BY_ROW = {**_TILED, "adc": "given by row", "signed": True, "cells": (2, 2), "partition": "full", "rows": 5}
 _FLIPPED = {**_TILED, "encoding": "flip", "weights": "positive", "cells": (1, 1, 1)}
 _AGAIN = {**_TILED, "adc": "given", "clip": 0.2, "retries": 3, "signed": True}
-# Path and choices of crossbars that few draws have.
-CORNERS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    **{f"ties at MAX, {path}": (path, _TIES) for path in ("loop", "lookup", "planes", "packed", "mosaic")},
-    **{f"ranges by row, {path}": (path, _BY_ROW) for path in ("loop", "lookup", "planes", "packed", "mosaic")},
-    "ties of calibrated steps": (None, {**_TIES, "adc": "calibrated"}),
-    "Gmin and a digital offset": ("loop", {**_TILED, "encoding": "offset", "ratio": 2.5}),
-    "Gmin, a unit column, gains": ("lookup", {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05}),
-    "both polarities, Gmin, gains": ("loop", {**_TILED, "separate": True, "ratio": 10.0, "gain": 0.05}),
-    "two-sided pairs": ("loop", {**_TILED, "encoding": "two-sided", "signed": True, "cells": (2, 1)}),
-    "gains and offsets": ("definition", {**_TILED, "gain": 0.05, "offset": 0.1, "signed": True}),
-    "flipped columns": (None, _FLIPPED),
-    "flipped columns, Gmin, calibrated": (None, {**_FLIPPED, "ratio": 10.0, "adc": "calibrated"}),
-    "flipped columns, a scale for each tile": ("loop", {**_FLIPPED, "scale": "tile"}),
-    "flipped columns, read again": ("planes", {**_FLIPPED, **_AGAIN, "scaling": "fixed"}),
-    "reads again": ("loop", _AGAIN),
-    "currents limited on either side": ("definition", {**_TILED, "nonlinear": "current", "signed": True}),
-    "wires": ("definition", {**_TILED, "nonlinear": "wire", "signed": True, "rows": 5, "partition": "full"}),
-    "nonlinear cells and wires": ("definition", {"nonlinear": "iv and wire", "slice_bits": None, "signed": True}),
-    "nonlinear cells": ("definition", {**_TILED, "nonlinear": "iv", "bits": 5, "slice_bits": None, "adc": None}),
+_CONVERTING = ["loop", "lookup", "planes", "packed", "mosaic"]
+_TALL = {"d_in": 80, "rows": 40, "d_out": 70, "batch": 6, "cells": (2, 2, 2, 2), "bits": 8, "adc": "given", "clip": 0.2}
+_LARGEST = {"weights": "extreme", "inputs": "full"}
+_SHORT = {**_TALL, "d_in": 18, "rows": 9}
+# Paths and choices of crossbars that few draws have.
+CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
+    "ties at MAX": (_CONVERTING, _TIES),
+    "ranges by row": (_CONVERTING, _BY_ROW),
+    "tall arrays": (_CONVERTING, _TALL),
+    "tall arrays of the largest numbers": (
+        ["lookup", "packed", "mosaic"],
+        {**_TALL, **_LARGEST, "signed": True, "whole": True},
+    ),
+    "sums that are never negative": (["lookup", "planes", "packed"], {**_SHORT, "encoding": "offset", "whole": True}),
+    "two bits in a pulse": (["loop", "packed", "mosaic"], {**_SHORT, "slice_bits": 2, "signed": True}),
+    "more inputs and columns than a block": (["lookup", "mosaic"], {**_TILED, "batch": 260, "d_out": 520}),
+    "one input and column": (["mosaic"], {"batch": 1, "d_out": 1}),
+    "words of packed slices that are full": (["packed"], {**_TALL, **_LARGEST, "d_in": 600, "rows": 300}),
+    "ties of calibrated steps": ([None], {**_TIES, "adc": "calibrated"}),
+    "Gmin and a digital offset": (["loop"], {**_TILED, "encoding": "offset", "ratio": 2.5}),
+    "Gmin, a unit column, gains": (["lookup"], {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05}),
+    "both polarities, Gmin, gains": (["loop"], {**_TILED, "separate": True, "ratio": 10.0, "gain": 0.05}),
+    "two-sided pairs": (["loop"], {**_TILED, "encoding": "two-sided", "signed": True, "cells": (2, 1)}),
+    "gains and offsets": ([], {**_TILED, "gain": 0.05, "offset": 0.1, "signed": True}),
+    "flipped columns": ([None], _FLIPPED),
+    "flipped columns, Gmin, calibrated": ([None], {**_FLIPPED, "ratio": 10.0, "adc": "calibrated"}),
+    "flipped columns, a scale for each tile": (["loop"], {**_FLIPPED, "scale": "tile"}),
+    "flipped columns, read again": (["planes"], {**_FLIPPED, **_AGAIN, "scaling": "fixed"}),
+    "reads again": (["loop"], _AGAIN),
+    "currents limited on either side": ([], {**_TILED, "nonlinear": "current", "signed": True}),
+    "wires": ([], {**_TILED, "nonlinear": "wire", "signed": True, "rows": 5, "partition": "full"}),
+    "nonlinear cells and wires": ([], {"nonlinear": "iv and wire", "slice_bits": None, "signed": True}),
+    "nonlinear cells": ([], {**_TILED, "nonlinear": "iv", "bits": 5, "slice_bits": None, "adc": None}),
     "a quantile that is zero": (
-        "product",
+        ["product"],
         {"weights": "sparse", "weight_quantile": 0.5, "scale": "column", "adc": None},
     ),
-    "weights beyond a quantile": ("lookup", {**_TILED, "weight_quantile": 0.9, "scale": "tile"}),
-    "no weights": ("loop", {"weights": "zero", "scale": "column", "encoding": "unit column"}),
-    "rounding at random": ("definition", {**_TILED, "rounding": "stochastic", "scaling": "calibrated"}),
-    "one conversion for all pulses": ("loop", {**_TILED, "convert": "sum", "bits": 5, "slice_bits": 2}),
-    "real cells and inputs": ("product", {"cells": None, "bits": None, "encoding": "unit column", "adc": None}),
-    "float64": ("lookup", {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"}),
+    "weights beyond a quantile": (["lookup"], {**_TILED, "weight_quantile": 0.9, "scale": "tile"}),
+    "no weights": (["loop"], {"weights": "zero", "scale": "column", "encoding": "unit column"}),
+    "rounding at random": ([], {**_TILED, "rounding": "stochastic", "scaling": "calibrated"}),
+    "one conversion for all pulses": (["loop"], {**_TILED, "convert": "sum", "bits": 5, "slice_bits": 2}),
+    "real cells and inputs": (["product"], {"cells": None, "bits": None, "encoding": "unit column", "adc": None}),
+    "float64": (["lookup"], {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"}),
 }
 
 
 @pytest.mark.parametrize("name", CORNERS)
 def test_corners_are_read_as_the_loops_say(name: str):
-    path, changes = CORNERS[name]
-    TALLY.clear()
-    assert_path(path, simplest(**changes))
-    assert not any(outcome == "refused" for _, _, outcome in TALLY)
-
-
-def problem(c: dict[str, Any], number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return a matrix, inputs, and inputs to calibrate with."""
-    return weights(c, number), inputs(c, number), inputs(c, number + DRAWS)
+    paths, changes = CORNERS[name]
+    with jax.enable_x64("float64" in changes):
+        assert_paths(paths, simplest(**changes))
 
 
 def assert_defined(
-    c: dict[str, Any], config: CrossbarConfig, number: int, run: Callable[..., Any], drawn: oracle.Drawn | None
+    case: Case, run: Callable[..., Any], drawn: oracle.Drawn | None
 ) -> tuple[oracle.Chip, Any, np.ndarray | None]:
     """Hold the definition against the loops; return its chip, its product and its ADC's limits."""
-    W, x, seen = problem(c, number)
-    y, statistics, state = run(*(jnp.asarray(a) for a in (W, x, seen)))
-    chip, limits, what = chip_of(state), limits_of(state), f"definition, draw {number}"
+    config, what = case.config, "definition"
+    y, statistics, state = run(*arrays_of(case.W, case.x, case.seen))
+    chip, limits, input_limit = chip_of(state), limits_of(state), state.input_limit
     if is_perfect(config):
-        assert_same_cells(chip, oracle.program(W, config), config)
-    input_limit = state.input_limit
-    wanted = oracle.read(chip, x, config, limits, input_limit=input_limit, drawn=drawn)
-    assert_within(y, wanted, c, config, what)
+        assert_same_cells(chip, oracle.program(case.W, config), config)
+    wanted = oracle.read(chip, case.x, config, limits, input_limit=input_limit, drawn=drawn)
+    assert_within(y, wanted, case, what)
     assert_clipped(statistics, wanted, what)
     if config.dac is not None and config.dac.scaling == "calibrated":
-        reach = np.quantile(np.abs(seen), config.dac.quantile, method="inverted_cdf") or 2 ** (-1 / 64)
+        reach = np.quantile(np.abs(case.seen), config.dac.quantile, method="inverted_cdf") or 2 ** (-1 / 64)
         assert reach * (1 - 1e-5) <= input_limit <= reach * 2 ** (1 / 64) * (1 + 1e-5), f"{input_limit} covers {reach}"
     once = config if config.adc is None else dataclasses.replace(config, adc=dataclasses.replace(config.adc, retries=0))
-    assert_range(oracle.read(chip, seen, once, limits, input_limit=input_limit, drawn=drawn), config, W.shape)
-    assert_not_finite(lambda x: run(jnp.asarray(W), x, jnp.asarray(seen))[0], x, y, config, input_limit, what)
+    seen = oracle.read(chip, case.seen, once, limits, input_limit=input_limit, drawn=drawn)
+    assert_range(seen, config, case.W.shape)
+    assert_not_finite(run, case, y, input_limit, what)
     return chip, y, limits
 
 
@@ -319,11 +355,11 @@ def assert_same_cells(found: oracle.Chip, wanted: oracle.Chip, config: CrossbarC
 def assert_clipped(statistics: Any, wanted: oracle.Read, what: str) -> None:
     if statistics is None:
         return
-    for of, found, wanted_range in (
+    for of, found, (low, high) in (
         ("conversions", statistics.clipped, wanted.clipped.T),
         ("inputs", statistics.clipped_inputs, wanted.clipped_inputs),
     ):
-        (low, high), count = wanted_range, np.asarray(found)
+        count = np.asarray(found)
         assert (low <= count).all() and (count <= high).all(), f"{what}: {count} {of} clipped, by loops {low} to {high}"
 
 
@@ -338,8 +374,7 @@ def assert_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, in
         assert not seen.clipped[:, 0].any(), f"the range `max` clips {seen.clipped[:, 0]} of the conversions"
     if adc.range != "calibrated":
         return
-    rows, _ = oracle.grid(shape, config)
-    bounds = max(rows) * oracle.full_current(config)
+    bounds = max(oracle.grid(shape, config)[0]) * oracle.full_current(config)
     top = oracle.code_range(config)[1]
     sums = [np.abs(s) for s in seen.sums]
     if oracle.integer_sums(config):
@@ -354,22 +389,21 @@ def assert_range(seen: oracle.Read, config: CrossbarConfig, shape: tuple[int, in
         return
     reach = [np.quantile(s, adc.quantile, method="inverted_cdf") for s in sums]
     covered = seen.lsb[0] * top
-    slack = [bound / 2000 + 1e-6 for bound in bounds]
-    assert (covered >= np.subtract(np.multiply(reach, 0.995), slack)).all(), f"{covered} covers less than {reach}"
+    slack = bounds / 2000 + 1e-6
+    assert (covered >= np.multiply(reach, 0.995) - slack).all(), f"{covered} covers less than {reach}"
     assert (covered <= 2.01 * np.add(reach, slack)).all(), f"{covered} is more than twice {reach}"
     powers = np.log2(covered / covered.max())
     np.testing.assert_allclose(powers, np.rint(powers), atol=1e-3, err_msg="ranges are powers of two apart")
 
 
-def assert_not_finite(
-    read: Callable[[Any], Any], x: np.ndarray, y: Any, config: CrossbarConfig, input_limit: Any, what: str
-) -> None:
+def assert_not_finite(run: Callable[..., Any], case: Case, y: Any, input_limit: Any, what: str) -> None:
     """NaN makes the outputs of its row NaN and no others; a DAC with one range clips infinity, else it is like NaN."""
+    config = case.config
 
     def replaced(value: float) -> np.ndarray:
-        changed = x.copy()
-        changed[0, x.shape[1] // 2] = value
-        return np.asarray(read(jnp.asarray(changed)))
+        changed = case.x.copy()
+        changed[0, case.x.shape[1] // 2] = value
+        return np.asarray(run(*arrays_of(case.W, changed, case.seen))[0])
 
     for value in (np.nan, np.inf):
         found = replaced(value)
@@ -421,36 +455,26 @@ PAIRS: dict[str, Any] = {
     | reads("definition", **{**NOISE, "nonlinear": st.sampled_from([None, "iv"])})
     | reads("definition", **{**NOISE, "noise": "clipped", "adc": None}),
 )
-def test_noise_has_the_mean_and_variance_of_its_conversions(case: tuple[str | None, dict[str, Any]]):
+def test_noise_has_the_mean_and_variance_of_its_conversions(case: Case):
     """Those of normal sums after rounding and clipping, exactly, over 5,000 reads with keys of their own.
 
     The noise is that of cells, that of ADCs, or both.
     """
-    path, c = case
-    config = build(c)
-    note(repr(config))
-    W, x, seen = problem(c, 0)
-    with contextlib.suppress(Refused):
-        y, limits, input_limit = many_reads(c, config, path, W, x, seen)
-        wanted = oracle.read(programmed_chip(c, config, W), x, config, limits, input_limit=input_limit)
-        assert_moments(y, wanted, config, path or "chosen")
-        tally(path, "within tolerance")
+    y, limits, input_limit = many_reads(case)
+    wanted = oracle.read(programmed_chip(case), case.x, case.config, limits, input_limit=input_limit)
+    assert_moments(y, wanted, case)
 
 
-def many_reads(
-    c: dict[str, Any], config: CrossbarConfig, path: str | None, W: np.ndarray, x: np.ndarray, seen: np.ndarray
-) -> tuple[np.ndarray, Any, Any]:
+def many_reads(case: Case) -> tuple[np.ndarray, Any, Any]:
     """Return 5,000 reads of one chip [n, B, d_out] with keys of their own, its ADCs' limits and its DAC's."""
-    key = jax.random.key(c["seed"])
 
     @jit
     def run(W: Any, x: Any, seen: Any) -> Any:
-        state = settled(program(W, config, key, path=path), seen, config, key)
-        y = jax.vmap(lambda key: matmul(x, with_read_key(state, key)))(jax.random.split(key, 5000))
+        state = settled(program(W, case.config, case.key, path=case.path), seen, case.key)
+        y = jax.vmap(lambda key: matmul(x, with_read_key(state, key)))(jax.random.split(case.key, 5000))
         return y, state.limits, state.input_limit
 
-    with refusals(path):
-        y, limits, input_limit = run(*(jnp.asarray(a) for a in (W, x, seen)))
+    y, limits, input_limit = run(*arrays_of(case.W, case.x, case.seen))
     return np.asarray(y, float), limits, input_limit
 
 
@@ -464,53 +488,43 @@ ROUNDING: dict[str, Any] = {
 }
 
 
-@cases(6, case=reads("product", **ROUNDING) | reads("definition", **ROUNDING))
-def test_stochastic_rounding_of_inputs_is_right_on_average(case: tuple[str, dict[str, Any]]):
+@cases(6, case=reads("product", "definition", **ROUNDING))
+def test_stochastic_rounding_of_inputs_is_right_on_average(case: Case):
     """Without an ADC, over 5,000 reads: the mean loses nothing to rounding, and each input has variance f (1 - f)."""
-    path, c = case
-    config = build(c)
-    note(repr(config))
-    W, x, seen = problem(c, 0)
-    with contextlib.suppress(Refused):
-        y, _, input_limit = many_reads(c, config, path, W, x, seen)
-        chip = programmed_chip(c, config, W)
-        full, real = oracle.full_scale(x, config, input_limit).astype(float), oracle.weights(chip, len(W), config)
-        top, low = oracle.input_top(config), -1 if config.dac.signed else 0
-        codes = np.clip(x / full, low, 1) * top
-        share, by = codes - np.floor(codes), full / top
-        nearest = dataclasses.replace(config, dac=dataclasses.replace(config.dac, rounding="nearest"))
-        plain = oracle.read(chip, x, nearest, input_limit=input_limit)
-        wanted = plain._replace(y=codes @ real * by, variance=(share * (1 - share)) @ real**2 * by**2)
-        assert_moments(y, wanted, config, path)
-        tally(path, "within tolerance")
+    (y, _, input_limit), chip, x, config = many_reads(case), programmed_chip(case), case.x, case.config
+    full, real = oracle.full_scale(x, config, input_limit).astype(float), oracle.weights(chip, len(case.W), config)
+    top, low = oracle.input_top(config), -1 if config.dac.signed else 0
+    codes = np.clip(x / full, low, 1) * top
+    share, by = codes - np.floor(codes), full / top
+    nearest = dataclasses.replace(config, dac=dataclasses.replace(config.dac, rounding="nearest"))
+    plain = oracle.read(chip, x, nearest, input_limit=input_limit)
+    wanted = plain._replace(y=codes @ real * by, variance=(share * (1 - share)) @ real**2 * by**2)
+    assert_moments(y, wanted, case)
 
 
-def programmed_chip(c: dict[str, Any], config: CrossbarConfig, W: np.ndarray) -> oracle.Chip:
-    """Return the chip of `seed`: read back where it is random."""
-    if is_perfect(config) and (config.adc is None or config.adc.gain_error is config.adc.offset_error is None):
-        return oracle.program(W, config)
-    key = jax.random.key(c["seed"])
-    return chip_of(jit(lambda W: program(W, config, key, path="definition"))(jnp.asarray(W)))
-
-
-def assert_moments(y: np.ndarray, wanted: oracle.Read, config: CrossbarConfig, what: str) -> None:
+def assert_moments(y: np.ndarray, wanted: oracle.Read, case: Case) -> None:
     """Compare draws [n, B, d_out] with means and variances, within 5.5 and 6 standard errors."""
     n, error = len(y), y - wanted.y
     rounding = wanted.slack + 1e-5 * wanted.magnitude + 1e-30
     rare = 4 * np.abs(error).max(0) / n  # one draw too many of a code that is seldom met
     allowed = 5.5 * np.sqrt(wanted.variance / n) + rare + rounding
     bias = np.abs(error.mean(0))
-    assert (bias <= allowed).all(), f"{what}: means are off by {bias}, allowed {allowed}"
+    assert (bias <= allowed).all(), f"means are off by {bias}, allowed {allowed}"
     square, expected = np.sum(error**2, axis=2), np.sum(wanted.variance, axis=1)
     allowed = 6 * square.std(0) / np.sqrt(n) + 4 * square.max(0) / n + 0.01 * expected + np.sum(rounding**2, axis=1)
-    if config.adc is not None:  # 10 draws of a code, about a step apart, that is so rare that none may have shown it
-        step = wanted.magnitude / 2 ** (config.adc.bits - 1)
+    if case.config.adc is not None:  # 10 draws of a code, about a step apart, that is so rare that none may have it
+        step = wanted.magnitude / 2 ** (case.config.adc.bits - 1)
         allowed = allowed + np.minimum(expected, 10 / n * np.sum(step**2, axis=1))
     found = square.mean(0)
-    assert (np.abs(found - expected) <= allowed).all(), f"{what}: variances {found}, wanted {expected} +- {allowed}"
+    assert (np.abs(found - expected) <= allowed).all(), f"variances {found}, expected {expected} +- {allowed}"
 
 
 # What transformations and replaced values make of a read
+
+
+def directions(case: Case) -> np.ndarray:
+    """Return the weights of the outputs in the sum whose gradient is taken."""
+    return np.random.default_rng(case.c["seed"]).normal(size=(len(case.x), case.W.shape[1]))
 
 
 @cases(
@@ -519,32 +533,26 @@ def assert_moments(y: np.ndarray, wanted: oracle.Read, config: CrossbarConfig, w
     | reads("product", float64=True),
     negative=st.booleans(),
 )
-def test_gradients_are_those_of_the_programmed_weights(case: tuple[str, dict[str, Any]], negative: bool):
+def test_gradients_are_those_of_the_programmed_weights(case: Case, negative: bool):
     """dx = dy W', dW = x' dy, with W' as programmed and x' as the DAC clips it, which also stops dx."""
-    path, c = case
-    config = build(c)
-    note(repr(config))
-    with precision(c), contextlib.suppress(Refused):
-        W, x = weights(c), inputs({**c, "signed": c["signed"] or negative})
-        C = np.random.default_rng(c["seed"]).normal(size=(len(x), W.shape[1]))
-        key = jax.random.key(c["seed"])
+    config, C = case.config, directions(case)
+    case = case._replace(x=inputs({**case.c, "signed": case.c["signed"] or negative}))
 
-        def loss(W: Any, x: Any) -> Any:
-            y = matmul(x, program(W, config, key, path=path))
-            return jnp.sum(C * y), y
+    def loss(W: Any, x: Any) -> Any:
+        y = matmul(x, program(W, config, case.key, path=case.path))
+        return jnp.sum(C * y), y
 
-        with refusals(path):
-            (d_W, d_x), y = jit(jax.grad(loss, (0, 1), has_aux=True))(jnp.asarray(W), jnp.asarray(x))
-        chip = programmed_chip(c, config, W)
-        if config.adc is None or config.adc.range != "max" or not config.encoding.flip:
-            assert_within(y, oracle.read(chip, x, config), c, config, "clipped")
-        most = config.dac.limit if config.dac is not None and config.dac.scaling == "fixed" else np.inf
-        clipped = np.clip(x, 0 if config.dac is not None and not config.dac.signed else -most, most)
-        wanted = np.where(clipped == x, C @ oracle.weights(chip, len(W), config).T, 0)
-        np.testing.assert_allclose(d_x, wanted, rtol=0, atol=1e-9 * np.abs(wanted).max() + 1e-12, err_msg="dx")
-        wanted = clipped.T @ C
-        np.testing.assert_allclose(d_W, wanted, rtol=0, atol=1e-9 * np.abs(wanted).max() + 1e-12, err_msg="dW")
-        tally(path, "within tolerance")
+    (d_W, d_x), y = jit(jax.grad(loss, (0, 1), has_aux=True))(*arrays_of(case.W, case.x))
+    chip = programmed_chip(case)
+    if config.adc is None or config.adc.range != "max" or not config.encoding.flip:
+        assert_within(y, oracle.read(chip, case.x, config), case, "clipped")
+    most = config.dac.limit if config.dac is not None and config.dac.scaling == "fixed" else np.inf
+    clipped = np.clip(case.x, 0 if config.dac is not None and not config.dac.signed else -most, most)
+    for name, found, wanted in (
+        ("dx", d_x, np.where(clipped == case.x, C @ oracle.weights(chip, len(case.W), config).T, 0)),
+        ("dW", d_W, clipped.T @ C),
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9 * np.abs(wanted).max() + 1e-12, err_msg=name)
 
 
 GIVEN = {"adc": st.sampled_from(["given", "given by row"]), "nonlinear": st.none(), "float64": st.just(True)}
@@ -554,59 +562,77 @@ GIVEN = {"adc": st.sampled_from(["given", "given by row"]), "nonlinear": st.none
     7,
     case=reads("loop", "definition", "lookup", "packed", "mosaic", **GIVEN, whole=False)
     | reads(None, **GIVEN, whole=False, device=None, gain=None, offset=None, ratio=None),
-    how=st.sampled_from(["replaced in the configuration", "replaced in the state"]),
+    in_state=st.booleans(),
 )
-def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: tuple[str | None, dict[str, Any]], how: str):
-    """Other limits than those programmed with: the read is theirs, its gradient that of clipping in the loops."""
-    path, c = case
-    new = build({**c, "seed": c["seed"] + 1})
+def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: Case, in_state: bool):
+    """Other limits than those programmed with, in the state or the configuration.
+
+    The read is that of the new limits; its gradient is that of clipping in the loops.
+    """
+    new = build({**case.c, "seed": case.c["seed"] + 1})
     # Where it can be, the range before is one that loses nothing, whose plan is one product.
-    lossless = how.endswith("state") and path is None and oracle.integer_sums(new)
-    bits = 14 if lossless else max(new.adc.bits, 4 + c["seed"] % 10)
+    lossless = in_state and case.path is None and oracle.integer_sums(new)
+    bits = 14 if lossless else max(new.adc.bits, 4 + case.c["seed"] % 10)
     before = dataclasses.replace(new.adc, range="granular" if lossless else "max", limits=None, bits=bits)
     old = dataclasses.replace(new, adc=before)
     new = dataclasses.replace(new, adc=dataclasses.replace(new.adc, bits=bits))
-    note(repr(new))
-    with precision(c), contextlib.suppress(Refused):
-        W, x, _ = problem(c, 0)
-        C = np.random.default_rng(c["seed"]).normal(size=(len(x), W.shape[1]))
-        key = jax.random.key(c["seed"])
-        limits = np.asarray(new.adc.limits)
+    case, C = case._replace(config=new), directions(case)
+    limits = np.asarray(new.adc.limits)
 
-        def read(limits: Any, W: Any, x: Any) -> Any:
-            if how.endswith("configuration"):
-                config = dataclasses.replace(new, adc=dataclasses.replace(new.adc, limits=limits))
-                return matmul(x, program(W, config, key, path=path))
-            state = program(W, old, key, path=path)
+    def read(limits: Any, W: Any, x: Any) -> Any:
+        if in_state:
+            state = program(W, old, case.key, path=case.path)
             state = dataclasses.replace(state, limits=limits if limits.ndim == 3 else limits[None])
-            return matmul(x, state)
+        else:
+            config = dataclasses.replace(new, adc=dataclasses.replace(new.adc, limits=limits))
+            state = program(W, config, case.key, path=case.path)
+        return matmul(x, state)
 
-        def loss(limits: Any, W: Any, x: Any) -> tuple[Any, Any]:
-            y = read(limits, W, x)
-            return jnp.sum(C * y), y
+    def loss(limits: Any, W: Any, x: Any) -> tuple[Any, Any]:
+        y = read(limits, W, x)
+        return jnp.sum(C * y), y
 
-        with refusals(path):
-            gradient, y = jit(jax.grad(loss, has_aux=True))(jnp.asarray(limits), jnp.asarray(W), jnp.asarray(x))
-        if lossless and np.isnan(y).all():  # what a trace can do about limits that one product cannot have
-            with refusals(path):
-                read(jnp.asarray(limits), jnp.asarray(W), jnp.asarray(x))
-        chip = programmed_chip(c, new, W)
-        assert_within(y, oracle.read(chip, x, new), c, new, how)
+    traced = arrays_of(limits, case.W, case.x)
+    gradient, y = jit(jax.grad(loss, has_aux=True))(*traced)
+    if lossless and np.isnan(y).all():  # what a trace can do about limits that one product cannot have
+        read(*traced)
+    chip = programmed_chip(case)
+    assert_within(y, oracle.read(chip, case.x, new), case, "other limits")
 
-        def smooth(tops: np.ndarray) -> float:
-            moved = np.stack([limits[..., 0], tops], -1).tolist()
-            config = dataclasses.replace(new, adc=dataclasses.replace(new.adc, limits=moved))
-            return float(np.sum(C * oracle.read(chip, x, config, rounds=False).y))
+    def smooth(tops: np.ndarray) -> float:
+        moved = np.stack([limits[..., 0], tops], -1).tolist()
+        config = dataclasses.replace(new, adc=dataclasses.replace(new.adc, limits=moved))
+        return float(np.sum(C * oracle.read(chip, case.x, config, rounds=False).y))
 
-        wanted, step = np.zeros(limits.shape[:-1]), 1e-6
-        for at in np.ndindex(wanted.shape):
-            move = np.zeros(wanted.shape)
-            move[at] = step
-            tops = limits[..., 1]
-            wanted[at] = (smooth(tops + move) - smooth(tops - move)) / (2 * step)
-        found = np.asarray(gradient).sum(-1)
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max() + 1e-8)
-        tally(path, "within tolerance")
+    wanted, step, tops = np.zeros(limits.shape[:-1]), 1e-6, limits[..., 1]
+    for at in np.ndindex(wanted.shape):
+        move = np.zeros(wanted.shape)
+        move[at] = step
+        wanted[at] = (smooth(tops + move) - smooth(tops - move)) / (2 * step)
+    found = np.asarray(gradient).sum(-1)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max() + 1e-8)
+
+
+def _wire(v: Any) -> crossbar.Wire:
+    return crossbar.Wire(row_resistance=v, column_resistance=v, tolerance=1e-6)
+
+
+def _limits(v: Any, of: Any) -> Any:
+    return np.asarray(of.limits) * v if isinstance(v, float) else jnp.asarray(of.limits, v.dtype) * v
+
+
+# By name: values that are swept, the part of the configuration that holds them, and its fields of a value and the part.
+SWEPT: dict[str, tuple[list[float], str, Callable[[Any, Any], dict[str, Any]]]] = {
+    "ratio": ([2.5, 8.0, 50.0], "cell", lambda v, of: {"on_off_ratio": v}),
+    "programming": ([0.05, 0.1, 0.3], "device", lambda v, of: {"programming": crossbar.Proportional(v)}),
+    "time": ([2.0, 100.0, 1e4], "device", lambda v, of: {"drift": crossbar.PowerLaw(0.1, 0.02), "time": v}),
+    "offset": ([0.0, 0.05, 0.5], "adc", lambda v, of: {"offset_error": v}),
+    "gain": ([0.0, 0.02, 0.2], "adc", lambda v, of: {"gain_error": v}),
+    "limits": ([0.5, 0.9, 1.3], "adc", lambda v, of: {"limits": _limits(v, of)}),
+    "current": ([0.3, 0.9, 2.0], "tile", lambda v, of: {"current_limit": v}),
+    "wire": ([0.0, 0.01, 0.03], "tile", lambda v, of: {"wire": _wire(v)}),
+    "limit": ([0.4, 0.8, 1.5], "dac", lambda v, of: {"scaling": "fixed", "limit": v}),
+}
 
 
 @cases(
@@ -619,63 +645,29 @@ def test_adc_limits_are_read_and_learned_wherever_they_are_given(case: tuple[str
         adc=st.sampled_from(["max", "given", None]),
         device=st.sampled_from([None, "independent"]),
     ),
-    leaf=st.sampled_from(["ratio", "programming", "time", "gain", "offset", "current", "limit", "limits", "wire"]),
+    leaf=st.sampled_from([*SWEPT]),
 )
-def test_a_sweep_is_a_loop(case: tuple[str | None, dict[str, Any]], leaf: str):
+def test_a_sweep_is_a_loop(case: Case, leaf: str):
     """vmap over one value of the configuration, jitted, against the loops at the first and the last value."""
-    path, c = case
-    base = build(c)
-    note(repr(base))
-    values, change = swept(leaf, base)
-    with precision(c), contextlib.suppress(Refused):
-        W, x, _ = problem(c, 0)
-        key = jax.random.key(c["seed"])
+    part = getattr(case.config, SWEPT[leaf][1])
+    if part is None or leaf == "limits" and part.limits is None:
+        leaf, part = "ratio", case.config.cell
+    values, name, fields = SWEPT[leaf]
 
-        def read(value: Any, W: Any, x: Any) -> Any:
-            config = change(value)
-            return matmul(x, program(W, config, key, path=path))
+    def changed(value: Any) -> CrossbarConfig:
+        return dataclasses.replace(case.config, **{name: dataclasses.replace(part, **fields(value, part))})
 
-        with refusals(path):
-            y = jit(jax.vmap(read, (0, None, None)))(jnp.asarray(values, dtype(c)), jnp.asarray(W), jnp.asarray(x))
-        for at in (0, -1):
-            config = change(values[at])
-            flip = config.encoding.flip and config.adc is not None and config.adc.range == "max"
-            limits = None
-            if flip:
-                limits = limits_of(jit(lambda W: program(W, config, key, path="definition"))(jnp.asarray(W)))  # noqa: B023
-            wanted = oracle.read(programmed_chip(c, config, W), x, config, limits)
-            assert_within(y[at], wanted, c, config, f"{leaf} = {values[at]}")
-        tally(path, "within tolerance")
+    def read(value: Any, W: Any, x: Any) -> Any:
+        return matmul(x, program(W, changed(value), case.key, path=case.path))
 
-
-def swept(leaf: str, base: CrossbarConfig) -> tuple[list[float], Callable[[Any], CrossbarConfig]]:
-    """Return values of a leaf, and how a configuration gets one."""
-
-    def part(name: str, **changes: Any) -> CrossbarConfig:
-        return dataclasses.replace(base, **{name: dataclasses.replace(getattr(base, name), **changes)})
-
-    if leaf == "programming":
-        return [0.05, 0.1, 0.3], lambda v: part("device", programming=crossbar.Proportional(v))
-    if leaf == "time":
-        return [2.0, 100.0, 1e4], lambda v: part("device", drift=crossbar.PowerLaw(0.1, 0.02), time=v)
-    if leaf == "offset" and base.adc is not None:
-        return [0.0, 0.05, 0.5], lambda v: part("adc", offset_error=v)
-    if leaf == "gain" and base.adc is not None:
-        return [0.0, 0.02, 0.2], lambda v: part("adc", gain_error=v)
-    if leaf == "current":
-        return [0.3, 0.9, 2.0], lambda v: part("tile", current_limit=v)
-    if leaf == "limit" and base.dac is not None and base.dac.scaling == "fixed":
-        return [0.4, 0.8, 1.5], lambda v: part("dac", limit=v)
-    if leaf == "limits" and base.adc is not None and base.adc.limits is not None:
-        given = np.asarray(base.adc.limits)
-        return [0.5, 0.9, 1.3], lambda v: part(
-            "adc", limits=given * v if isinstance(v, float) else jnp.asarray(given, v.dtype) * v
-        )
-    if leaf == "wire":
-        return [0.0, 0.01, 0.03], lambda v: part(
-            "tile", wire=crossbar.Wire(row_resistance=v, column_resistance=v, tolerance=1e-6)
-        )
-    return [2.5, 8.0, 50.0], lambda v: part("cell", on_off_ratio=v)
+    y = jit(jax.vmap(read, (0, None, None)))(jnp.asarray(values, dtype(case.c)), *arrays_of(case.W, case.x))
+    for at in (0, -1):
+        one, limits = case._replace(config=changed(values[at])), None
+        if one.config.encoding.flip and one.config.adc is not None and one.config.adc.range == "max":
+            state = jit(lambda W: program(W, one.config, one.key, path="definition"))(jnp.asarray(case.W))  # noqa: B023
+            limits = limits_of(state)
+        wanted = oracle.read(programmed_chip(one), case.x, one.config, limits)
+        assert_within(y[at], wanted, one, f"{leaf} = {values[at]}")
 
 
 def _drifts(*values: Any) -> dict[str, Any]:
@@ -703,48 +695,41 @@ _DEVICES: dict[str, tuple[float, Callable[[Any], dict[str, Any]]]] = {
     case=reads("product", "definition", adc=None, float64=True, nonlinear=None, device=None, weights="normal"),
     leaf=st.sampled_from([*_DEVICES]),
 )
-def test_gradients_of_physical_values_are_slopes(case: tuple[str, dict[str, Any]], leaf: str):
+def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
     """Finite differences of the reparameterised draws; a DAC's limit has LSQ's, by the loops' weights; or refused.
 
     What moves the cells passes straight through rounded inputs, as the weights do: theirs are not rounded here.
     """
-    path, c = case
+    c = case.c
     if leaf == "limit":
         c = {**c, "scaling": "fixed", "bits": c["bits"] or 4}
     elif leaf != "read noise":
         c = {**c, "bits": None}
-    base = build(c)
-    note(repr(base))
-    at, device = _DEVICES[leaf]
-    with precision(c), contextlib.suppress(Refused):
-        W, x, _ = problem(c, 0)
-        C = np.random.default_rng(c["seed"]).normal(size=(len(x), W.shape[1]))
-        key = jax.random.key(c["seed"])
+    (_, _, base, key, W, x, _), (at, device) = case_of(case.path, c), _DEVICES[leaf]
+    C = directions(case)
 
-        def loss(value: Any, W: Any, x: Any) -> Any:
-            config = dataclasses.replace(base, device=crossbar.Device(**device(value)))
-            if leaf == "ratio":
-                config = dataclasses.replace(config, cell=dataclasses.replace(config.cell, on_off_ratio=value))
-            if leaf == "limit":
-                config = dataclasses.replace(config, dac=dataclasses.replace(config.dac, limit=value))
-            state = program(W, config, key, path=path)
-            return jnp.sum(C * matmul(x, with_read_key(state, jax.random.fold_in(key, 1))))
-
-        with refusals(path):
-            y, slope = jit(jax.value_and_grad(loss))(jnp.asarray(at), jnp.asarray(W), jnp.asarray(x))
+    def loss(value: Any, W: Any, x: Any) -> Any:
+        config = dataclasses.replace(base, device=crossbar.Device(**device(value)))
+        if leaf == "ratio":
+            config = dataclasses.replace(config, cell=dataclasses.replace(config.cell, on_off_ratio=value))
         if leaf == "limit":
-            low = -at if base.dac.signed else 0.0
-            d_x = C @ oracle.weights(oracle.program(W, base), len(W), base).T
-            top = 2.0**base.dac.magnitude_bits - 1
-            rounded = np.clip(np.rint(x / at * top) / top, low / at, 1)
-            wanted = np.sum(d_x * (rounded - np.where((x >= low) & (x <= at), x / at, 0)))
-        else:
-            run = jit(loss)
-            ends = [run(jnp.asarray(at * f), jnp.asarray(W), jnp.asarray(x)) for f in (1 - 1e-6, 1 + 1e-6)]
-            wanted = (ends[1] - ends[0]) / (2e-6 * at)
-        scale = abs(float(y)) / at + np.abs(C).sum() * np.abs(W).max()
-        np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6 * scale, err_msg=leaf)
-        tally(path, "within tolerance")
+            config = dataclasses.replace(config, dac=dataclasses.replace(config.dac, limit=value))
+        state = program(W, config, key, path=case.path)
+        return jnp.sum(C * matmul(x, with_read_key(state, jax.random.fold_in(key, 1))))
+
+    y, slope = jit(jax.value_and_grad(loss))(jnp.asarray(at), *arrays_of(W, x))
+    if leaf == "limit":
+        low = -at if base.dac.signed else 0.0
+        d_x = C @ oracle.weights(oracle.program(W, base), len(W), base).T
+        top = 2.0**base.dac.magnitude_bits - 1
+        rounded = np.clip(np.rint(x / at * top) / top, low / at, 1)
+        wanted = np.sum(d_x * (rounded - np.where((x >= low) & (x <= at), x / at, 0)))
+    else:
+        run = jit(loss)
+        ends = [run(jnp.asarray(at * f), *arrays_of(W, x)) for f in (1 - 1e-6, 1 + 1e-6)]
+        wanted = (ends[1] - ends[0]) / (2e-6 * at)
+    size = abs(float(y)) / at + np.abs(C).sum() * np.abs(W).max()
+    np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6 * size, err_msg=leaf)
 
 
 # What must be refused, or be right
@@ -762,53 +747,10 @@ _OTHER = {name: OPTIONS[name] for name in _CHANGED} | {"adc": ["max", "granular"
     name=st.sampled_from(list(_OTHER)),
     pick=st.integers(0, 11),
 )
-def test_a_state_read_with_another_configuration_is_refused_or_right(
-    case: tuple[str | None, dict[str, Any]], name: str, pick: int
-):
-    path, c = case
-    other = {**c, name: _OTHER[name][pick % len(_OTHER[name])]}
-    config, changed = build(c), build(other)
-    note(repr(config))
-    note(repr(changed))
-    with precision(c), contextlib.suppress(Refused):
-        W, x, _ = problem(other, 0)
-        with refusals(path):
-            read = jit(lambda W, x: matmul(x, with_config(program(W, config, path=path), changed)))
-            y = read(jnp.asarray(W), jnp.asarray(x))
-        assert_within(y, oracle.read(oracle.program(W, changed), x, changed), other, changed, f"{name} changed")
-        tally(path, "within tolerance")
-
-
-@cases(
-    6,
-    case=reads("product")
-    | reads(
-        None,
-        "definition",
-        "loop",
-        "lookup",
-        "packed",
-        "mosaic",
-        nonlinear=None,
-        adc=st.sampled_from(["max", "granular"]),
-    ),
-)
-def test_any_leading_axes_are_a_batch(case: tuple[str | None, dict[str, Any]]):
-    """None of them, two of them, and an empty one."""
-    path, c = case
-    config = build(c)
-    note(repr(config))
-    with precision(c), contextlib.suppress(Refused):
-        W, x, _ = problem({**c, "batch": 4}, 0)
-        key = jax.random.key(c["seed"])
-        with refusals(path):
-            state = jit(lambda W: program(W, config, key, path=path))(jnp.asarray(W))
-        leaves, tree = jax.tree.flatten(state)
-        read = jit(lambda x, leaves: matmul(x, jax.tree.unflatten(tree, leaves)))
-        y = np.asarray(read(jnp.asarray(x), leaves))
-        for shape in ((), (2, 2), (0,), (3, 0)):
-            found = read(jnp.asarray(x.reshape(-1)[: int(np.prod(shape)) * len(W)].reshape(*shape, len(W))), leaves)
-            assert found.shape == (*shape, W.shape[1])
-            wanted = y[: int(np.prod(shape))].reshape(found.shape)
-            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(y).max() + 1e-30)
-        tally(path, "within tolerance")
+def test_a_state_read_with_another_configuration_is_refused_or_right(case: Case, name: str, pick: int):
+    other = case_of(case.path, {**case.c, name: _OTHER[name][pick % len(_OTHER[name])]})
+    note(repr(other.config))
+    read = jit(lambda W, x: matmul(x, with_config(program(W, case.config, path=case.path), other.config)))
+    y = read(*arrays_of(other.W, other.x))
+    wanted = oracle.read(oracle.program(other.W, other.config), other.x, other.config)
+    assert_within(y, wanted, other, f"{name} changed")

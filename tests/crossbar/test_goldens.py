@@ -201,8 +201,7 @@ def test_programming_errors_are_those_of_crosssim(goldens, name, model):
     np.testing.assert_allclose(np.mean(error.std(0) / z["err_std"]), 1, atol=0.02)
 
 
-@pytest.mark.parametrize("path", [None, "definition"])
-def test_a_tile_is_that_of_aihwkit(goldens, path):
+def test_a_tile_is_that_of_aihwkit(goldens):
     """A tile of aihwkit: real-valued weights scaled per tile, one pulse, and a converter of absolute range."""
     z = dict(np.load(goldens / "aihwkit" / "torch_inference_8b.npz"))
     # Its DAC rounds to 2 / (2^8 - 2) and its ADC to 20 / (2^8 - 2): 254 steps from -b to b are our signed 8 bits.
@@ -214,7 +213,8 @@ def test_a_tile_is_that_of_aihwkit(goldens, path):
             dac=DAC(bits=8, slice_bits=None, scaling="fixed", limit=1.0),
             adc=ADC(bits=8, range="given", limits=((-10.0, 10.0),)),
         )
-        state = program(jnp.asarray(z["W"].T, float), config, path=path)
-        y = np.asarray(matmul(jnp.asarray(z["x"], float), state))
-        np.testing.assert_allclose(state.scale, np.broadcast_to(z["scale"][:, None], (3, 64)), rtol=1e-6)
-    np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-5 * np.abs(z["y"]).max())
+        for path in (None, "definition"):
+            state = program(jnp.asarray(z["W"].T, float), config, path=path)
+            y = np.asarray(matmul(jnp.asarray(z["x"], float), state))
+            np.testing.assert_allclose(state.scale, np.broadcast_to(z["scale"][:, None], (3, 64)), rtol=1e-6)
+            np.testing.assert_allclose(y, z["y"], rtol=0, atol=1e-5 * np.abs(z["y"]).max())

@@ -71,18 +71,20 @@ def test_values_have_the_derivatives_of_finite_differences():
         np.testing.assert_allclose(along, sum(gradient[name] * at[name] for name in at), rtol=1e-8)
 
 
-@pytest.mark.parametrize("dac", [DAC(bits=4), DAC(bits=4, scaling="fixed", limit=0.5)])
-def test_compensation_cancels_a_drift_that_is_the_same_in_all_cells(dac):
+def test_compensation_cancels_a_drift_that_is_the_same_in_all_cells():
     """Rounding of inputs, which the derivative passes straight through, has no part in it."""
     W, x, C = (jnp.asarray(each, jnp.float32) for each in problem())
 
-    def loss(exponent, compensate):
-        device = Device(drift=PowerLaw(exponent), time=1e4, compensate=compensate)
-        return jnp.sum(C * matmul(x, program(W, CrossbarConfig(dac=dac, device=device), CHIP)))
+    def both(compensate):
+        def loss(exponent):
+            device = Device(drift=PowerLaw(exponent), time=1e4, compensate=compensate)
+            return jnp.sum(C * matmul(x, program(W, CrossbarConfig(dac=DAC(bits=4), device=device), CHIP)))
 
-    slope = jax.grad(loss)(jnp.float32(0.05), True)
-    np.testing.assert_allclose(loss(0.1, True), loss(0.0, True), rtol=1e-5)
-    assert abs(slope) < 1e-4 * abs(jax.grad(loss)(jnp.float32(0.05), False))
+        return jax.jit(jax.value_and_grad(loss))
+
+    (young, slope), (old, _) = (both(True)(jnp.float32(exponent)) for exponent in (0.05, 0.1))
+    np.testing.assert_allclose(young, old, rtol=1e-5)
+    assert abs(slope) < 1e-4 * abs(both(False)(jnp.float32(0.05))[1])
 
 
 def test_weights_keep_their_gradient_beside_that_of_the_cells():
@@ -112,19 +114,16 @@ WIRED = Tile(wire=Wire(row_resistance=1e-3, column_resistance=1e-3, relaxation=0
     ],
 )
 def test_a_value_without_gradient_is_refused_rather_than_zero(config, where, message):
-    W = jnp.ones((6, 5), jnp.float32)
     leaves, tree = jax.tree.flatten_with_path(config)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     at = names.index(where)
 
     def loss(value):
         config = jax.tree.unflatten(tree, [value if i == at else leaf for i, (_, leaf) in enumerate(leaves)])
-        return jnp.sum(matmul(jnp.ones((2, 6), jnp.float32), program(W, config, CHIP)))
+        return jnp.sum(matmul(jnp.ones((2, 6)), program(jnp.ones((6, 5)), config, CHIP)))
 
-    value = jnp.float32(leaves[at][1])
-    assert jnp.isfinite(loss(value))
     with pytest.raises(ValueError, match=message):
-        jax.grad(loss)(value)
+        jax.grad(loss)(jnp.float32(leaves[at][1]))
 
 
 def test_a_value_that_acts_at_programming_is_learned_through_it():
@@ -140,13 +139,12 @@ def test_a_value_that_acts_at_programming_is_learned_through_it():
     np.testing.assert_allclose(through, 60, rtol=1e-5)  # every input is clipped to the limit
 
 
-@pytest.mark.parametrize("path", ["loop", "definition"])
-def test_a_read_has_a_forward_derivative(path):
+def test_a_read_has_a_forward_derivative():
     """That of x W, straight through converters, and the transpose of the reverse one."""
     config = CrossbarConfig(adc=ADC(bits=6, range="max"), device=Device(programming=Independent(0.05)))
     rng = np.random.default_rng(3)
     W, x, dx, C = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 5), (4, 6), (4, 6), (4, 5)))
-    state = program(W, config, CHIP, path=path)
+    state = program(W, config, CHIP, path="loop")
     y, along = jax.jvp(lambda x: matmul(x, state), (x,), (dx,))
     np.testing.assert_array_equal(y, matmul(x, state))
     np.testing.assert_allclose(along, dx @ programmed_weights(state), rtol=1e-4, atol=1e-5)

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from crossbar_problems import problem
-from crossbar_strategies import ENCODINGS
+from crossbar_strategies import ENCODINGS, problem
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,10 +17,8 @@ from lorafusion_jax.crossbar import (
     DAC,
     Cell,
     CrossbarConfig,
-    Device,
     Encoding,
     Geometry,
-    Independent,
     Mapping,
     Tile,
     calibrated,
@@ -41,16 +38,6 @@ def test_no_part_of_an_axis_is_larger_than_an_array(size, limit, how):
     parts = Geometry.of((size, 1), CrossbarConfig(tile=Tile(rows=limit, partition=how))).rows
     assert list(parts) == crossbar_oracle.parts(size, limit, how)
     assert sum(parts) == size and max(parts) <= limit and len(parts) == -(-size // limit)
-
-
-def test_a_batch_of_configurations_is_programmed_under_vmap():
-    W, x = problem()
-    config = CrossbarConfig(device=Device(programming=Independent(0.0)))
-    many = jax.tree.map(lambda v: jnp.asarray([v, v], jnp.float32), config)
-    many = dataclasses.replace(many, device=Device(programming=Independent(jnp.asarray([0.0, 0.1], jnp.float32))))
-    y = jax.vmap(lambda each: matmul(x, program(W, each, KEY)))(many)
-    np.testing.assert_allclose(y[0], matmul(x, program(W, config, KEY)), rtol=1e-6, atol=1e-6)
-    assert jnp.abs(y[1] - y[0]).max() > 0.1
 
 
 def test_calibrating_again_keeps_a_range_that_loses_nothing():
@@ -87,7 +74,7 @@ def test_ranges_that_lose_bits_do_not_pass_for_lossless_ones():
     np.testing.assert_allclose(matmul(x, state), y, rtol=0, atol=1e-5 * float(jnp.abs(y).max()))
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODINGS if name != "flip"])
+@pytest.mark.parametrize("name", ["two-sided", "unit column"])
 def test_measured_conductances_are_read_like_those_that_are_modelled(name):
     """Every cell's own target, read back, is the same chip; a measured error is W's."""
     config = CrossbarConfig(cell=Cell(on_off_ratio=8.0), encoding=ENCODINGS[name], tile=Tile(rows=10, cols=5))
@@ -109,7 +96,7 @@ def test_measured_conductances_are_read_like_those_that_are_modelled(name):
     assert np.abs(wanted - x @ W).max() > 0.01
 
 
-@pytest.mark.parametrize("largest", [1e-40, 2e-38, 1e-37, 1e-36])
+@pytest.mark.parametrize("largest", [1e-40, 1e-37])
 def test_weights_whose_code_would_underflow_have_fewer_codes(largest):
     """Each is right to the smallest normal number; smaller ones are zeros for XLA itself."""
     weights, x = problem()
@@ -122,7 +109,6 @@ def test_weights_whose_code_would_underflow_have_fewer_codes(largest):
     assert (largest < 1e-38) == (not matmul(large, chip)[:, 2].any())
 
 
-@pytest.mark.parametrize(("of_weights", "of_inputs"), [(1, -120), (118, -40), (-90, 100)])
 @pytest.mark.parametrize(
     "config",
     [
@@ -132,13 +118,15 @@ def test_weights_whose_code_would_underflow_have_fewer_codes(largest):
     ],
     ids=["product", "tiles", "columns"],
 )
-def test_only_results_out_of_range_are_lost(config, of_weights, of_inputs):
+def test_only_results_out_of_range_are_lost(config):
     """Powers of two on weights and inputs change no bit of a result but its exponent."""
     rng = np.random.default_rng(0)
     weights, x = (jnp.asarray(rng.uniform(0.1, 1, shape), jnp.float32) for shape in ((64, 9), (4, 64)))
-    wanted = np.asarray(matmul(x, program(weights, config)), float) * 2.0 ** (of_weights + of_inputs)
-    found = matmul(x * jnp.float32(2.0**of_inputs), program(weights * jnp.float32(2.0**of_weights), config))
-    np.testing.assert_array_equal(np.asarray(found, float), wanted)
+    read = jax.jit(lambda W, x: matmul(x, program(W, config)))
+    wanted = np.asarray(read(weights, x), float)
+    for of_weights, of_inputs in ((1, -120), (118, -40), (-90, 100)):
+        found = read(weights * jnp.float32(2.0**of_weights), x * jnp.float32(2.0**of_inputs))
+        np.testing.assert_array_equal(np.asarray(found, float), wanted * 2.0 ** (of_weights + of_inputs))
 
 
 def test_weights_of_eight_bits_are_programmed_as_float32():
@@ -148,10 +136,9 @@ def test_weights_of_eight_bits_are_programmed_as_float32():
     np.testing.assert_array_equal(found, matmul(x, program(narrow.astype(jnp.float32), CrossbarConfig())))
 
 
-@pytest.mark.parametrize("ratio", [None, jnp.float32(50.0)])
-def test_a_calibrated_chip_that_became_one_product_is_read_inside_a_jit(ratio):
+def test_a_calibrated_chip_that_became_one_product_is_read_inside_a_jit():
     weights, x = problem()
-    chip = program(weights, CrossbarConfig(cell=Cell(on_off_ratio=ratio), adc=ADC(bits=10, quantile=1.0)))
+    chip = program(weights, CrossbarConfig(cell=Cell(on_off_ratio=jnp.float32(50.0)), adc=ADC(bits=10, quantile=1.0)))
     chip = calibrated(chip, probe(x, chip)[1])
     assert chip.plan.path == "product"
     np.testing.assert_allclose(jax.jit(lambda x: matmul(x, chip))(x), matmul(x, chip), rtol=1e-6, atol=1e-6)

@@ -11,39 +11,30 @@ from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Mapping, Sinh,
 TIGHT = {"tolerance": 1e-13, "iterations": 2000}
 
 
-def currents(v, G, wire: Wire) -> jax.Array:
-    """Return the currents of all columns of one array, whose largest conductance is 1."""
-    config = CrossbarConfig(
+def one_array(wire: Wire) -> CrossbarConfig:
+    """Return an array as large as its matrix, whose largest conductance is 1, without converters."""
+    return CrossbarConfig(
         cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, tile=Tile(rows=None, cols=None, wire=wire)
     )
-    return jax.jit(lambda v, G: matmul(v[None], program(G, config))[0])(v, G)
+
+
+def currents(v, G, wire: Wire) -> jax.Array:
+    """Return the currents of all columns of one array."""
+    return jax.jit(lambda v, G: matmul(v[None], program(G, one_array(wire)))[0])(jnp.asarray(v), jnp.asarray(G))
 
 
 def nodal(v: np.ndarray, G: np.ndarray, row: float, column: float) -> np.ndarray:
     """Kirchhoff's current law at every node of the word and the bit lines, solved as one linear system."""
-    rows, cols = G.shape
-    word = np.arange(rows * cols).reshape(rows, cols)
-    bit = word + rows * cols
-    A, b = np.zeros((2 * rows * cols, 2 * rows * cols)), np.zeros(2 * rows * cols)
-
-    def join(m: int, n: int, g: float) -> None:
-        for i, k in ((m, n), (n, m)):
-            A[i, i] += g
-            A[i, k] -= g
-
-    for r in range(rows):
-        A[word[r, 0], word[r, 0]] += 1 / row
-        b[word[r, 0]] += v[r] / row
-        for j in range(1, cols):
-            join(word[r, j - 1], word[r, j], 1 / row)
-    for j in range(cols):
-        A[bit[-1, j], bit[-1, j]] += 1 / column
-        for r in range(1, rows):
-            join(bit[r - 1, j], bit[r, j], 1 / column)
-    for r in range(rows):
-        for j in range(cols):
-            join(word[r, j], bit[r, j], G[r, j])
-    return np.linalg.solve(A, b)[bit[-1]] / column
+    nodes = np.eye(2 * G.size)
+    word, bit = (part.reshape(*G.shape, -1) for part in np.split(nodes, 2))
+    A = np.zeros_like(nodes)
+    along = [(word[:, :-1], word[:, 1:], 1 / row), (bit[:-1], bit[1:], 1 / column), (word, bit, G)]
+    ends = [(word[:, 0], 0, 1 / row), (bit[-1], 0, 1 / column)]  # the drivers and the amplifiers
+    for one, other, conductance in (*along, *ends):
+        difference = (one - other).reshape(-1, len(nodes))
+        A += difference.T @ (np.broadcast_to(conductance, one.shape[:-1]).reshape(-1, 1) * difference)
+    b = v / row @ word[:, 0]
+    return bit[-1] @ np.linalg.solve(A, b) / column
 
 
 def array(rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,24 +44,26 @@ def array(rows: int, cols: int) -> tuple[np.ndarray, np.ndarray]:
     return v, G
 
 
-@pytest.mark.parametrize("shape", [(12, 9), (5, 14), (1, 1)])
-@pytest.mark.parametrize("row, column", [(1e-4, 3e-4), (0.5, 0.3)])
+@pytest.mark.parametrize(
+    "shape, row, column", [((12, 9), 1e-4, 3e-4), ((5, 14), 0.5, 0.3), ((12, 9), 0.5, 0.3), ((1, 1), 0.5, 0.3)]
+)
 def test_currents_are_those_of_nodal_analysis(shape, row, column):
     v, G = array(*shape)
+    wire = Wire(row_resistance=row, column_resistance=column, **TIGHT)
     with jax.enable_x64(True):
-        y = currents(jnp.asarray(v), jnp.asarray(G), Wire(row_resistance=row, column_resistance=column, **TIGHT))
+        y = currents(v, G, wire)
     np.testing.assert_allclose(y, nodal(v, G, row, column), rtol=1e-8, atol=1e-10)
 
 
 def test_a_full_array_is_right_in_float32():
-    v, G = array(128, 128)
-    v, wires = np.abs(v), {"row_resistance": 1e-3, "column_resistance": 1e-3}
-    y = currents(jnp.asarray(v, jnp.float32), jnp.asarray(G, jnp.float32), Wire(**wires))
+    v, G = array(64, 64)
+    v, wires = np.abs(v), {"row_resistance": 4e-3, "column_resistance": 4e-3}
+    y = currents(v.astype(np.float32), G.astype(np.float32), Wire(**wires))
     with jax.enable_x64(True):
-        exact = currents(jnp.asarray(v), jnp.asarray(G), Wire(**wires, **TIGHT))
+        exact = currents(v, G, Wire(**wires, **TIGHT))
     assert y.dtype == jnp.float32
     # Errors of the voltages, at most the tolerance each, add up along a column.
-    np.testing.assert_allclose(y, exact, atol=128 * 1e-5)
+    np.testing.assert_allclose(y, exact, atol=64 * 1e-5)
     assert np.linalg.norm(y - v @ G) > 0.5 * np.linalg.norm(v @ G)
 
 
@@ -89,24 +82,26 @@ def relax(v: np.ndarray, G: np.ndarray, row: float, column: float, gamma: float,
     raise AssertionError("did not converge")
 
 
-@pytest.mark.parametrize("gamma, tolerance", [(0.9, 2e-4), (1.0, 1e-3), (0.5, 1e-10)])
+@pytest.mark.parametrize("gamma, tolerance", [(1.0, 1e-3), (0.5, 1e-10)])
 def test_a_fixed_step_stops_where_cumulative_sums_do(gamma, tolerance):
     v, G = array(32, 24)
     with jax.enable_x64(True):
         wire = Wire(row_resistance=5e-4, column_resistance=1e-3, relaxation=gamma, tolerance=tolerance)
-        y = currents(jnp.asarray(v), jnp.asarray(G), wire)
+        y = currents(v, G, wire)
     np.testing.assert_allclose(y, relax(v, G, 5e-4, 1e-3, gamma, tolerance), rtol=1e-11, atol=1e-12)
 
 
 def test_no_convergence_is_nan_and_chebyshev_converges():
-    v, G = jnp.ones(64), jnp.ones((64, 64))
-    wires = {"row_resistance": 1e-2, "column_resistance": 1e-2}
-    assert jnp.isnan(currents(v, G, Wire(relaxation=1.0, **wires))).all()
+    v, G = jnp.ones(32), jnp.ones((32, 32))
+    wires = {"row_resistance": 4e-2, "column_resistance": 4e-2}
+    assert jnp.isnan(currents(v, G, Wire(relaxation=1.0, iterations=100, **wires))).all()
     assert jnp.isnan(currents(v, G, Wire(iterations=2, **wires))).all()
     assert jnp.isfinite(currents(v, G, Wire(**wires))).all()
 
 
-@pytest.mark.parametrize("iv", [None, Sinh(read_voltage=0.5)], ids=["linear", "nonlinear"])
+@pytest.mark.parametrize(
+    "iv", [pytest.param(None, marks=pytest.mark.long), Sinh(read_voltage=0.5)], ids=["linear", "nonlinear"]
+)
 def test_a_compiled_product_is_right_every_time(iv):
     """Loops within a compiled product, run again and again, and with one more axis."""
     rng = np.random.default_rng(0)

@@ -67,18 +67,18 @@ def relative_error(name: str) -> float:
     return float(np.linalg.norm(matmul(x, state) - exact) / np.linalg.norm(exact))
 
 
-def test_isaac_loses_nothing_but_what_sixteen_bits_round():
-    # Weights and inputs are rounded to 2^15 - 1 steps of their largest value, here about 4 standard deviations.
-    step = 4 / (2**15 - 1) / np.sqrt(12)
-    assert relative_error("isaac") < 3 * step
-    assert relative_error("ideal") < 1e-6
-
-
 @pytest.mark.parametrize(
     "name, least, most",
-    [("puma", 1e-6, 1e-2), pytest.param("raella", 1e-3, 0.1, marks=pytest.mark.long), ("neurram", 0.05, 0.8)],
+    [
+        ("ideal", 0, 1e-6),
+        # Weights and inputs are rounded to 2^15 - 1 steps of their largest value, here about 4 standard deviations.
+        ("isaac", 0, 3 * 4 / (2**15 - 1) / np.sqrt(12)),
+        pytest.param("puma", 1e-6, 1e-2, marks=pytest.mark.long),
+        pytest.param("raella", 1e-3, 0.1, marks=pytest.mark.long),
+        ("neurram", 0.05, 0.8),
+    ],
 )
-def test_lossy_presets_lose_some(name, least, most):
+def test_presets_lose_as_much_as_their_converters_do(name, least, most):
     assert least < relative_error(name) < most
 
 
@@ -91,7 +91,7 @@ SAVED = {**PRESETS, "everything": FULL, "analogue": ANALOGUE, "nested": NESTED}
 
 @pytest.mark.parametrize("config", SAVED.values(), ids=SAVED)
 def test_a_configuration_is_loaded_as_it_was_saved(tmp_path, config):
-    for suffix in (".yaml", ".yml", ".json"):
+    for suffix in (".yaml", ".json"):
         path = tmp_path / "folder" / f"crossbar{suffix}"
         save_config(config, path)
         assert load_config(path) == config
@@ -176,9 +176,31 @@ def test_the_hash_tells_configurations_apart():
         ("device: {iv: tanh}", r"device\.iv = 'tanh': choose from \{model: Sinh"),
         ("device: {clip: 3}", r"device\.clip = 3: give a text"),
         ("cell: [", r"cannot be read as YAML"),
+        (
+            "a: &a [1]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 20}]\n" for a, b in ("ab", "bc", "cd", "de")),
+            "over 100,000",
+        ),
+        ("cell: &a [*a]", "tables over 20 deep"),
+        ("cell: " + "[" * 400 + "]" * 400, "tables over 20 deep"),
+        (
+            "a: &a {x: 1}\n" + "".join(f"{b}: &{b} {{<<: [{f'*{a}, ' * 20}]}}\n" for a, b in ("ab", "bc", "cd", "de")),
+            "100,000",
+        ),
+        ("cell: 1" + ":1" * 100_000, "an integer has 200,001 characters"),
+        ("cell: {on_off_ratio: 0x" + "f" * 17 + "}", "is an integer of over 64 bits"),
+        ("cell: {bits: [4, 4]}\ncell: {bits: [8]}", "'cell' is given twice"),
+        (f"cell: {{bits: {[1] * 17}}}", "at most 16 slices"),
+        ("device: {drift: {model: [1]}}", "choose from PCM_DRIFT"),
+        (f"tile: {{wire: {{row_resistance: 0.1, iterations: {2**62}}}}}", "1 to 1,000,000"),
+        (f"device: {{write_verify: {{tolerance: 0.1, pulses: {2**62}}}}}", "1 to 1,000,000"),
+        (f"adc: {{range: max, retries: {2**62}}}", "0 to 1,000"),
+        ("x: !!timestamp soon", "cannot be read as YAML"),
+        ("x: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
+        ("#" * (1 << 20) + "\n", "has 1,048,577 bytes: give a file of at most 1,048,576"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, text, message):
+    """Tables with other fields and values, and those that take more memory or time than their size."""
     path = tmp_path / "crossbar.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as raised:
@@ -202,7 +224,7 @@ def test_bad_names_are_refused(tmp_path):
 # bfloat16 and float16: everything is computed in float32, whose results these are.
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("isaac", jnp.bfloat16), ("puma", jnp.float16), ("neurram", jnp.bfloat16)])
+@pytest.mark.parametrize(("name", "dtype"), [("isaac", jnp.bfloat16), ("neurram", jnp.float16)])
 def test_presets_read_weights_and_inputs_of_sixteen_bits(name, dtype):
     config = PRESETS[name]
     weights = jax.random.normal(jax.random.key(0), (40, 12)).astype(dtype)

@@ -1,6 +1,7 @@
 """Trees of weights in arrays: which go where, on which chip, with which noise, and what probing them returns."""
 
 import dataclasses
+import re
 import warnings
 import zlib
 
@@ -75,9 +76,7 @@ def test_the_first_rule_that_matches_decides_and_the_rest_stays_digital():
     ("layers", "wanted"),
     [
         ("[1:-1]", ["digital", "arrays", "arrays", "digital"]),
-        ("[:1]", ["arrays", "digital", "digital", "digital"]),
         ("[-2:]", ["digital", "digital", "arrays", "arrays"]),
-        ("[0:4]", ["arrays"] * 4),
         ("[:]", ["arrays"] * 4),
     ],
 )
@@ -100,12 +99,10 @@ def test_a_rule_may_name_layers_as_python_does(layers, wanted):
             _equal(dense(placed, jnp.float32)[layer], weight[layer])
 
 
-@pytest.mark.parametrize("pattern", ["decoder.*", "head[1:]", "encoder.*[4:]", "encoder.self"])
-def test_a_rule_that_matches_nothing_is_refused_with_the_paths_there_are(pattern):
-    with pytest.raises(ValueError) as refused:
-        program_tree(_weights(), {pattern: _IDEAL}, _KEY)
-    message = str(refused.value)
-    assert repr(pattern) in message and "A.q, encoder.ff.wi, encoder.self.q, head" in message
+def test_a_rule_that_matches_nothing_is_refused_with_the_paths_there_are():
+    for pattern in ("decoder.*", "head[1:]", "encoder.*[4:]", "encoder.self"):
+        with pytest.raises(ValueError, match=rf"{re.escape(repr(pattern))}.*A.q, encoder.ff.wi, encoder.self.q, head"):
+            program_tree(_weights(), {pattern: _IDEAL}, _KEY)
 
 
 def test_biases_stay_digital_unless_a_rule_names_them_alone():
@@ -151,26 +148,24 @@ def test_every_matrix_is_programmed_with_a_key_of_its_own():
 
 
 def test_chips_are_an_axis():
-    weights = _weights()
-    keys = jax.random.split(_KEY, 3)
-    chips = jax.vmap(lambda key: program_tree(weights, {"*": _NOISY}, key))(keys)
+    weights, keys = {"q": _weights()["encoder.self.q"]}, jax.random.split(_KEY, 2)
+    programmed = jax.jit(lambda key: program_tree(weights, {"*": _NOISY}, key))
+    chips = jax.vmap(programmed)(keys)
     for chip, key in enumerate(keys):
-        alone = program_tree(weights, {"*": _NOISY}, key)
         of_chip = jax.tree.map(lambda leaf, chip=chip: leaf[chip], chips)
-        for name in ("head", "encoder.self.q"):
-            np.testing.assert_allclose(dense(of_chip[name], jnp.float32), dense(alone[name], jnp.float32), rtol=1e-5)
+        np.testing.assert_allclose(
+            dense(of_chip["q"], jnp.float32), dense(programmed(key)["q"], jnp.float32), rtol=1e-5
+        )
 
 
-# Bit planes where the processor counts the bits of vectors.
-@pytest.mark.parametrize(
-    ("device", "paths"),
-    [(Device(), {"packed", "planes"}), pytest.param(_NOISY.device, {"loop"}, marks=pytest.mark.long)],
-)
-def test_the_reads_of_a_model_avoid_tables_which_compile_slowly(device, paths):
-    config = dataclasses.replace(_CONVERTED, adc=ADC(bits=5, range="max"), device=device)
+def test_the_reads_of_a_model_avoid_tables_which_compile_slowly():
+    config = dataclasses.replace(_CONVERTED, adc=ADC(bits=5, range="max"), device=_NOISY.device)
     weight, x = _weights()["head"], _inputs(1)[0]
     placed = program_tree({"head": weight}, {"*": config}, _KEY)["head"]
-    assert placed.plan.path in paths
+    assert placed.plan.path == "loop"
+    # Bit planes where the processor counts the bits of vectors.
+    whole = dataclasses.replace(config, device=Device())
+    assert program_tree({"head": weight}, {"*": whole}, _KEY)["head"].plan.path in {"packed", "planes"}
     chip = jax.random.fold_in(jax.random.fold_in(_KEY, zlib.crc32(b"head")), 0)
     tables = program(weight, config, chip, path="lookup")
     np.testing.assert_allclose(programmed_weights(placed), programmed_weights(tables), rtol=1e-5, atol=1e-6)
@@ -194,7 +189,7 @@ def test_a_stack_is_read_like_its_matrices():
     np.testing.assert_allclose(scanned[0], x @ weights[0], rtol=1e-5, atol=1e-6)
 
 
-def test_carry_passes_through_all_segments_in_order():
+def test_a_carry_passes_through_all_segments_in_order():
     placed = program_tree({"q": _weights()["encoder.self.q"]}, {"*[1:3]": _IDEAL}, _KEY)["q"]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6)), jnp.float32)
     y, numbers = scan_layers(lambda x, layer: (matmul(x, layer[0]), layer[1]), x, (placed, jnp.arange(4)))
@@ -211,6 +206,7 @@ def test_bfloat16_activations_stay_bfloat16():
 
 
 def test_reads_draw_anew_for_every_number_layer_and_module():
+    """Without read noise a chip has no key, and nothing is drawn."""
     placed = program_tree(_weights(), {"*": _READ_NOISE}, _KEY)
     x = jnp.ones((2, 6))
 
@@ -218,20 +214,16 @@ def test_reads_draw_anew_for_every_number_layer_and_module():
         return np.asarray(matmul(x, reads(placed, *numbers)["head"]))
 
     _equal(read(1, 2), read(1, 2))
-    draws = [read(), read(0), read(1), read(2), read(1, 2), read(2, 1), read(0, 0)]
+    draws = [read(), read(0), read(1), read(1, 2), read(2, 1), read(0, 0)]
     assert len({draw.tobytes() for draw in draws}) == len(draws)
     assert not np.array_equal(draws[0][0], draws[0][1])  # two inputs of one read
     keys = [jax.random.key_data(leaf.key).reshape(-1, 2) for leaf in (placed["A"]["q"], placed["encoder.self.q"])]
     assert len(np.unique(np.concatenate(keys), axis=0)) == 4 * 3 + 4
     jitted = jax.jit(lambda placed, number: matmul(x, reads(placed, number)["head"]))
     np.testing.assert_allclose(jitted(placed, jnp.int32(1)), read(1), rtol=1e-5, atol=1e-5)
-
-
-def test_without_read_noise_there_is_no_key_and_no_cost():
-    placed = program_tree(_weights(), {"*": _NOISY}, _KEY)
-    assert placed["head"].key is None
-    before, after = jax.tree.leaves(placed), jax.tree.leaves(reads(placed, 7))
-    assert all(a is b for a, b in zip(before, after, strict=True))
+    quiet = program_tree({"head": _weights()["head"]}, {"*": _NOISY}, _KEY)
+    before, after = jax.tree.leaves(quiet), jax.tree.leaves(reads(quiet, 7))
+    assert quiet["head"].key is None and all(a is b for a, b in zip(before, after, strict=True))
 
 
 # Probing.
@@ -301,15 +293,12 @@ def test_ranges_that_clip_warn_by_name():
 
 
 def test_calibration_without_batches_or_reads_is_refused():
-    placed = program_tree(_weights(), {"*": _CONVERTED}, _KEY)
+    weights = _weights()
+    placed = program_tree({"q": weights["encoder.self.q"][0], "head": weights["head"]}, {"*": _CONVERTED}, _KEY)
     with pytest.raises(ValueError, match="no batches to observe"):
         calibrate_tree(_run, placed, [])
-
-    def without_head(weights, x):
-        return _run(weights | {"head": jnp.ones((6, 5))}, x)
-
     with pytest.raises(ValueError, match="head was read by none of the batches"):
-        calibrate_tree(without_head, placed, _inputs(1))
+        calibrate_tree(lambda weights, x: matmul(x, weights["q"]), placed, _inputs(1))
 
 
 def test_ranges_of_inputs_come_from_data_before_those_of_sums():
