@@ -253,6 +253,7 @@ def test_a_bill_adds_up(large):
 def test_saved_writes_are_outweighed_where_the_two_bills_meet():
     of = _activities()
     constants = CONSTANTS.pinned("typical")
+    of = {name: of[name] for name in ("LoRA in cells", "LoRAFusion", "LoRAFusion, basis of 16")}
     for name, found in comparisons(of, _ISAAC, _OPTIONS, constants).items():
         tokens = found.break_even.typical
         priced = [price(of[n], _ISAAC, _OPTIONS, constants) for n in ("LoRA in cells", name)]
@@ -335,27 +336,23 @@ def test_the_experiment_writes_tables_and_plots(tmp_path):
         cost.main(["--shapes", "t5-tiny"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--crossbar", "isaak"], "no preset 'isaak': choose one of ideal, isaac, puma"),
-        (["--crossbar", "ideal"], "dac = None is an ideal converter"),
-        (["--shape", "flan-t5-huge"], "no shape 'flan-t5-huge': choose one of flan-t5-small"),
-        (["--targets", "q_proj"], "targets are q_proj: choose of q k v"),
-        (["--modules", "0"], "modules is 0"),
-        (["--tokens-per-task", "0"], "tokens_per_task is 0"),
-        (["--bases", "321"], "321 directions: expected 1 to 320, the rank of the sum of 20 modules of rank 16"),
-        (["--bases", "600", "--modules", "40", "--shape", "t5-small"], "600 directions, but encoder.self.q is 512 x"),
-        (["--pool-size", "19"], "pool_size is 19: expected at least 20"),
-        (["--json", "cost.txt"], "expected a file ending in .json"),
-        (["--constants", "none.yaml"], "none.yaml: no such file of constants"),
-        (["--save-constants", "cost.txt"], "constants are a file ending in"),
-    ],
-)
-def test_bad_options_are_refused_before_files_are_written(arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_options_are_refused_before_files_are_written(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(["cost", *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    for arguments, message in (
+        ("--crossbar isaak", "no preset 'isaak': choose one of ideal, isaac, puma"),
+        ("--crossbar ideal", "dac = None is an ideal converter"),
+        ("--shape flan-t5-huge", "no shape 'flan-t5-huge': choose one of flan-t5-small"),
+        ("--targets q_proj", "targets are q_proj: choose of q k v"),
+        ("--modules 0", "modules is 0"),
+        ("--tokens-per-task 0", "tokens_per_task is 0"),
+        ("--bases 321", "321 directions: expected 1 to 320, the rank of the sum of 20 modules of rank 16"),
+        ("--bases 600 --modules 40 --shape t5-small", "600 directions, but encoder.self.q is 512 x"),
+        ("--pool-size 19", "pool_size is 19: expected at least 20"),
+        ("--json cost.txt", "expected a file ending in .json"),
+        ("--constants none.yaml", "none.yaml: no such file of constants"),
+        ("--save-constants cost.txt --shape t5-small", "constants are a file ending in"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["cost", *arguments.split()])
+        assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

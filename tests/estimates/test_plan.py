@@ -69,7 +69,6 @@ _QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes a
 def _method(name: str, config: Architecture) -> lf.Method:
     adapted = tuple(targeted(config, None).items())
     alone = {"zero-shot": lf.ZeroShot(), "full": FullFineTuning(), "lora": lf.LoRA(sites=adapted, rank=8)}
-    alone["dora"] = lf.LoRA(sites=adapted, rank=8, dora=True)
     return alone.get(name) or lf.Fusion(composition="mix" if name.endswith("mix") else "sum")
 
 
@@ -186,8 +185,7 @@ _LONG = pytest.mark.long
     ("name", "config", "changes", "tolerance"),
     [
         *(pytest.param(name, _SMALL, {}, 0.1, marks=_LONG) for name in ("fusion-sum", "fusion-mix", "lora", "full")),
-        ("fusion-sum", _DECODER, {}, 0.1),
-        pytest.param("full", _DECODER, {}, 0.1, marks=_LONG),
+        *(pytest.param(name, _DECODER, {}, 0.1, marks=_LONG) for name in ("fusion-sum", "full")),
         ("fusion", _SMALL, {"recipe": dataclasses.replace(_RECIPE, basis=32)}, 0.02),
         # A sum that is formed as a matrix.
         ("fusion-sum", _SMALL, {"rank": 32}, 0.1),
@@ -272,7 +270,6 @@ def test_flops_of_a_decoder_by_hand():
     ("name", "config", "counted_as"),
     [
         ("fusion-sum", _SMALL, _SMALL),
-        ("dora", _SMALL, _SMALL),
         # Its layers are a loop: unrolled, XLA drops most of the last one's pass over the prompt.
         ("zero-shot", _SCANNED_DECODER, dataclasses.replace(_DECODER, num_layers=1)),
     ],
@@ -296,13 +293,14 @@ def test_flops_of_generation(name, config, counted_as):
 @pytest.mark.parametrize(
     ("name", "seed_mode", "config", "load_in", "structure"),
     [
-        ("fusion-sum", "sequential", _SCANNED, "full", {}),
-        ("fusion-mix", "sequential", _SCANNED, "nf4", {}),
+        ("fusion-sum", "sequential", _SCANNED_DECODER, "nf4", {}),
         pytest.param("fusion-mix", "batched", _SCANNED, "full", _BFLOAT16, marks=pytest.mark.nightly),
         pytest.param("lora", "sequential", _SCANNED, "full", _UNROLLED | _BFLOAT16, marks=pytest.mark.nightly),
         *(
             pytest.param(*case, marks=_LONG)
             for case in (
+                ("fusion-sum", "sequential", _SCANNED, "full", {}),
+                ("fusion-mix", "sequential", _SCANNED, "nf4", {}),
                 ("fusion-basis", "sequential", _SCANNED, "full", {}),
                 ("fusion-basis", "sequential", _SCANNED, "int8", {}),
                 ("full", "sequential", _SCANNED, "full", {}),
@@ -340,8 +338,8 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
 @pytest.mark.parametrize(
     ("config", "dtype", "load_in"),
     [
-        (_SCANNED_DECODER, "bfloat16", "full"),
         (_SCANNED_DECODER, "float32", "nf4"),
+        pytest.param(_SCANNED_DECODER, "bfloat16", "full", marks=_LONG),
         pytest.param(_SCANNED, "float32", "full", marks=_LONG),
         pytest.param(_SCANNED, "bfloat16", "int8", marks=_LONG),
         pytest.param(_SCANNED_DECODER, "float32", "full", marks=_LONG),
@@ -457,50 +455,42 @@ def test_a_plan_describes_its_runs_and_costs():
 
 def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
     options = lf.FuseOptions(base="flan-t5-large", task=_TASK, seeds=(1, 2), method="full")
-    here, cpu, h100, v5e = (describe_run(options, name) for name in (None, "cpu", "h100", "v5e"))
-    assert here in (cpu, h100, v5e) or "batched" in here
+    cpu, h100, v5e = (describe_run(options, name) for name in ("cpu", "h100", "v5e"))
     assert "one after the other" in cpu and "float32 on a CPU" in cpu and "The process takes" in cpu
     assert "batched" in h100 and "float32 on an accelerator" in h100
     assert "The device has 74.51 GiB. All rows fit." in h100
     assert "The device has 14.90 GiB. More than that need: full." in v5e
-    lora = describe_run(dataclasses.replace(options, method="lora", dtype="bfloat16"), "v5e")
-    assert "All rows fit." in lora
 
 
 def test_named_modules_are_those_of_every_seed():
     adapters = one_block.SMALL / "adapters"
     options = lf.FuseOptions(base="t5-small", pool=str(adapters), task=_TASK, method="coefficients")
     named = dataclasses.replace(options, adapters=tuple(sorted(path.name for path in adapters.iterdir()))[:3])
-    drawn = dataclasses.replace(options, recipe=lf.FusionRecipe(modules=3))
 
     def pool(options: lf.FuseOptions, *seeds: int) -> str:
         described = describe_run(dataclasses.replace(options, seeds=seeds))
         (line,) = re.findall(r"^\| coefficients.*", described, re.MULTILINE)
         return line.split("|")[8].strip()
 
-    assert pool(named, 1) == pool(named, 1, 2, 3) == pool(drawn, 1) != pool(drawn, 1, 2, 3)
+    drawn = dataclasses.replace(options, recipe=lf.FusionRecipe(modules=3))
+    assert pool(named, 1, 2, 3) == pool(drawn, 1) != pool(drawn, 1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("method", "changes", "message"),
-    [
+def test_methods_settings_and_rows_that_cannot_be_planned_are_refused():
+    of_basis = {k: {"recipe": lf.FusionRecipe(modules=5, basis=k)} for k in (0, 4, 129)}
+    for method, changes, message in (
         ("lorra", {}, "no method 'lorra': choose one of fusion, coefficients"),
         ("fusion", {"rank": 0}, "rank is 0"),
         ("lora", {"recipe": lf.Recipe(epochs=0)}, "epochs is 0"),
         ("fusion", {"pool": 2}, "a pool of 2 for seeds that draw 5 modules each"),
         ("fusion", {"targets": ("q", "x")}, "targets are q x: choose of q k v o wi_0 wi_1 wo"),
-        ("fusion", {"recipe": lf.FusionRecipe(modules=5, basis=129)}, "129 directions, but .* is 128 x 128"),
-        ("mean", {"recipe": lf.FusionRecipe(modules=5, basis=129)}, "129 directions, but .* is 128 x 128"),
-        ("fusion", {"recipe": lf.FusionRecipe(modules=5, basis=0)}, "basis is 0"),
-        ("fusion-mix", {"recipe": lf.FusionRecipe(modules=5, basis=4)}, "a mix in a shared basis"),
-    ],
-)
-def test_methods_and_settings_that_cannot_be_planned_are_refused(method, changes, message):
-    with pytest.raises(ValueError, match=message):
-        estimate(_SMALL, method, _work(), dataclasses.replace(_SETTINGS, **changes))
-
-
-def test_a_plan_without_rows_or_tasks_is_refused():
+        ("fusion", of_basis[129], "129 directions, but .* is 128 x 128"),
+        ("mean", of_basis[129], "129 directions, but .* is 128 x 128"),
+        ("fusion", of_basis[0], "basis is 0"),
+        ("fusion-mix", of_basis[4], "a mix in a shared basis"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            estimate(_SMALL, method, _work(), dataclasses.replace(_SETTINGS, **changes))
     for make, message in (
         (lambda: workload(Task("t", _SAME[:1], (), "-"), _RECIPE), "t has no test rows: there is nothing to evaluate"),
         (lambda: _work(test_rows=0), "test_rows is 0"),
