@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +174,11 @@ def make_inputs(folder: Path) -> Inputs:
     return Inputs(folder / "base", folder / "pool", folder / "run")
 
 
-def kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int) -> Tally:
+def kill(command: Command, inputs: Inputs, folder: Path, kills: int, seed: int) -> Tally:
     """Kill a command so many times, in several folders, and compare what each of them ends in; Ctrl-C ends this."""
     tally = Tally()
     with contextlib.suppress(KeyboardInterrupt):
-        _kill(name, inputs, folder, kills, seed, tally)
+        _kill(command, inputs, folder, kills, seed, tally)
     return tally
 
 
@@ -192,25 +192,24 @@ def _undisturbed(command: Command, inputs: Inputs, folder: Path) -> tuple[Any, f
     return json.loads(json.dumps(command.outcome(printed, folder / "whole"))), seconds
 
 
-def _kill(name: str, inputs: Inputs, folder: Path, kills: int, seed: int, tally: Tally) -> None:
-    command = COMMANDS[name]
+def _kill(command: Command, inputs: Inputs, folder: Path, kills: int, seed: int, tally: Tally) -> None:
     wanted, seconds = _undisturbed(command, inputs, folder)
     missed = 0  # times that the command ended before its kill
     while (done := tally.kills.total()) < kills:
-        out, draw = folder / f"{done}", random.Random(f"{name} {seed} {done}{missed * ' again'}")
+        out, draw = folder / f"{done}", random.Random(f"{folder.name} {seed} {done}{missed * ' again'}")
         shutil.rmtree(out, ignore_errors=True)  # that of a kill which came too late
         out.mkdir()
         for _ in range(min(kills - done, _CHAIN)):
             if not _killed(command, inputs, out, seconds, draw, tally):
                 break
-        ended = subprocess.run(_python(command.arguments(inputs, out)), **_how())
+        ended = subprocess.run([sys.executable, *command.arguments(inputs, out)], **_how())
         tally.compared += 1
         if ended.returncode and not _is_done(ended.stderr, out):
-            tally.faults.append(f"{name}, {out}: resumed with exit code {ended.returncode}: {ended.stderr[-600:]}")
+            tally.faults.append(f"{out}: resumed with exit code {ended.returncode}: {ended.stderr[-600:]}")
         elif left := [str(path) for path in _unfinished(out) if path.is_dir()]:
-            tally.faults.append(f"{name}, {out}: left behind: {', '.join(left)}")
+            tally.faults.append(f"{out}: left behind: {', '.join(left)}")
         elif (got := json.loads(json.dumps(command.outcome(ended.stdout, out)))) != wanted:
-            tally.faults.append(f"{name}, {out}: other bits: {got} != {wanted}"[:2000])
+            tally.faults.append(f"{out}: other bits: {got} != {wanted}"[:2000])
         else:
             tally.same += 1
             shutil.rmtree(out)
@@ -221,7 +220,7 @@ def _killed(command: Command, inputs: Inputs, out: Path, seconds: float, draw: r
     """Start a command and kill it, unless it ends before that; return whether it was killed."""
     number, after = draw.choice(_SIGNALS), draw.uniform(0, seconds)
     wait_for_writing, pause = command.writes and draw.random() < 0.5, draw.uniform(0, 0.02)
-    process = subprocess.Popen(_python(command.arguments(inputs, out)), **_how())
+    process = subprocess.Popen([sys.executable, *command.arguments(inputs, out)], **_how())
     while process.poll() is None and _cpu_seconds(process.pid) < after:
         time.sleep(0.005)
     while wait_for_writing and process.poll() is None and not any(_unfinished(out)):
@@ -273,14 +272,10 @@ def _how() -> dict[str, Any]:
     return {"env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
-def _python(arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, *arguments]
-
-
 def _whole(arguments: list[str]) -> tuple[str, float]:
     """Run a command to its end; return what it printed and its CPU time."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    ended = subprocess.run(_python(arguments), **_how())
+    ended = subprocess.run([sys.executable, *arguments], **_how())
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if ended.returncode:
         raise SystemExit(f"{' '.join(arguments)}: {ended.stderr}")
@@ -299,14 +294,6 @@ def _unfinished(out: Path) -> Iterator[Path]:
         yield from out.glob(f"{folder}.*.partial")
 
 
-def row(name: str, tally: Tally) -> str:
-    """Return the outcomes of a command as a row of the table."""
-    by_signal = [tally.kills[number] for number in _SIGNALS]
-    same = f"{tally.same} of {tally.compared}"
-    cells = [tally.kills.total(), *by_signal, tally.while_writing, tally.in_start, same, len(tally.faults)]
-    return f"| `{name}` | {' | '.join(map(str, cells))} |"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="kills of each command")
@@ -320,8 +307,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         inputs = make_inputs(Path(folder) / "inputs")
         for name in given.command:
-            tally = kill(name, inputs, Path(folder) / name.replace(" ", ""), given.kills, given.seed)
-            print(row(name, tally), flush=True)
+            tally = kill(COMMANDS[name], inputs, Path(folder) / name.replace(" ", ""), given.kills, given.seed)
+            cells = [tally.kills.total(), *(tally.kills[number] for number in _SIGNALS), tally.while_writing]
+            cells += [tally.in_start, f"{tally.same} of {tally.compared}", len(tally.faults)]
+            print(f"| `{name}` | {' | '.join(map(str, cells))} |", flush=True)
             faults += tally.faults
     print(*faults, sep="\n\n")
     return int(bool(faults))
