@@ -17,6 +17,7 @@ from ..methods.fusion import PRESETS
 from ..methods.recipes import recipe_of
 from ..runs.options import FuseOptions, not_an_option, options_with, plain
 from ..runs.run import run_path
+from ..runs.weight_list import with_listed_modules
 from ..training.recipe import Recipe
 from .parsing import given, parse, peek
 from .scores import score_table
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     _refuse_others(arguments, entry)
     recipe = recipe_of(entry.recipe, vars(PRESETS[asked.preset]))
     command = parse(_command(entry), arguments, "fuse", groups=groups_of(entry), defaults=vars(recipe))
-    options = plain(command)
+    options = with_listed_modules(plain(command))
     if command.plan:
         print(describe_run(options, command.plan_for))
         return

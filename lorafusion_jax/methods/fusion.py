@@ -219,6 +219,16 @@ class Fusion(Method):
             params["core"] = {site: jnp.zeros((s.shape[0], *s.shape[2:]), jnp.float32) for site, s in pool.S.items()}
         return params
 
+    def start_at(self, coefficients: Array, frozen: Frozen, index: Index) -> Params:
+        """Return the numbers that leave the model at W + dW: coefficients, and as magnitudes its column norms."""
+        params = self.init(frozen, index, jax.random.key(0)) | {"coefficients": coefficients}
+        if self.magnitudes:
+            ones = jax.tree.map(jnp.ones_like, params["magnitudes"])
+            adapters, _ = self.adapters(params | {"magnitudes": ones}, frozen, index)
+            norms = {site: 1 / update.scale for site, update in adapters.items()}
+            params["magnitudes"] = _magnitudes(norms, frozen, index)
+        return params
+
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         pool, terms = _pool_of(frozen)
         spread = coefficients_lib.expand(params["coefficients"], pool, self.granularity)

@@ -1,26 +1,21 @@
 """`lorafusion merge`: combine modules of a pool with the user's own weights, without a task."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
-from ..adapters.coefficients import column_names, expand
+from ..adapters.coefficients import expand
 from ..adapters.composition import compose
-from ..adapters.pool import LoraPool
-from ..files import read_json, shown, some
+from ..files import read_json, shown, some, write_text
+from ..io.digests import Digests, pool_digests
 from ..io.export import fused_adapter, merged_base
 from ..io.folders import new_folder
-from ..io.hf import load_base, read_config
+from ..io.hf import base_digest, load_base, read_config
 from ..io.pool import open_pool
 from .export import MERGED, Format, check_format, put_as, put_merged
-
-Weights = Mapping[str, float | Mapping[str, float]]
-"""Weight of every module, or its weights by block, named STACK.LAYER."""
+from .weight_list import RECORD, Merged, Weights, coefficients_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,33 +71,15 @@ def merge(options: MergeOptions) -> str:
         else:
             adapter = fused_adapter(config, pool, index, coefficients, "sum", base=options.base)
             put_as(partial, options.format, options.base, *adapter)
+        digests: Digests = {"base": base_digest(options.base), "modules": pool_digests(pool).modules}
+        write_text(partial / RECORD, json.dumps(Merged(weights=weights, digests=digests), indent=1) + "\n")
     return f"{len(weights)} modules of {options.pool}"
 
 
-def coefficients_of(weights: Weights, pool: LoraPool) -> Float[Array, "N blocks"]:
-    """Return the coefficients of every module of a pool by block.
-
-    Raises:
-      ValueError: a weight is not a finite number, or a block is not the pool's.
-    """
-    blocks = column_names(pool, "block")
-    found = np.zeros((len(pool), len(blocks)), np.float32)
-    for row, name in enumerate(pool.names):
-        of_module = weights[name]
-        by_block = of_module if isinstance(of_module, Mapping) else dict.fromkeys(blocks, of_module)
-        for block, weight in by_block.items():
-            if block not in blocks:
-                raise ValueError(f"the weights of {name} name a block {shown(block)}: expected one of {some(blocks)}")
-            if not math.isfinite(weight):
-                raise ValueError(f"the weight of {name} is {shown(weight)}: expected a finite number")
-            found[row, blocks.index(block)] = weight
-    return jnp.asarray(found)
-
-
 def _weights(options: MergeOptions) -> Weights:
-    weights: dict[str, float | dict[str, float]] = {}
+    weights: Weights = {}
     if options.weights_file is not None:
-        weights |= read_json(options.weights_file, dict[str, float | dict[str, float]], "weights by module", own=False)
+        weights |= read_json(options.weights_file, Weights, "weights by module", own=False)
     for text in options.weights:
         name, _, number = text.rpartition("=")
         try:

@@ -34,6 +34,7 @@ from .options import FuseOptions, options_to_json
 from .prepare import Setup, check, check_digests, digests, prepare, trainable_count, with_modules, with_whole_modules
 from .ranking import choose_by_gradient
 from .train import FINAL, FinalSteps, load_wandb, train
+from .weight_list import listed_params, read_weights, with_listed_modules
 
 # Options that may differ between a run and its resumption.
 _FREE_TO_CHANGE = (
@@ -69,6 +70,7 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
     Raises:
       ValueError: before anything is written, on options or files that cannot be used.
     """
+    options = with_listed_modules(options)
     check(options)
     options = with_targets(options)
     make_room()
@@ -232,6 +234,8 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
     """Return the numbers of the run to start from; ValueError if they do not fit this one."""
     if options.start_from is None:
         return None
+    if (found := read_weights(options.start_from)) is not None:
+        return listed_params(setup, options, *found)
     other, params, config = load_run(options.start_from)
     here = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
     got = {"seeds": list(other.seeds), "modules": config["modules"]}

@@ -35,6 +35,7 @@ from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json
+from lorafusion_jax.runs.weight_list import read_weights
 from lorafusion_jax.tasks import load_task, write_lorahub_split
 
 SECONDS = 5.0  # of CPU time for one file
@@ -134,6 +135,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
         resave(ConvertedPool(pool).adapter(entry["name"]), out)
         shutil.rmtree(out)
 
+    digests = {"base": "0", "modules": {"a": "0", "b": "0"}}
+    merged = _written(
+        folder / "merged" / "merge.json", {"weights": {"a": 1, "b": {"x.0": 2}}, "digests": digests}
+    ).parent
     query = "encoder.block.0.layer.0.SelfAttention.q"
     checked = {"shapes": {query: (96, 96)}, "base_tensor": lf.base_tensor(base)}
 
@@ -166,6 +171,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: read_adapter(str(pickled))),
         **{f"{kind} config": other(kind, "adapter_config.json") for kind in _OTHER_KINDS},
         **{f"{kind} weights": other(kind, "adapter_model.safetensors") for kind in _OTHER_KINDS},
+        "merged list": Kind(merged / "merge.json", lambda: read_weights(merged)),
         "tokenizer": Kind(base / "tokenizer.json", lambda: lf.load_tokenizer(base)),
         "tokenizer config": Kind(base / "tokenizer_config.json", lambda: lf.load_tokenizer(base)),
         "GGUF, byte level": Kind(bytes_file, lambda: gguf_base(bytes_file)),

@@ -1,4 +1,4 @@
-"""Combinations with given weights: the sum by definition, weights by block, formats, and what is refused."""
+"""Combinations with given weights: the sum by definition, by block, formats, a start of a fusion, and refusals."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,14 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recipes
 
+from lorafusion_jax import fuse
 from lorafusion_jax.cli import main
-from lorafusion_jax.io.hf import base_tensor, load_base
+from lorafusion_jax.io.hf import base_tensor, load_base, read_config
 from lorafusion_jax.io.peft.adapter import read_adapter
-from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.architecture import kernels, places
+from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
@@ -74,3 +77,58 @@ def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(tmp_
     with pytest.raises(ValueError, match=message):
         merge(MergeOptions(base=_BASE, pool=_POOL, out=tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def listed(small, tmp_path_factory) -> tuple[Path, Path]:
+    """A list of weights, one module's by block, and the folder of the model that is merged from it."""
+    folder = tmp_path_factory.mktemp("listed")
+    base, pool = map(str, small)
+    first, second = sorted(path.name for path in small[1].iterdir())[:2]
+    file = folder / "weights.json"
+    file.write_text(json.dumps({second: 0.7, first: {"encoder.0": -0.3, "decoder.0": 2}}))
+    merge(MergeOptions(base=base, pool=pool, weights_file=file, out=folder / "merged", format="merged"))
+    return file, folder / "merged"
+
+
+@pytest.mark.parametrize(("number", "changes"), [(0, {"method": "coefficients"}), (1, {"lr_magnitudes": 0.0})])
+def test_a_fusion_starts_at_the_model_that_is_merged(small, listed, tmp_path, number, changes):
+    """At learning rates of zero the start is what is exported."""
+    still = {"lr_coefficients": 0.0, "start_from": listed[number]}
+    options = recipes.small_run(small, tmp_path, name="run", **still | changes)
+    fuse(options)
+    export(ExportOptions(run=tmp_path / "run", seed=2, out=tmp_path / "model", format="merged"))
+    found, merged = base_tensor(tmp_path / "model"), base_tensor(listed[1])
+    for path in places(read_config(small[0])):
+        np.testing.assert_allclose(found(f"{path}.weight"), merged(f"{path}.weight"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes", "message"),
+    [
+        ({}, {}, "it has none: give a weight"),
+        ({"triple": 1}, {}, "the pool has no adapter 'triple'"),
+        (None, {"method": "lora"}, "the method lora cannot start from them: use fusion or coefficients"),
+        (None, {"composition": "mix"}, "they belong to a sum"),
+        (None, {"adapters": ("0",)}, "they name the modules already: leave out --adapters"),
+        (None, {"granularity": "global"}, "has weights by block: use the granularity block, site or rank"),
+    ],
+)
+def test_a_list_that_a_fusion_cannot_start_from_is_refused(small, listed, tmp_path, weights, changes, message):
+    file = listed[0]
+    if weights is not None:
+        file = tmp_path / "weights.json"
+        file.write_text(json.dumps(weights))
+    with pytest.raises(ValueError, match=message):
+        fuse(recipes.small_run(small, tmp_path, name="run", start_from=file, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("part", "message"), [("base", "the base .* had the SHA-256 0"), ("modules", "of the pool")])
+def test_a_merged_list_of_another_base_or_pool_is_refused(small, listed, tmp_path, part, message):
+    record = json.loads((listed[1] / "merge.json").read_text())
+    digests = record["digests"]
+    digests[part] = "0" if part == "base" else dict.fromkeys(digests[part], "0")
+    (tmp_path / "merge.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"{tmp_path} was fused with other weights: .*{message}"):
+        fuse(recipes.small_run(small, tmp_path, name="run", start_from=tmp_path))

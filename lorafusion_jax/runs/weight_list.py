@@ -1,0 +1,122 @@
+"""The list of weights of modules that `lorafusion merge` combines, as a start of a fusion.
+
+It is a JSON file, or merge.json in a folder that `lorafusion merge` wrote.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..adapters.basis import Pool
+from ..adapters.coefficients import column_names, refined
+from ..files import read_json, shown, some
+from ..io.digests import Digests
+from ..methods import find
+from ..methods.fusion import CoefficientsRecipe, Fusion, choice_of
+from ..methods.recipes import basis_of
+from .options import FuseOptions
+from .prepare import Setup, check_digests, digests
+
+Weights = dict[str, float | dict[str, float]]
+"""Weight of every module, or its weights by block, named STACK.LAYER."""
+RECORD = "merge.json"
+
+
+class Merged(TypedDict):
+    """Contents of merge.json: the weights, and the digests of the base and of the modules."""
+
+    weights: Weights
+    digests: Digests
+
+
+def read_weights(source: Path) -> tuple[Weights, Digests | None] | None:
+    """Return the weights in a JSON file, or in a folder that `merge` wrote with its digests; None for another folder.
+
+    Raises:
+      FileError: the file is not such a list.
+    """
+    if source.is_file():
+        return read_json(source, Weights, "weights by module", own=False), None
+    if not (source / RECORD).is_file():
+        return None
+    merged = read_json(source / RECORD, Merged, "a merged list")
+    return merged["weights"], merged["digests"]
+
+
+def coefficients_of(weights: Weights, pool: Pool) -> Float[Array, "N blocks"]:
+    """Return the coefficients of every module of a pool by block.
+
+    Raises:
+      ValueError: a weight is not a finite number, or a block is not the pool's.
+    """
+    blocks = column_names(pool, "block")
+    found = np.zeros((len(pool), len(blocks)), np.float32)
+    for row, name in enumerate(pool.names):
+        of_module = weights[name]
+        by_block = of_module if isinstance(of_module, Mapping) else dict.fromkeys(blocks, of_module)
+        for block, weight in by_block.items():
+            if block not in blocks:
+                raise ValueError(f"the weights of {name} name a block {shown(block)}: expected one of {some(blocks)}")
+            if not math.isfinite(weight):
+                raise ValueError(f"the weight of {name} is {shown(weight)}: expected a finite number")
+            found[row, blocks.index(block)] = weight
+    return jnp.asarray(found)
+
+
+def with_listed_modules(options: FuseOptions) -> FuseOptions:
+    """Return the options with the modules of the list of weights that the run starts from, if it starts from one.
+
+    Raises:
+      ValueError: the options choose other modules, or their method does not start from a weighted sum.
+    """
+    if options.start_from is None or (found := read_weights(options.start_from)) is None:
+        return options
+    names, recipe, method = tuple(found[0]), options.recipe, find(options.method)
+    for wrong, message in (
+        (not names, "it has none: give a weight for each module to fuse"),
+        (
+            not isinstance(recipe, CoefficientsRecipe) or "coefficients" not in method.groups,
+            f"the method {method.name} cannot start from them: use fusion or coefficients",
+        ),
+        (getattr(recipe, "composition", "sum") != "sum", "they belong to a sum: use the composition sum"),
+        (
+            options.adapters not in ((), names) or choice_of(recipe) != "draw",
+            "they name the modules already: leave out --adapters and --choose",
+        ),
+    ):
+        if wrong:
+            raise ValueError(f"--from {options.start_from} is a list of weights: {message}")
+    return dataclasses.replace(options, adapters=names)
+
+
+def listed_params(setup: Setup, options: FuseOptions, weights: Weights, recorded: Digests | None) -> dict[str, Any]:
+    """Return the numbers of all seeds that give the model of a list of weights."""
+    problem, source = setup.problem, options.start_from
+    method, pool = problem.method, problem.frozen.pool
+    assert isinstance(method, Fusion) and pool is not None and source is not None
+    if recorded is not None:
+        if basis_of(options.recipe) is not None:  # modules in a basis have digests of other arrays
+            recorded = {"base": recorded["base"], "modules": {}}
+        check_digests(source, recorded, digests(setup, options), options)
+    if missing := sorted(weights.keys() - {*setup.modules[0]}):
+        raise ValueError(f"{options.pool} has no module {some(missing)}, which {source} names")
+    if pool.magnitude is not None:
+        raise ValueError(
+            f"{options.pool} is a DoRA adapter, whose magnitudes a weighted sum would lose: use plain LoRAs"
+        )
+    by_block = coefficients_of(weights, pool)[jnp.array([pool.names.index(name) for name in setup.modules[0]])]
+    if method.granularity != "global":
+        coefficients = refined(by_block, pool, "block", method.granularity)
+    elif any(isinstance(of_module, dict) for of_module in weights.values()):
+        raise ValueError(f"{source} has weights by block: use the granularity block, site or rank")
+    else:
+        coefficients = by_block[:, 0]
+    params = jax.jit(method.start_at)(coefficients, problem.frozen, problem.index[0])
+    return jax.tree.map(lambda p: jnp.broadcast_to(p, (len(options.seeds), *p.shape)), params)
