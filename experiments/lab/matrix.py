@@ -30,6 +30,8 @@ class MatrixOptions:
       base: the base model, a folder, hub id or GGUF file.
       pool: a converted pool, or a folder of PEFT adapters.
       tasks: task folders or files.
+      prompt: template of the model's input, with {input} or other columns of the tasks' rows.
+      chat: put the input into the base's own chat template, as the user's message.
       methods: rows of the table; all by default.
       seeds: each draws modules, starts and orders of rows.
       leagues: rows to learn from: 95 and 5 for validation, or LoraHub's 5.
@@ -48,6 +50,8 @@ class MatrixOptions:
     base: str
     pool: str
     tasks: tuple[str, ...]
+    prompt: str | None = None
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     methods: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     leagues: tuple[League, ...] = ("95+5",)
@@ -116,6 +120,8 @@ def _fuse_options(
         name="-".join((name, method, league, *map(str, options.seeds))).replace(" ", "_").replace(",", ""),
         method=entry.method,
         control=entry.control,
+        prompt=options.prompt,
+        chat=options.chat,
         recipe=dataclasses.replace(recipe, epochs=recipe.epochs if options.epochs is None else options.epochs),
         train_rows=min(entry.train_rows or TRAIN_ROWS[league], TRAIN_ROWS[league]),
         test_rows=options.test_rows,

@@ -61,10 +61,8 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
         if options.base not in known_shapes():
             how |= load_texts(of_group[0].options)._asdict()
         prompted = next((recipe for recipe in recipes if isinstance(recipe, FewShotRecipe)), recipes[0])
-        work = {
-            name: workload(load_task(task), prompted, eval_batch=options.eval_batch, **how)
-            for name, task in tasks.items()
-        }
+        read = {name: load_task(task, prompt=options.prompt, chat=options.chat) for name, task in tasks.items()}
+        work = {name: workload(task, prompted, eval_batch=options.eval_batch, **how) for name, task in read.items()}
         chosen = f"{modules} modules" + ("" if choose == "draw" else f" by {choose}")
         within = "" if basis is None else f", in a basis of {basis}{WITH_CORE if core else ''}"
         few = "" if rows == TRAIN_ROWS[league] else f" over {rows} rows"

@@ -121,3 +121,5 @@ def test_a_plan_has_every_row_of_a_matrix_with_its_numbers(capsys):
     # 20 modules, 12 blocks, q and v of 18 attentions, rank 16.
     for size, count in {"global": 20, "block": 20 * 12, "site": 20 * 36, "rank": 20 * 36 * 16}.items():
         assert rows[f"coefficients only, {size}"][1] == f"{count:,}"
+    with pytest.raises(ValueError, match="no column question"):
+        _planned(capsys, "--groups", "start", "--prompt", "{question}")
