@@ -26,7 +26,7 @@ from ..models.weights import dense
 from ..progress import progress
 from ..runs.options import FuseOptions
 from ..runs.prepare import LoadedModel, digests, load_model
-from ..tasks import IGNORED, Batch
+from ..tasks import IGNORED, Batch, Example, encode, eval_batches
 from .calibration import looped
 from .folder import Chips, aged, load_chips
 from .program import Restored, program
@@ -36,6 +36,8 @@ _WHAT = "a folder of corrections"
 _RANGES = ("limits", "input_limit")
 # Most tokens of a row of text; a last share of the rows is left out of the training, to measure on.
 WINDOW, _MEASURED = 128, 8
+# Tokens that a decoder samples by default; lines in a batch of an encoder-decoder, and most tokens of its answers.
+_SAMPLED, _LINES, _ANSWER = 3072, 16, 32
 
 
 class Manifest(TypedDict):
@@ -257,17 +259,35 @@ def sampled(loaded: LoadedModel, tokens: int, seed: int) -> list[int]:
     return np.concatenate([start, np.asarray(new)], axis=1).reshape(-1).tolist()
 
 
+def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
+    """Return lines of text as sources of an encoder-decoder, in batches; targets are the digital model's answers."""
+    model, tokenizer = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base), loaded.tokenizer
+    answer = jax.jit(functools.partial(generate, max_new_tokens=_ANSWER))
+    encoded = encode(tokenizer, [Example(line, "") for line in lines], loaded.text_format)
+    found = []
+    for numbers, batch in eval_batches(encoded, _LINES, pad_id=tokenizer.pad_token_id):
+        tokens = answer(model, batch.input_ids, batch.input_mask)
+        ended = jnp.cumsum(jnp.isin(tokens, jnp.array(loaded.config.end_ids)), axis=1)
+        behind = (jnp.pad(ended, [(0, 0), (1, 0)])[:, :-1] > 0) | (numbers < 0)[:, None]
+        found.append(batch._replace(labels=jnp.where(behind, IGNORED, tokens)))
+    return [jax.tree.map(jnp.asarray, batch) for batch in found]
+
+
 def _read_text(loaded: LoadedModel, options: RestoreOptions) -> tuple[list[Batch], str]:
     """Return the text in batches, and its name: the digest of the files, or `sampled`."""
-    if not loaded.config.causal:
-        raise ValueError(f"{options.base} is an encoder-decoder: restoring needs a decoder")
-    if not options.text:
-        return windows(sampled(loaded, options.self_text or 3072, options.seed), WINDOW), "sampled"
     content = "\n".join(path.read_text(encoding="utf-8") for path in options.text)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    if not loaded.config.causal:
+        lines = [line for line in content.splitlines() if line.strip()]
+        if not lines or options.self_text:
+            raise ValueError(f"{options.base} is an encoder-decoder: give lines that it reads with --text")
+        return answered(loaded, lines), digest
+    if not options.text:
+        return windows(sampled(loaded, options.self_text or _SAMPLED, options.seed), WINDOW), "sampled"
     ids = loaded.tokenizer(content, add_special_tokens=False)["input_ids"][: options.tokens]
     if len(ids) < WINDOW:
-        raise ValueError(f"the text has {len(ids)} tokens: give at least one window of {WINDOW}, better 3,072")
-    return windows(ids, WINDOW), hashlib.sha256(content.encode()).hexdigest()
+        raise ValueError(f"the text has {len(ids)} tokens: give at least one window of {WINDOW}, better {_SAMPLED:,}")
+    return windows(ids, WINDOW), digest
 
 
 def _how(options: RestoreOptions, held: Sequence[Array]) -> Restoring:

@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import one_block
 import pytest
 import small_llama
 
@@ -94,6 +95,15 @@ def test_a_perfect_chip_stays_as_it_is(home):
     found = restore(run, weights, digital_matrices(loaded, weights), batches, targets, Restoring(epochs=0))
     for correction in found.values():
         np.testing.assert_allclose(correction.scale, 1, atol=1e-5)
+
+
+def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
+    base, _ = one_block.cut(tmp_path, adapters=1)
+    rows = map(json.loads, (one_block.SMALL / "tasks" / "double_digit" / "train.jsonl").read_text().splitlines())
+    (tmp_path / "lines.txt").write_text("\n".join([row["context"] for row in rows][:16]))
+    given = {"base": str(base), "text": (tmp_path / "lines.txt",), "out": tmp_path / "restored"}
+    (before, after), *_ = restore_chips(_options(home, epochs=2, **given))["divergence"].values()
+    assert after < before
 
 
 @pytest.mark.parametrize(
