@@ -3,7 +3,6 @@
     python experiments/restore.py --plan               # rows that are missing, and their time
     python experiments/restore.py                      # the main rows: error 3 %, chips 1 to 5, all kinds
     python experiments/restore.py --rows text chips    # calibration text; other chips
-    python experiments/restore.py --rows tune --chips 0
 
 The design is experiments/restore.md. Written to OUT: a line of rows.jsonl for each row, main.csv, text.csv, chips.csv
 and restore.png. Interrupted, the same command continues with the next row.
@@ -48,14 +47,14 @@ from lorafusion_jax.text_tables import markdown
 from lorafusion_jax.training.loss import log_likelihood
 
 WINDOW, HELD_OUT, CALIBRATION, ADC_CALIBRATION = 128, 1024, 3072, 256
-# Adam's rates, chosen on chip 0 and on calibration text alone (--rows tune).
-RATE, RATE_LOW_RANK = 1e-2, 1e-3
+# Adam's rates, chosen on chip 0 and on calibration text alone (docs/results/restore/tuning.csv).
+RATE, RATE_LOW_RANK, RATE_LORA = 1e-2, 1e-3, 3e-3
 EPOCHS = 5
 # CPU seconds of a row, by its training: closed form or distilled.
 COST = {"none": 20, "closed": 150, "distilled": 500}
 
 Row = dict[str, Any]
-Part = Literal["main", "text", "chips", "tune"]
+Part = Literal["main", "text", "chips"]
 Kind = Literal["real", "sampled"]
 
 
@@ -119,7 +118,7 @@ MAIN = (
     Arm("scales"),
     Arm("scales", epochs=EPOCHS),
     *(Arm("low-rank", share, epochs) for share in SHARES for epochs in (0, EPOCHS)),
-    *(Arm("lora", share, EPOCHS) for share in SHARES),
+    *(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in SHARES),
 )
 # The two best arms of the main rows, and the best closed form.
 BEST, SECOND, BEST_CLOSED = Arm("low-rank", 0.05, EPOCHS), Arm("low-rank", 0.01, EPOCHS), Arm("low-rank", 0.05)
@@ -186,12 +185,6 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def jobs(options: Options) -> Iterator[Job]:
     """Yield the rows of the design, one chip after the other."""
-    if "tune" in options.rows:
-        for rate in (3e-3, 1e-2, 3e-2):
-            yield Job("tune", Setting(), 0, Arm("scales", None, EPOCHS, rate))
-        for rate in (3e-4, 1e-3, 3e-3):
-            yield Job("tune", Setting(), 0, Arm("low-rank", 0.01, EPOCHS, RATE, rate))
-            yield Job("tune", Setting(), 0, Arm("lora", 0.01, EPOCHS, RATE, rate))
     if "main" in options.rows:
         for chip in options.chips:
             yield from (Job("main", Setting(), chip, arm) for arm in MAIN)

@@ -11,18 +11,21 @@ from ..crossbar import CONSTANTS, Range, ReadEnergy, WriteCost, load_config, loa
 from ..estimates.bill import (
     Bill,
     Comparison,
+    CorrectionBill,
     CostOptions,
     Once,
     activities,
     comparisons,
+    correction_bill,
     installed_once,
     price,
     price_once,
 )
-from ..estimates.bill.show import constants_table, sentences, tables
+from ..estimates.bill.show import constants_table, corrections_table, sentences, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
 from ..files import write_text, writing
+from ..hardware.restored import read_corrections
 from ..text_tables import markdown
 from .parsing import parse
 
@@ -42,11 +45,13 @@ class CostCommand(CostOptions):
       constants: file that replaces the table of constants.
       save_constants: write the table in use to this .yaml or .json file, to edit it.
       json: write everything to this file.
+      restore: add the cost of digital corrections: a folder that `lorafusion restore` wrote.
     """
 
     constants: Path | None = None
     save_constants: Path | None = None
     json: Path | None = None
+    restore: Path | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,7 +64,7 @@ GROUPS = {
     "fusion": ("modules", "pool_size", "rank", "targets", "bases", "train_core"),
     "training": ("epochs", "batch_size"),
     "baseline": ("vera_rank", "evaluations"),
-    "hardware": ("crossbar", "constants", "save_constants"),
+    "hardware": ("crossbar", "restore", "constants", "save_constants"),
     "run": ("json",),
 }
 
@@ -73,6 +78,11 @@ def main(arguments: Sequence[str]) -> None:
     found = {activity.method: activity for activity in activities(config, crossbar, options)}
     bills = {name: price(activity, crossbar, options, constants) for name, activity in found.items()}
     once = {name: price_once(found, constants) for name, found in installed_once(config, crossbar, options).items()}
+    corrections = None
+    if options.restore is not None:
+        made = read_corrections(options.restore)
+        how = {"numbers": made["numbers"], "tokens": made["tokens"], "epochs": made["epochs"]}
+        corrections = correction_bill(config, crossbar, constants=constants, **how)
     against = comparisons(found, crossbar, options, constants)
 
     if options.save_constants is not None:
@@ -80,13 +90,14 @@ def main(arguments: Sequence[str]) -> None:
             save_constants(options.save_constants, constants)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        files = ("constants", "save_constants", "json")
+        files = ("constants", "save_constants", "json", "restore")
         content = {
             "options": {name: value for name, value in vars(options).items() if name not in files},
             "constants": {name: vars(constant) for name, constant in constants.table.items()},
             "methods": {n: bill._asdict() | {"learning": bill.learning} for n, bill in bills.items()},
             "once": once,
             "LoRA in cells over": against,
+            "corrections": corrections,
         }
         write_text(options.json, json.dumps(_plain(content), indent=2) + "\n")
 
@@ -96,6 +107,8 @@ def main(arguments: Sequence[str]) -> None:
         f"{options.epochs} epochs.\nEvery range is low / typical / high.\n"
     )
     print(captioned(tables(bills, once, options)))
+    if corrections is not None:
+        print(captioned({f"Digital corrections of {options.restore}": corrections_table(corrections)}))
     print("\n".join(sentences(against, bills, once, options)))
     print(f"\nConstants\n\n{markdown(constants_table(constants))}", end="")
 
@@ -104,6 +117,6 @@ def _plain(value: Any) -> Any:
     """Return a value for JSON; ranges are [low, typical, high], in joules and seconds, and null if infinite."""
     if isinstance(value, Range):
         return [None if math.isinf(end) else end for end in (value.low, value.typical, value.high)]
-    if isinstance(value, Bill | Comparison | Once | ReadEnergy | WriteCost):
+    if isinstance(value, Bill | Comparison | CorrectionBill | Once | ReadEnergy | WriteCost):
         value = value._asdict()
     return {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else value

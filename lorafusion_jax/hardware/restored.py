@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from ..checks import at_least, check_uint32
 from ..crossbar import Correction, calibrate_tree, chips_in, config_hash, place, with_corrections
 from ..io import arrays
+from ..io.folders import read_manifest
 from ..models.architecture import Model, matrices
 from ..models.generate import Sampling, generate
 from ..models.weights import dense
@@ -213,6 +214,11 @@ def load_restored(name: str, chips: Chips, number: int, base_sha256: str) -> Res
         ranges[site] = {part: values.pop(part) for part in _RANGES if part in values}
         corrections[site] = Correction(**values)
     return Restored(corrections, ranges)
+
+
+def read_corrections(folder: Path) -> Manifest:
+    """Return the metadata of a folder of corrections."""
+    return read_manifest(folder, Manifest, _WHAT)[1]
 
 
 @functools.lru_cache  # the same function again: it is compiled once for each

@@ -10,7 +10,7 @@ import pytest
 import small_llama
 
 from lorafusion_jax import cli, crossbar
-from lorafusion_jax.crossbar import Independent, save_config
+from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
 from lorafusion_jax.hardware.folder import load_chips
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.restore import Restoring, divergence, restore
@@ -155,3 +155,14 @@ def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, 
     with pytest.raises(SystemExit):
         cli.main(arguments)
     assert "corrections are never overwritten" in capsys.readouterr().err
+
+
+def test_the_cost_of_corrections_is_in_the_bill(home, tmp_path, capsys):
+    file = tmp_path / "bill.json"
+    cli.main(["cost", "--restore", str(home / "restored"), "--json", str(file)])
+    printed, made = capsys.readouterr().out, json.loads((home / "restored" / "manifest.json").read_text())["metadata"]
+    assert f"{made['numbers']:,}" in printed
+    bill = json.loads(file.read_text())["corrections"]
+    of_one = CONSTANTS["mac_energy"].typical + CONSTANTS["word_energy"].typical
+    assert bill["token"][1] == pytest.approx(made["numbers"] * of_one)
+    assert bill["once"][1] > bill["base_token"][1]

@@ -3,17 +3,20 @@
 from .activity import Activity, activities, installed_once
 from .bill import Bill, Once, bills, price, price_once
 from .comparison import Comparison, comparisons
+from .corrections import CorrectionBill, correction_bill
 from .options import CostOptions
 
 __all__ = [
     "Activity",
     "Bill",
     "Comparison",
+    "CorrectionBill",
     "CostOptions",
     "Once",
     "activities",
     "bills",
     "comparisons",
+    "correction_bill",
     "installed_once",
     "price",
     "price_once",

@@ -8,6 +8,7 @@ from ...crossbar import Constants, Range, WriteCost
 from ...report.formats import EMPTY
 from .bill import Bill, Once
 from .comparison import Comparison
+from .corrections import CorrectionBill
 from .options import CostOptions
 
 _LAYOUTS = ("LoRAFusion", "LoRAFusion, side by side")
@@ -20,6 +21,18 @@ def quantity(value: Range, unit: str) -> str:
     exponent = min(max(exponent, min(_PREFIXES)), max(_PREFIXES))
     ends = [_digits(end / 10.0**exponent) for end in (value.low, value.typical, value.high)]
     return f"{ends[0] if len(set(ends)) == 1 else ' / '.join(ends)} {_PREFIXES[exponent]}{unit}"
+
+
+def corrections_table(bill: CorrectionBill) -> list[list[str]]:
+    """Return the lines of the cost of a chip's digital corrections."""
+    return [
+        ["numbers", "bytes", "energy of a token", "the base's reads of a token", "computing them, once"],
+        [
+            f"{bill.numbers:,}",
+            f"{4 * bill.numbers:,}",
+            *(quantity(energy, "J") for energy in (bill.token, bill.base_token, bill.once)),
+        ],
+    ]
 
 
 def number(value: Range) -> str:
