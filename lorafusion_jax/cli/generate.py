@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import printable
+from ..harness.options import HarnessOptions, check_digital, load_measured
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
 from ..serving.predict import generate_rows
+from ..training.problem import Problem
 from .parsing import parse, part_of
 
 
@@ -19,14 +21,31 @@ class GenerateCommand(GenerateOptions):
       echo "double then digit : a b c" | lorafusion generate --run runs/double_digit-fusion
       lorafusion generate --runs runs/snarks-fusion runs/hyperbaton-fusion --file rows.jsonl
       lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream
+      lorafusion generate --base base --crossbar chips/noisy --restore restored-scales --file lines.txt
 
     Attributes:
       runs: folders of several runs on one base and pool, instead of --run, which answer in batches of mixed tasks.
         Each line is then a JSON object such as {"run": "snarks-fusion", "input": "some text"}; the base model answers
         a line without a run.
+      crossbar: answer on simulated arrays: a folder that `lorafusion crossbar program` wrote, a preset or a .yaml or
+        .json file; by default digitally.
+      chip: number of the chip.
+      chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
+      keep_digital: patterns of weights that stay digital; a folder has its own.
+      age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
+      restore: digital corrections of the chip: a folder that `lorafusion restore` wrote, or its name in the folder of
+        the chips; by default none.
+      calibration_task: task whose training rows set the ranges of the chip's ADCs; by default the run's own.
     """
 
     runs: tuple[Path, ...] = ()
+    crossbar: str | None = None
+    chip: int = 0
+    chip_key: int = 0
+    keep_digital: tuple[str, ...] = ()
+    age: str | None = None
+    restore: str | None = None
+    calibration_task: str | None = None
 
 
 GROUPS = {
@@ -34,6 +53,7 @@ GROUPS = {
     "generation": (
         "max_new_tokens", "stream", "temperature", "top_k", "top_p", "sampling_seed", "eval_batch",
     ),
+    "hardware": ("crossbar", "chip", "chip_key", "keep_digital", "age", "restore", "calibration_task"),
 }  # fmt: skip
 
 
@@ -43,13 +63,25 @@ def main(arguments: Sequence[str]) -> None:
     shown = printable if sys.stdout.isatty() else str  # another program gets the text as it is
     if command.runs:
         answers = generate_rows(**part_of(command, generate_rows, "--runs"))
-    elif command.stream:
-        for answer in stream_lines(command):
+        for line in answers:
+            print(shown(line))
+        return
+    problem = _on_chip(command)
+    if command.stream:
+        for answer in stream_lines(command, problem):
             for piece in answer:
                 print(shown(piece), end="", flush=True)
             print()
         return
-    else:
-        answers = generate_lines(command)
-    for line in answers:
+    for line in generate_lines(command, problem):
         print(shown(line))
+
+
+def _on_chip(command: GenerateCommand) -> Problem | None:
+    """Return the model of a command on a chip; None for a digital one."""
+    names = ("run", "base", "crossbar", "chip", "chip_key", "keep_digital", "age", "restore", "calibration_task")
+    options = HarnessOptions(run_seed=command.seed, **{name: getattr(command, name) for name in names})
+    if command.crossbar is None:
+        check_digital(options)
+        return None
+    return load_measured(options).loaded.problem

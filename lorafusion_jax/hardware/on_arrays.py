@@ -11,7 +11,7 @@ from ..io.pool import open_pool
 from ..methods import find
 from ..methods.merge import Merge
 from ..runs.options import FuseOptions
-from ..runs.prepare import Setup, digests
+from ..runs.prepare import LoadedModel, Setup, digests
 from ..runs.run import HardwareSetup
 from ..training.frozen import Frozen
 from ..training.method import Params
@@ -78,6 +78,17 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
         return setup.with_problem(frozen=calibrate(setup, trained, chip, rows=CALIBRATION_ROWS))
 
     return HardwareSetup(setup.with_problem(frozen=training), tested)
+
+
+def restored_base(loaded: LoadedModel, options: FuseOptions) -> Frozen:
+    """Return a base without a pool on a restored chip, whose converters' ranges are those of the corrections."""
+    asked = options.arrays
+    assert asked.crossbar is not None and asked.restore is not None
+    chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
+    chips.check(loaded, options)
+    restored = load_restored(asked.restore, chips, asked.chip, digests(loaded, options)["base"])
+    problem, rules = looped(loaded).problem, chips.rules(aged(chips.config, asked.age))
+    return program(problem.graph, problem.frozen, rules, chips.chip_key(asked.chip), restored=restored)
 
 
 def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Array, " P"] | None:

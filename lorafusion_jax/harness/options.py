@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from ..hardware.on_arrays import on_arrays
+from ..hardware.calibration import looped
+from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..methods import find
 from ..runs.options import FuseOptions, LoadIn, OnArrays
@@ -89,7 +90,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
     if (options.run is None) == (options.base is None):
         raise ValueError("expected one model: give a fused run with --run, or a base model with --base")
     if options.crossbar is None:
-        _leave_out(options, _OF_CHIPS, "is for simulated chips: name them with --crossbar")
+        check_digital(options)
     fused, params, config, place = _of_base(options), None, None, 0
     if options.run is not None:
         _leave_out(options, _OF_BASES, "is for a base without a run, and a run has its own: leave it out")
@@ -106,13 +107,17 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
         names = ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm", "restore")
         arrays = OnArrays(train_chip="chip", **{name: getattr(options, name) for name in names})
         task = options.calibration_task or fused.task
-        if not task:
+        fused = dataclasses.replace(fused, task=task, test_rows=1, arrays=arrays)
+        if task:
+            loaded = prepare(fused, to_train=False)
+        elif options.restore is not None and options.pool is None:
+            loaded = load_model(fused)
+            loaded = looped(loaded).with_problem(frozen=restored_base(loaded, fused))
+        else:
             raise ValueError(
                 "a chip needs text that sets the ranges of its ADCs: name a task with training rows by "
-                "--calibration-task"
+                "--calibration-task, or a restored base by --restore"
             )
-        fused = dataclasses.replace(fused, task=task, test_rows=1, arrays=arrays)
-        loaded = prepare(fused, to_train=False)
     if options.run is not None and config is not None:
         loaded = of_run(loaded, fused, options.run, config)
     if params is None:
@@ -122,6 +127,11 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
         loaded = on_arrays(loaded, fused, params).training
     of_seed = jax.tree.map(lambda p: p[place], params)
     return MeasuredModel(loaded.with_problem(index=loaded.problem.index[place]), of_seed, fused.base)
+
+
+def check_digital(options: HarnessOptions) -> None:
+    """Raise ValueError for options of chips without any."""
+    _leave_out(options, _OF_CHIPS, "is for simulated chips: name them with --crossbar")
 
 
 def _of_base(options: HarnessOptions) -> FuseOptions:

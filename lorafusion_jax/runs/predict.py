@@ -127,10 +127,11 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     return of_run(prepare(fused, to_train=False), fused, options.run, config), fused, params
 
 
-def generate_lines(options: GenerateOptions) -> list[str]:
+def generate_lines(options: GenerateOptions, problem: Problem | None = None) -> list[str]:
     """Return the answers of a run's seed or of a base model to the lines of a file or of standard input.
 
-    A blank line has an empty answer, so that answers and lines have the same numbers.
+    A blank line has an empty answer, so that answers and lines have the same numbers. By default the options' model
+    answers; another `problem` of the same seed may have its weights on chips.
 
     Raises:
       ValueError: there is no text, the options do not name one model, the run lacks the seed or its method cannot
@@ -141,7 +142,7 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     texts = load_texts(answering.fused)
     places = np.array([place for place, line in enumerate(lines) if line.strip()])
     encoded = answering.encode(texts, [lines[place] for place in places])
-    problem = answering.problem(texts)
+    problem = problem or answering.problem(texts)
     params, problem = jax.tree.map(lambda p: p[None], answering.params), problem.replace(index=problem.index[None])
     answers = [""] * len(lines)
     for numbers, batch in eval_batches(encoded, options.eval_batch, pad_id=texts.tokenizer.pad_token_id):
@@ -160,14 +161,14 @@ def generate_lines(options: GenerateOptions) -> list[str]:
     return answers
 
 
-def stream_lines(options: GenerateOptions) -> Iterator[Iterator[str]]:
+def stream_lines(options: GenerateOptions, problem: Problem | None = None) -> Iterator[Iterator[str]]:
     """Yield the answers of `generate_lines`, line after line, each in pieces as its tokens come.
 
     A line is read after the previous answer is complete.
     """
     answering = _answering(options)
     texts = load_texts(answering.fused)
-    problem, tokenizer = answering.problem(texts), texts.tokenizer
+    problem, tokenizer = problem or answering.problem(texts), texts.tokenizer
     if "base" not in answering.params:
         problem = problem.replace(frozen=problem.frozen.unstacked())
 

@@ -4,11 +4,14 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import one_block
 import pytest
 import small_llama
+from flax import nnx
 
+import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar
 from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
 from lorafusion_jax.hardware.folder import load_chips
@@ -25,6 +28,7 @@ from lorafusion_jax.hardware.restored import (
 from lorafusion_jax.io.hf import base_digest
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import load_model
+from lorafusion_jax.tasks import decode
 
 _TEXT = "the cold bold gold is old and the tall wall is small. " * 60
 
@@ -166,3 +170,22 @@ def test_the_cost_of_corrections_is_in_the_bill(home, tmp_path, capsys):
     of_one = CONSTANTS["mac_energy"].typical + CONSTANTS["word_energy"].typical
     assert bill["token"][1] == pytest.approx(made["numbers"] * of_one)
     assert bill["once"][1] > bill["base_token"][1]
+
+
+def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):
+    (tmp_path / "lines.txt").write_text("the cold bold\nuser assistant\n")
+    asked = ["generate", "--base", str(home / "base"), "--file", str(tmp_path / "lines.txt"), "--max-new-tokens", "6"]
+    on_chip = ["--crossbar", str(home / "noisy.yaml"), "--chip", "2", "--restore", str(home / "restored")]
+    cli.main([*asked, *on_chip])
+    printed = capsys.readouterr().out.splitlines()
+    loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
+    restored = load_restored(str(home / "restored"), chips, 2, base_digest(str(home / "base")))
+    weights = program(loaded.problem.graph, loaded.problem.frozen, chips.rules(), chips.chip_key(2)).base
+    model = nnx.merge(loaded.problem.graph, restored.on(weights))
+    ids = jnp.array(loaded.tokenizer.encode("the cold bold")[:-1])[None]  # without the token that ends a text
+    wanted = lf.generate(model, ids, jnp.ones_like(ids, bool), max_new_tokens=6)
+    (said,) = decode(loaded.tokenizer, np.asarray(wanted), loaded.text_format)
+    assert printed[0] == said and len(printed) == 2
+    with pytest.raises(SystemExit):
+        cli.main([*asked, "--restore", str(home / "restored")])
+    assert "--restore is for simulated chips: name them with --crossbar" in capsys.readouterr().err
