@@ -3,7 +3,7 @@
 An exception from a signal's handler would appear anywhere in the main thread: after a compilation of a minute, inside
 an import, in a destructor that swallows it, or in C++ code that aborts. So another thread waits for signals and ends
 the process without unwinding, after it removed unfinished folders. A training loop calls `hold` to save its state
-first. A second signal saves the state before the current step, and a third one ends the process at once.
+first. A second signal ends the process at once.
 """
 
 import atexit
@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,9 +21,6 @@ _unfinished: set[Path] = set()
 _watching = False
 _held: str | None = None  # advice for the user while a state must be saved before the end
 _asked: int | None = None  # the signal that arrived meanwhile
-_save: Callable[[], None] | None = None  # saves the state at a second signal
-_saving = threading.Lock()  # held while `_save` runs, so that nobody changes the state
-_twice = False
 
 
 def watch() -> None:
@@ -42,17 +39,13 @@ def watch() -> None:
         atexit.register(signal.signal, number, signal.SIG_IGN)
 
 
-def hold(advice: str, save: Callable[[], None] | None = None) -> None:
+def hold(advice: str) -> None:
     """Let the next signal wait until `release`, because a state is not saved yet.
 
-    Args:
-      advice: when the process stops then, and how to continue from the saved state.
-      save: saves the current state in another thread after a second signal; None if a second signal ends the process at
-        once. Call `hold` without it before its state changes.
+    `advice` is when the process stops then, and how to continue from the saved state.
     """
-    global _held, _save
-    with _saving:
-        _held, _save = advice, save
+    global _held
+    _held = advice
 
 
 def asked() -> bool:
@@ -62,7 +55,8 @@ def asked() -> bool:
 
 def release() -> None:
     """End the process if a signal has waited for this, and let the next one end it at once."""
-    _let_go()
+    global _held
+    _held = None
     if _asked is not None:
         _end(_asked)
 
@@ -70,17 +64,12 @@ def release() -> None:
 @contextlib.contextmanager
 def released() -> Iterator[None]:
     """Release what the block holds at its end. After an error the process continues, to report it."""
+    global _held
     try:
         yield
         release()
     finally:
-        _let_go()
-
-
-def _let_go() -> None:
-    global _held, _save
-    with _saving:
-        _held = _save = None
+        _held = None
 
 
 @contextlib.contextmanager
@@ -95,42 +84,24 @@ def removed(folder: Path) -> Iterator[None]:
 
 def _act(reader: int) -> None:
     """Wait for signals, in another thread."""
-    global _asked, _twice
+    global _asked
     while True:
         (number,) = os.read(reader, 1)
         if number not in _NAMES:
             continue
         name = _NAMES[signal.Signals(number)]
-        if (advice := _held) is None or _twice or (_asked is not None and _save is None):
+        if (advice := _held) is None or _asked is not None:
             _say(f"stopped by {name}")
             _end(number)
-        if _asked is not None:
-            _twice = True
-            _say(f"{name}: saving what there is. Once more stops at once")
-            threading.Thread(target=_save_and_end, args=(number,), daemon=True).start()
-            continue
-        again = "stops at once" if _save is None else "saves the state before it, and stops"
-        _say(f"{name}: stopping {advice}. Once more {again}")
+        _say(f"{name}: stopping {advice}. Once more stops at once")
         _asked = number
         if _held is None:  # released meanwhile
             _end(number)
 
 
-def _save_and_end(number: int) -> None:
-    with _saving:
-        if _save is None:  # the main thread saves a newer state and ends
-            return
-        try:
-            _save()
-        except Exception as error:
-            _say(f"error: {error}")
-        _say(f"stopped by {_NAMES[signal.Signals(number)]}")
-        _end(number)
-
-
 def _freeze(number: int, frame: object) -> None:
     """Stop the main thread while the other one ends the process."""
-    while _held is None and not _twice:
+    while _held is None:
         threading.Event().wait()
 
 

@@ -112,18 +112,7 @@ while not interrupts.asked(): time.sleep(0.01)
 interrupts.release()
 (folder / "continued").write_text("")
 """
-_HELD_TWICE = """
-def save(): %s
-interrupts.hold("after this step; it is saved", save)
-ready()
-%s
-interrupts.hold("after this step; it is saved")
-(folder / "continued").write_text("")
-interrupts.release()
-"""
 _STEP = "time.sleep(60)"
-_SHORT_STEP = "while not (folder / 'begun').exists(): time.sleep(0.01)"
-_SLOW_SAVE = "(folder / 'begun').write_text(''); time.sleep(1); (folder / 'before').write_text('')"
 _FULL = "with interrupts.released():" + (_HELD % "raise SystemExit('full')").replace("\n", "\n    ")
 
 
@@ -140,37 +129,6 @@ _FULL = "with interrupts.released():" + (_HELD % "raise SystemExit('full')").rep
         ),
         pytest.param(_HELD % _STEP, [2, 2], 130, [..., "stopped by Ctrl-C"], set(), id="a second one does not wait"),
         pytest.param(_FULL, [2], 1, [..., "full"], set(), id="an error of saving is printed"),
-        pytest.param(
-            _HELD_TWICE % ("time.sleep(0.5); (folder / 'before').write_text('')", _STEP),
-            [signal.SIGTERM, signal.SIGINT],
-            130,
-            [
-                "SIGTERM: stopping after this step; it is saved. Once more saves the state before it, and stops",
-                "Ctrl-C: saving what there is. Once more stops at once",
-                "stopped by Ctrl-C",
-            ],
-            {"before"},
-            id="a second one saves the state before the step",
-        ),
-        pytest.param(
-            _HELD_TWICE % ("time.sleep(60)", _STEP), [2] * 3, 130, [..., ..., "stopped by Ctrl-C"], set(), id="three"
-        ),
-        pytest.param(
-            _HELD_TWICE % (_SLOW_SAVE, _SHORT_STEP),
-            [2] * 2,
-            130,
-            [..., ..., "stopped by Ctrl-C"],
-            {"begun", "before"},
-            id="nothing changes while the second one saves",
-        ),
-        pytest.param(
-            _HELD_TWICE % ("raise OSError('the disk is full')", _STEP),
-            [2] * 2,
-            130,
-            [..., ..., "error: the disk is full", "stopped by Ctrl-C"],
-            set(),
-            id="an error of the second save is printed",
-        ),
     ],
 )
 def test_signals_while_a_state_is_held(code, numbers, code_of_end, printed, files, tmp_path):

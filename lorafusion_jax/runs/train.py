@@ -3,8 +3,7 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypedDict
 
@@ -117,8 +116,6 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     last_save = ended = time.monotonic()
     several = processes.several()
     by_epoch, taken = whole_epochs() or several, 0.0  # unit after which a signal stops, and the seconds of the last one
-    # The next step takes the memory of a state. A copy of all weights and their momenta would be too much to keep.
-    copied = None if several or "base" in find(options.method).groups else jax.jit(partial(jax.tree.map, jnp.copy))
     traced = min(done + 2, options.recipe.epochs) if options.profile else None
     tracing = contextlib.ExitStack()
     if options.profile:  # JAX would notice a folder without write access only at the end of the epoch
@@ -135,28 +132,21 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     def save(epochs: int, step: int, state: TrainState) -> None:
         checkpoint.save_step(run.checkpoints, step, state, {"epochs": epochs, "step": step}, keep=2)
 
-    def hold(second: Callable[[], None] | None = None) -> None:
+    def hold() -> None:
         when = "epoch" if by_epoch else "step"
         saved = f"its state is saved in {run.folder}, and resuming continues from it"
-        interrupts.hold(f"after this {when} (the last one took {taken:.1f} s); {saved}", second)
+        interrupts.hold(f"after this {when} (the last one took {taken:.1f} s); {saved}")
 
     def after_interval(number: int, state: TrainState, metrics: Sequence[Mapping[str, Any]]) -> None:
         nonlocal taken, ended
         if not by_epoch:
             taken = time.monotonic() - ended
         hold()
-        so_far = list(metrics)
-
-        def save_here(state: TrainState) -> None:
-            rows = list(_step_rows(joined(to_host(so_far)), number, reached, options.seeds))
+        if interrupts.asked() and not several:  # several processes agree on a stop only after an epoch
+            rows = list(_step_rows(joined(to_host(list(metrics))), number, reached, options.seeds))
             run.append_metrics(rows)
             save(number - 1, rows[-1]["step"], state)
-
-        if interrupts.asked() and not several:  # several processes agree on a stop only after an epoch
-            save_here(state)
             interrupts.release()
-        elif copied is not None:
-            hold(partial(save_here, copied(state)))
         if not by_epoch:
             ended = time.monotonic()
 
@@ -181,8 +171,6 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
             interrupts.release()
             if asked:
                 processes.end("another process of this run was stopped")
-        elif copied is not None:
-            hold(partial(save, epoch.number, reached, copied(epoch.state)))
         check_losses()
         before_epoch(epoch.number + 1)
         ended = time.monotonic()

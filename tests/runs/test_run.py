@@ -188,22 +188,13 @@ def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(fused, tmp_
 
 
 class _Signals:
-    """What a run sees of signals: one that waits from the n-th look on, or a second one after the n-th state.
+    """A signal that waits from the n-th look on, as a run sees it."""
 
-    A second signal saves the state before the step that is being taken, so the next call of `hold` is too late.
-    """
+    def __init__(self, waits_at: int):
+        self.waits_at, self.looks, self.advice = waits_at, 0, []
 
-    def __init__(self, *, waits_at: float = math.inf, second_after: float = math.inf):
-        self.waits_at, self.second_after, self.looks = waits_at, second_after, 0
-        self.advice, self.saves = [], []
-
-    def hold(self, advice, save=None):
+    def hold(self, advice):
         self.advice.append(advice)
-        if save is not None:
-            self.saves.append(save)
-        elif len(self.saves) == self.second_after:
-            self.saves[-1]()
-            raise SystemExit(130)
 
     def asked(self):
         self.looks += 1
@@ -215,18 +206,16 @@ class _Signals:
 
 
 @pytest.mark.parametrize(
-    ("signals", "whole", "step"),
+    ("waits_at", "whole", "step"),
     [
-        pytest.param({"waits_at": 4}, False, 4, marks=pytest.mark.long, id="after an epoch"),
-        pytest.param({"waits_at": 5}, False, 5, id="within an epoch"),
-        pytest.param({"second_after": 2}, False, 2, id="twice after an epoch"),
-        pytest.param({"second_after": 3}, False, 3, id="twice within an epoch"),
-        pytest.param({"waits_at": 2}, True, 4, marks=pytest.mark.long, id="in an epoch of one call"),
+        pytest.param(4, False, 4, marks=pytest.mark.long, id="after an epoch"),
+        pytest.param(5, False, 5, id="within an epoch"),
+        pytest.param(2, True, 4, marks=pytest.mark.long, id="in an epoch of one call"),
     ],
 )
-def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(signals, whole, step, fused, tmp_path, monkeypatch):
+def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(waits_at, whole, step, fused, tmp_path, monkeypatch):
     """Two steps are an epoch; nothing is saved by the clock."""
-    options, seen = dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9), _Signals(**signals)
+    options, seen = dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9), _Signals(waits_at)
     if whole:
         monkeypatch.setattr(fit_lib, "for_cpu", lambda: False)
     with monkeypatch.context() as patch:
