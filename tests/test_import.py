@@ -146,12 +146,7 @@ def test_every_library_that_the_package_imports_is_declared():
     requirements = [*project["dependencies"], *of_extras]
     declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
     distributions = importlib.metadata.packages_distributions()
-    imported = {
-        target.partition(".")[0]
-        for name, path in _modules().items()
-        if f"{_PACKAGE}.crossbar.tests" not in name  # not in the wheel
-        for target in _imports(name, path)
-    }
+    imported = {target.partition(".")[0] for name, path in _modules().items() for target in _imports(name, path)}
     undeclared = []
     for root in sorted(imported - {*sys.stdlib_module_names, _PACKAGE, ""}):
         libraries = {re.sub("[-_.]+", "-", name).lower() for name in distributions.get(root, [root])}

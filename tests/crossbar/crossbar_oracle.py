@@ -49,7 +49,7 @@ class Read(NamedTuple):
       magnitude: [B, d_out] sum of |terms|, which rounding errors are relative to.
       sums: for every weight slice what its ADC converts of the columns in use, in level units.
       clipped: [K, 2] least and largest number of them beyond the range.
-      clipped_inputs: [2] least and largest number of inputs beyond the DAC's range.
+      clipped_inputs: number of inputs beyond the DAC's range.
       lsb: [R, K] level units of a code; None without an ADC.
     """
 
@@ -59,7 +59,7 @@ class Read(NamedTuple):
     magnitude: np.ndarray
     sums: list[np.ndarray]
     clipped: np.ndarray
-    clipped_inputs: np.ndarray
+    clipped_inputs: int
     lsb: np.ndarray | None
 
 
@@ -303,52 +303,23 @@ def read(
     drawn: Drawn | None = None,
     rounds: bool = True,
 ) -> Read:
-    """Return what the chip makes of `x`, each vector read again at half the voltage while a sum has too high a code.
+    """Return what the chip makes of `x`. `input_limit` is that of a calibrated DAC.
 
-    Where rounding errors decide whether one is, both answers are allowed. `input_limit` is that of a calibrated DAC.
     Without `rounds` the ADC only clips: the function whose gradient its limits get.
     """
-    full = full_scale(x, config, input_limit)
-    again = 0 if config.adc is None else config.adc.retries
-    at = np.ones(len(x), bool)  # vectors that may be read at this voltage
-    found = []
-    for halvings in range(again + 1):
-        scale = full * x.dtype.type(2**halvings)
-        n = input_codes(x, scale, config, drawn)
-        four, clipped, sums, lsb = _once(chip, n, x.dtype, config, limits, rounds=rounds)
-        beyond = np.zeros(x.shape, bool)
-        if config.dac is not None:
-            beyond = (np.abs(x) > scale) | ((x < 0) & (not config.dac.signed))
-        stops = at & (clipped[:, 2].sum(0) == 0) if halvings < again else at
-        found.append((stops, scaled(four, scale.astype(float) / input_top(config)), clipped, beyond.sum(1)))
-        at = at & (clipped[:, 3].sum(0) > 0)
-        if halvings == 0:
-            first = sums, lsb
-        if not at.any():
-            break
-    stops, four, clipped, inputs = (np.stack(each) for each in zip(*found, strict=True))
-    y, slack, variance, magnitude = np.where(stops[:, None, :, None], four, np.nan).swapaxes(0, 1)
-    low, high = np.nanmin(y - slack, 0), np.nanmax(y + slack, 0)
-    of_sums = _bounds(stops[:, None], clipped[:, :, 0], clipped[:, :, 1])
-    spread = np.nanmax(variance, 0), np.nanmax(magnitude, 0)
-    return Read(
-        (low + high) / 2, (high - low) / 2, *spread, first[0], of_sums, _bounds(stops, inputs, inputs), first[1]
-    )
-
-
-def _bounds(stops: np.ndarray, least: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Return the least and the largest count over the reads at which a vector may stop, summed over vectors."""
-    ends = np.where(stops, least, np.inf).min(0), np.where(stops, most, 0).max(0)
-    return np.stack([end.sum(-1) for end in ends], axis=-1)
+    scale = full_scale(x, config, input_limit)
+    n = input_codes(x, scale, config, drawn)
+    four, clipped, sums, lsb = _once(chip, n, x.dtype, config, limits, rounds=rounds)
+    beyond = 0
+    if config.dac is not None:
+        beyond = int(((np.abs(x) > scale) | ((x < 0) & (not config.dac.signed))).sum())
+    return Read(*scaled(four, scale.astype(float) / input_top(config)), sums, clipped, beyond, lsb)
 
 
 def _once(
     chip: Chip, n: np.ndarray, dtype: np.dtype, config: CrossbarConfig, limits: np.ndarray | None, *, rounds: bool
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray], np.ndarray | None]:
-    """Return the product of input codes with its error, clipped conversions, sums and steps.
-
-    Clipped are [K, 4, B]: least and largest number of sums beyond the range, and of those beyond its highest code.
-    """
+    """Return the product of input codes with its error, clipped conversions [K, 2], sums and steps."""
     rows, cols = grid((n.shape[1], chip.scale.shape[1]), config)
     lsb, sizes, adc = lsbs(config, rows, limits), input_slices(config), config.adc
     of_slice = 2.0 ** np.asarray(starts(sizes))[:, None, None]
@@ -358,7 +329,7 @@ def _once(
     out = np.zeros((4, len(n), chip.scale.shape[1]))
     K = len(tops(config))
     seen: list[list[np.ndarray]] = [[] for _ in range(K)]
-    clipped = np.zeros((K, 4, len(n)))
+    clipped = np.zeros((K, 2))
     for r, c, of_rows, of_cols in tiles(rows, cols):
         u = np.zeros((len(sizes), len(n), max(rows)))
         u[:, :, max(rows) - rows[r] :] = pulses(n[:, of_rows], config)
@@ -378,7 +349,7 @@ def _once(
             seen[k].append(total[0][..., used].reshape(-1))
             if lsb is not None:
                 total, beyond = convert(scaled(total, 1 / lsb[r, k]), eps, config, rounds=rounds)
-                clipped[k] += beyond[..., used].sum((1, 2, 4))
+                clipped[k] += beyond[..., used].sum((1, 2, 3, 4))
                 total = scaled(total, lsb[r, k])
             total = scaled(total, weight).sum(2)
             flipped = None if chip.flipped is None else chip.flipped[k, r, c]
@@ -453,7 +424,7 @@ def nodal(v: np.ndarray, G: np.ndarray, config: CrossbarConfig) -> np.ndarray:
 
 
 def convert(four: np.ndarray, eps: float, config: CrossbarConfig, *, rounds: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return the codes of sums in units of a code, [4, ...], and [4, ...] which sums are clipped.
+    """Return the codes of sums in units of a code, [4, ...], and [2, ...] which sums are clipped.
 
     `eps` is how far rounding errors may have moved a sum, relative to its magnitude.
     """
@@ -461,8 +432,7 @@ def convert(four: np.ndarray, eps: float, config: CrossbarConfig, *, rounds: boo
     low, high = code_range(config)
     eps = eps * magnitude
     clipped = [(t + e > high + 0.5) | (t - e < low - 0.5) for e in (-eps, eps)]
-    above = [(t + e > high + 0.5) | ((low < 0) & (t - e < low - 0.5)) for e in (-eps, eps)]
-    beyond = np.stack([*clipped, *above]).astype(float)
+    beyond = np.stack(clipped).astype(float)
     if not rounds:
         code = np.clip(t, low, high)
         return np.stack([code, np.zeros_like(t), np.zeros_like(t), np.abs(code)]), beyond

@@ -56,7 +56,6 @@ OPTIONS: dict[str, Sequence[Any]] = {
     "device": [None, None, None, "independent", "proportional", "stuck", "drift", "range"],
     "noise": [None],
     "adc_noise": [None],
-    "retries": [0],
     "d_in": [4, 1, 2, 3, 5, 6, 7, 9, 10, 12],
     "d_out": [2, 1, 3, 4, 5, 8],
     "batch": [3, 1, 2, 4],
@@ -177,7 +176,6 @@ def _adc(c: dict[str, Any], config: CrossbarConfig) -> ADC | None:
         "gain_error": c["gain"],
         "offset_error": c["offset"],
         "noise": c["adc_noise"],
-        "retries": c["retries"],
     }
     if not kind.startswith("given"):
         return ADC(range=kind, **common)

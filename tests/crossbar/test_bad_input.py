@@ -97,7 +97,6 @@ _FIELDS = [
     (ADC, "gain_error", [-0.1], "a standard deviation cannot be negative"),
     (ADC, "offset_error", [-1.0], "a standard deviation cannot be negative"),
     (ADC, "noise", [np.float32(-1), NAN], "a standard deviation cannot be negative"),
-    (ADC, "retries", [-1], "give a number of reads, 0 to 1,000"),
     (Tile, "rows", [0], "give a positive number, or None for no limit"),
     (Tile, "cols", [-4], "give a positive number, or None for no limit"),
     (Tile, "partition", ["half"], "choose equal or full"),

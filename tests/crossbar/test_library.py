@@ -13,8 +13,33 @@ _FOLDER = Path(__file__).resolve().parents[2] / "lorafusion_jax" / "crossbar"
 _THIRD_PARTY = {"jax", "numpy", "yaml", "jaxtyping"}
 
 
+_USE = """
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+import analogue
+import analogue.flax
+
+x = jax.random.normal(jax.random.key(1), (3, 40))
+rules = {"a": analogue.CrossbarConfig(adc=analogue.ADC()), "b": None}
+weights = jax.random.normal(jax.random.key(0), (40, 6))
+placed = analogue.program_tree({"a": weights, "b": weights}, rules, jax.random.key(0))
+chip = analogue.calibrated(placed["a"], analogue.probe(x, placed["a"])[1])
+analogue.save_chip(chip, "chip.npz")
+y, ideal = analogue.matmul(x, analogue.load_chip("chip.npz")), x @ placed["b"]
+assert 0 < np.linalg.norm(y - ideal) / np.linalg.norm(ideal) < 0.1
+model = nnx.Sequential(nnx.Linear(40, 5, rngs=nnx.Rngs(0)), nnx.relu)
+on_arrays = analogue.flax.convert(model, {"*": analogue.PRESETS["ideal"]}, jax.random.key(1))
+np.testing.assert_allclose(on_arrays(x), model(x), atol=1e-5)
+assert not any(name.startswith("lorafusion_jax") for name in sys.modules)
+"""
+
+
 def _files() -> list[Path]:
-    return [path for path in sorted(_FOLDER.rglob("*.py")) if "tests" not in path.relative_to(_FOLDER).parts]
+    return sorted(_FOLDER.rglob("*.py"))
 
 
 def test_it_imports_jax_numpy_and_yaml_and_nothing_that_lies_outside():
@@ -35,15 +60,9 @@ def test_it_imports_jax_numpy_and_yaml_and_nothing_that_lies_outside():
 
 
 @pytest.mark.long
-def test_a_copy_under_another_name_passes_its_own_tests(tmp_path):
+def test_a_copy_under_another_name_works(tmp_path):
     shutil.copytree(_FOLDER, tmp_path / "analogue", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    code = (
-        "import sys, pytest; status = pytest.main(['-q', '-p', 'no:cacheprovider', 'analogue']); "
-        "sys.exit(status or any(name.startswith('lorafusion_jax') for name in sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    command = [sys.executable, "-c", _USE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

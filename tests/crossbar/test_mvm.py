@@ -14,10 +14,8 @@ from hypothesis import strategies as st
 
 from lorafusion_jax.crossbar import (
     ADC,
-    DAC,
     Cell,
     CrossbarConfig,
-    Encoding,
     Geometry,
     Mapping,
     Tile,
@@ -26,8 +24,6 @@ from lorafusion_jax.crossbar import (
     probe,
     program,
     programmed_weights,
-    with_config,
-    with_read_key,
 )
 
 KEY = jax.random.key(11)
@@ -142,38 +138,3 @@ def test_a_calibrated_chip_that_became_one_product_is_read_inside_a_jit():
     chip = calibrated(chip, probe(x, chip)[1])
     assert chip.plan.path == "product"
     np.testing.assert_allclose(jax.jit(lambda x: matmul(x, chip))(x), matmul(x, chip), rtol=1e-6, atol=1e-6)
-
-
-def test_noise_below_zero_does_not_repeat_a_read():
-    """Few inputs in a range that holds every sum: the same read as without retries, draw by draw."""
-    weights, x = problem(24, 5)
-    x = jnp.where(jnp.arange(24) % 8 == 0, abs(x), 0)
-    config = CrossbarConfig(
-        encoding=Encoding(kind="offset"),
-        dac=DAC(signed=False, scaling="fixed"),
-        adc=ADC(bits=8, range="max", noise=0.5, retries=3),
-    )
-    once = dataclasses.replace(config, adc=dataclasses.replace(config.adc, retries=0))
-    state = with_read_key(program(weights, config, path="loop"), KEY)
-    np.testing.assert_array_equal(matmul(x, state), matmul(x, with_config(state, once)))
-
-
-@pytest.mark.long
-def test_repeated_reads_have_the_gradient_of_their_scale():
-    """Straight through: d y / d x is W wherever the DAC, at its final scale, does not clip."""
-    adc = ADC(bits=5, range="given", limits=[[-9.0, 9.0]] * 4, retries=3)
-    config = CrossbarConfig(dac=DAC(scaling="fixed", limit=0.25), adc=adc)
-    weights, x = map(jnp.abs, problem(40, 6, 8))
-    state = program(weights, config)
-    once = with_config(state, dataclasses.replace(config, adc=dataclasses.replace(adc, retries=0)))
-
-    @jax.jit
-    def gradients(x, limits):
-        of_limits = jax.grad(lambda limits: jnp.sum(matmul(x, dataclasses.replace(state, limits=limits))))(limits)
-        return *(jax.grad(lambda x, of=of: jnp.sum(matmul(x, of)))(x) for of in (state, once)), of_limits
-
-    slope, without, _ = gradients(x, state.limits)
-    sums = jnp.sum(programmed_weights(state), axis=1)
-    seen = np.isclose(slope, np.broadcast_to(sums, slope.shape), atol=1e-5)
-    assert (seen | np.isclose(slope, 0)).all()
-    assert seen.mean() - np.isclose(without, sums[None], atol=1e-5).mean() > 0.05

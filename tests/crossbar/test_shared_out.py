@@ -23,7 +23,6 @@ _CASES = {
     "packed": (_PLAIN, "packed"),
     "lookup": (_PLAIN, "lookup"),
     "row tiles": (dataclasses.replace(_PLAIN, mapping=Mapping(scale="tile"), encoding=_FLIPPED), "loop"),
-    "retries": (dataclasses.replace(_PLAIN, adc=ADC(bits=4, range="granular", retries=2)), "loop"),
     "noise": (dataclasses.replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01))), "loop"),
     "wires": (_WIRED, None),
 }
@@ -50,7 +49,7 @@ def _inputs():
         *("packed", "row tiles"),
         *(
             pytest.param(name, marks=pytest.mark.long)
-            for name in ("definition", "loop", "planes", "lookup", "retries", "noise", "wires")
+            for name in ("definition", "loop", "planes", "lookup", "noise", "wires")
         ),
     ],
 )

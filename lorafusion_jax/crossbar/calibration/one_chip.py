@@ -19,18 +19,16 @@ from ..devices.physical import is_traced, varying_as
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, stacked_units
 from ..read.definition import BUDGET, all_sums, input_bytes, with_mismatch, with_noise
-from ..read.matmul import check_inputs, matmul, reading
+from ..read.matmul import check_inputs, full_scale, matmul
 
 # Bins of |current|, from 2^-32 of the largest one on, and of |x|, from 2^-128 on; and their number for each power
 # of two, so that edges are 0.5 % and 1 % apart.
 BINS, _OF_SUMS, _LEAST_SUM = 4096, 128, 32
 INPUT_BINS, _OF_INPUTS, _LEAST_INPUT = 16384, 64, 128
-# Number of steps of 1, 2, 4, ... levels that whole sums are tried with.
-STEPS = 48
+STEPS = 48  # of 1, 2, 4, ... levels that whole sums are tried with
 # Number of conversions of a weight slice that each read puts into bins, at 50 ns each on a CPU, and least of an input.
 CONVERSIONS, _FEWEST = 2**20, 16
-# Numbers in the sums that are computed at once.
-_AT_ONCE = 2**21
+_AT_ONCE = 2**21  # numbers in the sums that are computed at once
 
 
 @jax.tree_util.register_dataclass
@@ -110,10 +108,9 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
 
     The range of a `calibrated` DAC is set first. The sums at the ADCs depend on it, so that they need another probe.
 
-    Ranges of the weight slices are powers of two apart, so that shift-and-add needs only shifts. Where column sums are
-    integers, the step is 1, 2, 4, ... levels: the one with the least squared error on the observed sums, clipped ones
-    included. A range that is wide enough for all inputs turns the read into one product. Its conversions can no longer
-    be observed, so that later calibrations do not change it.
+    Ranges of the weight slices are powers of two apart. Where column sums are integers, the step is 1, 2, 4, ...
+    levels: the one with the least squared error on the observed sums, clipped ones included. A range that is wide
+    enough for all inputs turns the read into one product, which later calibrations do not change.
 
     Raises:
       ValueError: the statistics contain no conversion, or inputs too large for a range.
@@ -205,7 +202,8 @@ def _met_by_converters(
 ) -> tuple[Array, Array, Array, Float[Array, " input_bins"], Float[Array, ""]]:
     """Return the first fields of `Statistics`."""
     config = chip.config
-    n, limit = reading(x, chip)
+    limit = full_scale(x, chip)
+    n = encoding.input_codes(x, limit, chip.geometry, config, chip.key)
     inputs, outside = jnp.zeros((INPUT_BINS,), x.dtype), jnp.zeros((), x.dtype)
     if config.dac is not None:
         passed = jnp.abs(x) if config.dac.signed else jnp.maximum(x, 0)

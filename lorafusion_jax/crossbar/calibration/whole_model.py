@@ -19,19 +19,15 @@ from ..chip.chip import Chip, chips_in, reads, with_chips
 from ..devices.physical import is_traced
 from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated
 
-# (weights, batch) -> an array that depends on every product, such as logits.
-Run = Callable[[Any, Any], Array]
-
+Run = Callable[[Any, Any], Array]  # (weights, batch) -> an array that depends on every product, such as logits
 _NAMED = 5  # sites that a warning names
 
 
 def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
     """Return the weights with converter ranges set from the inputs and sums of the batches.
 
-    Use one function `run` for all calls, because each function is compiled once.
-
-    Raises:
-      ValueError: there are no batches, or a weight is not read by them.
+    Use one function `run` for all calls, because each function is compiled once. Raises a ValueError if there are no
+    batches, or if they do not read a weight.
     """
     for _ in range(2 if any(map(_awaits_inputs, chips_in(weights))) else 1):
         found = observe(run, weights, batches)

@@ -103,8 +103,8 @@ def with_config(chip: Chip, config: CrossbarConfig) -> Chip:
     Arrays among its values may have the leading axes of a stack; those without are shared by all matrices.
 
     Raises:
-      ValueError: more differs than settings of a read (size of noise, repeated reads, rounding of inputs, calibration,
-        warnings, and values that are arrays): `program` the weights again. The message names the differences.
+      ValueError: more differs than settings of a read (size of noise, rounding of inputs, calibration, warnings, and
+        values that are arrays): `program` the weights again. The message names the differences.
     """
     check_same(chip.config, config)
     return reconfigured(chip, config)
@@ -146,10 +146,7 @@ def reads(tree: Any, *numbers: Array | int) -> Any:
     def of_leaf(leaf: Any) -> Any:
         if not is_chip(leaf) or leaf.key is None:
             return leaf
-        key = leaf.key
-        for number in numbers:
-            key = fold(key, number)
-        return dataclasses.replace(leaf, key=key)
+        return dataclasses.replace(leaf, key=functools.reduce(fold, numbers, leaf.key))
 
     return jax.tree.map(of_leaf, tree, is_leaf=is_chip)
 

@@ -81,8 +81,8 @@ def _packed(
 ) -> tuple[Packed | Array, Array | None, Plan]:
     """Return integer columns in words, their variances unless these are packed as well, and the plan with its packing.
 
-    A packing is certified by the columns' own sums if these are known, else by the largest sums of any weights. Columns
-    are not packed if the path is `loop` and it was requested or is equally fast; if not, it becomes `packed`.
+    A packing is certified by the columns' own sums if these are known, else by the largest sums of any weights. The
+    path `loop` becomes `packed` unless it was requested or is equally fast.
     """
     squares = None if variance is None or variance.shape[3] == 1 else variance
     count, top, signed = len(columns), geometry.converted_top, config.signed_inputs

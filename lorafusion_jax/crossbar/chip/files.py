@@ -35,12 +35,9 @@ _DAMAGED += (RecursionError, NotImplementedError, json.JSONDecodeError)
 
 def save_chip(chip: Chip, path: str | Path) -> None:
     """Write a programmed chip, or a stack of them, to a file, with its name and correction and without its read key."""
-    path = Path(path)
-    arrays: dict[str, Any] = {}
+    path, arrays = Path(path), dict[str, Any]()
     for name in _ARRAYS:
         value = getattr(chip, name)
-        if value is None:
-            continue
         parts = value._asdict() if isinstance(value, Packed) else {"": value}
         arrays |= {f"{name}.{part}".rstrip("."): np.asarray(a) for part, a in parts.items() if a is not None}
     arrays |= {f"values.{i}": np.asarray(value) for i, value in enumerate(chip.values)}

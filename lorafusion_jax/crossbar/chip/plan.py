@@ -19,14 +19,10 @@ from ..platform import for_cpu, for_one_tpu
 
 Path = Literal["definition", "product", "loop", "lookup", "planes", "packed", "mosaic"]
 
-# Reason of a path that the caller requested.
-ON_REQUEST = "asked for"
-# Bits of the widest input slices for tables and bit planes: 2 bits have 4 levels, or 7 with a sign.
-_NARROW = 2
-# Largest input that bfloat16 holds with all smaller ones, and rows that fit a TPU's fast memory.
-_BYTE, _TALL = 255, 4096
-# Number of columns from which counting bits is faster than packed products, for a single vector.
-_WIDE = 512
+ON_REQUEST = "asked for"  # reason of a path that the caller requested
+_NARROW = 2  # bits of the widest input slices for tables and bit planes, which have 4 levels, or 7 with a sign
+_BYTE, _TALL = 255, 4096  # largest input that bfloat16 holds with all smaller ones, and rows of a TPU's fast memory
+_WIDE = 512  # columns from which counting bits is faster than packed products, for a single vector
 
 
 @dataclasses.dataclass(frozen=True)

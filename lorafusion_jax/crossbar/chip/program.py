@@ -25,12 +25,10 @@ from ..mapping.adc.quantiser import fixed_limits, stacked_units
 from ..mapping.geometry import Cells, Gains, Geometry
 from .chip import Chip
 from .columns import lay_out
-from .plan import Path, Plan, choose
+from .plan import Path, choose
 
-# Purposes of a chip's key in addition to those of `device.realise`.
-_GAIN, _OFFSET = 16, 17
-# Largest measured conductance that is accepted as a fraction of Gmax. Programming can overshoot, but not beyond this.
-_MOST = 1.5
+_GAIN, _OFFSET = 16, 17  # purposes of a chip's key in addition to those of `device.realise`
+_MOST = 1.5  # largest measured conductance that is accepted, as a fraction of Gmax: programming can overshoot
 
 
 def program(
@@ -80,8 +78,11 @@ def program(
     if not perfect:
         assert cells is not None
         cells, factor, pulses = _write(cells, geometry, config, key, conductances)
-        scale = scale * factor
-        codes = decoding.programmed_codes(cells, flipped, geometry, _as_held(config, plan))
+        scale, ratio, held = scale * factor, config.cell.on_off_ratio, config
+        if plan.path != "product" and is_traced(ratio):  # such reads remove Gmin, so codes get no gradient of it
+            cell = dataclasses.replace(config.cell, on_off_ratio=jax.lax.stop_gradient(ratio))
+            held = dataclasses.replace(config, cell=cell)
+        codes = decoding.programmed_codes(cells, flipped, geometry, held)
     gain, offset = _mismatch(cells, geometry, config, key)
     laid = lay_out(cells, slices, flipped, gain, geometry, config, plan)
     occupied = None
@@ -150,21 +151,9 @@ def _mismatch(
     return None if gain is None else 1 + gain, None if offset is None else offset * units
 
 
-@jax.custom_jvp
-def _straight_through(real: Array, quantised: Array) -> Array:
-    """Return `quantised`, with the derivative of `real` in addition to its own."""
-    return quantised
-
-
+# Both arguments have their derivatives; the value is that of the second.
+_straight_through = jax.custom_jvp(lambda real, quantised: quantised)
 _straight_through.defjvps(lambda dot, _, *of: dot, lambda dot, _, *of: dot)
-
-
-def _as_held(config: CrossbarConfig, plan: Plan) -> CrossbarConfig:
-    """Return the configuration with the Gmin that codes depend on; it has a gradient only if reads do not remove it."""
-    ratio = config.cell.on_off_ratio
-    if plan.path == "product" or not is_traced(ratio):
-        return config
-    return dataclasses.replace(config, cell=dataclasses.replace(config.cell, on_off_ratio=jax.lax.stop_gradient(ratio)))
 
 
 def is_random(config: CrossbarConfig) -> bool:

@@ -4,7 +4,6 @@ One scan needs one kind of weight, so a stack with several kinds is a `Segments`
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -49,19 +48,17 @@ def map_layers(fn: Callable[[Any], Any], stacked: Any, *, batch_size: int | None
 
 def _parts(stacked: Any) -> list[Any]:
     """Return the parts of a tree, split where any of its stacks changes its kind."""
-    mixed = [leaf for leaf in jax.tree.leaves(stacked, is_leaf=_is_segments) if _is_segments(leaf)]
-    if not mixed:
+    leaves, tree = jax.tree.flatten(stacked, is_leaf=lambda leaf: isinstance(leaf, Segments))
+    ends = {end for leaf in leaves if isinstance(leaf, Segments) for end in leaf.ends}
+    if not ends:
         return [stacked]
-    cuts = sorted({0, *(end for leaf in mixed for end in leaf.ends)})
-    return [
-        jax.tree.map(functools.partial(_between, start=start, stop=stop), stacked, is_leaf=_is_segments)
-        for start, stop in itertools.pairwise(cuts)
-    ]
+    cuts = itertools.pairwise(sorted({0, *ends}))
+    return [tree.unflatten([_between(leaf, *cut) for leaf in leaves]) for cut in cuts]
 
 
 def _between(leaf: Any, start: int, stop: int) -> Any:
     """Return layers start to stop of a leaf; in `Segments` they must be within one part."""
-    if not _is_segments(leaf):
+    if not isinstance(leaf, Segments):
         return leaf[start:stop]
     part, end = next((part, end) for part, end in zip(leaf.parts, leaf.ends, strict=True) if stop <= end)
     first = end - _depth(part)
@@ -74,7 +71,3 @@ def _joined(outputs: list[Any]) -> Any:
 
 def _depth(part: Any) -> int:
     return jax.tree.leaves(part)[0].shape[0]
-
-
-def _is_segments(leaf: Any) -> bool:
-    return isinstance(leaf, Segments)

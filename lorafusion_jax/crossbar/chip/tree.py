@@ -33,8 +33,7 @@ Rules = Mapping[str, CrossbarConfig | None]
 Numbers = Mapping[str, Sequence[Int[Array, " _size"]]]
 
 _RANGE = re.compile(r"(.*)\[(-?\d*):(-?\d*)\]")
-# Purposes of a weight's key.
-_CHIP, _READ = 0, 1
+_CHIP, _READ = 0, 1  # purposes of a weight's key
 
 
 def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | None = None) -> Any:

@@ -44,7 +44,7 @@ _MODELS: dict[str, tuple[type, ...]] = {
     "drift": (PowerLaw, Relaxation),
     "iv": (Sinh,),
 }
-_LATER = {"adc": ("noise", "retries", "architecture"), "dac": ("quantile", "clip_share", "rounding")}
+_LATER = {"adc": ("noise", "architecture"), "dac": ("quantile", "clip_share", "rounding")}
 _WHAT = "a configuration is"
 _UNIONS = (typing.Union, types.UnionType)
 _PUBLISHED: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ def from_json(text: str) -> CrossbarConfig:
     return _build(CrossbarConfig, json.loads(text), "")
 
 
-def _refuse(function: Callable, where: str) -> str:
+def _refuse(function: Callable[..., Any], where: str) -> str:
     raise ValueError(
         f"{where} is the function {getattr(function, '__qualname__', repr(function))}, which a file cannot hold: "
         "save the configuration without it and put it back with dataclasses.replace"
@@ -166,6 +166,8 @@ def _build(cls: type, fields: Any, where: str) -> Any:
     names = [field.name for field in dataclasses.fields(cls)]
     if not isinstance(fields, dict):
         raise ValueError(f"{where or 'the file'} is {shown(fields)}: give a table with any of {', '.join(names)}")
+    if cls is ADC:  # earlier versions wrote a field that is gone, usually without effect
+        fields = {name: value for name, value in fields.items() if (name, value) != ("retries", 0)}
     for name in fields:
         if name not in names:
             path = f"{where}.{name}".lstrip(".")

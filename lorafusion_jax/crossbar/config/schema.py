@@ -9,14 +9,13 @@ current is at most the number of rows of its array.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from ..devices.device import Device
-from ..devices.physical import NUMBER, Physical, is_traced
+from ..devices.physical import NUMBER, Physical, is_traced, model, require
 from ..devices.wires import Wire
 from ..mapping.adc import ARCHITECTURES
 
@@ -25,49 +24,11 @@ _MOST_SLICES = 16  # as weights have at most 16 bits
 _CONCRETE = int | float | np.ndarray | np.generic | jax.Array
 
 
-_Class = TypeVar("_Class", bound=type)
-
-
-def _require(part: Any, name: str, holds: bool, remedy: str) -> None:
-    """Raise a ValueError for a field unless a condition holds."""
-    if not holds:
-        value = getattr(part, name)
-        value = value.item() if isinstance(value, np.generic) else value
-        raise ValueError(f"{type(part).__name__.lower()}.{name} = {value!r:.120}: {remedy}")
-
-
-def _check_choices(part: Any) -> None:
-    """Raise a ValueError unless every field with a `Literal` annotation has one of its values."""
-    for field in dataclasses.fields(part):
-        if get_origin(field.type) is Literal:
-            *others, last = get_args(field.type)
-            known = getattr(part, field.name) in (*others, last)
-            _require(part, field.name, known, f"choose {', '.join(others)} or {last}")
-
-
 def _is_whole(value: Any, least: int, most: float | int = float("inf")) -> bool:
     return isinstance(value, int) and least <= value <= most
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def _part(*static: str) -> Callable[[_Class], _Class]:
-    """Make a class a frozen dataclass with checked choices, and a pytree whose `static` fields are structure."""
-
-    def decorate(cls: _Class) -> _Class:
-        others = cls.__post_init__
-
-        def check(self: Any) -> None:
-            _check_choices(self)
-            others(self)
-
-        cls.__post_init__ = check
-        names = [field.name for field in dataclasses.fields(dataclasses.dataclass(frozen=True, kw_only=True)(cls))]
-        return jax.tree_util.register_dataclass(cls, [n for n in names if n not in static], list(static))
-
-    return decorate
-
-
-@_part("bits")
+@model("bits", kw_only=True)
 class Cell:
     """A ReRAM cell.
 
@@ -83,13 +44,13 @@ class Cell:
         if self.bits is not None:
             listed = isinstance(self.bits, tuple | list) and 1 <= len(self.bits) <= _MOST_SLICES
             remedy = f"give 1 to 8 bits for each weight slice, of at most {_MOST_SLICES} slices, as in (2, 2, 2, 2)"
-            _require(self, "bits", listed and all(_is_whole(bits, 1, 8) for bits in self.bits), remedy)
+            require(self, "bits", listed and all(_is_whole(bits, 1, 8) for bits in self.bits), remedy)
             object.__setattr__(self, "bits", tuple(self.bits))
         valid = not isinstance(self.on_off_ratio, NUMBER) or self.on_off_ratio > 1
-        _require(self, "on_off_ratio", bool(valid), "give Gmax / Gmin > 1, or None for infinite")
+        require(self, "on_off_ratio", bool(valid), "give Gmax / Gmin > 1, or None for infinite")
 
 
-@_part("kind", "two_sided", "unit_column", "flip")
+@model("kind", "two_sided", "unit_column", "flip", kw_only=True)
 class Encoding:
     """Encoding of signed weights as conductances, which have no sign.
 
@@ -116,7 +77,7 @@ class Encoding:
             raise ValueError("encoding: flipped columns are recovered by the unit column: set unit_column=True")
 
 
-@_part("bits", "slice_bits", "signed", "scaling", "quantile", "clip_share", "rounding")
+@model("bits", "slice_bits", "signed", "scaling", "quantile", "clip_share", "rounding", kw_only=True)
 class DAC:
     """Conversion of inputs to voltages: they are quantised and sent in slices.
 
@@ -145,12 +106,12 @@ class DAC:
     def __post_init__(self):
         least = 2 if self.signed else 1
         remedy = f"give {least} to 16 bits, or dac=None for ideal inputs"
-        _require(self, "bits", _is_whole(self.bits, least, 16), remedy)
+        require(self, "bits", _is_whole(self.bits, least, 16), remedy)
         sliced = self.slice_bits is None or _is_whole(self.slice_bits, 1, self.bits)
-        _require(self, "slice_bits", sliced, f"give 1 to {self.bits} bits, or None for no slicing")
-        _require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of inputs from 0.5 to 1")
+        require(self, "slice_bits", sliced, f"give 1 to {self.bits} bits, or None for no slicing")
+        require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of inputs from 0.5 to 1")
         valid = not isinstance(self.limit, NUMBER) or 0 < self.limit < float("inf")
-        _require(self, "limit", bool(valid), "give the largest |x|, positive and finite")
+        require(self, "limit", bool(valid), "give the largest |x|, positive and finite")
 
     @property
     def magnitude_bits(self) -> int:
@@ -164,7 +125,7 @@ class DAC:
         return (*[step] * (total // step), *([total % step] if total % step else []))
 
 
-@_part("bits", "range", "convert", "separate", "quantile", "clip_share", "retries", "architecture")
+@model("bits", "range", "convert", "separate", "quantile", "clip_share", "architecture", kw_only=True)
 class ADC:
     """Conversion of column currents to numbers.
 
@@ -181,8 +142,6 @@ class ADC:
       gain_error: standard deviation of each column's ADC gain, drawn once per chip.
       offset_error: standard deviation of each column's ADC offset, in units of Gmax at full input.
       noise: standard deviation of each conversion's noise, in units of Gmax at full input (aihwkit's `out_noise`).
-      retries: limit on repeated reads of an input vector, at half the voltage, if a conversion exceeds the highest code
-        (aihwkit's iterative bound management).
       architecture: kind of ADC (see `register_adc`): `sar` and `ramp` differ in energy and latency.
     """
 
@@ -196,26 +155,24 @@ class ADC:
     gain_error: Physical = None
     offset_error: Physical = None
     noise: Physical = None
-    retries: int = 0
     architecture: str = "sar"
 
     def __post_init__(self):
-        _require(self, "bits", _is_whole(self.bits, 2, 16), "give 2 to 16 bits, or adc=None for an ideal ADC")
+        require(self, "bits", _is_whole(self.bits, 2, 16), "give 2 to 16 bits, or adc=None for an ideal ADC")
         if (self.range == "given") != (self.limits is not None):
             raise ValueError("adc.limits go with adc.range='given', and only with it")
-        _require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of conversions from 0.5 to 1")
+        require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of conversions from 0.5 to 1")
         if isinstance(self.limits, list | tuple):
             object.__setattr__(self, "limits", tuples(self.limits))  # hashable
-        _require(self, "retries", _is_whole(self.retries, 0, 1_000), "give a number of reads, 0 to 1,000")
         remedy = f"choose {', '.join(ARCHITECTURES)}, or call register_adc before"
-        _require(self, "architecture", self.architecture in ARCHITECTURES, remedy)
+        require(self, "architecture", self.architecture in ARCHITECTURES, remedy)
         for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
             valid = not isinstance(value, NUMBER) or value >= 0
-            _require(self, name, bool(valid), "a standard deviation cannot be negative")
+            require(self, name, bool(valid), "a standard deviation cannot be negative")
 
 
-@_part("rows", "cols", "partition")
+@model("rows", "cols", "partition", kw_only=True)
 class Tile:
     """One physical array, and how a matrix is cut into such arrays.
 
@@ -237,12 +194,12 @@ class Tile:
     def __post_init__(self):
         for name in ("rows", "cols"):
             valid = getattr(self, name) is None or _is_whole(getattr(self, name), 1)
-            _require(self, name, valid, "give a positive number, or None for no limit")
+            require(self, name, valid, "give a positive number, or None for no limit")
         valid = not isinstance(self.current_limit, NUMBER) or self.current_limit > 0
-        _require(self, "current_limit", bool(valid), "give a positive current, or None")
+        require(self, "current_limit", bool(valid), "give a positive current, or None")
 
 
-@_part("weight_bits", "scale", "quantile")
+@model("weight_bits", "scale", "quantile", kw_only=True)
 class Mapping:
     """Scaling of weights onto the cells.
 
@@ -258,11 +215,11 @@ class Mapping:
 
     def __post_init__(self):
         valid = self.weight_bits is None or _is_whole(self.weight_bits, 2, 16)
-        _require(self, "weight_bits", valid, "give 2 to 16 bits, or None for real weights")
-        _require(self, "quantile", 0 < self.quantile <= 1, "give a share of weights in (0, 1]")
+        require(self, "weight_bits", valid, "give 2 to 16 bits, or None for real weights")
+        require(self, "quantile", 0 < self.quantile <= 1, "give a share of weights in (0, 1]")
 
 
-@_part()
+@model(kw_only=True)
 class CrossbarConfig:
     """Configuration of a crossbar; by default 128 x 128 arrays of four 2-bit differential cells, without ADC or noise.
 

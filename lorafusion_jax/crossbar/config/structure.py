@@ -56,9 +56,7 @@ def _structure_of_arrays(config: CrossbarConfig) -> Structure:
     adc, dac, noise = config.adc, config.dac, config.device.read_noise
     if adc is not None:
         of_conversions = None if adc.noise is None else 0.0
-        adc = dataclasses.replace(
-            adc, quantile=ADC.quantile, clip_share=ADC.clip_share, noise=of_conversions, retries=0
-        )
+        adc = dataclasses.replace(adc, quantile=ADC.quantile, clip_share=ADC.clip_share, noise=of_conversions)
     if dac is not None:
         dac = dataclasses.replace(dac, quantile=DAC.quantile, clip_share=DAC.clip_share, rounding="nearest")
     if noise is not None:

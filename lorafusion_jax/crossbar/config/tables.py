@@ -27,9 +27,8 @@ def kind_of(path: Path, what: str) -> str:
 def read_table(path: Path, kind: str) -> Any:
     """Return the content of a YAML or JSON file.
 
-    Raises:
-      ValueError: the file is larger than 1 MiB, not of its kind, gives a key twice, or holds an integer of over 64
-        bits, 100,000 values or lists 20 deep; aliases of YAML count as often as they occur.
+    Raises a ValueError for one that is larger than 1 MiB, not of its kind, gives a key twice, or holds an integer of
+    over 64 bits, 100,000 values or lists 20 deep; aliases of YAML count as often as they occur.
     """
     if (size := path.stat().st_size) > _LARGEST:
         raise ValueError(f"{path} has {size:,} bytes: give a file of at most {_LARGEST:,}")
@@ -95,11 +94,11 @@ def _check_keys(keys: list[str]) -> None:
         raise ValueError(f"{shown(twice)} is given twice")
 
 
-def _integer(text: str, parse: Callable[[], int] | None = None) -> int:
+def _integer(text: str, parse: Callable[[str], int] = int) -> int:
     """Return an integer of at most 64 bits, by `parse` or as JSON has it."""
     if len(text) > _LONGEST_INTEGER:
         raise ValueError(f"an integer has {len(text):,} characters")
-    number = int(text) if parse is None else parse()
+    number = parse(text)
     if not -(1 << 63) <= number < 1 << 63:
         raise ValueError(f"{number} is an integer of over 64 bits")
     return number
@@ -113,7 +112,7 @@ class _Loader(_Parser):
     """Loads integers of 64 bits at most."""
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        return _integer(node.value, lambda: super(_Loader, self).construct_yaml_int(node))
+        return _integer(node.value, lambda _: super(_Loader, self).construct_yaml_int(node))
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

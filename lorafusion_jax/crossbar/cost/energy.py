@@ -50,13 +50,10 @@ class Counts:
 
 def counts(shape: tuple[int, int], config: CrossbarConfig) -> Counts:
     """Return the counts of a [d_in, d_out] matrix; there are no conversions without an ADC."""
-    d_in, d_out = shape
-    geometry = Geometry.of(shape, config)
-    rows, cols = geometry.rows, geometry.cols
-    slices = len(config.weight_slices)
+    (d_in, d_out), geometry = shape, Geometry.of(shape, config)
+    rows, cols, slices = geometry.rows, geometry.cols, len(config.weight_slices)
     each = slices * geometry.polarities
     columns = d_out + (len(cols) if config.encoding.unit_column else 0)
-
     conversions = additions = 0
     if config.adc is not None:
         times = 1 if config.converts_sums else len(config.input_slices)
@@ -127,8 +124,7 @@ def write_cost(written: Counts, constants: Constants = CONSTANTS, *, passes: int
 def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CONSTANTS) -> ReadEnergy:
     """Return the energy of reads, given counts of the matrices, each multiplied by its number of input vectors.
 
-    Raises:
-      ValueError: the DAC or the ADC is ideal, and so has no energy.
+    Raises a ValueError for an ideal DAC or ADC, which has no energy.
     """
     dac, adc = _converters(config)
     drive = sum(2**bits - 1 for bits in dac.slices)

@@ -5,7 +5,6 @@ stuck cells, and drift until `time`; after each, conductances are clipped to the
 nonlinear I-V belong to a read: they are described here and applied there.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +38,7 @@ class StuckAt:
         return jnp.where(u >= 1 - high, like(1.0, G), jnp.where(u < low, like(g_min, G), G))
 
 
-@model(at_least_0=("sigma",))
+@model("kind", "clip", at_least_0=("sigma",))
 class ReadNoise:
     """Normal noise that is drawn again for every read.
 
@@ -51,8 +50,8 @@ class ReadNoise:
     """
 
     sigma: Physical
-    kind: str = dataclasses.field(default="independent", metadata={"static": True})
-    clip: bool = dataclasses.field(default=False, metadata={"static": True})
+    kind: str = "independent"
+    clip: bool = False
 
     def __post_init__(self):
         if self.kind not in ("independent", "proportional"):
@@ -97,8 +96,7 @@ _PARTS = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@model("compensate", "clip", kw_only=True)
 class Device:
     """Differences of a cell from an ideal conductance; None is ideal for each.
 
@@ -119,10 +117,10 @@ class Device:
     stuck: StuckAt | None = None
     drift: DeviceModel | None = None
     time: Physical = None
-    compensate: bool = dataclasses.field(default=False, metadata={"static": True})
+    compensate: bool = False
     read_noise: ReadNoise | None = None
     iv: Callable[[Array, Array], Array] | None = None
-    clip: str = dataclasses.field(default="positive", metadata={"static": True})
+    clip: str = "positive"
 
     def __post_init__(self):
         for name, example in _PARTS.items():

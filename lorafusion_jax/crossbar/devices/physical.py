@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 import jax
 import jax.core
@@ -28,8 +28,13 @@ _Class = TypeVar("_Class", bound=type)
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
-def model(*, at_least_0: tuple[str, ...] = (), above_0: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
-    """Make a class a frozen dataclass and a pytree, whose named fields have lower bounds (see `check_bounds`)."""
+def model(
+    *static: str, kw_only: bool = False, at_least_0: tuple[str, ...] = (), above_0: tuple[str, ...] = ()
+) -> Callable[[_Class], _Class]:
+    """Make a class a frozen dataclass and a pytree, whose `static` fields are structure.
+
+    Named fields have lower bounds (see `check_bounds`), and those with a `Literal` annotation have one of its values.
+    """
 
     def decorate(cls: _Class) -> _Class:
         others = getattr(cls, "__post_init__", lambda self: None)
@@ -37,12 +42,26 @@ def model(*, at_least_0: tuple[str, ...] = (), above_0: tuple[str, ...] = ()) ->
         def check(self: Any) -> None:
             for name in at_least_0 + above_0:
                 check_bounds(self, name, 0, open_low=name in above_0)
+            for field in dataclasses.fields(self):
+                if get_origin(field.type) is Literal:
+                    *first, last = get_args(field.type)
+                    known = getattr(self, field.name) in (*first, last)
+                    require(self, field.name, known, f"choose {', '.join(first)} or {last}")
             others(self)
 
         cls.__post_init__ = check
-        return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+        names = [field.name for field in dataclasses.fields(dataclasses.dataclass(frozen=True, kw_only=kw_only)(cls))]
+        return jax.tree_util.register_dataclass(cls, [name for name in names if name not in static], list(static))
 
     return decorate
+
+
+def require(part: Any, name: str, holds: bool, remedy: str) -> None:
+    """Raise a ValueError for a field unless a condition holds."""
+    if not holds:
+        value = getattr(part, name)
+        value = value.item() if isinstance(value, np.generic) else value
+        raise ValueError(f"{type(part).__name__.lower()}.{name} = {value!r:.120}: {remedy}")
 
 
 def check_bounds(

@@ -9,7 +9,6 @@ Kirchhoff's laws as two products with fixed matrices (the same fixed point as Cr
 negative cells are in separate arrays.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -19,7 +18,7 @@ from jaxtyping import Array, Float
 from .physical import Physical, check_bounds, for_each_cell, like, model, varying_as
 
 
-@model(at_least_0=("row_resistance", "column_resistance"), above_0=("tolerance",))
+@model("iterations", at_least_0=("row_resistance", "column_resistance"), above_0=("tolerance",))
 class Wire:
     """Resistance of the wires of an array, and how its currents are solved for.
 
@@ -35,7 +34,7 @@ class Wire:
     row_resistance: Physical = 0.0
     column_resistance: Physical = 0.0
     tolerance: Physical = 1e-5
-    iterations: int = dataclasses.field(default=200, metadata={"static": True})
+    iterations: int = 200
     relaxation: Physical = None
 
     def __post_init__(self):
@@ -53,12 +52,7 @@ def currents(
     """Return the column currents of one array with resistive wires; all NaN where the iteration did not converge.
 
     A row without current changes nothing above the cells in use but lengthens their bit lines below them: a matrix
-    smaller than its array sits in the bottom rows.
-
-    Args:
-      v: voltages of the word lines, of the full read voltage.
-      G: conductances, of Gmax.
-      iv: (V, G) -> current of a cell; I = G V for a linear one.
+    smaller than its array sits in the bottom rows. Cells without `iv`, (V, G) -> current, are linear.
     """
     rows, cols = G.shape
     r, j = jnp.arange(1, rows + 1), jnp.arange(1, cols + 1)

@@ -5,7 +5,6 @@ programming (None: at once). Results may be negative: `realise` clips, which lea
 whose target is zero.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -37,7 +36,7 @@ class Proportional:
         return G * (1 + like(self.sigma, G) * noise(key, G))
 
 
-@model(at_least_0=("scale",))
+@model("deviation", "shift", "seconds", at_least_0=("scale",))
 class Polynomial:
     """A measured error, its standard deviation and mean fitted as polynomials of the target conductance.
 
@@ -51,9 +50,9 @@ class Polynomial:
       scale: multiplies shift and deviation.
     """
 
-    deviation: tuple[tuple[float, ...], ...] = dataclasses.field(metadata={"static": True})
-    shift: tuple[tuple[float, ...], ...] | None = dataclasses.field(default=None, metadata={"static": True})
-    seconds: tuple[float, ...] = dataclasses.field(default=(1.0,), metadata={"static": True})
+    deviation: tuple[tuple[float, ...], ...]
+    shift: tuple[tuple[float, ...], ...] | None = None
+    seconds: tuple[float, ...] = (1.0,)
     scale: Physical = 1.0
 
     def __post_init__(self):
@@ -116,7 +115,7 @@ Falcone et al., arXiv:2502.04524 (2025); aihwkit's fit, whose slope is per uS of
 """
 
 
-@model(above_0=("tolerance",))
+@model("pulses", above_0=("tolerance",))
 class WriteVerify:
     """Program, read, and program again every cell outside the tolerance.
 
@@ -128,7 +127,7 @@ class WriteVerify:
     """
 
     tolerance: Physical
-    pulses: int = dataclasses.field(default=32, metadata={"static": True})
+    pulses: int = 32
 
     def __post_init__(self):
         if not isinstance(self.pulses, int) or not 1 <= self.pulses <= 1_000_000:

@@ -47,10 +47,6 @@ class Kernel:
         """Return a product [*groups, *B, *inputs] -> [*groups, *B, *features] of x.
 
         `groups` and `inputs` are numbers of axes: each group has a separate matrix, and inputs are summed over.
-
-        Raises:
-          ValueError: the kernel is still a stack of layers, a key or the range of a converter is missing, or
-            `out_sharding` is given.
         """
         name = self.chip.name or "the model"
         if stack := self.chip.shape[: -3 if groups else -2]:
@@ -100,11 +96,9 @@ def einsum(equation: str, x: Array, kernel: Kernel, precision: Any = None, **res
     return jnp.einsum(f"{groups}{free}{outputs}->{of_y}", y)
 
 
-def operands(equation: str) -> tuple[str, str, str]:
+def operands(equation: str) -> list[str]:
     """Return the axes of both operands of an equation, and of its result."""
-    of_x, rest = equation.split(",")
-    of_kernel, of_y = rest.split("->")
-    return of_x, of_kernel, of_y
+    return equation.replace("->", ",").split(",")
 
 
 def einsum_axes(equation: str) -> tuple[list[int], list[int]]:

@@ -86,9 +86,8 @@ def found_digital(parameter: Array) -> Found:
 
 def found_parameter(parameter: Array) -> Found:
     """Return the entry of a parameter that does not belong to a layer of Flax."""
-    if parameter.ndim < 2:
-        return Found(parameter)
-    return Found(parameter, f"it is a parameter of shape {parameter.shape}, and no layer's kernel")
+    obstacle = f"it is a parameter of shape {parameter.shape}, and no layer's kernel"
+    return Found(parameter, None if parameter.ndim < 2 else obstacle)
 
 
 def kernels(found: Mapping[str, Found], rules: Rules, key: Array) -> dict[str, Kernel]:

@@ -79,10 +79,7 @@ def column_variances(
 def unflipped(
     columns: Float[Array, "K R rows _cols"], flipped: Flipped, geometry: Geometry
 ) -> tuple[Float[Array, "K R rows d_out"], Float[Array, "K R rows C"]]:
-    """Return the columns, with flipped ones negated, and the unit columns.
-
-    The codes of a negated column are negated, so those of all row tiles can be added up before `recover_flipped`.
-    """
+    """Return the columns, flipped ones negated so that codes of row tiles add up, and the unit columns."""
     d_out = geometry.shape[1]
     return columns[..., :d_out] * _signs(flipped, geometry, columns.dtype), columns[..., d_out:]
 
@@ -134,9 +131,7 @@ def finish(
 ) -> Float[Array, "A d_out"]:
     """Return the weighted sum over weight slices, in weight codes times input codes.
 
-    Args:
-      total: codes, or sums without an ADC, shifted and added over input slices; unit columns last.
-      ones: sums of the inputs, for the terms that are removed digitally.
+    `total` has the codes, or sums without an ADC, with unit columns last, and `ones` the sums of the inputs.
     """
     lsb = None if quantise is None else quantise.lsb
     if config.encoding.kind == "offset" and (flipped is not None or not config.encoding.unit_column):

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 from ..config.schema import CrossbarConfig
 from .geometry import Cells, Codes, Flipped, Geometry
 
-# Purpose of a read's key, in addition to the numbers of its row tiles.
-_ROUNDING = 2**31
+_ROUNDING = 2**31  # purpose of a read's key, in addition to the numbers of its row tiles
 
 
 def split(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) -> Array:
@@ -153,10 +152,6 @@ def input_codes(
     if config.dac is None:
         return x / limit
     top = float(geometry.input_top)
-    if config.adc is not None and config.adc.retries:
-        # XLA multiplies by the reciprocal of what is broadcast. At half the voltage the largest code is an exact tie,
-        # which that would break.
-        limit = jax.lax.optimization_barrier(jnp.broadcast_to(limit, x.shape))
     codes = x / limit * top
     if config.dac.rounding == "nearest" or key is None:
         whole = jnp.round(codes)
@@ -167,5 +162,4 @@ def input_codes(
 
 def pulses(codes: Float[Array, "*B d"], geometry: Geometry) -> Float[Array, "J *B d"]:
     """Return the input slices u of input codes."""
-    slices = geometry.input_slices
-    return codes[None] if slices is None else _all_digits(codes, slices)
+    return codes[None] if geometry.input_slices is None else _all_digits(codes, geometry.input_slices)

@@ -1,11 +1,12 @@
 """Reads whose conversions a kernel makes, from input codes and columns to codes summed over slices and row tiles."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ..chip.chip import Chip
 from ..devices.physical import varying_as
@@ -19,86 +20,62 @@ from .kernels.lookup import lookup
 from .kernels.sliced_products import sliced_products
 
 
-class _Operand(NamedTuple):
-    """The parts of a chip that are read, all with row tiles as their second axis (columns of `planes`: fourth)."""
-
-    columns: Any
-    units: Float[Array, "K R rows C"] | None
-    variance: Float[Array, "k R rows _cols"] | None
-    occupied: Bool[Array, "k R"] | None
-    flipped: Bool[Array, "K R C _cols"] | None
-
-
-def convert_tiles(n: Float[Array, "B d_in"], quantise: Converter, chip: Chip) -> Float[Array, "B _d_out"]:
-    """Return weights times input codes; for a converter that counts [B, 1], above zero where some are clipped."""
+def convert_tiles(n: Float[Array, "B d_in"], quantise: Converter, chip: Chip) -> Float[Array, "B d_out"]:
+    """Return weights times input codes."""
     rows = chip.geometry.rows
     tiles = encoding.split(n, rows, axis=1, front=True)
     if chip.flipped is not None:  # negated columns
         quantise = quantise._replace(qmin=-quantise.qmax)
-    operand = _Operand(chip.columns, chip.units, chip.variance, chip.occupied, chip.flipped)
-    worth = jnp.ones((1, 1), n.dtype) if quantise.counts else chip.scale
     if chip.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
-        return _of_tiles(tiles, operand, 0, quantise, chip) * worth
+        return _of_tiles(tiles, 0, quantise, chip) * chip.scale
 
     # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
-    axes = (3 if chip.plan.path == "planes" else 1, 1, 1, 1, 1)
+    axes = dict.fromkeys(("units", "variance", "occupied", "flipped"), 1)
+    axes["columns"] = 3 if chip.plan.path == "planes" else 1
 
-    def along(move: Callable[[Array, int], Array], operand: _Operand) -> _Operand:
-        moved = (jax.tree.map(lambda a, i=i: move(a, i), part) for part, i in zip(operand, axes, strict=True))
-        return _Operand(*moved)
+    def along(move: Callable[[Array, int], Array], parts: dict[str, Any]) -> dict[str, Any]:
+        return {name: jax.tree.map(lambda a, axis=axes[name]: move(a, axis), part) for name, part in parts.items()}
 
-    def add(y: Array, tile: tuple[Array, _Operand, Array, Array, Array]) -> tuple[Array, None]:
-        x, operand, adc_scale, scale, number = tile
-        own = quantise._replace(scale=adc_scale[None])
-        of_tile = _of_tiles(x[:, None], along(jnp.expand_dims, operand), number, own, chip)
-        return y + of_tile * scale[None], None
+    def add(y: Array, tile: tuple[Array, dict[str, Any], Array, Array, Array]) -> tuple[Array, None]:
+        x, parts, adc_scale, scale, number = tile
+        own = dataclasses.replace(chip, **along(jnp.expand_dims, parts))
+        return y + _of_tiles(x[:, None], number, quantise._replace(scale=adc_scale[None]), own) * scale[None], None
 
-    zero = varying_as(jnp.zeros((n.shape[0], 1 if quantise.counts else chip.shape[1]), n.dtype), n, chip)
-    by_tile = along(lambda a, i: jnp.moveaxis(a, i, 0), operand)
-    adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, worth))
+    zero = varying_as(jnp.zeros((n.shape[0], chip.shape[1]), n.dtype), n, chip)
+    by_tile = along(lambda a, axis: jnp.moveaxis(a, axis, 0), {name: getattr(chip, name) for name in axes})
+    adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, chip.scale))
     return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]
 
 
 def _of_tiles(
-    tiles: Float[Array, "B R rows"], operand: _Operand, number: Array | int, quantise: Converter, chip: Chip
-) -> Float[Array, "B _d_out"]:
+    tiles: Float[Array, "B R rows"], number: Array | int, quantise: Converter, chip: Chip
+) -> Float[Array, "B d_out"]:
     """Return the product of row tiles of one scale, which begin with this number."""
     geometry, config, d_out = chip.geometry, chip.config, chip.shape[1]
-    each, columns, units, variance = 2 if config.converts_each else 1, operand.columns, operand.units, operand.variance
+    each, units, variance = 2 if config.converts_each else 1, chip.units, chip.variance
     adc = quantise._replace(scale=jnp.tile(quantise.scale[0], each))
     of_units = variance
     if units is not None and variance is not None and variance.shape[3] > 1:
         variance, of_units = variance[..., :d_out], variance[..., d_out:]
-    noise = _noise(variance, 2 * number, columns, chip, tiles.dtype)
-    total = _codes(tiles, columns, adc, operand.occupied, noise, chip)
-    if adc.counts:
-        clipped = jnp.sum(total, axis=(0, 2))
-        if units is not None:
-            clipped += jnp.sum(_unit_sums(tiles, units, of_units, number, adc, chip), axis=(0, 1, 3))
-        return clipped[:, None]
+    total = _codes(tiles, adc, _noise(variance, 2 * number, chip.columns, chip, tiles.dtype), chip)
     if each == 2:
         total = total[: len(total) // 2] - total[len(total) // 2 :]
     whole = encoding.split(total[..., :d_out], geometry.cols, axis=2)
-    if units is not None and operand.flipped is not None:
+    if units is not None and chip.flipped is not None:
         lsb = quantise.lsb[0, :, None, None, None]
         measured = _unit_sums(tiles, units, of_units, number, adc, chip) * lsb
-        return weigh(recover_flipped(whole * lsb, measured, operand.flipped, geometry, config), None, geometry)
+        return weigh(recover_flipped(whole * lsb, measured, chip.flipped, geometry, config), None, geometry)
     if config.encoding.unit_column:
         whole = jnp.concatenate([whole, total[..., d_out:, None]], axis=3)
     ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
-    return finish(whole, ones, quantise, chip.flipped, geometry, config)
+    return finish(whole, ones, quantise, None, geometry, config)
 
 
 def _codes(
-    tiles: Float[Array, "B R rows"],
-    columns: Any,
-    adc: Converter,
-    occupied: Array | None,
-    noise: Noise | None,
-    chip: Chip,
+    tiles: Float[Array, "B R rows"], adc: Converter, noise: Noise | None, chip: Chip
 ) -> Float[Array, "k B _cols"]:
     """Return the codes of all conversions, shifted and added over input slices and row tiles."""
-    plan, slices, signed = chip.plan, chip.geometry.converted_slices, chip.config.signed_inputs
+    plan, slices, signed, columns = chip.plan, chip.geometry.converted_slices, chip.config.signed_inputs, chip.columns
     if slices is not None and plan.path == "lookup":
         return lookup(tiles, columns, plan.packing, adc, slices, signed=signed, noise=noise)
     if slices is not None and plan.path == "planes":
@@ -109,7 +86,7 @@ def _codes(
 
         return mosaic(tiles, columns, adc, slices, signed=signed)
     columns = columns if plan.packing else columns.astype(tiles.dtype)
-    return sliced_products(tiles, columns, plan.packing, adc, slices, occupied, noise)
+    return sliced_products(tiles, columns, plan.packing, adc, slices, chip.occupied, noise)
 
 
 def _unit_sums(

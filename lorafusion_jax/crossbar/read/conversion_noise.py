@@ -77,10 +77,7 @@ def add_noise(
     corner: tuple[int, int | Int[Array, ""], int | Int[Array, ""]],
     cols: int,
 ) -> Float[Array, "k B C"]:
-    """Return sums of one row tile and input slice, numbered by `place`, with their noise.
-
-    The sums are part of [K, B, cols], where they begin at `corner`.
-    """
+    """Return sums of one row tile and input slice, number `place`, with noise; in [K, B, cols] they are at `corner`."""
     k, b, c = (
         jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis) + jnp.asarray(first).astype(jnp.uint32)
         for axis, first in enumerate(corner)

@@ -24,12 +24,10 @@ from ..mapping.geometry import Cells, Geometry
 from ..platform import for_cpu
 from .conversion_noise import of_conversions
 
-# Bytes that the temporaries of one read may take.
-BUDGET = 256 * 2**20
+BUDGET = 256 * 2**20  # bytes that the temporaries of one read may take
 # Copies of an array's cells in memory at once: of drawn or nonlinear ones, and while wires are solved for.
 _CELL_COPIES, _WIRE_COPIES = 4, 12
-# Purpose of an input vector's key, in addition to its cells' noise.
-_CONVERSION = 2**31
+_CONVERSION = 2**31  # purpose of an input vector's key, in addition to its cells' noise
 
 
 def column_sums(
@@ -139,33 +137,24 @@ def _tile_bytes(cells: Cells, config: CrossbarConfig) -> int:
     return columns * rows * _CELL_COPIES if single else columns
 
 
-def shift_and_add(
-    sums: Float[Array, "J K R C _P cols"],
-    convert: Callable[[Array], Array] | None,
-    geometry: Geometry,
-    config: CrossbarConfig,
-) -> Float[Array, "K R C _P cols"]:
-    """Return the sum over input slices, converted before or after it; `convert` is None for an ideal ADC."""
-    weights = jnp.asarray(geometry.input_significance, sums.dtype)
-    if convert is not None and config.adc is not None and config.adc.convert == "slice":
-        return jnp.einsum("j,jkrcpo->krcpo", weights, convert(sums))
-    total = jnp.einsum("j,jkrcpo->krcpo", weights, sums)
-    return total if convert is None else convert(total)
-
-
-def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B _d_out"]:
-    """Return weights times input codes; see `convert_tiles` for a converter that counts."""
+def definition(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
+    """Return weights times input codes."""
     geometry, config, cells, key = chip.geometry, chip.config, chip.cells, chip.key
     assert cells is not None
     tiles = encoding.split(n, geometry.rows, axis=1, front=True)
     keys = None if key is None else jax.random.split(key, n.shape[0])
 
     def of_one(codes: Array, key: Array | None) -> Array:
+        def converted(sums: Array) -> Array:
+            if quantise is None:
+                return sums
+            scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
+            return quantise(with_noise(with_mismatch(sums, chip), geometry, config, key), scale)
+
         sums = all_sums(codes, cells, key, geometry, config, integers=chip.plan.integers)
-        convert = None if quantise is None else _of_conversions(quantise, chip, key)
-        total = shift_and_add(sums, convert, geometry, config)
-        if quantise is not None and quantise.counts:
-            return jnp.sum(total).reshape(1)
+        sums = sums if config.converts_sums else converted(sums)
+        total = jnp.einsum("j,jkrcpo->krcpo", jnp.asarray(geometry.input_significance, sums.dtype), sums)
+        total = converted(total) if config.converts_sums else total
         total = total[..., 0, :] - total[..., 1, :] if total.shape[3] == 2 else total[..., 0, :]
         ones = jnp.sum(codes, axis=1)[:, None, None]
         one_range = quantise is None or quantise.scale.shape[0] == 1
@@ -194,13 +183,3 @@ def with_noise(
         return sums
     drawn = normal(jax.random.fold_in(key, _CONVERSION), sums.shape, sums.dtype)
     return sums + jnp.broadcast_to(deviation[:, None, None, None, None], sums.shape) * drawn
-
-
-def _of_conversions(quantise: Converter, chip: Chip, key: Array | None) -> Callable[[Array], Array]:
-    """Return the conversion of sums [..., K, R, C, P, cols]."""
-
-    def convert(sums: Array) -> Array:
-        scale = jnp.broadcast_to(quantise.scale.T[:, :, None, None, None], sums.shape)
-        return quantise(with_noise(with_mismatch(sums, chip), chip.geometry, chip.config, key), scale)
-
-    return convert

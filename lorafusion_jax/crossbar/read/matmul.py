@@ -16,15 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ..chip.chip import Chip
 from ..chip.plan import loses_nothing
 from ..config.schema import CrossbarConfig
 from ..devices.normal_draws import normal
-from ..devices.physical import is_moved, is_traced, like, varying_as
+from ..devices.physical import is_moved, is_traced, like
 from ..mapping import encoding
-from ..mapping.adc.quantiser import Converter, converter, level_units
+from ..mapping.adc.quantiser import converter, level_units
 from .by_kernel import convert_tiles
 from .conversion_noise import root
 from .definition import definition
@@ -98,7 +98,7 @@ def _read(tree: Any, names: tuple[str, ...], x: Float[Array, "B d_in"], leaves: 
     The names of the leaves are fields of the chip and paths of the configuration.
     """
     chip: Chip = jax.tree.unflatten(tree, leaves)
-    return _multiply(x, _full_scale(x, chip), chip, rounds=True)
+    return _multiply(x, full_scale(x, chip), chip, rounds=True)
 
 
 def _multiply(
@@ -107,12 +107,20 @@ def _multiply(
     """Return the product as the arrays and their converters compute it; without `rounds`, ADCs only clip."""
     geometry, config = chip.geometry, chip.config
     n = encoding.input_codes(x, limit, geometry, config, chip.key)
-    quantise = _converter(chip)
-    if quantise is not None:
-        quantise = quantise._replace(rounds=rounds)
     # The factors, one after the other, could leave the range of the dtype where their product is within it.
     scale, limit, exponents = _within_range(chip.scale, limit)
-    y = _by_path(n, quantise, dataclasses.replace(chip, scale=scale)) * (limit / geometry.input_top)
+    chip = dataclasses.replace(chip, scale=scale)
+    quantise = None
+    if chip.limits is not None:
+        quantise = converter(chip.limits, geometry, config, chip.plan.ties)._replace(rounds=rounds)
+    if chip.plan.path == "product":
+        y = _product(n, chip)
+    elif chip.plan.path == "definition":
+        y = definition(n, quantise, chip)
+    else:
+        assert quantise is not None
+        y = convert_tiles(n, quantise, chip)
+    y = y * (limit / geometry.input_top)
     for power in exponents:
         y = y * power
     # Codes are integers on most paths, and counted as such, which NaN cannot be.
@@ -149,7 +157,7 @@ def _derivative(tree, names, primals, tangents):
     y = _read(tree, names, x, leaves)
     terms = []
     inside, seen = jnp.ones_like(x, bool), x
-    limit = _full_scale(x, chip)
+    limit = full_scale(x, chip)
     if config.dac is not None and (chip.input_limit is not None or not config.dac.signed):
         low = -limit if config.dac.signed else jnp.zeros_like(limit)
         inside, seen = (x >= low) & (x <= limit), jnp.clip(x, low, limit)
@@ -217,54 +225,12 @@ def _check_limits(chip: Chip) -> None:
         )
 
 
-def reading(
-    x: Float[Array, "B d_in"], chip: Chip
-) -> tuple[Float[Array, "B d_in"], Float[Array, ""] | Float[Array, "B 1"]]:
-    """Return the input codes of a read, and the input that the highest of them stands for."""
-    limit = _full_scale(x, chip)
-    return encoding.input_codes(x, limit, chip.geometry, chip.config, chip.key), limit
-
-
-def _full_scale(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, ""] | Float[Array, "B 1"]:
-    """Return the input that the DAC's highest code stands for, doubled where a read is repeated at half of it."""
-    config, limit = chip.config, chip.input_limit
-    if limit is None:
-        limit = jnp.max(jnp.abs(x) if config.signed_inputs else jnp.maximum(x, 0), axis=1, keepdims=True)
-        limit = jnp.where(limit == 0, jnp.ones_like(limit), limit)
-    quantise = _converter(chip)
-    if quantise is None or config.adc is None or config.adc.retries == 0 or chip.plan.path == "product":
-        return limit
-    counting, retries = quantise._replace(counts=True), config.adc.retries
-
-    def clipped(limit: Float[Array, "B 1"]) -> Bool[Array, "B 1"]:
-        return _by_path(encoding.input_codes(x, limit, chip.geometry, config, chip.key), counting, chip) > 0
-
-    def proceed(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
-        _, again, count = carry
-        return (count < retries) & jnp.any(again)
-
-    def halve(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        limit, again, count = carry
-        limit = jnp.where(again, 2 * limit, limit)
-        return limit, again & clipped(limit), count + 1
-
-    first = varying_as(jnp.broadcast_to(jax.lax.stop_gradient(limit), (x.shape[0], 1)), x, chip)
-    last, _, _ = jax.lax.while_loop(proceed, halve, (first, clipped(first), jnp.int32(0)))
-    return limit * jax.lax.stop_gradient(last / limit)
-
-
-def _converter(chip: Chip) -> Converter | None:
-    return None if chip.limits is None else converter(chip.limits, chip.geometry, chip.config, chip.plan.ties)
-
-
-def _by_path(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B _d_out"]:
-    """Return weights times input codes, by the plan's path; see `convert_tiles` for a converter that counts."""
-    if chip.plan.path == "product":
-        return _product(n, chip)
-    if chip.plan.path == "definition":
-        return definition(n, quantise, chip)
-    assert quantise is not None
-    return convert_tiles(n, quantise, chip)
+def full_scale(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, ""] | Float[Array, "B 1"]:
+    """Return the input that the DAC's highest code stands for."""
+    if chip.input_limit is not None:
+        return chip.input_limit
+    limit = jnp.max(jnp.abs(x) if chip.config.signed_inputs else jnp.maximum(x, 0), axis=1, keepdims=True)
+    return jnp.where(limit == 0, jnp.ones_like(limit), limit)
 
 
 def _product(n: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:

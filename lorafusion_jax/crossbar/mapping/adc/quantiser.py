@@ -33,7 +33,6 @@ class Converter(NamedTuple):
       qmin: lowest code, and qmax the highest.
       divides: if true, `scale` is a divisor.
       rounds: False for the smooth surrogate, which only clips.
-      counts: return 1 for a sum beyond the highest code and 0 for another, instead of its code.
       transfer: transfer curve of the architecture, or None (see `Architecture`).
     """
 
@@ -42,7 +41,6 @@ class Converter(NamedTuple):
     qmax: int
     divides: bool = False
     rounds: bool = True
-    counts: bool = False
     transfer: Callable[..., Any] | None = None
 
     @property
@@ -53,9 +51,6 @@ class Converter(NamedTuple):
     def __call__(self, sums: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
         """Return the codes of sums, given the part of `scale` that applies to them."""
         scaled = self.scaled(sums, scale)
-        if self.counts:  # not noise below zero, which would not be less at half the voltage
-            size = abs(scaled) if self.qmin < 0 else scaled
-            return (size > self.qmax + 0.5).astype(sums.dtype)
         if self.rounds:
             scaled = jnp.round(scaled)
             if self.divides:
@@ -149,5 +144,4 @@ def are_power_steps(limits: np.ndarray, geometry: Geometry, config: CrossbarConf
     assert geometry.code_range is not None
     units = np.asarray([float(unit) for unit in level_units(geometry, config)])
     steps = limits[..., 1] * units / geometry.code_range[1]
-    exponents = np.log2(steps)
-    return bool(np.allclose(exponents, np.round(exponents), atol=1e-6))
+    return bool(np.allclose(np.log2(steps), np.round(np.log2(steps)), atol=1e-6))

@@ -43,11 +43,7 @@ def planes(
     *,
     signed: bool,
 ) -> Float[Array, "K B cols"]:
-    """Return the codes of all conversions, shifted and added over input slices and row tiles.
-
-    Args:
-      cells: from `to_planes`.
-    """
+    """Return the codes of all conversions of cells from `to_planes`, shifted and added over slices and row tiles."""
     worth = jnp.asarray(significance(slices), n.dtype)
 
     def step(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -40,9 +40,7 @@ def lookup(
 ) -> Float[Array, "K B cols"]:
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
-    Args:
-      cells: in level units; packed, or real-valued.
-      noise: noise of this read; its variances are not read where they are packed.
+    Cells are in level units. The variances of `noise` are not read where they are packed.
     """
     batch, cols = n.shape[0], (cells.words if isinstance(cells, Packed) else cells).shape[3]
     blocks, chunks = math.ceil(cols / _COLUMNS), math.ceil(batch / _BATCH)

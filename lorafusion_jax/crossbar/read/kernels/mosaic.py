@@ -37,11 +37,9 @@ def mosaic(
     *,
     signed: bool,
 ) -> Float[Array, "K B cols"]:
-    """Return the codes of all conversions, shifted and added over input slices and row tiles.
+    """Return the codes of all conversions, shifted and added over input slices, of at most 8 bits, and row tiles.
 
-    Args:
-      cells: factors of the inputs in level units; bytes for integers, whose input slices then have at most 7 bits.
-      slices: bits of every input slice, at most 8.
+    Cells are in level units; bytes for integers, whose input slices then have at most 7 bits.
     """
     batch, tiles, rows = n.shape
     planes, cols, chunk = cells.shape[0], cells.shape[3], _BATCH
@@ -113,7 +111,7 @@ def _product(u: Int[Array, "_BJ rows"], plane: Array) -> Float[Array, "_BJ C"]:
 
 def _codes(sums: Float[Array, "_BJ C"], scale: Float[Array, ""], adc: Converter) -> Int[Array, "_BJ C"]:
     """Return the codes of sums, with `_ROUND_BITS` in each where `_excess` takes them off."""
-    if adc.divides or adc.counts:
+    if adc.divides:
         return adc(sums, scale).astype(jnp.int32)
     # Both ends of the range are whole, so that it makes no difference whether a sum is clipped or rounded first.
     return jax.lax.bitcast_convert_type(jnp.clip(sums * scale, adc.qmin, adc.qmax) + _ROUND, jnp.int32)
@@ -121,7 +119,7 @@ def _codes(sums: Float[Array, "_BJ C"], scale: Float[Array, ""], adc: Converter)
 
 def _excess(adc: Converter, slices: tuple[int, ...], tiles: int) -> int:
     """Return what `_codes` add up to beyond the codes, modulo 2^32 as all sums of int32."""
-    if adc.divides or adc.counts:
+    if adc.divides:
         return 0
     whole = _ROUND_BITS * tiles * sum(2**start for start in _starts(slices))
     return (whole + 2**31) % 2**32 - 2**31

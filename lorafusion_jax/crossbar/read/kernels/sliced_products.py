@@ -29,11 +29,8 @@ def sliced_products(
 ) -> Float[Array, "K B cols"]:
     """Return the codes of all conversions, shifted and added over input slices and row tiles.
 
-    Args:
-      cells: factors of the inputs in level units; any real numbers, or integers in words of `bit_fields.FLOAT_BITS`.
-      slices: bits of every input slice; None for an ideal DAC, whose input is one slice.
-      occupied: planes that are not all zero; the others are skipped, for their codes are zero.
-      noise: noise of this read; its variances are not read where they are packed.
+    Cells are in level units: real numbers, or integers in words of `bit_fields.FLOAT_BITS`. No `slices` mean an ideal
+    DAC. Planes that are not `occupied` are skipped. The variances of `noise` are not read where they are packed.
     """
     if isinstance(cells, Packed):
         assert packing is not None and slices is not None
