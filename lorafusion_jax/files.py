@@ -125,8 +125,7 @@ def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -
 def read_lines(path: Path, kind: type[T] | Any, *, own: bool = True) -> list[T]:
     """Read a file of JSON lines, without a last line that a killed process left incomplete.
 
-    Raises:
-      FileError: a line is not JSON or of another type, or the path is a pipe or a device.
+    Raises a FileError for a line that is not JSON or of another type, and for a pipe or a device.
     """
     check_regular(path)
     *lines, last = path.read_bytes().split(b"\n")
@@ -367,8 +366,7 @@ def check_no_link(path: Path) -> None:
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
     """Let a function write a file under a temporary name, and rename the file once it is complete.
 
-    Raises:
-      WriteError: the disk is full, read-only or gone; the file is unchanged.
+    Raises a WriteError if the disk is full, read-only or gone; the file is unchanged.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another one for each process
     with writing(path.parent):

@@ -147,8 +147,7 @@ def directions(pool: LoraPool, k: int, *, done: Callable[[], Any] = lambda: None
 def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
     """Return a pool's modules projected on given directions, orthonormal columns U and rows V by site.
 
-    Raises:
-      ValueError: the pool has a site without directions or of another shape, or it is a DoRA adapter.
+    Raises a ValueError for a site without directions or of another shape, and for a DoRA adapter.
     """
     if pool.magnitude is not None:
         raise ValueError("a DoRA adapter has magnitudes, which a basis does not hold: fuse it as a module")
@@ -174,8 +173,7 @@ def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
 def extended(basis: SharedBasis, pool: LoraPool) -> SharedBasis:
     """Return a basis that also holds the modules of a pool, projected on its directions (see `SharedBasis.kept`).
 
-    Raises:
-      ValueError: a name is taken; and as `in_directions` does.
+    Raises a ValueError for a name that is taken, and as `in_directions` does.
     """
     if taken := sorted(set(basis.names) & set(pool.names)):
         raise ValueError(f"the basis has a module {taken[0]!r} already: rename the new one")

@@ -25,10 +25,8 @@ Start = Literal["xavier", "uniform", "twice", "zeros"]
 def shape(pool: Pool, modules: int, granularity: Granularity) -> tuple[int, ...]:
     """Return the shape of the coefficients of `modules` adapters of a pool.
 
-    `global` [N], `block` [N, blocks], `site` [N, sites x layers], `rank` [N, sites x layers, r].
-
-    Raises:
-      ValueError: `rank` of modules in a shared basis, whose ranks are mixed.
+    `global` [N], `block` [N, blocks], `site` [N, sites x layers], `rank` [N, sites x layers, r]; the last one raises a
+    ValueError in a shared basis, which mixes the ranks.
     """
     columns = () if granularity == "global" else (len(column_names(pool, granularity)),)
     ranks = (max(_rank(pool, site) for site in pool.rank),) if granularity == "rank" else ()

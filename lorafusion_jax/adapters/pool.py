@@ -6,6 +6,7 @@ Axis letters: L layer, N adapters, r rank.
 import dataclasses
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,11 +80,9 @@ class LoraPool:
 
 
 def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
-    """Return the modules of several pools of one base in one pool.
+    """Return the modules of several pools of one base, unquantised and without magnitudes, in one pool.
 
-    Args:
-      pools: unquantised pools without magnitudes.
-      layers: number of layers of each site, in the order of the computation.
+    `layers` has the number of layers of each site, in the order of the computation.
     """
     sites = [site for site in layers if any(site in pool.rank for pool in pools)]
 
@@ -113,8 +112,7 @@ def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
 def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     """Return the positions of adapters given by name or index in a pool that holds `names`.
 
-    Raises:
-      ValueError: a name or index is not in the pool or occurs twice, or `chosen` is empty or one text.
+    Raises a ValueError for one that is not in the pool or occurs twice, and if `chosen` is empty or one text.
     """
     if isinstance(chosen, str):
         raise ValueError(f"{chosen!r} is one name: give a list of names or indices, as in [{chosen!r}]")
@@ -194,5 +192,4 @@ def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
     )
 
 
-def _norm(a: Array) -> Array:
-    return jnp.sqrt(jnp.sum(jnp.square(a), axis=(-2, -1), keepdims=True))
+_norm = partial(jnp.linalg.norm, axis=(-2, -1), keepdims=True)

@@ -64,9 +64,7 @@ class WeightDecomposed:
         cross = 2 * jnp.sum(product(self.A.T, W) * self.B, axis=0)
         of_update = jnp.sum(self.B * product(product(self.A.T, self.A), self.B), axis=0)
         norm, _ = column_norm(squared, cross, of_update)
-        scale = (self.magnitude / jax.lax.stop_gradient(norm)).astype(x.dtype)
-        read = checkpoint_name(matmul(x, self.A), SUM)
-        return _scaled(matmul(x, kernel) + matmul(read, self.B), scale)
+        return LowRank(self.A, self.B, self.magnitude / jax.lax.stop_gradient(norm))(x, kernel)
 
 
 @jax.tree_util.register_dataclass
@@ -159,10 +157,9 @@ def mix_outputs(
     coefficients: Float[Array, "N k"],
     composition: Composition,
 ) -> Float[Array, "*B d_out"]:
-    """Return `x (W + dW)` mixed in the outputs: every A_n and B_n is multiplied on its own, then they are summed.
+    """Return `x (W + dW)` mixed in the outputs of modules [N, d_in, r] and [N, r, d_out], each read on its own.
 
-    This is the order of evaluation on hardware, where each module [N, d_in, r], [N, r, d_out] is frozen in separate
-    arrays. There is one coefficient for each module (k = 1), or for each module and rank (k = r).
+    There is one coefficient for each module (k = 1), or for each module and rank (k = r).
     """
     c = jnp.expand_dims(coefficients.astype(x.dtype), range(1, x.ndim))
     reads = jax.vmap(matmul, in_axes=(None, 0))(x, A) * c

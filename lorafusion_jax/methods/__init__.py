@@ -26,11 +26,7 @@ def register(*entries: MethodEntry) -> None:
 
 
 def find(name: str) -> MethodEntry:
-    """Return a method of the registry.
-
-    Raises:
-      ValueError: the name is unknown.
-    """
+    """Return a method of the registry; raises a ValueError for an unknown name."""
     if name not in METHODS:
         raise ValueError(f"no method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name]

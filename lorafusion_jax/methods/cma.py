@@ -54,15 +54,10 @@ def search(
     population: int,
     after_generation: Callable[[int, np.ndarray], None] = lambda number, scores: None,
 ) -> Float[np.ndarray, "seeds N"]:
-    """Return the best weights of all generations of each seed, within LoraHub's bounds.
+    """Return the best weights of N modules of all generations of each seed, within LoraHub's bounds.
 
-    Args:
-      objective: function of weights [seeds * population, N], and of the number of the generation.
-      keys: PRNG keys of the seeds.
-      modules: N.
-      generations: number of generations.
-      population: members of a generation.
-      after_generation: called with its number, from 1, and the best score of every seed so far.
+    `keys` are the seeds'. The objective gets weights [seeds * population, N]. `after_generation` is called with its
+    number, from 1, and the best score of every seed so far.
     """
     seeds = len(keys)
     with _promotions():

@@ -230,11 +230,7 @@ def module(rank: int) -> Callable[[Site], list[Matrix]]:
 
 
 def load_optional(name: str, *, extra: str, needed_by: str) -> ModuleType:
-    """Return an optional dependency.
-
-    Raises:
-      ValueError: it is not installed.
-    """
+    """Return an optional dependency; raises a ValueError if it is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -59,13 +59,7 @@ class LoraHubRecipe(PoolRecipe):
 
 
 class Search(NamedTuple):
-    """Weights that were tried, in order, and the recommended ones.
-
-    Attributes:
-      weights: recommended weights.
-      tried: all proposals.
-      scores: values of the objective.
-    """
+    """The recommended weights, all proposals in order, and their values of the objective."""
 
     weights: Float[np.ndarray, "seeds N"]
     tried: Float[np.ndarray, "evaluations seeds N"]
@@ -154,11 +148,7 @@ def recorder(job: SearchJob, bar: Any) -> Callable[[int, np.ndarray], None]:
 
 
 def build(built: Built) -> Fusion:
-    """Return the mix that LoraHub's weights belong to.
-
-    Raises:
-      ValueError: the modules cannot be mixed, or have magnitudes.
-    """
+    """Return the mix that LoraHub's weights belong to; raises a ValueError for modules that cannot be mixed."""
     assert built.pool is not None
     if built.pool.magnitude is not None:
         raise ValueError(

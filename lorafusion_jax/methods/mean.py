@@ -65,12 +65,7 @@ def _alike(params: Params, modules: int) -> Params:
 
 
 def single_losses(batches: Sequence[Batch], problem: Problem) -> Float[np.ndarray, "seeds N"]:
-    """Return the training loss of every module alone, in nats per token.
-
-    Args:
-      batches: batches of every seed's rows, leaves with a leading axis of seeds.
-      problem: problem of all seeds; its method is a fusion with one coefficient for each module.
-    """
+    """Return the training loss of every module alone, in nats per token; batches have a leading axis of seeds."""
     seeds, modules = problem.index.shape
     total, targets = np.zeros((seeds, modules)), np.zeros(seeds)
     for number, batch in enumerate(batches):

@@ -1,11 +1,8 @@
-"""The protocol of a family of models. Everything else in the package is derived from it.
+"""The protocol of a family of models: a dataclass that extends `Architecture`, a `Model`, and a `Family` of both.
 
 A *site* is one linear map of a block, stacked over the layers of its stack. Its name begins with the stack's and
 ends with the map's: `reader.attention.query`. Site and layer together name one matrix of the model, which has a
 module path in Hugging Face's files.
-
-To add a family, write a dataclass that extends `Architecture`, a module that fulfils `Model` and a `Family` that
-combines them, and add a line to `registry.FAMILIES`.
 
 Axis letters: B batch, S source, T target, V vocabulary, D model width, L layer.
 """
@@ -165,7 +162,6 @@ class Model(Protocol):
 
         Every site's kernel [L, d_in, d_out], in the order of `Architecture.sites`, and `head` [D, V] unless it is tied.
         """
-        ...
 
     def label_logits(
         self,
@@ -178,7 +174,6 @@ class Model(Protocol):
 
         A negative label is not a target: predictions at its position are ignored.
         """
-        ...
 
     def prompt(
         self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], length: int, adapters: Adapters
@@ -187,7 +182,6 @@ class Model(Protocol):
 
         It continues from a first token of the target or, in a causal model, from the logits that follow the source.
         """
-        ...
 
     def decode_token(
         self,
@@ -201,7 +195,6 @@ class Model(Protocol):
 
         There are `position` new tokens so far: 0 only before the first call of a model that is not causal.
         """
-        ...
 
 
 class Slot(NamedTuple):
@@ -343,8 +336,7 @@ def set_matrices(model: Model, weights: Mapping[str, Weight]) -> None:
 def targeted(config: Architecture, targets: Collection[str] | None, option: str = "targets") -> dict[str, Site]:
     """Return the sites whose last name is one of `targets`, or of the family's choice for None.
 
-    Raises:
-      ValueError: there are no targets, or the model lacks one of them; the message names the `option`.
+    Raises a ValueError that names the `option` if there are no targets, or the model lacks one of them.
     """
     targets = config.targets if targets is None else targets
     found = {name: site for name, site in config.sites.items() if name.rpartition(".")[2] in targets}

@@ -86,20 +86,15 @@ def scan_blocks(
 ) -> tuple[Any, Any]:
     """Call `block(layer, x, xs of the layer)` for one layer after the other; return the last x and all outputs.
 
-    Args:
-      block: function that runs one layer of `stacked`.
-      stacked: blocks, every variable [L, ...].
-      x: input of the first layer, an array or a tree; each layer's output is the next one's input.
-      xs: a tree of further arrays [L, ...].
-      remat: as in `Architecture`, like `unroll`.
+    Variables of `stacked`, the blocks, and leaves of `xs` are [L, ...]; x is an array or a tree. `remat` and `unroll`
+    are those of `Architecture`.
     """
     graph, state = nnx.split(stacked)
     # Stacks in separate arrays are not sliced: the loop passes numbers of layers instead.
-    apart = [leaf for leaf in jax.tree.leaves(state, is_leaf=is_unstacked) if is_unstacked(leaf)]
-    sliced = jax.tree.map(
-        lambda leaf: Unstacked((), jnp.arange(len(leaf.matrices))) if is_unstacked(leaf) else leaf,
-        state,
-        is_leaf=is_unstacked,
+    leaves, tree = jax.tree.flatten(state, is_leaf=is_unstacked)
+    apart = [leaf for leaf in leaves if is_unstacked(leaf)]
+    sliced = tree.unflatten(
+        [Unstacked((), jnp.arange(len(leaf.matrices))) if is_unstacked(leaf) else leaf for leaf in leaves]
     )
 
     def body(x: Any, layer: Any) -> tuple[Any, Any]:

@@ -41,10 +41,7 @@ def family_of_json(raw: Mapping[str, Any]) -> Family:
 
 
 def types_of_name(name: str) -> set[str]:
-    """Return the `model_type`s that a model of this name may have; none if the name does not show any.
-
-    Only the last part of a path or hub id counts.
-    """
+    """Return the `model_type`s that the last part of a path or hub id shows; maybe none."""
     last = last_part(name)
     patterns = [item for family in FAMILIES.values() for item in family.names.items()]
     return {kind for pattern, kinds in patterns if re.search(pattern, last) for kind in kinds}
@@ -75,11 +72,7 @@ def gguf_layout(architecture: str | None) -> GGUFLayout:
 
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:
-    """Return the structure of the base model that the manifest of a converted pool records.
-
-    Raises:
-      FileError: the family is unknown, or a field of its structure is missing, unknown or of another type.
-    """
+    """Return the structure of the base model that the manifest of a converted pool records, or raise a FileError."""
     name = base.get("family", next(iter(FAMILIES)))
     if name not in FAMILIES:
         fix = "a newer version wrote it, or it was edited"

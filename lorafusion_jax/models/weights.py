@@ -189,13 +189,10 @@ def is_in_arrays(weights: Any) -> bool:
 
 
 def quantise(weight: Array, qtype: str, *, tiled_axis: int, tile: int | None = None) -> qwix.QArray:
-    """Quantise `weight` in tiles along one axis, with one scale per tile.
+    """Quantise `weight` to one of `QUANTISED_TYPES` in tiles along `tiled_axis`; each tile has one scale.
 
-    Args:
-      weight: any shape; all axes but `tiled_axis` are channelwise.
-      qtype: one of `QUANTISED_TYPES`.
-      tiled_axis: the axis that shares scales.
-      tile: length of a tile, a divisor of the axis (qwix does not accept a remainder); by default `tile_size`.
+    All other axes are channelwise. The length of a tile divides the axis (qwix does not accept a remainder) and is by
+    default its largest divisor that is at most 64.
     """
     if qtype not in QUANTISED_TYPES:
         raise ValueError(f"cannot quantise to {qtype!r}: choose one of {', '.join(QUANTISED_TYPES)}")

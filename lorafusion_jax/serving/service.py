@@ -231,11 +231,7 @@ class Service:
         self.tasks[name] = Task(number, None)
 
     def remove(self, name: str) -> None:
-        """Remove a task.
-
-        Raises:
-          ValueError: there is no such task.
-        """
+        """Remove a task; raises a ValueError for an unknown one."""
         self.bank = self.bank.without_task(self._task(name).number)
         del self.tasks[name]
 

@@ -35,8 +35,7 @@ def render(
 ) -> str:
     """Return the text of a conversation, as `tokenizer.apply_chat_template` renders it.
 
-    Raises:
-      ValueError: the template fails, or exceeds one of the bounds.
+    Raises a ValueError for a template that fails, or exceeds one of the bounds.
     """
     asked = {
         "conversations": [messages],

@@ -32,9 +32,8 @@ Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 def make_mesh(asked: str, seeds: int) -> Mesh:
     """Return the mesh of an option such as `seed=4,model=2` for a run of so many seeds.
 
-    Raises:
-      ValueError: an axis or size is not valid, there are too few devices, several processes have more devices than the
-        mesh, or the seeds cannot be divided evenly.
+    Raises a ValueError for an axis or size that is not valid, too few devices, more devices of several processes than
+    the mesh has, and seeds that cannot be divided evenly.
     """
     sizes = dict.fromkeys(AXES, 1)
     for part in asked.split(","):
@@ -103,15 +102,10 @@ def check_model(config: Architecture) -> None:
 
 
 def on_mesh(tree: _Tree, config: Architecture | None = None, *, of_seeds: bool = False) -> _Tree:
-    """Return arrays placed on the ambient mesh, or unchanged without one.
+    """Return arrays placed on the ambient mesh, or unchanged without one; with several processes, the same in each.
 
-    Args:
-      tree: tree of arrays; with several processes, the same in each.
-      config: structure of the model; None if no matrix is split, as in batches.
-      of_seeds: the arrays have a leading axis of seeds.
-
-    Raises:
-      ValueError: the mesh does not divide a dimension.
+    `config` is the structure of the model, None if no matrix is split, as in batches. With `of_seeds` the arrays have a
+    leading axis of seeds. Raises a ValueError if the mesh does not divide a dimension.
     """
     if jax.sharding.get_mesh().empty:
         return tree

@@ -68,8 +68,7 @@ class _RopeJson(TypedDict, total=False):
 def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Return the structure that a config.json describes, as transformers 4 and 5 write it.
 
-    Raises:
-      ValueError: a value does not fit, or needs something that the decoder lacks; the message names it.
+    Raises a ValueError that names a value which does not fit, or needs something that the decoder lacks.
     """
     structured(raw, _Json, "", own=False)
     kind = raw["model_type"]

@@ -20,13 +20,7 @@ class Rotation(NamedTuple):
 
 
 def rotation(rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rotation:
-    """Return the angles of some positions, in float32.
-
-    Args:
-      rope: base and scaling of the frequencies.
-      positions: places of each row's tokens, from 0 on.
-      lengths: tokens of each row so far, on which the frequencies of the scaling `dynamic` depend.
-    """
+    """Return the angles of positions, from 0 on, in float32; the scaling `dynamic` depends on each row's `lengths`."""
     angles = positions.astype(jnp.float32)[:, :, None] * _frequencies(rope, lengths)[:, None, :]
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 

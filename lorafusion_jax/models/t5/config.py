@@ -118,9 +118,7 @@ class T5Config(Architecture):
 def read_config(raw: Mapping[str, Any]) -> T5Config:
     """Return the structure that a config.json describes, as transformers 4 and 5 write it."""
     if raw["model_type"] == "umt5":
-        raise ValueError(
-            "model_type is 'umt5', whose every layer has a relative bias: give a T5, FLAN-T5 or mT5"
-        )
+        raise ValueError("model_type is 'umt5', whose every layer has a relative bias: give a T5, FLAN-T5 or mT5")
     said = structured(raw, _Json, "", own=False)
     t5 = said.model_type == "t5"
     tied = t5 if said.tie_word_embeddings is None else said.tie_word_embeddings

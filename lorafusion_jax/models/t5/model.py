@@ -1,8 +1,5 @@
 """T5 1.0, T5 1.1 and FLAN-T5 as a Flax NNX module whose blocks are stacked and scanned.
 
-Adapters are a mapping from site to a callable pytree whose leaves have a leading layer axis, which the scan over blocks
-slices as well. `nnx.split` the model and pass the state as an argument to `jax.jit`, `jax.grad` and `jax.vmap`.
-
 Axis letters: B batch, T target, S source, L layer, D model width, V vocabulary.
 """
 
