@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 
 from ..adapters.basis import Pool
 from ..models.architecture import Architecture, Site, targeted
+from ..tasks import TrainingRows
 from ..training.method import Method, Params
 from ..training.problem import Problem
 from ..training.recipe import Recipe
-from ..training.rows import TrainingRows
 
 WITH_CORE = ", with a core"  # ends the title of a fusion in a basis that trains a core too
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runt
 
 import msgspec
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from .layers import Adapters, Base
+from .layers import Adapters, Base, Logits, Mask, Source, Target
 from .weights import Weight
 
 # The tokens of a row: the input (source) and the model's answer (target).
@@ -163,20 +163,14 @@ class Model(Protocol):
         Every site's kernel [L, d_in, d_out], in the order of `Architecture.sites`, and `head` [D, V] unless it is tied.
         """
 
-    def label_logits(
-        self,
-        input_ids: Int[Array, "B S"],
-        input_mask: Bool[Array, "B S"],
-        labels: Int[Array, "B T"],
-        adapters: Adapters,
-    ) -> Float[Array, "B T V"]:
+    def label_logits(self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters) -> Logits:
         """Return the logits that predict each label, from the source and the labels before it.
 
         A negative label is not a target: predictions at its position are ignored.
         """
 
     def prompt(
-        self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], length: int, adapters: Adapters
+        self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters
     ) -> tuple[Int[Array, " B"] | Float[Array, "B V"], Any]:
         """Read the source; return what generation continues from, and a cache for `length` new tokens.
 
@@ -184,12 +178,7 @@ class Model(Protocol):
         """
 
     def decode_token(
-        self,
-        token: Int[Array, " B"],
-        position: Int[Array, ""],
-        cache: Any,
-        input_mask: Bool[Array, "B S"],
-        adapters: Adapters,
+        self, token: Int[Array, " B"], position: Int[Array, ""], cache: Any, input_mask: Mask, adapters: Adapters
     ) -> tuple[Float[Array, "B V"], Any]:
         """Return the logits that follow `token`, and the new cache.
 

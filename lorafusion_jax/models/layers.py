@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..platform import for_cpu
 from .narrow import from_bits, to_bits
@@ -15,6 +15,12 @@ from .weights import PRODUCT, SUM, Unstacked, is_unstacked, matmul, scan_layers,
 # One adapted site: called as adapter(x, kernel), it returns the adapted x @ kernel.
 Adapter = Callable[[Array, Array], Array]
 Adapters = Mapping[str, Adapter]
+# Arguments and results of models. Axis letters: B batch, S source, T target, V vocabulary, D model width.
+Source = Int[Array, "B S"]
+Mask = Bool[Array, "B S"]
+Target = Int[Array, "B T"]
+Hidden = Float[Array, "B T D"]
+Logits = Float[Array, "B T V"]
 
 _POLICIES = jax.checkpoint_policies
 # Keeps the products with weights and recomputes everything else, which is cheap: half the memory of saving everything,

@@ -33,6 +33,7 @@ from ..tasks import (
     Split,
     Task,
     TextFormat,
+    TrainingRows,
     draw_modules,
     encode,
     few_shot,
@@ -46,7 +47,6 @@ from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
 from ..training.method import Method
 from ..training.problem import Problem
-from ..training.rows import TrainingRows
 from ..training.seeds import SeedMode, default_seed_mode
 from .folder import RunConfig, note
 from .options import FuseOptions, OnArrays, row_format

@@ -6,6 +6,7 @@ from .batches import (
     IGNORED,
     Batch,
     StepBatch,
+    TrainingRows,
     bucket,
     eval_batches,
     most_new_tokens,
@@ -14,8 +15,7 @@ from .batches import (
     train_step_batches,
 )
 from .bbh import BBH_DATA, LORAHUB_DATA, lorahub_tasks, prompt_overlap, write_lorahub_split
-from .data import Example, Task, fill, load_task
-from .few_shot import BETWEEN_EXAMPLES, few_shot
+from .data import BETWEEN_EXAMPLES, Example, Task, few_shot, fill, load_task
 from .metrics import ExactMatch, constant_answer, exact_match
 from .options import answer_options
 from .protocol import Protocol, Split, batch_orders, draw_modules, split

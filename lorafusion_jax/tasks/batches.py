@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
+from .protocol import Split, batch_orders
 from .tokenizer import Encoded
 
 IGNORED = -100  # the label of a position without a target, as in Hugging Face's losses
@@ -154,6 +155,24 @@ def eval_batches(encoded: Encoded, batch_size: int, *, pad_id: int) -> Iterator[
     shapes = _shapes(table.input_lengths[rows].max(axis=1), table.label_lengths[rows].max(axis=1))
     for step, shape in enumerate(shapes):
         yield rows[step], table.take(rows[step], *shape)
+
+
+class TrainingRows(NamedTuple):
+    """Rows of a task, and those that each seed uses.
+
+    Attributes:
+      tokens: tokens of all rows.
+      split: training and validation rows of each seed.
+      pad_id: token that fills up a batch.
+    """
+
+    tokens: Encoded
+    split: Split
+    pad_id: int
+
+    def once(self, batch_size: int) -> Iterator[Batch]:
+        """Yield batches that hold every training row of every seed once; leaves have a leading axis of seeds."""
+        return train_batches(self.tokens, batch_orders(self.split.train, batch_size=batch_size), pad_id=self.pad_id)
 
 
 def _table(encoded: Encoded, pad_id: int) -> _Table:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -14,6 +14,7 @@ from .data import Example
 if TYPE_CHECKING:
     import transformers
 
+Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
 
 LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
 # Characters of a row's texts, where each token takes up to 300 bytes.
@@ -54,7 +55,7 @@ class Encoded:
 
 
 def encode(
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     examples: Sequence[Example],
     text_format: TextFormat = SEPARATE_TEXTS,
     *,
@@ -89,17 +90,14 @@ def encode(
     _check_characters(examples)
     if text_format.ends:
         encoded = _continued(tokenizer, examples, text_format)
-        _check_context(encoded, examples, text_format.context, new_tokens)
     else:
         parts = [example.input for example in examples], [example.target for example in examples]
         encoded = Encoded(*(_separate(tokenizer, texts, max_length) for texts in parts))
-    _check_vocabulary(tokenizer, encoded, examples, text_format.vocabulary)
+    _check_rows(tokenizer, encoded, examples, text_format, new_tokens)
     return encoded
 
 
-def _separate(
-    tokenizer: "transformers.PreTrainedTokenizerBase", texts: list[str], max_length: int
-) -> tuple[np.ndarray, ...]:
+def _separate(tokenizer: Tokenizer, texts: list[str], max_length: int) -> tuple[np.ndarray, ...]:
     rows = _tokens(tokenizer, texts, max_length=max_length, truncation=True)["input_ids"] if texts else []
     for row, text in zip(rows, texts, strict=True):
         if not row:
@@ -108,9 +106,7 @@ def _separate(
 
 
 def decode(
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    rows: list[list[int]] | Int[np.ndarray, "rows T"],
-    text_format: TextFormat,
+    tokenizer: Tokenizer, rows: list[list[int]] | Int[np.ndarray, "rows T"], text_format: TextFormat
 ) -> list[str]:
     """Return the texts of generated tokens, without special tokens and without what follows an end token."""
     if text_format.ends:
@@ -118,9 +114,7 @@ def decode(
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
-def stream_text(
-    tokenizer: "transformers.PreTrainedTokenizerBase", tokens: Iterable[int], text_format: TextFormat
-) -> Iterator[str]:
+def stream_text(tokenizer: Tokenizer, tokens: Iterable[int], text_format: TextFormat) -> Iterator[str]:
     """Yield the text of generated tokens, piece by piece as they come; together the pieces are `decode`'s text.
 
     A piece waits until no later token can change it: a character for all of its bytes, and a word for the space behind
@@ -140,9 +134,7 @@ def stream_text(
         yield rest
 
 
-def _continued(
-    tokenizer: "transformers.PreTrainedTokenizerBase", examples: Sequence[Example], text_format: TextFormat
-) -> Encoded:
+def _continued(tokenizer: Tokenizer, examples: Sequence[Example], text_format: TextFormat) -> Encoded:
     texts = [_rendered(tokenizer, example, text_format) for example in examples]
     # A chat template has written the special tokens already.
     special = not text_format.chat
@@ -168,9 +160,7 @@ def _end(row: Sequence[int] | Int[np.ndarray, " T"], ends: tuple[int, ...]) -> i
     return next((place for place, token in enumerate(row) if token in ends), len(row))
 
 
-def _rendered(
-    tokenizer: "transformers.PreTrainedTokenizerBase", example: Example, text_format: TextFormat
-) -> tuple[str, str]:
+def _rendered(tokenizer: Tokenizer, example: Example, text_format: TextFormat) -> tuple[str, str]:
     """Return the prompt, and the whole text of prompt and answer."""
     if not text_format.chat:
         apart = not example.input[-1:].isspace() and example.target and not example.target[0].isspace()
@@ -189,9 +179,7 @@ def _rendered(
     return prompt, whole
 
 
-def _chat(
-    tokenizer: "transformers.PreTrainedTokenizerBase", said: list[tuple[str, str]], *, add_generation_prompt: bool
-) -> str:
+def _chat(tokenizer: Tokenizer, said: list[tuple[str, str]], *, add_generation_prompt: bool) -> str:
     messages = [{"role": role, "content": content} for role, content in said]
     try:
         return chat_template.render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
@@ -200,7 +188,7 @@ def _chat(
         raise ValueError(f"the chat template rejects messages of {roles}: {error}") from error
 
 
-def _tokens(tokenizer: "transformers.PreTrainedTokenizerBase", texts: str | list[str], **how: Any) -> Any:
+def _tokens(tokenizer: Tokenizer, texts: str | list[str], **how: Any) -> Any:
     try:
         return tokenizer(texts, **how)
     except BaseException as error:
@@ -212,9 +200,7 @@ def _tokens(tokenizer: "transformers.PreTrainedTokenizerBase", texts: str | list
         ) from error
 
 
-def _open_ended(
-    tokenizer: "transformers.PreTrainedTokenizerBase", texts: list[str], *, special: bool
-) -> list[list[int]]:
+def _open_ended(tokenizer: Tokenizer, texts: list[str], *, special: bool) -> list[list[int]]:
     """Return the tokens of texts that are continued: with the tokenizer's first special tokens, without its last."""
     if not texts:
         return []
@@ -239,36 +225,26 @@ def _check_characters(examples: Sequence[Example]) -> None:
             )
 
 
-def _check_context(encoded: Encoded, examples: Sequence[Example], context: int | None, new_tokens: int) -> None:
-    """Raise ValueError for the first row that the model's context does not hold."""
-    if context is None:
-        return
-    for row, (prompt, answer) in enumerate(zip(encoded.inputs, encoded.labels, strict=True)):
-        length = len(prompt) + max(len(answer), new_tokens)
-        if length > context:
-            raise ValueError(
-                f"row {row + 1}, {_beginning(examples[row].input)}, has {len(prompt)} tokens, and {length} with its "
-                f"answer of up to {length - len(prompt)}: the model's context holds {context}. Shorten the row or take "
-                "it out, give fewer examples in the prompt (--shots), or shorten answers (--max-new-tokens)"
-            )
-
-
-def _check_vocabulary(
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    encoded: Encoded,
-    examples: Sequence[Example],
-    vocabulary: int | None,
+def _check_rows(
+    tokenizer: Tokenizer, encoded: Encoded, examples: Sequence[Example], text_format: TextFormat, new_tokens: int
 ) -> None:
-    """Raise ValueError for the first row with a token that the model's embedding lacks: its logits would be NaN."""
-    if vocabulary is None:
-        return
+    """Raise ValueError for the first row that the model's context does not hold, or its embedding: logits were NaN."""
+    context, vocabulary = text_format.context if text_format.ends else None, text_format.vocabulary
     for row, (prompt, answer) in enumerate(zip(encoded.inputs, encoded.labels, strict=True)):
-        largest = max((int(ids.max()) for ids in (prompt, answer) if ids.size), default=0)
-        if largest >= vocabulary:
+        where = f"row {row + 1}, {_beginning(examples[row].input)}, has"
+        length = len(prompt) + max(len(answer), new_tokens)
+        if context is not None and length > context:
             raise ValueError(
-                f"row {row + 1}, {_beginning(examples[row].input)}, has the token "
-                f"{tokenizer.convert_ids_to_tokens(largest)!r}, number {largest}, and the model's embedding holds "
-                f"{vocabulary}: take it out of the row, or give a base that was trained with this tokenizer"
+                f"{where} {len(prompt)} tokens, and {length} with its answer of up to {length - len(prompt)}: the "
+                f"model's context holds {context}. Shorten the row or take it out, give fewer examples in the prompt "
+                "(--shots), or shorten answers (--max-new-tokens)"
+            )
+        largest = max((int(ids.max()) for ids in (prompt, answer) if ids.size), default=0)
+        if vocabulary is not None and largest >= vocabulary:
+            raise ValueError(
+                f"{where} the token {tokenizer.convert_ids_to_tokens(largest)!r}, number {largest}, and the model's "
+                f"embedding holds {vocabulary}: take it out of the row, or give a base that was trained with this "
+                "tokenizer"
             )
 
 

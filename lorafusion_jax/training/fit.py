@@ -11,14 +11,13 @@ from jaxtyping import Array, Bool, Int
 
 from ..platform import for_cpu
 from ..progress import progress
-from ..tasks import Batch, StepBatch, batch_orders, train_batches, train_step_batches
+from ..tasks import Batch, StepBatch, TrainingRows, batch_orders, train_batches, train_step_batches
 from .frozen import VALIDATION
 from .loss import seed_entropies
 from .mesh import on_mesh, to_host
 from .method import Method, Params
 from .problem import Problem
 from .recipe import Optimisation, Rates, Recipe
-from .rows import TrainingRows
 from .seeds import over_seeds
 from .step import TrainState, end_epoch, fusion_step, init_state, prune
 

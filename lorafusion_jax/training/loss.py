@@ -5,7 +5,7 @@ Axis letters: B batch, T target, V vocabulary.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from ..tasks.batches import IGNORED, Batch
 from .method import Params
@@ -26,11 +26,6 @@ def log_likelihood(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> 
     return jnp.sum(jnp.where(real, picked, 0.0), axis=1)
 
 
-def rows(row_mask: Bool[Array, " B"]) -> Float[Array, ""]:
-    """Return the number of real rows of a batch."""
-    return jnp.maximum(jnp.sum(row_mask), 1).astype(jnp.float32)
-
-
 def objective(
     params: Params, batch: Batch, problem: Problem, l1: Float[Array, ""]
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
@@ -40,7 +35,7 @@ def objective(
     """
     logits, metrics = batch_logits(params, batch, problem)
     entropy = cross_entropy(logits, batch.labels)
-    loss = entropy / rows(batch.row_mask)
+    loss = entropy / jnp.maximum(jnp.sum(batch.row_mask), 1).astype(jnp.float32)
     penalty = jnp.float32(0)
     if "coefficients" in params:
         acting = problem.trainable(params)["coefficients"]

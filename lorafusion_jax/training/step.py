@@ -5,7 +5,6 @@ Early stopping and pruning are masks in the state, because seeds of one program 
 Axis letters: N adapters, B batch, S source, T target.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -43,11 +42,6 @@ class TrainState(NamedTuple):
     best_loss: Float[Array, ""]
     waited: Int[Array, ""]
     stopped: Bool[Array, ""]
-
-
-def standard_promotion() -> Any:
-    """Return the context for optax's own arithmetic, which strict dtype promotion refuses."""
-    return jax.numpy_dtype_promotion("standard")
 
 
 def init_state(problem: Problem, key: Array, params: Params | None = None) -> TrainState:
@@ -111,17 +105,19 @@ def fusion_step(
     gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), gradients)
     metrics |= {"nonfinite_gradients": broken, "gradient_norm": optax.tree.norm(gradients)}
     updates, adam = _adam(gradients, state, rates.l2, optimisation.clip)
-    with standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
         schedule = _schedule(optimisation)(state.step)
     params = {
-        group: jax.tree.map(partial(_descend, rates.learning_rate[group] * schedule), values, updates[group])
+        group: jax.tree.map(
+            lambda p, u, rate=rates.learning_rate[group] * schedule: p - rate * u, values, updates[group]
+        )
         for group, values in state.params.items()
     }
     if optimisation.prune:
         params["magnitudes"] = jax.tree.map(_zero_unless, state.kept, params["magnitudes"])
         adam = _prune_moments(adam, state.kept)
     new = state._replace(params=params, adam=adam, step=state.step + 1)
-    return _unless_stopped(state, new), metrics
+    return _select(state.stopped, state, new), metrics
 
 
 def prune(state: TrainState, share: float) -> TrainState:
@@ -141,7 +137,7 @@ def prune(state: TrainState, share: float) -> TrainState:
         best=params,
         best_loss=jnp.full_like(state.best_loss, jnp.inf),
     )
-    return _unless_stopped(state, new)
+    return _select(state.stopped, state, new)
 
 
 def end_epoch(
@@ -160,7 +156,7 @@ def end_epoch(
         waited=waited,
         stopped=stopped,
     )
-    return _unless_stopped(state, new)
+    return _select(state.stopped, state, new)
 
 
 _ADAM = optax.scale_by_adam()  # beta 0.9 / 0.999, eps 1e-8: torch's defaults, and the paper's
@@ -169,7 +165,7 @@ _ADAM = optax.scale_by_adam()  # beta 0.9 / 0.999, eps 1e-8: torch's defaults, a
 def _adam(gradients: Any, state: TrainState, l2: Array, clip: float | None) -> tuple[Params, Any]:
     """Clip, add the coefficients' L2, and return Adam's updates (before the learning rates) and its state."""
     updates: Any = gradients
-    with standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # for optax's own arithmetic
         if clip is not None:
             updates, _ = optax.clip_by_global_norm(clip).update(updates, optax.EmptyState())
         if "coefficients" in updates:
@@ -208,17 +204,9 @@ def _like(params: Params, own: Params) -> Params:
     return jax.tree.map(lambda new, old: jnp.array(new, old.dtype), params, {group: own[group] for group in params})
 
 
-def _descend(rate: Array, value: Array, update: Array) -> Array:
-    return value - rate * update
-
-
 def _zero_unless(kept: Array, value: Array) -> Array:
     return jnp.where(kept, value, jnp.zeros_like(value))
 
 
 def _select(condition: Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
-def _unless_stopped(old: TrainState, new: TrainState) -> TrainState:
-    return _select(old.stopped, old, new)

@@ -9,12 +9,11 @@ import pytest
 import tiny
 
 from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.tasks import Encoded, Split
+from lorafusion_jax.tasks import Encoded, Split, TrainingRows
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import Epoch, fit, recipe_rates, start
 from lorafusion_jax.training.frozen import VALIDATION
 from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.rows import TrainingRows
 
 _CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
 _SEEDS = (1, 2)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ...platform import for_cpu
 from ..architecture import Architecture
-from ..layers import Adapters, Base, Linear, RMSNorm, of_stack, scan_blocks
+from ..layers import Adapters, Base, Hidden, Linear, Logits, Mask, RMSNorm, Source, Target, of_stack, scan_blocks
 from ..narrow import pack, unpack
 from ..weights import SUM, embed, matmul, unembed
 from .config import DecoderConfig
@@ -56,9 +56,7 @@ class SelfAttention(nnx.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (_norm(config, config.d_head) for _ in "qk")
 
-    def project(
-        self, x: Float[Array, "B T D"], by: Rotation, adapters: Adapters
-    ) -> tuple[Float[Array, "B T HG K"], Cache]:
+    def project(self, x: Hidden, by: Rotation, adapters: Adapters) -> tuple[Float[Array, "B T HG K"], Cache]:
         c = self.config
         if c.fused:
             inner, kv = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
@@ -73,7 +71,7 @@ class SelfAttention(nnx.Module):
 
     def attend(
         self, queries: Float[Array, "B T HG K"], cache: Cache, mask: Bool[Array, "B T C"], adapters: Adapters
-    ) -> Float[Array, "B T D"]:
+    ) -> Hidden:
         c, (batch, length) = self.config, queries.shape[:2]
         if length > 1 and not c.attention_cap and not for_cpu():
             # For long sequences: it takes half of a TPU's cycles and of the memory for scores.
@@ -105,7 +103,7 @@ class MLP(nnx.Module):
             self.gate_proj, self.up_proj = map(linear, ("gate_proj", "up_proj"))
         self.down_proj = linear("down_proj")
 
-    def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:
+    def __call__(self, x: Hidden, adapters: Adapters) -> Hidden:
         if self.config.fused:
             gate, up = jnp.split(self.gate_up_proj(x, adapters), 2, axis=-1)
         else:
@@ -125,12 +123,8 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        context: Context,
-        adapters: Adapters,
-        into: Callable[[Cache], Cache] = lambda new: new,
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+        self, x: Hidden, context: Context, adapters: Adapters, into: Callable[[Cache], Cache] = lambda new: new
+    ) -> tuple[Hidden, Cache]:
         """Run one layer; `into` puts the new keys and values among those to attend to."""
         queries, new = self.self_attn.project(self.input_norm(x), context.rotation, adapters)
         cache = into(new)
@@ -151,9 +145,7 @@ class Decoder(nnx.Module):
         if not config.tied:
             self.head = Base(config.d_model**-0.5 * rngs.params.normal((config.d_model, config.vocab_size)))
 
-    def __call__(
-        self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], adapters: Adapters | None = None
-    ) -> Float[Array, "B T V"]:
+    def __call__(self, ids: Target, mask: Bool[Array, "B T"], adapters: Adapters | None = None) -> Logits:
         """Return the logits that follow every token, padded on either side; those of padding have no meaning."""
         return self._logits(self._run(ids, mask, jnp.sum(mask, axis=1), adapters or {})[0])
 
@@ -169,22 +161,13 @@ class Decoder(nnx.Module):
             found[site] = getattr(getattr(self.decoder, module), name).kernel
         return found if self.config.tied else found | {"head": self.head}
 
-    def label_logits(
-        self,
-        input_ids: Int[Array, "B S"],
-        input_mask: Bool[Array, "B S"],
-        labels: Int[Array, "B T"],
-        adapters: Adapters,
-    ) -> Float[Array, "B T V"]:
-        """Return the logits that predict each label: those after the prompt's last token and after each label."""
+    def label_logits(self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters) -> Logits:
         ids = jnp.concatenate([to_the_right(input_ids, input_mask), jnp.maximum(labels[:, :-1], 0)], axis=1)
         mask = jnp.concatenate([to_the_right(input_mask, input_mask), labels[:, :-1] >= 0], axis=1)
         x, _ = self._run(ids, mask, jnp.sum(mask, axis=1), adapters)
         return self._logits(x[:, input_ids.shape[1] - 1 :])
 
-    def prompt(
-        self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], length: int, adapters: Adapters
-    ) -> tuple[Float[Array, "B V"], Cache]:
+    def prompt(self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters) -> tuple[Array, Cache]:
         """Return the logits that follow the prompt, and a cache with room for all but the last of `length` tokens."""
         ids, mask = to_the_right(input_ids, input_mask), to_the_right(input_mask, input_mask)
         x, cache = self._run(ids, mask, jnp.sum(mask, axis=1), adapters)
@@ -193,14 +176,8 @@ class Decoder(nnx.Module):
         return self._logits(x[:, -1:])[:, 0], Cache(pack(keys), pack(values))
 
     def decode_token(
-        self,
-        token: Int[Array, " B"],
-        position: Int[Array, ""],
-        cache: Cache,
-        input_mask: Bool[Array, "B S"],
-        adapters: Adapters,
+        self, token: Int[Array, " B"], position: Int[Array, ""], cache: Cache, input_mask: Mask, adapters: Adapters
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Return the logits that follow `token`, the last of `position` new ones, and the new cache."""
         read = input_mask.shape[1] - 1
         column, columns = read + position, jnp.arange(cache.keys.shape[-1])
         before = jnp.sum(input_mask, axis=1) - 1
@@ -230,8 +207,8 @@ class Decoder(nnx.Module):
         return self._logits(x)[:, 0], cache
 
     def _run(
-        self, ids: Int[Array, "B T"], mask: Bool[Array, "B T"], lengths: Int[Array, " B"], adapters: Adapters
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+        self, ids: Target, mask: Bool[Array, "B T"], lengths: Int[Array, " B"], adapters: Adapters
+    ) -> tuple[Hidden, Cache]:
         """Run all tokens at once; return the last block's outputs, and keys and values of all layers.
 
         Rows have `lengths` tokens in all, for the frequencies of the scaling `dynamic`.
@@ -271,13 +248,13 @@ class Decoder(nnx.Module):
 
         return of_layer
 
-    def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embed(self, ids: Target) -> Hidden:
         x = embed(self.embedding[...], ids).astype(self.config.dtype)
         scale = self.structure.embedding_scale
         # Hugging Face rounds the factor to the dtype of the activations, which matters in bfloat16.
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
-    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def _logits(self, x: Hidden) -> Logits:
         x, cap = self.norm(x), self.structure.logit_cap
         if self.config.tied:
             logits = unembed(x, self.embedding[...])

@@ -4,6 +4,7 @@ Axis letters: B batch, T target, S source, L layer, D model width, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +14,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ..architecture import Architecture
-from ..layers import Adapters, Base, Linear, RMSNorm, of_stack, scan_blocks
+from ..layers import Adapters, Base, Hidden, Linear, Logits, Mask, RMSNorm, Source, Target, of_stack, scan_blocks
 from ..narrow import pack, unpack
 from ..weights import SUM, embed, matmul, unembed
 from .attention import Attention, RelativeBias, positions_of_cache
 from .config import T5Config
+
+Encoded = Float[Array, "B S D"]
 
 
 class Cache(NamedTuple):
@@ -47,7 +50,7 @@ class FeedForward(nnx.Module):
             self.wi = linear("wi")
         self.wo = Linear("ff.wo", layers, d_ff, d_model, scale=d_ff**-0.5, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], adapters: Adapters) -> Float[Array, "B T D"]:
+    def __call__(self, x: Hidden, adapters: Adapters) -> Hidden:
         if self.gated:
             hidden = jax.nn.gelu(self.wi_0(x, adapters), approximate=True) * self.wi_1(x, adapters)
         else:
@@ -55,56 +58,33 @@ class FeedForward(nnx.Module):
         return self.wo(hidden, adapters)
 
 
-class EncoderBlock(nnx.Module):
-    """Self-attention and feed-forward, weights stacked over layers."""
+class Block(nnx.Module):
+    """Self-attention, in a decoder cross-attention, and feed-forward; weights stacked over layers."""
 
-    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        layers, norm = config.num_layers, (config.num_layers, config.d_model)
-        self.self_norm = RMSNorm(norm, config.eps)
+    def __init__(self, config: T5Config, layers: int, *, crosses: bool, rngs: nnx.Rngs):
+        norm = partial(RMSNorm, (layers, config.d_model), config.eps)
+        self.self_norm, self.ff_norm = norm(), norm()
         self.self_attention = Attention("self", layers, config, rngs=rngs)
-        self.ff_norm = RMSNorm(norm, config.eps)
+        if crosses:
+            self.cross_norm, self.cross_attention = norm(), Attention("cross", layers, config, rngs=rngs)
         self.ff = FeedForward(layers, config, rngs=rngs)
 
     def __call__(
         self,
-        x: Float[Array, "B S D"],
-        mask: Bool[Array, "B 1 1 S"],
-        bias: Float[Array, "1 H S S"],
-        adapters: Adapters,
-    ) -> Float[Array, "B S D"]:
-        normed = self.self_norm(x)
-        keys, values = self.self_attention.keys_values(normed, adapters)
-        x = checkpoint_name(x + self.self_attention(normed, keys, values, mask, bias, adapters), SUM)
-        return x + self.ff(self.ff_norm(x), adapters)
-
-
-class DecoderBlock(nnx.Module):
-    """Self-attention, cross-attention and feed-forward, weights stacked over layers."""
-
-    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-        layers, norm = config.num_decoder_layers, (config.num_decoder_layers, config.d_model)
-        self.self_norm = RMSNorm(norm, config.eps)
-        self.self_attention = Attention("self", layers, config, rngs=rngs)
-        self.cross_norm = RMSNorm(norm, config.eps)
-        self.cross_attention = Attention("cross", layers, config, rngs=rngs)
-        self.ff_norm = RMSNorm(norm, config.eps)
-        self.ff = FeedForward(layers, config, rngs=rngs)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        encoded: Float[Array, "B S D"],
-        mask: Bool[Array, "1 1 T T"],
-        cross_mask: Bool[Array, "B 1 1 S"],
+        x: Hidden,
+        mask: Bool[Array, "#B 1 #T T"],
         bias: Float[Array, "1 H T T"],
         adapters: Adapters,
-    ) -> Float[Array, "B T D"]:
-        """Run one layer of the target (teacher forcing)."""
+        encoded: Encoded | None = None,
+        cross_mask: Bool[Array, "B 1 1 S"] | None = None,
+    ) -> Hidden:
+        """Run one layer of the source, or of the target (teacher forcing), which attends to the encoded source."""
         normed = self.self_norm(x)
         own = self.self_attention.keys_values(normed, adapters)
         x = checkpoint_name(x + self.self_attention(normed, *own, mask, bias, adapters), SUM)
-        cross = self.cross_attention.keys_values(encoded, adapters)
-        x = checkpoint_name(x + self.cross_attention(self.cross_norm(x), *cross, cross_mask, None, adapters), SUM)
+        if encoded is not None and cross_mask is not None:
+            cross = self.cross_attention.keys_values(encoded, adapters)
+            x = checkpoint_name(x + self.cross_attention(self.cross_norm(x), *cross, cross_mask, None, adapters), SUM)
         return x + self.ff(self.ff_norm(x), adapters)
 
     def decode_token(
@@ -134,25 +114,20 @@ class T5(nnx.Module):
         self.scale_logits, self.start_id = c.scale_logits, c.start_id
         self.embedding = Base(rngs.params.normal((c.vocab_size, c.d_model)))
         self.encoder_bias = RelativeBias(c, bidirectional=True, rngs=rngs)
-        self.encoder = EncoderBlock(c, rngs=rngs)
+        self.encoder = Block(c, c.num_layers, crosses=False, rngs=rngs)
         self.encoder_norm = RMSNorm((c.d_model,), c.eps)
         self.decoder_bias = RelativeBias(c, bidirectional=False, rngs=rngs)
-        self.decoder = DecoderBlock(c, rngs=rngs)
+        self.decoder = Block(c, c.num_decoder_layers, crosses=True, rngs=rngs)
         self.decoder_norm = RMSNorm((c.d_model,), c.eps)
         if not c.tied:
             self.head = Base(c.d_model**-0.5 * rngs.params.normal((c.d_model, c.vocab_size)))
 
     def __call__(
-        self,
-        input_ids: Int[Array, "B S"],
-        input_mask: Bool[Array, "B S"],
-        decoder_ids: Int[Array, "B T"],
-        adapters: Adapters | None = None,
-    ) -> Float[Array, "B T V"]:
+        self, input_ids: Source, input_mask: Mask, decoder_ids: Target, adapters: Adapters | None = None
+    ) -> Logits:
         """Return the logits of every target position (teacher forcing)."""
-        adapters = adapters or {}
-        encoded = self.encode(input_ids, input_mask, adapters)
-        return self.decode(decoder_ids, encoded, input_mask, adapters)
+        encoded = self.encode(input_ids, input_mask, adapters or {})
+        return self.decode(decoder_ids, encoded, input_mask, adapters or {})
 
     def variables(self) -> dict[str, Base]:
         modules = {"self": "self_attention", "cross": "cross_attention", "ff": "ff"}
@@ -162,61 +137,45 @@ class T5(nnx.Module):
             found[site] = getattr(getattr(getattr(self, stack), modules[module]), name).kernel
         return found if self.config.tied else found | {"head": self.head}
 
-    def label_logits(
-        self,
-        input_ids: Int[Array, "B S"],
-        input_mask: Bool[Array, "B S"],
-        labels: Int[Array, "B T"],
-        adapters: Adapters,
-    ) -> Float[Array, "B T V"]:
+    def label_logits(self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters) -> Logits:
         start = decoder_inputs(labels, start_id=self.start_id, pad_id=self.config.pad_id)
         return self(input_ids, input_mask, start, adapters)
 
-    def prompt(
-        self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], length: int, adapters: Adapters
-    ) -> tuple[Int[Array, " B"], Cache]:
+    def prompt(self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters) -> tuple[Array, Cache]:
         """Encode the source; return the start token and a cache for `length` target positions."""
         encoded = self.encode(input_ids, input_mask, adapters)
         start = jnp.full(input_ids.shape[0], self.start_id, jnp.int32)
         return start, self.start_cache(encoded, length, adapters)
 
-    def encode(
-        self, input_ids: Int[Array, "B S"], input_mask: Bool[Array, "B S"], adapters: Adapters
-    ) -> Float[Array, "B S D"]:
+    def encode(self, input_ids: Source, input_mask: Mask, adapters: Adapters) -> Encoded:
         """Return the encoder's output. Padding is not attended to, and its outputs have no meaning."""
         positions = jnp.arange(input_ids.shape[1])
         bias = self.encoder_bias(positions, positions)
         mask = input_mask[:, None, None, :]
 
-        def block(layer: EncoderBlock, x: Array, adapters: Adapters) -> tuple[Array, None]:
+        def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
             return layer(x, mask, bias, adapters), None
 
         x, _ = self._scan(block, self.encoder, self._embed(input_ids), of_stack(adapters, "encoder"))
         return self.encoder_norm(x)
 
-    def decode(
-        self,
-        decoder_ids: Int[Array, "B T"],
-        encoded: Float[Array, "B S D"],
-        input_mask: Bool[Array, "B S"],
-        adapters: Adapters,
-    ) -> Float[Array, "B T V"]:
+    def decode(self, decoder_ids: Target, encoded: Encoded, input_mask: Mask, adapters: Adapters) -> Logits:
         """Return the logits of every position of `decoder_ids`, each seeing those before it."""
         positions = jnp.arange(decoder_ids.shape[1])
         bias = self.decoder_bias(positions, positions)
         mask = (positions[None, :] <= positions[:, None])[None, None]
         cross_mask = input_mask[:, None, None, :]
 
-        def block(layer: DecoderBlock, x: Array, adapters: Adapters) -> tuple[Array, None]:
-            return layer(x, encoded, mask, cross_mask, bias, adapters), None
+        def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
+            return layer(x, mask, bias, adapters, encoded, cross_mask), None
 
         x, _ = self._scan(block, self.decoder, self._embed(decoder_ids), of_stack(adapters, "decoder"))
         return self._logits(x)
 
-    def start_cache(self, encoded: Float[Array, "B S D"], length: int, adapters: Adapters) -> Cache:
+    def start_cache(self, encoded: Encoded, length: int, adapters: Adapters) -> Cache:
         """Return a cache for `length` target positions, with the source's keys and values computed."""
 
-        def block(layer: DecoderBlock, x: Array, adapters: Adapters) -> tuple[Array, tuple[Array, Array]]:
+        def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, tuple[Array, Array]]:
             return x, layer.cross_attention.cached(x, adapters)
 
         def empty(of_source: Array, axis: int) -> Array:
@@ -228,14 +187,8 @@ class T5(nnx.Module):
         return Cache(*map(empty, cross, positions_of_cache()), *cross)
 
     def decode_token(
-        self,
-        token: Int[Array, " B"],
-        position: Int[Array, ""],
-        cache: Cache,
-        input_mask: Bool[Array, "B S"],
-        adapters: Adapters,
+        self, token: Int[Array, " B"], position: Int[Array, ""], cache: Cache, input_mask: Mask, adapters: Adapters
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Return the logits that follow `token` at `position`, and the cache that includes it."""
         axes = positions_of_cache()
         positions = jnp.arange(cache.keys.shape[axes[0]])
         bias = self.decoder_bias(position[None], positions)
@@ -243,7 +196,7 @@ class T5(nnx.Module):
         cross_mask = input_mask[:, None, None, :]
 
         def block(
-            layer: DecoderBlock,
+            layer: Block,
             carry: tuple[Array, Array, Array],
             of_layer: tuple[Adapters, tuple[Array, Array], Array],
         ) -> tuple[tuple[Array, Array, Array], None]:
@@ -270,10 +223,10 @@ class T5(nnx.Module):
         (x, keys, values), _ = self._scan(block, self.decoder, carry, xs)
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
 
-    def _embed(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embed(self, ids: Target) -> Hidden:
         return embed(self.embedding[...], ids).astype(self.config.dtype)
 
-    def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    def _logits(self, x: Hidden) -> Logits:
         x = self.decoder_norm(x)
         if self.scale_logits:
             x = x * self.config.d_model**-0.5
