@@ -6,12 +6,10 @@ One definition, with W [d_in, d_out] a base kernel, A_n, B_n the pool (scaling f
     sum:  dW = sum_n c_n A_n B_n                      linear in c
     y = x (W + dW), with magnitudes  y = m / ||W + dW|| * x (W + dW)   (norm over d_in, DoRA's rule)
 
-There are several orders of evaluation, equal in exact arithmetic. `mix` is evaluated in the weights (`LowRank`), and
-`sum` as one product of rank N r (`Modules`) or, where N r reaches d_in, as a matrix (`Dense`). Both can be evaluated in
-the outputs, module by module (`Outputs`), as hardware does that keeps each A_n and B_n in separate arrays. Norms are
-digital. They are the norms of the quantised or programmed weights, unless `Gram.modules` holds the modules to use.
-
-A sum in a shared basis (`adapters.basis`) is one update of rank k, with the same norms.
+`mix` is evaluated in the weights (`LowRank`), and `sum` as one product of rank N r (`Modules`) or, where N r reaches
+d_in, as a matrix (`Dense`). Modules in arrays are evaluated in the outputs (`Outputs`), and a sum in a shared basis is
+one update of rank k. Norms are digital: those of the quantised or programmed weights, unless `Gram.modules` holds the
+modules to use.
 
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank, k directions of a basis.
 """

@@ -237,7 +237,7 @@ class Checkpoint:
 
 
 class Stored(NamedTuple):
-    """A tensor of a GGUF file, and how it differs from the one of Hugging Face that it was made from.
+    """A tensor of a GGUF file, and its differences from the one of Hugging Face that it was made from.
 
     Attributes:
       name: name in Hugging Face's files; the file's own if the family has no such tensor.

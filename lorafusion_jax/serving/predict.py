@@ -34,10 +34,8 @@ def generate_rows(
     """Return the answers of runs on one base and pool to the rows of a JSONL file, or of standard input.
 
     A row is {"run": NAME, "input": TEXT}, where NAME is a folder of the runs or its last part. The base model answers
-    rows without a run. Other arguments are options of `lorafusion generate`.
-
-    Raises:
-      ValueError: a row is not as it should be, or names another run; runs that cannot be served together.
+    rows without a run. Other arguments are options of `lorafusion generate`. Raises a ValueError for a row of another
+    form or run, and for runs that cannot be served together.
     """
     at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
     found = _read(runs)
@@ -92,10 +90,8 @@ def evaluate_runs(
 ) -> list[dict[str, Any]]:
     """Return the scores of every seed of every run (see `seed_rows`), with the names of the run and the task.
 
-    Runs are evaluated on their own tasks by default; arguments are options of `lorafusion evaluate`.
-
-    Raises:
-      ValueError: runs that cannot be served together, or a task that cannot be used.
+    Runs are evaluated on their own tasks by default; arguments are options of `lorafusion evaluate`. Raises a
+    ValueError for runs that cannot be served together, and for a task that cannot be used.
     """
     at_least(1, test_rows=test_rows, eval_batch=eval_batch)
     found = _read(runs)

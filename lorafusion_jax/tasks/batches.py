@@ -114,14 +114,8 @@ def train_step_batches(
     """Yield the batches of all seeds, `length` steps at a time, from `first_step` on.
 
     The width of a step holds the longest row that any seed has in it. The widths to choose from depend on all of
-    `orders`, so a resumed run, and every interval of a run, has the same shapes.
-
-    Args:
-      encoded: the rows that `orders` numbers.
-      orders: row numbers, -1 for a row that only fills up the batch (`batch_orders` makes them).
-      pad_id: the tokenizer's padding token.
-      length: every interval but the first ends this many steps after the one before it, or with the last step.
-      first_step: where to start.
+    `orders` (row numbers from `batch_orders`), so a resumed run, and every interval of a run, has the same shapes.
+    Every interval but the first ends `length` steps after the one before it, or with the last step.
     """
     table = _table(encoded, pad_id)
     of_step = _shapes(table.input_lengths[orders].max(axis=(0, 2)), table.label_lengths[orders].max(axis=(0, 2)))

@@ -44,12 +44,9 @@ def write_lorahub_split(
 
     Args:
       bbh: folder with the benchmark's JSON files (`bbh` of github.com/suzgunmirac/BIG-Bench-Hard).
-      out: folder to write to, a folder for each task, as in LoraHub's `data_bbh`; `load_task` reads them.
+      out: folder of the tasks' folders, which are returned; `load_task` reads them.
       names: names of the tasks; by default all of the index.
       index: file that lists the rows of each part; by default LoraHub's, which comes with the package.
-
-    Returns:
-      The folders of the tasks.
 
     Raises:
       ValueError: on an index of another layout, an unknown task, a file of the benchmark that is missing or lacks a

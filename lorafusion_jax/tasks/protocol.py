@@ -30,18 +30,11 @@ def shuffled(count: int, key: int | str) -> list[int]:
 
 
 def split(count: int, seeds: Sequence[int], *, protocol: Protocol = "default", limit: int = 100) -> Split:
-    """Split rows into 95 % for training and 5 % for validation.
+    """Split the first `limit` of `count` shuffled rows into 95 % for training and 5 % for validation.
 
     The paper's code ("reference") shuffles once with seed 42, whatever the run's seed, and takes the first 5 of 100
-    rows for validation. The default protocol shuffles anew for every seed.
-
-    Fewer than 20 rows are all used for both: with `limit=5` that is LoraHub's league.
-
-    Args:
-      count: number of rows.
-      seeds: seeds of the runs.
-      protocol: rule of the shuffle.
-      limit: use no more rows than this, the first ones after the shuffle.
+    rows for validation. The default protocol shuffles anew for every seed. Fewer than 20 rows are all used for both:
+    with `limit=5` that is LoraHub's league.
     """
     used = min(count, limit)
     if used < 1:

@@ -21,8 +21,7 @@ _HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?(?::([\w.
 def read_rows(source: str | Path) -> dict[str, Rows]:
     """Return the rows of each part, "train" and "test", or of "all" where the source does not divide them.
 
-    Raises:
-      ValueError: on an unknown source or layout, and, also while rows are read, on damaged and empty files.
+    Raises a ValueError for an unknown source or layout and, also while rows are read, for damaged and empty files.
     """
     path = Path(source)
     try:

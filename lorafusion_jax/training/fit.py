@@ -170,10 +170,8 @@ def train_seeds(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Take the fusion steps of an interval with every seed, each on its own batches and at its own rates.
 
-    Leaves of `batches` are [seeds, steps, B, ...]; `shape_of` and `shapes` are those of `StepBatch`.
-
-    Returns:
-      The state after the last step, and name -> [steps, seeds], the metrics of `fusion_step`.
+    Leaves of `batches` are [seeds, steps, B, ...]; `shape_of` and `shapes` are those of `StepBatch`. The metrics of
+    `fusion_step` are [steps, seeds].
     """
 
     def train_seed(one: Problem, state: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, dict[str, Array]]:

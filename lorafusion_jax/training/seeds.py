@@ -22,13 +22,10 @@ def default_seed_mode() -> SeedMode:
 
 
 def over_seeds(fn: Callable[..., Any], seed_mode: SeedMode) -> Callable[..., Any]:
-    """Return `fn(seeds, shared)` mapped over the leading axis of every array in `seeds`.
+    """Return `fn(seeds, shared)`, of one seed's arrays and shared ones, mapped over the first axis of all `seeds`.
 
-    On a mesh (see `training.mesh`) every device maps its seeds without waiting for other devices.
-
-    Args:
-      fn: function of one seed's arrays and of the arrays that all seeds share.
-      seed_mode: `batched` (results within 1e-5 of single runs) or `sequential` (equal to them bit for bit).
+    Results of `batched` are within 1e-5 of single runs, and those of `sequential` equal them bit for bit. On a mesh
+    (see `training.mesh`) every device maps its seeds without waiting for other devices.
     """
 
     def mapped(seeds: Any, shared: Any) -> Any:

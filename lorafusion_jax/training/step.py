@@ -45,17 +45,10 @@ class TrainState(NamedTuple):
 
 
 def init_state(problem: Problem, key: Array, params: Params | None = None) -> TrainState:
-    """Return the state that training of one seed starts from.
+    """Return the state that training of one seed starts from, given the key of the method's draws.
 
-    Arrays are copied, so the state's buffers can be donated.
-
-    Args:
-      problem: problem of the seed.
-      key: key of the method's draws.
-      params: groups of numbers to start from, instead of the method's.
-
-    Raises:
-      ValueError: the method lacks a group of `params`, or its shapes differ.
+    Arrays are copied, so the state's buffers can be donated. `params` are groups of numbers to start from, instead of
+    the method's; a ValueError is raised if the method lacks one of them, or its shapes differ.
     """
     own: Params = jax.tree.map(jnp.copy, problem.init(key))  # some methods start from frozen weights
     params = own if params is None else own | _like(params, own)

@@ -83,10 +83,7 @@ class Attention(nnx.Module):
 
 
 def heads_apart() -> bool:
-    """Return whether a cache keeps heads apart.
-
-    A CPU multiplies each head's own numbers alone, and so does a mesh that divides heads.
-    """
+    """Return whether a cache keeps heads apart: a CPU multiplies each alone, and a mesh may divide them."""
     return for_cpu() or jax.sharding.get_abstract_mesh().shape.get("model", 1) > 1
 
 
