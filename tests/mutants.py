@@ -138,7 +138,7 @@ models/generate.py: models/test_sampling
 + jnp.where(likely & (before + probabilities < self.top_p), ordered, jnp.inf)
 training: the loss is not divided by the rows
 training/loss.py: training/test_step
-- loss = entropy / rows(batch.row_mask)
+- loss = entropy / jnp.maximum(jnp.sum(batch.row_mask), 1).astype(jnp.float32)
 + loss = entropy
 training: one epoch more of patience
 training/step.py: training/test_step training/test_fit
