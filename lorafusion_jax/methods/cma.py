@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from ..checks import at_least
 from ..progress import progress
 from ..training.method import Params
+from ..training.step import standard_promotion
 from .entry import MethodEntry, SearchJob, load_optional
 from .fused import fused
 from .lorahub import BOUND, Objective, build, objective_of, recorder
@@ -89,7 +90,7 @@ def search(
 @contextlib.contextmanager
 def _promotions() -> Iterator[None]:
     """Let evosax's own arithmetic promote dtypes and ranks, which JAX's strict modes do not allow."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with standard_promotion(), jax.numpy_rank_promotion("allow"):
         yield
 
 

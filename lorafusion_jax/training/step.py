@@ -44,6 +44,11 @@ class TrainState(NamedTuple):
     stopped: Bool[Array, ""]
 
 
+def standard_promotion() -> Any:
+    """Return the context for optax's own arithmetic, which strict dtype promotion refuses."""
+    return jax.numpy_dtype_promotion("standard")
+
+
 def init_state(problem: Problem, key: Array, params: Params | None = None) -> TrainState:
     """Return the state that training of one seed starts from, given the key of the method's draws.
 
@@ -98,7 +103,7 @@ def fusion_step(
     gradients = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, jnp.zeros_like(g)), gradients)
     metrics |= {"nonfinite_gradients": broken, "gradient_norm": optax.tree.norm(gradients)}
     updates, adam = _adam(gradients, state, rates.l2, optimisation.clip)
-    with jax.numpy_dtype_promotion("standard"):
+    with standard_promotion():
         schedule = _schedule(optimisation)(state.step)
     params = {
         group: jax.tree.map(
@@ -158,7 +163,7 @@ _ADAM = optax.scale_by_adam()  # beta 0.9 / 0.999, eps 1e-8: torch's defaults, a
 def _adam(gradients: Any, state: TrainState, l2: Array, clip: float | None) -> tuple[Params, Any]:
     """Clip, add the coefficients' L2, and return Adam's updates (before the learning rates) and its state."""
     updates: Any = gradients
-    with jax.numpy_dtype_promotion("standard"):  # for optax's own arithmetic
+    with standard_promotion():
         if clip is not None:
             updates, _ = optax.clip_by_global_norm(clip).update(updates, optax.EmptyState())
         if "coefficients" in updates:
