@@ -18,7 +18,7 @@ from lorafusion_jax.report import append_rows, done, read_rows
 _OLD = Path(__file__).resolve().parents[1] / "old_version" / "results.jsonl"
 _ENTRIES = {
     name: dataclasses.replace(methods.METHODS[name], recipe={"batch_size": 48, "max_new_tokens": 8})
-    for name in ("zero-shot", "constant answer", "uniform mean", "coefficients only")
+    for name in ("zero-shot", "constant answer", "coefficients only")
 }
 
 
@@ -54,7 +54,7 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(opt
     assert done(rows) == expected and len(rows) == len(expected)
     assert [method for method, _ in ran] == [entry.method for entry in _ENTRIES.values()]
     assert len({name for _, name in ran}) == len(ran)
-    assert "[4/4] double_digit, coefficients only, 95+5:" in capsys.readouterr().err
+    assert "[3/3] double_digit, coefficients only, 95+5:" in capsys.readouterr().err
     for row in rows:
         assert len(row["correct"]) == 5 and row["option_correct"] is None
         assert row["config"]["recipe"].get("modules") == (2 if row["config"]["pool"] else None)
@@ -68,11 +68,11 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(opt
     assert not ran and file.read_bytes() == before
     # Without one of its rows, the matrix computes that one again.
     lines = file.read_text().splitlines(keepends=True)
-    (gone,) = [line for line in lines if (row := json.loads(line))["method"] == "uniform mean" and row["seed"] == 2]
+    (gone,) = [line for line in lines if (row := json.loads(line))["method"] == "constant answer" and row["seed"] == 2]
     kept = [line for line in lines if line != gone]
     file.write_text("".join(kept))
     matrix.run_matrix(options, _ENTRIES)
-    assert [method for method, _ in ran] == ["mean"]
+    assert [method for method, _ in ran] == ["constant"]
     again = file.read_text().splitlines(keepends=True)
     assert again[:-1] == kept and json.loads(again[-1]) == json.loads(gone)
     before = file.read_bytes()
@@ -118,33 +118,33 @@ def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(op
 
     def run(options):
         ran.append(options.method)
-        if options.method == "mean" and errors:
+        if options.method == "constant" and errors:
             raise errors.pop(0)
         return fuse(options)
 
     monkeypatch.setattr(matrix, "fuse", run)
-    few = dataclasses.replace(options, methods=("uniform mean", "constant answer"), out=tmp_path)
+    few = dataclasses.replace(options, methods=("constant answer", "zero-shot"), out=tmp_path)
     for retry, cause in ((False, "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."), (True, "MemoryError")):
         file = matrix.run_matrix(dataclasses.replace(few, retry_failed=retry), _ENTRIES)
-        assert {row["method"] for row in read_rows(file)} == {"constant answer"}
+        assert {row["method"] for row in read_rows(file)} == {"zero-shot"}
         printed = capsys.readouterr().err
-        assert f"double_digit, uniform mean, 95+5: out of memory ({cause}" in printed
+        assert f"double_digit, constant answer, 95+5: out of memory ({cause}" in printed
         assert "jobs ran out of memory" in printed and "--retry-failed" in printed
         failed = json.loads((tmp_path / "failed.jsonl").read_text().splitlines()[-1])
-        assert (failed["method"], failed["seeds"], failed["config"]["test_rows"]) == ("uniform mean", [1, 2], 5)
+        assert (failed["method"], failed["seeds"], failed["config"]["test_rows"]) == ("constant answer", [1, 2], 5)
         matrix.run_matrix(few, _ENTRIES)
         assert "1 of 2 jobs ran out of memory" in capsys.readouterr().err
     matrix.run_matrix(dataclasses.replace(few, retry_failed=True), _ENTRIES)
-    assert ran == ["mean", "constant", "mean", "mean"]
-    assert {row["seed"] for row in read_rows(file) if row["method"] == "uniform mean"} == {1, 2}
+    assert ran == ["constant", "zero-shot", "constant", "constant"]
+    assert {row["seed"] for row in read_rows(file) if row["method"] == "constant answer"} == {1, 2}
 
 
 def test_bad_input_is_refused_before_anything_runs(options, tmp_path, monkeypatch):
     for name in ["evosax", *(name for name in sys.modules if name.startswith("evosax."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    entries = _ENTRIES | {"CMA-ES": dataclasses.replace(_ENTRIES["uniform mean"], method="cma")}
+    entries = _ENTRIES | {"CMA-ES": dataclasses.replace(methods.METHODS["uniform mean"], method="cma")}
     for changes, message in [
-        ({"methods": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; uniform"),
+        ({"methods": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; coeff"),
         ({"tasks": ()}, "no task: give at least one with --tasks"),
         ({"modules": 5}, "pool holds 4 modules, and 5 are to be drawn: give fewer with --modules"),
         ({"pool": str(tmp_path)}, "is not a pool"),

@@ -429,7 +429,7 @@ def test_metrics_are_also_written_to_weights_and_biases(small, tmp_path, monkeyp
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    options = _options(small, tmp_path, log=True)
+    options = _options(small, tmp_path, log=True, seeds=(1,))
     lf.fuse(options)
     assert list(run_path(options).glob("wandb/offline-run-*/*.wandb"))
 

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafusion_jax.tasks import (
@@ -75,6 +75,7 @@ def test_pad(sequences, room):
         pad([np.arange(width + 1)], _PAD, width)
 
 
+@settings(max_examples=40)
 @given(lengths, st.integers(1, 12))
 def test_eval_batches(pairs, batch_size):
     encoded = _encoded(pairs)
@@ -91,6 +92,7 @@ def test_eval_batches(pairs, batch_size):
     assert (np.diff([len(encoded.inputs[row]) for row in order[: len(pairs)]]) >= 0).all()
 
 
+@settings(max_examples=40)
 @given(lengths.filter(lambda pairs: len(pairs) > 1), st.integers(1, 12), st.booleans())
 def test_train_batches(pairs, batch_size, reference):
     encoded, orders = _epochs(pairs, batch_size, reference)
@@ -102,6 +104,7 @@ def test_train_batches(pairs, batch_size, reference):
     assert len(_shapes(batches)) <= 6
 
 
+@settings(max_examples=40)
 @given(lengths.filter(lambda pairs: len(pairs) > 1), st.integers(1, 12), st.integers(1, 4), st.integers(0, 5))
 def test_intervals_hold_the_batches_of_their_steps_from_any_step_on(pairs, batch_size, length, first_step):
     encoded, orders = _epochs(pairs, batch_size, reference=False)
