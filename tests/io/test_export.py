@@ -13,7 +13,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import expand, shape
 from lorafusion_jax.io.export import fused_adapter, lora_adapter
-from lorafusion_jax.io.peft.adapter import read_adapter, write_adapter
+from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.layers import Linear
 from lorafusion_jax.models.t5.model import decoder_inputs
@@ -123,26 +123,6 @@ def test_a_lora_is_a_plain_adapter():
     for (site, layer), W in found.items():
         A, B = (np.asarray(w[layer], np.float64) for w in (adapters[site].A, adapters[site].B))
         _close(W, _kernel(site, layer) + A @ B)
-
-
-@pytest.mark.parametrize("magnitudes", [False, True])
-def test_an_exported_adapter_is_read_as_it_was_written(tmp_path, magnitudes):
-    pool = tiny.pool(4, _several)
-    m = lf.column_norms(jax.jit(lf.gram)(pool, {s: lf.kernels(_MODEL)[s] for s in pool.A})) if magnitudes else None
-    spread = expand(tiny.coefficients((3, 5)), pool, "block")
-    config, tensors = fused_adapter(_MODEL.config, pool, jnp.array(_INDEX), spread, "sum", base="b", magnitudes=m)
-    write_adapter(tmp_path / "fused", config, tensors)
-    adapter = read_adapter(str(tmp_path / "fused"), shapes=linear_shapes(_MODEL.config))
-    assert set(adapter.scaling.values()) == {1.0}
-    assert not [note for note in adapter.notes if note.startswith("warning")]
-    again = lf.read_pool([str(tmp_path / "fused")], _MODEL.config)
-    one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
-    _, tensors_again = fused_adapter(
-        _MODEL.config, again, jnp.arange(1), one, "sum", base="b", magnitudes=again.magnitude
-    )
-    assert tensors.keys() == tensors_again.keys()
-    for key, tensor in tensors.items():
-        np.testing.assert_array_equal(tensor, tensors_again[key])
 
 
 @pytest.mark.parametrize("magnitudes", [True, False], ids=["trained", "frozen"])
