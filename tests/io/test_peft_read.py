@@ -570,6 +570,7 @@ def test_peft_loads_a_resaved_adapter_to_the_same_weights(tmp_path):
 
 
 @pytest.mark.peft
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("train", [False, True])
 def test_modules_that_peft_saves_in_full(tmp_path, train):
     import torch
