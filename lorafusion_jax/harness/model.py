@@ -46,9 +46,6 @@ from .options import HarnessOptions, load_measured
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-# The harness would fork processes for the standard errors of perplexities, and threads of JAX may hold locks then.
-os.environ.setdefault("DISABLE_MULTIPROC", "1")
-
 _BATCH = 32  # rows
 _NEW_TOKENS = 256  # of an answer, where a task states no number
 _MOST_LOGITS = 1 << 28  # numbers of a batch's logits: 1 GiB
@@ -103,6 +100,8 @@ class HarnessLM(TemplateLM):
         at_least(1, batch_size=self.batch_size)
         at_least(2, max_length=chosen.max_length)
         loaded, self._params, base = load_measured(chosen)
+        # The harness would fork processes for the standard errors of perplexities, but JAX's threads may hold locks.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
         self._problem, self.tokenizer, self._text_format = loaded.problem, loaded.tokenizer, loaded.text_format
         config = loaded.config
         self.backend = "causal" if config.causal else "seq2seq"
