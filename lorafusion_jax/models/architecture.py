@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -260,14 +261,15 @@ class GGUFLayout:
       config_json: function from a file's metadata, and its tensors by name, to the content of a config.json; raises
         ValueError without naming the file.
       stored: function from that content and the names of a file's tensors to the tensors' descriptions.
-      written: function from that content and the path of a linear module to its name in a file and its number of
-        heads (see `Stored`).
+      names: function from that content to the names of all tensors that a file can hold.
+      metadata: function from a structure to the keys of a file that describe it, and further tensors by their names.
     """
 
     architectures: Mapping[str, str]
     config_json: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     stored: Callable[[Mapping[str, Any], Collection[str]], dict[str, Stored]]
-    written: Callable[[Mapping[str, Any], str], tuple[str, int]]
+    names: Callable[[Mapping[str, Any]], list[str]]
+    metadata: Callable[[Any], tuple[dict[str, Any], dict[str, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ..files import FileError, shown, structured
 from . import decoder, t5
@@ -61,14 +61,21 @@ def family_with(path: str) -> Family | None:
     return None
 
 
-def gguf_layout(architecture: str | None) -> GGUFLayout:
-    """Return the layout of GGUF files with this `general.architecture`; raises ValueError for an unknown one."""
+def gguf_layout(name: str | None, by: Literal["general.architecture", "model_type"]) -> GGUFLayout:
+    """Return the layout of GGUF files, given the name of the models in such a file or in a config.json.
+
+    Raises:
+      ValueError: no family has GGUF files of this name.
+    """
     layouts = [family.gguf for family in FAMILIES.values() if family.gguf is not None]
+    known: list[str] = []
     for layout in layouts:
-        if architecture in layout.architectures.values():
+        names = layout.architectures if by == "model_type" else dict.fromkeys(layout.architectures.values())
+        if name in names:
             return layout
-    known = ", ".join(name for layout in layouts for name in dict.fromkeys(layout.architectures.values()))
-    raise ValueError(f"general.architecture is {shown(architecture)}: expected one of {known}")
+        known += names
+    fix = " for GGUF, or --format adapter or merged" if by == "model_type" else ""
+    raise ValueError(f"{by} is {shown(name)}: expected one of {', '.join(known)}{fix}")
 
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:

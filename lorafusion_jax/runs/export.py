@@ -14,14 +14,14 @@ from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.folders import new_folder
-from ..io.gguf.base import GGUFBase
-from ..io.gguf.write import layout_of, write_lora, write_merged
+from ..io.gguf.write import write_lora, write_merged
 from ..io.hf import hf_tensors, open_base, put_base
 from ..io.hub import make_repository, upload
 from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
 from ..methods import find
 from ..models.architecture import Architecture, Model
+from ..models.registry import gguf_layout
 from ..training.method import Params
 from ..training.problem import Problem
 from .card import write_card
@@ -122,13 +122,7 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
 def check_format(format: Format, base: str) -> None:
     """Raise a ValueError if a format cannot hold what is made of a base."""
     if format.startswith("gguf"):
-        opened = open_base(base)
-        layout_of(opened.config())
-        if format in MERGED and not isinstance(opened, GGUFBase):
-            raise ValueError(
-                f"{base} is not a GGUF file, whose metadata --format {format} would keep: use --format merged, and "
-                "convert the folder with llama.cpp's convert_hf_to_gguf.py"
-            )
+        gguf_layout(open_base(base).config().get("model_type"), "model_type")
 
 
 def put_as(
@@ -145,12 +139,11 @@ def put_as(
 
 def put_merged(folder: Path, format: Format, base: str, model: Model) -> None:
     """Write a merged model into a folder as Hugging Face's files or as GGUF."""
-    opened = open_base(base)
-    if format == "merged" or not isinstance(opened, GGUFBase):
+    if format == "merged":
         put_base(model, folder, base)
     else:
         kind = "F16" if format == "gguf-f16" else "Q8_0"
-        write_merged(folder / "model.gguf", opened, hf_tensors(model, base), kind)
+        write_merged(folder / "model.gguf", open_base(base), hf_tensors(model, base), kind)
 
 
 def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

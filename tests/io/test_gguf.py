@@ -71,7 +71,7 @@ _LLAMA3 = {
 }
 # What differs from `_TINY`, by general.architecture and a name.
 _TINY = {
-    "vocab_size": 40,
+    "vocab_size": 272,
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -140,6 +140,8 @@ def folders(tmp_path_factory):
             for name in slot.names
         }
         save_file(tensors, folder / "model.safetensors")
+        tokens = _SENTENCE_PIECE if name in ("mistral", "gemma3") else _BYTE_LEVEL | _IDS
+        build_tokenizer(tokens | {"tokenizer.ggml.padding_token_id": 0}).save_pretrained(folder)
         found[name] = folder
     return found
 
@@ -462,6 +464,56 @@ def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, fol
 
 
 @pytest.mark.parametrize("name", _MODELS)
+def test_a_model_of_a_folder_is_written_with_its_structure_and_tokenizer(tmp_path, folders, name):
+    folder, file = folders[name], tmp_path / "model.gguf"
+    write_merged(file, open_base(folder), load_file(folder / "model.safetensors"), "F16")
+    assert lf.read_config(file) == lf.read_config(folder)
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(lf.load_base(base)))) for base in (file, folder))
+    assert ours.keys() == theirs.keys()
+    for path, weight in theirs.items():
+        np.testing.assert_array_equal(ours[path].get_value(), weight.get_value(), str(path))
+    ours, theirs = lf.load_tokenizer(file), lf.load_tokenizer(folder)
+    for text in ("the th é</s><think>", "ab  abc<turn>", string.printable):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.chat_template == theirs.chat_template and ours.special_tokens_map == theirs.special_tokens_map
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # of the others transformers ignores keys
+def test_transformers_reads_a_written_model_as_its_folder(tmp_path, folders, name):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = folders[name]
+    write_merged(tmp_path / "model.gguf", open_base(folder), load_file(folder / "model.safetensors"), "F16")
+    ids = torch.arange(3, 40)[None]
+    logits = []
+    for where, how in ((tmp_path, {"gguf_file": "model.gguf"}), (folder, {})):
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **how).eval()
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits.numpy())
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-4)
+
+
+def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, folders):
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    config = json.loads((folders["llama"] / "config.json").read_text())
+    tensors = load_file(folders["llama"] / "model.safetensors")
+    build_tokenizer(_BYTE_LEVEL | _IDS).save_pretrained(tmp_path)
+    config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"would hold rope .* convert the folder with llama.cpp's"):
+        write_merged(tmp_path / "model.gguf", open_base(tmp_path), tensors, "F16")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"not one of byte-pair merges .* convert the folder with llama.cpp's"):
+        write_merged(tmp_path / "model.gguf", open_base(tmp_path), tensors, "F16")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+@pytest.mark.parametrize("name", _MODELS)
 def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folders, name):
     config, content = lf.read_config(folders[name]), open_base(folders[name]).config()
     draw = np.random.default_rng(0)
@@ -487,7 +539,7 @@ def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folder
         np.testing.assert_array_equal(found[f"{names.get_name(path)}.weight.{factor.lower()}"], array)
 
 
-def test_weighted_modules_of_a_file_are_written_as_files(tmp_path, folders):
+def test_weighted_modules_of_a_file_or_folder_are_written_as_files(tmp_path, folders):
     file = str(_written(folders["llama"], tmp_path / "base.gguf"))
     path, draw = "model.layers.1.self_attn.k_proj", np.random.default_rng(0)
     factors = {"A": draw.normal(size=(2, 64)).astype("f4"), "B": draw.normal(size=(32, 2)).astype("f4")}
@@ -503,13 +555,13 @@ def test_weighted_modules_of_a_file_are_written_as_files(tmp_path, folders):
     merge(MergeOptions(out=tmp_path / "merged", format="gguf-f16", **options))
     merged, base = (lf.base_tensor(source)(f"{path}.weight") for source in (tmp_path / "merged" / "model.gguf", file))
     np.testing.assert_allclose(merged, base + update, atol=2**-8)
-    with pytest.raises(ValueError, match="is not a GGUF file, whose metadata --format gguf-q8_0 would keep"):
-        folder = options | {"base": str(folders["llama"])}
-        merge(MergeOptions(out=tmp_path / "folder", format="gguf-q8_0", **folder))
+    merge(MergeOptions(out=tmp_path / "folder", format="gguf-f16", **(options | {"base": str(folders["llama"])})))
+    again = lf.base_tensor(tmp_path / "folder" / "model.gguf")(f"{path}.weight")
+    np.testing.assert_array_equal(again, merged)
 
 
 def test_a_family_without_gguf_files_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="a t5 model is not written as GGUF: export it with --format adapter"):
+    with pytest.raises(ValueError, match="model_type is 't5': expected one of llama, .* for GGUF, or --format adapter"):
         write_lora(tmp_path / "lora.gguf", {"model_type": "t5"}, {}, alpha=1.0)
     assert not list(tmp_path.iterdir())
 

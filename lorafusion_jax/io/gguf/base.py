@@ -31,7 +31,7 @@ class GGUFBase:
         self.place = self.config_place = file
         self._metadata, self._tensors = read_gguf(file)
         with named(file):
-            self._layout = gguf_layout(self._metadata.get("general.architecture"))
+            self._layout = gguf_layout(self._metadata.get("general.architecture"), "general.architecture")
 
     def config(self) -> Mapping[str, Any]:
         """Return the metadata as a config.json of Hugging Face."""

@@ -3,6 +3,8 @@
 Source: llama.cpp's src/llama-vocab.cpp for what the names mean; Hugging Face's converters for the parts they become.
 """
 
+import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,9 +55,16 @@ _SPLITTINGS = {
     "deepseek-r1-qwen": _QWEN2,
     "tekken": _Splitting((_TEKKEN,), adds_bos=True, whole_words=True),  # Mistral Nemo
 }
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 _LONGEST = 255  # characters of a token that scores make: every way to cut it is tried
 _SPACE = "▁"
+# Texts whose ids tell tokenizers apart.
+_CHECKS = (
+    "He's 1234 won'T   x!?\n\ny",
+    " two  spaces\r\n z ",
+    "été e\u0301 東京 🙂\t{a_b}<|c|>",
+    "$1,000.50 (ok) ~~ x²½ १२३ नमस्ते HTTPServer camelCase won’t/n",
+)
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedTokenizerFast":
@@ -91,6 +100,57 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
         raise
     except Exception as error:  # tokenizers raises bare ones, on merges of unknown tokens for example
         raise ValueError(f"tokenizer.ggml.tokens and its merges give no tokenizer: {error}") from error
+
+
+def tokenizer_metadata(tokenizer: "transformers.PreTrainedTokenizerBase", rows: int) -> dict[str, Any]:
+    """Return the keys of a file that describe a tokenizer, the inverse of `build_tokenizer`.
+
+    Args:
+      tokenizer: the tokenizer.
+      rows: rows of the embedding; those without a token get unused ones.
+
+    Raises:
+      ValueError: a file cannot describe a tokenizer that gives the same ids.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    model = {} if fast is None else json.loads(fast.to_str())["model"]
+    if model.get("type") != "BPE" or len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer is not one of byte-pair merges with at most {rows:,} tokens")
+    tokens, kinds = [f"[PAD{number}]" for number in range(rows)], [_UNUSED] * rows
+    for token, number in tokenizer.get_vocab().items():
+        tokens[number], kinds[number] = token, _NORMAL
+        if model["byte_fallback"] and re.fullmatch("<0x[0-9A-F]{2}>", token):
+            kinds[number] = _BYTE
+    for number, token in tokenizer.added_tokens_decoder.items():
+        kinds[number] = _CONTROL if token.special else _USER_DEFINED
+    ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id}
+    found = {f"{name}_token_id": number for name, number in ids.items() if number is not None}
+    around = tokenizer("a")["input_ids"]
+    found |= {"tokens": tokens, "token_type": kinds}
+    found |= {"add_bos_token": around[0] == ids["bos"], "add_eos_token": around[-1] == ids["eos"]}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if model["byte_fallback"]:
+        ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed([*enumerate(merges, 1)])}
+        scores = [ranks.get(token, 0.0) for token in tokens]
+        choices = [{"model": "llama", "scores": scores, "add_space_prefix": adds} for adds in (True, False)]
+    else:
+        whole = model.get("ignore_merges", False)
+        names = [name for name, splitting in _SPLITTINGS.items() if splitting.whole_words == whole]
+        choices = [{"model": "gpt2", "merges": merges, "pre": name} for name in names]
+    template = tokenizer.chat_template
+    further = {"tokenizer.chat_template": template} if isinstance(template, str) else {}
+    for choice in choices:
+        metadata = {f"tokenizer.ggml.{key}": value for key, value in (found | choice).items()} | further
+        again = build_tokenizer(metadata)
+        if all(_pieces(again, text) == _pieces(tokenizer, text) for text in _CHECKS):
+            return metadata
+    raise ValueError("a GGUF file cannot describe a tokenizer that gives the same ids as the base's")
+
+
+def _pieces(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[str, tuple[int, int]]]]:
+    """Return the ids of a text, and of byte-level merges the pieces that it is split into before merging."""
+    splitter = tokenizer.backend_tokenizer.pre_tokenizer if _SPACE not in tokenizer.get_vocab() else None
+    return tokenizer(text)["input_ids"], splitter.pre_tokenize_str(text) if splitter else []
 
 
 def _built(

@@ -1,31 +1,26 @@
 """GGUF files for llama.cpp: a LoRA adapter, or a model with merged weights.
 
-Source: llama.cpp's `convert_lora_to_gguf.py` and `llama_adapter_lora_init` for the names and the metadata.
+Source: llama.cpp's `convert_lora_to_gguf.py` and `llama_adapter_lora_init` for the names and the metadata of adapters,
+its `convert_hf_to_gguf.py` for those of models.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
-from ...models.architecture import GGUFLayout
-from ...models.registry import FAMILIES
+from ...models.architecture import GGUFLayout, Stored
+from ...models.registry import family_of_json, gguf_layout
+from ..hf_folder import FolderBase
 from .base import GGUFBase
+from .tokenizer import tokenizer_metadata
 
-
-def layout_of(content: Mapping[str, Any]) -> GGUFLayout:
-    """Return the layout of GGUF files of a base model, given the content of its config.json.
-
-    Raises:
-      ValueError: files of this family are not supported.
-    """
-    for family in FAMILIES.values():
-        if family.gguf and content.get("model_type") in family.gguf.architectures:
-            return family.gguf
-    raise ValueError(
-        f"a {content.get('model_type')} model is not written as GGUF: export it with --format adapter or merged"
-    )
+# Fields that a file may give another value: a Mistral without a window is a Llama, and ends of turns end answers too.
+_UNLIKE = {"model_type", "tied", "pad_id", "eos_id"}
+_CONVERTER = "use --format merged, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
 
 
 def write_lora(file: Path, content: Mapping[str, Any], tensors: Mapping[str, np.ndarray], alpha: float) -> None:
@@ -42,46 +37,99 @@ def write_lora(file: Path, content: Mapping[str, Any], tensors: Mapping[str, np.
     """
     from gguf import GGUFType, GGUFWriter, Keys
 
-    layout = layout_of(content)
+    layout = gguf_layout(content.get("model_type"), "model_type")
+    places = _places(layout, content)
     writer = GGUFWriter(file, layout.architectures[content["model_type"]])
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
     for key, array in sorted(tensors.items()):
         path, _, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
-        name, heads = layout.written(content, path)
-        array = _interleaved(array.astype(np.float32), heads if factor == "lora_B" else 0)
+        name, stored = places[f"{path}.weight"]
+        array = _interleaved(array.astype(np.float32), stored.heads if factor == "lora_B" else 0)
         writer.add_tensor(f"{name}.{factor.lower()}", array)
     _finish(writer)
 
 
-def write_merged(file: Path, base: GGUFBase, tensors: Mapping[str, np.ndarray], kind: Literal["F16", "Q8_0"]) -> None:
-    """Write a model with other weights than the GGUF file of its base, whose metadata it keeps.
+def write_merged(
+    file: Path, base: GGUFBase | FolderBase, tensors: Mapping[str, np.ndarray], kind: Literal["F16", "Q8_0"]
+) -> None:
+    """Write a model with other weights than its base, and the metadata of the base's GGUF file if it is one.
 
     Args:
       file: new file.
       base: the base.
       tensors: every weight under Hugging Face's name.
       kind: type of the matrices. Vectors, and matrices whose rows Q8_0's blocks of 32 do not divide, are float32.
+
+    Raises:
+      ValueError: the base is a folder whose configuration or tokenizer a GGUF file cannot describe.
     """
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
     from gguf.quants import quantize
 
-    fields = GGUFReader(base.place).fields
-    writer = GGUFWriter(file, fields["general.architecture"].contents())
-    for key, field in fields.items():
-        if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
-            sub = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
+    if isinstance(base, GGUFBase):
+        fields = GGUFReader(base.place).fields
+        writer = GGUFWriter(file, fields["general.architecture"].contents())
+        for key, field in fields.items():
+            if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
+                sub = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+                writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
+        stored = [*base.stored()]
+    else:
+        metadata, stored = _described(base, tensors)
+        writer = GGUFWriter(file, metadata.pop("general.architecture"))
+        for key, value in metadata.items():
+            unsigned = type(value) is int  # what llama.cpp expects
+            writer.add_key_value(key, value, GGUFValueType.UINT32 if unsigned else GGUFValueType.get_type(value))
     writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
-    for name, stored, own in base.stored():
-        array = np.asarray(own if stored is None else tensors[stored.name], np.float32)
-        if stored is not None:
-            array = _interleaved(array + np.float32(stored.offset), stored.heads)
+    for name, place, own in stored:
+        array = np.asarray(own if place is None else tensors[place.name], np.float32)
+        if place is not None:
+            array = _interleaved(array + np.float32(place.offset), place.heads)
         fits = array.ndim > 1 and (kind == "F16" or array.shape[-1] % 32 == 0)
         chosen = GGMLQuantizationType[kind if fits else "F32"]
         writer.add_tensor(name, quantize(array, chosen), raw_dtype=chosen)
     _finish(writer)
+
+
+def _described(
+    base: FolderBase, tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], list[tuple[str, Stored | None, np.ndarray]]]:
+    """Return the metadata and the tensors of a GGUF file of a base in a Hugging Face folder."""
+    content = base.config()
+    layout = gguf_layout(content.get("model_type"), "model_type")
+    config, places = family_of_json(content).read_config(content), _places(layout, content)
+    keys, further = layout.metadata(config)
+    stored: list[tuple[str, Stored | None, np.ndarray]] = [(n, None, tensor) for n, tensor in further.items()]
+    stored += [(*places[name], tensor) for name, tensor in tensors.items()]
+    try:
+        tokens = tokenizer_metadata(base.tokenizer(), config.vocab_size)
+    except ValueError as error:
+        raise ValueError(f"{base.place}: {error}: {_CONVERTER}") from error
+    ids = {"padding": config.pad_id, **dict(zip(("eos", "eot", "eom"), config.end_ids, strict=False))}
+    special = {f"tokenizer.ggml.{name}_token_id": token for name, token in ids.items()}
+    metadata = {"general.architecture": layout.architectures[content["model_type"]]} | keys | tokens | special
+    # Whatever the keys cannot express is found by reading them back.
+    again = layout.config_json(metadata, {name: tensor for name, _, tensor in stored})
+    found, given = (
+        jax.tree.map(_rounded, dataclasses.asdict(family_of_json(raw).read_config(raw))) for raw in (again, content)
+    )
+    for name in given.keys() - _UNLIKE:
+        if found[name] != given[name]:
+            raise ValueError(
+                f"{base.place}: a GGUF file would hold {name} {found[name]}, not {given[name]}: {_CONVERTER}"
+            )
+    return metadata, stored
+
+
+def _rounded(value: Any) -> Any:
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
+def _places(layout: GGUFLayout, content: Mapping[str, Any]) -> dict[str, tuple[str, Stored]]:
+    """Return the place in a file of every tensor, by Hugging Face's name."""
+    return {stored.name: (name, stored) for name, stored in layout.stored(content, layout.names(content)).items()}
 
 
 def _interleaved(array: np.ndarray, heads: int) -> np.ndarray:

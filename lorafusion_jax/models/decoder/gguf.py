@@ -11,6 +11,7 @@ import numpy as np
 
 from ...files import shown
 from ..architecture import GGUFLayout, Stored
+from .config import DecoderConfig
 
 # general.architecture -> model_type and architecture of a config.json. Mistral's files are of llama's architecture.
 _MODELS = {
@@ -31,6 +32,7 @@ _OF_MODEL = {
     "output_norm.weight": "model.norm.weight",
     _HEAD: "lm_head.weight",
 }
+_PARTS = ("weight", "bias")
 _OF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _NORMS = {"attn_norm": "input_layernorm", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _MODULES = _NORMS | {
@@ -269,17 +271,49 @@ def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Sto
     return found
 
 
-def _written(content: Mapping[str, Any], path: str) -> tuple[str, int]:
-    """Return the name of a linear module in a file, and its number of heads if its rows are permuted."""
-    modules, heads = _modules(content)
-    _, _, layer, title = path.split(".", 3)
-    module = next(module for module, name in modules.items() if name == title)
-    return f"blk.{layer}.{module}.weight", heads.get(module, 0)
+def _names(content: Mapping[str, Any]) -> list[str]:
+    """Return the names of all tensors that a file can hold."""
+    blocks, modules = range(content["num_hidden_layers"]), _modules(content)[0]
+    return [*_OF_MODEL, *(f"blk.{n}.{module}.{part}" for n in blocks for module in modules for part in _PARTS)]
+
+
+def _metadata(config: DecoderConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the keys that describe a structure, and the factors of a rope scaling llama3 as a tensor."""
+    name, rope, tensors = GGUF.architectures[config.model_type], config.rope, {}
+    values: dict[str, Any] = {
+        "context_length": config.context,
+        "embedding_length": config.d_model,
+        "feed_forward_length": config.d_ff,
+        "block_count": config.num_layers,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_kv_heads,
+        "attention.key_length": config.d_head,
+        "attention.value_length": config.d_head,
+        "attention.layer_norm_rms_epsilon": config.eps,
+        "rope.freq_base": rope.theta,
+        "rope.dimension_count": rope.width,
+        "vocab_size": config.vocab_size,
+    }
+    if config.window and not config.model_type.startswith("qwen"):
+        values["attention.sliding_window"] = config.window
+    if config.model_type == "gemma2":
+        values["attn_logit_softcapping"] = config.attention_cap
+        values["final_logit_softcapping"] = config.logit_cap
+    if config.local_rope is not None:
+        values["rope.freq_base_swa"] = config.local_rope.theta
+    if rope.scaling == "linear":
+        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
+    if rope.scaling == "llama3":
+        turns = rope.context * rope.theta ** -(np.arange(0, rope.width, 2) / rope.width) / (2 * np.pi)
+        share = np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
+        tensors[_ROPE_FACTORS] = (1 / ((1 - share) / rope.factor + share)).astype(np.float32)
+    return {f"{name}.{key}": value for key, value in values.items()}, tensors
 
 
 GGUF = GGUFLayout(
     architectures={kind: name for name, (kind, _) in _MODELS.items()} | {_MISTRAL[0]: "llama"},
     config_json=_config_json,
     stored=_stored,
-    written=_written,
+    names=_names,
+    metadata=_metadata,
 )
