@@ -197,6 +197,19 @@ def test_commands_have_the_options_that_are_shown(page):
     assert set(re.findall(r"(?:`|^    )(?:PYTHON=\S+ )?make ([a-z-]+)", text, re.MULTILINE)) <= targets
 
 
+@pytest.mark.parametrize("page", ["bases", "adapters"])
+def test_every_row_of_a_table_of_tests_names_tests_that_exist(page):
+    tables = re.findall(
+        r"^\|.*\| test \|\n\|[-|]+\n((?:\|.*\n)+)", (_ROOT / f"docs/reference/{page}.md").read_text(), re.M
+    )
+    rows = [row for table in tables for row in table.splitlines()]
+    assert rows
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        assert [name for file, name in named if f"\ndef {name}(" not in (_ROOT / "tests" / file).read_text()] == []
+
+
 def test_a_command_with_an_unknown_option_is_found():
     assert _unknown("`lorafusion fuse --seeds 1 --sweets 2`, `lorafusion fuse --seed 3`, lorafusion bake\n") == [
         "fuse --sweets",

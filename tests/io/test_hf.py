@@ -279,6 +279,7 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
     [
         ({"model_type": "umt5"}, "model_type is 'umt5', whose every layer has a relative bias"),
         ({"model_type": "bert"}, r"model_type is 'bert': \w+ a T5 1\.0, T5 1\.1, FLAN-T5 or mT5; Llama, Mistral"),
+        ({"model_type": "mixtral"}, "Only T5 and dense decoders are supported, so mixtures of experts and encoders"),
         ({"model_type": ...}, "model_type is None"),
         ({"feed_forward_proj": "gated-silu"}, r"feed_forward_proj is 'gated-silu': \w+ 'relu' or 'gated-gelu'"),
         ({"d_kv": ...}, "d_kv is missing: expected an integer"),
