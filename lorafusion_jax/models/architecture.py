@@ -163,12 +163,14 @@ class Model(Protocol):
 
         Every site's kernel [L, d_in, d_out], in the order of `Architecture.sites`, and `head` [D, V] unless it is tied.
         """
+        ...
 
     def label_logits(self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters) -> Logits:
         """Return the logits that predict each label, from the source and the labels before it.
 
         A negative label is not a target: predictions at its position are ignored.
         """
+        ...
 
     def prompt(
         self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters
@@ -177,6 +179,7 @@ class Model(Protocol):
 
         It continues from a first token of the target or, in a causal model, from the logits that follow the source.
         """
+        ...
 
     def decode_token(
         self, token: Int[Array, " B"], position: Int[Array, ""], cache: Any, input_mask: Mask, adapters: Adapters
@@ -185,6 +188,7 @@ class Model(Protocol):
 
         There are `position` new tokens so far: 0 only before the first call of a model that is not causal.
         """
+        ...
 
 
 class Slot(NamedTuple):

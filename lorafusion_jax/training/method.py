@@ -32,9 +32,11 @@ class Method(Protocol):
 
     def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
         """Return the numbers that training starts from, by group."""
+        ...
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         """Return the adapters for the model, by site, and metrics about them."""
+        ...
 
     def trainable(self, params: Params, frozen: Frozen, index: Index) -> Params:
         """Return, in the shape of `params`, which numbers act on anything and are counted. By default all do."""

@@ -30,8 +30,7 @@ def convert_tiles(n: Float[Array, "B d_in"], quantise: Converter, chip: Chip) ->
         return _of_tiles(tiles, 0, quantise, chip) * chip.scale
 
     # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
-    axes = dict.fromkeys(("units", "variance", "occupied", "flipped"), 1)
-    axes["columns"] = 3 if chip.plan.path == "planes" else 1
+    axes = {"columns": 3 if chip.plan.path == "planes" else 1, "units": 1, "variance": 1, "occupied": 1, "flipped": 1}
 
     def along(move: Callable[[Array, int], Array], parts: dict[str, Any]) -> dict[str, Any]:
         return {name: jax.tree.map(lambda a, axis=axes[name]: move(a, axis), part) for name, part in parts.items()}
@@ -75,7 +74,8 @@ def _codes(
     tiles: Float[Array, "B R rows"], adc: Converter, noise: Noise | None, chip: Chip
 ) -> Float[Array, "k B _cols"]:
     """Return the codes of all conversions, shifted and added over input slices and row tiles."""
-    plan, slices, signed, columns = chip.plan, chip.geometry.converted_slices, chip.config.signed_inputs, chip.columns
+    plan, slices, signed = chip.plan, chip.geometry.converted_slices, chip.config.signed_inputs
+    columns: Any = chip.columns  # in the form that the plan's path needs
     if slices is not None and plan.path == "lookup":
         return lookup(tiles, columns, plan.packing, adc, slices, signed=signed, noise=noise)
     if slices is not None and plan.path == "planes":
