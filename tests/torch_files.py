@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import struct
 import zipfile
 from collections import OrderedDict
 
@@ -55,8 +54,8 @@ def pickled(obj):
     return file.getvalue()
 
 
-def storage_of(kind, key, numel, *view):
-    return Persistent(("storage", Global("torch", kind), key, "cuda:0", numel, *view))
+def storage_of(kind, key, numel):
+    return Persistent(("storage", Global("torch", kind), key, "cuda:0", numel))
 
 
 def tensor_of(storage, offset, size, stride, *metadata):
@@ -71,18 +70,6 @@ def write_zip(path, content, storages, *, members=()):
         archive.writestr("anything/version", "3")
         for name, data in (*members, *((f"data/{key}", data) for key, data in storages.items())):
             archive.writestr(f"anything/{name}", data)
-    return path
-
-
-_INFO = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-
-
-def write_legacy(path, content, storages):
-    """Write a file as torch.save did before 1.6; storages are {key: (numel, bytes)}."""
-    content = content if isinstance(content, bytes) else pickled(content)
-    head = b"".join(pickled(part) for part in (0x1950A86A20F9469CFC6C, 1001, _INFO))
-    parts = [struct.pack("<q", numel) + data for numel, data in storages.values()]
-    path.write_bytes(head + content + pickled(list(storages)) + b"".join(parts))
     return path
 
 

@@ -8,13 +8,11 @@ hashed, compared or printed. The results are strings, numbers, tuples, lists, `D
 
 import pickletools
 from collections.abc import Callable, Collection
-from mmap import mmap
 from typing import Any, NoReturn
 
 # A tensor takes about 30 opcodes, so this allows 35,000 tensors.
 _MAX_OPCODES = 1 << 20
-_MAX_STRING = 1 << 16
-_MAX_NAME = 200
+_MAX_NAME = 400
 _ORDERED_DICT = "collections.OrderedDict"
 
 
@@ -41,7 +39,7 @@ class Dict:
 
 
 class Reader:
-    """Bytes with pickles, which are read one after the other; `at` is the position of the next byte.
+    """Reader of one pickle.
 
     A subclass lists the allowed globals, as `module.name` (collections.OrderedDict always is one), and describes the
     results of calling them and of loading persistent ids.
@@ -49,27 +47,23 @@ class Reader:
 
     names: Collection[str]
 
-    def __init__(self, data: bytes | mmap):
-        self.data, self.at = data, 0
-
     def call(self, name: str, arguments: tuple) -> Any:
         raise NotImplementedError
 
     def persistent(self, pid: Any) -> Any:
         raise NotImplementedError
 
-    def pickle(self) -> Any:
-        """Return the content of the next pickle.
+    def read(self, data: bytes) -> Any:
+        """Return the content of a pickle.
 
         Raises:
             Refused: It names another global, makes a call or a change that is not allowed, or is too large.
-            EOFError, LookupError, TypeError, ValueError: The bytes are not a pickle of tensors.
+            LookupError, TypeError, ValueError: The bytes are not a pickle of tensors.
         """
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks under the marks
         self.memo: dict[int, Any] = {}
-        source: Any = self  # pickletools calls `read`, `readline` and `tell` only
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(source)):
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if opcode.name == "STOP":
                 break
             if number == _MAX_OPCODES:
@@ -78,24 +72,6 @@ class Reader:
                 raise ValueError(f"the opcode {opcode.name}, which no tensor needs")
             _ACTIONS[opcode.name](self, argument)
         return self.stack.pop()
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, count: int) -> bytes:
-        if not 0 <= count <= _MAX_STRING:
-            raise Refused(f"its pickle has a string of {count:,} bytes: expected at most {_MAX_STRING:,}")
-        part = self.data[self.at : self.at + count]
-        if len(part) < count:
-            raise EOFError("it ends in the middle of its pickle")
-        self.at += count
-        return part
-
-    def readline(self) -> bytes:
-        end = self.data.find(b"\n", self.at, self.at + _MAX_NAME)
-        if end < 0:
-            raise ValueError("a name without an end")
-        return self.read(end + 1 - self.at)
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -130,7 +106,7 @@ class Reader:
         target.items += zip(items[::2], items[1::2], strict=True)
 
     def refer(self, module: Any, name: Any) -> None:
-        if type(module) is not str or type(name) is not str or len(module) + len(name) > 2 * _MAX_NAME:
+        if type(module) is not str or type(name) is not str or len(module) + len(name) > _MAX_NAME:
             raise TypeError("a global's name is not a string")
         full = f"{module}.{name}"
         if full not in self.names and full != _ORDERED_DICT:
@@ -150,13 +126,10 @@ class Reader:
             _refuse(function, "calls")
         if function.name != _ORDERED_DICT:
             self.push(self.call(function.name, arguments))
-            return
-        pairs = arguments[0] if arguments else []
-        if len(arguments) > 1 or type(pairs) is not list or not all(type(p) in (list, tuple) for p in pairs):
-            raise TypeError("an OrderedDict from something other than pairs")
-        # Python 2 passes all pairs at once. They are moved, so that a file cannot make us copy them again and again.
-        self.push(Dict([(key, value) for key, value in pairs]))
-        pairs.clear()
+        elif arguments:
+            raise TypeError("an OrderedDict with arguments")
+        else:
+            self.push(Dict([]))
 
     def build(self, _: None) -> None:
         """Drop an OrderedDict's attributes (torch's `_metadata`), which tensors do not need."""

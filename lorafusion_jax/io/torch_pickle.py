@@ -1,8 +1,8 @@
 """Read PyTorch's `.bin` files without PyTorch: tensors only, nothing in the file is executed.
 
-`torch.save` has written a zip archive since 1.6, and before that several pickles followed by the raw storages. In both,
-a pickle rebuilds tensors as strided views of storages. The whole pickle is first read as plain descriptions (see
-`pickles`); views of the file are made afterwards. The tar archives of PyTorch before 0.1.10 are refused.
+`torch.save` has written a zip archive since 1.6; older files are refused. A pickle in it rebuilds tensors as strided
+views of storages. The whole pickle is first read as plain descriptions (see `pickles`); views of the file are made
+afterwards.
 """
 
 import math
@@ -13,16 +13,13 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (registers bfloat16 and float8 with NumPy)
 import numpy as np
 
 from .pickles import Dict, Global, Reader, Refused
 from .source import map_file
-
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_PROTOCOL = 1001
 
 _STORAGES = {
     "Bool": "bool",
@@ -80,14 +77,13 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """
     data = map_file(path)
     try:
-        if data[:2] == b"PK":
-            content, storages = _read_zip(path, data)
-        elif data[257:262] == b"ustar":
+        # A pickle, or a tar archive, as before 0.1.10.
+        if data[:1] == b"\x80" or data[257:262] == b"ustar":
             raise Refused(
-                "a tar archive, as PyTorch before 0.1.10 wrote them: load it there and save it as safetensors"
+                "not a zip archive, which torch.save has written since PyTorch 1.6: load it in PyTorch, and save it "
+                "again with torch >= 1.6 or as safetensors"
             )
-        else:
-            content, storages = _read_legacy(data)
+        content, storages = _read_zip(path, data)
         views = dict(_flat(content))
         total = sum(view.nbytes for view in views.values())
         if total > max(_MAX_REPEATS * len(data), _SMALL):
@@ -104,13 +100,11 @@ def load(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
-@dataclass(frozen=True, eq=False)
-class _Storage:
-    """A run of elements: `numel` of them from element `start` of the root storage `key`."""
+class _Storage(NamedTuple):
+    """A run of `numel` numbers of the archive's member `key`."""
 
     key: str
     dtype: np.dtype
-    start: int
     numel: int
 
 
@@ -129,58 +123,36 @@ class _View:
         return math.prod(self.size) * self.dtype.itemsize
 
 
-class _Pickles(Reader):
-    """Bytes that hold pickles and storages one after the other.
-
-    Attributes:
-        dtypes: The number type of each storage that a pickle has referred to.
-    """
+class _Tensors(Reader):
+    """Reader of descriptions of tensors."""
 
     names = _NAMES
 
-    def __init__(self, data: bytes | mmap.mmap):
-        super().__init__(data)
-        self.dtypes: dict[str, np.dtype] = {}
-
     def call(self, name: str, arguments: tuple) -> _View:
-        return _call(name, arguments)
-
-    def storage(self, key: str) -> memoryview:
-        """Read the storage that starts here: its number of elements, then the elements."""
-        numel = _size(int.from_bytes(self.read(8), "little", signed=True))
-        start, self.at = self.at, self.at + numel * self.dtypes[key].itemsize
-        if self.at > len(self.data):
-            raise EOFError("it ends in the middle of a storage")
-        return memoryview(self.data)[start : self.at]
+        """Return a description of the tensor that a call would rebuild."""
+        if name == _PARAMETER and arguments and type(arguments[0]) is _View:
+            return arguments[0]
+        if name == _TYPED_TENSOR and len(arguments) > 6:
+            return replace(self.call(_TENSOR[0], (*arguments[:6], *arguments[7:8])), dtype=_dtype(arguments[6]))
+        if name not in _TENSOR or len(arguments) < 4 or type(arguments[0]) is not _Storage:
+            raise TypeError(f"a call of {name} that does not rebuild a tensor")
+        storage, offset, size, stride = arguments[:4]
+        metadata = arguments[6] if len(arguments) > 6 else None
+        if metadata.items if type(metadata) is Dict else metadata:
+            raise Refused("a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()")
+        if len(size) > _MAX_DIMENSIONS:
+            raise Refused(f"a tensor has {len(size)} dimensions: expected at most {_MAX_DIMENSIONS}")
+        return _View(storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride)), storage.dtype)
 
     def persistent(self, pid: Any) -> _Storage:
-        if type(pid) is not tuple or len(pid) not in (5, 6):
-            raise TypeError("a storage is described by 5 or 6 values")
-        tag, kind, key, _location, numel, *view = pid
-        dtype, key, start = _dtype(kind), _key(key), 0
+        if type(pid) is not tuple or len(pid) != 5:
+            raise TypeError("a storage is described by 5 values")
+        tag, kind, key, _location, numel = pid
         if tag != "storage":
             raise Refused(f"its pickle refers to a {_shown(tag)}, which no tensor needs")
-        self.dtypes[key] = dtype
-        if view and view[0] is not None:
-            _view_key, start, numel = view[0]
-        return _Storage(key, dtype, _size(start), _size(numel))
-
-
-def _call(name: str, arguments: tuple) -> _View:
-    """Return a description of the tensor that a call would rebuild."""
-    if name == _PARAMETER and arguments and type(arguments[0]) is _View:
-        return arguments[0]
-    if name == _TYPED_TENSOR and len(arguments) > 6:
-        return replace(_call(_TENSOR[0], (*arguments[:6], *arguments[7:8])), dtype=_dtype(arguments[6]))
-    if name not in _TENSOR or len(arguments) < 4 or type(arguments[0]) is not _Storage:
-        raise TypeError(f"a call of {name} that does not rebuild a tensor")
-    storage, offset, size, stride = arguments[:4]
-    metadata = arguments[6] if len(arguments) > 6 else None
-    if metadata.items if type(metadata) is Dict else metadata:
-        raise Refused("a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()")
-    if len(size) > _MAX_DIMENSIONS:
-        raise Refused(f"a tensor has {len(size)} dimensions: expected at most {_MAX_DIMENSIONS}")
-    return _View(storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride)), storage.dtype)
+        if type(key) is not str:
+            raise TypeError(f"a {type(key).__name__} instead of a storage's key")
+        return _Storage(key, _dtype(kind), _size(numel))
 
 
 def _dtype(kind: Any) -> np.dtype:
@@ -193,12 +165,6 @@ def _size(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 1 << 62:
         raise ValueError(f"{_shown(value)} is not a number of elements")
     return value
-
-
-def _key(value: Any) -> str:
-    if type(value) not in (int, str):
-        raise TypeError(f"a {type(value).__name__} instead of a storage's key")
-    return str(value)
 
 
 def _shown(value: Any) -> str:
@@ -223,7 +189,7 @@ def _array(view: _View, storages: Mapping[str, memoryview]) -> np.ndarray:
     # NumPy itself raises an error for a view that would reach outside its buffer.
     item = view.dtype.itemsize
     storage, width = view.storage, view.storage.dtype.itemsize
-    buffer = storages[storage.key][storage.start * width : (storage.start + storage.numel) * width]
+    buffer = storages[storage.key][: storage.numel * width]
     return np.ndarray(view.size, view.dtype, buffer, view.offset * item, [step * item for step in view.stride])
 
 
@@ -245,7 +211,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
     content = _member(members[names[0]], data)
     if len(content) > _MAX_PICKLE:
         raise Refused(f"its pickle has {len(content):,} bytes: expected at most {_MAX_PICKLE:,}")
-    return _Pickles(bytes(content)).pickle(), storages
+    return _Tensors().read(bytes(content)), storages
 
 
 def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:
@@ -260,14 +226,3 @@ def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:
     if start + entry.file_size > len(data):
         raise EOFError(f"it ends in the middle of {_shown(entry.filename)}")
     return memoryview(data)[start : start + entry.file_size]
-
-
-def _read_legacy(data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
-    file = _Pickles(data)
-    if file.pickle() != _LEGACY_MAGIC or file.pickle() != _LEGACY_PROTOCOL:
-        raise ValueError("no magic number")
-    info = file.pickle()
-    if type(info) is not Dict or not any(key == "little_endian" and value is True for key, value in info.items):
-        raise Refused("written on a big-endian machine: re-save its tensors as safetensors there")
-    content, keys = file.pickle(), map(_key, file.pickle())
-    return content, {key: file.storage(key) for key in keys}
