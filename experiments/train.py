@@ -4,7 +4,7 @@
 
 runs as it stands on the embedded small pool. With FLAN-T5-large and LoraHub's adapters:
 
-    python experiments/train.py --base google/flan-t5-large --pool POOL --task bbh/snarks.json --log --load_in_4bit
+    python experiments/train.py --base google/flan-t5-large --pool POOL --task bbh/snarks.json --load_in_4bit
 """
 
 import argparse
@@ -29,7 +29,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=_REFERENCE.batch_size, help="rows in a step")
     parser.add_argument("--lr", type=float, default=_REFERENCE.lr_coefficients, help="of the coefficients")
     parser.add_argument("--lora_num", type=int, default=_REFERENCE.modules, help="modules that a seed draws")
-    parser.add_argument("--log", action="store_true", help="write to Weights & Biases as well")
     parser.add_argument(
         "--load_in_4bit", action="store_true", help="base and pool in NF4 (the original: the base only)"
     )
@@ -55,7 +54,6 @@ def main(arguments: list[str]) -> None:
         name=given.name,
         recipe=recipe,
         load_in="nf4" if given.load_in_4bit else "full",
-        log=given.log,
         resume=given.resume,
     )
     print(report(fuse(options), run_path(options)))

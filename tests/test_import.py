@@ -15,7 +15,7 @@ import pytest
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = "lorafusion_jax"
-_HEAVY = set("datasets huggingface_hub matplotlib orbax peft torch tqdm transformers wandb".split())
+_HEAVY = set("datasets huggingface_hub matplotlib orbax peft torch tqdm transformers".split())
 
 # Helpers without imports of their own, which every part but the crossbar may import.
 _ANYWHERE = {"checks", "files", "hub_answers", "interrupts", "platform", "progress", "text_tables"}
@@ -142,7 +142,7 @@ def test_torch_and_peft_are_never_imported():
 def test_every_library_that_the_package_imports_is_declared():
     project = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    of_extras = (extras[name][0] for name in ("plots", "lorahub", "cma", "wandb", "lm-eval"))
+    of_extras = (extras[name][0] for name in ("plots", "lorahub", "cma", "lm-eval"))
     requirements = [*project["dependencies"], *of_extras]
     declared = {re.split(r"[^\w.-]", requirement)[0] for requirement in requirements}
     distributions = importlib.metadata.packages_distributions()

@@ -25,7 +25,7 @@ from lorafusion_jax.runs.run import options_to_json, run_path, with_targets
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (
-    *("seeds", "name", "out", "resume", "start_from", "log", "save_seconds", "profile"),
+    *("seeds", "name", "out", "resume", "start_from", "save_seconds", "profile"),
     *("coordinator", "processes", "process"),
 )
 _LONGEST_ERROR = 500

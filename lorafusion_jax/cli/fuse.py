@@ -104,7 +104,7 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
         "training": (*common, "start_from"),
         "hardware": ("crossbar", "train_chip", "chip", "chip_key", "keep_digital", "age", "norm", "restore"),
         "run": (
-            "seeds", "out", "name", "plan", "plan_for", "resume", "eval_batch", "max_new_tokens", "log", "save_seconds",
+            "seeds", "out", "name", "plan", "plan_for", "resume", "eval_batch", "max_new_tokens", "save_seconds",
             "seed_mode", "mesh", "distributed", "coordinator", "processes", "process", "profile",
         ),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""All renamed options and fields, so that runs and result rows of earlier versions can be read.
+"""All renamed and removed options and fields, so that runs and result rows of earlier versions can be read.
 
 The command line refuses an old spelling with the new one.
 """
@@ -11,6 +11,8 @@ from ..methods import METHODS, fields_of
 RENAMED: dict[str, str] = {"path": "seed_mode", "noise": "train_chip", "core": "train_core", "digital": "keep_digital"}
 # Old values -> new ones, by the new name.
 VALUES = {"seed_mode": {"vmap": "batched", "map": "sequential"}}
+# Options that were removed.
+REMOVED = frozenset({"log"})
 # A recipe once had the numbers of all methods.
 SHARED = frozenset({
     *("modules", "choose", "composition", "basis", "train_core", "granularity", "start", "differentiate_norm"),
@@ -21,12 +23,14 @@ SHARED = frozenset({
 
 
 def renamed(fields: Any) -> Any:
-    """Return an object of JSON with the new names and values of its fields."""
+    """Return an object of JSON with the new names and values of its fields, without those that were removed."""
     if not isinstance(fields, dict):
         return fields
     given: dict[str, Any] = fields
     found = dict[str, Any]()
     for name, value in given.items():
+        if name in REMOVED:
+            continue
         new = RENAMED.get(name, name)
         found[new] = VALUES.get(new, {}).get(value, value) if isinstance(value, str) else value
     return found
@@ -34,9 +38,11 @@ def renamed(fields: Any) -> Any:
 
 def new_options(options: Any) -> Any:
     """Return the options of a run, as JSON, with the new names and without the numbers of other methods."""
-    if not isinstance(options, dict) or "seed_mode" in options:
+    if not isinstance(options, dict):
         return options
     found = renamed(options)
+    if "seed_mode" in options:
+        return found
     for group in ("recipe", "arrays"):
         if group in found:
             found[group] = renamed(found[group])

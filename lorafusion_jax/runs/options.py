@@ -90,7 +90,6 @@ class FuseOptions:
       resume: continue a run that was interrupted.
       start_from: start from the saved fusion of another run (same seeds, modules and method), or from weights of
         modules: a folder that `lorafusion merge` wrote, or the JSON file of its --weights-file.
-      log: write metrics to Weights & Biases too (WANDB_MODE=offline works).
       save_seconds: time between checkpoints, which are written at the end of an epoch.
       profile: write a trace of one epoch's training to this folder, the second if there are several, as the first
         compiles; XProf and Perfetto open it.
@@ -124,7 +123,6 @@ class FuseOptions:
     seed_mode: Literal["auto", "batched", "sequential"] = "auto"
     resume: bool = False
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
-    log: bool = False
     save_seconds: float = 30.0
     profile: Path | None = None
 

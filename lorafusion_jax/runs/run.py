@@ -33,12 +33,12 @@ from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
 from .prepare import Setup, check, check_digests, digests, prepare, trainable_count, with_modules, with_whole_modules
 from .ranking import choose_by_gradient
-from .train import FINAL, FinalSteps, load_wandb, train
+from .train import FINAL, FinalSteps, train
 from .weight_list import listed_params, read_weights, with_listed_modules
 
 # Options that may differ between a run and its resumption.
 _FREE_TO_CHANGE = (
-    *("resume", "log", "save_seconds", "profile", "out", "name"),
+    *("resume", "save_seconds", "profile", "out", "name"),
     *("mesh", "distributed", "coordinator", "processes", "process"),
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
@@ -93,8 +93,6 @@ def with_targets(options: FuseOptions) -> FuseOptions:
 
 def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
     find(options.method).check()
-    if options.log:
-        load_wandb()
     run = RunFolder(run_path(options))
     if not options.resume:
         _refuse_begun(run)

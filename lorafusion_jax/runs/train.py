@@ -4,7 +4,6 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from types import ModuleType
 from typing import Any, TypedDict
 
 import jax
@@ -20,7 +19,7 @@ from ..training.fit import Epoch, fit, joined, start, whole_epochs
 from ..training.mesh import on_mesh, to_host
 from ..training.step import TrainState
 from .folder import RunFolder, note
-from .options import FuseOptions, options_to_json
+from .options import FuseOptions
 from .prepare import Setup
 
 FINAL = "the trained numbers of a run"
@@ -74,17 +73,6 @@ def train(
     return on_mesh(params, setup.config, of_seeds=True), steps
 
 
-def load_wandb() -> ModuleType:
-    """Return Weights & Biases; ValueError if it is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            "--log writes to Weights & Biases, which is not installed: pip install 'lorafusion-jax[wandb]'"
-        ) from None
-    return wandb
-
-
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
     state, done, reached = start(setup.problem, options.seeds, begin), 0, 0
     steps = checkpoint.steps(run.checkpoints)
@@ -109,10 +97,6 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
 
     check_losses()  # of the run that is resumed
 
-    log = None
-    if options.log and processes.first():
-        config = options_to_json(options)
-        log = load_wandb().init(project="lorafusion-jax", name=run.folder.name, dir=run.folder, config=config)
     last_save = ended = time.monotonic()
     several = processes.several()
     by_epoch, taken = whole_epochs() or several, 0.0  # unit after which a signal stops, and the seconds of the last one
@@ -158,10 +142,6 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         hold()
         rows = list(_epoch_rows(epoch, options.seeds))
         run.append_metrics(rows)
-        if log is not None:
-            for row in rows:
-                names = row.keys() - {"step", "epoch", "seed", "stopped"}
-                log.log({f"{name}/seed {row['seed']}": row[name] for name in names}, step=row["step"])
         _count_bad_steps(rows, bad)
         reached = rows[-1]["step"]
         due, asked = processes.any_of(time.monotonic() - last_save >= options.save_seconds, interrupts.asked())
@@ -180,8 +160,6 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         with tracing, interrupts.released():
             before_epoch(done + 1)
             state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
-    if log is not None:
-        log.finish()
     return state
 
 

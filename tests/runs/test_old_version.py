@@ -9,7 +9,7 @@ import pytest
 
 import lorafusion_jax as lf
 from lorafusion_jax.runs.folder import RunFolder, read_options
-from lorafusion_jax.runs.options import OnArrays
+from lorafusion_jax.runs.options import OnArrays, options_to_json
 
 _TESTS = Path(__file__).resolve().parents[1]
 _OLD = _TESTS / "old_version"
@@ -71,6 +71,10 @@ def test_every_committed_row_can_be_read():
     assert len(configs) > 100
     for config in configs:
         assert read_options(json.loads(config), "row").method == json.loads(config)["method"]
+
+
+def test_a_removed_option_of_this_versions_names_is_left_out():
+    assert read_options(options_to_json(_OPTIONS) | {"log": True}, "row") == _OPTIONS
 
 
 def test_a_field_that_no_version_had_is_refused():

@@ -425,15 +425,6 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
         lf.fuse(dataclasses.replace(options, seeds=(3,), resume=True))
 
 
-def test_metrics_are_also_written_to_weights_and_biases(small, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    options = _options(small, tmp_path, log=True, seeds=(1,))
-    lf.fuse(options)
-    assert list(run_path(options).glob("wandb/offline-run-*/*.wandb"))
-
-
 # Exports.
 
 
