@@ -19,9 +19,10 @@ from lab.common import ROOT
 from lab.matrix import MatrixOptions, against, run_matrix
 from lab.methods import METHODS
 from lab.planning import print_matrix_plan
+from lab.tasks import lorahub_tasks, prompt_overlap
 from results_page import main as report
 
-from lorafusion_jax.tasks import BBH_DATA, LORAHUB_DATA, load_task, lorahub_tasks, prompt_overlap, write_lorahub_split
+from lorafusion_jax.tasks import BBH_DATA, LORAHUB_DATA, load_task, write_lorahub_split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,13 +27,14 @@ import tyro
 from lab import lm_eval_tasks
 from lab.common import ROOT, append_line, read_lines, write_csv
 from lab.smollm2 import EXAMPLES, base
+from lab.tasks import find_task
 from scipy.special import stdtrit
 
 from lorafusion_jax import CrossbarConfig, read_config
 from lorafusion_jax.crossbar import load_config, save_config
 from lorafusion_jax.estimates.bill import CostOptions, bills
 from lorafusion_jax.runs.run import environment
-from lorafusion_jax.tasks import find_task, load_task
+from lorafusion_jax.tasks import load_task
 from lorafusion_jax.text_tables import markdown
 
 SHOTS, CHOICES, PAIRS = 2, 4, 8

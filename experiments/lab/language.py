@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.files import write_text
 from lorafusion_jax.methods import find as find_method
-from lorafusion_jax.tasks import Example, Task, find_task, load_task
+from lorafusion_jax.tasks import Example, Task, load_task
 
 from .common import recipe_of
 from .methods import IN_BASIS, METHODS, Entry
 from .smollm2 import EXAMPLES
+from .tasks import find_task
 
 PROMPT = "Q: {input}\nA:"
 TRAIN_ROWS, TEST_ROWS, LEAST_TEST_ROWS = 100, 200, 75

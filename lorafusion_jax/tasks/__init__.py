@@ -14,10 +14,10 @@ from .batches import (
     train_batches,
     train_step_batches,
 )
-from .bbh import BBH_DATA, LORAHUB_DATA, lorahub_tasks, prompt_overlap, write_lorahub_split
+from .bbh import BBH_DATA, LORAHUB_DATA, write_lorahub_split
 from .data import BETWEEN_EXAMPLES, Example, Task, few_shot, fill, load_task
 from .metrics import ExactMatch, constant_answer, exact_match
 from .options import answer_options
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
-from .readers import find_task, is_bbh, without_revision
+from .readers import is_bbh, without_revision
 from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, stream_text

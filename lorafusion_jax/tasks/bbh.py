@@ -14,8 +14,8 @@ from typing import Annotated, Literal, TypedDict
 
 import msgspec
 
-from ..files import FileError, read_json, shown, write_bytes
-from .data import Task, as_example
+from ..files import FileError, read_json, shown, write
+from .data import as_example
 from .readers import Row, read_rows
 
 LORAHUB_DATA = "https://github.com/sail-sg/lorahub/releases/download/0.1/data_bbh.zip"
@@ -74,27 +74,9 @@ def write_lorahub_split(
             raise ValueError(f"{path} exists with other rows: move it away, or write to another folder")
     for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, contents[path])
+        content = contents[path]
+        write(path, lambda partial, content=content: partial.write_bytes(content))
     return [out / name for name in chosen]
-
-
-def lorahub_tasks(data: Path) -> list[Path]:
-    """Return the folders of the tasks in LoraHub's own folder, `data_bbh`; raises ValueError if there are none."""
-    found = sorted(path for path in data.iterdir() if (path / "example.jsonl").is_file()) if data.is_dir() else []
-    if not found:
-        got = "has no task" if data.is_dir() else "does not exist"
-        raise ValueError(
-            f"{data} {got}: give LoraHub's data_bbh, which has a folder for each task with example.jsonl and "
-            f"zero_shot.jsonl. It is in LoraHub's release 0.1 ({LORAHUB_DATA}); the same rows are made from "
-            f"{BBH_DATA}, which has a JSON file for each task (--bbh)"
-        )
-    return found
-
-
-def prompt_overlap(task: Task) -> tuple[int, ...]:
-    """Return the numbers of the test rows whose prompt is also that of a training row, with any target."""
-    trained = {(example.history, example.input) for example in task.train}
-    return tuple(row for row, example in enumerate(task.test) if (example.history, example.input) in trained)
 
 
 def _read_index(index: Path) -> dict[str, _Entry]:

@@ -41,17 +41,6 @@ def without_revision(source: str | Path) -> str:
     return str(source) if hub_id is None else hub_id[1] + (f":{hub_id[3]}" if hub_id[3] else "")
 
 
-def find_task(folder: str | Path, name: str) -> Path:
-    """Return the task of this name in a folder or its subfolders: NAME.json, NAME.jsonl or a folder NAME."""
-    names = (f"{name}.json", f"{name}.jsonl", name)
-    found = sorted(path for path in Path(folder).rglob("*") if path.name in names)
-    if not found:
-        raise ValueError(f"{folder} has no task {name}: expected {names[0]}, {names[1]} or a folder {name} inside it")
-    if len(found) > 1:
-        raise ValueError(f"{folder} has several tasks {name}, {' and '.join(map(str, found))}: keep one of them")
-    return found[0]
-
-
 def _folder_rows(path: Path) -> dict[str, Rows]:
     files = [file for file in _PARTS if (path / file).is_file()]
     if not files:

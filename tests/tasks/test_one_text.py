@@ -23,7 +23,6 @@ from lorafusion_jax.tasks import (
     encode,
     few_shot,
     load_task,
-    prompt_overlap,
     stream_text,
 )
 
@@ -246,7 +245,6 @@ def test_what_was_said_before_counts_as_part_of_a_row(tmp_path):
     for part, rows in (("train", [_row(*_TALK)]), ("test", [_row(*_TALK), _row(*_TALK[3:])])):
         (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = load_task(tmp_path, chat=True)
-    assert prompt_overlap(task) == (0,)
     alone = dataclasses.replace(task, test=(Example("hot", "cold"),) * 2)
     assert alone.sha256 != task.sha256
     shown = few_shot(task, 1, 0)

@@ -20,7 +20,6 @@ from lorafusion_jax.tasks import (
     batch_orders,
     draw_modules,
     encode,
-    find_task,
     load_task,
     split,
 )
@@ -169,19 +168,6 @@ def test_an_instruction_stands_before_the_input(tmp_path, name):
         ("Q: three\nA:", "four"),
         ("Q: Sort.\nb a\nA:", "a b"),
     }
-
-
-def test_a_task_is_found_by_its_name_in_any_subfolder(tmp_path):
-    flat = _write(tmp_path / "abstractive" / "next_item.json", _rows(3))
-    _write(tmp_path / "extractive" / "next_item_of_3.json", _rows(3))
-    _write(tmp_path / "mine" / "counting" / "train.jsonl", _rows(3))
-    assert find_task(tmp_path, "next_item") == flat
-    assert find_task(tmp_path, "counting") == tmp_path / "mine" / "counting"
-    with pytest.raises(ValueError, match=r"has no task prev_item: expected prev_item\.json, .* or a folder"):
-        find_task(tmp_path, "prev_item")
-    _write(tmp_path / "next_item.jsonl", _rows(3))
-    with pytest.raises(ValueError, match=r"several tasks next_item, .*abstractive/next_item\.json and .*: keep one"):
-        find_task(tmp_path, "next_item")
 
 
 @pytest.mark.parametrize(
