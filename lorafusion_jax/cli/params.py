@@ -36,14 +36,8 @@ class ParamsOptions:
 def main(arguments: Sequence[str]) -> None:
     """Print the counts as a Markdown table."""
     options = parse(ParamsOptions, arguments, "params")
-    found = counts(
-        shape_config(options.shape),
-        modules=options.modules,
-        rank=options.rank,
-        vera_rank=options.vera_rank,
-        basis=options.basis,
-        targets=options.targets,
-    )
+    numbers = {name: value for name, value in vars(options).items() if name != "shape"}
+    found = counts(shape_config(options.shape), **numbers)
     full = found["full fine-tuning"]
     lines = [[method, f"{count:,}", f"{100 * count / full:.4g} %"] for method, count in found.items()]
     print(markdown([["method", "trainable numbers", f"of {options.shape}"], *lines]), end="")

@@ -66,10 +66,9 @@ def forward_flops(config: Architecture, shape: Shape, update: Update) -> float:
 def generation_flops(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of generating T tokens for B rows.
 
-    It takes as many as a forward pass, because every token attends to every position of the cache, with two exceptions.
-    A prompt in the answer's own stack is read before there are positions of an answer, and the layers compute DoRA's
-    norms again for every token. (Compilers leave out what the prompt's pass through the last block of an unrolled model
-    computes other than keys and values; it is counted.)
+    They are those of a forward pass, because every token attends to every position of the cache, with two exceptions: a
+    prompt in the answer's own stack is read before there are positions of an answer, and the layers compute DoRA's
+    norms again for every token.
     """
     rows, source, target = shape
     sites = [site for site in adapted(config, update).values() if "target" in site.reads]

@@ -32,10 +32,7 @@ def counts(
     basis: int | None = 32,
     targets: Sequence[str] | None = None,
 ) -> dict[str, int]:
-    """Return how many numbers each method trains.
-
-    LoRAFusion has one coefficient for each module and block. In a shared basis there are as many, and a core adds
-    basis^2 numbers for each adapted matrix. Without a basis there are no rows of one.
+    """Return how many numbers each method trains, without the methods in a basis if that is None.
 
     Raises:
       ValueError: a count below one, a target that the model does not have, or more directions than a matrix has.
@@ -56,11 +53,7 @@ def counts(
 
 
 def shape_config(shape: str) -> Architecture:
-    """Return the structure of a known shape, or of the base model in a folder, at a hub id or in a GGUF file.
-
-    Raises:
-      ValueError: a shape that is none of these; and as `read_config` does.
-    """
+    """Return the structure of a known shape, or of a base model as `read_config` does; ValueError if it is neither."""
     if shape in known_shapes():
         return known_shapes()[shape]
     if "/" not in shape and not Path(shape).exists():
@@ -77,9 +70,6 @@ def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, mo
     """Return how many numbers of one seed a method trains or searches, by group.
 
     The method itself makes its numbers, for a model and a pool that are shapes. The recipe is of the entry's class.
-
-    Raises:
-      ValueError: a target that the model does not have, or a basis of more directions than a matrix has.
     """
     if (k := basis_of(recipe)) is not None:
         for name, site in targeted(config, modules.targets).items():
@@ -112,22 +102,15 @@ def _base(config: Architecture) -> nnx.State:
 
 
 def _pool(config: Architecture, modules: PlannedPool, count: int, k: int | None) -> Pool:
-    adapted, rank = targeted(config, modules.targets), modules.rank
-    names = tuple(map(str, range(count)))
-    ranks = {name: jnp.full((site.layers, count), rank, jnp.int32) for name, site in adapted.items()}
+    adapted, r, names = targeted(config, modules.targets), modules.rank, tuple(map(str, range(count)))
+    shapes = {name: (site.layers, site.d_in, site.d_out) for name, site in adapted.items()}
+    rank = {name: jnp.full((layers, count), r, jnp.int32) for name, (layers, _, _) in shapes.items()}
     if k is None:
-        return LoraPool(
-            A={name: jnp.zeros((site.layers, count, site.d_in, rank)) for name, site in adapted.items()},
-            B={name: jnp.zeros((site.layers, count, rank, site.d_out)) for name, site in adapted.items()},
-            rank=ranks,
-            names=names,
-        )
-    return SharedBasis(
-        U={name: jnp.zeros((site.layers, site.d_in, k)) for name, site in adapted.items()},
-        V={name: jnp.zeros((site.layers, k, site.d_out)) for name, site in adapted.items()},
-        S={name: jnp.zeros((site.layers, count, k, k)) for name, site in adapted.items()},
-        energy={name: jnp.zeros((site.layers, count)) for name, site in adapted.items()},
-        rank=ranks,
-        names=names,
-        sites=tuple(adapted),
-    )
+        A = {name: jnp.zeros((layers, count, d_in, r)) for name, (layers, d_in, _) in shapes.items()}
+        B = {name: jnp.zeros((layers, count, r, d_out)) for name, (layers, _, d_out) in shapes.items()}
+        return LoraPool(A=A, B=B, rank=rank, names=names)
+    U = {name: jnp.zeros((layers, d_in, k)) for name, (layers, d_in, _) in shapes.items()}
+    V = {name: jnp.zeros((layers, k, d_out)) for name, (layers, _, d_out) in shapes.items()}
+    S = {name: jnp.zeros((layers, count, k, k)) for name, (layers, _, _) in shapes.items()}
+    energy = {name: jnp.zeros((layers, count)) for name, (layers, _, _) in shapes.items()}
+    return SharedBasis(U=U, V=V, S=S, energy=energy, rank=rank, names=names, sites=tuple(adapted))

@@ -72,9 +72,6 @@ def plan(
     """Return the cost of every method (see `estimate.method_names`) for all tasks and seeds.
 
     Recipes are in the order of the methods; by default all have that of the settings.
-
-    Raises:
-      ValueError: there are no methods or no tasks, or `estimate` raises it.
     """
     if not tasks or not methods:
         raise ValueError(f"a plan of {len(methods)} methods for {len(tasks)} tasks: give at least one of each")
@@ -153,9 +150,6 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
 
     The base may be the name of a shape, such as flan-t5-large; lengths are then estimated from characters. A pool that
     does not exist counts as LoraHub's adapters: 196 of rank 16, on the family's own choice of linear maps.
-
-    Raises:
-      ValueError: options contradict each other, files cannot be read, or a basis has more directions than a matrix.
     """
     check(options)
     where, recipe = machine(name), options.recipe
@@ -189,11 +183,7 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
 
 
 def pool_shape(folder: Path, k: int | None = None) -> PoolShape:
-    """Return the shape of a pool whose modules are fused whole or in k directions; LoraHub's without such a folder.
-
-    Raises:
-      ValueError: the pool has no shared basis of so many directions.
-    """
+    """Return the shape of a pool whose modules are fused whole or in k directions; LoraHub's without such a folder."""
     if not folder.is_dir():
         return PoolShape()
     pool = open_pool(folder)

@@ -46,27 +46,16 @@ class EvaluationShapes(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Batches that one seed computes on one task.
+    """Batches that one seed computes on one task."""
 
-    Attributes:
-      steps: the batch of every training step.
-      search: the batches of one evaluation of a search, which hold every training row once.
-      validation: the batch at the end of every epoch.
-      epochs: number of epochs.
-      test: batches of evaluation.
-      few_shot: the same with examples in every prompt; None if there are too few rows for that.
-      new_tokens: limit of generated tokens for a row.
-      lengths: source of the token lengths.
-    """
-
-    steps: Shapes
-    search: Shapes
-    validation: Shape
+    steps: Shapes  # the batch of every training step
+    search: Shapes  # the batches of one evaluation of a search, which hold every training row once
+    validation: Shape  # the batch at the end of every epoch
     epochs: int
-    test: EvaluationShapes
-    few_shot: EvaluationShapes | None
-    new_tokens: int
-    lengths: Lengths
+    test: EvaluationShapes  # batches of evaluation
+    few_shot: EvaluationShapes | None  # the same with examples in every prompt; None if there are too few rows for that
+    new_tokens: int  # limit of generated tokens for a row
+    lengths: Lengths  # source of the token lengths
 
 
 def workload(
@@ -83,9 +72,6 @@ def workload(
 
     Without the base model's tokenizer, lengths are estimated from characters. A recipe without few-shot prompts counts
     as one with the default number of examples.
-
-    Raises:
-      ValueError: there are no rows to train or to evaluate on.
     """
     task = dataclasses.replace(task, test=task.test[:test_rows])
     if not task.test:
@@ -130,9 +116,6 @@ def uniform(
     """Return the workload of a task whose rows all have the same numbers of source and target tokens.
 
     `options` is the number of options of every test row.
-
-    Raises:
-      ValueError: a number is too small.
     """
     at_least(1, source=source, target=target, train_rows=train_rows, test_rows=test_rows, eval_batch=eval_batch)
     widths, prompted = (bucket(source), bucket(target)), source + _shots(recipe) * (source + target)

@@ -1,23 +1,9 @@
 """The bill of one new task for every method, on arrays and in digital logic, from shapes alone."""
 
+# ruff: noqa: F401 (the imports are the public names)
+
 from .activity import Activity, activities, installed_once
 from .bill import Bill, Once, bills, price, price_once
 from .comparison import Comparison, comparisons
 from .corrections import CorrectionBill, correction_bill
 from .options import CostOptions
-
-__all__ = [
-    "Activity",
-    "Bill",
-    "Comparison",
-    "CorrectionBill",
-    "CostOptions",
-    "Once",
-    "activities",
-    "bills",
-    "comparisons",
-    "correction_bill",
-    "installed_once",
-    "price",
-    "price_once",
-]

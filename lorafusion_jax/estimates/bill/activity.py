@@ -25,81 +25,68 @@ _OPTIMISER_WORDS = 7  # Adam reads the gradient, the number and two moments, and
 
 
 class Work(NamedTuple):
-    """Counts of operations.
+    """Counts of operations."""
 
-    Attributes:
-      reads: reads of arrays.
-      macs: digital multiply-adds.
-      words: 32-bit words read from memory or written to it, without the operands of matrix products in training.
-    """
-
-    reads: Counts
-    macs: float
-    words: float
+    reads: Counts  # of arrays
+    macs: float  # digital multiply-adds
+    words: float  # 32-bit words read from memory or written to it, without the operands of matrix products in training
 
 
 class Standing(NamedTuple):
-    """Matrices and tables that exist before any task.
+    """Matrices and tables that exist before any task."""
 
-    Attributes:
-      counts: counts of the matrices in arrays.
-      words: words of the tables that training reads.
-      macs: digital multiply-adds of making them.
-    """
-
-    counts: Counts
-    words: int = 0
-    macs: int = 0
+    counts: Counts  # of the matrices in arrays
+    words: int = 0  # words of the tables that training reads
+    macs: int = 0  # digital multiply-adds of making them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Activity:
-    """Counts of one method's work.
-
-    Attributes:
-      method: name of the method.
-      trainable: number of trained numbers.
-      written: cells of the task's own matrices; a programming pass writes them all.
-      passes: programming passes for the task; 0 if the task writes no cells.
-      installed_words: words that putting the finished task in place writes to memory or reads there.
-      installed_macs: digital multiply-adds of that.
-      adapters: counts of the arrays that hold the adapters, written for this task or earlier.
-      base_training: work of the base's forward passes in training, and of its backward passes if there are gradients.
-      update_training: work that the method adds to that.
-      source: work of one source token at inference.
-      generated: work of one generated token at inference.
-      stages: dependent products of a generated token: chains of matrices that run in parallel -> number of such stages.
-    """
+    """Counts of one method's work."""
 
     method: str
     trainable: int
-    written: Counts
-    passes: int
-    installed_words: int
-    installed_macs: int
-    adapters: Counts
+    written: Counts  # cells of the task's own matrices; a programming pass writes them all
+    passes: int  # programming passes for the task; 0 if the task writes no cells
+    installed_words: int  # words that putting the finished task in place writes to memory or reads there
+    installed_macs: int  # digital multiply-adds of that
+    adapters: Counts  # counts of the arrays that hold the adapters, written for this task or earlier
+    # work of the base's forward passes in training, and of its backward passes if there are gradients
     base_training: Work
-    update_training: Work
-    source: Work
-    generated: Work
+    update_training: Work  # work that the method adds to that
+    source: Work  # work of one source token at inference
+    generated: Work  # work of one generated token at inference
+    # dependent products of a generated token: chains of matrices that run in parallel -> number of such stages
     stages: Mapping[frozenset[tuple[Matrix, ...]], int]
 
 
 def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> list[Activity]:
-    """Return the counts of every method for one task; the shape and arrays in the options are not used.
-
-    Raises:
-      ValueError: the model lacks one of the targets.
-    """
-    work = uniform(
-        recipe_of(Recipe, options.numbers),
-        source=options.source,
-        target=options.target,
-        train_rows=options.train_rows,
-        test_rows=1,
-    )
-    found = methods(config, options, steps=len(work.steps))
-    return [_activity(name, method, config, crossbar, options, work) for name, method in found.items()]
+    """Return the counts of every method for one task; the shape and arrays in the options are not used."""
+    lengths = {"source": options.source, "target": options.target, "train_rows": options.train_rows}
+    work = uniform(recipe_of(Recipe, options.numbers), **lengths, test_rows=1)
+    found, row = [], Shape(1, options.source, options.target)
+    for name, method in methods(config, options, steps=len(work.steps)).items():
+        place = _shared if method.shared else _standing
+        sites = adapted(config, method.update)
+        adapters = place(sites, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
+        written = _of_base(config, crossbar) if method.update.trains_base else adapters
+        base_training, update_training = _training(method, config, crossbar, work)
+        activity = Activity(
+            method=name,
+            trainable=method.trainable,
+            written=written if method.passes else Counts(),
+            passes=method.passes,
+            installed_words=method.installed_words,
+            installed_macs=method.installed_macs,
+            adapters=adapters,
+            base_training=base_training,
+            update_training=update_training,
+            source=_token(method, config, crossbar, row, generated=False),
+            generated=_token(method, config, crossbar, row, generated=True),
+            stages=_stages(method, config),
+        )
+        found.append(activity)
+    return found
 
 
 def installed_once(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Standing]:
@@ -126,36 +113,6 @@ def installed_once(config: Architecture, crossbar: CrossbarConfig, options: Cost
     for k in options.bases:
         found[f"basis of {k} of {P} modules"] = standing(k, _standing(sites, module(k), crossbar), cores * k**2)
     return found
-
-
-def _activity(
-    name: str,
-    method: BilledMethod,
-    config: Architecture,
-    crossbar: CrossbarConfig,
-    options: CostOptions,
-    work: Workload,
-) -> Activity:
-    sites = adapted(config, method.update)
-    place = _shared if method.shared else _standing
-    adapters = place(sites, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
-    written = _of_base(config, crossbar) if method.update.trains_base else adapters
-    base_training, update_training = _training(method, config, crossbar, work)
-    row = Shape(1, options.source, options.target)
-    return Activity(
-        method=name,
-        trainable=method.trainable,
-        written=written if method.passes else Counts(),
-        passes=method.passes,
-        installed_words=method.installed_words,
-        installed_macs=method.installed_macs,
-        adapters=adapters,
-        base_training=base_training,
-        update_training=update_training,
-        source=_token(method, config, crossbar, row, generated=False),
-        generated=_token(method, config, crossbar, row, generated=True),
-        stages=_stages(method, config),
-    )
 
 
 def _training(

@@ -20,51 +20,29 @@ from .options import CostOptions
 
 
 class Once(NamedTuple):
-    """Cost of the matrices and tables that exist before any task.
-
-    Attributes:
-      arrays: number of arrays.
-      written: cells that are written, and the cost of writing them.
-      words: words of the tables in memory.
-      tables: energy of making and writing the tables.
-    """
+    """Cost of the matrices and tables that exist before any task."""
 
     arrays: int
-    written: WriteCost
-    words: int
-    tables: Range
+    written: WriteCost  # cells that are written, and the cost of writing them
+    words: int  # words of the tables in memory
+    tables: Range  # energy of making and writing the tables
 
 
 class Bill(NamedTuple):
-    """Cost of one new task with a method, in joules and seconds.
-
-    Attributes:
-      method: name of the method.
-      trainable: number of trained numbers.
-      written: cells that the task writes, and the cost of writing them.
-      install: energy of writing the cells, and of putting the other numbers in memory.
-      update: energy that the method adds to the base's passes in training: adapters, gradients, optimiser.
-      base: energy of the base's own passes in training.
-      source: energy of one source token at inference; `digital` includes the attention and digital adapters.
-      generated: energy of one generated token in the same form, without its share of the source.
-      latency_arrays: time in arrays and converters for a generated token.
-      latency_digital: time in the digital unit for a generated token.
-      adapter_arrays: number of arrays that hold the method's adapters.
-      inference: energy of `tokens_per_task` generated tokens and their sources.
-    """
+    """Cost of one new task with a method, in joules and seconds."""
 
     method: str
     trainable: int
-    written: WriteCost
-    install: Range
-    update: Range
-    base: Range
-    source: ReadEnergy
-    generated: ReadEnergy
-    latency_arrays: Range
-    latency_digital: Range
-    adapter_arrays: int
-    inference: Range
+    written: WriteCost  # cells that the task writes, and the cost of writing them
+    install: Range  # energy of writing the cells, and of putting the other numbers in memory
+    update: Range  # energy that the method adds to the base's passes in training: adapters, gradients, optimiser
+    base: Range  # energy of the base's own passes in training
+    source: ReadEnergy  # energy of one source token at inference; `digital` includes the attention and digital adapters
+    generated: ReadEnergy  # energy of one generated token in the same form, without its share of the source
+    latency_arrays: Range  # time in arrays and converters for a generated token
+    latency_digital: Range  # time in the digital unit for a generated token
+    adapter_arrays: int  # number of arrays that hold the method's adapters
+    inference: Range  # energy of `tokens_per_task` generated tokens and their sources
 
     @property
     def learning(self) -> Range:
@@ -72,16 +50,9 @@ class Bill(NamedTuple):
         return self.install + self.update + self.base
 
 
-def bills(
-    config: Architecture, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
-) -> dict[str, Bill]:
-    """Return the bill of every method, by its name; the shape and arrays in the options are not used.
-
-    Raises:
-      ValueError: `activities` or `read_energy` raises it.
-    """
-    found = activities(config, crossbar, options)
-    return {activity.method: price(activity, crossbar, options, constants) for activity in found}
+def bills(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Bill]:
+    """Return the bill of every method, by its name; the shape and arrays in the options are not used."""
+    return {of.method: price(of, crossbar, options) for of in activities(config, crossbar, options)}
 
 
 def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS) -> Bill:

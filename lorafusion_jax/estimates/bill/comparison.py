@@ -20,24 +20,16 @@ class Comparison(NamedTuple):
 
     A ratio is LoRA's energy over LoRAFusion's. Its range is over the published energies of writing a cell, with typical
     values for the other constants. In `learning_all` the other constants vary as well, equally for both methods.
-
-    Attributes:
-      install: ratio for installing the finished task.
-      with_update: ratio for that and the work that each method adds to the base's passes in training.
-      learning: ratio for all that and the base's passes.
-      learning_all: the same ratio over all constants.
-      writing_share: share of writing in LoRA's energy until the task is learned, over all constants.
-      extra_per_token: extra joules of LoRAFusion for a generated token and its share of the source; 0 if it takes less.
-      break_even: generated tokens per task at which that outweighs what putting the task in place saves; infinite if it
-        never does.
     """
 
-    install: Range
-    with_update: Range
-    learning: Range
-    learning_all: Range
-    writing_share: Range
+    install: Range  # ratio for installing the finished task
+    with_update: Range  # ratio for that and the work that each method adds to the base's passes in training
+    learning: Range  # ratio for all that and the base's passes
+    learning_all: Range  # the same ratio over all constants
+    writing_share: Range  # share of writing in LoRA's energy until the task is learned, over all constants
+    # extra joules of LoRAFusion for a generated token and its share of the source; 0 if it takes less
     extra_per_token: Range
+    # generated tokens per task at which that outweighs what putting the task in place saves; infinite if it never does
     break_even: Range
 
 

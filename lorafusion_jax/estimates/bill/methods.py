@@ -12,27 +12,17 @@ from .options import CostOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BilledMethod(CostLayout):
-    """A method in one of its layouts.
+    """A method in one of its layouts."""
 
-    Attributes:
-      update: arithmetic of its update.
-      trainable: number of trained numbers.
-      evaluations: number of times that a search without gradients passes the training rows; 0 if the method trains.
-      ranking: the method with all modules of the pool, in one backward pass that ranks them; None without such a pass.
-    """
-
-    update: Update
+    update: Update  # arithmetic of its update
     trainable: int
-    evaluations: int
+    evaluations: int  # number of times that a search without gradients passes the training rows; 0 if the method trains
+    # the method with all modules of the pool, in one backward pass that ranks them; None without such a pass
     ranking: "BilledMethod | None" = None
 
 
 def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[str, BilledMethod]:
-    """Return every layout of every method by its title; LoRAFusion, which the others are compared with, comes last.
-
-    Raises:
-      ValueError: the model lacks one of the targets.
-    """
+    """Return every layout of every method by its title; LoRAFusion, which the others are compared with, comes last."""
     modules = PlannedPool(options.rank, options.modules, options.targets)
     base = sum(d_in * d_out * layers for (d_in, d_out), layers in base_matrices(config))
     adapted = sum(site.layers for site in targeted(config, options.targets).values())

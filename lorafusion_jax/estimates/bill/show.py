@@ -19,8 +19,7 @@ def quantity(value: Range, unit: str) -> str:
     """Return a range with the unit prefix of its typical value: `1.2 / 3.4 / 12 mJ`; a single number if exact."""
     exponent = 3 * math.floor(math.log10(value.typical) / 3) if value.typical else 0
     exponent = min(max(exponent, min(_PREFIXES)), max(_PREFIXES))
-    ends = [_digits(end / 10.0**exponent) for end in (value.low, value.typical, value.high)]
-    return f"{ends[0] if len(set(ends)) == 1 else ' / '.join(ends)} {_PREFIXES[exponent]}{unit}"
+    return f"{number(value / 10.0**exponent)} {_PREFIXES[exponent]}{unit}"
 
 
 def corrections_table(bill: CorrectionBill) -> list[list[str]]:
