@@ -1,5 +1,7 @@
 """Result rows, their statistics, and the tables and plots made from them."""
 
+# ruff: noqa: F401 (the imports are the public names)
+
 from ..files import write_text
 from .comparison import plot_against_trainable, plot_means
 from .formats import Column, Table, csv_text, markdown
@@ -9,33 +11,3 @@ from .scores import Scores, scores
 from .spread import markdown_table
 from .statistics import OverTasks, Paired, Summary, over_tasks, paired, summary
 from .tables import best_method, main_tables, paired_table
-
-__all__ = [
-    "Column",
-    "OverTasks",
-    "Paired",
-    "Row",
-    "Scores",
-    "Summary",
-    "Table",
-    "append_rows",
-    "best_method",
-    "csv_text",
-    "done",
-    "main_tables",
-    "markdown",
-    "markdown_table",
-    "merge",
-    "over_tasks",
-    "paired",
-    "paired_table",
-    "plot_accuracy",
-    "plot_against_trainable",
-    "plot_coefficients",
-    "plot_learning_curves",
-    "plot_means",
-    "read_rows",
-    "scores",
-    "summary",
-    "write_text",
-]

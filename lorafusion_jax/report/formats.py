@@ -72,12 +72,14 @@ class _Kind(NamedTuple):
     parts: tuple[str, ...] = ("",)  # what CSV adds to the heading, for each number of a cell
 
 
-def _spread(cell: tuple[float, float | None]) -> str:
+def spread(cell: tuple[float, float | None]) -> str:
+    """Return a mean and a standard deviation, if there is one, as text."""
     mean, std = cell
     return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
 
 
-def _counts(cell: tuple[int, int]) -> str:
+def counts(cell: tuple[int, int]) -> str:
+    """Return the ends of a range as text, once if they are equal."""
     low, high = cell
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
@@ -92,7 +94,7 @@ def _interval(cell: tuple[float, float], digits: int) -> str:
 
 _KINDS: dict[str, _Kind] = {
     "text": _Kind(str),
-    "spread": _Kind(_spread, ("", " sd")),
+    "spread": _Kind(spread, ("", " sd")),
     "interval": _Kind(partial(_interval, digits=1), (" low", " high")),
     "percent": _Kind("{:.1f}".format),
     "points": _Kind(partial(_signed, digits=1)),
@@ -100,7 +102,7 @@ _KINDS: dict[str, _Kind] = {
     "more nats": _Kind(partial(_signed, digits=3)),
     "nats interval": _Kind(partial(_interval, digits=3), (" low", " high")),
     "count": _Kind("{:,.0f}".format),
-    "counts": _Kind(_counts, (" min", " max")),
+    "counts": _Kind(counts, (" min", " max")),
     "seconds": _Kind("{:,.1f}".format),
     "p": _Kind(lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}"),
 }

@@ -46,7 +46,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
                     axes.scatter(x + offsets, values, s=11, zorder=3, clip_on=False, **dots)
         position = list(scores).index(MEAN)
         axes.axvspan(position - 0.5, position + 0.5, color="#f3f3f3", zorder=-1)
-        axes.set_xticks(range(len(scores)), [_wrapped(task) for task in scores])
+        axes.set_xticks(range(len(scores)), [literal(task).replace("_", "\n") for task in scores])
         axes.set_xlim(-0.5, len(scores) - 0.5)
         axes.set_ylim(0, 100)
         axes.tick_params(axis="x", length=0)
@@ -58,18 +58,18 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
 
 
 def plot_learning_curves(
-    metrics: Mapping[str, Mapping[str, Sequence[Row]]], path: Path, *, key: str = "cross_entropy", title: str = ""
+    metrics: Mapping[str, Mapping[str, Sequence[Row]]], path: Path, *, title: str = ""
 ) -> None:
-    """Draw the loss against the step, a panel a task: every seed as a thin line, their mean as a thick one.
+    """Draw the cross-entropy against the step, a panel a task: every seed as a thin line, their mean as a thick one.
 
-    The axis of the loss is logarithmic. `metrics` has the lines of metrics.jsonl by task and method; those with `key`
-    are drawn. A method without any has no curve, but takes a colour, as in the plot of accuracy.
+    The axis of the loss is logarithmic. `metrics` has the lines of metrics.jsonl by task and method. A method without
+    any has no curve, but takes a colour, as in the plot of accuracy.
     """
     methods = list(dict.fromkeys(method for by_method in metrics.values() for method in by_method))
-    curves = {task: {m: _curves(lines, key) for m, lines in by_method.items()} for task, by_method in metrics.items()}
+    curves = {task: {m: _curves(lines) for m, lines in by_method.items()} for task, by_method in metrics.items()}
     drawn = [m for m in methods if any(by_method.get(m) for by_method in curves.values())]
     if not drawn:
-        raise ValueError(f"no learning curves: give lines with step, seed and {key}")
+        raise ValueError("no learning curves: give lines with step, seed and cross_entropy")
     columns = min(len(curves), 3 if len(curves) <= 6 else 4)
     rows = math.ceil(len(curves) / columns)
 
@@ -86,7 +86,7 @@ def plot_learning_curves(
                 _draw_curves(panel, by_seed, colour(methods.index(method)))
             panel.set_yscale("log")
             panel.set_title(literal(task), loc="left")
-        figure.supylabel(f"{key.replace('_', '-')}, nats per token", size=11)
+        figure.supylabel("cross-entropy, nats per token", size=11)
         figure.suptitle(title, x=0.01, ha="left", size=12)
         lines = [panels[0, 0].plot([], [], color=colour(methods.index(m)), linewidth=2)[0] for m in drawn]
         figure.legend(lines, [*map(literal, drawn)], loc="outside lower center", ncols=len(drawn))
@@ -130,14 +130,14 @@ def plot_coefficients(
     plot(path, (max(4.0, 0.75 * min(len(columns), 12)) + 3, 0.3 * len(names) + 1.2), draw)
 
 
-def _curves(lines: Sequence[Row], key: str) -> dict[int, tuple[list[int], list[float]]]:
+def _curves(lines: Sequence[Row]) -> dict[int, tuple[list[int], list[float]]]:
     """Return (steps, values) by seed."""
     curves: dict[int, tuple[list[int], list[float]]] = {}
     for line in lines:
-        if key in line:
+        if "cross_entropy" in line:
             steps, values = curves.setdefault(line["seed"], ([], []))
             steps.append(line["step"])
-            values.append(math.nan if line[key] is None else line[key])  # None: it was not finite
+            values.append(math.nan if (loss := line["cross_entropy"]) is None else loss)  # None: it was not finite
     return curves
 
 
@@ -149,7 +149,3 @@ def _draw_curves(panel: "Axes", by_seed: Mapping[int, tuple[list[int], list[floa
         steps = next(iter(by_seed.values()))[0][:shortest]
         mean = np.mean([values[:shortest] for _, values in by_seed.values()], axis=0)
         panel.plot(steps, mean, color=shade, linewidth=2)
-
-
-def _wrapped(task: str) -> str:
-    return literal(task).replace("_", "\n")

@@ -10,14 +10,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, cast, get_args
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 import msgspec
 
 from ..files import FileError, check_no_link, is_object, read_lines, structured, writing
 
 League = Literal["95+5", "5"]
-LEAGUES = get_args(League)
 Key = tuple[str, str, str, int]
 
 _Name = Annotated[str, msgspec.Meta(pattern=r"\S", description="a name")]
@@ -61,12 +60,7 @@ def done(rows: Iterable[Mapping[str, Any]]) -> set[Key]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file, without a last line that was cut off.
-
-    Raises:
-      ValueError: a line is not a row; the message names file, line and fault.
-      OSError: the file does not exist.
-    """
+    """Return the rows of a file, without a last line that was cut off; ValueError for a line that is not a row."""
     return [_checked(row, f"{path}, line {n}") for n, row in enumerate(read_lines(path, dict[str, Any]), start=1)]
 
 
@@ -85,7 +79,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def append_lines(path: Path, lines: Sequence[bytes]) -> None:
-    """Add JSON lines, each with its newline, as `append_rows` adds rows; errors of the file are its errors."""
+    """Add JSON lines, each with its newline, as `append_rows` does."""
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_no_link(path)
@@ -105,8 +99,7 @@ def append_lines(path: Path, lines: Sequence[bytes]) -> None:
 def merge(files: Sequence[Path]) -> list[Row]:
     """Return the rows of several files; a row that occurs again, identical, counts once.
 
-    Raises:
-      ValueError: two rows of one task are of different data, or two of one task, method, league and seed differ.
+    Rows of one task with different data, or two different results of one key, are a ValueError.
     """
     merged: dict[Key, tuple[Row, Path]] = {}
     hashes: dict[str, tuple[str, Path]] = {}

@@ -110,11 +110,7 @@ class Scores:
 
 
 def scores(rows: Sequence[Row]) -> list[Scores]:
-    """Return the results of each league, in the order in which the leagues first occur.
-
-    Raises:
-      ValueError: there are no rows, a result occurs twice, or rows of one task have different numbers of test rows.
-    """
+    """Return the results of each league, in the order in which the leagues first occur."""
     if not rows:
         raise ValueError("no results to report: give at least one row")
     items: dict[str, Row] = {}

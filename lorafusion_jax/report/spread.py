@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..text_tables import escaped, markdown
+from .formats import EMPTY, counts, spread
 
 _KEYS = ("task", "method", "seed", "exact_match", "trainable", "seconds")
 MEAN = "mean"
@@ -19,19 +20,18 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], *, apart: Collection[str] 
 
     Below the tasks: their mean (the spread is that of the seeds' means), trainable numbers, and seconds of training for
     one task and seed. Tasks in `apart` are shown behind the mean and not counted in it.
-
-    Raises:
-      ValueError: there are no rows, or a row lacks a key.
     """
     methods, scores = seed_scores(rows, apart)
     lines = [("exact match, %", *map(escaped, methods))]
-    lines += [
-        (f"**{task}**" if task == MEAN else escaped(task), *(_spread(by_method.get(method, {})) for method in methods))
-        for task, by_method in scores.items()
-    ]
-    lines.append(("trainable numbers", *(_trainable(rows, method) for method in methods)))
-    seconds = [[row["seconds"] for row in rows if row["method"] == method] for method in methods]
-    lines.append(("seconds of training", *(f"{statistics.fmean(values):.1f}" for values in seconds)))
+    for task, by_method in scores.items():
+        found = [[*by_method.get(method, {}).values()] for method in methods]
+        cells = [spread((statistics.fmean(values), deviation(values))) if values else EMPTY for values in found]
+        lines.append((f"**{task}**" if task == MEAN else escaped(task), *cells))
+    of = [[row for row in rows if row["method"] == method] for method in methods]
+    trainable = [sorted(row["trainable"] for row in of_method) for of_method in of]
+    lines.append(("trainable numbers", *(counts((found[0], found[-1])) for found in trainable)))
+    seconds = [statistics.fmean(row["seconds"] for row in of_method) for of_method in of]
+    lines.append(("seconds of training", *(f"{mean:.1f}" for mean in seconds)))
     return markdown(lines)
 
 
@@ -58,19 +58,6 @@ def seed_scores(
     return methods, counted | {MEAN: means} | shown_last
 
 
-def _spread(values: Mapping[int, float]) -> str:
-    if not values:
-        return "–"
-    spread = deviation(list(values.values()))
-    mean = f"{statistics.fmean(values.values()):.1f}"
-    return mean if spread is None else f"{mean} ± {spread:.1f}"
-
-
 def deviation(values: Sequence[float]) -> float | None:
     """Return the sample standard deviation, None of a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _trainable(rows: Sequence[Mapping[str, Any]], method: str) -> str:
-    counts = sorted({row["trainable"] for row in rows if row["method"] == method})
-    return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"

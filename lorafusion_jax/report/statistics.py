@@ -49,12 +49,8 @@ class OverTasks(NamedTuple):
 def summary(correct: Sequence[Bool[np.ndarray, "_seeds _items"]], *, seed: int = 0) -> Summary:
     """Return mean, standard deviation over seeds and 95 % interval of the mean over tasks.
 
-    Args:
-      correct: for each task, whether each seed's answer to each item is right. One seed stands for all.
-      seed: seed of the resampling.
-
-    Raises:
-      ValueError: there are no tasks, a task has no seeds or items, or the tasks' seeds differ in number.
+    For each task, `correct` marks each seed's right answers to each item. A single seed stands for all; other numbers
+    of seeds must be equal.
     """
     mean, std = spread(correct)
     low, high = np.quantile(_resampled(_with_seeds(correct), seed), _TAILS)
@@ -72,13 +68,10 @@ def paired(
 ) -> Paired:
     """Return the difference of two methods on the same tasks, seeds and items, with 95 % interval and p.
 
-    A resample draws the same seeds and items for both. p is twice the share of resamples whose difference has the
-    other sign or is zero, with one added to both counts (Davison and Hinkley, 1997, 4.2): never below 0.0002.
+    A resample draws the same seeds and items for both. p is twice the share of resamples whose difference has the other
+    sign or is zero, with one added to both counts (Davison and Hinkley, 1997, 4.2): never below 0.0002.
 
-    The answers of each method are as in `summary`, with tasks, seeds and items in the same order.
-
-    Raises:
-      ValueError: as `summary` does, or the methods' tasks, seeds or items differ in number.
+    Answers and errors are as in `summary`, with tasks, seeds and items in the same order.
     """
     if len(a) != len(b):
         raise ValueError(f"the methods have {len(a)} and {len(b)} tasks: give the same tasks for both")

@@ -48,9 +48,6 @@ def paired_table(scores: Scores, reference: str) -> Table:
 
     The mean of the tasks has a 95 % bootstrap interval over seeds and items of these very tasks and a two-sided p, and
     a t interval over the tasks. The loss has a t interval over the tasks alone.
-
-    Raises:
-      ValueError: the reference is none of the methods.
     """
     if reference not in scores.methods:
         raise ValueError(f"no results of {reference!r} to compare with: choose one of {', '.join(scores.methods)}")
