@@ -28,15 +28,16 @@ _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks tha
 _MISSING = object()
 _SPELL = reprlib.Repr()
 _SPELL.maxlevel, _SPELL.maxstring, _SPELL.maxlong, _SPELL.maxother = 3, 120, 120, 120
-_WORDS = {
+_KINDS = {
     int: "an integer",
     float: "a number",
     str: "a text",
     bool: "true or false",
     type(None): "null",
     Path: "a path",
+    dict: "an object",
+    list: "a list",
 }
-_KINDS = {dict: "an object", list: "a list", **_WORDS}
 
 
 class FileError(ValueError):
@@ -104,13 +105,10 @@ _OF_READING_TOO = {
 
 
 def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -> T:
-    """Read a JSON file as an object of a type.
+    """Read a JSON file as an object of a type, which is made of dataclasses and TypedDicts.
 
-    Args:
-      path: the file.
-      kind: a dataclass, a TypedDict, or a type made of them.
-      what: kind of the folder, such as "a converted pool", for the message if the file is missing.
-      own: if true, this package wrote the file, and a field that `kind` lacks is an error.
+    `what` is the kind of its folder, such as "a converted pool". If `own` is true, this package wrote the file, and a
+    field that `kind` lacks is an error.
 
     Raises:
       FileError: the file is missing, not JSON, too large, nested too deeply, a Git LFS pointer, or of another type.
@@ -123,10 +121,7 @@ def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -
 
 
 def read_lines(path: Path, kind: type[T] | Any, *, own: bool = True) -> list[T]:
-    """Read a file of JSON lines, without a last line that a killed process left incomplete.
-
-    Raises a FileError for a line that is not JSON or of another type, and for a pipe or a device.
-    """
+    """Read a file of JSON lines, without a last line that a killed process left incomplete; `read_json`'s errors."""
     check_regular(path)
     *lines, last = path.read_bytes().split(b"\n")
     if is_object(last):
@@ -279,7 +274,11 @@ def _parts(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
     for option in _options(hint):
         origin, inner = typing.get_origin(option), typing.get_args(option)
         if isinstance(value, dict) and (dataclasses.is_dataclass(option) or typing.is_typeddict(option)):
-            needed = _needed(option)
+            if typing.is_typeddict(option):
+                needed = option.__required_keys__
+            else:
+                fields = dataclasses.fields(option)
+                needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
             for name, of_field in typing.get_type_hints(option, include_extras=True).items():
                 if typing.get_origin(of_field) in (typing.Required, typing.NotRequired):
                     of_field = typing.get_args(of_field)[0]
@@ -289,13 +288,6 @@ def _parts(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
             yield from ((f".{name}", each, inner[1]) for name, each in value.items())
         elif isinstance(value, list) and origin in (list, tuple):
             yield from ((f"[{n}]", each, inner[0]) for n, each in enumerate(value))
-
-
-def _needed(kind: Any) -> frozenset[str]:
-    if typing.is_typeddict(kind):
-        return kind.__required_keys__
-    fields = dataclasses.fields(kind)
-    return frozenset(f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -314,7 +306,7 @@ def _described(hint: Any) -> str:
         return meta.description or f"{_described(inner[0])}{bounds}"
     if origin is Literal:
         return " or ".join(map(repr, inner))
-    return _WORDS.get(hint) or ("a list" if origin in (list, tuple) else "an object")
+    return _KINDS.get(hint) or ("a list" if origin in (list, tuple) else "an object")
 
 
 def _other_version(raw: Any) -> str:
@@ -383,11 +375,6 @@ def write(path: Path, writer: Callable[[Path], Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, in UTF-8, that is complete or absent."""
     write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file that is complete or absent."""
-    write(path, lambda partial: partial.write_bytes(content))
 
 
 def check_lfs(path: Path) -> None:

@@ -35,9 +35,15 @@ _left = 0
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
     """Check what hubs send in this block; an answer that fails is a ValueError."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import _http
+
     global _active, _left
     with _lock:
-        _check_sessions()
+        # The sessions that it makes after a lost connection are checked too.
+        make = _http._GLOBAL_CLIENT_FACTORY  # a user may have set one, and no public name returns it
+        if getattr(make, "func", None) is not _with_checks:
+            set_client_factory(functools.partial(_with_checks, make))
         if not _active:
             _left = LISTED
         _active += 1
@@ -46,16 +52,6 @@ def checked() -> Iterator[None]:
     finally:
         with _lock:
             _active -= 1
-
-
-def _check_sessions() -> None:
-    """Add the checks to the sessions of `huggingface_hub`, also to those that it makes after a lost connection."""
-    from huggingface_hub import set_client_factory
-    from huggingface_hub.utils import _http
-
-    make = _http._GLOBAL_CLIENT_FACTORY  # a user may have set one, and no public name returns it
-    if getattr(make, "func", None) is not _with_checks:
-        set_client_factory(functools.partial(_with_checks, make))
 
 
 def _with_checks(make: Callable[[], Any]) -> Any:

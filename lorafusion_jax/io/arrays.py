@@ -20,12 +20,9 @@ _DEEPEST = 10  # levels of dicts in dicts
 
 
 def save(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
-    """Save nested dicts of arrays and their metadata (any JSON) in a new folder, complete or not at all.
+    """Save nested dicts of arrays and their metadata (any JSON) in a `sealed_folder`.
 
-    With several processes, the arrays are the same in each.
-
-    Raises:
-      ValueError: a name has a slash; and `folders.new_folder`'s errors.
+    With several processes, the arrays are the same in each. Names must not have slashes.
     """
     arrays = _flat(tree)
     with sealed_folder(folder, metadata) as partial:
@@ -36,8 +33,7 @@ def save(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> 
 def load(folder: Path, *, metadata: type[T] | Any = dict[str, Any], what: str) -> tuple[dict[str, Any], T]:
     """Return the tree of a saved folder, as read-only views of the mapped file, and its metadata as a type.
 
-    Raises:
-      FileError: the folder, of the kind `what`, was not written by `save`, or is damaged.
+    Raises a FileError if the folder, of the kind `what`, was not written by `save`, or is damaged.
     """
     manifest, described = read_manifest(folder, metadata, what)
     check_files(folder, manifest["files"])
@@ -49,7 +45,7 @@ def load_sound(
 ) -> tuple[dict[str, Any], T] | None:
     """Return what `load` does, or None if the folder is missing or damaged (see `folders.newest_sound`)."""
     sound = newest_sound([folder], metadata, what, note=note) if folder.exists() else None
-    return sound and (_nested(folder, sound.manifest), sound.metadata)
+    return sound and (_nested(folder, sound[1]), sound[2])
 
 
 def signature(tree: Any) -> dict[str, str]:

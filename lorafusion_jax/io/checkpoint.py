@@ -28,10 +28,10 @@ _METADATA = 1 << 16  # bytes of orbax's own files, about
 
 
 def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
-    """Save a tree of arrays and its metadata (any JSON) in a new folder, complete or not at all.
+    """Save a tree of arrays and its metadata (any JSON) in a `folders.sealed_folder`.
 
     With several processes, the arrays are the same in each or spread over all. PRNG keys (save their
-    `jax.random.key_data`) and 4-bit types are not supported. Raises `folders.new_folder`'s errors.
+    `jax.random.key_data`) and 4-bit types are not supported.
     """
     from orbax.checkpoint import v1 as ocp
 
@@ -68,27 +68,22 @@ def load_newest(
     metadata: type[T] | Any = dict[str, Any],
     note: Callable[[str], None],
 ) -> tuple[Any, T] | None:
-    """Return the tree of the last folder that is sound, as NumPy arrays, and its metadata, or None if none is.
+    """Return the tree of the last sound folder, as NumPy arrays, and its metadata (see `folders.newest_sound`).
 
-    The other arguments and errors are those of `folders.newest_sound`.
-
-    Args:
-      abstract: a tree with the structure, shapes and dtypes that the result must have; without it the result is made
-        of dicts and lists.
-
-    Raises:
-      FileError: the arrays of a sound folder are not those of `abstract`.
+    `abstract` is a tree with the structure, shapes and dtypes that the result must have, or a FileError is raised;
+    without it the result is made of dicts and lists.
     """
     from orbax.checkpoint import v1 as ocp
 
     sound = newest_sound(folders, metadata, "a complete checkpoint", note=note)
     if sound is None:
         return None
+    folder, manifest, described = sound
     if abstract is not None:
         fix = "it was saved by a run of another configuration"
-        check_signature(sound.folder, sound.manifest.get("arrays", {}), signature(abstract), fix=fix)
+        check_signature(folder, manifest.get("arrays", {}), signature(abstract), fix=fix)
         abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
-    return ocp.load(str((sound.folder / _ARRAYS).absolute()), abstract), sound.metadata
+    return ocp.load(str((folder / _ARRAYS).absolute()), abstract), described
 
 
 def save_step(checkpoints: Path, step: int, tree: Any, metadata: Mapping[str, Any], *, keep: int) -> None:

@@ -85,8 +85,7 @@ class ConvertOptions:
 def convert(options: ConvertOptions) -> dict[str, Any]:
     """Convert the adapters, make the basis that the options name, and return the pool's manifest.
 
-    Raises:
-      ValueError: an option is wrong, `out` exists, or an adapter cannot be used. Nothing is written in these cases.
+    Raises ValueError, before anything is written, if an option is wrong, `out` exists, or an adapter cannot be used.
     """
     if options.basis is not None and options.basis_from is not None:
         raise ValueError("--basis makes a basis, and --basis-from takes another pool's: give one of them")
@@ -114,15 +113,9 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
 
 
 def add_basis(folder: Path, k: int, *, modules: Sequence[str] = ()) -> None:
-    """Make the shared basis of a converted pool and write it next to the adapters.
+    """Make the shared basis of a converted pool and write it next to the adapters; ValueError if the pool has one.
 
-    Args:
-      folder: the pool's.
-      k: number of directions.
-      modules: names of the modules that the directions are made from; by default all. All are projected on them.
-
-    Raises:
-      ValueError: the pool has a basis, no such module, or too few directions.
+    Its k directions are made from the named modules, by default all. All modules are projected on them.
     """
     stored = _without_basis(folder)
     pool = stored.load()

@@ -41,19 +41,17 @@ def fused_adapter(
     """Return the configuration and the tensors of a PEFT adapter that equals a fusion.
 
     Left out are matrices that none of the chosen modules adapts and, in a `sum`, modules whose coefficient is zero.
-    Smaller ranks are padded with zeros: versions of PEFT differ in how they read rank_pattern and alpha_pattern.
+    Smaller ranks are padded with zeros: versions of PEFT differ in how they read rank_pattern and alpha_pattern. The
+    modules of a `mix` must have one rank.
 
     Args:
       config: structure of the base model.
       pool: plain or quantised pool.
       index: numbers of the fused modules.
-      coefficients: `adapters.coefficients.expand`'s, per site, layer and module.
+      coefficients: `adapters.coefficients.expand`'s.
       composition: `mix` or `sum`.
       base: name or folder of the base model, for the configuration.
       magnitudes: m per site, for a DoRA adapter; by default the pool's.
-
-    Raises:
-      ValueError: a mix of adapters of different ranks.
     """
     if composition == "mix":
         check_mix(pool, index)
@@ -62,7 +60,8 @@ def fused_adapter(
     for site, spread in coefficients.items():
         ranks = np.asarray(pool.rank[site])[:, chosen]
         for layer in np.flatnonzero(ranks.any(axis=1)).tolist():
-            A, B = (_modules(weight[site], layer, chosen) for weight in (pool.A, pool.B))
+            of_layer = (jax.tree.map(lambda a, at=layer: a[at][chosen], weight[site]) for weight in (pool.A, pool.B))
+            A, B = (np.asarray(dense(weight, jnp.float32)) for weight in of_layer)
             c = np.asarray(spread[layer])
             if composition == "mix":
                 mixed = (A * c[:, None, :]).sum(axis=0).T, (B * c[:, :, None]).sum(axis=0)
@@ -107,10 +106,6 @@ def _merge(adapter: Adapter, kernel: Weight) -> Float[Array, "L d_in d_out"]:
     unit = jnp.eye(kernel.shape[1])
     with jax.default_matmul_precision("highest"):
         return jax.lax.map(lambda layer: layer[0](unit, layer[1]), (adapter, kernel))
-
-
-def _modules(weight: Weight, layer: int, chosen: np.ndarray) -> Float[np.ndarray, "N a b"]:
-    return np.asarray(dense(jax.tree.map(lambda a: a[layer][chosen], weight), jnp.float32))
 
 
 def _adapter(

@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from .. import __version__, interrupts
 from ..files import FileError, T, read_json, structured, write_text, writing
@@ -32,14 +32,6 @@ class Manifest(TypedDict):
     files: dict[str, str]
     versions: NotRequired[dict[str, str]]
     arrays: NotRequired[dict[str, str]]  # of a state: "float32[2, 3]" by the path in the tree
-
-
-class Sound(NamedTuple):
-    """A folder whose files have the digests of its manifest."""
-
-    folder: Path
-    manifest: Manifest
-    metadata: Any
 
 
 def stored_by_orbax(path: Path, export: str) -> FileError:
@@ -121,7 +113,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def sealed_folder(folder: Path, metadata: Mapping[str, Any], **fields: Any) -> Iterator[Path]:
     """Yield a `new_folder` that gets a manifest and its name once all files are on the disk.
 
-    `metadata` is any JSON, and `fields` are other fields of the manifest. Raises `new_folder`'s errors.
+    `metadata` is any JSON, and `fields` are other fields of the manifest.
     """
     with new_folder(folder) as partial:
         yield partial
@@ -138,8 +130,7 @@ def sealed_folder(folder: Path, metadata: Mapping[str, Any], **fields: Any) -> I
 def read_manifest(folder: Path, metadata: type[T] | Any, what: str) -> tuple[Manifest, T]:
     """Return the manifest that `sealed_folder` wrote, and its metadata as the type `metadata`.
 
-    Raises:
-      FileError: the folder, of the kind `what`, has no manifest, or another one.
+    Raises a FileError if the folder, of the kind `what`, has no manifest, or another one.
     """
     manifest = read_json(folder / MANIFEST, Manifest, what)
     return manifest, structured(manifest["metadata"], metadata, folder / MANIFEST, whole=manifest)
@@ -157,16 +148,11 @@ def check_files(folder: Path, files: Mapping[str, str]) -> None:
 
 def newest_sound(
     folders: Sequence[Path], metadata: type[T] | Any, what: str, *, note: Callable[[str], None]
-) -> Sound | None:
-    """Return the last folder that is sound, or None if none is.
+) -> tuple[Path, Manifest, T] | None:
+    """Return the last of some `sealed_folder`s (oldest first) that is sound, or None if none is.
 
-    Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that they can be written again.
-
-    Args:
-      folders: folders that `sealed_folder` wrote, oldest first.
-      metadata: the type of their metadata.
-      what: kind of the folders, for messages.
-      note: called with one line for each damaged folder.
+    Damaged folders behind it are renamed to NAME.damaged, NAME.damaged-2 and so on, so that they can be written again,
+    and `note` is called with a line for each. The other arguments are those of `read_manifest`.
 
     Raises:
       FileError: this version cannot read the newest folder, because another one wrote it.
@@ -184,7 +170,7 @@ def newest_sound(
             aside = next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
             damaged.append((folder, aside, error))
         else:
-            sound = Sound(folder, manifest, described)
+            sound = folder, manifest, described
             break
     processes.barrier("every process has looked for damage")
     for folder, aside, error in damaged:

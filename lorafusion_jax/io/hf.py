@@ -43,8 +43,7 @@ OpenedBase = FolderBase | GGUFBase
 def open_base(source: str | Path) -> OpenedBase:
     """Open a base model: a folder, a hub id `owner/name` or `owner/name@revision`, or a GGUF file.
 
-    Raises:
-      ValueError: the source is a file but not a sound GGUF file. A folder is checked when it is read.
+    A folder is checked when it is read; a file that is not sound GGUF is a ValueError.
     """
     # Imported without PyTorch, transformers warns that there are no models: none are needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -129,13 +128,7 @@ def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
 def save_base(model: Model, folder: Path, source: str | Path) -> None:
     """Write a model, dequantised in its dtype, as a Hugging Face folder that is complete or absent.
 
-    Args:
-      model: plain or quantised weights.
-      folder: the folder to make.
-      source: the base model with the configuration and the tokenizer to write.
-
-    Raises:
-      ValueError: the folder exists, or the source has no configuration.
+    `source` is the base model whose configuration and tokenizer are written too; ValueError if the folder exists.
     """
     with new_folder(folder) as partial:
         put_base(model, partial, source)

@@ -8,7 +8,7 @@ hashed, compared or printed. The results are strings, numbers, tuples, lists, `D
 
 import pickletools
 from collections.abc import Callable, Collection
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 # A tensor takes about 30 opcodes, so this allows 35,000 tensors.
 _MAX_OPCODES = 1 << 20
@@ -20,38 +20,27 @@ class Refused(Exception):
     """A file is intact but cannot be read, or must not be."""
 
 
-class Global:
+class Global(NamedTuple):
     """The name of a class or function, `module.name`."""
 
-    __slots__ = ("name",)
-
-    def __init__(self, name: str):
-        self.name = name
+    name: str
 
 
-class Dict:
+class Dict(list[tuple[Any, Any]]):
     """The entries of a dict or OrderedDict, in the order of the file; keys may be anything, and may repeat."""
-
-    __slots__ = ("items",)
-
-    def __init__(self, items: list[tuple[Any, Any]]):
-        self.items = items
 
 
 class Reader:
     """Reader of one pickle.
 
-    A subclass lists the allowed globals, as `module.name` (collections.OrderedDict always is one), and describes the
-    results of calling them and of loading persistent ids.
+    `names` are the allowed globals, as `module.name` (collections.OrderedDict always is one); `call` and `persistent`
+    describe the results of calling them and of loading persistent ids.
     """
 
-    names: Collection[str]
-
-    def call(self, name: str, arguments: tuple) -> Any:
-        raise NotImplementedError
-
-    def persistent(self, pid: Any) -> Any:
-        raise NotImplementedError
+    def __init__(
+        self, names: Collection[str], call: Callable[[str, tuple], Any], persistent: Callable[[Any], Any]
+    ) -> None:
+        self.names, self.call, self.persistent = names, call, persistent
 
     def read(self, data: bytes) -> Any:
         """Return the content of a pickle.
@@ -84,10 +73,6 @@ class Reader:
         items, self.stack = self.stack, self.below.pop()
         return items
 
-    def tuple_since_mark(self, _: None) -> None:
-        items = tuple(self.since_mark())
-        self.push(items)
-
     def tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
             raise LookupError("a tuple of values that are missing")
@@ -103,7 +88,7 @@ class Reader:
         target = self.stack[-1]
         if type(target) is not Dict:
             raise TypeError(f"sets items of a {type(target).__name__}")
-        target.items += zip(items[::2], items[1::2], strict=True)
+        target += zip(items[::2], items[1::2], strict=True)
 
     def refer(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str or len(module) + len(name) > _MAX_NAME:
@@ -116,10 +101,6 @@ class Reader:
             )
         self.push(Global(full))
 
-    def refer_on_stack(self, _: None) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        self.refer(module, name)
-
     def reduce(self, _: None) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if type(function) is not Global or type(arguments) is not tuple:
@@ -129,7 +110,7 @@ class Reader:
         elif arguments:
             raise TypeError("an OrderedDict with arguments")
         else:
-            self.push(Dict([]))
+            self.push(Dict())
 
     def build(self, _: None) -> None:
         """Drop an OrderedDict's attributes (torch's `_metadata`), which tensors do not need."""
@@ -139,9 +120,6 @@ class Reader:
 
     def put(self, key: int) -> None:
         self.memo[key] = self.stack[-1]
-
-    def get(self, key: int) -> None:
-        self.push(self.memo[key])
 
 
 def _refuse(value: Any, does: str) -> NoReturn:
@@ -162,19 +140,19 @@ _ACTIONS: dict[str, Callable[[Reader, Any], Any]] = {
     "TUPLE1": lambda r, _: r.tuple_of(1),
     "TUPLE2": lambda r, _: r.tuple_of(2),
     "TUPLE3": lambda r, _: r.tuple_of(3),
-    "TUPLE": Reader.tuple_since_mark,
+    "TUPLE": lambda r, _: r.push(tuple(r.since_mark())),
     "EMPTY_LIST": lambda r, _: r.push([]),
     "APPEND": lambda r, _: r.append([r.stack.pop()]),
     "APPENDS": lambda r, _: r.append(r.since_mark()),
-    "EMPTY_DICT": lambda r, _: r.push(Dict([])),
+    "EMPTY_DICT": lambda r, _: r.push(Dict()),
     "SETITEM": lambda r, _: r.set_items([r.stack.pop(-2), r.stack.pop()]),
     "SETITEMS": lambda r, _: r.set_items(r.since_mark()),
     "GLOBAL": lambda r, names: r.refer(*names.split(" ", 1)),
-    "STACK_GLOBAL": Reader.refer_on_stack,
+    "STACK_GLOBAL": lambda r, _: r.refer(r.stack.pop(-2), r.stack.pop()),
     "REDUCE": Reader.reduce,
     "BUILD": Reader.build,
     "BINPERSID": lambda r, _: r.push(r.persistent(r.stack.pop())),
     "MEMOIZE": lambda r, _: r.put(len(r.memo)),
     **dict.fromkeys(("BINPUT", "LONG_BINPUT"), Reader.put),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), Reader.get),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda r, key: r.push(r.memo[key])),
 }

@@ -53,15 +53,8 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     """Join the other processes of a run, which Slurm, Open MPI, GKE, a TPU or the arguments describe.
 
     Call it before JAX initialises its backend; it does nothing after `jax.distributed.initialize`. If another process
-    is lost, or if only this one fails, it ends within 20 s with a message and the exit code EX_TEMPFAIL (75).
-
-    Args:
-      coordinator: host:port on which process 0 listens; None where the cluster describes it.
-      processes: number of processes.
-      process: number of this one.
-
-    Raises:
-      ValueError: JAX finds no cluster here, or it cannot be reached.
+    is lost, or if only this one fails, it ends within 20 s with a message and the exit code EX_TEMPFAIL (75). Raises
+    ValueError if JAX finds no cluster here, or it cannot be reached.
     """
     if not jax.distributed.is_initialized():
         jax.config.update("jax_enable_preemption_service", False)  # it would only record a SIGTERM

@@ -11,33 +11,15 @@ from ..files import FileError, shown
 from .source import map_file
 
 _AGAIN = "fetch the file again"
-_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "F32": "float32",
-    "F64": "float64",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
+_DTYPES = {f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("uint", "int", "float") for bits in (8, 16, 32, 64)}
+_DTYPES |= {"BOOL": "bool", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
     """Return the tensors of a safetensors file as read-only views of the mapped file.
 
-    The safetensors library checks the header, and that the tensors cover the file without gaps or overlaps. Sorted by
-    offset, each tensor therefore starts where the one before it ends.
-
-    Raises:
-        ValueError: The file is missing, empty, truncated, corrupt, a Git LFS pointer, or of an unknown dtype.
+    The safetensors library checks that the tensors cover the file without gaps or overlaps. Sorted by offset, each
+    tensor therefore starts where the one before it ends.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -10,8 +10,7 @@ import mmap
 import reprlib
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,31 +48,18 @@ _MAX_DIMENSIONS = 8
 # Limits on repeated elements. Tied weights share a storage under up to four names, and a stride of 0 repeats elements.
 # Small files may repeat them more often.
 _MAX_REPEATS, _SMALL = 8, 1 << 20
-# Errors that damaged pickles, archives and storages raise.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    struct.error,
-    EOFError,
-    OSError,
-    LookupError,
-    TypeError,
-    ValueError,
-    OverflowError,
-    RuntimeError,
-)
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
     """Return the tensors of a file that `torch.save` wrote from a flat dict, as read-only views of the file.
 
-    Strides, shared storages and offsets are kept; devices are ignored; dtypes are NumPy's and ml_dtypes'.
-    Members of the archive that no tensor uses are ignored, and so are CRC sums (as in `torch.load`).
-    The size of the file bounds the time and memory of reading, and the total size of the tensors.
+    Strides, shared storages and offsets are kept; devices are ignored; dtypes are NumPy's and ml_dtypes'. Members of
+    the archive that no tensor uses are ignored, and so are CRC sums (as in `torch.load`). The size of the file bounds
+    the time and memory of reading, and the total size of the tensors.
 
     Raises:
-        ValueError: The file is missing, empty, truncated, corrupt, compressed or a Git LFS pointer; holds something
-            other than a dict of tensors, or tensors that repeat its bytes too often; or names a global that tensors do
-            not need.
+        ValueError: The file is missing, damaged or compressed, holds something other than a dict of tensors, or names a
+            global that tensors do not need.
     """
     data = map_file(path)
     try:
@@ -84,8 +70,13 @@ def load(path: Path) -> dict[str, np.ndarray]:
                 "again with torch >= 1.6 or as safetensors"
             )
         content, storages = _read_zip(path, data)
-        views = dict(_flat(content))
-        total = sum(view.nbytes for view in views.values())
+        if type(content) is not Dict:
+            raise Refused(f"holds a {_kind(content)}: expected a dict of tensors")
+        for key, value in content:
+            if type(key) is not str or type(value) is not _View:
+                raise Refused(f"entry {_shown(key)} holds a {_kind(value)}: expected a flat dict of tensors by name")
+        views: dict[str, _View] = dict(content)
+        total = sum(math.prod(view.size) * view.dtype.itemsize for view in views.values())
         if total > max(_MAX_REPEATS * len(data), _SMALL):
             raise Refused(
                 f"its {len(data):,} bytes claim to be tensors of {total:,} bytes, by strides that repeat elements: "
@@ -94,7 +85,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
         return {key: _array(view, storages) for key, view in views.items()}
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
-    except _DAMAGE as error:
+    except Exception as error:  # damaged pickles, archives and storages raise a dozen others
         raise ValueError(
             f"{path}: truncated or corrupt, not a file that torch.save wrote ({str(error)[:200]}): fetch the file again"
         ) from error
@@ -108,8 +99,7 @@ class _Storage(NamedTuple):
     numel: int
 
 
-@dataclass(frozen=True, eq=False)
-class _View:
+class _View(NamedTuple):
     """A tensor: a strided view of a storage, in elements of `dtype`."""
 
     storage: _Storage
@@ -118,41 +108,32 @@ class _View:
     stride: tuple[int, ...]
     dtype: np.dtype
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.size) * self.dtype.itemsize
+
+def _call(name: str, arguments: tuple) -> _View:
+    """Return a description of the tensor that a call would rebuild."""
+    if name == _PARAMETER and arguments and type(arguments[0]) is _View:
+        return arguments[0]
+    if name == _TYPED_TENSOR and len(arguments) > 6:
+        return _call(_TENSOR[0], (*arguments[:6], *arguments[7:8]))._replace(dtype=_dtype(arguments[6]))
+    if name not in _TENSOR or len(arguments) < 4 or type(arguments[0]) is not _Storage:
+        raise TypeError(f"a call of {name} that does not rebuild a tensor")
+    storage, offset, size, stride = arguments[:4]
+    if any(arguments[6:7]):  # metadata
+        raise Refused("a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()")
+    if len(size) > _MAX_DIMENSIONS:
+        raise Refused(f"a tensor has {len(size)} dimensions: expected at most {_MAX_DIMENSIONS}")
+    return _View(storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride)), storage.dtype)
 
 
-class _Tensors(Reader):
-    """Reader of descriptions of tensors."""
-
-    names = _NAMES
-
-    def call(self, name: str, arguments: tuple) -> _View:
-        """Return a description of the tensor that a call would rebuild."""
-        if name == _PARAMETER and arguments and type(arguments[0]) is _View:
-            return arguments[0]
-        if name == _TYPED_TENSOR and len(arguments) > 6:
-            return replace(self.call(_TENSOR[0], (*arguments[:6], *arguments[7:8])), dtype=_dtype(arguments[6]))
-        if name not in _TENSOR or len(arguments) < 4 or type(arguments[0]) is not _Storage:
-            raise TypeError(f"a call of {name} that does not rebuild a tensor")
-        storage, offset, size, stride = arguments[:4]
-        metadata = arguments[6] if len(arguments) > 6 else None
-        if metadata.items if type(metadata) is Dict else metadata:
-            raise Refused("a tensor is a lazy negative or conjugate: save it after resolve_neg(), resolve_conj()")
-        if len(size) > _MAX_DIMENSIONS:
-            raise Refused(f"a tensor has {len(size)} dimensions: expected at most {_MAX_DIMENSIONS}")
-        return _View(storage, _size(offset), tuple(map(_size, size)), tuple(map(_size, stride)), storage.dtype)
-
-    def persistent(self, pid: Any) -> _Storage:
-        if type(pid) is not tuple or len(pid) != 5:
-            raise TypeError("a storage is described by 5 values")
-        tag, kind, key, _location, numel = pid
-        if tag != "storage":
-            raise Refused(f"its pickle refers to a {_shown(tag)}, which no tensor needs")
-        if type(key) is not str:
-            raise TypeError(f"a {type(key).__name__} instead of a storage's key")
-        return _Storage(key, _dtype(kind), _size(numel))
+def _persistent(pid: Any) -> _Storage:
+    if type(pid) is not tuple or len(pid) != 5:
+        raise TypeError("a storage is described by 5 values")
+    tag, kind, key, _location, numel = pid
+    if tag != "storage":
+        raise Refused(f"its pickle refers to a {_shown(tag)}, which no tensor needs")
+    if type(key) is not str:
+        raise TypeError(f"a {type(key).__name__} instead of a storage's key")
+    return _Storage(key, _dtype(kind), _size(numel))
 
 
 def _dtype(kind: Any) -> np.dtype:
@@ -174,15 +155,6 @@ def _shown(value: Any) -> str:
 
 def _kind(value: Any) -> str:
     return {_View: "tensor", Dict: "dict"}.get(type(value), type(value).__name__)
-
-
-def _flat(content: Any) -> Iterator[tuple[str, _View]]:
-    if type(content) is not Dict:
-        raise Refused(f"holds a {_kind(content)}: expected a dict of tensors")
-    for key, value in content.items:
-        if type(key) is not str or type(value) is not _View:
-            raise Refused(f"entry {_shown(key)} holds a {_kind(value)}: expected a flat dict of tensors by name")
-        yield key, value
 
 
 def _array(view: _View, storages: Mapping[str, memoryview]) -> np.ndarray:
@@ -211,7 +183,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
     content = _member(members[names[0]], data)
     if len(content) > _MAX_PICKLE:
         raise Refused(f"its pickle has {len(content):,} bytes: expected at most {_MAX_PICKLE:,}")
-    return _Tensors().read(bytes(content)), storages
+    return Reader(_NAMES, _call, _persistent).read(bytes(content)), storages
 
 
 def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:

@@ -10,9 +10,8 @@ from hub_server import TOKEN
 from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.io.hf import load_tokenizer, read_config
-from lorafusion_jax.io.hub import make_repository
 from lorafusion_jax.io.peft.adapter import read_adapter
-from lorafusion_jax.io.source import resolve
+from lorafusion_jax.io.source import make_repository, resolve
 from lorafusion_jax.tasks import load_task
 
 

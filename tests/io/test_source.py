@@ -12,7 +12,6 @@ from lorafusion_jax.files import check_lfs
 from lorafusion_jax.io import safetensors as safetensors_map
 from lorafusion_jax.io import source
 from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.io.hub import make_repository
 from lorafusion_jax.io.peft.adapter import read_adapter
 
 _POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:fd6a\nsize 1049\n"
@@ -29,7 +28,7 @@ def test_an_error_of_the_hub_that_says_nothing_is_named(monkeypatch):
     with pytest.raises(ValueError, match=r"fetching it from the hub failed: TimeoutError \(check the spelling"):
         source.resolve("owner/name", patterns=None)
     with pytest.raises(ValueError, match=r"the hub did not take owner/name: TimeoutError \(expected owner/name"):
-        make_repository("owner/name", private=False)
+        source.make_repository("owner/name", private=False)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "", "~nosuchuser/x"])

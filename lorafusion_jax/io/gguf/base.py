@@ -17,18 +17,10 @@ if TYPE_CHECKING:
 
 
 class GGUFBase:
-    """A base model in a GGUF file.
-
-    Attributes:
-      place: the file, for messages.
-      config_place: the same.
-
-    Raises:
-      ValueError: as in `read_gguf`, or the architecture is not known.
-    """
+    """A base model in a GGUF file; ValueError if it is not sound, or of an unknown architecture."""
 
     def __init__(self, file: Path):
-        self.place = self.config_place = file
+        self.place = self.config_place = file  # for messages
         self._metadata, self._tensors = read_gguf(file)
         with named(file):
             self._layout = gguf_layout(self._metadata.get("general.architecture"), "general.architecture")

@@ -60,13 +60,9 @@ _Known = TypedDict(
 
 
 class StoredTensor:
-    """A tensor of a mapped file; indexing dequantises rows.
+    """A tensor of a mapped file, whose type there is `kind`, such as Q4_K; indexing dequantises rows to float32.
 
-    Attributes:
-      shape: in Hugging Face's order, [d_out, d_in] for a matrix.
-      dtype: float32, the dtype of dequantised rows.
-      base: the mapped file.
-      kind: type in the file, such as Q4_K.
+    The shape is in Hugging Face's order, [d_out, d_in] for a matrix, and `base` is the mapped file.
     """
 
     dtype = np.dtype(np.float32)

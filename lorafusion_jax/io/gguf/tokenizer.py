@@ -17,19 +17,12 @@ if TYPE_CHECKING:
 
 
 class _Splitting(NamedTuple):
-    """How a byte-level tokenizer splits texts before merging.
+    """How a byte-level tokenizer splits texts before merging."""
 
-    Attributes:
-      patterns: regular expressions, applied in turn; texts between matches are pieces too.
-      adds_bos: if true, texts begin with BOS by default.
-      whole_words: if true, a piece that is a token is not split, even if no merges make it.
-      normalised: if true, texts are normalised to Unicode's NFC first.
-    """
-
-    patterns: tuple[str, ...]
-    adds_bos: bool = False
-    whole_words: bool = False
-    normalised: bool = False
+    patterns: tuple[str, ...]  # regular expressions, applied in turn; texts between matches are pieces too
+    adds_bos: bool = False  # if true, texts begin with BOS by default
+    whole_words: bool = False  # if true, a piece that is a token is not split, even if no merges make it
+    normalised: bool = False  # if true, texts are normalised to Unicode's NFC first
 
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -68,12 +61,9 @@ _CHECKS = (
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedTokenizerFast":
-    """Return the tokenizer, with the file's special tokens and chat template.
+    """Return the tokenizer, with the file's special tokens and chat template; ValueError if it is not implemented.
 
     A file without a token for padding gets its end token, because padding is masked by its position.
-
-    Raises:
-      ValueError: the metadata lack the tokens, or name a tokenizer that is not implemented.
     """
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     tokens, model = metadata.get("tokens", []), metadata.get("model")

@@ -39,34 +39,21 @@ class AdapterError(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PeftAdapter:
-    """One adapter as stored on disk; arrays are read-only views of its file, in the file's dtype.
-
-    Attributes:
-        name: Last part of the source, without a revision.
-        source: Folder or hub id.
-        weights: File of the tensors.
-        config: Content of adapter_config.json.
-        config_text: Bytes of that file.
-        factors: (A [r, d_in], B [d_out, r]) by the path of the linear module in the base model.
-        scaling: Factor on B A by path.
-        magnitude: DoRA's magnitude [d_out] by path; None without DoRA.
-        keys: Keys of A, B and, with DoRA, the magnitude in the file, by path.
-        kept: Tensors that are not applied, by key: copies of base weights and state of training.
-        notes: Warnings, and what was ignored, with the reason.
-        residual: ||dW - B A|| / ||dW|| by path, for an adapter of another kind than LoRA.
-    """
+    """One adapter as stored on disk; arrays are read-only views of its file, in the file's dtype."""
 
     name: str
-    source: str
-    weights: Path
-    config: Mapping[str, Any]
-    config_text: bytes
+    source: str  # folder or hub id
+    weights: Path  # file of the tensors
+    config: Mapping[str, Any]  # content of adapter_config.json
+    config_text: bytes  # bytes of that file
+    # (A [r, d_in], B [d_out, r]) by the path of the linear module in the base model
     factors: dict[str, tuple[np.ndarray, np.ndarray]]
-    scaling: dict[str, float]
-    magnitude: dict[str, np.ndarray] | None
-    keys: dict[str, tuple[str, ...]]
-    kept: dict[str, np.ndarray]
-    notes: tuple[str, ...]
+    scaling: dict[str, float]  # factor on B A by path
+    magnitude: dict[str, np.ndarray] | None  # DoRA's magnitude [d_out] by path; None without DoRA
+    keys: dict[str, tuple[str, ...]]  # keys of A, B and, with DoRA, the magnitude in the file, by path
+    kept: dict[str, np.ndarray]  # tensors that are not applied, by key: copies of base weights and state of training
+    notes: tuple[str, ...]  # warnings, and what was ignored, with the reason
+    # ||dW - B A|| / ||dW|| by path, for an adapter of another kind than LoRA
     residual: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -95,7 +82,55 @@ def read_adapter(
         AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer.
     """
     with _errors_of(source):
-        return _read(source, shapes, base_tensor, base, compared, rank)
+        folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN))
+        # `resolve` follows a link, whose name is the adapter's.
+        local = at_home(source).is_dir()
+        name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
+        check_name(name)
+        config_text, config = read_config_file(folder)
+        compares = base_tensor is not None or compared is not None
+        kind, notes, residual = config.get("peft_type"), [], {}
+        if kind not in KINDS:
+            with named(folder / CONFIG):
+                notes += check_config(config, compare_saved=compares)
+        weights = _weights_file(folder, notes)
+        tensors = (torch_pickle if weights.suffix == ".bin" else safetensors_map).load(weights)
+        if kind in KINDS:
+            with named(weights):
+                if shapes is None or base_tensor is None:
+                    raise ValueError(f"a {kind} adapter becomes LoRA only with its base's weights: give the base")
+                config, tensors, residual = as_lora(config, tensors, rank=rank, shapes=shapes, base_tensor=base_tensor)
+            config_text = json.dumps(config, indent=2, sort_keys=True).encode()
+            with named(folder / CONFIG):
+                notes += [_loss(kind, rank, residual), *check_config(config, compare_saved=compares)]
+        kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
+        with named(weights):
+            parts, ignored = collect(tensors, config, shapes=shapes, base_tensor=base_tensor)
+        notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
+
+        ranks = {path: part["lora_A"][1].shape[0] for path, part in parts.items()}
+        with named(folder / CONFIG):
+            scaling, warnings = scalings(config, ranks)
+            notes += [f"warning: {warning}" for warning in warnings]
+            notes += target_warnings(config, parts)
+            if base is not None:
+                notes += check_base(config, base)
+
+        dora = bool(config.get("use_dora"))
+        return PeftAdapter(
+            name=name,
+            source=source,
+            weights=weights,
+            config=config,
+            config_text=config_text,
+            factors={path: (part["lora_A"][1], part["lora_B"][1]) for path, part in parts.items()},
+            scaling=scaling,
+            magnitude={path: part[MAGNITUDE][1] for path, part in parts.items()} if dora else None,
+            keys={path: tuple(part[kind][0] for kind in sorted(part)) for path, part in parts.items()},
+            kept=kept | {key: tensors[key] for key in ignored},
+            notes=tuple(notes),
+            residual=residual,
+        )
 
 
 @contextlib.contextmanager
@@ -107,65 +142,6 @@ def _errors_of(source: str) -> Iterator[None]:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
         raise AdapterError(reason if source in reason else f"{source}: {reason}") from error
-
-
-def _read(
-    source: str,
-    shapes: Mapping[str, tuple[int, int]] | None,
-    base_tensor: Callable[[str], np.ndarray] | None,
-    base: KnownBase | None,
-    compared: Collection[str] | None,
-    rank: int,
-) -> PeftAdapter:
-    folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN))
-    # `resolve` follows a link, whose name is the adapter's.
-    local = at_home(source).is_dir()
-    name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
-    check_name(name)
-    config_text, config = read_config_file(folder)
-    compares = base_tensor is not None or compared is not None
-    kind, notes, residual = config.get("peft_type"), [], {}
-    if kind not in KINDS:
-        with named(folder / CONFIG):
-            notes += check_config(config, compare_saved=compares)
-    weights = _weights_file(folder, notes)
-    tensors = (torch_pickle if weights.suffix == ".bin" else safetensors_map).load(weights)
-    if kind in KINDS:
-        with named(weights):
-            if shapes is None or base_tensor is None:
-                raise ValueError(f"a {kind} adapter becomes LoRA only with its base's weights: give the base")
-            config, tensors, residual = as_lora(config, tensors, rank=rank, shapes=shapes, base_tensor=base_tensor)
-        config_text = json.dumps(config, indent=2, sort_keys=True).encode()
-        with named(folder / CONFIG):
-            notes += [_loss(kind, rank, residual), *check_config(config, compare_saved=compares)]
-    kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
-    with named(weights):
-        parts, ignored = collect(tensors, config, shapes=shapes, base_tensor=base_tensor)
-    notes += [f"ignored: {key}, {reason}" for key, reason in ignored.items()]
-
-    ranks = {path: part["lora_A"][1].shape[0] for path, part in parts.items()}
-    with named(folder / CONFIG):
-        scaling, warnings = scalings(config, ranks)
-        notes += [f"warning: {warning}" for warning in warnings]
-        notes += target_warnings(config, parts)
-        if base is not None:
-            notes += check_base(config, base)
-
-    dora = bool(config.get("use_dora"))
-    return PeftAdapter(
-        name=name,
-        source=source,
-        weights=weights,
-        config=config,
-        config_text=config_text,
-        factors={path: (part["lora_A"][1], part["lora_B"][1]) for path, part in parts.items()},
-        scaling=scaling,
-        magnitude={path: part[MAGNITUDE][1] for path, part in parts.items()} if dora else None,
-        keys={path: tuple(part[kind][0] for kind in sorted(part)) for path, part in parts.items()},
-        kept=kept | {key: tensors[key] for key in ignored},
-        notes=tuple(notes),
-        residual=residual,
-    )
 
 
 def _loss(kind: str, rank: int, residual: Mapping[str, float]) -> str:
@@ -192,10 +168,8 @@ def resave(adapter: PeftAdapter, folder: Path) -> None:
 def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a new folder that PEFT loads, complete or not at all.
 
-    Args:
-        folder: The folder to make.
-        config: Fields or bytes of `adapter_config.json`.
-        tensors: Tensors by PEFT's keys, `base_model.model.<path>.lora_A.weight` [r, d_in] and so on.
+    `config` has the fields or bytes of `adapter_config.json`, and `tensors` PEFT's keys,
+    `base_model.model.<path>.lora_A.weight` [r, d_in] and so on.
     """
     with new_folder(folder) as partial:
         put_adapter(partial, config, tensors)

@@ -79,18 +79,13 @@ class KnownBase(NamedTuple):
 
 
 def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> list[str]:
-    """Raise an error if the configuration shows that the adapter is more than a low-rank update.
+    """Raise a ValueError if the configuration shows that the adapter is more than a low-rank update.
 
-    Args:
-        config: Content of `adapter_config.json`; missing fields take PEFT's defaults.
-        compare_saved: If true, the caller compares modules that were trained in full with the base's weights.
-            Otherwise a configuration that lists such modules is an error.
+    Missing fields take PEFT's defaults. With `compare_saved` the caller compares modules that were trained in full with
+    the base's weights; otherwise a configuration that lists such modules is an error.
 
     Returns:
         Notes on unknown fields and on those without effect here; a re-saved adapter keeps them.
-
-    Raises:
-        ValueError: The configuration is of another format or kind, or a field has an impossible value.
     """
     foreign = _foreign_format(config)
     if foreign:
@@ -116,16 +111,20 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
             f"modules_to_save is {shown(config['modules_to_save'])}: modules trained in full cannot be "
             "mixed; retrain without them, or give the base's weights: modules equal to the base are ignored"
         )
-    return _notes(config)
+    notes = []
+    idle = [field for field in _IDLE if config.get(field) not in (None, False, [], {})]
+    if idle:
+        notes.append(f"without effect on the trained adapter, kept for re-saving: {', '.join(idle)}")
+    unknown = sorted(set(config) - set(_KNOWN) - set(_IDLE) - set(_OTHER_FORWARD))
+    if unknown:
+        notes.append(f"warning: unknown to PEFT up to 0.21, ignored: {some(unknown)}")
+    return notes
 
 
 def check_base(config: Mapping[str, Any], base: KnownBase) -> list[str]:
-    """Return notes if an adapter names another base than the given one.
+    """Return notes if an adapter names another base than the given one; ValueError if that is of another family.
 
     Shapes alone do not show the base: adapters of one family often fit models of another.
-
-    Raises:
-        ValueError: By its name, the adapter's base is of another family.
     """
     theirs = config.get("base_model_name_or_path")
     if not isinstance(theirs, str) or not theirs.strip():
@@ -150,14 +149,8 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[dict[
     """Return the factor on B A of each module, alpha / r or (rslora) alpha / sqrt(r), and warnings.
 
     Patterns are looked up by the rule of PEFT since 0.15, separately for rank and alpha. Up to 0.13 one key was used
-    for both; a warning names the modules where that would have given another scaling.
-
-    Args:
-        config: Content of `adapter_config.json`, checked by `check_config`.
-        ranks: Rank of each module's tensors, by path.
-
-    Raises:
-        ValueError: A rank in the tensors differs from the configuration's, or the patterns take too long to match.
+    for both; a warning names the modules where that would have given another scaling. A rank in the tensors that
+    differs from the configuration's is a ValueError.
     """
     given, clock = configured(config, ranks), Clock()
     rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
@@ -184,11 +177,7 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[dict[
 
 
 def configured(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, tuple[int, int | float]]:
-    """Return the rank and alpha that a checked configuration gives each module, by PEFT's rule since 0.15.
-
-    Raises:
-        ValueError: The patterns take too long to match.
-    """
+    """Return the rank and alpha that a checked configuration gives each module, by PEFT's rule since 0.15."""
     rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     ranks, alphas, clock = _compile(_PATTERN, rank_of), _compile(_PATTERN, alpha_of), Clock()
     return {
@@ -219,7 +208,7 @@ def _old_patterns(keys: Sequence[str]) -> dict[str, regex.Pattern] | None:
 
 
 def _first_match(patterns: Mapping[str, regex.Pattern], path: str, clock: Clock) -> str | None:
-    return next((key for key, pattern in patterns.items() if clock.match(pattern, path)), None)
+    return next((key for key, pattern in patterns.items() if clock.matches(pattern.match, path)), None)
 
 
 def _foreign_format(config: Mapping[str, Any]) -> str | None:
@@ -271,14 +260,3 @@ def _check_patterns(config: Mapping[str, Any]) -> None:
             f"the keys of rank_pattern and alpha_pattern have {length:,} characters: expected at most "
             f"{_MAX_CHARACTERS:,}"
         )
-
-
-def _notes(config: Mapping[str, Any]) -> list[str]:
-    notes = []
-    idle = [field for field in _IDLE if config.get(field) not in (None, False, [], {})]
-    if idle:
-        notes.append(f"without effect on the trained adapter, kept for re-saving: {', '.join(idle)}")
-    unknown = sorted(set(config) - set(_KNOWN) - set(_IDLE) - set(_OTHER_FORWARD))
-    if unknown:
-        notes.append(f"warning: unknown to PEFT up to 0.21, ignored: {some(unknown)}")
-    return notes

@@ -37,15 +37,8 @@ class Clock:
     def __init__(self) -> None:
         self.left = _SECONDS
 
-    def match(self, pattern: regex.Pattern, text: str) -> bool:
-        """Return whether a start of the text matches, as `re.match` does."""
-        return self._matches(pattern.match, text)
-
-    def fullmatch(self, pattern: regex.Pattern, text: str) -> bool:
-        """Return whether the whole text matches, as `re.fullmatch` does."""
-        return self._matches(pattern.fullmatch, text)
-
-    def _matches(self, match: Callable[..., Any], text: str) -> bool:
+    def matches(self, match: Callable[..., Any], text: str) -> bool:
+        """Return whether a text matches; `match` is a pattern's method `match` or `fullmatch`."""
         if not text.isascii():
             raise PatternError(f"{text!a} has characters beyond ASCII, which patterns are not matched with")
         began = time.process_time()

@@ -46,58 +46,8 @@ def collect(
 ) -> tuple[dict[str, Part], dict[str, str]]:
     """Return the checked factors by module path, and the reason why each other tensor (by key) is ignored.
 
-    Args:
-        tensors: Tensors by key, in any spelling that PEFT or its users have written.
-        config: Content of adapter_config.json.
-        shapes: As in `read_adapter`; with None they are not compared.
-        base_tensor: As in `read_adapter`.
-
-    Raises:
-        ValueError: A tensor is missing, unexpected, not finite or of the wrong shape, or the base is wrong.
+    Keys may have any spelling that PEFT or its users have written. Without shapes these are not compared.
     """
-    parts, ignored = _sort(tensors, config, base_tensor)
-    _check_pairs(parts, dora=bool(config.get("use_dora")))
-    if shapes is not None:
-        _check_shapes(parts, shapes, config)
-    for part in parts.values():
-        for key, array in part.values():
-            if not np.isfinite(array).all():
-                raise ValueError(f"{key} holds NaN or infinity: its training diverged; retrain it")
-    return parts, ignored
-
-
-def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[str]:
-    """Return warnings if target_modules and the tensors' paths disagree; the tensors are used."""
-    targets = config.get("target_modules")
-    if not targets or targets == "all-linear":
-        return []
-    if isinstance(targets, str):
-        try:
-            pattern, clock = compiled(targets), Clock()
-            strays = [path for path in paths if not clock.fullmatch(pattern, path)]
-        except PatternError as error:
-            return [f"warning: target_modules {shown(targets)} is not a pattern ({error}); the tensors are used"]
-        idle = []
-    else:
-        parts = {path: path.split(".") for path in paths}
-        ends = {path: {".".join(part[start:]) for start in range(len(part))} for path, part in parts.items()}
-        strays = [path for path in paths if ends[path].isdisjoint(targets)]
-        named = set().union(*ends.values())
-        idle = [target for target in targets if target not in named]
-    warnings = []
-    if strays:
-        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
-        warnings.append(f"warning: target_modules does not name {strays[0]}{more}; the tensors are used")
-    if idle:
-        warnings.append(f"warning: target_modules names {some(idle)}, for which there are no tensors")
-    return warnings
-
-
-def _sort(
-    tensors: Mapping[str, np.ndarray],
-    config: Mapping[str, Any],
-    base_tensor: Callable[[str], np.ndarray] | None,
-) -> tuple[dict[str, Part], dict[str, str]]:
     parts: dict[str, Part] = {}
     ignored = {}
     if len(tensors) > _MAX_TENSORS:
@@ -121,7 +71,41 @@ def _sort(
         part[match["kind"]] = key, array
     if not parts:
         raise ValueError("it has no lora_A and lora_B: expected the weights of a LoRA adapter")
+    _check_pairs(parts, dora=bool(config.get("use_dora")))
+    if shapes is not None:
+        _check_shapes(parts, shapes, config)
+    for part in parts.values():
+        for key, array in part.values():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{key} holds NaN or infinity: its training diverged; retrain it")
     return parts, ignored
+
+
+def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[str]:
+    """Return warnings if target_modules and the tensors' paths disagree; the tensors are used."""
+    targets = config.get("target_modules")
+    if not targets or targets == "all-linear":
+        return []
+    if isinstance(targets, str):
+        try:
+            pattern, clock = compiled(targets), Clock()
+            strays = [path for path in paths if not clock.matches(pattern.fullmatch, path)]
+        except PatternError as error:
+            return [f"warning: target_modules {shown(targets)} is not a pattern ({error}); the tensors are used"]
+        idle = []
+    else:
+        parts = {path: path.split(".") for path in paths}
+        ends = {path: {".".join(part[start:]) for start in range(len(part))} for path, part in parts.items()}
+        strays = [path for path in paths if ends[path].isdisjoint(targets)]
+        named = set().union(*ends.values())
+        idle = [target for target in targets if target not in named]
+    warnings = []
+    if strays:
+        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
+        warnings.append(f"warning: target_modules does not name {strays[0]}{more}; the tensors are used")
+    if idle:
+        warnings.append(f"warning: target_modules names {some(idle)}, for which there are no tensors")
+    return warnings
 
 
 def _reason_to_ignore(
@@ -201,7 +185,8 @@ def _check_pairs(parts: Mapping[str, Part], *, dora: bool) -> None:
 
 
 def _check_shapes(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]) -> None:
-    misfits = [path for path, part in parts.items() if shapes.get(path) != _d_in_d_out(part)]
+    found = {path: (part["lora_A"][1].shape[1], part["lora_B"][1].shape[0]) for path, part in parts.items()}
+    misfits = [path for path in parts if shapes.get(path) != found[path]]
     if not misfits:
         return
     path = misfits[0]
@@ -220,7 +205,3 @@ def _check_shapes(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int
     if (task := config.get("task_type")) in _HEADS:
         wrong_base, fix = "", f"task_type {task} names a model with another head: retrain it as a language model"
     raise ValueError(f"{wrong_base}{len(misfits)} of {len(parts)} modules do not fit; first {got}; {fix}")
-
-
-def _d_in_d_out(part: Part) -> tuple[int, int]:
-    return part["lora_A"][1].shape[1], part["lora_B"][1].shape[0]

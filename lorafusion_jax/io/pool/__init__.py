@@ -9,7 +9,7 @@
 In a `LoraPool` the scaling is in B, layers without an adapter are zeros of rank 0, and smaller ranks are padded.
 """
 
+# ruff: noqa: F401 (the imports are the public names)
+
 from .folder import AdapterFolders, ConvertedPool, load_basis, load_pool, open_pool
 from .stack import read_pool
-
-__all__ = ["AdapterFolders", "ConvertedPool", "load_basis", "load_pool", "open_pool", "read_pool"]

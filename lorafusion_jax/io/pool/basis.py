@@ -61,13 +61,9 @@ def describe_basis(folder: Path, k: int | None = None) -> Description:
 
 
 def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], config: Architecture) -> SharedBasis:
-    """Load the first k directions of a pool's basis, by default all.
+    """Load the first k directions of a pool's basis, by default all; ValueError if it is of another base or pool.
 
     `made_of` is the SHA-256 of the pool's adapters by name; the basis may hold other modules too.
-
-    Raises:
-      ValueError: there is no basis, or one with fewer directions, of another base or of other adapters; or a file is
-        missing or damaged.
     """
     description = describe_basis(folder, k)
     for name, digest in description["modules"].items():

@@ -56,16 +56,13 @@ class Manifest(TypedDict):
 
 
 class ConvertedPool:
-    """A converted pool.
+    """A converted pool; ValueError if the folder is none, or its manifest was altered.
 
     Attributes:
       folder: its folder.
       manifest: content of the manifest, without its own digest.
       names: names of the adapters, in the pool's order.
       config: structure of the base model that it was converted for.
-
-    Raises:
-      ValueError: the folder is not a converted pool, or its manifest was altered.
     """
 
     def __init__(self, folder: str | Path):
@@ -146,9 +143,6 @@ class AdapterFolders:
       folder: the folder.
       names: names of the adapters' folders, sorted.
       base: folder, hub id or GGUF file of the base model; without it nothing can be loaded.
-
-    Raises:
-      ValueError: the folder holds no adapter.
     """
 
     def __init__(self, folder: str | Path, base: str | None = None):
@@ -168,7 +162,13 @@ class AdapterFolders:
     @property
     def largest_rank(self) -> int:
         """The largest `r` of the adapters' configurations."""
-        return max(self._rank(self.folder / name) for name in self.names)
+        ranks = []
+        for name in self.names:
+            _, config = read_config_file(self.folder / name)
+            with named(self.folder / name):
+                check_config(config, compare_saved=True)
+            ranks.append(config.get("r", 8))
+        return max(ranks)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -195,12 +195,6 @@ class AdapterFolders:
         self.basis(k)
         return {}
 
-    def _rank(self, folder: Path) -> int:
-        _, config = read_config_file(folder)
-        with named(folder):
-            check_config(config, compare_saved=True)
-        return config.get("r", 8)
-
     @property
     def _base(self) -> str:
         if self.base is None:
@@ -209,12 +203,9 @@ class AdapterFolders:
 
 
 def open_pool(folder: str | Path, base: str | None = None) -> ConvertedPool | AdapterFolders:
-    """Open a pool on disk without its arrays.
+    """Open a converted pool, or a folder of PEFT adapter folders, without its arrays.
 
-    Args:
-      folder: a converted pool, or a folder of PEFT adapter folders.
-      base: folder, hub id or GGUF file of the base model; needed to load PEFT adapters, and checked against a converted
-        pool.
+    The base (folder, hub id or GGUF file) is needed to load PEFT adapters, and checked against a converted pool.
 
     Raises:
       ValueError: the folder is neither, its manifest was altered, or it was converted for a base of another shape.

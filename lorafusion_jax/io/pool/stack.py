@@ -45,8 +45,8 @@ def read_pool(
     Args:
       sources: folders or hub ids; their last parts are the names.
       config: structure of the base model.
-      base_tensor: as in `peft.read_adapter`.
-      base: as in `peft.read_adapter`.
+      base_tensor: function of `io.hf.base_tensor`, for adapters with copies of base weights.
+      base: the base model, to be compared with the one that each adapter names.
       dtype: dtype of the pool's arrays.
 
     Raises:
