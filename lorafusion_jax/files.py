@@ -274,9 +274,8 @@ def _parts(value: Any, hint: Any) -> Iterator[tuple[str, Any, Any]]:
     for option in _options(hint):
         origin, inner = typing.get_origin(option), typing.get_args(option)
         if isinstance(value, dict) and (dataclasses.is_dataclass(option) or typing.is_typeddict(option)):
-            if typing.is_typeddict(option):
-                needed = option.__required_keys__
-            else:
+            needed = getattr(option, "__required_keys__", None)
+            if needed is None:
                 fields = dataclasses.fields(option)
                 needed = {f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING}
             for name, of_field in typing.get_type_hints(option, include_extras=True).items():

@@ -27,30 +27,35 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one subcommand; errors that the user can fix go to stderr in one message, exit code 2.
+    """Run one subcommand, as `run` does."""
+    run(_subcommand, arguments)
 
-    From then on Ctrl-C and SIGTERM end the process (see `interrupts`).
-    """
-    _open_streams()
-    interrupts.watch()
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        run(lambda _: print(_description()), [])
-        return
-    name, *rest = arguments
-    if name not in COMMANDS:
+
+def _subcommand(arguments: Sequence[str]) -> None:
+    name, *rest = arguments or ("--help",)
+    if name in ("-h", "--help"):
+        print("Fuse a frozen pool of LoRA modules for a new task.\n\nsubcommands:")
+        for command, text in COMMANDS.items():
+            print(f"  {command:<11}{text}")
+        print("\n`lorafusion SUBCOMMAND --help` lists the options of each.")
+    elif name not in COMMANDS:
         sys.exit(f"lorafusion: no subcommand {name!r}: choose one of {', '.join(COMMANDS)}")
-    run(importlib.import_module(f".{name.replace('-', '_')}", __package__).main, rest)
+    else:
+        importlib.import_module(f".{name.replace('-', '_')}", __package__).main(rest)
 
 
 def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = None) -> None:
     """Call a command, and turn errors about its input into one message on stderr and exit code 2.
 
-    If the reader of its output ends first, so does the command, without a message.
+    If the reader of its output ends first, so does the command, without a message. Ctrl-C and SIGTERM end the process
+    (see `interrupts`).
     """
     from ..files import check_name, printable
 
-    _open_streams()
+    # Otherwise the next file that is opened would get the number of a closed stream.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
     interrupts.watch()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -69,23 +74,8 @@ def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = 
         sys.exit(2)
 
 
-def _open_streams() -> None:
-    """Open nothing for standard streams that are closed: the next file that is opened would get their numbers."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
-
-
 def _reader_is_gone() -> bool:
     """Return whether standard output is a pipe that nobody reads any more."""
     output = select.poll()
     output.register(1, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
-
-
-def _description() -> str:
-    lines = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
-    return (
-        f"Fuse a frozen pool of LoRA modules for a new task.\n\nsubcommands:\n{lines}\n\n"
-        "`lorafusion SUBCOMMAND --help` lists the options of each."
-    )

@@ -19,17 +19,13 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(ConvertOptions, arguments, "convert")
     manifest = convert(options)
     if options.adapters or options.adapters_file:
-        _print_pool(options, manifest)
+        print(report(manifest))
+        totals = manifest["totals"]
+        done = "would be written (dry run)" if options.dry_run else f"written to {options.out}"
+        print(f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}")
     if options.basis is not None or options.basis_from is not None:
         assert options.out is not None
         print(basis_report(options.out))
-
-
-def _print_pool(options: ConvertOptions, manifest: Mapping[str, Any]) -> None:
-    print(report(manifest))
-    totals = manifest["totals"]
-    done = "would be written (dry run)" if options.dry_run else f"written to {options.out}"
-    print(f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}")
 
 
 def report(manifest: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from ..runs.predict import evaluate_run
 from ..serving.predict import evaluate_runs
 from ..text_tables import plain
 from .parsing import parse, part_of
-from .scores import loss, score_table
+from .scores import loss, score_lines, score_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str]) -> None:
     """Evaluate the runs, and print a line for each seed, for each age of the chips, or for each chip."""
     command = parse(EvaluateCommand, arguments, "evaluate", groups=GROUPS)
     if command.runs:
-        print(run_table(evaluate_runs(**part_of(command, evaluate_runs, "--runs"))))
+        rows = evaluate_runs(**part_of(command, evaluate_runs, "--runs"))
+        print(plain(score_lines(rows, "run", "task", "seed"), left=(0, 1, 2, 4)))
         return
     if command.run is None:
         raise ValueError("nothing to evaluate: give one run with --run, or several with --runs")
@@ -64,14 +65,6 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{site_table(results)}\n{chip_table(results)}\nwritten to {report_path(options)}")
     else:
         print(f"{age_table(evaluate_on_chips(options))}\nwritten to {results_path(options)}")
-
-
-def run_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line for each seed of each run (see `evaluate_runs`)."""
-    lines = [["run", "task", "seed", "exact match %", "loss"]]
-    for row in rows:
-        lines.append([row["run"], row["task"], str(row["seed"]), f"{row['exact_match']:.1f}", loss(row["loss"])])
-    return plain(lines, left=(0, 1, 2, 4))
 
 
 def age_table(results: Mapping[str, Any]) -> str:
@@ -92,11 +85,9 @@ def age_table(results: Mapping[str, Any]) -> str:
 
 def chip_table(results: Mapping[str, Any]) -> str:
     """Return a table of the seeds, digitally and on every chip."""
-    lines = [["seed", "chip", "exact match %", "loss"]]
-    for chip in ({"chip": "digital", "seeds": results["digital"]}, *results["chips"]):
-        for row in chip["seeds"]:
-            lines.append([str(row["seed"]), str(chip["chip"]), f"{row['exact_match']:.1f}", loss(row["loss"])])
-    return plain(lines, left=(0, 1, 3))
+    chips = ({"chip": "digital", "seeds": results["digital"]}, *results["chips"])
+    rows = [row | {"chip": chip["chip"]} for chip in chips for row in chip["seeds"]]
+    return plain(score_lines(rows, "seed", "chip"), left=(0, 1, 3))
 
 
 def site_table(results: Mapping[str, Any]) -> str:

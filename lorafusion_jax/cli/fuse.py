@@ -68,7 +68,9 @@ def main(arguments: Sequence[str]) -> None:
     """Fuse, and print the results; with `--plan`, print only the estimated cost."""
     asked = peek(_Asked, arguments)
     entry = find(asked.method)
-    _refuse_others(arguments, entry)
+    for option in given(arguments):
+        if having(option) and option not in fields_of(entry):
+            raise ValueError(f"--{option.replace('_', '-')} is {not_an_option(option, entry.name)}")
     recipe = recipe_of(entry.recipe, vars(PRESETS[asked.preset]))
     command = parse(_command(entry), arguments, "fuse", groups=groups_of(entry), defaults=vars(recipe))
     options = with_listed_modules(plain(command))
@@ -108,13 +110,6 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
             "seed_mode", "mesh", "distributed", "coordinator", "processes", "process", "profile",
         ),
     }  # fmt: skip
-
-
-def _refuse_others(arguments: Sequence[str], entry: MethodEntry) -> None:
-    """Raise ValueError for an option of other methods than the one that is asked for."""
-    for option in given(arguments):
-        if having(option) and option not in fields_of(entry):
-            raise ValueError(f"--{option.replace('_', '-')} is {not_an_option(option, entry.name)}")
 
 
 def report(results: Mapping[str, Any], folder: Path) -> str:

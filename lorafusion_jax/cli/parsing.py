@@ -26,9 +26,9 @@ def parse(
 ) -> Options:
     """Return the options that the arguments of a subcommand give; the docstring of their class is the help text.
 
-    Fields of the dataclass may be dataclasses too; all their options are spelled without a prefix. The help text shows
-    options without a group first. `defaults` replace the dataclass's, by option name. Arguments of other options are
-    added to `others`; without such a list they are refused.
+    Fields of the dataclass may be dataclasses too; all options are spelled without a prefix. The help text shows
+    options without a group first. `defaults` replace the dataclass's, by option name. Other arguments are added to
+    `others`, or refused.
     """
     import tyro
 
@@ -73,11 +73,7 @@ def _refuse_old_names(arguments: Sequence[str], options: Sequence[str]) -> None:
 
 
 def part_of(command: Any, use: Callable[..., Any], flag: str) -> dict[str, Any]:
-    """Return those options of a command that are arguments of one of its uses, which `flag` chooses.
-
-    Raises:
-      ValueError: an option of another use is given too.
-    """
+    """Return those options of a command that are arguments of a use, which `flag` chooses; ValueError for others."""
     own = inspect.signature(use).parameters
     others = [field for field in dataclasses.fields(command) if field.name not in own]
     if given := [field.name for field in others if getattr(command, field.name) != field.default]:

@@ -7,10 +7,16 @@ from typing import Any
 from ..text_tables import plain
 
 
+def score_lines(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[str]]:
+    """Return a heading, and a line for each row: its values of these names, and its scores."""
+    scored = [[f"{row['exact_match']:.1f}", loss(row["loss"])] for row in rows]
+    named = [[str(row[name]) for name in names] for row in rows]
+    return [[*names, "exact match %", "loss"], *map(list.__add__, named, scored)]
+
+
 def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return a line for each seed (see `runs.evaluate.seed_rows`), then mean and spread of several."""
-    lines = [["seed", "exact match %", "loss"]]
-    lines += [[str(row["seed"]), f"{row['exact_match']:.1f}", loss(row["loss"])] for row in rows]
+    lines = score_lines(rows, "seed")
     if len(rows) > 1:
         scores = [row["exact_match"] for row in rows]
         lines.append(["mean", f"{statistics.fmean(scores):.1f}", f"± {statistics.stdev(scores):.1f}"])

@@ -106,11 +106,18 @@ def _pool(config: Architecture, modules: PlannedPool, count: int, k: int | None)
     shapes = {name: (site.layers, site.d_in, site.d_out) for name, site in adapted.items()}
     rank = {name: jnp.full((layers, count), r, jnp.int32) for name, (layers, _, _) in shapes.items()}
     if k is None:
-        A = {name: jnp.zeros((layers, count, d_in, r)) for name, (layers, d_in, _) in shapes.items()}
-        B = {name: jnp.zeros((layers, count, r, d_out)) for name, (layers, _, d_out) in shapes.items()}
-        return LoraPool(A=A, B=B, rank=rank, names=names)
-    U = {name: jnp.zeros((layers, d_in, k)) for name, (layers, d_in, _) in shapes.items()}
-    V = {name: jnp.zeros((layers, k, d_out)) for name, (layers, _, d_out) in shapes.items()}
-    S = {name: jnp.zeros((layers, count, k, k)) for name, (layers, _, _) in shapes.items()}
-    energy = {name: jnp.zeros((layers, count)) for name, (layers, _, _) in shapes.items()}
-    return SharedBasis(U=U, V=V, S=S, energy=energy, rank=rank, names=names, sites=tuple(adapted))
+        return LoraPool(
+            A={name: jnp.zeros((layers, count, d_in, r)) for name, (layers, d_in, _) in shapes.items()},
+            B={name: jnp.zeros((layers, count, r, d_out)) for name, (layers, _, d_out) in shapes.items()},
+            rank=rank,
+            names=names,
+        )
+    return SharedBasis(
+        U={name: jnp.zeros((layers, d_in, k)) for name, (layers, d_in, _) in shapes.items()},
+        V={name: jnp.zeros((layers, k, d_out)) for name, (layers, _, d_out) in shapes.items()},
+        S={name: jnp.zeros((layers, count, k, k)) for name, (layers, _, _) in shapes.items()},
+        energy={name: jnp.zeros((layers, count)) for name, (layers, _, _) in shapes.items()},
+        rank=rank,
+        names=names,
+        sites=tuple(adapted),
+    )

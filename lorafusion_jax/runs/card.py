@@ -39,16 +39,8 @@ def write_card(
 ) -> None:
     """Write README.md into an exported folder, and a plot of the coefficients if matplotlib is installed.
 
-    Args:
-      out: exported folder.
-      run: folder of the run.
-      options: options of the run.
-      seed: exported seed.
-      config: structure of the base model.
-      merged: the folder is a whole model, not an adapter.
-      gguf: the folder holds a file for llama.cpp.
-      repository: repository on the hub; None without one.
-      coefficients: coefficients by site; None if the run fused no modules.
+    If `merged`, the folder is a whole model, not an adapter; if `gguf`, it holds a file for llama.cpp. `repository` is
+    its place on the hub. The coefficients, by site, are None if the run fused no modules.
     """
     recorded, results = run.config(), run.results()
     modules = recorded["modules"][options.seeds.index(seed)]

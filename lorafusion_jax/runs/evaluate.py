@@ -37,18 +37,13 @@ from .prepare import Setup, Texts, encode_shown, shown_to_seeds, tasks_of_seeds
 
 
 class Evaluation(NamedTuple):
-    """A model's answers to every row of a test set, and their scores, for every seed.
+    """A model's answers to every row of a test set, and their scores, for every seed."""
 
-    Attributes:
-      predictions: texts, [seeds][rows].
-      correct: exact match after strip, lower case and full stops removed.
-      loss: mean cross-entropy of the targets in nats per token; None if no model was evaluated.
-      option_correct: the likeliest of a row's options is its target; None for a task without options.
-    """
-
-    predictions: list[list[str]]
-    correct: Bool[np.ndarray, "seeds rows"]
+    predictions: list[list[str]]  # texts, [seeds][rows]
+    correct: Bool[np.ndarray, "seeds rows"]  # exact match after strip, lower case and full stops removed
+    # mean cross-entropy of the targets in nats per token; None if no model was evaluated
     loss: Float[np.ndarray, " seeds"] | None
+    # the likeliest of a row's options is its target; None for a task without options
     option_correct: Bool[np.ndarray, "seeds rows"] | None
 
     @property
@@ -70,14 +65,9 @@ def evaluate(
     options: Sequence[Sequence[str]] | None = None,
     stop: str | None = None,
 ) -> Evaluation:
-    """Evaluate the parameters of all seeds on the test rows of `setup`.
+    """Evaluate the parameters of all seeds (their leading axis) on the test rows of `setup`.
 
-    Args:
-      setup: setup of the run.
-      params: leaves with a leading axis of the problem's seeds.
-      batch_size: rows in a batch.
-      options: possible answers of each test row, to be scored; None for an open task.
-      stop: text that ends an answer, if it occurs in one.
+    `options` are the possible answers of each test row, to be scored, and `stop` is text that ends an answer.
     """
     problem, pad_id = setup.problem, setup.tokenizer.pad_token_id
     seeds = problem.index.shape[0]

@@ -16,9 +16,9 @@ from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.gguf.write import write_lora, write_merged
 from ..io.hf import hf_tensors, open_base, put_base
-from ..io.hub import make_repository, upload
 from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
+from ..io.source import make_repository, upload
 from ..methods import find
 from ..models.architecture import Architecture, Model
 from ..models.registry import gguf_layout

@@ -128,9 +128,7 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Keep other processes out while this one lives, and remove files that a killed process left unfinished.
 
-        Raises:
-          ValueError: another process is writing to the run, or a file in it is a link.
-          WriteError: the disk is full or read-only, or has no locks.
+        Raises a ValueError if another process is writing to the run, or if a file in it is a link.
         """
         if not processes.first():
             yield

@@ -132,11 +132,7 @@ class FuseOptions:
 
 
 def _recipe_for(entry: MethodEntry, recipe: Recipe) -> Recipe:
-    """Return a recipe in the class of a method.
-
-    Raises:
-      ValueError: the recipe has a number that the method does not have, other than its default.
-    """
+    """Return a recipe in the class of a method; ValueError for a number that the method lacks."""
     if type(recipe) is entry.recipe:
         return recipe
     own = fields_of(entry)
@@ -155,11 +151,7 @@ def not_an_option(number: str, method: str) -> str:
 
 @functools.cache
 def options_with(recipe: type[Recipe]) -> type[FuseOptions]:
-    """Return the options of runs with recipes of a class, whose fields are options of the command line too.
-
-    Raises:
-      ValueError: a field has the name of an option that every run has.
-    """
+    """Return the options of runs with recipes of a class, whose fields are options of the command line too."""
     common = {field.name for part in (FuseOptions, OnArrays) for field in dataclasses.fields(part)}
     if taken := sorted(common & {field.name for field in dataclasses.fields(recipe)}):
         raise ValueError(f"{recipe.__name__} has a field {taken[0]}, which is an option of every run: rename the field")

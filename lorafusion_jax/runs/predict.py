@@ -132,10 +132,6 @@ def generate_lines(options: GenerateOptions, problem: Problem | None = None) -> 
 
     A blank line has an empty answer, so that answers and lines have the same numbers. By default the options' model
     answers; another `problem` of the same seed may have its weights on chips.
-
-    Raises:
-      ValueError: there is no text, the options do not name one model, the run lacks the seed or its method cannot
-        answer new text, or a line is longer than the model's context.
     """
     answering = _answering(options)
     lines = list(_lines(options))

@@ -68,21 +68,13 @@ class Texts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model and the modules that are fused onto it, without a task.
+    """A model and the modules that are fused onto it, without a task."""
 
-    Attributes:
-      problem: problem of all seeds; its pool holds all modules that any seed draws.
-      modules: names of the modules of each seed.
-      tokenizer: tokenizer of the base model.
-      text_format: format of its prompts and answers.
-      pool_digests: digests of the pool as it was read.
-    """
-
-    problem: Problem
-    modules: tuple[tuple[str, ...], ...]
+    problem: Problem  # problem of all seeds; its pool holds all modules that any seed draws
+    modules: tuple[tuple[str, ...], ...]  # names of the modules of each seed
     tokenizer: Any
-    text_format: TextFormat
-    pool_digests: PoolDigests
+    text_format: TextFormat  # format of its prompts and answers
+    pool_digests: PoolDigests  # digests of the pool as it was read
 
     def with_problem(self: AnyLoaded, **changes: Any) -> AnyLoaded:
         """Return the same with changed fields of the problem."""
@@ -96,21 +88,13 @@ class LoadedModel:
 
 @dataclasses.dataclass(frozen=True)
 class Setup(LoadedModel):
-    """All inputs of a run's computation.
+    """All inputs of a run's computation."""
 
-    Attributes:
-      task: texts.
-      train: tokens of the task's training rows.
-      test: tokens of the rows to evaluate on.
-      split: training and validation rows of each seed; None if nothing is trained.
-      max_new_tokens: limit of generated tokens.
-    """
-
-    task: Task
-    train: Encoded
-    test: Encoded
-    split: Split | None
-    max_new_tokens: int
+    task: Task  # texts
+    train: Encoded  # tokens of the task's training rows
+    test: Encoded  # tokens of the rows to evaluate on
+    split: Split | None  # training and validation rows of each seed; None if nothing is trained
+    max_new_tokens: int  # limit of generated tokens
 
     @property
     def rows(self) -> TrainingRows:
@@ -194,13 +178,8 @@ def check(options: FuseOptions) -> None:
 def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train: bool = True) -> Setup:
     """Load the base, pool and task of the options, and make each seed's draws.
 
-    Args:
-      options: options of the run.
-      seed_mode: mode of a run that is resumed; by default the options' own, or the faster one here.
-      to_train: the method is going to be trained, so the task must have training rows.
-
-    Raises:
-      ValueError: a file or option cannot be used.
+    `seed_mode` is that of a run that is resumed; by default the options' own. With `to_train` the task must have
+    training rows for a method that trains.
     """
     check(options)
     recipe, method = options.recipe, find(options.method)
@@ -328,11 +307,7 @@ def _frozen(
 
 
 def with_whole_modules(loaded: AnyLoaded, options: FuseOptions) -> AnyLoaded:
-    """Return a model with whole modules instead of the same modules in a basis, to rank them.
-
-    Raises:
-      ValueError: the pool has only the part of a module in the basis.
-    """
+    """Return a model with whole modules instead of the same modules in a basis, to rank them."""
     assert options.pool is not None
     stored, names = open_pool(options.pool, options.base), loaded.modules[0]
     if missing := sorted(set(names) - set(stored.names)):

@@ -45,15 +45,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
 class HardwareSetup(NamedTuple):
-    """A run on hardware.
+    """A run on hardware."""
 
-    Attributes:
-      training: setup of the training.
-      tested: function from the trained numbers to the setup of the evaluation.
-    """
-
-    training: Setup
-    tested: Callable[[Params], Setup]
+    training: Setup  # setup of the training
+    tested: Callable[[Params], Setup]  # function from the trained numbers to the setup of the evaluation
 
 
 # Puts a run on hardware: (digital setup, options, numbers to start from).
@@ -63,12 +58,8 @@ SetUpHardware = Callable[[Setup, FuseOptions, Params], HardwareSetup]
 def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, Any]:
     """Do a run, and return the results as they are in results.json.
 
-    Args:
-      options: options of the run.
-      set_up: function that puts the run on the hardware of its options; None for a digital run.
-
-    Raises:
-      ValueError: before anything is written, on options or files that cannot be used.
+    `set_up` puts the run on the hardware of its options; without it the run is digital. Options or files that cannot be
+    used are a ValueError before anything is written.
     """
     options = with_listed_modules(options)
     check(options)
@@ -145,11 +136,7 @@ def run_path(options: FuseOptions) -> Path:
 
 
 def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig]:
-    """Return the options, the trained numbers (leaves with an axis of seeds) and the config of a run.
-
-    Raises:
-      ValueError: the folder is not a run, a file of it is damaged, or its training has not ended.
-    """
+    """Return the options, the trained numbers (leaves with an axis of seeds) and the config of a run."""
     run = RunFolder(Path(folder))
     config = run.config()
     options = _located(Path(folder), config)
@@ -214,9 +201,7 @@ def _complete(
         "exact_match": float(np.mean(evaluation.exact_match)),
         "exact_match_std": float(np.std(evaluation.exact_match, ddof=1)) if len(seeds) > 1 else None,
         "seeds": [
-            row
-            | {"steps": steps[i], "modules": list(setup.modules[i])}
-            | dict(zip(("forward_rows", "backward_rows"), rows_passed(setup, options, steps[i]), strict=True))
+            row | {"steps": steps[i], "modules": list(setup.modules[i])} | rows_passed(setup, options, steps[i])
             for i, row in enumerate(seed_rows(seeds, evaluation))
         ],
         "test_rows": len(setup.test),
@@ -251,17 +236,17 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
     return params
 
 
-def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> tuple[int, int]:
+def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> dict[str, int]:
     """Return the number of rows that one seed passed forward and backward to adapt, validation included."""
     method, recipe = find(options.method), options.recipe
     if setup.split is None or method.learns == "given":
-        return 0, 0
+        return {"forward_rows": 0, "backward_rows": 0}
     train, validation = setup.split.train.shape[1], setup.split.validation.shape[1]
     if method.search is not None:
-        return method.evaluations(recipe, setup.problem.index.shape[1]) * train, 0
+        return {"forward_rows": method.evaluations(recipe, setup.problem.index.shape[1]) * train, "backward_rows": 0}
     epochs = steps // -(-train // min(recipe.batch_size, train))
-    ranking = 0 if choice_of(recipe) == "draw" else train
-    return epochs * (train + validation) + ranking, epochs * train + ranking
+    backward = (epochs if choice_of(recipe) == "draw" else epochs + 1) * train
+    return {"forward_rows": backward + epochs * validation, "backward_rows": backward}
 
 
 def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluation) -> Iterator[dict[str, Any]]:

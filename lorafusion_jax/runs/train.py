@@ -43,14 +43,7 @@ class _Reached(TypedDict):
 def train(
     run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
 ) -> tuple[dict[str, Any], list[int]]:
-    """Return the trained numbers and the steps of each seed.
-
-    Args:
-      run: folder of the run.
-      setup: setup of the training.
-      options: options of the run.
-      begin: numbers to start from; None for the method's own.
-    """
+    """Return the trained numbers and the steps of each seed; `begin` has numbers to start from."""
     method = find(options.method)
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds)
