@@ -57,9 +57,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
     plot(path, (1.6 * len(scores) + 1.5, 4.8), draw)
 
 
-def plot_learning_curves(
-    metrics: Mapping[str, Mapping[str, Sequence[Row]]], path: Path, *, title: str = ""
-) -> None:
+def plot_learning_curves(metrics: Mapping[str, Mapping[str, Sequence[Row]]], path: Path, *, title: str = "") -> None:
     """Draw the cross-entropy against the step, a panel a task: every seed as a thin line, their mean as a thick one.
 
     The axis of the loss is logarithmic. `metrics` has the lines of metrics.jsonl by task and method. A method without
