@@ -60,8 +60,8 @@ def step_bytes(
     """Return the bytes that a training step of all seeds needs in addition to its arguments.
 
     These are the values that the backward pass keeps, the gradients, the working memory of one layer, and the fused
-    factors: of all seeds if these are batched, else of one. In the second case the new state of all seeds is added,
-    which cannot overwrite the old one. Shape and trained numbers are those of one seed.
+    factors. They are needed for all seeds if these are batched, else for one. In the second case the new state of all
+    seeds is added, which cannot overwrite the old one. Shape and trained numbers are those of one seed.
     """
     gradients = trainable * _FLOAT32 * (1 if update.trains_base else 3)
     kept = _kept(config, shape, update)
