@@ -180,7 +180,11 @@ def main(arguments: Sequence[str] = ()) -> None:
         print(
             f"[{number}/{len(missing)}] {job_of(row).arm}: {above:.4f} nats above digital", file=sys.stderr, flush=True
         )
-    report(rows, options.out)
+    for part, lines in tables(rows).items():
+        write_csv(options.out / f"{part}.csv", lines)
+        print(markdown(lines))
+    if main_rows := [row for row in rows if row["part"] == "main"]:
+        draw(main_rows, options.out / "restore.png")
 
 
 def jobs(options: Options) -> Iterator[Job]:
@@ -295,33 +299,30 @@ def read_texts(loaded: LoadedModel) -> Texts:
     return Texts(windows(ids[:HELD_OUT], WINDOW), ids[HELD_OUT:] + more, more[:ADC_CALIBRATION])
 
 
-def report(rows: Sequence[Row], out: Path) -> None:
-    """Write the tables and the figure of the rows."""
+def tables(rows: Sequence[Row]) -> dict[Part, list[list[str]]]:
+    """Return the tables of the rows by part; losses are in nats per token above the digital model's."""
     of_part = {part: [row for row in rows if row["part"] == part] for part in ("main", "text", "chips")}
+    found: dict[Part, list[list[str]]] = {}
     if main_rows := of_part["main"]:
         lines = [["corrections", "numbers", "% of the weights", "chips", "nats above digital", "95 % interval"]]
         for arm in dict.fromkeys(job_of(row).arm for row in main_rows):
             own = [row for row in main_rows if job_of(row).arm == arm]
             above = [row["loss"] - row["digital"] for row in own]
             ends = over_tasks(above)
-            numbers = np.mean([row["numbers"] for row in own])
+            numbers, share = (float(np.mean([row[name] for row in own])) for name in ("numbers", "share"))
             between = "-" if ends is None else f"{ends.low:.3f} to {ends.high:.3f}"
-            share = f"{100 * np.mean([row['share'] for row in own]):.2f}"
-            lines.append([str(arm), f"{numbers:,.0f}", share, str(len(own)), f"{np.mean(above):.3f}", between])
-        write_csv(out / "main.csv", lines)
-        draw(main_rows, out / "restore.png")
-        print(markdown(lines))
+            of_arm = [f"{numbers:,.0f}", f"{100 * share:.2f}", str(len(own)), f"{np.mean(above):.3f}", between]
+            lines.append([str(arm), *of_arm])
+        found["main"] = lines
     for part in ("text", "chips"):
+        lines = [["setting", "corrections", "text", "tokens", "nats above digital"]]
+        for row in of_part[part]:
+            job = job_of(row)
+            setting = ", ".join(f"{name} {value:g}" for name, value in job.setting._asdict().items() if value)
+            lines.append([setting, str(job.arm), job.text, str(job.tokens), f"{row['loss'] - row['digital']:.3f}"])
         if of_part[part]:
-            head = ["setting", "corrections", "text", "tokens", "nats above digital"]
-            lines = [head]
-            for row in of_part[part]:
-                job = job_of(row)
-                setting = ", ".join(f"{k} {v:g}" for k, v in job.setting._asdict().items() if v)
-                above = f"{row['loss'] - row['digital']:.3f}"
-                lines.append([setting, str(job.arm), job.text, str(job.tokens), above])
-            write_csv(out / f"{part}.csv", lines)
-            print(markdown(lines))
+            found[part] = lines
+    return found
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from ..checks import at_least
 from ..crossbar import Correction, Corrections, chips_in, fit_corrections, place, reads, with_corrections
 from ..progress import progress
 from ..training.step import standard_promotion
@@ -48,6 +49,10 @@ class Restoring:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        at_least(0, epochs=self.epochs)
+        for name in ("ridge", "rate", "rate_low_rank"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number of at least 0")
         if (self.method in ("low-rank", "lora")) != (self.numbers > 0):
             raise ValueError(
                 f"the method {self.method} with {self.numbers} numbers of low rank: expected more than 0 for low-rank "

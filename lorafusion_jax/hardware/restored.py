@@ -7,6 +7,7 @@ FOLDER/arrays.safetensors    chip_N/SITE/scale and so on, and the converters' ra
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -118,6 +119,10 @@ def restore_chips(options: RestoreOptions) -> Manifest:
     """
     at_least(1, tokens=options.tokens, self_text=options.self_text)
     check_uint32(seed=options.seed)
+    low_rank = options.method in ("low-rank", "lora")
+    same = {name: getattr(options, name) for name in ("method", "epochs", "rate", "rate_low_rank", "seed")}
+    # Refuses what cannot work before the model is loaded.
+    how = Restoring(**same, numbers=int(low_rank and options.rank > 0))
     chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
     config, keys = aged(chips.config, options.age), [chips.chip_key(number) for number in options.chip]
     out = options.out or Path(options.crossbar) / f"restored-{options.method}"
@@ -145,7 +150,8 @@ def restore_chips(options: RestoreOptions) -> Manifest:
             chip = program(graph, digital, chips.rules(config), key)
             weights = calibrate_tree(run, chip.base, batches[train])
             held = digital_matrices(setup, weights)
-            how = _how(options, held)
+            if low_rank:
+                how = dataclasses.replace(how, numbers=_low_rank_numbers(options.rank, held))
             corrections = restore(run, weights, held, batches[train], targets[train], how)
             pairs = list(zip(batches, targets, strict=True))[len(batches) - measured :] or [(batches[0], targets[0])]
             before_and_after[str(number)] = [
@@ -296,11 +302,9 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions) -> tuple[list[Batch
     return windows(ids, WINDOW), digest
 
 
-def _how(options: RestoreOptions, held: Sequence[Array]) -> Restoring:
-    low_rank = options.method in ("low-rank", "lora")
-    numbers = round(options.rank * sum(m.size // m.shape[-1] // m.shape[-2] * sum(m.shape[-2:]) for m in held))
-    same = {name: getattr(options, name) for name in ("method", "epochs", "rate", "rate_low_rank", "seed")}
-    return Restoring(**same, numbers=numbers if low_rank else 0)
+def _low_rank_numbers(rank: float, held: Sequence[Array]) -> int:
+    """Return the numbers of matrices of a mean rank."""
+    return round(rank * sum(math.prod(matrix.shape[:-2]) * sum(matrix.shape[-2:]) for matrix in held))
 
 
 def _to_save(weights: Any, corrections: dict[str, Correction]) -> dict[str, dict[str, np.ndarray]]:

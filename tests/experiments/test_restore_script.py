@@ -1,0 +1,48 @@
+"""Restoring SmolLM2 on arrays: its tables by hand, and its page against the rows next to it."""
+
+import csv
+from pathlib import Path
+
+import restore as experiment
+from lab.common import read_lines
+
+_PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "restore.md"
+
+
+def _row(chip, arm, loss):
+    return {
+        "part": "main",
+        "setting": experiment.Setting()._asdict(),
+        "chip": chip,
+        "arm": arm._asdict(),
+        "text": "real",
+        "calibration_tokens": 3072,
+        "numbers": 10,
+        "share": 0.01,
+        "loss": loss,
+        "digital": 3.0,
+    }
+
+
+def test_means_and_intervals_over_chips():
+    arm = experiment.Arm("scales", None, 5)
+    rows = [_row(chip, arm, loss) for chip, loss in enumerate((3.1, 3.2, 3.3), start=1)]
+    # The standard error of a mean of three is 0.1 / sqrt(3), and 4.303 of them make half of the interval.
+    assert experiment.tables(rows)["main"][1] == ["scales, distilled", "10", "1.00", "3", "0.200", "-0.048 to 0.448"]
+
+
+def test_the_page_has_the_tables_of_its_rows():
+    rows = read_lines(_PAGE.parent / "restore" / "rows.jsonl")
+    for part, lines in experiment.tables(rows).items():
+        with (_PAGE.parent / "restore" / f"{part}.csv").open() as file:
+            assert list(csv.reader(file)) == lines
+        assert [line for line in lines[1:] if f"| {' | '.join(line)} |" not in _PAGE.read_text()] == []
+
+
+def test_measured_rows_are_not_asked_for_again(tmp_path, capsys):
+    experiment.main(["--plan", "--chips", "1", "--out", str(tmp_path)])
+    everything = capsys.readouterr().out
+    (job, *_) = experiment.jobs(experiment.Options(chips=(1,)))
+    experiment.append_line(tmp_path / "rows.jsonl", _row(1, job.arm, 3.5))
+    experiment.main(["--plan", "--chips", "1", "--out", str(tmp_path)])
+    assert len(capsys.readouterr().out.splitlines()) == len(everything.splitlines()) - 1
