@@ -38,7 +38,7 @@ _WHAT = "a folder of corrections"
 _RANGES = ("limits", "input_limit")
 # Most tokens of a row of text; a last share of the rows is left out of the training, to measure on.
 WINDOW, _MEASURED = 128, 8
-# Tokens that a decoder samples by default; lines in a batch of an encoder-decoder, and most tokens of its answers.
+# Tokens that a causal model samples by default; lines in a batch of another model, and most tokens of its answers.
 _SAMPLED, _LINES, _ANSWER = 3072, 16, 32
 
 
@@ -75,8 +75,8 @@ class RestoreOptions:
       base: the base model, as in `lorafusion fuse`.
       crossbar: a folder that `lorafusion crossbar program` wrote, a preset, or a .yaml or .json file.
       chip: numbers of the chips.
-      text: text files; an encoder-decoder reads each line, a decoder windows of 128 tokens.
-      self_text: use so many tokens that the digital model samples itself instead of text (decoders only); by default
+      text: text files; a causal model reads windows of 128 tokens, another one each line.
+      self_text: use so many tokens that a causal model samples itself, digitally, instead of text; by default
         3,072 without --text.
       tokens: use the first so many tokens of the text; by default all.
       method: a factor of each column (`scales`), an offset too (`offsets`), factors and matrices of low rank
@@ -250,14 +250,14 @@ def digital_matrices(loaded: LoadedModel, weights: Any) -> list[Float[Array, "*N
 
 
 def windows(ids: Sequence[int], width: int) -> list[Batch]:
-    """Return a decoder's text in rows of `width` tokens, a batch each, that predict all tokens but their first."""
+    """Return text in rows of `width` tokens, a batch each, that predict all tokens but their first."""
     rows = jnp.array(ids[: len(ids) // width * width], jnp.int32).reshape(-1, 1, width)
     first, alone = jnp.ones((1, 1), bool), jnp.ones(1, bool)
     return [Batch(row[:, :1], first, row[:, 1:], alone) for row in rows]
 
 
 def sampled(loaded: LoadedModel, tokens: int, seed: int) -> list[int]:
-    """Return text that a decoder samples from itself at temperature 1, from its end-of-text token on.
+    """Return text that a causal model samples from itself at temperature 1, from its end-of-text token on.
 
     Rows have `WINDOW` tokens, and each begins with that token.
     """
@@ -272,7 +272,7 @@ def sampled(loaded: LoadedModel, tokens: int, seed: int) -> list[int]:
 
 
 def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
-    """Return lines of text as sources of an encoder-decoder, in batches; targets are the digital model's answers."""
+    """Return lines of text as sources, in batches; targets are the digital model's answers."""
     model, tokenizer = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base), loaded.tokenizer
     answer = jax.jit(functools.partial(generate, max_new_tokens=_ANSWER))
     encoded = encode(tokenizer, [Example(line, "") for line in lines], loaded.text_format)
@@ -292,7 +292,7 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions) -> tuple[list[Batch
     if not loaded.config.causal:
         lines = [line for line in content.splitlines() if line.strip()]
         if not lines or options.self_text:
-            raise ValueError(f"{options.base} is an encoder-decoder: give lines that it reads with --text")
+            raise ValueError(f"{options.base} is not causal: give lines of text that it reads with --text")
         return answered(loaded, lines), digest
     if not options.text:
         return windows(sampled(loaded, options.self_text or _SAMPLED, options.seed), WINDOW), "sampled"
