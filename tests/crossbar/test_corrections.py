@@ -116,7 +116,8 @@ def test_corrections_of_the_same_chip_are_the_same_and_bring_outputs_closer():
         )
     ]
     assert errors[2] < 0.5 * errors[1] and errors[1] < errors[0]
-    jax.tree.map(np.testing.assert_array_equal, _fit(numbers=90), _fit(numbers=90))
+    again = _fit(crossbar.with_corrections(chips, _fit()), numbers=90)  # a chip that has a correction already
+    jax.tree.map(np.testing.assert_array_equal, _fit(numbers=90), again)
 
 
 def test_programmed_weights_contain_the_correction():
@@ -166,6 +167,10 @@ def test_fewer_vectors_than_inputs_warn_of_the_ridge():
     ("case", "message"),
     [
         (lambda: _fit(batches=[]), "there are no batches"),
+        (
+            lambda: crossbar.fit_corrections(_run, _chips(), [_WEIGHTS["head"]], _BATCHES),
+            "1 matrices for 2 chips: expected one for each",
+        ),
         (lambda: _fit(offsets=True, numbers=9), "offsets are fitted with scales and without"),
         (
             lambda: crossbar.fit_corrections(_run, _chips(), [_WEIGHTS["head"].T, _WEIGHTS["layers"]], _BATCHES),

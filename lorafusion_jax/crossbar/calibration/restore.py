@@ -114,6 +114,8 @@ def fit_corrections(
     chips = chips_in(weights)
     if offsets and (numbers or not scales):
         raise ValueError("offsets are fitted with scales and without matrices of low rank: leave out one of them")
+    if len(matrices) != len(chips):
+        raise ValueError(f"{len(matrices)} matrices for {len(chips)} chips: expected one for each, in their order")
     if shapes := [(place(c), c.shape, m.shape) for c, m in zip(chips, matrices, strict=True) if c.shape != m.shape]:
         raise ValueError("the matrix of {0} has the shape {2}: expected {1}".format(*shapes[0]))
     total = None
@@ -161,7 +163,7 @@ def _observe(
 
     def total(moments: list[_Moments]) -> Array:
         taps = map(_Tap, moments, matrices)
-        tapped = [dataclasses.replace(chip, tap=tap) for chip, tap in zip(chips, taps, strict=True)]
+        tapped = [dataclasses.replace(chip, tap=tap, correction=None) for chip, tap in zip(chips, taps, strict=True)]
         return jnp.sum(run(with_chips(weights, tapped), batch))
 
     def zeros(chip: Chip) -> _Moments:
