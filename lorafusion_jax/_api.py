@@ -10,6 +10,7 @@ from .adapters.norms import column_norms as column_norms
 from .adapters.norms import gram as gram
 from .adapters.pool import LoraPool as LoraPool
 from .adapters.pool import random_pool as random_pool
+from .adapters.pool import rotated_pool as rotated_pool
 from .adapters.pool import shuffled_pool as shuffled_pool
 from .adapters.updates import LowRank as LowRank
 from .adapters.updates import Modules as Modules

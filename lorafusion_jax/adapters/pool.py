@@ -192,4 +192,43 @@ def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
     )
 
 
+def rotated_pool(pool: LoraPool, key: Array, *, together: bool = False) -> LoraPool:
+    """Return a control: a pool whose updates B A keep their singular values, but not their singular vectors.
+
+    Each update's singular vectors, left and right, are replaced by random ones (Haar). They are drawn separately for
+    every module, site and layer; a module's draw depends only on the key, its name and its ranks. With `together`, all
+    modules of a layer are turned by the same random rotation of a site's inputs and one of its outputs, so that all
+    inner products of their updates stay as they are.
+    """
+
+    def turned(a: Array, site: str, side: str) -> Array:
+        """Return matrices [L, N, d, r] whose columns are turned in their space of d dimensions."""
+        layers, _, d, r = a.shape
+
+        def draw(name: str, columns: int) -> Array:
+            of_name = jax.random.fold_in(key, zlib.crc32(f"{side} of {site}{name}".encode()))
+            vectors, triangle = jnp.linalg.qr(jax.random.normal(of_name, (layers, d, columns), a.dtype))
+            return vectors * jnp.sign(jnp.diagonal(triangle, axis1=1, axis2=2))[:, None]
+
+        if together:
+            return jnp.einsum("lde,lner->lndr", draw("", d), a, precision="highest")
+        found = []
+        for n, name in enumerate(pool.names):
+            own = r if is_traced(pool.rank) else int(np.max(np.asarray(pool.rank[site])[:, n]))
+            _, triangle = jnp.linalg.qr(a[:, n, :, :own])
+            new = jnp.matmul(draw(f", {name}", min(d, own)), triangle, precision="highest")
+            found.append(jnp.pad(new, [(0, 0), (0, 0), (0, r - own)]))
+        return jnp.stack(found, axis=1)
+
+    def of_outputs(b: Array, site: str) -> Array:
+        return jnp.swapaxes(turned(jnp.swapaxes(b, 2, 3), site, "outputs"), 2, 3)
+
+    return dataclasses.replace(
+        pool,
+        A={site: turned(dense(a, jnp.float32), site, "inputs") for site, a in pool.A.items()},
+        B={site: of_outputs(dense(b, jnp.float32), site) for site, b in pool.B.items()},
+        names=tuple(f"{'rotated-together' if together else 'rotated'} {name}" for name in pool.names),
+    )
+
+
 _norm = partial(jnp.linalg.norm, axis=(-2, -1), keepdims=True)

@@ -101,7 +101,7 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
         "data and base": (
             "base", "pool", "task", "prompt", "input", "target", "chat", "train_rows", "test_rows", "dtype", "load_in",
         ),
-        "method": ("method", "adapters", "control"),
+        "method": ("method", "adapters", "control", "control_draw"),
         f"method {entry.name}": own,
         "training": (*common, "start_from"),
         "hardware": ("crossbar", "train_chip", "chip", "chip_key", "keep_digital", "age", "norm", "restore"),

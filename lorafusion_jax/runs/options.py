@@ -63,9 +63,12 @@ class FuseOptions:
       name: name of the run, which is written to OUT/NAME; by default TASK-METHOD, and TASK-METHOD-CONTROL of a control.
       out: folder of runs.
       method: name of the method, from the registry (`lorafusion_jax.METHODS`).
-      control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers; with a
-        basis they are the directions, drawn or of shuffled modules, on which the modules are projected. `svd`, with a
-        basis alone, takes the leading singular directions of the base's own matrices.
+      control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers, and
+        `rotated` replaces the singular vectors of its updates by random ones, but keeps the singular values
+        (`rotated-together`: all modules by one rotation); with a basis they are the directions, drawn or of such
+        modules, on which the modules are projected. `svd`, with a basis alone, takes the leading singular directions
+        of the base's own matrices.
+      control_draw: number of the draw of a control; all seeds of a run share a draw.
       adapters: fuse these modules, by name or index, instead of a draw by seed.
       recipe: numbers of the method and of its training, of the class that the method names; a recipe of another class
         may have numbers that both share, other than the defaults.
@@ -102,7 +105,8 @@ class FuseOptions:
     name: str | None = None
     out: Path = Path("runs")
     method: str = "fusion"
-    control: Literal["none", "random", "shuffled", "svd"] = "none"
+    control: Literal["none", "random", "shuffled", "rotated", "rotated-together", "svd"] = "none"
+    control_draw: int = 0
     adapters: tuple[str, ...] = ()
     recipe: Recipe = Recipe()
     arrays: Annotated[OnArrays, tyro.conf.arg(name="")] = OnArrays()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
-from ..adapters.pool import LoraPool, positions, random_pool, shuffled_pool
+from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuffled_pool
 from ..checks import at_least, check_uint32
 from ..io.digests import Digests, PoolDigests, pool_digests
 from ..io.hf import base_digest, load_base, load_tokenizer, read_config
@@ -54,6 +54,12 @@ from .options import FuseOptions, OnArrays, row_format
 AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 
 _CONTROL_KEY = 0
+_CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
+    "random": random_pool,
+    "shuffled": shuffled_pool,
+    "rotated": rotated_pool,
+    "rotated-together": functools.partial(rotated_pool, together=True),
+}
 # A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
 _SHALLOW = 8
 _UNCUT = 2**30  # tokens
@@ -133,6 +139,10 @@ def check(options: FuseOptions) -> None:
         (
             "base" in method.groups and quantised,
             f"the method {name} trains the weights themselves, not 4 or 8 bits of them: leave out --load-in",
+        ),
+        (
+            options.control_draw != 0 and options.control in ("none", "svd"),
+            "--control-draw numbers the draws of a random control: leave it out, or choose another --control",
         ),
         (options.control == "svd" and basis_of(recipe) is None, f"--control svd needs a shared basis: {GIVE_BASIS}"),
         (
@@ -425,6 +435,8 @@ def _load_pool(
     Digests are those of the modules as read, because the last bits of a control differ between devices.
     """
     k, key = basis_of(options.recipe), jax.random.key(_CONTROL_KEY)
+    if options.control_draw:
+        key = jax.random.fold_in(key, options.control_draw)
     if k is not None and options.control != "none":
         whole = stored.load()
         found = pool_digests(whole)
@@ -432,8 +444,8 @@ def _load_pool(
         found = PoolDigests(found.modules, hashlib.sha256("".join(found.modules.values()).encode()).hexdigest())
         if options.control == "random":
             of = random_directions(whole, k, key)
-        elif options.control == "shuffled":
-            of = directions(shuffled_pool(whole, key), k)
+        elif options.control in _CONTROLS:
+            of = directions(_CONTROLS[options.control](whole, key), k)
         else:
             of = base_directions(whole, kernels, k)
         pool = in_directions(whole.select(names), of)
@@ -441,5 +453,5 @@ def _load_pool(
         pool = stored.load(names) if k is None else stored.basis(k).select(names)
         found = pool_digests(pool)
         if options.control != "none" and isinstance(pool, LoraPool):
-            pool = (random_pool if options.control == "random" else shuffled_pool)(pool, key)
+            pool = _CONTROLS[options.control](pool, key)
     return (pool if options.load_in == "full" else pool.quantised(options.load_in)), found

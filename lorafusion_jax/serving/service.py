@@ -38,7 +38,7 @@ from .bank import TaskBank
 # A module with a coefficient of 1.
 _ALONE = Fusion(granularity="global", magnitudes=False)
 # What all runs of one bank have in common.
-_SHARED = ("base", "pool", "control", "dtype", "load_in")
+_SHARED = ("base", "pool", "control", "control_draw", "dtype", "load_in")
 
 
 class FusedRun(NamedTuple):
@@ -357,7 +357,7 @@ class Service:
                 "them apart, or fuse one of them again as the other"
             )
         for field in _SHARED:
-            if field in ("pool", "control") and not find(run.options.method).pool:
+            if field in ("pool", "control", "control_draw") and not find(run.options.method).pool:
                 continue
             here, there = (_resolved(getattr(of.options, field)) for of in (run, first))
             if here != there:
@@ -371,6 +371,6 @@ def _in_words(basis: int | None) -> str:
     return "whole modules" if basis is None else f"modules in a basis of {basis} directions"
 
 
-def _resolved(value: str | None) -> str | None:
+def _resolved(value: str | int | None) -> str | int | None:
     """Return a folder's absolute path; other values, such as hub ids, unchanged."""
-    return str(Path(value).resolve()) if value is not None and Path(value).exists() else value
+    return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value

@@ -483,6 +483,32 @@ def test_the_random_control_keeps_norms_sites_and_ranks():
         np.testing.assert_array_equal(a != 0, control.A[site] != 0)
 
 
+def _updates(pool, site):
+    """[L, N, d_in, d_out] in float64."""
+    A, B = (np.asarray(weights[site], float) for weights in (pool.A, pool.B))
+    return A @ B
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_the_rotated_control_keeps_spectra_and_turns_singular_vectors(together):
+    pool = tiny.pool(4, _several, names="v")
+    control = lf.rotated_pool(pool, jax.random.key(0), together=together)
+    other = lf.rotated_pool(pool, jax.random.key(1), together=together)
+    for site in pool.A:
+        before, after = _updates(pool, site), _updates(control, site)
+        singular = [np.linalg.svd(updates, compute_uv=False) for updates in (before, after)]
+        _close(singular[1], singular[0])
+        _close(np.linalg.norm(after, axis=(2, 3)), np.linalg.norm(before, axis=(2, 3)))
+        inner = [np.einsum("lnij,lmij->lnm", updates, updates) for updates in (before, after)]
+        assert np.allclose(*inner, atol=1e-4 * np.abs(inner[0]).max()) == together
+        assert np.abs(after - before).max() > 0.1 * np.abs(before).max()
+        assert np.abs(after - _updates(other, site)).max() > 0.1 * np.abs(before).max()
+    # A separate rotation depends on its own module alone.
+    alone = lf.rotated_pool(pool.select([2]), jax.random.key(0), together=together)
+    for site in pool.A:
+        _close(_updates(alone, site)[:, 0], _updates(control, site)[:, 2])
+
+
 def test_a_random_module_depends_on_matrix_site_layer_and_key_alone():
     pool = tiny.pool(3, lambda n, site, layer: (3, 6, 0 if "cross" in site else 2)[n], names="v")
     control, other = lf.random_pool(pool, jax.random.key(0)), jax.jit(lf.random_pool)(pool, jax.random.key(1))

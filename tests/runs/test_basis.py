@@ -101,11 +101,20 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
 
 def test_controls_project_the_modules_on_other_directions(converted, tmp_path):
     own = load_model(_options(converted, tmp_path)).problem.frozen.pool
-    for control in ("random", "shuffled", "svd"):
+    for control in ("random", "shuffled", "rotated", "svd"):
         pool = load_model(_options(converted, tmp_path, control=control)).problem.frozen.pool
         assert (pool.names, pool.k) == (own.names, 16)
         for site in own.sites if control != "shuffled" else ():  # a stack of one layer is not shuffled
             assert pool.kept()[site].sum() < own.kept()[site].sum()
+
+
+def test_draws_of_a_rotated_control_differ(converted, tmp_path):
+    draws = [
+        load_model(_options(converted, tmp_path, basis=None, control="rotated", control_draw=draw)) for draw in (0, 1)
+    ]
+    first, second = (loaded.problem.frozen.pool for loaded in draws)
+    assert first.names == second.names == tuple(f"rotated {name}" for name in draws[0].modules[0])
+    assert all(np.abs(a - second.A[site]).max() > 0.01 for site, a in first.A.items())
 
 
 def test_new_modules_join_an_existing_basis(small, converted, tmp_path, capsys):

@@ -391,6 +391,7 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"pool": None}, "give one with --pool"),
         ({"adapters": ("nobody",)}, "no adapter 'nobody'"),
         ({"control": "random", "load_in": "nf4"}, "full precision"),
+        ({"control_draw": 1}, "--control-draw numbers the draws of a random control"),
         ({"method": "lorahub", "evaluations": 1000}, "at most 100 evaluations for 2"),
         ({"method": "mean-fusion", "prune": 0.1}, "does not prune"),
         ({"test_rows": 0}, "test_rows is 0: "),
