@@ -344,11 +344,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.axhline(none, linestyle=":", color="black", label="none")
         panel.set_xscale("log")
         panel.set_yscale("log")
+        panel.minorticks_off()
+        panel.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+        panel.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
         panel.set_xlabel("digital numbers, % of the weights in arrays")
         panel.set_ylabel("loss above the digital model, nats per token")
-        panel.legend()
+        panel.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 
-    plot(path, (6.5, 4.5), on)
+    plot(path, (8.0, 4.0), on)
 
 
 if __name__ == "__main__":
