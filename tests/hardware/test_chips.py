@@ -37,7 +37,8 @@ from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on
 from lorafusion_jax.hardware.folder import aged, load_chips, seconds
 from lorafusion_jax.hardware.on_arrays import module_numbers, on_arrays
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.hardware.report import report_path
+from lorafusion_jax.hardware.report import report_on_chips, report_path
+from lorafusion_jax.hardware.restored import RestoreOptions, restore_chips
 from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import matrices
@@ -135,6 +136,7 @@ def test_keys_and_numbers_of_chips_have_bounds():
 # Weights that stay digital in most of what follows: of those written there are three kinds, all in the pool too.
 _NOT_WRITTEN = ("head", "*.ff.*", "*.q", "*.k", "*.o")
 _V = "encoder.self.v"
+_TRAIN = one_block.SMALL / "tasks" / "double_digit" / "train.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,29 @@ def _on_chips(options, **changes):
 def fused(small, chips):
     fuse(options := _fusing(small, chips, "digital"))
     return options
+
+
+@pytest.mark.long
+def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
+    folder, lines = str(chips / "two"), chips / "lines.txt"
+    lines.write_text("".join(f"{json.loads(row)['context']}\n" for row in _TRAIN.read_text().splitlines()[:16]))
+    how = {"method": "low-rank", "rank": 1.0, "epochs": 1}
+    restore_chips(RestoreOptions(base=str(small[0]), crossbar=folder, chip=(0, 1), text=(lines,), **how))
+    options = {"crossbar": folder, "chips": 2}
+    plain, restored = (_on_chips(fused, **options, restore=name) for name in (None, "restored-low-rank"))
+    assert (plain["restore"], restored["restore"]) == (None, "restored-low-rank")
+    losses = [[row["loss"] for row in results["rows"]] for results in (plain, restored)]
+    assert np.abs(np.subtract(*losses)).min() > 1e-5
+    # One chip after the other: each has the corrections of its own number.
+    report = report_on_chips(EvaluateOnChipsOptions(run=run_path(fused), **options, restore="restored-low-rank"))
+    alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]
+    np.testing.assert_allclose(alone, losses[1], rtol=1e-4)
+    arrays = OnArrays(crossbar=folder, train_chip="chip", chip=1, restore="restored-low-rank")
+    fuse(trained := _fusing(small, chips, "restored", arrays=arrays))
+    assert fuse(dataclasses.replace(trained, resume=True))["seeds"] == RunFolder(run_path(trained)).results()["seeds"]
+    fresh = dataclasses.replace(arrays, train_chip="fresh")
+    with pytest.raises(ValueError, match="corrects chip 1, not the fresh chips that --train-chip fresh draws"):
+        fuse(_fusing(small, chips, "fresh", arrays=fresh))
 
 
 @pytest.mark.long
