@@ -27,7 +27,7 @@ from .chip.chip import (
     with_corrections,
     with_read_key,
 )
-from .chip.correction import Correction, Corrections, place
+from .chip.correction import Correction, Corrections, numbers_per_rank, place
 from .chip.files import load_chip, save_chip
 from .chip.plan import Plan
 from .chip.program import is_random, program

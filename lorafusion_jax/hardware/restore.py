@@ -17,7 +17,16 @@ import optax
 from jaxtyping import Array, Float
 
 from ..checks import at_least
-from ..crossbar import Correction, Corrections, chips_in, fit_corrections, place, reads, with_corrections
+from ..crossbar import (
+    Correction,
+    Corrections,
+    chips_in,
+    fit_corrections,
+    numbers_per_rank,
+    place,
+    reads,
+    with_corrections,
+)
 from ..progress import progress
 from ..training.step import standard_promotion
 
@@ -159,7 +168,7 @@ def divergence(logits: Float[Array, "*B V"], target: Float[Array, "*B V"]) -> Fl
 def _zeros(weights: Any, numbers: int, key: Array) -> dict[str, Correction]:
     """Return corrections of low rank that change nothing yet: U is random and V is zero, as in LoRA."""
     chips = chips_in(weights)
-    per_rank = sum(math.prod(chip.shape[:-2]) * sum(chip.matrix_shape) for chip in chips)
+    per_rank = numbers_per_rank(chips)
     if not (rank := numbers // per_rank):
         raise ValueError(f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}")
     found = {}

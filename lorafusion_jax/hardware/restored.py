@@ -7,7 +7,6 @@ FOLDER/arrays.safetensors    chip_N/SITE/scale and so on, and the converters' ra
 import dataclasses
 import functools
 import hashlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -19,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..checks import at_least, check_uint32
-from ..crossbar import Correction, calibrate_tree, chips_in, config_hash, place, with_corrections
+from ..crossbar import Correction, calibrate_tree, chips_in, config_hash, numbers_per_rank, place, with_corrections
 from ..io import arrays
 from ..io.folders import read_manifest
 from ..models.architecture import Model, matrices
@@ -151,7 +150,7 @@ def restore_chips(options: RestoreOptions) -> Manifest:
             weights = calibrate_tree(run, chip.base, batches[train])
             held = digital_matrices(setup, weights)
             if low_rank:
-                how = dataclasses.replace(how, numbers=_low_rank_numbers(options.rank, held))
+                how = dataclasses.replace(how, numbers=round(options.rank * numbers_per_rank(chips_in(weights))))
             corrections = restore(run, weights, held, batches[train], targets[train], how)
             pairs = list(zip(batches, targets, strict=True))[len(batches) - measured :] or [(batches[0], targets[0])]
             before_and_after[str(number)] = [
@@ -300,11 +299,6 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions) -> tuple[list[Batch
     if len(ids) < WINDOW:
         raise ValueError(f"the text has {len(ids)} tokens: give at least one window of {WINDOW}, better {_SAMPLED:,}")
     return windows(ids, WINDOW), digest
-
-
-def _low_rank_numbers(rank: float, held: Sequence[Array]) -> int:
-    """Return the numbers of matrices of a mean rank."""
-    return round(rank * sum(math.prod(matrix.shape[:-2]) * sum(matrix.shape[-2:]) for matrix in held))
 
 
 def _to_save(weights: Any, corrections: dict[str, Correction]) -> dict[str, dict[str, np.ndarray]]:

@@ -70,7 +70,7 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     batches = windows(ids, 128)
     measured = max(1, len(batches) // 8)
     weights = program(graph, frozen, chips.rules(), key).base
-    numbers = 2 * sum(sum(matrix.shape[-2:]) for matrix in digital_matrices(loaded, weights))
+    numbers = 2 * crossbar.numbers_per_rank(crossbar.chips_in(weights))
     how = Restoring(method="low-rank", numbers=numbers, epochs=2)
     train = batches[: len(batches) - measured]
     targets = [run(frozen.base, batch) for batch in train]

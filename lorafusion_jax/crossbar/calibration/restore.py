@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..chip.chip import Chip, chips_in, reads, with_chips
-from ..chip.correction import Correction, place
+from ..chip.correction import Correction, numbers_per_rank, place
 from ..read.matmul import matmul
 from .whole_model import Run
 
@@ -124,8 +124,7 @@ def fit_corrections(
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
         raise ValueError("there are no batches: give some text or inputs, without labels")
-    per_rank = sum(math.prod(chip.shape[:-2]) * sum(chip.matrix_shape) for chip in chips)
-    most = math.ceil(_MOST_RANKS * numbers / per_rank)
+    most = math.ceil(_MOST_RANKS * numbers / numbers_per_rank(chips))
     corrections, directions = {}, []
     for chip, matrix in zip(chips, matrices, strict=True):
         seen = jax.tree.map(np.asarray, total.pop(0))  # freed one after the other

@@ -1,7 +1,8 @@
 """Digital numbers next to the arrays that bring their outputs closer to those of the digital weights."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -49,6 +50,11 @@ class Correction:
             return found
         ranks = int(jnp.sum(jnp.any(self.U != 0, axis=-2)))
         return found + ranks * (self.U.shape[-2] + self.V.shape[-1])
+
+
+def numbers_per_rank(chips: Sequence[Any]) -> int:
+    """Return how many numbers matrices of rank 1 have, one for each matrix of the chips."""
+    return sum(math.prod(chip.shape[:-2]) * sum(chip.matrix_shape) for chip in chips)
 
 
 # The corrections of a model, by the names of its chips (`place`).
