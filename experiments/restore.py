@@ -3,9 +3,10 @@
     python experiments/restore.py --plan               # rows that are missing, and their time
     python experiments/restore.py                      # the main rows: error 3 %, chips 1 to 5, all kinds
     python experiments/restore.py --rows text chips    # calibration text; other chips
+    python experiments/restore.py --rows tune          # rates, on chip 0 and on calibration text alone
 
-The design is experiments/restore.md. Written to OUT: a line of rows.jsonl for each row, main.csv, text.csv, chips.csv
-and restore.png. Interrupted, the same command continues with the next row.
+The design is experiments/restore.md. Written to OUT: a line of rows.jsonl for each row, main.csv, text.csv, chips.csv,
+tune.csv and restore.png. Interrupted, the same command continues with the next row.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ from lorafusion_jax.crossbar import (
     with_corrections,
 )
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.hardware.restore import Restoring, distil, restore
+from lorafusion_jax.hardware.restore import Restoring, distil, divergence, restore
 from lorafusion_jax.hardware.restored import digital_matrices, logits_of_base, sampled, windows
 from lorafusion_jax.report.figure import colour, plot
 from lorafusion_jax.report.statistics import over_tasks
@@ -47,14 +48,14 @@ from lorafusion_jax.text_tables import markdown
 from lorafusion_jax.training.loss import log_likelihood
 
 WINDOW, HELD_OUT, CALIBRATION, ADC_CALIBRATION = 128, 1024, 3072, 256
-# Adam's rates, chosen on chip 0 and on calibration text alone (docs/results/restore/tuning.csv).
+# Adam's rates, chosen on chip 0 and on calibration text alone (docs/results/restore/tune.csv).
 RATE, RATE_LOW_RANK, RATE_LORA = 1e-2, 1e-3, 3e-3
 EPOCHS = 5
 # CPU seconds of a row, by its training: closed form or distilled.
 COST = {"none": 20, "closed": 150, "distilled": 500}
 
 Row = dict[str, Any]
-Part = Literal["main", "text", "chips"]
+Part = Literal["main", "text", "chips", "tune"]
 Kind = Literal["real", "sampled"]
 
 
@@ -120,6 +121,12 @@ MAIN = (
     *(Arm("low-rank", share, epochs) for share in SHARES for epochs in (0, EPOCHS)),
     *(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in SHARES),
 )
+TUNED = (
+    *(Arm("scales", None, EPOCHS, rate) for rate in (RATE, 3e-2)),
+    *(Arm("low-rank", 0.01, EPOCHS, RATE, rate) for rate in (RATE_LOW_RANK, 3e-3)),
+    *(Arm("lora", 0.01, EPOCHS, RATE, rate) for rate in (1e-3, RATE_LORA)),
+)
+LEFT_OUT = 3  # windows of the calibration text that rates are compared on
 # The two best arms of the main rows, and the best closed form.
 BEST, SECOND, BEST_CLOSED = Arm("low-rank", 0.05, EPOCHS), Arm("low-rank", 0.01, EPOCHS), Arm("low-rank", 0.05)
 _MONTH, _YEAR = 30 * 86_400.0, 365 * 86_400.0
@@ -189,6 +196,8 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def jobs(options: Options) -> Iterator[Job]:
     """Yield the rows of the design, one chip after the other."""
+    if "tune" in options.rows:
+        yield from (Job("tune", Setting(), 0, arm) for arm in TUNED)
     if "main" in options.rows:
         for chip in options.chips:
             yield from (Job("main", Setting(), chip, arm) for arm in MAIN)
@@ -221,6 +230,10 @@ def measured(missing: Sequence[Job]) -> Iterator[Row]:
     def losses(weights: Any, batch: Batch) -> Any:
         return -log_likelihood(run(weights, batch), batch.labels)
 
+    @jax.jit
+    def divergences(weights: Any, batch: Batch, target: Any) -> Any:
+        return divergence(run(weights, batch), target)
+
     def held_out_loss(weights: Any) -> list[float]:
         return [float(losses(weights, batch)[0]) / (WINDOW - 1) for batch in texts.held_out]
 
@@ -239,12 +252,16 @@ def measured(missing: Sequence[Job]) -> Iterator[Row]:
         weights: Any = programmed
         held, numbers = digital_matrices(loaded, weights), 0
         batches: list[Batch] = []
+        tuned: Row = {}
         if job.arm != NONE:
             ids = texts.real if job.text == "real" else sampled(loaded, job.tokens, seed=job.chip)
             if len(ids) < job.tokens:
                 raise ValueError(f"the text has {len(ids)} tokens, fewer than {job.tokens}")
             batches = windows(ids[: job.tokens], WINDOW)
             targets = [digital_logits(frozen.base, batch) for batch in batches]
+            pairs = list(zip(batches, targets, strict=True))
+            if job.part == "tune":
+                batches, targets = batches[:-LEFT_OUT], targets[:-LEFT_OUT]
             arm = how(job.arm, held)
             # The closed form is the start of the distillation, and is fitted once for both.
             start = (job.text, job.tokens, job.arm._replace(epochs=0, rate=RATE, rate_low_rank=RATE_LOW_RANK))
@@ -258,7 +275,12 @@ def measured(missing: Sequence[Job]) -> Iterator[Row]:
                 corrections = starts[start]
             numbers = sum(correction.numbers() for correction in corrections.values())
             weights = with_corrections(weights, corrections)
-            del targets
+            if job.part == "tune":
+                of_parts = {"trained": pairs[:LEFT_OUT], "left_out": pairs[-LEFT_OUT:]}
+                for name, of_part in of_parts.items():
+                    found_there = [float(divergences(weights, batch, target)) for batch, target in of_part]
+                    tuned[name] = float(np.mean(found_there))
+            del targets, pairs
         found = held_out_loss(weights)
         yield {
             "part": job.part,
@@ -271,6 +293,7 @@ def measured(missing: Sequence[Job]) -> Iterator[Row]:
             "share": numbers / sum(matrix.size for matrix in held),
             "loss": float(np.mean(found)),
             "digital": float(np.mean(digital)),
+            **tuned,
             "window_losses": found,
             "digital_window_losses": digital,
             "config_sha256": config_hash(job.setting.config()),
@@ -322,6 +345,14 @@ def tables(rows: Sequence[Row]) -> dict[Part, list[list[str]]]:
             lines.append([setting, str(job.arm), job.text, str(job.tokens), f"{row['loss'] - row['digital']:.3f}"])
         if of_part[part]:
             found[part] = lines
+    lines = [["corrections", "rate", "rate of low rank", "KL on trained text", "KL on text left out"]]
+    for row in rows:
+        if row["part"] == "tune":
+            arm = job_of(row).arm
+            rates = f"{arm.rate:g}", "-" if arm.share is None else f"{arm.rate_low_rank:g}"
+            lines.append([str(arm), *rates, f"{row['trained']:.3f}", f"{row['left_out']:.3f}"])
+    if len(lines) > 1:
+        found["tune"] = lines
     return found
 
 
