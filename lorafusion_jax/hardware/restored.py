@@ -77,7 +77,7 @@ class RestoreOptions:
       text: text files; a causal model reads windows of 128 tokens, another one each line.
       self_text: use so many tokens that a causal model samples itself, digitally, instead of text; by default
         3,072 without --text.
-      tokens: use the first so many tokens of the text; by default all.
+      tokens: a causal model uses the first so many tokens of the text; by default all.
       method: a factor of each column (`scales`), an offset too (`offsets`), factors and matrices of low rank
         (`low-rank`), or these matrices alone (`lora`).
       rank: mean rank of the matrices of `low-rank` and `lora`.
@@ -290,8 +290,11 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions) -> tuple[list[Batch
     digest = hashlib.sha256(content.encode()).hexdigest()
     if not loaded.config.causal:
         lines = [line for line in content.splitlines() if line.strip()]
-        if not lines or options.self_text:
-            raise ValueError(f"{options.base} is not causal: give lines of text that it reads with --text")
+        if not lines or options.self_text or options.tokens:
+            raise ValueError(
+                f"{options.base} is not causal: give lines of text that it reads with --text, without --self-text and "
+                "--tokens"
+            )
         return answered(loaded, lines), digest
     if not options.text:
         return windows(sampled(loaded, options.self_text or _SAMPLED, options.seed), WINDOW), "sampled"

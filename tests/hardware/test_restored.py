@@ -106,6 +106,8 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     rows = map(json.loads, (one_block.SMALL / "tasks" / "double_digit" / "train.jsonl").read_text().splitlines())
     (tmp_path / "lines.txt").write_text("\n".join([row["context"] for row in rows][:16]))
     given = {"base": str(base), "text": (tmp_path / "lines.txt",), "out": tmp_path / "restored"}
+    with pytest.raises(ValueError, match="is not causal: give lines of text that it reads with --text, without"):
+        restore_chips(_options(home, tokens=100, **given))
     (before, after), *_ = restore_chips(_options(home, epochs=2, **given))["divergence"].values()
     assert after < before
 
