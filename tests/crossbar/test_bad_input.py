@@ -8,37 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    DAC,
-    PCM_DRIFT,
-    PCM_JOSHI_2020,
-    RERAM_WAN_2022,
-    Cell,
-    CrossbarConfig,
-    Device,
-    Encoding,
-    Flicker,
-    Independent,
-    LogLinear,
-    Mapping,
-    Polynomial,
-    PowerLaw,
-    Proportional,
-    ReadNoise,
-    Relaxation,
-    Sinh,
-    StuckAt,
-    Tile,
-    Wire,
-    WriteVerify,
-    calibrated,
-    matmul,
-    probe,
-    program,
-    with_config,
-    with_read_key,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Device, Encoding, Mapping, Tile, Wire, matmul, probe
 
 OFFSET, FLIP = Encoding(kind="offset"), Encoding(kind="offset", unit_column=True, flip=True)
 FOUR = ((-1.0, 1.0),) * 4
@@ -67,12 +38,12 @@ def given(*limits, **others):
 W, X = jnp.ones((6, 5), jnp.float32), jnp.ones((3, 6), jnp.float32)
 BAD = W.at[2, 3].set(NAN)
 KEY, PLAIN, AT_MAX = jax.random.key(0), CrossbarConfig(), ADC(range="max")
-RANDOM, RANDOM_READS = Device(programming=Independent(0.1)), Device(read_noise=ReadNoise(0.1))
+RANDOM, RANDOM_READS = Device(programming=crossbar.Independent(0.1)), Device(read_noise=crossbar.ReadNoise(0.1))
 
 
 def chip(key=None, path=None, conductances=None, weights=W, **parts):
     """Program a crossbar with some parts."""
-    return program(weights, CrossbarConfig(**parts), key, path=path, conductances=conductances)
+    return crossbar.program(weights, CrossbarConfig(**parts), key, path=path, conductances=conductances)
 
 
 def made_of(programming=None, **device):
@@ -104,19 +75,19 @@ _FIELDS = [
     (Mapping, "weight_bits", [1, 0], "give 2 to 16 bits, or None for real weights"),
     (Mapping, "scale", ["row"], "choose matrix, tile or column"),
     (Mapping, "quantile", [0.0, 1.5], r"give a share of weights in \(0, 1\]"),
-    (Independent, "sigma", [-0.1, NAN, np.float16(-0.5)], "give a number at least 0"),
-    (Proportional, "sigma", [-1], "give a number at least 0"),
-    (ReadNoise, "sigma", [-0.1], "give a number at least 0"),
-    (ReadNoise, "kind", ["white"], "choose independent or proportional"),
-    (StuckAt, "low", [1.5], "give a number at least 0 and at most 1"),
-    (StuckAt, "high", [-0.1], "give a number at least 0 and at most 1"),
-    (WriteVerify, "tolerance", [0.0], "give a number above 0"),
-    (WriteVerify, "pulses", [0], "give the most pulses of a cell, 1 to 1,000,000"),
-    (PowerLaw, "exponent", [-0.1], "give a number at least 0"),
-    (PowerLaw, "start", [0.0], "give a number above 0"),
-    (Flicker, "magnitude", [-1.0], "give a number at least 0"),
-    (Relaxation, "spread", [-0.1], "give a number at least 0"),
-    (Sinh, "scale", [0.0], "give a number above 0"),
+    (crossbar.Independent, "sigma", [-0.1, NAN, np.float16(-0.5)], "give a number at least 0"),
+    (crossbar.Proportional, "sigma", [-1], "give a number at least 0"),
+    (crossbar.ReadNoise, "sigma", [-0.1], "give a number at least 0"),
+    (crossbar.ReadNoise, "kind", ["white"], "choose independent or proportional"),
+    (crossbar.StuckAt, "low", [1.5], "give a number at least 0 and at most 1"),
+    (crossbar.StuckAt, "high", [-0.1], "give a number at least 0 and at most 1"),
+    (crossbar.WriteVerify, "tolerance", [0.0], "give a number above 0"),
+    (crossbar.WriteVerify, "pulses", [0], "give the most pulses of a cell, 1 to 1,000,000"),
+    (crossbar.PowerLaw, "exponent", [-0.1], "give a number at least 0"),
+    (crossbar.PowerLaw, "start", [0.0], "give a number above 0"),
+    (crossbar.Flicker, "magnitude", [-1.0], "give a number at least 0"),
+    (crossbar.Relaxation, "spread", [-0.1], "give a number at least 0"),
+    (crossbar.Sinh, "scale", [0.0], "give a number above 0"),
     (Device, "time", [-1.0], "give a number at least 0"),
     (Device, "clip", ["none"], r"choose positive \(G >= 0\) or range"),
     (Device, "read_noise", [0.01], r"give ReadNoise\(...\), or None"),
@@ -146,13 +117,16 @@ _OF_PARTS = [
     (lambda: Encoding(kind="offset", flip=True), "set unit_column=True"),
     (lambda: ADC(range="given"), "adc.limits go with adc.range='given'"),
     (lambda: ADC(limits=FOUR), "adc.limits go with adc.range='given'"),
-    (lambda: StuckAt(low=0.7, high=0.7), r"StuckAt: low \+ high = 1.4: together at most all cells can be stuck"),
-    (lambda: Device(write_verify=WriteVerify(0.1)), "Device.write_verify .* give programming too"),
-    (lambda: LogLinear(0.1, 0.0, 0.2, 0.1), "LogLinear: low = 0.2 is above high = 0.1"),
-    (lambda: Polynomial(((0.1,), (0.2,))), r"Polynomial.deviation = .* for each of seconds = \(1.0,\)"),
-    (lambda: Polynomial(((0.1,),), shift=((0.1,), (0.2,))), "Polynomial.shift = "),
-    (lambda: Polynomial(((),)), r"Polynomial.deviation = \(\(\),\): give one tuple of coefficients"),
-    (lambda: Polynomial(((0.1,), (0.2,)), seconds=(5.0, 1.0)), "Polynomial.seconds = .*: give rising positive"),
+    (lambda: crossbar.StuckAt(low=0.7, high=0.7), r"StuckAt: low \+ high = 1.4: together at most all cells"),
+    (lambda: Device(write_verify=crossbar.WriteVerify(0.1)), "Device.write_verify .* give programming too"),
+    (lambda: crossbar.LogLinear(0.1, 0.0, 0.2, 0.1), "LogLinear: low = 0.2 is above high = 0.1"),
+    (lambda: crossbar.Polynomial(((0.1,), (0.2,))), r"Polynomial.deviation = .* for each of seconds = \(1.0,\)"),
+    (lambda: crossbar.Polynomial(((0.1,),), shift=((0.1,), (0.2,))), "Polynomial.shift = "),
+    (lambda: crossbar.Polynomial(((),)), r"Polynomial.deviation = \(\(\),\): give one tuple of coefficients"),
+    (
+        lambda: crossbar.Polynomial(((0.1,), (0.2,)), seconds=(5.0, 1.0)),
+        "Polynomial.seconds = .*: give rising positive",
+    ),
 ]
 # Parts that do not fit together.
 _OF_CONFIGS = [
@@ -189,11 +163,11 @@ _OF_CHIPS = [
     (lambda: chip(weights=W.at[0].set(-INF)), r"5 of 30 weights are NaN or infinite"),
     (lambda: jax.jit(lambda: chip(weights=BAD).codes)(), r"1 of 30 weights are NaN"),
     (lambda: made_of(), _AGELESS),
-    (lambda: made_of(Independent(0.1)), _AGELESS),
-    (lambda: made_of(PCM_JOSHI_2020), _AGELESS),
+    (lambda: made_of(crossbar.Independent(0.1)), _AGELESS),
+    (lambda: made_of(crossbar.PCM_JOSHI_2020), _AGELESS),
     (lambda: chip(device=RANDOM), _NO_KEY),
-    (lambda: chip(device=Device(stuck=StuckAt(low=0.1))), _NO_KEY),
-    (lambda: chip(device=Device(drift=PCM_DRIFT, time=10.0)), _NO_KEY),
+    (lambda: chip(device=Device(stuck=crossbar.StuckAt(low=0.1))), _NO_KEY),
+    (lambda: chip(device=Device(drift=crossbar.PCM_DRIFT, time=10.0)), _NO_KEY),
     (lambda: chip(adc=ADC(range="max", gain_error=0.1)), _NO_KEY),
     (lambda: chip(adc=ADC(range="max", offset_error=0.1)), _NO_KEY),
     (lambda: chip(tile=Tile(rows=2), adc=ADC(range="given", limits=LIMITS)), r"ADC limits of 2 row tiles, but .* 3"),
@@ -201,21 +175,15 @@ _OF_CHIPS = [
     (lambda: chip(path="product", tile=Tile(wire=Wire())), "not exact here: IR drop"),
     (lambda: chip(path="loop"), "path='loop' cannot compute this without an ADC"),
     (lambda: chip(path="loop", tile=Tile(current_limit=1.0), adc=AT_MAX), "column currents are limited"),
-    (
-        lambda: chip(path="loop", encoding=FLIP, dac=DAC(signed=False), adc=ADC(range="max", noise=0.5)),
-        "noise below zero",
-    ),
-    (
-        lambda: chip(conductances=measured()[:, :1]),
-        r"of shape \(4, 1, 1, 1, 6, 5\): this matrix takes \(4, 2, 1, 1, 6, 5\)",
-    ),
+    (lambda: chip(path="loop", encoding=FLIP, dac=DAC(signed=False), adc=ADC(range="max", noise=0.5)), "below zero"),
+    (lambda: chip(conductances=measured()[:, :1]), r"\(4, 1, 1, 1, 6, 5\): this matrix takes \(4, 2, 1, 1, 6, 5\)"),
     (lambda: chip(conductances=measured(40.0)), r"from 0.5 to 40: .* microsiemens by the Gmax"),
     (lambda: chip(conductances=measured(-0.1)), r"from -0.1 to 0.5: give fractions of Gmax"),
     (lambda: chip(conductances=measured(NAN)), r"from nan to nan: give fractions of Gmax, finite"),
     (lambda: chip(conductances=measured(INF)), r"conductances from 0.5 to inf"),
     (lambda: chip(conductances=measured(), adc=ADC(range="max", gain_error=0.1)), "give the chip's key"),
     (
-        lambda: chip(KEY, conductances=measured(), device=Device(drift=PCM_DRIFT, time=1e6)),
+        lambda: chip(KEY, conductances=measured(), device=Device(drift=crossbar.PCM_DRIFT, time=1e6)),
         r"device.time = 1000000.0 would add drift: set device.time=None",
     ),
 ]
@@ -233,7 +201,7 @@ _OF_READS = [
         r"chip.limits of shape \(2, 4, 2\): give .* or \(3, 4, 2\)",
     ),
     (
-        lambda: with_read_key(chip(device=RANDOM_READS), jax.random.split(KEY, 2)),
+        lambda: crossbar.with_read_key(chip(device=RANDOM_READS), jax.random.split(KEY, 2)),
         r"keys of shape \(2,\) for arrays of \(6, 5\): give one key",
     ),
 ]
@@ -256,7 +224,7 @@ def test_what_cannot_be_built_programmed_or_read_is_refused_with_advice(make, me
 def test_random_chips_with_a_key_and_cells_that_age_are_programmed():
     for adc in (ADC(range="max", gain_error=0.1), ADC(range="max", offset_error=0.1)):
         assert chip(KEY, adc=adc).shape == (6, 5)
-    for ages in (RERAM_WAN_2022, lambda G, key, time: G / (1 + time)):
+    for ages in (crossbar.RERAM_WAN_2022, lambda G, key, time: G / (1 + time)):
         assert made_of(ages).shape == (6, 5)
 
 
@@ -274,10 +242,10 @@ def test_an_adc_is_read_only_once_it_is_calibrated(path):
     with pytest.raises(ValueError, match=r"has an ADC whose range comes from data: chip = calibrated\(chip, "):
         matmul(X, state)
     _, statistics = probe(X, state)
-    matmul(X, calibrated(state, statistics))
+    matmul(X, crossbar.calibrated(state, statistics))
     nothing = jax.tree.map(jnp.zeros_like, statistics)
     with pytest.raises(ValueError, match="calibration saw no conversion: probe the arrays with some inputs first"):
-        calibrated(state, nothing)
+        crossbar.calibrated(state, nothing)
 
 
 def test_swept_values_and_placeholders_pass():
@@ -294,7 +262,7 @@ def test_swept_values_and_placeholders_pass():
 
 
 def drifted(time=None):
-    return CrossbarConfig(device=Device(drift=PCM_DRIFT, time=time))
+    return CrossbarConfig(device=Device(drift=crossbar.PCM_DRIFT, time=time))
 
 
 @pytest.mark.parametrize(
@@ -318,10 +286,10 @@ def drifted(time=None):
     ],
 )
 def test_arrays_of_another_configuration_are_not_read(programmed, read, message):
-    state = program(W, programmed)
+    state = crossbar.program(W, programmed)
 
     def reading(by):
-        return lambda x, chip: by(x, with_read_key(with_config(chip, read), KEY))
+        return lambda x, chip: by(x, crossbar.with_read_key(crossbar.with_config(chip, read), KEY))
 
     for multiply in (reading(matmul), jax.jit(reading(matmul)), reading(probe)):
         with pytest.raises(ValueError, match=f"programmed with another configuration: .*{message}"):
@@ -332,19 +300,21 @@ def test_calibration_with_another_configuration_is_refused():
     state = chip(adc=ADC(bits=4))
     _, statistics = probe(X, state)
     with pytest.raises(ValueError, match=r"another configuration: adc.bits = 5, not 4"):
-        calibrated(with_config(state, CrossbarConfig(adc=ADC(bits=5))), statistics)
-    calibrated(with_config(state, CrossbarConfig(adc=ADC(bits=4, quantile=0.9, clip_share=0.5))), statistics)
+        crossbar.calibrated(crossbar.with_config(state, CrossbarConfig(adc=ADC(bits=5))), statistics)
+    crossbar.calibrated(
+        crossbar.with_config(state, CrossbarConfig(adc=ADC(bits=4, quantile=0.9, clip_share=0.5))), statistics
+    )
 
 
 def test_a_chip_is_read_with_other_settings_of_a_read():
     """The size of read noise, warnings, swept values, and functions, which cannot be compared."""
 
     def made(sigma=0.1, ratio=10.0, clip_share=0.02):
-        device = Device(programming=lambda G, key, time: G, read_noise=ReadNoise(sigma))
+        device = Device(programming=lambda G, key, time: G, read_noise=crossbar.ReadNoise(sigma))
         adc = ADC(range="max", clip_share=clip_share)
         return CrossbarConfig(cell=Cell(on_off_ratio=ratio), adc=adc, device=device)
 
-    state = program(W, made(), KEY)
+    state = crossbar.program(W, made(), KEY)
     for other in (made(sigma=0.2), made(clip_share=0.5), made(ratio=jnp.float32(10.0))):
-        placed = with_read_key(with_config(state, other), KEY)
+        placed = crossbar.with_read_key(crossbar.with_config(state, other), KEY)
         assert jax.eval_shape(lambda x, state=placed: matmul(x, state), X).shape == (3, 5)

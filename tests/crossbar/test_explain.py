@@ -9,22 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    DAC,
-    PRESETS,
-    Cell,
-    CrossbarConfig,
-    Device,
-    Encoding,
-    Geometry,
-    Independent,
-    ReadNoise,
-    Tile,
-    counts,
-    explain,
-    program,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, DAC, PRESETS, Cell, CrossbarConfig, Encoding, Tile, counts, explain, program
 
 SMALL = Tile(rows=16, cols=12)
 CONFIGS = {
@@ -36,7 +22,9 @@ CONFIGS = {
     "whole": CrossbarConfig(tile=Tile(rows=None, cols=None), adc=ADC(range="max")),
     "noise and swept values": CrossbarConfig(
         adc=ADC(),
-        device=Device(programming=Independent(jnp.float32(0.1)), read_noise=ReadNoise(jnp.float32(0.1))),
+        device=crossbar.Device(
+            programming=crossbar.Independent(jnp.float32(0.1)), read_noise=crossbar.ReadNoise(jnp.float32(0.1))
+        ),
     ),
     **PRESETS,
 }
@@ -50,7 +38,7 @@ def test_counts_are_those_of_the_programmed_arrays(config, shape):
     K, P, R, C, _, columns = cells.shape
     assert said.tiles == (R, C) and said.polarities == P and max(1, len(said.weight_slices)) == K
     assert said.arrays == found.arrays == K * P * R * C
-    used = Geometry.of(shape, config).cells_in_use
+    used = crossbar.Geometry.of(shape, config).cells_in_use
     assert said.utilisation == pytest.approx(np.sum(used) / (R * C * math.prod(said.array)))
     assert found.cells == K * P * (int(used.sum()) + C * shape[0] * (columns - used.shape[3]))
     assert found.rows == K * P * int(used.any(axis=3).sum())

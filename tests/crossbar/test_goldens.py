@@ -6,21 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    DAC,
-    Cell,
-    CrossbarConfig,
-    Device,
-    Encoding,
-    Independent,
-    Mapping,
-    Proportional,
-    Tile,
-    Wire,
-    matmul,
-    program,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile, Wire, matmul, program
 
 _OFFSET, _UNIT = Encoding(kind="offset"), Encoding(kind="offset", unit_column=True)
 _FINITE = Cell(on_off_ratio=7.3)
@@ -173,8 +160,8 @@ def test_products_of_further_configurations_are_those_of_crosssim(goldens, name)
 @pytest.mark.parametrize(
     "name, model",
     [
-        ("s01_prog_indep5_noadc", Independent),
-        pytest.param("s03_prog_prop5_noadc", Proportional, marks=pytest.mark.long),
+        ("s01_prog_indep5_noadc", crossbar.Independent),
+        pytest.param("s03_prog_prop5_noadc", crossbar.Proportional, marks=pytest.mark.long),
     ],
 )
 def test_programming_errors_are_those_of_crosssim(goldens, name, model):
@@ -182,7 +169,9 @@ def test_programming_errors_are_those_of_crosssim(goldens, name, model):
     case, params, z = crossbar_cases.load(goldens / "crossbar", name)
     _, _, quiet = crossbar_cases.load(goldens / "crossbar", "c02_bal_w8s4_in8serial_noadc")
     sigma = params["xbar"]["device"]["programming_error"]["magnitude"]
-    config = CrossbarConfig(tile=Tile(cols=None), dac=DAC(scaling="fixed"), device=Device(programming=model(sigma)))
+    config = CrossbarConfig(
+        tile=Tile(cols=None), dac=DAC(scaling="fixed"), device=crossbar.Device(programming=model(sigma))
+    )
     W, x = jnp.asarray(z["W"].T, jnp.float32), jnp.asarray(z["x"].T, jnp.float32)
     draws = case["draws"]
 

@@ -12,26 +12,15 @@ from crossbar_strategies import ENCODINGS, problem
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    Cell,
-    CrossbarConfig,
-    Geometry,
-    Mapping,
-    Tile,
-    calibrated,
-    matmul,
-    probe,
-    program,
-    programmed_weights,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, CrossbarConfig, Tile, calibrated, matmul, probe, program, programmed_weights
 
 KEY = jax.random.key(11)
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.sampled_from(["equal", "full"]))
 def test_no_part_of_an_axis_is_larger_than_an_array(size, limit, how):
-    parts = Geometry.of((size, 1), CrossbarConfig(tile=Tile(rows=limit, partition=how))).rows
+    parts = crossbar.Geometry.of((size, 1), CrossbarConfig(tile=Tile(rows=limit, partition=how))).rows
     assert list(parts) == crossbar_oracle.parts(size, limit, how)
     assert sum(parts) == size and max(parts) <= limit and len(parts) == -(-size // limit)
 
@@ -73,7 +62,7 @@ def test_ranges_that_lose_bits_do_not_pass_for_lossless_ones():
 @pytest.mark.parametrize("name", ["two-sided", "unit column"])
 def test_measured_conductances_are_read_like_those_that_are_modelled(name):
     """Every cell's own target, read back, is the same chip; a measured error is W's."""
-    config = CrossbarConfig(cell=Cell(on_off_ratio=8.0), encoding=ENCODINGS[name], tile=Tile(rows=10, cols=5))
+    config = CrossbarConfig(cell=crossbar.Cell(on_off_ratio=8.0), encoding=ENCODINGS[name], tile=Tile(rows=10, cols=5))
     W, x = problem()
     perfect = program(W, config, path="definition")
     tops = np.asarray(perfect.geometry.levels).reshape(-1, 1, 1, 1, 1, 1)
@@ -97,7 +86,7 @@ def test_weights_whose_code_would_underflow_have_fewer_codes(largest):
     """Each is right to the smallest normal number; smaller ones are zeros for XLA itself."""
     weights, x = problem()
     weights = weights.at[:, 2].set(largest * jnp.linspace(-1, 1, 30))
-    chip = program(weights, CrossbarConfig(dac=None, mapping=Mapping(scale="column")))
+    chip = program(weights, CrossbarConfig(dac=None, mapping=crossbar.Mapping(scale="column")))
     np.testing.assert_allclose(programmed_weights(chip)[:, 2], weights[:, 2], rtol=0, atol=1.2e-38)
     large = 1e30 * x
     wanted = np.asarray(large, float) @ np.asarray(programmed_weights(chip), float)
@@ -109,8 +98,8 @@ def test_weights_whose_code_would_underflow_have_fewer_codes(largest):
     "config",
     [
         CrossbarConfig(),
-        CrossbarConfig(dac=None, mapping=Mapping(scale="tile"), tile=Tile(rows=16)),
-        CrossbarConfig(adc=ADC(bits=8, range="max"), mapping=Mapping(scale="column")),
+        CrossbarConfig(dac=None, mapping=crossbar.Mapping(scale="tile"), tile=Tile(rows=16)),
+        CrossbarConfig(adc=ADC(bits=8, range="max"), mapping=crossbar.Mapping(scale="column")),
     ],
     ids=["product", "tiles", "columns"],
 )
@@ -134,7 +123,9 @@ def test_weights_of_eight_bits_are_programmed_as_float32():
 
 def test_a_calibrated_chip_that_became_one_product_is_read_inside_a_jit():
     weights, x = problem()
-    chip = program(weights, CrossbarConfig(cell=Cell(on_off_ratio=jnp.float32(50.0)), adc=ADC(bits=10, quantile=1.0)))
+    chip = program(
+        weights, CrossbarConfig(cell=crossbar.Cell(on_off_ratio=jnp.float32(50.0)), adc=ADC(bits=10, quantile=1.0))
+    )
     chip = calibrated(chip, probe(x, chip)[1])
     assert chip.plan.path == "product"
     np.testing.assert_allclose(jax.jit(lambda x: matmul(x, chip))(x), matmul(x, chip), rtol=1e-6, atol=1e-6)

@@ -8,50 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    DAC,
-    PCM_DRIFT,
-    PCM_JOSHI_2020,
-    PRESETS,
-    RERAM_CMO_DRIFT,
-    Cell,
-    CrossbarConfig,
-    Device,
-    Encoding,
-    Independent,
-    Mapping,
-    PowerLaw,
-    ReadNoise,
-    Sinh,
-    StuckAt,
-    Tile,
-    Wire,
-    WriteVerify,
-    calibrated,
-    config_hash,
-    load_config,
-    matmul,
-    probe,
-    program,
-    save_config,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import PRESETS, Cell, CrossbarConfig, Device, config_hash, load_config, matmul, save_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
 FULL = CrossbarConfig(
     cell=Cell(on_off_ratio=50.0),
-    tile=Tile(rows=64, wire=Wire(row_resistance=1e-5, iterations=50), current_limit=30.0),
-    dac=DAC(scaling="calibrated", limit=2.5, quantile=0.99, rounding="stochastic"),
-    adc=ADC(range="given", limits=((-9.0, 9.0),) * 4, gain_error=0.01, noise=0.1),
+    tile=crossbar.Tile(rows=64, wire=crossbar.Wire(row_resistance=1e-5, iterations=50), current_limit=30.0),
+    dac=crossbar.DAC(scaling="calibrated", limit=2.5, quantile=0.99, rounding="stochastic"),
+    adc=crossbar.ADC(range="given", limits=((-9.0, 9.0),) * 4, gain_error=0.01, noise=0.1),
     device=Device(
-        programming=Independent(0.02),
-        write_verify=WriteVerify(0.03, 8),
-        stuck=StuckAt(0.001, 0.002),
-        drift=PCM_DRIFT,
+        programming=crossbar.Independent(0.02),
+        write_verify=crossbar.WriteVerify(0.03, 8),
+        stuck=crossbar.StuckAt(0.001, 0.002),
+        drift=crossbar.PCM_DRIFT,
         time=3600,
-        read_noise=ReadNoise(0.01, "proportional"),
-        iv=Sinh(),
+        read_noise=crossbar.ReadNoise(0.01, "proportional"),
+        iv=crossbar.Sinh(),
         clip="range",
     ),
 )
@@ -61,8 +35,8 @@ def relative_error(name: str) -> float:
     config = PRESETS[name]
     weights = jax.random.normal(jax.random.key(0), (300, 40))
     x = jax.random.normal(jax.random.key(1), (32, 300))
-    state = program(weights, config, jax.random.key(2))
-    state = calibrated(state, probe(x, state)[1])
+    state = crossbar.program(weights, config, jax.random.key(2))
+    state = crossbar.calibrated(state, crossbar.probe(x, state)[1])
     exact = np.asarray(x, float) @ np.asarray(weights, float)
     return float(np.linalg.norm(matmul(x, state) - exact) / np.linalg.norm(exact))
 
@@ -83,9 +57,12 @@ def test_presets_lose_as_much_as_their_converters_do(name, least, most):
 
 
 ANALOGUE = CrossbarConfig(
-    cell=Cell(bits=None), encoding=Encoding(kind="offset"), mapping=Mapping(weight_bits=None), dac=None
+    cell=Cell(bits=None),
+    encoding=crossbar.Encoding(kind="offset"),
+    mapping=crossbar.Mapping(weight_bits=None),
+    dac=None,
 )
-NESTED = CrossbarConfig(device=Device(drift=PowerLaw(0.05, 0.01), time=10.0))
+NESTED = CrossbarConfig(device=Device(drift=crossbar.PowerLaw(0.05, 0.01), time=10.0))
 SAVED = {**PRESETS, "everything": FULL, "analogue": ANALOGUE, "nested": NESTED}
 
 
@@ -101,18 +78,18 @@ def test_a_configuration_is_loaded_as_it_was_saved(tmp_path, config):
 def test_what_a_file_leaves_out_has_its_default(tmp_path):
     path = tmp_path / "crossbar.yaml"
     path.write_text("device: {programming: PCM_JOSHI_2020, drift: RERAM_CMO_DRIFT, time: 60}\nadc: {bits: 6}\n")
-    device = Device(programming=PCM_JOSHI_2020, drift=RERAM_CMO_DRIFT, time=60)
-    assert load_config(path) == CrossbarConfig(adc=ADC(bits=6), device=device)
+    device = Device(programming=crossbar.PCM_JOSHI_2020, drift=crossbar.RERAM_CMO_DRIFT, time=60)
+    assert load_config(path) == CrossbarConfig(adc=crossbar.ADC(bits=6), device=device)
     path.write_text("")
     assert load_config(path) == CrossbarConfig()
 
 
 def test_arrays_are_written_as_lists(tmp_path):
     swept = jnp.array([0.125, 0.25])
-    config = CrossbarConfig(device=Device(programming=Independent(swept)))
+    config = CrossbarConfig(device=Device(programming=crossbar.Independent(swept)))
     save_config(config, tmp_path / "sweep.yaml")
     np.testing.assert_array_equal(load_config(tmp_path / "sweep.yaml").device.programming.sigma, swept)
-    limits = CrossbarConfig(adc=ADC(range="given", limits=jnp.array([[[-4.0, 4.0]] * 4] * 2)))
+    limits = CrossbarConfig(adc=crossbar.ADC(range="given", limits=jnp.array([[[-4.0, 4.0]] * 4] * 2)))
     save_config(limits, tmp_path / "limits.json")
     np.testing.assert_array_equal(load_config(tmp_path / "limits.json").adc.limits, limits.adc.limits)
 
@@ -138,7 +115,7 @@ def test_the_hash_tells_configurations_apart():
     assert config_hash(CrossbarConfig(cell=Cell(on_off_ratio=10))) == config_hash(
         CrossbarConfig(cell=Cell(on_off_ratio=10.0))
     )
-    device = dataclasses.replace(FULL.device, programming=Independent(0.020001))
+    device = dataclasses.replace(FULL.device, programming=crossbar.Independent(0.020001))
     assert config_hash(dataclasses.replace(FULL, device=device)) != config_hash(FULL)
 
 
@@ -149,7 +126,6 @@ def test_the_hash_tells_configurations_apart():
         ("cell: {bit: 2}", r"cell\.bit is unknown: choose from bits, on_off_ratio"),
         ("cell: 4", r"cell is 4: give a table with any of bits, on_off_ratio"),
         ("[1, 2]", r"the file is \[1, 2\]: give a table"),
-        ("cell: {bits: four}", r"cell\.bits = 'four': give a list of whole numbers or null"),
         ("cell: {bits: [2, 2, [2]]}", r"cell\.bits = \[2, 2, \[2\]\]: give a list of whole numbers or null"),
         (
             "device: {programming: {model: Polynomial, deviation: [1, 2]}}",
@@ -158,18 +134,11 @@ def test_the_hash_tells_configurations_apart():
         ("adc: {limits: [[low, high]]}", r"adc\.limits = .*give a number, a list of numbers or null"),
         ("cell: {bits: [9]}", r"cell\.bits = \[9\]|cell\.bits = \(9,\)"),
         ("dac: {bits: 7.5}", r"dac\.bits = 7\.5: give a whole number"),
-        ("dac: {bits: true}", r"dac\.bits = True: give a whole number"),
         ("adc: {range: widest}", r"adc\.range = 'widest': give calibrated or max or granular or given"),
         ("adc: {separate: 1}", r"adc\.separate = 1: give true or false"),
-        ("adc: {quantile: high}", r"adc\.quantile = 'high': give a number"),
-        ("tile: {rows: '128'}", r"tile\.rows = '128': give a whole number or null"),
         ("tile: {wire: {row: 1}}", r"tile\.wire\.row is unknown: choose from row_resistance"),
         ("encoding: null", r"encoding is None: give a table with any of kind, two_sided"),
-        (
-            "device: {programming: noisy}",
-            r"device\.programming = 'noisy': choose from PCM_JOSHI_2020, .*\{model: ",
-        ),
-        ("device: {programming: {sigma: 0.1}}", r"device\.programming = .*choose from"),
+        ("device: {programming: noisy}", r"device\.programming = 'noisy': choose from PCM_JOSHI_2020, .*\{model: "),
         ("device: {programming: {model: Independent}}", r"device\.programming lacks sigma"),
         ("device: {programming: {model: Independent, sigma: 1e-3}}", r"sigma = '1e-3': .*like 1\.0e-3"),
         ("device: {programming: {model: Independent, sigma: -1}}", r"Independent\.sigma = -1"),
@@ -194,7 +163,6 @@ def test_the_hash_tells_configurations_apart():
         (f"tile: {{wire: {{row_resistance: 0.1, iterations: {2**62}}}}}", "1 to 1,000,000"),
         (f"device: {{write_verify: {{tolerance: 0.1, pulses: {2**62}}}}}", "1 to 1,000,000"),
         ("adc: {range: max, retries: 1}", "adc.retries is unknown"),
-        ("x: !!timestamp soon", "cannot be read as YAML"),
         ("x: !!python/object/apply:os.getcwd []", "cannot be read as YAML"),
         ("#" * (1 << 20) + "\n", "has 1,048,577 bytes: give a file of at most 1,048,576"),
     ],
@@ -229,10 +197,10 @@ def test_presets_read_weights_and_inputs_of_sixteen_bits(name, dtype):
     config = PRESETS[name]
     weights = jax.random.normal(jax.random.key(0), (40, 12)).astype(dtype)
     x = jax.random.normal(jax.random.key(1), (5, 40)).astype(dtype)
-    wide, narrow = (program(w, config, jax.random.key(2)) for w in (weights.astype(jnp.float32), weights))
+    wide, narrow = (crossbar.program(w, config, jax.random.key(2)) for w in (weights.astype(jnp.float32), weights))
     if config.adc.range == "calibrated":
-        seen, of_narrow = probe(x.astype(jnp.float32), wide)[1], probe(x, narrow)[1]
-        wide, narrow = calibrated(wide, seen), calibrated(narrow, of_narrow)
+        seen, of_narrow = crossbar.probe(x.astype(jnp.float32), wide)[1], crossbar.probe(x, narrow)[1]
+        wide, narrow = crossbar.calibrated(wide, seen), crossbar.calibrated(narrow, of_narrow)
     for got, wanted in zip(jax.tree.leaves(narrow), jax.tree.leaves(wide), strict=True):
         assert got.dtype == wanted.dtype
         np.testing.assert_array_equal(got, wanted)

@@ -10,36 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    DAC,
-    Cell,
-    CrossbarConfig,
-    Device,
-    Encoding,
-    Independent,
-    ReadNoise,
-    Tile,
-    calibrated,
-    config_hash,
-    load_chip,
-    matmul,
-    probe,
-    program,
-    program_tree,
-    save_chip,
-    save_config,
-    save_constants,
-    with_config,
-    with_read_key,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, load_chip, matmul, program, save_chip, with_read_key
 from lorafusion_jax.files import write_text
 
 _KEY = jax.random.key(0)
 _CONFIGS = {
     "packed": CrossbarConfig(adc=ADC(bits=6, range="max")),
     "noisy": CrossbarConfig(
-        adc=ADC(bits=6, range="max"), device=Device(programming=Independent(0.02), read_noise=ReadNoise(0.01))
+        adc=ADC(bits=6, range="max"),
+        device=crossbar.Device(programming=crossbar.Independent(0.02), read_noise=crossbar.ReadNoise(0.01)),
     ),
 }
 
@@ -58,8 +38,10 @@ def test_a_saved_chip_reads_the_same(path, tmp_path):
 
 def test_a_saved_chip_keeps_its_name(tmp_path):
     """By which layers of a model draw different read noise."""
-    device = Device(read_noise=ReadNoise(0.01))
-    chip = program_tree({"blocks.0": jnp.ones((2, 6, 5))}, {"*": CrossbarConfig(device=device)}, _KEY)["blocks.0"]
+    device = crossbar.Device(read_noise=crossbar.ReadNoise(0.01))
+    chip = crossbar.program_tree({"blocks.0": jnp.ones((2, 6, 5))}, {"*": CrossbarConfig(device=device)}, _KEY)[
+        "blocks.0"
+    ]
     chip = dataclasses.replace(chip, first=3)
     save_chip(chip, tmp_path / "chip.npz")
     loaded = load_chip(tmp_path / "chip.npz")
@@ -107,7 +89,7 @@ def test_a_file_with_values_that_no_chip_has_is_refused(tmp_path):
             load_chip(path)
 
 
-_FLIP = Encoding(kind="offset", unit_column=True, flip=True)
+_FLIP = crossbar.Encoding(kind="offset", unit_column=True, flip=True)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +100,7 @@ _FLIP = Encoding(kind="offset", unit_column=True, flip=True)
         (
             CrossbarConfig(
                 cell=Cell(on_off_ratio=10.0),
-                encoding=Encoding(kind="offset"),
+                encoding=crossbar.Encoding(kind="offset"),
                 adc=ADC(bits=6, range="max", gain_error=0.05),
             ),
             "gain errors left Gmin out",
@@ -150,7 +132,7 @@ def test_a_chip_saved_before_plans_had_ties_keeps_them_exact(tmp_path):
     config = CrossbarConfig(cell=Cell(bits=(4, 4)), dac=DAC(signed=False), adc=ADC(bits=7))
     weights, x = jax.random.normal(_KEY, (64, 8)), jax.random.uniform(jax.random.key(1), (16, 64))
     state = program(weights, config)
-    state = calibrated(state, probe(x, state)[1])
+    state = crossbar.calibrated(state, crossbar.probe(x, state)[1])
     loaded = load_chip(_saved_without_ties(state, tmp_path), config)
     assert loaded.plan == state.plan
     np.testing.assert_array_equal(matmul(x, loaded), matmul(x, state))
@@ -163,7 +145,7 @@ def test_another_configuration_is_refused(tmp_path):
     with pytest.raises(ValueError, match="programmed with another configuration .* load it with its own"):
         load_chip(tmp_path / "chip.npz", other)
     with pytest.raises(ValueError, match="programmed with another configuration: adc.bits = 7, not 6"):
-        save_chip(with_config(program(jnp.ones((4, 3)), config), other), tmp_path / "other.npz")
+        save_chip(crossbar.with_config(program(jnp.ones((4, 3)), config), other), tmp_path / "other.npz")
     assert not (tmp_path / "other.npz").exists()
 
 
@@ -179,11 +161,11 @@ _EARLIER = Path(__file__).parent / "earlier"
 _MAX = ADC(bits=5, range="max")
 _OF_EARLIER = {
     "noisy": CrossbarConfig(
-        tile=Tile(rows=8),
+        tile=crossbar.Tile(rows=8),
         adc=dataclasses.replace(_MAX, clip_share=0.5),
-        device=Device(programming=Independent(0.05), read_noise=ReadNoise(0.02)),
+        device=crossbar.Device(programming=crossbar.Independent(0.05), read_noise=crossbar.ReadNoise(0.02)),
     ),
-    "packed": CrossbarConfig(tile=Tile(rows=8), adc=_MAX),
+    "packed": CrossbarConfig(tile=crossbar.Tile(rows=8), adc=_MAX),
     "stack": CrossbarConfig(cell=Cell(on_off_ratio=jnp.float32(20)), adc=_MAX),
 }
 
@@ -213,7 +195,7 @@ def test_a_file_holds_its_configuration_unless_that_has_arrays_or_functions(tmp_
     def cells(G, key, time):
         return 0.9 * G
 
-    for config in (_OF_EARLIER["stack"], CrossbarConfig(device=Device(programming=cells))):
+    for config in (_OF_EARLIER["stack"], CrossbarConfig(device=crossbar.Device(programming=cells))):
         chip = program(jnp.ones((6, 5)), config, _KEY)
         save_chip(chip, tmp_path / "chip.npz")
         with pytest.raises(ValueError, match="does not hold its configuration: give the one"):
@@ -234,7 +216,7 @@ def test_values_that_differ_within_a_stack_are_saved_with_it(tmp_path):
 def test_settings_that_only_warn_do_not_refuse_a_saved_chip(tmp_path):
     config = _OF_EARLIER["noisy"]
     quieter = dataclasses.replace(config, adc=_MAX, dac=DAC(clip_share=0.3))
-    assert config_hash(quieter) == config_hash(config)
+    assert crossbar.config_hash(quieter) == crossbar.config_hash(config)
     save_chip(program(jnp.ones((6, 5)), config, _KEY), tmp_path / "chip.npz")
     assert load_chip(tmp_path / "chip.npz", quieter).config == quieter
 
@@ -270,7 +252,12 @@ def test_arrays_are_as_large_as_their_bytes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "save", [lambda path: save_config(CrossbarConfig(), path), save_constants, lambda path: write_text(path, 20 * "x")]
+    "save",
+    [
+        lambda path: crossbar.save_config(CrossbarConfig(), path),
+        crossbar.save_constants,
+        lambda path: write_text(path, 20 * "x"),
+    ],
 )
 def test_a_table_that_is_cut_off_leaves_what_was_there(save, tmp_path, monkeypatch):
     path = tmp_path / "table.yaml"

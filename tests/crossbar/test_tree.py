@@ -10,39 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import (
-    ADC,
-    DAC,
-    Cell,
-    Chip,
-    CrossbarConfig,
-    Device,
-    Independent,
-    Mapping,
-    ReadNoise,
-    Segments,
-    Tile,
-    calibrate_tree,
-    calibrated,
-    map_layers,
-    observe,
-    probe,
-    program,
-    program_tree,
-    programmed_weights,
-    reads,
-    scan_layers,
-    site_errors,
-    with_read_key,
-)
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar import ADC, Chip, CrossbarConfig, calibrate_tree, observe, program_tree, reads, scan_layers
 from lorafusion_jax.crossbar import matmul as read
 from lorafusion_jax.models.weights import dense, is_in_arrays, matmul
 
-_IDEAL = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
-_NOISY = CrossbarConfig(device=Device(programming=Independent(0.05)))
-_READ_NOISE = CrossbarConfig(device=Device(read_noise=ReadNoise(0.02)))
+_IDEAL = CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=crossbar.Mapping(weight_bits=None), dac=None)
+_NOISY = CrossbarConfig(device=crossbar.Device(programming=crossbar.Independent(0.05)))
+_READ_NOISE = CrossbarConfig(device=crossbar.Device(read_noise=crossbar.ReadNoise(0.02)))
 _CONVERTED = CrossbarConfig(
-    cell=Cell(bits=(4, 4)), adc=ADC(bits=5, clip_share=0.1), tile=Tile(rows=4, cols=4), dac=DAC(bits=4)
+    cell=crossbar.Cell(bits=(4, 4)),
+    adc=ADC(bits=5, clip_share=0.1),
+    tile=crossbar.Tile(rows=4, cols=4),
+    dac=crossbar.DAC(bits=4),
 )
 
 _KEY = jax.random.key(3)
@@ -83,7 +63,7 @@ def test_the_first_rule_that_matches_decides_and_the_rest_stays_digital():
 def test_a_rule_may_name_layers_as_python_does(layers, wanted):
     weight = _weights()["encoder.self.q"]
     placed = program_tree({"q": weight}, {f"q{layers}": _NOISY}, _KEY)["q"]
-    parts = placed.parts if isinstance(placed, Segments) else (placed,)
+    parts = placed.parts if isinstance(placed, crossbar.Segments) else (placed,)
     kinds = [kind for part in parts for kind in ["arrays" if is_in_arrays(part) else "digital"] * part.shape[0]]
     assert kinds == wanted
     firsts = [part.first for part in parts if isinstance(part, Chip)]
@@ -129,7 +109,7 @@ def test_a_raw_key_is_the_typed_one():
     raw = jax.random.PRNGKey(3)
     stacks = [reads(program_tree(weights, {"*": _READ_NOISE}, key), 5)["stack"] for key in (_KEY, raw)]
     _equal(*(jax.vmap(read, in_axes=(None, 0))(x, stack) for stack in stacks))
-    again = [with_read_key(stacks[0], key) for key in (_KEY, raw)]
+    again = [crossbar.with_read_key(stacks[0], key) for key in (_KEY, raw)]
     _equal(*(jax.vmap(read, in_axes=(None, 0))(x, stack) for stack in again))
     with pytest.raises(ValueError, match=r"the key is uint32\[4, 2\]: give one PRNG key"):
         program_tree(weights, {"*": _READ_NOISE}, jax.random.split(raw, 4))
@@ -164,11 +144,13 @@ def test_the_reads_of_a_model_avoid_tables_which_compile_slowly():
     placed = program_tree({"head": weight}, {"*": config}, _KEY)["head"]
     assert placed.plan.path == "loop"
     # Bit planes where the processor counts the bits of vectors.
-    whole = dataclasses.replace(config, device=Device())
+    whole = dataclasses.replace(config, device=crossbar.Device())
     assert program_tree({"head": weight}, {"*": whole}, _KEY)["head"].plan.path in {"packed", "planes"}
     chip = jax.random.fold_in(jax.random.fold_in(_KEY, zlib.crc32(b"head")), 0)
-    tables = program(weight, config, chip, path="lookup")
-    np.testing.assert_allclose(programmed_weights(placed), programmed_weights(tables), rtol=1e-5, atol=1e-6)
+    tables = crossbar.program(weight, config, chip, path="lookup")
+    np.testing.assert_allclose(
+        crossbar.programmed_weights(placed), crossbar.programmed_weights(tables), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(matmul(x, placed), matmul(x, tables), rtol=1e-5, atol=1e-5)
 
 
@@ -180,7 +162,7 @@ def test_a_stack_is_read_like_its_matrices():
     placed = program_tree({"q": weights}, {"*[1:3]": _NOISY}, _KEY)["q"]
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 6)), jnp.float32)
     _, scanned = jax.jit(lambda stack: scan_layers(lambda c, layer: (c, matmul(x, layer)), None, stack))(placed)
-    mapped = map_layers(lambda layer: matmul(x, layer), placed)
+    mapped = crossbar.map_layers(lambda layer: matmul(x, layer), placed)
     _equal(scanned, mapped)
     part = placed.parts[1]
     for layer in (1, 2):
@@ -255,7 +237,7 @@ def test_taps_return_the_statistics_of_every_read():
     # The first layer's inputs are known: the same reads, one by one.
     wanted, matrix = None, jax.tree.map(lambda leaf: leaf[0], placed["encoder.self.q"])
     for x in _inputs(2):
-        statistics = probe(x, matrix)[1]
+        statistics = crossbar.probe(x, matrix)[1]
         wanted = statistics if wanted is None else jax.tree.map(jnp.add, wanted, statistics)
     for got, want in zip(jax.tree.leaves(seen["q"]), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-6)
@@ -273,11 +255,11 @@ def test_calibration_sets_every_matrix_to_its_own_data():
     A = settled["A"]["q"]
     for layer, module in ((0, 0), (3, 2)):
         one = jax.tree.map(lambda leaf, at=(layer, module): leaf[at], (placed["A"]["q"], statistics[0]))
-        np.testing.assert_allclose(A.limits[layer, module], calibrated(*one).limits, rtol=1e-6)
+        np.testing.assert_allclose(A.limits[layer, module], crossbar.calibrated(*one).limits, rtol=1e-6)
     assert len(np.unique(np.asarray(A.limits[..., -1]))) > 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        rows = site_errors(settled, observe(_run, settled, _inputs(3)))
+        rows = crossbar.site_errors(settled, observe(_run, settled, _inputs(3)))
     layers = [row["layer"] for row in rows if row["site"] == "encoder.self.q"]
     assert layers == [0, 3]
     assert {(row["site"], row["layer"], row["module"]) for row in rows} >= {("A.q", 3, 2), ("head", None, None)}
@@ -289,7 +271,7 @@ def test_ranges_that_clip_warn_by_name():
     config = dataclasses.replace(_CONVERTED, adc=ADC(bits=5, range="given", limits=limits))
     placed = program_tree(_weights(), {"head": config}, _KEY)
     with pytest.warns(UserWarning, match=r"ADCs clip more conversions than adc.clip_share: head: \d+.\d%"):
-        site_errors(placed, observe(_run, placed, _inputs(1)))
+        crossbar.site_errors(placed, observe(_run, placed, _inputs(1)))
 
 
 def test_calibration_without_batches_or_reads_is_refused():
@@ -302,7 +284,7 @@ def test_calibration_without_batches_or_reads_is_refused():
 
 
 def test_ranges_of_inputs_come_from_data_before_those_of_sums():
-    config = CrossbarConfig(dac=DAC(scaling="calibrated", quantile=0.5), adc=ADC(bits=8))
+    config = CrossbarConfig(dac=crossbar.DAC(scaling="calibrated", quantile=0.5), adc=ADC(bits=8))
     placed = program_tree({"a": _weights()["encoder.self.q"][0], "b": _weights()["head"]}, {"*": config}, _KEY)
 
     def run(tree, x):
@@ -311,7 +293,7 @@ def test_ranges_of_inputs_come_from_data_before_those_of_sums():
     settled = calibrate_tree(run, placed, _inputs(1))
     assert all(chip.limits is not None and chip.input_limit > 0 for chip in settled.values())
     with pytest.warns(UserWarning, match=r"DACs clip more inputs than dac.clip_share: .*a: (4|5)\d\.\d%"):
-        site_errors(settled, observe(run, settled, _inputs(1)))
+        crossbar.site_errors(settled, observe(run, settled, _inputs(1)))
 
 
 def test_every_batch_is_observed_with_noise_of_its_own():

@@ -13,24 +13,12 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax import fuse
+from lorafusion_jax import crossbar, fuse
 from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
-from lorafusion_jax.crossbar import (
-    ADC,
-    Cell,
-    CrossbarConfig,
-    Device,
-    Independent,
-    Mapping,
-    PowerLaw,
-    Proportional,
-    load_chip,
-    programmed_weights,
-    save_config,
-)
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
+from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Independent, Mapping, PowerLaw, load_chip, save_config
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.chips import Redrawn, limits_of, redrawn, stack_chips
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
@@ -70,7 +58,7 @@ def _loss(frozen, step=0):
 @pytest.mark.accelerator
 @pytest.mark.nightly
 def test_chips_in_one_program_are_the_single_ones():
-    converted = dataclasses.replace(_NOISY, adc=ADC(bits=6, range="max"))
+    converted = dataclasses.replace(_NOISY, adc=crossbar.ADC(bits=6, range="max"))
     rules = [{_WRITTEN: aged(converted, age)} for age in ("0", "1h")]
     singles = [program(_GRAPH, _DIGITAL, of_chip, key, norm="ideal") for of_chip, key in zip(rules, _KEYS, strict=True)]
     limits = limits_of(singles[0])
@@ -87,7 +75,7 @@ def test_chips_in_one_program_are_the_single_ones():
 @pytest.mark.long
 def test_configurations_that_differ_in_their_device_model_alone_are_different_programs():
     """Trees of registered dataclasses compare equal in jaxlib if only a class differs."""
-    devices = [Device(programming=model(0.1)) for model in (Independent, Proportional)]
+    devices = [Device(programming=model(0.1)) for model in (Independent, crossbar.Proportional)]
     rules = [{_WRITTEN: dataclasses.replace(_ANALOGUE, device=device)} for device in devices]
     drawn = [program(_GRAPH, _DIGITAL, rule, _KEYS[0]) for rule in rules]
     assert _loss(drawn[0]) != _loss(drawn[1])
@@ -159,7 +147,7 @@ def _fusing(small, chips, name, **changes):
 
 def _weights_of(folder, number):
     state = load_chip(folder / f"chip_{number}" / f"{_V}.npz", _NOISY)
-    return np.asarray(programmed_weights(state))
+    return np.asarray(crossbar.programmed_weights(state))
 
 
 def _on_chips(options, **changes):

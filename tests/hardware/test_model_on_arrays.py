@@ -11,25 +11,11 @@ import pytest
 import tiny
 from flax import nnx
 
+from lorafusion_jax import crossbar
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.adapters.norms import Gram, PairTerms
 from lorafusion_jax.adapters.updates import Dense, InBasis, Outputs
-from lorafusion_jax.crossbar import (
-    DAC,
-    PRESETS,
-    Cell,
-    Chip,
-    CrossbarConfig,
-    Device,
-    Independent,
-    Mapping,
-    ReadNoise,
-    Segments,
-    matmul,
-    observe,
-    programmed_weights,
-    site_errors,
-)
+from lorafusion_jax.crossbar import PRESETS, Cell, CrossbarConfig, Device, Mapping, observe, site_errors
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.chips import redrawn
 from lorafusion_jax.hardware.program import program
@@ -49,9 +35,12 @@ _IDEAL = {"*": PRESETS["ideal"]}
 # Values of both stacks and their modules, where it does not matter which weights are written: less to compile.
 _WRITTEN = "*.self.v"
 _NOISY = CrossbarConfig(
-    cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, device=Device(programming=Independent(0.02))
+    cell=Cell(bits=None),
+    mapping=Mapping(weight_bits=None),
+    dac=None,
+    device=Device(programming=crossbar.Independent(0.02)),
 )
-_READ_NOISE = dataclasses.replace(_NOISY, device=Device(read_noise=ReadNoise(0.01)))
+_READ_NOISE = dataclasses.replace(_NOISY, device=Device(read_noise=crossbar.ReadNoise(0.01)))
 
 _GRAPH, _BASE = nnx.split(tiny.t5())
 _INDEX = jnp.array([2, 0])
@@ -152,14 +141,6 @@ def test_the_digital_weights_are_left_alone():
     assert is_in_arrays(_in_arrays(config="noisy").base) and not is_in_arrays((_DIGITAL, _BASE))
     for name, weight in matrices(tiny.t5()).items():
         np.testing.assert_array_equal(matrices(nnx.merge(_GRAPH, _BASE))[name], weight)
-
-
-def test_layer_ranges_split_the_scan():
-    weights = matrices(nnx.merge(_GRAPH, _in_arrays("*[1:-1]").base))
-    assert isinstance(weights["encoder.self.q"], Segments) and weights["encoder.self.q"].ends == (1, 2, 3)
-    assert isinstance(weights["decoder.self.q"], jax.Array)  # of two layers none is inner
-    assert isinstance(weights["head"], jax.Array)
-    assert isinstance(matrices(nnx.merge(_GRAPH, _in_arrays().base))["head"], Chip)
 
 
 def test_a_tied_head_stays_digital():
@@ -298,8 +279,10 @@ def test_every_token_is_decoded_with_separate_noise():
         """An adapter that adds what the kernel's read adds to its ideal product."""
 
         def __call__(self, x, kernel):
-            y = matmul(x, kernel)
-            jax.debug.callback(lambda noise: drawn.append(np.asarray(noise)), y - x @ programmed_weights(kernel))
+            y = crossbar.matmul(x, kernel)
+            jax.debug.callback(
+                lambda noise: drawn.append(np.asarray(noise)), y - x @ crossbar.programmed_weights(kernel)
+            )
             return y
 
     jax.tree_util.register_pytree_node(Recording, lambda r: ((), None), lambda aux, children: Recording())
@@ -321,7 +304,7 @@ def test_every_token_is_decoded_with_separate_noise():
 
 @pytest.mark.long
 def test_errors_by_site_layer_and_module():
-    config = dataclasses.replace(PRESETS["ideal"], dac=DAC(bits=6))
+    config = dataclasses.replace(PRESETS["ideal"], dac=crossbar.DAC(bits=6))
     frozen = program(_GRAPH, _DIGITAL, {"pool.A.*": config, "encoder.self.*": config}, _KEY)
     method = Fusion()
     inputs = (_params(method), _INDEX, tiny.batch())
