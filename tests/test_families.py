@@ -1,13 +1,8 @@
-"""Two families of models go through every command: a small Llama, and a tiny one of two stacks.
-
-`second_family.py` describes the tiny one, which is registered for this file only: the protocol alone gives it every
-command.
-"""
+"""A family other than T5's goes through every command: a small Llama, with random weights."""
 
 import functools
 import json
 import math
-import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,35 +14,26 @@ import numpy as np
 import pytest
 import recipes
 import small_llama
-from flax import nnx
 from safetensors.numpy import load_file, save_file
-from second_family import FAMILY, Pair, PairConfig
 
 import lorafusion_jax as lf
-from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.estimates.bill.activity import activities
 from lorafusion_jax.estimates.bill.bill import bills
 from lorafusion_jax.estimates.bill.options import CostOptions
-from lorafusion_jax.estimates.estimate import Settings
-from lorafusion_jax.estimates.flops import Shape, forward_flops
-from lorafusion_jax.estimates.memory import weights_bytes
 from lorafusion_jax.estimates.params import counts
-from lorafusion_jax.estimates.plan import describe_run, plan
-from lorafusion_jax.estimates.workload import uniform
+from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
 from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.hardware.write import ProgramOptions, write_chips
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.decoder.shapes import SHAPES
-from lorafusion_jax.models.registry import FAMILIES
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.training.mesh import partition, rules
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
-_PAIR = PairConfig(vocab_size=66, d_model=8, d_ff=12, reader_layers=2, writer_layers=3)
 _RANK, _ALPHA = 2, 4
 _QUICK = {
     "modules": 2,
@@ -63,32 +49,22 @@ _QUICK = {
 }
 # Methods that the usual tests run: one that trains, and those that compile little.
 _SHORT = ("lora", "zero-shot", "constant")
-_LLAMA_ONLY = pytest.mark.parametrize("family", ["llama"], indirect=True)
+_ADAPTED = ("decoder.self_attn.q_proj", "decoder.self_attn.o_proj", "decoder.mlp.down_proj")
 
 
 class _Case(NamedTuple):
-    """A base of a family, a task that its tokenizer reads, and the sites of its adapters."""
+    """A base, and a task that its tokenizer reads."""
 
     folder: Path
     base: Path
     config: lf.Architecture
     task: Path
-    adapted: tuple[str, ...]
-    task_type: str
 
 
-def _pair(folder: Path) -> _Case:
-    """Random weights, and the embedded base's tokenizer, which has 66 tokens too."""
-    shutil.copytree(_SMALL / "base", folder / "source", ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    sizes = {name: getattr(_PAIR, name) for name in ("vocab_size", "d_model", "d_ff", "reader_layers", "writer_layers")}
-    (folder / "source" / "config.json").write_text(json.dumps(sizes | {"model_type": "pair"}))
-    lf.save_base(Pair(_PAIR, rngs=nnx.Rngs(0)), folder / "base", folder / "source")
-    adapted = ("reader.mix.up", "writer.talk.query", "writer.mix.down")
-    return _Case(folder, folder / "base", _PAIR, _SMALL / "tasks" / "double_digit", adapted, "FEATURE_EXTRACTION")
-
-
-def _llama(folder: Path) -> _Case:
+@pytest.fixture(scope="module")
+def family(tmp_path_factory) -> _Case:
     """Prompts have different lengths. Answers of `closed` recur and so are options, those of `open` do not."""
+    folder = tmp_path_factory.mktemp("llama")
     base = small_llama.make(folder / "base", num_attention_heads=4, num_key_value_heads=2, vocab_size=320)
     answers = {"hot": "cold", "tall": "short"}
     for name in ("closed", "open"):
@@ -99,20 +75,7 @@ def _llama(folder: Path) -> _Case:
         ]
         for part, chosen in (("train", rows), ("test", rows[:4])):
             (folder / name / f"{part}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
-    adapted = ("decoder.self_attn.q_proj", "decoder.self_attn.o_proj", "decoder.mlp.down_proj")
-    return _Case(folder, base, lf.read_config(base), folder / "closed", adapted, "CAUSAL_LM")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _registered():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(FAMILIES, FAMILY.name, FAMILY)
-        yield
-
-
-@pytest.fixture(scope="module", params=["pair", "llama"])
-def family(request, tmp_path_factory) -> _Case:
-    return {"pair": _pair, "llama": _llama}[request.param](tmp_path_factory.mktemp(request.param))
+    return _Case(folder, base, lf.read_config(base), folder / "closed")
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +85,11 @@ def adapters(family) -> list[Path]:
     for number in range(3):
         folder, tensors = family.folder / "adapters" / f"adapter_{number}", {}
         for path, (d_in, d_out) in linear_shapes(family.config).items():
-            if sites[path][0] in family.adapted:
+            if sites[path][0] in _ADAPTED:
                 for factor, shape in (("lora_A", (_RANK, d_in)), ("lora_B", (d_out, _RANK))):
                     tensors[f"base_model.model.{path}.{factor}.weight"] = rng.standard_normal(shape, np.float32)
         folder.mkdir(parents=True)
-        targets = sorted({site.rpartition(".")[2] for site in family.adapted})
+        targets = sorted({site.rpartition(".")[2] for site in _ADAPTED})
         fields = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _ALPHA, "target_modules": targets}
         (folder / "adapter_config.json").write_text(json.dumps(fields))
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -172,24 +135,15 @@ def done(asked, family) -> Callable[[str], dict]:
 def test_a_converted_pool_is_the_adapters(family, pool, adapters):
     assert json.loads((pool / "manifest.json").read_text())["base"]["family"] == family.config.family
     loaded = lf.load_pool(pool)
-    assert list(loaded.A) == list(loaded.sites) == list(family.adapted)
+    assert list(loaded.A) == list(loaded.sites) == list(_ADAPTED)
     file = load_file(adapters[1] / "adapter_model.safetensors")
     for path, (site, layer) in lf.places(family.config).items():
-        if site in family.adapted:
+        if site in _ADAPTED:
             a, b = (file[f"base_model.model.{path}.lora_{factor}.weight"] for factor in "AB")
             np.testing.assert_array_equal(loaded.A[site][layer, 1], a.T)
             np.testing.assert_array_equal(loaded.B[site][layer, 1], _ALPHA / _RANK * b.T)
 
 
-@pytest.mark.parametrize("family", ["pair"], indirect=True)
-def test_coefficients_have_a_column_for_each_block_and_site(pool):
-    loaded = lf.load_pool(pool)
-    assert column_names(loaded, "block") == ["reader.0", "reader.1", "writer.0", "writer.1", "writer.2"]
-    writers = [f"writer.{layer}.{site}" for layer in range(3) for site in ("talk.query", "mix.down")]
-    assert column_names(loaded, "site") == ["reader.0.mix.up", "reader.1.mix.up", *writers]
-
-
-@_LLAMA_ONLY
 def test_an_adapter_of_another_family_is_refused(family, adapters, tmp_path):
     cases = [
         (family.base, _SMALL / "adapters" / "sort_dash", r"\S+SelfAttention.*, a module of T5.*, and the base is .* L"),
@@ -204,7 +158,7 @@ def test_an_adapter_of_another_family_is_refused(family, adapters, tmp_path):
 def test_two_seeds_are_trained_and_evaluated(family, run):
     results = json.loads((run / "results.json").read_text())
     config = family.config
-    columns = sum(config.sites[site].layers * config.sites[site].d_out for site in family.adapted)
+    columns = sum(config.sites[site].layers * config.sites[site].d_out for site in _ADAPTED)
     # A coefficient for each of two modules and each block, and a magnitude for each column of the adapted matrices.
     assert results["trainable_by_group"] == {"coefficients": 2 * config.layers, "magnitudes": columns}
     assert len(results["seeds"]) == 2 and lf.load_run(run)[1]["coefficients"].shape == (2, 2, config.layers)
@@ -212,7 +166,6 @@ def test_two_seeds_are_trained_and_evaluated(family, run):
         assert math.isfinite(row["loss"])
 
 
-@_LLAMA_ONLY
 @pytest.mark.parametrize(
     "method",
     [pytest.param(name, marks=() if name in _SHORT else pytest.mark.long) for name in lf.METHODS if name != "fusion"],
@@ -223,22 +176,11 @@ def test_every_method_runs(family, method, done):
     assert 0 <= row["exact_match"] <= 100
     assert row["loss"] is None if method == "constant" else math.isfinite(row["loss"])
     if lf.METHODS[method].title is not None:
-        targets = [site.rpartition(".")[2] for site in family.adapted] if lf.METHODS[method].pool else None
+        targets = [site.rpartition(".")[2] for site in _ADAPTED] if lf.METHODS[method].pool else None
         found = counts(family.config, modules=2, rank=_RANK, vera_rank=3, basis=None, targets=targets)
         assert results["trainable"] == found[lf.METHODS[method].title.format(lora_rank=_RANK, vera_rank=3)]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("family", ["pair"], indirect=True)
-def test_methods_without_a_pool_adapt_the_family_s_own_choice(asked):
-    options = asked("lora", method="lora")
-    results = lf.fuse(options)
-    config = json.loads((options.out / "lora" / "config.json").read_text())
-    assert config["options"]["recipe"]["lora_targets"] == ["up", "query"]
-    assert results["trainable"] == 2 * 2 * (8 + 12) + 3 * 2 * (8 + 12) + 3 * 2 * (8 + 8)
-
-
-@_LLAMA_ONLY
 @pytest.mark.parametrize(
     ("load_in", "method", "rel"),
     [
@@ -265,17 +207,9 @@ def test_a_mesh_gives_the_numbers_of_one_device(run, asked):
 
 def test_a_mesh_splits_matrices_as_the_sites_say():
     # Phi-3 has one matrix for queries, keys and values; Qwen2 has biases, and Qwen3 norms of queries and keys.
-    pair, phi = rules(_PAIR), rules(SHAPES["phi-3-mini"])
+    phi = rules(SHAPES["phi-3-mini"])
     qwen2, qwen3 = (rules(SHAPES[name]) for name in ("qwen2.5-7b", "qwen3-8b"))
     names = {
-        ("base/writer/mix/down/kernel", 2, pair): ("model", None),
-        ("base/writer/query/kernel", 2, pair): (None, "model"),
-        ("base/embedding", 2, pair): ("model", None),
-        ("base/head", 2, pair): (None, "model"),
-        ("pool/A/writer.mix.down", 2, pair): ("model", None),
-        ("pool/A/writer.talk.query", 2, pair): (None, None),
-        ("pool/B/writer.talk.query", 2, pair): (None, "model"),
-        ("base/writer/mix/norm/scale", 2, pair): (None, None),
         ("base/decoder/self_attn/qkv_proj/kernel", 3, phi): (None, None, "model"),
         ("base/decoder/mlp/down_proj/kernel", 3, phi): (None, "model", None),
         ("base/decoder/self_attn/q_proj/kernel", 3, qwen2): (None, None, "model"),
@@ -289,20 +223,12 @@ def test_a_mesh_splits_matrices_as_the_sites_say():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("family", "digital"),
-    [
-        pytest.param("llama", ("*.[kvo]_proj", "*.mlp.*")),
-        pytest.param("pair", (), marks=pytest.mark.nightly),
-    ],
-    indirect=["family"],
-)
-def test_chips_hold_every_matrix_that_is_not_digital(family, digital, pool, run, tmp_path):
+def test_chips_hold_every_matrix_that_is_not_digital(family, pool, run, tmp_path):
+    digital = ("*.[kvo]_proj", "*.mlp.*")
     chips = tmp_path / "chips"
     where = {"base": str(family.base), "pool": str(pool), "out": chips}
     write_chips(ProgramOptions(**where, crossbar="isaac", keep_digital=digital))
-    head = () if family.config.tied else ("head",)
-    matrices = [*family.config.sites, *head, *(f"pool.{factor}.{site}" for factor in "AB" for site in family.adapted)]
+    matrices = [*family.config.sites, *(f"pool.{factor}.{site}" for factor in "AB" for site in _ADAPTED)]
     files = {path.stem for path in (chips / "chip_0").iterdir()}
     assert files == {name for name in matrices if not any(fnmatch(name, rule) for rule in digital)}
     options = EvaluateOnChipsOptions(run=run, crossbar=str(chips), norm="programmed", calibration_rows=4, test_rows=4)
@@ -312,16 +238,15 @@ def test_chips_hold_every_matrix_that_is_not_digital(family, digital, pool, run,
         assert on_chip["loss"] == pytest.approx(exact["loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("family", [pytest.param("pair", marks=pytest.mark.long), "llama"], indirect=True)
 def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_path):
     export(ExportOptions(out=tmp_path / "adapter", run=run, seed=2))
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert fields["task_type"] == family.task_type and fields["use_dora"]
+    assert fields["task_type"] == "CAUSAL_LM" and fields["use_dora"]
     assert fields["target_modules"] == sorted(
-        path for path, (site, _) in lf.places(family.config).items() if site in family.adapted
+        path for path, (site, _) in lf.places(family.config).items() if site in _ADAPTED
     )
     again = lf.read_pool([str(tmp_path / "adapter")], family.config)
-    assert again.magnitude is not None and again.sites == family.adapted
+    assert again.magnitude is not None and again.sites == _ADAPTED
 
     export(ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged"))
     options, params, _ = lf.load_run(run)
@@ -335,65 +260,18 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
     assert lf.load_tokenizer(str(tmp_path / "merged")).chat_template == setup.tokenizer.chat_template
 
 
-@_LLAMA_ONLY
 def test_a_plan_counts_what_a_run_needs(asked, family):
     text = describe_run(asked("plan", seeds=(1, 2)))
     assert "2 batches of 6 rows" in text and "tokenised, padded" in text
     assert f"| fusion |    2 |        {2 + 3 * 16} |" in text
 
 
-def test_a_plan_has_a_row_for_each_method():
-    recipe = lf.FusionRecipe(modules=2, epochs=1)
-    work = uniform(recipe, source=8, target=4, train_rows=20, test_rows=8)
-    methods = ["zero-shot", "fusion", "lora", "full"]
-    rows = plan(_PAIR, methods, {"task": work}, Settings(recipe=recipe, rank=2))
-    assert [row.method for row in rows] == methods
-    assert all(math.isfinite(row.cost.peak_bytes) and row.cost.evaluation_flops > 0 for row in rows)
-    assert rows[3].cost.trainable == weights_bytes(_PAIR) // 4
-
-
-def test_parameters_and_flops_are_the_model_s():
-    found = counts(_PAIR, modules=2, rank=3, basis=4)
-    maps = 2 * 2 * 8 * 12 + 3 * (3 * 8 * 8 + 2 * 8 * 12)
-    assert found["full fine-tuning"] == maps + 2 * 66 * 8 + (2 + 3 + 3 + 1) * 8
-    assert found["LoRAFusion"] == found["LoRAFusion, basis of 4"] == 2 * 5 + 5 * 12 + 3 * 8
-    assert weights_bytes(_PAIR) == 4 * found["full fine-tuning"]
-
-    rows, source, target = shape = Shape(2, 5, 3)
-    of_source = 2 * 2 * 8 * 12 + 3 * 8 * 8  # the reader, and the writer's memory of the source
-    of_target = 3 * (2 * 8 * 8 + 2 * 8 * 12) + 8 * 66
-    attention = 3 * 2 * source * target * 8
-    operations = 2 * rows * (source * of_source + target * of_target + attention)
-    assert forward_flops(_PAIR, shape, lf.Update()) == operations
-
-
-# Matrices that are read at the same time, by how often. Of the pair: ask (query and its modules; the memory is the
-# source's), answer, mix, mixed in each of 3 layers; then the head. Of a Llama: queries with keys, values and their
-# modules; the attention's end; gate and up; down. Its head is the embedding.
-_STAGES = {
-    "pair": {
-        frozenset({((8, 8),), ((8, 2), (2, 8))}): 3,
-        frozenset({((8, 8),)}): 3,
-        frozenset({((8, 12),)}): 3,
-        frozenset({((12, 8),)}): 3,
-        frozenset({((8, 66),)}): 1,
-    },
-    "decoder": {
-        frozenset({((16, 16),), ((16, 8),), ((16, 2), (2, 8))}): 1,
-        frozenset({((16, 16),)}): 1,
-        frozenset({((16, 24),)}): 1,
-        frozenset({((24, 16),)}): 1,
-    },
-}
-
-
 def test_a_bill_follows_the_stages_of_a_block(family):
-    config = family.config
-    targets, basis = (("query",), frozenset({((8, 8),), ((8, 3), (3, 8))})) if config == _PAIR else (("v_proj",), None)
+    """Matrices that are read at the same time: queries with keys, values and modules; output; gate and up; down."""
     sizes = {"modules": 2, "rank": 2, "epochs": 1, "train_rows": 20, "source": 8, "target": 4}
-    options = CostOptions(targets=targets, bases=(3,) if basis else (), **sizes)
-    found = {activity.method: activity.stages for activity in activities(config, ARRAYS["isaac"], options)}
-    assert found["LoRAFusion"] == _STAGES[config.family]
-    assert basis is None or basis in found["LoRAFusion, basis of 3"]
-    priced = bills(config, ARRAYS["isaac"], options)
+    options = CostOptions(targets=("v_proj",), bases=(), **sizes)
+    found = {activity.method: activity.stages for activity in activities(family.config, ARRAYS["isaac"], options)}
+    stages = [{((16, 16),), ((16, 8),), ((16, 2), (2, 8))}, {((16, 16),)}, {((16, 24),)}, {((24, 16),)}]
+    assert found["LoRAFusion"] == {frozenset(stage): 1 for stage in stages}
+    priced = bills(family.config, ARRAYS["isaac"], options)
     assert all(bill.learning.typical > 0 < bill.inference.typical for bill in priced.values())
