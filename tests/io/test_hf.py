@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import peft_models
 import pytest
 import torch_files
 from flax import nnx
@@ -97,16 +96,6 @@ def _run(model, input_ids, mask, decoder_ids):
     graph, state = nnx.split(model)
     arguments = (jnp.asarray(x) for x in (input_ids.astype(np.int32), mask > 0, decoder_ids.astype(np.int32)))
     return np.asarray(jax.jit(lambda state, *x: nnx.merge(graph, state)(*x))(state, *arguments))
-
-
-def _greedy(model, input_ids, mask, length):
-    graph, state = nnx.split(model)
-
-    def run(state, *x):
-        return lf.generate(nnx.merge(graph, state), *x, max_new_tokens=length)
-
-    tokens = jax.jit(run)(state, jnp.asarray(input_ids, jnp.int32), jnp.asarray(mask > 0))
-    return np.concatenate([np.full((len(tokens), 1), model.start_id), np.asarray(tokens)], axis=1)
 
 
 @pytest.mark.smoke
@@ -280,17 +269,12 @@ def test_a_tensor_of_the_base_by_name(base, tmp_path):
         ({"model_type": "umt5"}, "model_type is 'umt5', whose every layer has a relative bias"),
         ({"model_type": "bert"}, r"model_type is 'bert': \w+ a T5 1\.0, T5 1\.1, FLAN-T5 or mT5; Llama, Mistral"),
         ({"model_type": "mixtral"}, "Only T5 and dense decoders are supported, so mixtures of experts and encoders"),
-        ({"model_type": ...}, "model_type is None"),
         ({"feed_forward_proj": "gated-silu"}, r"feed_forward_proj is 'gated-silu': \w+ 'relu' or 'gated-gelu'"),
         ({"d_kv": ...}, "d_kv is missing: expected an integer"),
         ({"d_ff": -1}, "d_ff is -1: expected an integer from 1 to 10,000,000"),
-        ({"d_ff": True}, "d_ff is True: expected an integer"),
-        ({"d_ff": [8]}, r"d_ff is \[8\]: expected an integer"),
         ({"num_layers": 10**9}, "num_layers is 1000000000: expected an integer from 1 to 10,000"),
         ({"eos_token_id": {"a": 1}}, r"eos_token_id is \{'a': 1\}: expected an integer or a list or null"),
         ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small': expected a number"),
-        ({"model_type": ["t5"]}, r"model_type is \['t5'\]"),
-        ({"model_type": "llama", "num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000: expected an int"),
         ({"model_type": "llama", "num_attention_heads": 0}, "num_attention_heads is 0: expected an integer from 1"),
         ({"model_type": "llama", "hidden_act": ["silu"]}, r"hidden_act is \['silu'\]: expected a text"),
         ({"model_type": "llama", "rope_scaling": 3}, "rope_scaling is 3: expected an object"),
@@ -381,57 +365,6 @@ def test_files_that_are_missing_or_damaged(base, tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match=r"has no weights: expected model\.safetensors or pytorch_model\.bin"):
         lf.load_base(base)
-
-
-@pytest.mark.peft
-@pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"tie_word_embeddings": False},
-        {"tie_word_embeddings": True, "feed_forward_proj": "relu"},
-        {"tie_word_embeddings": True, "num_layers": 2, "num_decoder_layers": 4},
-    ],
-)
-def test_transformers_agrees(tmp_path, fields, safe):
-    import torch
-    import transformers
-
-    theirs = peft_models.t5(**fields).eval()
-    if not fields["tie_word_embeddings"]:  # version 5 ties every new model and leaves apart what it loads apart
-        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.clone())
-    with torch.no_grad():
-        for parameter in theirs.parameters():  # T5's own start is too flat to tell tokens apart
-            parameter += 0.2 * torch.randn(parameter.shape)
-    theirs.save_pretrained(tmp_path / "base")
-    if not safe:
-        (tmp_path / "base/model.safetensors").unlink()
-        torch.save(theirs.state_dict(), tmp_path / "base/pytorch_model.bin")
-
-    rng = np.random.default_rng(0)
-    input_ids, decoder_ids = rng.integers(2, 48, (3, 9)), rng.integers(2, 48, (3, 7))
-    mask = (np.arange(9) < np.array([[9], [4], [1]])).astype(np.int64)
-
-    def logits(model):
-        with torch.no_grad():
-            arguments = {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_ids}
-            return model(**{name: torch.tensor(ids) for name, ids in arguments.items()}).logits.numpy()
-
-    ours = lf.load_base(tmp_path / "base")
-    assert ours.config.tied == fields["tie_word_embeddings"]
-    wanted = logits(theirs)
-    # 3e-5 of the largest: what float32 leaves of a few layers, in the order that this processor sums.
-    np.testing.assert_allclose(_run(ours, input_ids, mask, decoder_ids), wanted, atol=3e-5 * np.abs(wanted).max())
-
-    # Without its cache, which fails on a decoder deeper than the encoder.
-    options = {"max_new_tokens": 12, "do_sample": False, "use_cache": False}
-    generated = theirs.generate(torch.tensor(input_ids), attention_mask=torch.tensor(mask), **options).numpy()
-    texts = _greedy(ours, input_ids, mask, 12)[:, : generated.shape[1]]
-    np.testing.assert_array_equal(texts, generated)
-
-    lf.save_base(ours, tmp_path / "again", tmp_path / "base")
-    again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
-    np.testing.assert_array_equal(logits(again), logits(theirs))
 
 
 def test_code_that_a_repository_brings_is_not_run(tmp_path, monkeypatch):

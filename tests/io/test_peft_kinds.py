@@ -33,23 +33,12 @@ def _butterflies(monkeypatch):
     monkeypatch.setattr(layer, "FastBlockDiag", Diagonal)
 
 
-# PEFT's class of configurations and its fields.
+# PEFT's class of configurations and its fields; drawn ones are in `test_peft_drawn.py`.
 _CONFIGS = {
     "loha": ("LoHaConfig", {"r": 3, "alpha": 5}),
-    "loha patterns": (
-        "LoHaConfig",
-        {"r": 3, "alpha": 5, "rank_pattern": {"k_proj": 2}, "alpha_pattern": {"0.self_attn.q_proj": 9}},
-    ),
     "lokr": ("LoKrConfig", {"r": 2, "alpha": 3}),
-    "lokr both": ("LoKrConfig", {"r": 2, "alpha": 3, "decompose_both": True, "decompose_factor": 8}),
-    "lokr full": ("LoKrConfig", {"r": 64, "alpha": 3}),
     "vera": ("VeraConfig", {"r": 6}),
     "randlora": ("RandLoraConfig", {"r": 5}),
-    "oft": ("OFTConfig", {"oft_block_size": 8}),
-    "oft exact": ("OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False}),
-    "oft terms": ("OFTConfig", {"oft_block_size": 4, "num_cayley_neumann_terms": 3}),
-    "oft shared": ("OFTConfig", {"oft_block_size": 8, "coft": True, "eps": 0.3, "block_share": True}),
-    "boft": ("BOFTConfig", {"boft_block_size": 4}),
     "boft butterfly": ("BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 3}),
 }
 

@@ -287,6 +287,7 @@ def test_state_of_the_training_is_ignored(write):
         ({"peft_type": "IA3"}, "peft_type is 'IA3': expected LORA or another kind .* merge it into the base"),
         ({"peft_type": None, "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "MLX"),
         ({"target_parameters": ["w"]}, "target_parameters is set: LoRA on bare parameters"),
+        ({"enable_lora": [True, False]}, "enable_lora is set: the MergedLinear of PEFT 0.2"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices is set: retrained rows of the embedding"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication is set: replicated layers"),
         ({"use_qalora": True}, "use_qalora is set: QA-LoRA"),
@@ -298,25 +299,20 @@ def test_state_of_the_training_is_ignored(write):
         ({"bias": "all"}, "bias is 'all': trained biases are absolute values.*retrain with bias='none'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]:.*give the base's weights"),
         ({"init_lora_weights": "pissa_niter_16"}, "PiSSA changes the base weights.*path_initial_model_for_weight_conv"),
-        ({"init_lora_weights": "olora"}, "OLoRA changes the base.*path_initial_model_for_weight_conversion"),
-        ({"init_lora_weights": "corda"}, "CorDA changes the base.*path_initial_model_for_weight_conversion"),
         ({"init_lora_weights": "lora_ga"}, "LoRA-GA changes the base.*path_initial_model_for_weight_conv"),
         ({"init_lora_weights": "loftq"}, "LoftQ changes the base.*no path_initial_model.*retrain"),
         ({"init_lora_weights": "new"}, "init_lora_weights is 'new', which is unknown.*expected true, false, or"),
         ({"init_lora_weights": [[[[[[1]]]]]]}, r"init_lora_weights is \[\[\[\[\.\.\.\]\]\]\]: expected true or"),
         ({"r": 0}, "r is 0: expected an integer of 1 or more; correct the field"),
-        ({"r": "4"}, "r is '4': expected an integer of 1 or more"),
         ({"rank_pattern": {"q": 2.5}}, "rank_pattern.q is 2.5: expected an integer of 1 or more"),
         ({"lora_alpha": None}, "lora_alpha is None: expected a number that float32 holds"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf: expected a number"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan: expected a number"),
         ({"lora_alpha": 10**400}, r"lora_alpha is 10000.*\.\.\..*: expected a number that float32"),
         ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]: expected an object"),
         ({"alpha_pattern": {"(q": 1}}, r"alpha_pattern has the key '\(q', not a pattern"),
         ({"target_modules": True}, "target_modules is True: expected a list or a text"),
         ({"target_modules": [1]}, r"target_modules\[0\] is 1: expected a text"),
         ({"use_rslora": "false"}, "use_rslora is 'false': expected true or false"),
-        ({"use_dora": 3}, "use_dora is 3: expected true or false"),
         ({"rank_pattern": {"q{e<=1}": 4}}, "rank_pattern has the key .*a { that begins no repeat"),
         ({"alpha_pattern": {f"{n}" * 60: 8 for n in range(1000, 2000)}}, "have 240,000 characters: expected at most"),
         ({"rank_pattern": {"(" * 4000 + ")" * 4000: 4}}, "rank_pattern has the key .*not a pattern: .*recursion"),
@@ -448,12 +444,7 @@ def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
     ("fields", "key", "array", "message"),
     [
         ({}, "lm_head.weight", _EMBEDDING, r"lm_head.weight \[4, 3\] is an embedding.*differs from the base's"),
-        (
-            {},
-            "shared.weight",
-            _EMBEDDING[:3],
-            r"shared.weight \[3, 3\].*differs from the base's shared.weight \[4, 3\]",
-        ),
+        ({}, "shared.weight", _EMBEDDING[:3], r"shared.weight \[3, 3\].*differs from the base's.* \[4, 3\]"),
         (
             {"modules_to_save": ["score"]},
             "score.weight",
@@ -493,100 +484,6 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
 
 
 # Against PEFT itself.
-
-
-def _adapted(**fields):
-    """An adapted random T5 by real PEFT."""
-    import peft
-
-    fields = {"r": 4, "lora_alpha": 6, "target_modules": ["q", "v", "wo"], "init_lora_weights": False} | fields
-    return peft.get_peft_model(peft_models.t5(), peft.LoraConfig(**fields)).eval()
-
-
-def _save(model, folder, **kwargs):
-    model.save_pretrained(folder, **kwargs)
-    return str(folder)
-
-
-def _shapes(model):
-    """(d_in, d_out) of every linear module of the base under the adapter."""
-    import torch
-
-    names = ((name.replace(".base_layer", ""), module) for name, module in model.base_model.model.named_modules())
-    return {
-        name: (module.in_features, module.out_features)
-        for name, module in names
-        if isinstance(module, torch.nn.Linear) and "lora" not in name
-    }
-
-
-@pytest.mark.peft
-@pytest.mark.parametrize("safe", [True, False])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"use_rslora": True},
-        {
-            "rank_pattern": {"q": 2, "block.1.layer.0.SelfAttention.v": 3},
-            "alpha_pattern": {"SelfAttention.q": 5},
-        },
-        {"rank_pattern": {"^decoder.block.1.*": 2}, "use_rslora": True, "target_modules": "all-linear"},
-        {"use_dora": True},
-        {"init_lora_weights": "mica"},
-        {"exclude_modules": r".*block\.0.*"},
-    ],
-)
-def test_what_peft_saves_reads_with_peft_s_own_scalings(tmp_path, fields, safe):
-    model = _adapted(**fields)
-    folder = _save(model, tmp_path / "saved", safe_serialization=safe)
-    assert (Path(folder) / ("adapter_model.safetensors" if safe else "adapter_model.bin")).exists()
-    adapter = read_adapter(folder, shapes=_shapes(model))
-    layers = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "lora_A")}
-    assert adapter.factors.keys() == layers.keys()
-    for path, layer in layers.items():
-        a, b = adapter.factors[path]
-        np.testing.assert_array_equal(a, layer.lora_A["default"].weight.detach().numpy())
-        np.testing.assert_array_equal(b, layer.lora_B["default"].weight.detach().numpy())
-        assert adapter.scaling[path] == pytest.approx(layer.scaling["default"], rel=1e-12)
-        if adapter.magnitude is not None:
-            want = layer.lora_magnitude_vector["default"].weight.detach().numpy()
-            np.testing.assert_array_equal(adapter.magnitude[path], want)
-    assert (adapter.magnitude is not None) == fields.get("use_dora", False)
-
-
-@pytest.mark.peft
-def test_peft_loads_a_resaved_adapter_to_the_same_weights(tmp_path):
-    import peft
-
-    model = _adapted(use_dora=True, rank_pattern={"q": 2})
-    adapter = read_adapter(_save(model, tmp_path / "saved"))
-    resave(adapter, tmp_path / "again")
-    again = peft.PeftModel.from_pretrained(_adapted().unload(), tmp_path / "again")
-    want = peft.get_peft_model_state_dict(model)
-    got = peft.get_peft_model_state_dict(again)
-    assert got.keys() == want.keys()
-    assert all((got[key] == want[key]).all() for key in want)
-
-
-@pytest.mark.peft
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("train", [False, True])
-def test_modules_that_peft_saves_in_full(tmp_path, train):
-    import torch
-
-    model = _adapted(modules_to_save=["lm_head"])
-    base = {name: tensor.numpy() for name, tensor in _adapted().unload().state_dict().items()}
-    if train:
-        with torch.no_grad():
-            model.base_model.model.lm_head.modules_to_save["default"].weight[0, 0] += 1
-    folder = _save(model, tmp_path / "saved")
-    if train:
-        _refused(folder, "lm_head.weight .* differs from the base's", shapes=None, base_tensor=base.__getitem__)
-    else:
-        adapter = read_adapter(folder, base_tensor=base.__getitem__)
-        assert "ignored: base_model.model.lm_head.weight, equal to the base's" in adapter.notes
-    _refused(folder, r"modules_to_save is \['lm_head'\]", shapes=None)
 
 
 @pytest.mark.peft

@@ -1,4 +1,4 @@
-"""DoRA and VeRA against PEFT's: trainable counts, and the first step's loss and gradients from equal values."""
+"""DoRA and VeRA against PEFT's: the first step's loss and gradients from equal values."""
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,7 @@ pytestmark = pytest.mark.peft
 
 _NAMES = ("q", "v", "wo")  # of three shapes, which VeRA cuts from its shared matrices
 _SITES = tuple((n, s) for n, s in tiny.CONFIG.sites.items() if n.rpartition(".")[2] in _NAMES)
-_METHODS = {
-    "dora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
-    "vera": VeRA(sites=_SITES, rank=128),
-}
+_METHODS = {"dora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True), "vera": VeRA(sites=_SITES, rank=128)}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +25,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _peft(folder, kind, *, moved):
-    """The model with a new adapter, as it starts or with all its numbers changed."""
+def _peft(folder, kind):
+    """The model with a new adapter, all its numbers changed."""
     import peft
     import torch
     import transformers
@@ -40,13 +37,12 @@ def _peft(folder, kind, *, moved):
     }[kind]()
     torch.manual_seed(1)
     model = peft.get_peft_model(transformers.T5ForConditionalGeneration.from_pretrained(folder), config).eval()
-    if moved:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "magnitude" in name:
-                    parameter *= 1 + 0.3 * torch.rand_like(parameter)
-                elif parameter.requires_grad:
-                    parameter += 0.2 * torch.randn_like(parameter)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter *= 1 + 0.3 * torch.rand_like(parameter)
+            elif parameter.requires_grad:
+                parameter += 0.2 * torch.randn_like(parameter)
     return model
 
 
@@ -87,33 +83,10 @@ def _close(ours, theirs):
 
 
 @pytest.mark.parametrize("kind", _METHODS)
-def test_starts_and_counts(folder, kind):
-    model, method = _peft(folder, kind, moved=False), _METHODS[kind]
-    _, frozen = _frozen(folder, model, kind)
-    params = method.init(frozen, jnp.arange(0), jax.random.key(0))
-    theirs = _tensors(model, kind)
-    acting = method.trainable(params, frozen, jnp.arange(0))
-    count = sum(int(np.sum(leaf)) for leaf in jax.tree.leaves(acting))
-    assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if kind == "dora":
-        # Random in both.
-        bounds = {n: s.d_in**-0.5 for n, s in _SITES}
-        for A in (params["lora"].pop("A"), theirs["lora"].pop("A")):
-            assert all(0.8 * bounds[n] < np.abs(A[n]).max() <= bounds[n] for n in bounds)
-    else:
-        drawn = method.projections(jax.random.key(0))
-        for ours, peft in zip(drawn, frozen.prepared, strict=True):
-            assert ours.shape == peft.shape
-            np.testing.assert_allclose(np.abs(ours).max(), np.abs(peft).max(), rtol=0.02)
-    _close(params, theirs)
-
-
-@pytest.mark.parametrize("moved", [False, True], ids=["start", "moved"])
-@pytest.mark.parametrize("kind", _METHODS)
-def test_first_step(folder, kind, moved):
+def test_first_step(folder, kind):
     import torch
 
-    model, batch = _peft(folder, kind, moved=moved), tiny.batch()
+    model, batch = _peft(folder, kind), tiny.batch()
     loss = model(
         input_ids=torch.tensor(np.array(batch.input_ids)),
         attention_mask=torch.tensor(np.array(batch.input_mask)),
@@ -138,6 +111,5 @@ def test_first_step(folder, kind, moved):
     value, gradients = step(_tensors(model, kind), frozen)
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     wanted = _tensors(model, kind, of=lambda parameter: parameter.grad)
-    moving = [bool(np.any(leaf)) for leaf in jax.tree.leaves(wanted)]
-    assert all(moving) if moved else any(moving)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(wanted))
     _close(gradients, wanted)

@@ -21,7 +21,6 @@ import lorafusion_jax as lf
 from lorafusion_jax import interrupts
 from lorafusion_jax.files import WriteError
 from lorafusion_jax.io import checkpoint, processes
-from lorafusion_jax.io.source import resolve
 from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
@@ -315,9 +314,7 @@ def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, sma
     _with_base(small[0], base, 1)
     first, *_, last = sorted(pool.iterdir())
     shutil.copyfile(first / "adapter_model.safetensors", last / "adapter_model.safetensors")
-    with pytest.raises(
-        ValueError, match=rf"other weights: {last.name} of the pool {pool} had the SHA-256 \w+ then, and"
-    ):
+    with pytest.raises(ValueError, match=rf"other weights: {last.name} of the pool {pool} had the SHA-256 \w+ then"):
         called()
     assert not (run.parent / "out").exists()
 
@@ -396,11 +393,9 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"method": "mean-fusion", "prune": 0.1}, "does not prune"),
         ({"test_rows": 0}, "test_rows is 0: "),
         ({"save_seconds": math.inf}, "save_seconds is inf: give a finite number"),
-        ({"clip": math.inf}, "clip is inf: give a finite number"),
         ({"clip": -1.0}, "clip is -1.0: give a norm above 0"),
         ({"epochs": 0}, "epochs is 0: "),
         ({"modules": 0}, "modules is 0: "),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0: "),
         ({"prune": 1.5}, "prune is 1.5"),
     ],
 )
@@ -449,26 +444,6 @@ def test_an_export_is_pushed_with_its_card(fused, hub, tmp_path, monkeypatch):
 
     again = export(dataclasses.replace(of_run, out=tmp_path / "again"))  # into the repository that is there
     assert again.endswith("/me/fused")
-
-
-@pytest.mark.peft
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the hub's library, and of PyTorch
-def test_peft_loads_what_was_pushed_and_says_the_same(fused, hub, small, tmp_path, monkeypatch):
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForSeq2SeqLM
-
-    folder = run_path(fused[0])
-    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-    export(ExportOptions(run=folder, seed=2, out=tmp_path / "out", push="me/fused"))
-    fetched = resolve("me/fused", patterns=None)
-    model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(small[0]), fetched).eval()
-    tokenizer = lf.load_tokenizer(small[0])
-    said = [row for row in RunFolder(folder).predictions() if row["seed"] == 2]
-    asked = tokenizer([row["input"] for row in said], padding=True, return_tensors="pt")
-    with torch.no_grad():
-        ids = model.generate(**asked, max_new_tokens=8, do_sample=False)
-    assert tokenizer.batch_decode(ids, skip_special_tokens=True) == [row["prediction"] for row in said]
 
 
 def test_a_push_that_is_refused_writes_nothing(fused, hub, tmp_path):
