@@ -516,9 +516,7 @@ def test_a_random_module_depends_on_matrix_site_layer_and_key_alone():
     # Not on other modules, nor on how they pad it.
     alone = pool.select([2])
     alone = dataclasses.replace(
-        alone,
-        A={site: a[..., :2] for site, a in alone.A.items()},
-        B={site: b[:, :, :2] for site, b in alone.B.items()},
+        alone, A={site: a[..., :2] for site, a in alone.A.items()}, B={site: b[:, :, :2] for site, b in alone.B.items()}
     )
     drawn = lf.random_pool(alone, jax.random.key(0))
     for site in pool.A:

@@ -207,10 +207,7 @@ def test_merges_that_cannot_be_are_refused():
         Merge(kind=kind).check(mixed)
     index, ones = jnp.arange(2), jnp.ones(2)
     for refused, message in (
-        (
-            lambda: Merge(kind="ties").check(mixed),
-            "different ranks, and ties adds .* use cat, svd, ties_svd, or",
-        ),
+        (lambda: Merge(kind="ties").check(mixed), "different ranks, and ties adds .* use cat, svd, ties_svd, or"),
         (lambda: check_merge(mixed, "linear"), "and linear adds .* use cat, svd, or a pool of one rank"),
         (lambda: merge(mixed, index, ones, "linear"), "different ranks, and linear adds"),
         (lambda: check_merge(dora, "svd"), "a DoRA adapter has magnitudes"),

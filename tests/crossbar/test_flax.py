@@ -84,10 +84,7 @@ _LAYERS = {
         lambda rngs: nnx.Einsum("nthd,hfd->hntf", (5, 7, 6), rngs=rngs),
         nn.Einsum((5, 7, 6), "nthd,hfd->hntf", use_bias=False),
     ),
-    "convolution": (
-        lambda rngs: nnx.Conv(6, 8, (3, 2), strides=(2, 1), rngs=rngs),
-        nn.Conv(8, (3, 2), strides=(2, 1)),
-    ),
+    "convolution": (lambda rngs: nnx.Conv(6, 8, (3, 2), strides=(2, 1), rngs=rngs), nn.Conv(8, (3, 2), strides=(2, 1))),
     "convolution of groups": (lambda rngs: nnx.Conv(6, 8, (3, 2), rngs=rngs, **_GROUPS), nn.Conv(8, (3, 2), **_GROUPS)),
     "circular": (lambda rngs: nnx.Conv(6, 8, (3, 2), rngs=rngs, **_WRAPPED), nn.Conv(8, (3, 2), **_WRAPPED)),
     "masked and causal": (lambda rngs: nnx.Conv(6, 8, 3, rngs=rngs, **_CAUSAL), nn.Conv(8, 3, **_CAUSAL)),
@@ -484,22 +481,6 @@ def test_a_read_key_decides_the_noise_of_all_layers(kind):
     keys = [jax.random.key_data(leaf.key) for leaf in jax.tree.leaves(keyed, is_leaf=_is_chip) if _is_chip(leaf)]
     keys = np.concatenate([np.asarray(key).reshape(-1, 2) for key in keys])
     assert len(np.unique(keys, axis=0)) == len(keys) == 4  # by path, and by layer within a scan
-
-
-@pytest.mark.long
-def test_chips_are_an_axis_of_their_own():
-    model, keys = _mlp(), jax.random.split(_KEY, 3)
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    @jax.vmap
-    def on_chip(key):
-        return with_read_key(convert(nnx.merge(graph, state), {"*": _NOISY}, key), key)(_X[0, 0])
-
-    ys = on_chip(keys)
-    assert len(np.unique(np.asarray(ys), axis=0)) == 3
-    one = with_read_key(convert(model, {"*": _NOISY}, keys[1]), keys[1])(_X[0, 0])
-    np.testing.assert_allclose(ys[1], one, rtol=1e-4, atol=1e-5)
 
 
 def test_training_leaves_arrays_alone_and_passes_gradients_through_them():

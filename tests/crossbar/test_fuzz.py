@@ -225,10 +225,7 @@ AT_READ: dict[str, Any] = {
 }
 
 
-@cases(
-    34,
-    case=reads(None, "product", "loop", "lookup", "planes", "packed", "mosaic", **AT_READ),
-)
+@cases(34, case=reads(None, "product", "loop", "lookup", "planes", "packed", "mosaic", **AT_READ))
 def test_every_path_reads_what_the_loops_say(case: Case):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
     assert_paths([case.path], case.c)

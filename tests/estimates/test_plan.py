@@ -431,20 +431,6 @@ def test_ranking_is_one_pass_over_all_modules_in_memory():
     assert whole.activation_bytes > drawn.activation_bytes + modules > inside.activation_bytes > 0
 
 
-def test_few_bits_hold_base_and_pool_in_less():
-    def cost(load_in):
-        return estimate(SHAPES["flan-t5-large"], "fusion", _work(), dataclasses.replace(_SETTINGS, load_in=load_in))
-
-    full, int8, nf4 = map(cost, ("full", "int8", "nf4"))
-    assert full.peak_bytes > int8.peak_bytes > nf4.peak_bytes and full.state_bytes == nf4.state_bytes
-    # Of 783 million numbers 33 million are the embedding, which stays whole; every 64 codes have a scale.
-    embedding = 4 * 32128 * 1024
-    assert nf4.weights_bytes == pytest.approx(
-        embedding + (full.weights_bytes - embedding) * (4 / 32 + 1 / 64), rel=1e-3
-    )
-    assert int8.pool_bytes < 0.75 * full.pool_bytes
-
-
 def test_a_plan_describes_its_runs_and_costs():
     out = describe(SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, Settings(recipe=lf.Recipe()))
     assert "2 methods and 1 tasks, looped; 5 seeds as one program, one after the other." in out

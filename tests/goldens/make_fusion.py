@@ -28,11 +28,7 @@ POSITIONS = {"t5": (0, 2, 5), "llama": (0, 3, 7, 11)}
 # Two implementations' logits differ by 1e-4 or less: no text may hang on less than this.
 SMALLEST_MARGIN = 1e-3
 
-SINGLES = {
-    "t5a": ("lora_0", "lora_0_bin", "rank_alpha_pattern", "rslora", "dora"),
-    "t5b": (),
-    "llama": (),
-}
+SINGLES = {"t5a": ("lora_0", "lora_0_bin", "rank_alpha_pattern", "rslora", "dora"), "t5b": (), "llama": ()}
 # File, adapters, whether factors are mixed (else products are summed), whether magnitudes are trained.
 POOL = ("lora_0", "lora_1", "lora_2", "lora_3")
 FUSIONS = {
@@ -111,10 +107,7 @@ class Texts:
 
 
 def greedy(
-    model: torch.nn.Module,
-    prompt: dict[str, torch.Tensor],
-    tokens: int,
-    weights: dict[str, torch.Tensor] | None = None,
+    model: torch.nn.Module, prompt: dict[str, torch.Tensor], tokens: int, weights: dict[str, torch.Tensor] | None = None
 ) -> np.ndarray:
     """Generate with some weights replaced.
 

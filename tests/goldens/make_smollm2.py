@@ -36,11 +36,7 @@ FUSIONS = {
     "mixed_products_dora": ("mixed", False, True, "mixed/coefficients/1"),
 }
 # The matrices whose magnitudes are kept whole.
-WHOLE = (
-    "model.layers.0.self_attn.q_proj",
-    "model.layers.14.self_attn.v_proj",
-    "model.layers.29.self_attn.q_proj",
-)
+WHOLE = ("model.layers.0.self_attn.q_proj", "model.layers.14.self_attn.v_proj", "model.layers.29.self_attn.q_proj")
 ASKED = (1, 4)  # the prompts that adapted models answer
 
 

@@ -368,38 +368,23 @@ def _config(**fields):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            _ranks(0, 1),
-            r"q is {'rank': \[1, 2, 2\].*} in the manifest: expected {'rank': \[2, 2, 2\].*}, as in adapter_",
-        ),
+        (_ranks(0, 1), r"q is {'rank': \[1, 2, 2\].*} in the manifest: expected {'rank': \[2, 2, 2\].*}, as in"),
         (_ranks(0, 900_000), r"(of [\d,]+ bytes, and the manifest states [\d,]+ numbers|is {'rank': \[900000, 2, 2\])"),
         (_ranks(0, -1), r"rank\[0\] is -1: expected an integer from 0 to"),
         (_ranks(slice(0), [2]), r"encoder.self.q is ranks \[2, 2, 2, 2\]: expected one for each layer of its base"),
-        (
-            lambda m: m["adapters"][0]["sites"][_TABLE]["scaling"].__setitem__(0, 99.0),
-            r"'scaling': \[99.0, 1.5, 1.5\]} in",
-        ),
         (lambda m: m["adapters"][0]["sites"].pop(_TABLE), "encoder.self.q is 'absent' in the manifest: expected {"),
-        (
-            lambda m: m["adapters"][0]["sites"].update(new=m["adapters"][0]["sites"][_TABLE]),
-            "new is ranks .2, 2, 2.: ex",
-        ),
+        (lambda m: m["adapters"][0]["sites"].update(new=m["adapters"][0]["sites"][_TABLE]), "new is ranks .2, 2, 2."),
         (lambda m: m["adapters"][0].pop("sites"), r"adapters\[0\]\.sites is missing"),
-        (_adapter(sites={}), r"adapters\[0\]\.sites is {}: expected an object"),
         (_adapter(files={}), "the manifest lists no adapter_config.json and no adapter_model.safetensors"),
         (_adapter(files={"x": []}), r"adapters\[0\]\.files\.x is \[\]: expected a text"),
         (_adapter(dora=True), "dora is True in the manifest: expected False"),
         (lambda m: m["adapters"][0]["files"].update({"../x": "0"}), "'../x' is not a file inside this folder"),
         (_adapter(folder="../../etc"), "'../../etc' is not a file inside this folder"),
-        (_adapter(folder="x" * 300), "is not a file inside this folder"),
         (_adapter(folder="a\0b"), "is not a file inside this folder"),
         (lambda m: m["adapters"].append(m["adapters"][0] | {"name": "two"}), "two adapters of one folder"),
-        (lambda m: m["adapters"].append(7), r"adapters\[1\] is 7: expected an object"),
         (lambda m: m.update(adapters=5), "adapters is 5: expected a list"),
-        (lambda m: m.update(adapters=[]), r"adapters is \[\]: expected a list"),
         (lambda m: m["base"].update(family="mamba"), "family is 'mamba': expected one of t5, decoder"),
         (_config(d_model=0), "d_model is 0: expected an integer from 1 to 10,000,000"),
-        (_config(num_layers=10**9), "num_layers is 1000000000: expected an integer from 1"),
         (_config(new=1), "new is unknown"),
         (
             _config(d_model=10**6),
@@ -532,11 +517,7 @@ _LLAMA, _QWEN2, _GEMMA2 = (
     [
         (_SIZES, "same", ("base", "somebody/Base", "/elsewhere/base", "base@0123", None, "", 5)),
         (_SIZES, "noted", ("google/flan-t5-large", "./our-model", "/a/checkpoint-500", "me/bert512", "me/t5-to-llama")),
-        (
-            _SIZES,
-            "refused",
-            ("google/mt5-large", "/models/mT5-base/", "umt5-small", "Llama-3-1B", "my_qwen2.5@main"),
-        ),
+        (_SIZES, "refused", ("google/mt5-large", "/models/mT5-base/", "umt5-small", "Llama-3-1B", "my_qwen2.5@main")),
         (_MT5, "noted", ("google/mt5-large",)),
         (_LLAMA, "noted", ("mistralai/Mistral-7B-v0.1", "me/Qwen-LLaMAfied", "unsloth/phi-4")),
         (_LLAMA, "refused", ("Qwen/Qwen2.5-0.5B", "google/gemma-3-1b-it")),

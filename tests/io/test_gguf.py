@@ -618,13 +618,8 @@ _FILES = [
     ({"llama.attention.head_count_kv": [2, 1]}, r"attention\.head_count_kv is a list: \w+ one number for all"),
     ({"llama.attention.value_length": 8}, r"attention\.key_length is 16 and value_length is 8: \w+ one width"),
     ({"llama.expert_count": 8}, r"llama\.expert_count is 8, which is not implemented for llama"),
-    ({"llama.logit_scale": 0.5}, r"llama\.logit_scale is 0\.5, which is not implemented for llama"),
     ({"llama.rope.scaling.type": "yarn"}, r"the rope scaling is yarn, which is not implemented: \w+ linear, or the"),
     ({"llama.attention.head_count": 0}, r"attention\.head_count is 0: \w+ an integer from 1 to 10,000,000"),
-    ({"llama.attention.head_count_kv": 0.5}, r"attention\.head_count_kv is 0\.5: \w+ an integer from 1 to 10"),
-    ({"llama.attention.head_count": True}, r"attention\.head_count is True: \w+ a number of 0 or more"),
-    ({"llama.block_count": "two"}, r"llama\.block_count is 'two': \w+ a number of 0 or more"),
-    ({"llama.rope.freq_base": float("nan")}, r"llama\.rope\.freq_base is nan: \w+ a number of 0 or more"),
     ({"llama.rope.scaling.type": 1}, r"llama\.rope\.scaling\.type is 1: \w+ a text"),
     ({"llama.rope.dimension_count": 8}, r"llama\.rope\.dimension_count is 8: \w+ the width of a head, 16"),
     ({"general.alignment": 0}, r"general\.alignment is 0: expected an integer of 1 or more; fetch the file again"),
@@ -648,7 +643,6 @@ _TOKENIZERS = [
     ({"unknown_token_id": 4000}, r"the unknown token is 4000, and tokenizer\.ggml\.tokens holds 262"),
     ({"token_type": [1, 1]}, r"tokenizer\.ggml\.token_type holds 2 numbers, and tokens 262 tokens"),
     (_TOO_LONG | {"merges": None, "bos_token_id": None, "eos_token_id": 1}, "one of 300 characters: expected at"),
-    ({"model": "x" * 100_000}, "tokenizer.ggml.model is 'xxx"),
     ({"pre": "x" * 100_000}, "tokenizer.ggml.pre is 'xxx"),
 ]
 

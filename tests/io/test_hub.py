@@ -103,6 +103,7 @@ def data(hub, monkeypatch, tmp_path):
 def test_data_come_by_id_and_revision(data):
     task = load_task(f"org/data@{hub_server.COMMIT}")
     assert [example.input for example in task.test] == ["test 0", "test 1"] and len(task.train) == 3
+    assert (task.name, task.source) == ("data", f"org/data@{hub_server.COMMIT}")
     assert f"/datasets/org/data/resolve/{hub_server.COMMIT}/test.jsonl" in [path for _, path in data.requests]
     with pytest.raises(ValueError, match=r"org/data@v9 is not a local path.*evision.*v9"):
         load_task("org/data@v9")

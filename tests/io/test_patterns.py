@@ -48,21 +48,16 @@ _PATHS = [
 @pytest.mark.parametrize(
     "text",
     [
-        r"(.*\.)?(q_proj)$",
         r"(.*\.)?(q|v)$",
-        r"(.*\.)?(k)|(q_proj)$",
         r"(.*\.)?(^model.layers.1.self_attn.q_proj)$",
         r"(.*\.)?(layers\.(1|2\d)\..*v_proj)$",
-        r".*\.SelfAttention.q$",
         r"^(model\.language_model(?=\.).*\.(down_proj|q_proj|o_proj|up_proj|k_proj|v_proj|gate_proj))$",
         r"(.*(language_model).*(down_proj|q_proj).*$|.*(custom_text_proj).*$)",
         r"(?:.*?(?:vision|language|text).*?(?:self_attn|attn|mlp).*?(?:q_proj|fc1|fc2))"
         r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:q_proj|down_proj))",
-        r"model\.layers\.\d{1,2}\.(?!mlp).*",
         r"(?P<stack>.*)\.(\d)\.(.*)_proj",
         r"(.*)\.(\d)\2?\..*",
         r".*\.\d(?<!1)\..*",
-        r"[^.]+(\.[^.]+){3}",
         r"model\.layers\.(0|1\d|[2-9])\.self_attn\.[qv]_proj",
     ],
 )
@@ -94,7 +89,6 @@ def test_repeats_that_take_memory_when_they_are_compiled_are_refused(text):
         ("(" * 4_000 + "a" + ")" * 4_000, "recursion"),
         ("(" * 40 + "a" + ")*" * 40, "nests deeper than 30 levels"),
         ("q{99999999999}", "repetition number is too large"),
-        ("q{" + "9" * 5_000 + "}", "digits"),
         ("(?i)q", "sets flags"),
         ("(?s:q)", "sets flags"),
         ("(?#[)q{e<=1}(?#])", "sets flags or has a comment"),
@@ -109,12 +103,9 @@ def test_repeats_that_take_memory_when_they_are_compiled_are_refused(text):
         # Sets in sets, which `re` reads as characters.
         ("[[:alpha:]]", "in a set"),
         ("[a||b]", "in a set"),
-        (r"[\w~~q]", "in a set"),
         # What `re` does not have.
         (r"\p{L}", "bad escape"),
-        (r"\Kq", "bad escape"),
         ("(?|q|v)", "unknown extension"),
-        ("(?R)?", "unknown extension"),
         ("(?e)q", "unknown extension"),
         ("q**", "multiple repeat"),
     ],

@@ -93,16 +93,9 @@ def _header(fields):
     ("damage", "message"),
     [
         (lambda data: data[:-1], r"truncated or corrupt \(.*\): fetch the file again"),
-        (lambda data: data[:40], "truncated or corrupt"),
-        (lambda data: data[:4], "truncated or corrupt"),
-        (lambda data: data + b"\0\0\0\0", "truncated or corrupt"),
         (lambda data: b"\xff" * 8 + data[8:], "truncated or corrupt"),
-        (lambda data: data.replace(b'"F32"', b'"X32"'), "truncated or corrupt"),
         (lambda data: data.replace(b'"shape":[3,5]', b'"shape":[3,6]'), "truncated or corrupt"),
-        (
-            lambda data: _header({"a": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}) + b"0",
-            "F8_E8M0",
-        ),
+        (lambda data: _header({"a": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}) + b"0", "F8_E8M0"),
         (lambda data: b"", "the file is empty: fetch it again"),
         (lambda data: _POINTER.encode(), "Git LFS pointer"),
     ],

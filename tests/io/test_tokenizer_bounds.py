@@ -21,11 +21,7 @@ def base(small, tmp_path):
     ("file", "fields", "message"),
     [
         ("tokenizer.json", {"added_tokens": [{}] * 300_000}, "added_tokens is 300,000"),
-        (
-            "tokenizer_config.json",
-            {"added_tokens_decoder": {str(n): {} for n in range(300_000)}},
-            "added_.* is 300",
-        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": {str(n): {} for n in range(300_000)}}, "added_.* is 300"),
         ("tokenizer_config.json", {"extra_ids": 10**9}, "extra_ids is 1,000,000,000"),
     ],
 )

@@ -261,11 +261,7 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
         ("full", {"load_in": "nf4"}, "the method full trains the weights themselves"),
         ("cma", {"population": 3}, "population is 3: "),
         ("merge", {"density": 0.0}, "density is 0.0: give"),
-        (
-            "few-shot",
-            {"shots": 6, "train_rows": 5},
-            "6 examples for the prompts of double_digit, but only 5 .* --shots",
-        ),
+        ("few-shot", {"shots": 6, "train_rows": 5}, "6 examples for the prompts of .*, but only 5 .* --shots"),
     ]
     wrong = {"lora_targets": ("q", "w")}
     cases += [(m, wrong, "lora_targets are q w: choose of q k v o") for m in ("lora", "dora", "vera", "magnitudes")]

@@ -29,10 +29,7 @@ needs_nevergrad = pytest.mark.skipif(
 needs_evosax = pytest.mark.skipif(
     importlib.util.find_spec("evosax") is None, reason="needs evosax: pip install -e '.[cma]'"
 )
-_BOTH = (
-    pytest.param(lorahub, marks=needs_nevergrad, id="lorahub"),
-    pytest.param(cma, marks=needs_evosax, id="cma"),
-)
+_BOTH = (pytest.param(lorahub, marks=needs_nevergrad, id="lorahub"), pytest.param(cma, marks=needs_evosax, id="cma"))
 
 
 def _found(method, objective, seeds, *, modules=3, rounds=_GENERATIONS, population=_POPULATION, **more):

@@ -74,12 +74,9 @@ def test_processes_that_append_at_once_wait_for_each_other(path):
     ("changes", "message"),
     [
         ({"seed": "1"}, "seed is '1'.*a count"),
-        ({"seed": True}, "seed is True.*a count"),
-        ({"steps": -1}, "steps is -1.*a count"),
         ({"task": " "}, "task is ' '.*a name"),
         ({"league": "100"}, r"league is '100'.*'95\+5' or '5'"),
         ({"correct": ""}, "correct is ''.*a 0 or 1 for each of at least one test row"),
-        ({"correct": "0120"}, "correct is '0120'.*a 0 or 1"),
         ({"exact_match": 99.0}, r"exact_match is 99.0, but correct gives \d+"),
         ({"correct": "001", "exact_match": 33.4, "option_correct": "110"}, "33.4, but correct gives 33.33"),
         ({"option_correct": None}, "only one of option_accuracy and option_correct is null"),
@@ -88,7 +85,6 @@ def test_processes_that_append_at_once_wait_for_each_other(path):
         ({"seconds": float("nan")}, "seconds is nan.*seconds"),
         ({"colour": "red"}, "colour is unknown: .*; what describes the run belongs into config"),
         ({"config": {"rate": float("inf")}}, "JSON cannot hold it: Out of range float"),
-        ({"config": {"folder": object()}}, "JSON cannot hold it: Object of type object"),
     ],
 )
 def test_rows_that_are_refused_are_named_and_not_written(changes, message, path):

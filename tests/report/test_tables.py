@@ -123,10 +123,7 @@ def test_rows_and_references_that_make_no_table_are_refused():
 _TABLE = Table(
     "50 % of <b> & a_b",
     [Column("method", "text"), Column("x_1", "spread"), Column("ci", "interval"), Column("n", "counts")],
-    [
-        ["a|b & <i>", (44.84, 1.46), (-2.0, 3.25), (900, 1000)],
-        ["$c_1$ 100% #~^\\{}", (5.0, None), None, (1232, 1232)],
-    ],
+    [["a|b & <i>", (44.84, 1.46), (-2.0, 3.25), (900, 1000)], ["$c_1$ 100% #~^\\{}", (5.0, None), None, (1232, 1232)]],
 )
 
 

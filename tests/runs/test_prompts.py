@@ -146,10 +146,7 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answ
     ("changes", "message"),
     [
         ({"prompt": "the cold gold is " * 40 + "{input}"}, r"row 1, '.*', has \d+ tokens, .* context holds 160"),
-        (
-            {"max_new_tokens": 158},
-            r"row 1, 'hot', has 3 .* answer of up to 158: .* \(--max-new-tokens\)",
-        ),
+        ({"max_new_tokens": 158}, r"row 1, 'hot', has 3 .* answer of up to 158: .* \(--max-new-tokens\)"),
         ({"method": "few-shot", "shots": 12, "max_new_tokens": 99}, r"row \d, .* fewer examples in the prompt"),
     ],
 )

@@ -110,7 +110,6 @@ def test_other_rows_in_place_are_not_overwritten(write):
     ("index", "message"),
     [
         ("{", r"index\.json: not JSON \(.*\): restore it from a copy"),
-        ("[]", r"index\.json: holds a list, not an object"),
         ({}, r"index\.json: holds no tasks"),
         ({"../counting": _entry()}, r"index\.json: '\.\./counting' is a path: \w+ the name of a task"),
         ({"counting": [1]}, r"index\.json: counting is \[1\]: \w+ an object"),

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax.io.hf import load_tokenizer
-from lorafusion_jax.tasks import Example, Task, encode, few_shot, load_task
+from lorafusion_jax.tasks import Example, Task, few_shot
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 
@@ -44,23 +43,5 @@ def test_draws_are_the_same_everywhere():
 
 @pytest.mark.parametrize("shots", [0, 7])
 def test_as_many_examples_as_there_are(shots):
-    with pytest.raises(
-        ValueError,
-        match=f"{shots} examples for the prompts of counting, which has 6 training rows: use 1 to 6",
-    ):
+    with pytest.raises(ValueError, match=f"{shots} examples for .* of counting, which has 6 training rows: use 1 to 6"):
         few_shot(_task(), shots, 0)
-
-
-@pytest.mark.parametrize("folder", sorted((_SMALL / "tasks").iterdir())[:2], ids=lambda folder: folder.name)
-def test_embedded_tokenizer_knows_every_token(folder):
-    tokenizer = load_tokenizer(_SMALL / "base")
-    task = load_task(folder)
-    shot = few_shot(task, 5, 1)
-    plain, shown = encode(tokenizer, task.test).inputs, encode(tokenizer, shot.test).inputs
-    examples = random.Random("few-shot, seed 1").sample(task.train, 5)
-    # The separator vanishes: what comes before a question are the examples' own tokens, ends cut off.
-    pieces = [text for example in examples for text in (example.input, example.target)]
-    before = [token for text in pieces for token in tokenizer(text)["input_ids"][:-1]]
-    for row, ids in zip(plain, shown, strict=True):
-        assert ids.tolist() == before + row.tolist()
-        assert tokenizer.unk_token_id not in ids

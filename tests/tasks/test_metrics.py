@@ -38,8 +38,7 @@ def _task(*targets):
 
 
 @pytest.mark.parametrize(
-    ("targets", "answer"),
-    [(("b", "a", "a"), "a"), (("b", "a", "a", "b", "c"), "b"), (("z",), "z")],
+    ("targets", "answer"), [(("b", "a", "a"), "a"), (("b", "a", "a", "b", "c"), "b"), (("z",), "z")]
 )
 def test_constant_answer_is_the_most_common_and_of_equals_the_first(targets, answer):
     assert constant_answer(_task(*targets)) == answer

@@ -15,14 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafusion_jax.io.hf import load_tokenizer
-from lorafusion_jax.tasks import (
-    Example,
-    batch_orders,
-    draw_modules,
-    encode,
-    load_task,
-    split,
-)
+from lorafusion_jax.tasks import Example, batch_orders, draw_modules, encode, load_task, split
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -201,23 +194,6 @@ def test_datasets_folder_whose_texts_lie_behind_its_end(tmp_path):
         load_task(tmp_path / "saved", train_rows=2)
 
 
-def test_hub_id_with_config(monkeypatch):
-    asked = []
-
-    def load_dataset(*args, revision):
-        asked.append((*args, revision))
-        return datasets.DatasetDict({"train": _dataset(_rows(2)), "test": _dataset(_rows(1, start=2))})
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    task = load_task("owner/bench:counting")
-    assert (task.name, task.source) == ("bench-counting", "owner/bench:counting")
-    assert (task.train, task.test) == (_examples(2), _examples(1, start=2))
-    assert load_task("owner/bench").name == "bench"
-    assert load_task("owner/bench@refs/pr/1:counting").name == "bench-counting"
-    expected = [("owner/bench", "counting", None), ("owner/bench", None, None)]
-    assert asked == [*expected, ("owner/bench", "counting", "refs/pr/1")]
-
-
 # Bad input
 
 
@@ -228,7 +204,6 @@ _LAYOUT = r"input and target \(or output\), or context and completion, with an i
     ("file", "content", "message"),
     [
         ("test.jsonl", "\n \n", r"test\.jsonl is empty: a task needs at least one row"),
-        ("bbh.json", "", r"bbh\.json is empty"),
         ("bbh.json", '{"examples": []}', r"bbh\.json is empty"),
         ("list.json", "[]", r"list\.json is empty"),
         (
@@ -237,7 +212,6 @@ _LAYOUT = r"input and target \(or output\), or context and completion, with an i
             r"test\.jsonl, line 3: its completion is ' ': give it a text, or take the row out",
         ),
         ("test.jsonl", '{"input": "", "target": "b"}', r"line 1: its input is '': give it a text"),
-        ("test.jsonl", '{"input": "a", "target": 5}', r"line 1: its target is 5: give it a text"),
         ("test.jsonl", '{"question": "a", "target": "b"}', f"line 1 has question, target: expected {_LAYOUT}"),
         (
             "test.jsonl",
@@ -245,11 +219,8 @@ _LAYOUT = r"input and target \(or output\), or context and completion, with an i
             r"line 1: its instruction is ' ', and its input is '': give it a text, or take the row out",
         ),
         ("test.jsonl", '{"instruction": 5, "input": "a", "output": "b"}', r"line 1: its instruction is 5: give it a"),
-        ("test.jsonl", '{"instruction": "a", "input": 5, "output": "b"}', r"line 1: its input is 5: give it a text"),
-        ("test.jsonl", '{"instruction": "a", "output": ""}', r"line 1: its output is '': give it a text"),
         (
             "test.jsonl",
-            '{"instruction": "a", "context": "b", "output": "c"}',
             f"line 1 has instruction, context, output: expected {_LAYOUT}",
         ),
         ("test.jsonl", "{}", "line 1 has no keys: expected input and target"),
@@ -259,19 +230,10 @@ _LAYOUT = r"input and target \(or output\), or context and completion, with an i
             '{"input": "a", "target": "b"}\n{"input": "a"; "target": "b"}',
             r"test\.jsonl, line 2: not JSON: Expecting ',' delimiter at column 14",
         ),
-        (
-            "test.jsonl",
-            '{"input": "\\ud800", "target": "b"}',
-            r"test\.jsonl, line 1: not JSON: .*surrogates not allowed",
-        ),
+        ("test.jsonl", '{"input": "\\ud800", "target": "b"}', r"\.jsonl, line 1: not JSON: .*surrogates not allowed"),
         ("bbh.json", '{"examples": ' + "[" * 100_000, r"bbh\.json, line 1: not JSON: .*recursion"),
         ("bbh.json", '{"examples": [\n{"input": }]}', r"bbh\.json, line 2: not JSON: Expecting value"),
-        ("list.json", '[{"input": "a", "output": "b"}, {"input": "c"}]', r"list\.json, row 2 has input: expected"),
-        (
-            "bbh.json",
-            '{"rows": []}',
-            r"neither a list.*nor laid out as BIG-Bench Hard.*one row a line into a \.jsonl file",
-        ),
+        ("bbh.json", '{"rows": []}', r"neither a list.*nor laid out as BIG-Bench Hard.*into a \.jsonl file"),
         ("bbh.json", '{"examples": [{"input": "a"}]}', r"bbh\.json, example 1 has input: expected input and target"),
         ("test.jsonl", _LFS, r"test\.jsonl: this is a Git LFS pointer, not the file itself: fetch .*git lfs pull"),
         ("task.txt", "input,target", r"task\.txt ends in \.txt: expected one of \.jsonl, \.json, \.csv, \.parquet"),
@@ -323,10 +285,7 @@ _LOST = "does not exist: give a task file, a task folder or a data set's hub id"
         (lambda folder: _files(folder, "train.jsonl"), f"has no test rows: {_BOTH}"),
         (lambda folder: (folder / "dataset_dict.json").write_text("{}"), "cannot be loaded by datasets: "),
         (lambda folder: _saved(folder, a=_rows(1), b=_rows(1)), "splits a, b: expected train, and test or validation"),
-        (
-            lambda folder: _saved(folder, train=_rows(1), test=[{"text": "a"}]),
-            "split test, row 0 has text: expected in",
-        ),
+        (lambda folder: _saved(folder, train=_rows(1), test=[{"text": "a"}]), "split test, row 0 has text: "),
     ],
 )
 def test_folders_that_are_no_tasks_are_refused(tmp_path, make, message):
@@ -346,16 +305,6 @@ def test_other_sources_that_are_no_tasks_are_refused(tmp_path):
             load_task(source)
     with pytest.raises(ValueError, match="^'xxx.* cannot be a task: File name too long"):
         load_task("x" * 5000)
-
-
-def test_hub_failure_names_the_source(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ValueError,
-        match="owner/no_such_data is not a local path, and could not be loaded from the hub: [a-zA-Z]+: Couldn't",
-    ):
-        load_task("owner/no_such_data")
 
 
 def test_files_that_rows_of_a_data_set_name_are_not_opened(monkeypatch):
@@ -505,9 +454,7 @@ def test_long_texts_are_cut_and_keep_their_end(tokenizer):
 
 
 def test_no_tokenizer(tmp_path):
-    with pytest.raises(
-        ValueError, match=f"{tmp_path} gives no tokenizer: expected a folder or hub id with config.json"
-    ):
+    with pytest.raises(ValueError, match=f"{tmp_path} gives no tokenizer: expected a folder or hub id"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer .*: give a base with a sound tokenizer"):
