@@ -35,6 +35,10 @@ def _write(path, rows):
     return path
 
 
+def _dataset(rows):
+    return datasets.Dataset.from_list(rows)
+
+
 @pytest.fixture(autouse=True)
 def quiet_datasets():
     datasets.disable_progress_bars()
@@ -168,22 +172,20 @@ def test_an_instruction_stands_before_the_input(tmp_path, name):
 )
 def test_a_folder_of_datasets_holds_training_and_test_rows(tmp_path, splits):
     folder = tmp_path / "saved"
-    datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}).save_to_disk(
-        folder
-    )
+    datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(folder)
     task = load_task(folder)
     assert (task.name, task.train, task.test) == ("saved", _examples(3), _examples(2, start=3))
 
 
 def test_a_folder_of_datasets_with_one_split_is_divided(tmp_path):
-    datasets.Dataset.from_list(_rows(6)).save_to_disk(tmp_path / "alone")
+    _dataset(_rows(6)).save_to_disk(tmp_path / "alone")
     task = load_task(tmp_path / "alone", train_rows=4)
     assert len(task.train) == 4
     assert set(task.train + task.test) == set(_examples(6))
 
 
 def test_datasets_folder_whose_texts_lie_behind_its_end(tmp_path):
-    datasets.Dataset.from_list([{"input": "ab", "target": "x"}] * 4).save_to_disk(tmp_path / "saved")
+    _dataset([{"input": "ab", "target": "x"}] * 4).save_to_disk(tmp_path / "saved")
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
     offsets = np.arange(0, 10, 2, dtype=np.int32)
     assert offsets.tobytes() in (content := arrow.read_bytes())
@@ -217,10 +219,6 @@ _LAYOUT = r"input and target \(or output\), or context and completion, with an i
             r"line 1: its instruction is ' ', and its input is '': give it a text, or take the row out",
         ),
         ("test.jsonl", '{"instruction": 5, "input": "a", "output": "b"}', r"line 1: its instruction is 5: give it a"),
-        (
-            "test.jsonl",
-            f"line 1 has instruction, context, output: expected {_LAYOUT}",
-        ),
         ("test.jsonl", "{}", "line 1 has no keys: expected input and target"),
         ("test.jsonl", '["a", "b"]', rf"line 1 is \['a', 'b'\]: expected an object with {_LAYOUT}"),
         (
@@ -266,9 +264,7 @@ def _files(folder, *names, rows=1):
 
 
 def _saved(folder, **splits):
-    datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}).save_to_disk(
-        folder
-    )
+    datasets.DatasetDict({split: _dataset(rows) for split, rows in splits.items()}).save_to_disk(folder)
 
 
 _BOTH = "give a folder or data set that has both parts"
@@ -319,9 +315,7 @@ def test_files_that_rows_of_a_data_set_name_are_not_opened(monkeypatch):
 
 
 def test_data_set_without_rows(tmp_path, monkeypatch):
-    empty = datasets.DatasetDict(
-        {"train": datasets.Dataset.from_list(_rows(1)).select([]), "test": datasets.Dataset.from_list(_rows(1))}
-    )
+    empty = datasets.DatasetDict({"train": _dataset(_rows(1)).select([]), "test": _dataset(_rows(1))})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: empty)
     with pytest.raises(ValueError, match="owner/empty, split train is empty: a task needs at least one row"):
         load_task("owner/empty")
