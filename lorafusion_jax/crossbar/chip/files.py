@@ -5,7 +5,6 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +20,7 @@ from ..mapping.geometry import Geometry
 from .chip import Chip, reconfigured
 from .correction import Correction
 from .plan import Path as PathOfRead
-from .plan import Plan, exact_ties
+from .plan import Plan
 
 _META = "meta_json"
 _ARRAYS = (
@@ -63,8 +62,8 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
         earlier version wrote the file or if the configuration holds arrays or functions.
 
     Raises:
-      ValueError: the file cannot be read, or the chip has another configuration, float64 that JAX lacks, or an error of
-        an earlier version.
+      ValueError: the file cannot be read, or the chip has another configuration, float64 that JAX lacks, or was
+        written by an early version.
     """
     try:
         return _load(Path(path), config)
@@ -103,12 +102,8 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     if parts := {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("correction.")}:
         fields["correction"] = Correction(**parts)
     geometry, plan = Geometry.of(stored["codes"].shape[-2:], config), dict(meta["plan"])
-    if "ties" not in plan:  # written before plans had it
-        if fault := _earlier_fault(config, plan):
-            raise ValueError(f"it was written by an earlier version, {fault}: program the weights again")
-        limits = stored.get("limits")
-        exact = exact_ties(geometry, config, None if limits is None else np.asarray(limits))
-        plan["ties"] = exact if plan["integers"] else None
+    if "ties" not in plan:
+        raise ValueError("it was written by an early version, some of whose chips are wrong: program the weights again")
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
@@ -154,19 +149,3 @@ def _shared_config(chip: Chip) -> CrossbarConfig:
     first = [value[(0,) * lead] for value in chip.values]
     same = all(bool(jnp.all(value == one)) for value, one in zip(chip.values, first, strict=True))
     return chip.structure.config(first if same else chip.values)
-
-
-def _earlier_fault(config: CrossbarConfig, plan: Mapping[str, Any]) -> str | None:
-    """Return the error in arrays that were written before plans had ties, or None if they are correct."""
-    if config.adc is None:
-        return None
-    if config.encoding.flip and config.adc.range in ("max", "calibrated"):
-        return "whose ADC range left out the unit column of flipped arrays"
-    if config.cell.on_off_ratio is None:
-        return None
-    reads_gmin = config.encoding.kind == "offset" or config.converts_each
-    if config.adc.gain_error is not None and reads_gmin and plan["path"] != "definition":
-        return "whose gain errors left Gmin out"
-    if plan["packing"] is not None and plan["packing"]["variances"]:
-        return "whose read noise of packed cells was too small"
-    return None
