@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import printable
-from ..harness.options import HarnessOptions, check_digital, load_measured
+from ..harness.options import CalibratedChip, HarnessOptions, check_digital, load_measured
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
 from ..serving.predict import generate_rows
 from ..training.problem import Problem
@@ -14,7 +14,7 @@ from .parsing import parse, part_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateCommand(GenerateOptions):
+class GenerateCommand(GenerateOptions, CalibratedChip):
     """Let a fused run, several of them, or a base model as it is, answer new text: one line in, one answer out.
 
     Examples:
@@ -27,25 +27,9 @@ class GenerateCommand(GenerateOptions):
       runs: folders of several runs on one base and pool, instead of --run, which answer in batches of mixed tasks.
         Each line is then a JSON object such as {"run": "snarks-fusion", "input": "some text"}; the base model answers
         a line without a run.
-      crossbar: answer on simulated arrays: a folder that `lorafusion crossbar program` wrote, a preset or a .yaml or
-        .json file; by default digitally.
-      chip: number of the chip.
-      chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
-      keep_digital: patterns of weights that stay digital; a folder has its own.
-      age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
-      restore: digital corrections of the chip: a folder that `lorafusion restore` wrote, or its name in the folder of
-        the chips; by default none.
-      calibration_task: task whose training rows set the ranges of the chip's ADCs; by default the run's own.
     """
 
     runs: tuple[Path, ...] = ()
-    crossbar: str | None = None
-    chip: int = 0
-    chip_key: int = 0
-    keep_digital: tuple[str, ...] = ()
-    age: str | None = None
-    restore: str | None = None
-    calibration_task: str | None = None
 
 
 GROUPS = {
@@ -53,7 +37,7 @@ GROUPS = {
     "generation": (
         "max_new_tokens", "stream", "temperature", "top_k", "top_p", "sampling_seed", "eval_batch",
     ),
-    "hardware": ("crossbar", "chip", "chip_key", "keep_digital", "age", "restore", "calibration_task"),
+    "hardware": ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm", "restore", "calibration_task"),
 }  # fmt: skip
 
 
@@ -79,8 +63,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _on_chip(command: GenerateCommand) -> Problem | None:
     """Return the model of a command on a chip; None for a digital one."""
-    names = ("run", "base", "crossbar", "chip", "chip_key", "keep_digital", "age", "restore", "calibration_task")
-    options = HarnessOptions(run_seed=command.seed, **{name: getattr(command, name) for name in names})
+    chip = {field.name: getattr(command, field.name) for field in dataclasses.fields(CalibratedChip)}
+    options = HarnessOptions(run=command.run, run_seed=command.seed, base=command.base, **chip)
     if command.crossbar is None:
         check_digital(options)
         return None

@@ -21,7 +21,8 @@ from ..models.architecture import kernels
 from ..models.weights import Weight
 from ..progress import progress
 from ..runs.evaluate import evaluate, seed_rows
-from ..runs.options import FuseOptions, OnArrays
+from ..runs.options import Chips as ChipOptions
+from ..runs.options import FuseOptions, flags_given
 from ..runs.predict import EvaluateOptions, load_to_evaluate
 from ..runs.prepare import Setup, digests
 from ..training.method import Params
@@ -29,60 +30,41 @@ from .calibration import CALIBRATION_ROWS, looped
 from .chips import for_every_chip, on_every_chip
 from .folder import Chips, aged, load_chips
 from .on_arrays import check, module_numbers, without_merged_pool
-from .program import Norms, Restored
+from .program import Restored
 from .restored import load_restored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOnChipsOptions(EvaluateOptions):
+class EvaluateOnChipsOptions(EvaluateOptions, ChipOptions):
     """Evaluate a fused run, on its own task or another one, digitally or on simulated chips.
 
-    Examples:
-      lorafusion evaluate --run runs/snarks-fusion --task bbh/ruin_names.json
-      lorafusion evaluate --run runs/snarks-fusion --crossbar chips/noisy --ages 1s 1h 1day 1month 1year
-      lorafusion evaluate --run runs/snarks-fusion --crossbar noisy.yaml --chips 8 --adc-bits 6 --read-noise 0.01
-      lorafusion evaluate --run runs/snarks-fusion --crossbar isaac --report
-
     Attributes:
-      crossbar: a folder that `lorafusion crossbar program` wrote, a preset (ideal, isaac, puma, raella, neurram), or a
-        .yaml or .json file.
       chips: number of chips; by default all chips of a folder, or one chip of a preset or file.
       ages: ages of the chips: seconds, or as in 1h, 1day, 1month, 1year; several are evaluated one after the other.
       compensate: undo each matrix's mean drift digitally: `on`, `off`, or `both` next to each other; by default as in
         the configuration.
       read_noise: standard deviation of the read noise as a share of Gmax, instead of the configuration's.
       adc_bits: bits of the ADC, instead of the configuration's.
-      keep_digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers; a
-        folder has its own.
-      norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
       lora_in: where the module of a LoRA baseline is: in `sram` next to the arrays, or written into separate `cells`.
-      chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
       calibration_rows: training rows that the ADCs are calibrated on.
-      restore: digital corrections of the chips: a folder that `lorafusion restore` wrote, or its name in the folder of
-        the chips; by default none.
       report: evaluate chip after chip, each calibrated on its own, and next to the digital model; and report every
         site's signal to quantisation noise ratio, arrays and conversions.
     """
 
-    crossbar: str | None = None
     chips: int | None = None
     ages: tuple[str, ...] = ()
     compensate: Literal["on", "off", "both"] | None = None
     read_noise: float | None = None
     adc_bits: int | None = None
-    keep_digital: tuple[str, ...] = ()
-    norm: Norms = OnArrays.norm
     lora_in: Literal["sram", "cells"] = "sram"
-    chip_key: int = 0
     calibration_rows: int = CALIBRATION_ROWS
-    restore: str | None = None
     report: bool = False
 
     def check_digital(self) -> None:
         """Raise ValueError for options of chips without any."""
-        of_chips = [f for f in dataclasses.fields(self) if f.name not in EvaluateOptions.__dataclass_fields__]
-        if given := [f.name for f in of_chips if getattr(self, f.name) != f.default]:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        names = [field.name for field in dataclasses.fields(self)]
+        of_chips = [name for name in names if name not in EvaluateOptions.__dataclass_fields__]
+        if flags := flags_given(self, of_chips):
             raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
 
 

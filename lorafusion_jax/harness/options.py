@@ -1,7 +1,6 @@
 """The model that benchmarks of lm-evaluation-harness measure: a base, modules of a pool, or a fused run; on chips."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,17 +10,28 @@ from ..hardware.calibration import looped
 from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..methods import find
-from ..runs.options import FuseOptions, LoadIn, OnArrays
+from ..runs.options import FuseOptions, LoadIn, OnArrays, OneChip, flags_given
 from ..runs.prepare import LoadedModel, Setup, load_model, of_run, prepare
 from ..runs.run import load_run
 from ..training.method import Params
 
-_OF_CHIPS = ("chip", "chip_key", "keep_digital", "age", "norm", "restore", "calibration_task")
 _OF_BASES = ("pool", "adapters", "dtype", "load_in")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HarnessOptions:
+class CalibratedChip(OneChip):
+    """A simulated chip, or none, and the text that its ADCs are calibrated on.
+
+    Attributes:
+      calibration_task: task whose training rows set the ranges of the chip's ADCs, as in `lorafusion fuse`; by default
+        the run's own.
+    """
+
+    calibration_task: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarnessOptions(CalibratedChip):
     """Measure a fused run, a base model or an adapter on benchmarks of lm-evaluation-harness.
 
     All other options are those of `lm-eval run`, which `lm-eval run --help` lists.
@@ -41,17 +51,6 @@ class HarnessOptions:
       load_in: hold a base without a run, and its pool, in 4 or 8 bits.
       max_length: most tokens of a prompt and its continuation; longer prompts lose their first tokens. By default
         the model's context.
-      crossbar: measure on simulated arrays: a folder that `lorafusion crossbar program` wrote, a preset or a .yaml or
-        .json file; by default digitally.
-      chip: number of the chip.
-      chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
-      keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
-      age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
-      norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
-      restore: digital corrections of the chip: a folder that `lorafusion restore` wrote, or its name in the folder of
-        the chips; by default none.
-      calibration_task: task whose training rows set the ranges of the chip's ADCs, as in `lorafusion fuse`; by default
-        the run's own.
     """
 
     run: Path | None = None
@@ -62,14 +61,6 @@ class HarnessOptions:
     dtype: Literal["float32", "bfloat16"] = "float32"
     load_in: LoadIn = "full"
     max_length: int | None = None
-    crossbar: str | None = None
-    chip: int = 0
-    chip_key: int = 0
-    keep_digital: tuple[str, ...] = ()
-    age: str | None = None
-    norm: Literal["ideal", "programmed"] = OnArrays.norm
-    restore: str | None = None
-    calibration_task: str | None = None
 
 
 class MeasuredModel(NamedTuple):
@@ -93,7 +84,8 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
         check_digital(options)
     fused, params, config, place = _of_base(options), None, None, 0
     if options.run is not None:
-        _leave_out(options, _OF_BASES, "is for a base without a run, and a run has its own: leave it out")
+        if flags := flags_given(options, _OF_BASES):
+            raise ValueError(f"{flags}: only for a base without a run, since a run has its own: leave it out")
         fused, params, config = load_run(options.run)
         if find(fused.method).answers != "model":
             raise ValueError(f"{options.run} is of the method {fused.method}, which trains no model: give another run")
@@ -104,8 +96,8 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
     if options.crossbar is None:
         loaded = load_model(fused)
     else:
-        names = ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm", "restore")
-        arrays = OnArrays(train_chip="chip", **{name: getattr(options, name) for name in names})
+        chip = {field.name: getattr(options, field.name) for field in dataclasses.fields(OneChip)}
+        arrays = OnArrays(train_chip="chip", **chip)
         task = options.calibration_task or fused.task
         fused = dataclasses.replace(fused, task=task, test_rows=1, arrays=arrays)
         if task:
@@ -131,7 +123,8 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
 
 def check_digital(options: HarnessOptions) -> None:
     """Raise ValueError for options of chips without any."""
-    _leave_out(options, _OF_CHIPS, "is for simulated chips: name them with --crossbar")
+    if flags := flags_given(options, (field.name for field in dataclasses.fields(CalibratedChip))):
+        raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
 
 
 def _of_base(options: HarnessOptions) -> FuseOptions:
@@ -151,9 +144,3 @@ def _of_base(options: HarnessOptions) -> FuseOptions:
         dtype=options.dtype,
         load_in=options.load_in,
     )
-
-
-def _leave_out(options: HarnessOptions, names: Sequence[str], why: str) -> None:
-    for name in names:
-        if getattr(options, name) != getattr(HarnessOptions, name):
-            raise ValueError(f"--{name.replace('_', '-')} {why}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,42 +19,56 @@ LoadIn = Literal["full", "nf4", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnArrays:
-    """Simulated ReRAM arrays that a fusion is trained on and evaluated on.
+class Chips:
+    """Simulated chips, or none.
 
     Attributes:
-      crossbar: train with every frozen matrix in arrays: a folder that `lorafusion crossbar program` wrote, a preset
-        or a .yaml or .json file; by default digitally.
-      train_chip: arrays in training: `chip` for the chip itself, calibrated; `fresh` for another chip at every step,
-        which gives a fusion that is robust on any chip; `both` in turn; `none` for only the bits of cells and
-        converters.
-      chip: number of the chip for evaluation, and for training unless it trains on fresh ones or none.
+      crossbar: run on simulated arrays: a folder that `lorafusion crossbar program` wrote, a preset (ideal, isaac,
+        puma, raella, neurram), or a .yaml or .json file; by default digitally.
       chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
-      keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
-      age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
+      keep_digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers; a folder has
+        its own.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.
-      restore: digital corrections of the chip: a folder that `lorafusion restore` wrote, or its name in the folder of
-        the chips.
+      restore: digital corrections of the chips: a folder that `lorafusion restore` wrote, or its name in the folder of
+        the chips; by default none.
     """
 
     crossbar: str | None = None
-    train_chip: Literal["chip", "fresh", "both", "none"] = "fresh"
-    chip: int = 0
     chip_key: int = 0
     keep_digital: tuple[str, ...] = ()
-    age: str | None = None
     norm: Literal["ideal", "programmed"] = "ideal"
     restore: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OneChip(Chips):
+    """A simulated chip, or none.
+
+    Attributes:
+      chip: number of the chip.
+      age: age of the chip: seconds, or as in 1h, 1day, 1month, 1year.
+    """
+
+    chip: int = 0
+    age: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnArrays(OneChip):
+    """The chip that a run is evaluated on, and those that it is trained on.
+
+    Attributes:
+      train_chip: arrays in training: `chip` for the one of the evaluation, calibrated; `fresh` for another at every
+        step, which gives a fusion that is robust on any chip; `both` in turn; `none` for only the bits of cells and
+        converters.
+    """
+
+    train_chip: Literal["chip", "fresh", "both", "none"] = "fresh"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FuseOptions:
     """Fuse a pool of LoRA modules for a new task, and evaluate it by generation.
-
-    Examples:
-      lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
-      lorafusion fuse --preset reference --base base --pool pool --task task
-      lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --train-chip chip --chip 3
 
     Attributes:
       base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
@@ -162,6 +177,13 @@ def options_with(recipe: type[Recipe]) -> type[FuseOptions]:
     shown = Annotated[recipe, tyro.conf.arg(name="")]
     named: Any = ("recipe", shown, dataclasses.field(default=recipe()))
     return dataclasses.make_dataclass("FuseOptions", [named], bases=(FuseOptions,), frozen=True, kw_only=True)
+
+
+def flags_given(options: Any, names: Iterable[str]) -> str:
+    """Return those of some options that have other values than their defaults, as on the command line."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    given = [name for name in names if getattr(options, name) != fields[name].default]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def options_to_json(options: FuseOptions) -> dict[str, Any]:

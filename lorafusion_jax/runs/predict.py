@@ -34,9 +34,6 @@ _NEW_TOKENS = 256  # of a base model's answer
 class EvaluateOptions:
     """Evaluate a fused run, on its own task or another one, and print a row for each seed.
 
-    Example:
-      lorafusion evaluate --run runs/snarks-fusion --task bbh/ruin_names.json
-
     Attributes:
       run: folder of the run.
       task: task to evaluate on, as in `lorafusion fuse`; by default the run's own.
@@ -56,10 +53,6 @@ class EvaluateOptions:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateOptions:
     """Let a fused run, or a base model as it is, answer new text: one line in, one answer out.
-
-    Examples:
-      echo "double then digit : a b c" | lorafusion generate --run runs/double_digit-fusion
-      lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream
 
     Attributes:
       run: folder of the run; it has its own base, prompt and chat template.

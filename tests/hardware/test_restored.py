@@ -193,4 +193,4 @@ def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):
     assert printed[0] == said and len(printed) == 2
     with pytest.raises(SystemExit):
         cli.main([*asked, "--restore", str(home / "restored")])
-    assert "--restore is for simulated chips: name them with --crossbar" in capsys.readouterr().err
+    assert "--restore: only for simulated chips: name them with --crossbar" in capsys.readouterr().err

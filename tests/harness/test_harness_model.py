@@ -215,12 +215,12 @@ def test_results_are_returned_in_python(llama, tasks):
     [
         ({}, "expected one model: give a fused run with --run, or a base model with --base"),
         ({"base": "BASE", "run": "here"}, "expected one model"),
-        ({"base": "BASE", "age": "1h"}, "--age is for simulated chips: name them with --crossbar"),
+        ({"base": "BASE", "age": "1h"}, "--age: only for simulated chips: name them with --crossbar"),
         ({"base": "BASE", "adapters": ["one"]}, "--adapters names modules of a pool: give it with --base and --pool"),
         ({"base": "BASE", "crossbar": "ideal"}, "a chip needs text that sets the ranges of its ADCs"),
         ({"base": "BASE", "max_length": 200}, "max_length is 200: expected at most the model's context of 160"),
         ({"base": "BASE", "pretrained": "x"}, "no model argument pretrained: expected some of run, run_seed"),
-        ({"run": "RUN", "pool": "pool"}, "--pool is for a base without a run"),
+        ({"run": "RUN", "pool": "pool"}, "--pool: only for a base without a run"),
         ({"run": "RUN", "run_seed": 9}, "has no seed 9: it has 1, 2"),
     ],
 )
