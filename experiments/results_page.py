@@ -3,7 +3,7 @@
     python experiments/results_page.py runs/small_pool/results.jsonl --out runs/small_pool/report
 
 Written: report.html (one file, all inside), table.csv (methods by tasks), paired.csv (--reference minus each other
-method), table.tex (both), means.png, trainable.png; with more than 8 tasks tasks.csv too. Several files are merged.
+method), table.tex (both), means.png; with more than 8 tasks tasks.csv too. Several files are merged.
 Where they hold both leagues, every file but the page is written for each, with the league in its name.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import _script
 from lab.formats import latex
-from lab.page import page, save_plots
+from lab.page import page, save_means
 
 from lorafusion_jax.report import Table, best_method, csv_text, main_tables, merge, paired_table, scores, write_text
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         for name, table in tables.items():
             write_text(options.out / f"{name}{suffix}.csv", csv_text(table))
         if any(league.summaries.values()):
-            save_plots(league, options.out, suffix)
+            save_means(league, options.out / f"means{suffix}.png")
     write_text(options.out / "report.html", whole)
     print(f"{len(rows)} results; written to {options.out}")
 

@@ -4,10 +4,10 @@ import base64
 import html
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from lorafusion_jax.report.comparison import plot_against_trainable, plot_means
+from lorafusion_jax.report.plots import plot_means
 from lorafusion_jax.report.rows import Row
 from lorafusion_jax.report.scores import Scores, scores
 from lorafusion_jax.report.tables import best_method, league_name, main_tables, paired_table
@@ -41,10 +41,6 @@ figure { margin: 1.5rem 0; }
 figure img { width: 100%; max-width: 40rem; height: auto; display: block; }
 summary { cursor: pointer; }
 """
-_PLOTS: tuple[tuple[str, str, Callable[..., None]], ...] = (
-    ("means", "Mean exact match of each method with its 95 % interval", plot_means),
-    ("trainable", "Mean exact match of each method against its trainable numbers", plot_against_trainable),
-)
 
 
 def page(rows: Sequence[Row], title: str, text: str = "", *, reference: str | None = None) -> str:
@@ -76,24 +72,20 @@ def page(rows: Sequence[Row], title: str, text: str = "", *, reference: str | No
     )
 
 
-def save_plots(league: Scores, folder: Path, suffix: str = "") -> list[Path]:
-    """Write the plots of a league as PNG, `means` and `trainable` with a suffix, and return their paths.
+def save_means(league: Scores, path: Path) -> None:
+    """Write the plot of a league's means as PNG.
 
     Raises:
       ValueError: no method has every task; matplotlib is not installed.
     """
-    paths = []
-    for name, _, draw in _PLOTS:
-        paths.append(folder / f"{name}{suffix}.png")
-        draw(league, paths[-1], title=f"{len(league.tasks)} tasks, {league_name(league.league)}")
-    return paths
+    plot_means(league, path, title=f"{len(league.tasks)} tasks, {league_name(league.league)}")
 
 
 def _league(league: Scores, reference: str | None) -> str:
     name = league_name(league.league)
     parts = [f"<h2>{html.escape(name[0].upper() + name[1:])}</h2>\n", *map(html_table, main_tables(league))]
     if any(league.summaries.values()):
-        parts.append(_figures(league))
+        parts.append(_figure(league))
     else:
         parts.append("<p>No method has results of all tasks yet, so there are no means to draw.</p>\n")
     if len(league.methods) > 1:
@@ -101,10 +93,9 @@ def _league(league: Scores, reference: str | None) -> str:
     return "".join(parts)
 
 
-def _figures(league: Scores) -> str:
+def _figure(league: Scores) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        images = [base64.b64encode(path.read_bytes()).decode() for path in save_plots(league, Path(folder))]
-    return "".join(
-        f'<figure><img src="data:image/png;base64,{image}" alt="{html.escape(alt)}"></figure>\n'
-        for (_, alt, _), image in zip(_PLOTS, images, strict=True)
-    )
+        save_means(league, path := Path(folder) / "means.png")
+        image = base64.b64encode(path.read_bytes()).decode()
+    alt = "Mean exact match of each method with its 95 % interval"
+    return f'<figure><img src="data:image/png;base64,{image}" alt="{alt}"></figure>\n'

@@ -3,9 +3,8 @@
 # ruff: noqa: F401 (the imports are the public names)
 
 from ..files import write_text
-from .comparison import plot_against_trainable, plot_means
 from .formats import Column, Table, csv_text, markdown
-from .plots import plot_accuracy, plot_coefficients, plot_learning_curves
+from .plots import plot_accuracy, plot_coefficients, plot_learning_curves, plot_means
 from .rows import Row, append_rows, done, merge, read_rows
 from .scores import Scores, scores
 from .spread import markdown_table

@@ -1,4 +1,4 @@
-"""Plots of runs as PNG: exact match per task, learning curves, coefficients.
+"""Plots of runs as PNG: exact match per task, the methods' means, learning curves, coefficients.
 
 They raise ValueError for rows or names that do not fit, without data, or if matplotlib is not installed.
 """
@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .figure import colour, literal, plot
+from .scores import Scores
 from .spread import MEAN, deviation, seed_scores
 
 if TYPE_CHECKING:
@@ -55,6 +56,31 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
         figure.legend(loc="outside lower center", ncols=len(methods))
 
     plot(path, (1.6 * len(scores) + 1.5, 4.8), draw)
+
+
+def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
+    """Draw each method's mean exact match as a dot with its 95 % interval, in the order given, the first on top."""
+    found = {method: summary for method, summary in scores.summaries.items() if summary}
+    if not found:
+        raise ValueError(f"no method has results of all {len(scores.tasks)} tasks: there are no means to draw")
+
+    def draw(figure: "Figure") -> None:
+        axes, shade = figure.subplots(), colour(3)
+        for position, summary in enumerate(found.values()):
+            axes.hlines(position, summary.low, summary.high, color=shade, linewidth=2)
+            axes.plot(summary.mean, position, "o", color=shade, markersize=6)
+            margin = axes.get_yaxis_transform()
+            axes.text(1.01, position, f"{summary.mean:.1f}", transform=margin, va="center", color="#333333", size=10)
+        axes.set_yticks(range(len(found)), [*map(literal, found)])
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.set_xlim(0, 1.04 * max(summary.high for summary in found.values()) or 1)
+        axes.grid(visible=True, axis="both")
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("exact match, %, with 95 % interval")
+        figure.suptitle(title, x=0.01, ha="left", size=12)
+
+    plot(path, (6.0, 0.3 * len(found) + 1.2), draw)
 
 
 def plot_learning_curves(metrics: Mapping[str, Mapping[str, Sequence[Row]]], path: Path, *, title: str = "") -> None:

@@ -64,7 +64,7 @@ def test_the_page_is_whole_and_needs_no_other_file(whole):
             unclosed.append(tag)
     assert not unclosed
     addresses = re.findall(r'\b(?:src|href|srcset|data)="([^"]*)"', bare)
-    assert len(addresses) == 5 and all(address.startswith("data:") for address in addresses)
+    assert len(addresses) == 3 and all(address.startswith("data:") for address in addresses)
     assert "http" not in bare and "url(" not in whole and "@import" not in whole
     shown = html.unescape(re.sub("<[^>]*>", "", bare))
     for text in ("95 + 5 examples", "5 examples", "First <b>.", "recipe.lr", "jax 0.10.2", "fusion sum minus each"):
@@ -100,7 +100,7 @@ def test_a_browser_shows_tables_and_images_without_errors(whole, tmp_path, width
     assert "CONSOLE" not in done.stderr, done.stderr
     dom = done.stdout.replace("&lt;", "<").replace("&gt;", ">")
     widths = [int(found) for found in re.search('data-widths="([^"]*)"', dom)[1].split()]
-    assert len(widths) == 4 and min(widths) > 500
+    assert len(widths) == 2 and min(widths) > 500
     assert re.search('data-overflow="([^"]*)"', dom)[1] == "0"
     assert dom.count("<table>") == 9 and dom.count("</table>") == 9
     assert dom.count("<caption>fusion sum minus each other method") == 2
@@ -124,7 +124,7 @@ def test_the_script_writes_page_tables_and_plots(report, tmp_path):
     append_rows(results, rows)
     append_rows(more, [{**found, "league": "5"} for found in rows])
     report(results, "--out", out, "--title", "One league")
-    names = {"table.csv", "table.tex", "paired.csv", "means.png", "trainable.png"}
+    names = {"table.csv", "table.tex", "paired.csv", "means.png"}
     assert {path.name for path in out.iterdir()} == names | {"report.html"}
     assert "<h1>One league</h1>" in (out / "report.html").read_text()
     assert "LoRA minus each other method" in (out / "table.tex").read_text()
