@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _script
-from lab.formats import latex
+from lab.formats import csv_text, latex
 from lab.page import page, save_means
 
-from lorafusion_jax.report import Table, best_method, csv_text, main_tables, merge, paired_table, scores, write_text
+from lorafusion_jax.report import Table, best_method, main_tables, merge, paired_table, scores, write_text
 
 
 def main(arguments: Sequence[str] = ()) -> None:

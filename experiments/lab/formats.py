@@ -1,6 +1,9 @@
-"""A table of results as LaTeX and HTML."""
+"""A table of results as LaTeX, HTML and CSV."""
 
+import csv
 import html
+import io
+from typing import Any
 
 from lorafusion_jax.report import Table
 
@@ -15,6 +18,13 @@ _LATEX = {
     "−": "$-$",
     "–": "--",
     "\n": " ",
+}
+# The headings' endings in CSV, for each number of a cell, by the kind of a column.
+_PARTS = {
+    "spread": ("", " sd"),
+    "interval": (" low", " high"),
+    "nats interval": (" low", " high"),
+    "counts": (" min", " max"),
 }
 
 
@@ -54,6 +64,20 @@ def html_table(table: Table) -> str:
         f'<div class="wide" tabindex="0"><table>\n<caption>{html.escape(table.caption)}</caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table></div>\n"
     )
+
+
+def csv_text(table: Table) -> str:
+    """Return CSV with numbers as they are: a column for each number of a cell, lines ended by a newline."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    parts = [_PARTS.get(column.kind, ("",)) for column in table.columns]
+    writer.writerow([column.name + part for column, of in zip(table.columns, parts, strict=True) for part in of])
+    for line in table.lines:
+        numbers: list[Any] = []
+        for of, cell in zip(parts, line, strict=True):
+            numbers += [None] * len(of) if cell is None else [cell] if len(of) == 1 else cell
+        writer.writerow([f"{number:.6g}" if isinstance(number, float) else number for number in numbers])
+    return text.getvalue()
 
 
 def _latex(text: str) -> str:

@@ -1,11 +1,5 @@
-"""A table as Markdown and CSV.
+"""A table of results, and its Markdown. The kind of a column determines how its cells are written."""
 
-The kind of a column determines how its cells are written: "44.8 ± 1.5" for readers, two numbers in CSV. An empty cell
-is a dash, and nothing in CSV.
-"""
-
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +35,7 @@ class Table:
         """Headings, then the cells of every line, as they are read."""
         kinds = [_KINDS[column.kind] for column in self.columns]
         cells = [
-            [EMPTY if cell is None else kind.text(cell) for kind, cell in zip(kinds, line, strict=True)]
+            [EMPTY if cell is None else kind(cell) for kind, cell in zip(kinds, line, strict=True)]
             for line in self.lines
         ]
         return [[column.name for column in self.columns], *cells]
@@ -51,25 +45,6 @@ def markdown(table: Table) -> str:
     """Return the caption and a table with columns in line."""
     lines = [[*map(text_tables.escaped, line)] for line in table.texts]
     return f"{text_tables.escaped(table.caption)}\n\n{text_tables.markdown(lines)}"
-
-
-def csv_text(table: Table) -> str:
-    """Return CSV with numbers as they are: a column for each number of a cell, lines ended by a newline."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    parts = [_KINDS[column.kind].parts for column in table.columns]
-    writer.writerow([column.name + part for column, of in zip(table.columns, parts, strict=True) for part in of])
-    for line in table.lines:
-        numbers: list[Any] = []
-        for of, cell in zip(parts, line, strict=True):
-            numbers += [None] * len(of) if cell is None else [cell] if len(of) == 1 else cell
-        writer.writerow([f"{number:.6g}" if isinstance(number, float) else number for number in numbers])
-    return text.getvalue()
-
-
-class _Kind(NamedTuple):
-    text: Callable[[Any], str]
-    parts: tuple[str, ...] = ("",)  # what CSV adds to the heading, for each number of a cell
 
 
 def spread(cell: tuple[float, float | None]) -> str:
@@ -92,17 +67,17 @@ def _interval(cell: tuple[float, float], digits: int) -> str:
     return " to ".join(f"{round(end, digits) + 0.0:.{digits}f}".replace("-", "−") for end in cell)
 
 
-_KINDS: dict[str, _Kind] = {
-    "text": _Kind(str),
-    "spread": _Kind(spread, ("", " sd")),
-    "interval": _Kind(partial(_interval, digits=1), (" low", " high")),
-    "percent": _Kind("{:.1f}".format),
-    "points": _Kind(partial(_signed, digits=1)),
-    "nats": _Kind("{:.3f}".format),
-    "more nats": _Kind(partial(_signed, digits=3)),
-    "nats interval": _Kind(partial(_interval, digits=3), (" low", " high")),
-    "count": _Kind("{:,.0f}".format),
-    "counts": _Kind(counts, (" min", " max")),
-    "seconds": _Kind("{:,.1f}".format),
-    "p": _Kind(lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}"),
+_KINDS: dict[str, Callable[[Any], str]] = {
+    "text": str,
+    "spread": spread,
+    "interval": partial(_interval, digits=1),
+    "percent": "{:.1f}".format,
+    "points": partial(_signed, digits=1),
+    "nats": "{:.3f}".format,
+    "more nats": partial(_signed, digits=3),
+    "nats interval": partial(_interval, digits=3),
+    "count": "{:,.0f}".format,
+    "counts": counts,
+    "seconds": "{:,.1f}".format,
+    "p": lambda p: "< 0.001" if p < 0.001 else f"{p:.3f}",
 }

@@ -1,11 +1,10 @@
-"""Plots of runs as PNG: exact match per task, the methods' means, learning curves, coefficients.
+"""Plots of runs as PNG: the methods' means, learning curves, coefficients.
 
-They raise ValueError for rows or names that do not fit, without data, or if matplotlib is not installed.
+They raise ValueError for names that do not fit, without data, or if matplotlib is not installed.
 """
 
 import math
-import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,48 +13,12 @@ from jaxtyping import Float
 
 from .figure import colour, literal, plot
 from .scores import Scores
-from .spread import MEAN, deviation, seed_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
-
-
-def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (), title: str = "") -> None:
-    """Draw exact match per task and method as bars, with the seeds as dots and their spread."""
-    methods, scores = seed_scores(rows, apart)
-    width = 0.84 / len(methods)
-
-    def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
-        for i, method in enumerate(methods):
-            label: str | None = literal(method)  # of its first bar: it may lack the first task
-            for position, by_method in enumerate(scores.values()):
-                values = list(by_method.get(method, {}).values())
-                if not values:
-                    continue
-                x = position + (i - (len(methods) - 1) / 2) * width
-                mean, spread = statistics.fmean(values), deviation(values)
-                axes.bar(x, mean, 0.92 * width, color=colour(i), label=label)
-                label = None
-                if spread is not None:
-                    axes.errorbar(x, mean, spread, color="#333333", linewidth=1.2, capsize=2.5)
-                    offsets = np.linspace(-0.22, 0.22, len(values)) * width
-                    dots = {"color": "white", "edgecolor": "#333333", "linewidth": 0.7}
-                    axes.scatter(x + offsets, values, s=11, zorder=3, clip_on=False, **dots)
-        position = list(scores).index(MEAN)
-        axes.axvspan(position - 0.5, position + 0.5, color="#f3f3f3", zorder=-1)
-        axes.set_xticks(range(len(scores)), [literal(task).replace("_", "\n") for task in scores])
-        axes.set_xlim(-0.5, len(scores) - 0.5)
-        axes.set_ylim(0, 100)
-        axes.tick_params(axis="x", length=0)
-        axes.set_ylabel("exact match, %")
-        axes.set_title(title, loc="left")
-        figure.legend(loc="outside lower center", ncols=len(methods))
-
-    plot(path, (1.6 * len(scores) + 1.5, 4.8), draw)
 
 
 def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
@@ -87,7 +50,7 @@ def plot_learning_curves(metrics: Mapping[str, Mapping[str, Sequence[Row]]], pat
     """Draw the cross-entropy against the step, a panel a task: every seed as a thin line, their mean as a thick one.
 
     The axis of the loss is logarithmic. `metrics` has the lines of metrics.jsonl by task and method. A method without
-    any has no curve, but takes a colour, as in the plot of accuracy.
+    any has no curve, but takes a colour.
     """
     methods = list(dict.fromkeys(method for by_method in metrics.values() for method in by_method))
     curves = {task: {m: _curves(lines) for m, lines in by_method.items()} for task, by_method in metrics.items()}

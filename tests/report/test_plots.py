@@ -1,4 +1,4 @@
-"""Plots and tables with the spread over seeds: what they show, that files are whole, and that bad rows are named."""
+"""Plots: what they show, that files are whole, and that bad names are refused."""
 
 import struct
 import sys
@@ -8,22 +8,8 @@ import pytest
 from made_up_rows import made_up, row
 
 from lorafusion_jax import report
-from lorafusion_jax.report import markdown_table, plot_accuracy, plot_learning_curves, plot_means, scores
+from lorafusion_jax.report import plot_learning_curves, plot_means, scores
 
-
-def _row(task, method, seed, exact_match, trainable=1232, seconds=1.0):
-    numbers = {"exact_match": exact_match, "trainable": trainable, "seconds": seconds}
-    return {"task": task, "method": method, "seed": seed} | numbers
-
-
-_ROWS = [
-    _row("easy", "zero-shot", 1, 10.0, 0, 0.0),
-    _row("hard", "zero-shot", 1, 2.0, 0, 0.0),
-    _row("easy", "fusion", 1, 50.0, seconds=2.0),
-    _row("easy", "fusion", 2, 60.0, seconds=4.0),
-    *(_row("hard", "fusion", seed, match) for seed, match in ((1, 20.0), (2, 30.0))),
-    *(_row("impossible", "fusion", seed, 0.0) for seed in (1, 2)),
-]
 _METRICS = {
     "easy": {
         "zero-shot": [],
@@ -44,25 +30,7 @@ def figures(monkeypatch):
     return drawn
 
 
-def test_a_table_has_means_and_spreads_of_tasks_by_methods():
-    lines = markdown_table([*_ROWS, _row("easy", "LoRA", 1, 90.0, 900)], apart=("impossible",)).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["exact match, %", "zero-shot", "fusion", "LoRA"]
-    assert cells[2:] == [
-        ["easy", "10.0", f"55.0 ± {np.std([50, 60], ddof=1):.1f}", "90.0"],
-        ["hard", "2.0", f"25.0 ± {np.std([20, 30], ddof=1):.1f}", "–"],
-        # The spread of the seeds' means, 35 and 45, not the mean of the spreads; LoRA lacks a task.
-        ["**mean**", "6.0", f"40.0 ± {np.std([35, 45], ddof=1):.1f}", "–"],
-        ["impossible", "–", "0.0 ± 0.0", "–"],
-        ["trainable numbers", "0", "1,232", "900"],
-        ["seconds of training", "0.0", "1.7", "1.0"],
-    ]
-    assert len({len(line) for line in lines}) == 1
-    assert "| 900 to 1,232 |" in markdown_table([*_ROWS, _row("hard", "fusion", 3, 1.0, 900)])
-
-
 def test_plots_are_whole_png_files(tmp_path):
-    plot_accuracy(_ROWS, tmp_path / "accuracy.png", apart=("impossible",), title="accuracy")
     plot_learning_curves(_METRICS, tmp_path / "curves.png", title="loss")
     coefficients = np.random.default_rng(0).normal(size=(3, 4))
     names = ["first", "second", "third"], ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
@@ -72,27 +40,19 @@ def test_plots_are_whole_png_files(tmp_path):
     rows = [row("easy", method, 1, np.zeros(8, bool), trainable=n) for method, n in (("a", 0), ("b", 0), ("c", 7))]
     plot_means(scores(rows)[0], tmp_path / "means.png")
     files = list(tmp_path.iterdir())
-    assert len(files) == 5
+    assert len(files) == 4
     for data in (path.read_bytes() for path in files):
         assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
         width, height = struct.unpack(">II", data[16:24])
         assert width > 500 and height > 150
 
 
-def test_bars_curves_and_dots_are_the_numbers_of_the_rows(tmp_path, figures):
-    late = _row("hard", "late", 1, 5.0)  # it lacks the first task
-    plot_accuracy([*_ROWS, late], tmp_path / "accuracy.png", apart=("impossible",))
+def test_curves_and_dots_are_the_numbers_of_the_rows(tmp_path, figures):
     plot_learning_curves(_METRICS, tmp_path / "curves.png")
     (league,) = scores(made_up(methods=("LoRA", "zero-shot", "fusion sum")))
     plot_means(league, tmp_path / "means.png")
-    bars, curves, means = (figure.axes[0] for figure in figures)
-    heights = [bar.get_height() for group in bars.containers if hasattr(group, "patches") for bar in group]
-    assert heights == pytest.approx([10, 2, 6, 55, 25, 40, 0, 5])
-    dots = np.concatenate([points.get_offsets()[:, 1] for points in bars.collections if len(points.get_offsets())])
-    assert sorted(dots[dots > 0]) == pytest.approx([20, 30, 35, 45, 50, 60])
-    assert [label.get_text() for label in bars.get_xticklabels()] == ["easy", "hard", "mean", "impossible"]
-    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures[:2]]
-    assert legends == [["zero-shot", "fusion", "late"], ["fusion"]]
+    curves, means = (figure.axes[0] for figure in figures)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["fusion"]
     # Curves are the seeds and their mean over the steps of all.
     lines = [line.get_xydata() for line in curves.lines if len(line.get_xydata())]
     assert [len(line) for line in lines] == [6, 5, 5]
@@ -107,20 +67,16 @@ def test_bars_curves_and_dots_are_the_numbers_of_the_rows(tmp_path, figures):
     assert means.get_ylim()[0] > means.get_ylim()[1]
 
 
-def test_tables_and_plots_without_data_names_or_matplotlib_are_refused(tmp_path, monkeypatch):
-    path, half = tmp_path / "plot.png", [{"task": "easy", "method": "LoRA"}]
+def test_plots_without_data_names_or_matplotlib_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "plot.png"
     names = list("abc"), list("wxyz")
     for make, message in (
         (lambda: plot_learning_curves({"easy": {"zero-shot": []}}, path), "no learning curves: give lines with step"),
         (lambda: report.plot_coefficients(np.zeros((2, 4)), *names, path), r"column of \[2, 4\], got \[3, 4\]"),
-        (lambda: plot_accuracy([], path), "no results to report"),
-        (lambda: plot_accuracy(half, path), "a row lacks seed, exact_match, train"),
-        (lambda: markdown_table([]), "no results to report"),
-        (lambda: markdown_table(half), "a row lacks seed, exact_match, train"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"plots need matplotlib, .* pip install -e '\.\[plots\]'"):
-        plot_accuracy(_ROWS, path)
+        plot_learning_curves(_METRICS, path)
     assert not list(tmp_path.iterdir())

@@ -5,11 +5,11 @@ import io
 
 import numpy as np
 import pytest
-from lab.formats import html_table, latex
+from lab.formats import csv_text, html_table, latex
 from made_up_rows import METHODS, TASKS, made_up, row
 from scipy import stats
 
-from lorafusion_jax.report import Column, Table, best_method, csv_text, main_tables, markdown, paired_table, scores
+from lorafusion_jax.report import Column, Table, best_method, main_tables, markdown, paired_table, scores
 
 _ROWS = made_up()
 
