@@ -76,7 +76,7 @@ release-check: $(VENV)/.installed-release
 
 # Damaged files of every kind, read for as long as SECONDS says.
 fuzz: $(VENV)/.installed-test
-	PYTHONPATH=.:tests $(BIN)/python tests/fuzz/fuzz_files.py --seconds $(SECONDS)
+	PYTHONPATH=.:tests:experiments $(BIN)/python tests/fuzz/fuzz_files.py --seconds $(SECONDS)
 
 # The properties of tests/crossbar/test_fuzz.py with new draws, for as long as SECONDS says.
 fuzz-crossbar: $(VENV)/.installed-test

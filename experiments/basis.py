@@ -27,11 +27,12 @@ from lab.common import DIRECTIONS, ROOT, small_pool_in_basis, write_csv
 from lab.matrix import run_matrix
 from lab.methods import ALL, BEST, IN_BASIS, METHODS, Entry
 from lab.planning import print_matrix_plan
+from lab.rows import merge, read_rows
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax.adapters.basis import SharedBasis
 from lorafusion_jax.io.pool import load_basis
-from lorafusion_jax.report import Scores, main_tables, merge, read_rows, scores
+from lorafusion_jax.report import Scores, main_tables, scores
 from lorafusion_jax.report.figure import colour, plot
 
 Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls", "mean"]

@@ -45,6 +45,7 @@ from lab.language import (
     unseen,
 )
 from lab.methods import Entry
+from lab.rows import done, read_rows
 from lab.smollm2 import EXAMPLES, HUB_ID, base
 from results_page import main as report
 
@@ -56,7 +57,7 @@ from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.models.weights import dense
-from lorafusion_jax.report import Scores, done, read_rows, scores
+from lorafusion_jax.report import Scores, scores
 from lorafusion_jax.report.figure import colour, plot
 
 Group = Literal["main", "more", "five", "twenty", "relevance", "more-relevance"]

@@ -20,13 +20,14 @@ import numpy as np
 import tyro
 from lab.common import ROOT
 from lab.language import EVALUATED_ROWS, MOST_SHARED, TRAIN_ROWS, UNSEEN, find, pair, trained_pairs
+from lab.rows import append_rows, merge
 from language import LanguageOptions, make_pools, pool_of
 from results_page import main as report
 
 from lorafusion_jax.adapters.pool import LoraPool, random_pool
 from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.models.weights import dense
-from lorafusion_jax.report import Row, append_rows, merge, scores
+from lorafusion_jax.report import Row, scores
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.text_tables import markdown
 

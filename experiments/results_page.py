@@ -14,8 +14,9 @@ from pathlib import Path
 import _script
 from lab.formats import csv_text, latex
 from lab.page import page, save_means
+from lab.rows import merge
 
-from lorafusion_jax.report import Table, best_method, main_tables, merge, paired_table, scores, write_text
+from lorafusion_jax.report import Table, best_method, main_tables, paired_table, scores, write_text
 
 
 def main(arguments: Sequence[str] = ()) -> None:

@@ -16,10 +16,10 @@ from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.files import check_regular, is_object, write_text
 from lorafusion_jax.methods import find
 from lorafusion_jax.methods.recipes import recipe_of as recipe_with
-from lorafusion_jax.report.rows import append_lines
 from lorafusion_jax.runs.folder import RunFolder
 
 from .methods import Entry
+from .rows import append_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "examples" / "small"

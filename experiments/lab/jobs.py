@@ -16,12 +16,12 @@ import jax
 
 from lorafusion_jax.files import printable, read_lines
 from lorafusion_jax.methods import find
-from lorafusion_jax.report import append_rows, done, read_rows
-from lorafusion_jax.report.rows import append_lines
 from lorafusion_jax.runs.folder import RunFolder, read_options
 from lorafusion_jax.runs.old_names import RENAMED, new_options
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json, run_path, with_targets
+
+from .rows import append_lines, append_rows, done, read_rows
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (

@@ -14,12 +14,12 @@ from lorafusion_jax import PRESETS, FuseOptions, fuse
 from lorafusion_jax.estimates.plan import MachineName
 from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find
-from lorafusion_jax.report import read_rows
 from lorafusion_jax.runs.options import LoadIn
 
 from .common import ROOT, TRAIN_ROWS, League, recipe_of
 from .jobs import Job, run_jobs
 from .methods import Entry
+from .rows import read_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorafusion_jax.report.plots import plot_means
-from lorafusion_jax.report.rows import Row
 from lorafusion_jax.report.scores import Scores, scores
 from lorafusion_jax.report.tables import best_method, league_name, main_tables, paired_table
 
 from .formats import html_table
 from .provenance import config_tables, origin_tables
+from .rows import Row
 
 # Dark mode turns the plots' lightness around and keeps their hues.
 _CSS = """

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lorafusion_jax.report.formats import Column, Table
-from lorafusion_jax.report.rows import Row
 from lorafusion_jax.report.tables import league_name
+
+from .rows import Row
 
 _MOST_VALUES = 6  # of one setting that are listed
 

@@ -1,11 +1,10 @@
-"""Result rows, their statistics, and the tables and plots made from them."""
+"""Statistics of result rows, and the tables and plots made from them."""
 
 # ruff: noqa: F401 (the imports are the public names)
 
 from ..files import write_text
 from .formats import Column, Table, markdown
 from .plots import plot_coefficients, plot_learning_curves, plot_means
-from .rows import Row, append_rows, done, merge, read_rows
-from .scores import Scores, scores
+from .scores import Row, Scores, scores
 from .statistics import OverTasks, Paired, Summary, over_tasks, paired, summary
 from .tables import best_method, main_tables, paired_table

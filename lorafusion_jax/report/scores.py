@@ -1,17 +1,18 @@
 """The rows of one league as arrays: the same seeds and test items in the same places for every method."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool
 
-from .rows import Row, key, name
 from .statistics import OverTasks, Paired, Summary, over_tasks, paired, spread, summary
 
+# The result of one method on one task with one seed; `correct` has a 0 or 1 for every test row, in order.
+Row = Mapping[str, Any]
 Marks = Literal["correct", "option_correct"]
 Values = Literal["exact_match", "loss"]
 Answers = list[Bool[np.ndarray, "_seeds _items"]]  # one array for each task
@@ -125,3 +126,13 @@ def scores(rows: Sequence[Row]) -> list[Scores]:
         seen.add(key(row))
     leagues = dict.fromkeys(row["league"] for row in rows)
     return [Scores(league, [row for row in rows if row["league"] == league]) for league in leagues]
+
+
+def key(row: Row) -> tuple[str, str, str, int]:
+    """Return task, method, league and seed of a row, which identify it."""
+    return row["task"], row["method"], row["league"], row["seed"]
+
+
+def name(row: Row) -> str:
+    """Return the same in words."""
+    return f"{row['task']}, {row['method']}, league {row['league']}, seed {row['seed']}"

@@ -4,8 +4,8 @@ import bbh
 import bbh_rows
 import byte_base
 import pytest
+from lab.rows import read_rows
 
-from lorafusion_jax.report import read_rows
 from lorafusion_jax.tasks import write_lorahub_split
 
 

@@ -11,9 +11,8 @@ import one_block
 import pytest
 import small_pool
 from lab import matrix, methods
+from lab.rows import append_rows, done, read_rows
 from made_up_rows import row as made_up_row
-
-from lorafusion_jax.report import append_rows, done, read_rows
 
 _OLD = Path(__file__).resolve().parents[1] / "old_version" / "results.jsonl"
 _ENTRIES = {

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lab.page import page
+from lab.rows import append_rows
 from made_up_rows import made_up, row
 
-from lorafusion_jax.report import append_rows, plot_means, scores
+from lorafusion_jax.report import plot_means, scores
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "results_page.py"
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import one_block
+from lab.rows import append_rows, read_rows
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
@@ -31,7 +32,6 @@ from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
 from lorafusion_jax.models.registry import abstract_model
-from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json

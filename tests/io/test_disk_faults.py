@@ -15,12 +15,12 @@ from pathlib import Path
 import made_up_rows
 import numpy as np
 import pytest
+from lab.rows import append_rows, read_rows
 
 from lorafusion_jax import cli
 from lorafusion_jax.files import WriteError, write, write_text, writing
 from lorafusion_jax.io import checkpoint
 from lorafusion_jax.io.folders import new_folder
-from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.folder import RunFolder
 
 _ADVICE = {

@@ -12,6 +12,7 @@ import datasets
 import pytest
 import tokenizers
 import transformers
+from lab.rows import append_rows, read_rows
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
@@ -19,7 +20,6 @@ from lorafusion_jax.crossbar import load_chip
 from lorafusion_jax.files import FileError, printable, read_json, structured, write_text
 from lorafusion_jax.io import safetensors
 from lorafusion_jax.io.folders import new_folder
-from lorafusion_jax.report import append_rows, read_rows
 from lorafusion_jax.runs.folder import RunConfig, RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import GenerateOptions, generate_lines

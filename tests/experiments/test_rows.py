@@ -5,9 +5,8 @@ import multiprocessing
 
 import numpy as np
 import pytest
+from lab.rows import append_rows, done, merge, read_rows
 from made_up_rows import made_up, row
-
-from lorafusion_jax.report import append_rows, done, merge, read_rows
 
 _ROWS = made_up(methods=("zero-shot", "fusion sum"), tasks=("easy", "hard"), seeds=(1, 2), items=8)
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, TypedDict, cast
 
 import msgspec
 
-from ..files import FileError, check_no_link, is_object, read_lines, structured, writing
+from lorafusion_jax.files import FileError, check_no_link, is_object, read_lines, structured, writing
+from lorafusion_jax.report.scores import key, name
 
 League = Literal["95+5", "5"]
 Key = tuple[str, str, str, int]
@@ -49,11 +50,6 @@ class Row(TypedDict):
     cores: _Count
 
 
-def key(row: Mapping[str, Any]) -> Key:
-    """Return task, method, league and seed of a row, which identify it."""
-    return row["task"], row["method"], row["league"], row["seed"]
-
-
 def done(rows: Iterable[Mapping[str, Any]]) -> set[Key]:
     """Return the key of every row: these results need not be computed again."""
     return {key(row) for row in rows}
@@ -75,11 +71,6 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
       WriteError: the disk is full, read-only or gone, or has no locks.
     """
     lines = [_line(row, f"row {number} of {len(rows)} to append") for number, row in enumerate(rows, start=1)]
-    append_lines(path, lines)
-
-
-def append_lines(path: Path, lines: Sequence[bytes]) -> None:
-    """Add JSON lines, each with its newline, as `append_rows` does."""
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_no_link(path)
@@ -129,11 +120,6 @@ def _line(row: Mapping[str, Any], where: str) -> bytes:
         return json.dumps(checked, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}, {name(row)}: JSON cannot hold it: {error}") from error
-
-
-def name(row: Mapping[str, Any]) -> str:
-    """Return the same in words."""
-    return f"{row['task']}, {row['method']}, league {row['league']}, seed {row['seed']}"
 
 
 def _checked(row: dict[str, Any], where: str) -> Row:
