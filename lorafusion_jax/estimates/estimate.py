@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..checks import at_least
-from ..methods import METHODS, find
+from ..methods import find
 from ..methods.entry import MethodEntry, PlannedPool, Update
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of, recipe_of
@@ -60,8 +60,6 @@ class Cost(NamedTuple):
 
 def estimate(config: Architecture, method: str, work: Workload, settings: Settings) -> Cost:
     """Return the cost of one method on one task.
-
-    The method is one of `method_names()`; `-mix` and `-sum` set another composition than the recipe's.
 
     Raises:
       ValueError: an unknown method or target, a number below its least, or too few rows for a few-shot prompt.
@@ -120,8 +118,6 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
 
 def _checked(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
     """Return a method and its recipe, after checks of the settings."""
-    if method not in method_names():
-        raise ValueError(f"no method {method!r}: choose one of {', '.join(method_names())}")
     entry, recipe = _of(method, settings)
     recipe.check()
     at_least(1, rank=settings.rank, seeds=settings.seeds)
@@ -150,20 +146,10 @@ def trained_numbers(config: Architecture, method: str, settings: Settings) -> in
     return sum(trainable_count(entry, config, recipe, settings.fused(recipe)).values())
 
 
-def method_names() -> tuple[str, ...]:
-    """Return the names that can be planned: all methods, and fusions with a composition in the name."""
-    composed = [n for n, entry in METHODS.items() if entry.learns == "trained" and "coefficients" in entry.groups]
-    return (*METHODS, *(f"{name}-{composition}" for name in composed for composition in ("mix", "sum")))
-
-
 def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
-    """Return a method by a name of `method_names()`, and its recipe, with its composition."""
-    numbers = vars(settings.recipe)
-    if method not in METHODS:
-        method, _, composition = method.rpartition("-")
-        numbers = numbers | {"composition": composition}
+    """Return a method by its name, and its recipe."""
     entry = find(method)
-    return entry, recipe_of(entry.recipe, numbers)
+    return entry, recipe_of(entry.recipe, vars(settings.recipe))
 
 
 def _ranking(entry: MethodEntry, recipe: Recipe, settings: Settings) -> Update | None:

@@ -69,7 +69,7 @@ def plan(
     *,
     recipes: Sequence[Recipe] = (),
 ) -> list[Row]:
-    """Return the cost of every method (see `estimate.method_names`) for all tasks and seeds.
+    """Return the cost of every method for all tasks and seeds.
 
     Recipes are in the order of the methods; by default all have that of the settings.
     """

@@ -14,12 +14,13 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.estimates.estimate import Settings, estimate, method_names, trained_numbers, update_of
+from lorafusion_jax.estimates.estimate import Settings, estimate, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.estimates.params import size
 from lorafusion_jax.estimates.plan import describe, describe_run, plan, plan_table
 from lorafusion_jax.estimates.workload import uniform, workload
+from lorafusion_jax.methods import METHODS
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fused import BasisUpdate, SumUpdate
 from lorafusion_jax.methods.vera import SharedUpdate
@@ -70,6 +71,13 @@ def _method(name: str, config: Architecture) -> lf.Method:
     adapted = tuple(targeted(config, None).items())
     alone = {"zero-shot": lf.ZeroShot(), "full": FullFineTuning(), "lora": lf.LoRA(sites=adapted, rank=8)}
     return alone.get(name) or lf.Fusion(composition="mix" if name.endswith("mix") else "sum")
+
+
+def _planned(name: str, settings: Settings) -> tuple[str, Settings]:
+    """Return the name of a method in the registry, and its settings."""
+    if name != "fusion-mix":
+        return name, settings
+    return "fusion", dataclasses.replace(settings, recipe=dataclasses.replace(settings.recipe, composition="mix"))
 
 
 @cache
@@ -184,19 +192,20 @@ _LONG = pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "config", "changes", "tolerance"),
     [
-        *(pytest.param(name, _SMALL, {}, 0.1, marks=_LONG) for name in ("fusion-sum", "fusion-mix", "lora", "full")),
-        *(pytest.param(name, _DECODER, {}, 0.1, marks=_LONG) for name in ("fusion-sum", "full")),
+        *(pytest.param(name, _SMALL, {}, 0.1, marks=_LONG) for name in ("fusion", "fusion-mix", "lora", "full")),
+        *(pytest.param(name, _DECODER, {}, 0.1, marks=_LONG) for name in ("fusion", "full")),
         ("fusion", _SMALL, {"recipe": dataclasses.replace(_RECIPE, basis=32)}, 0.02),
         # A sum that is formed as a matrix.
-        ("fusion-sum", _SMALL, {"rank": 32}, 0.1),
+        ("fusion", _SMALL, {"rank": 32}, 0.1),
         # Norms from pair terms, as accelerators compute them.
-        ("fusion-sum", _SMALL, {"device": "accelerator"}, 0.03),
-        pytest.param("fusion-sum", _SMALL, {"device": "accelerator", "rank": 32}, 0.1, marks=_LONG),
+        ("fusion", _SMALL, {"device": "accelerator"}, 0.03),
+        pytest.param("fusion", _SMALL, {"device": "accelerator", "rank": 32}, 0.1, marks=_LONG),
     ],
 )
 def test_flops_of_a_step(name, config, changes, tolerance):
     settings = dataclasses.replace(_SETTINGS, **changes)
-    update, trainable = update_of(name, settings), trained_numbers(config, name, settings)
+    method, chosen = _planned(name, settings)
+    update, trainable = update_of(method, chosen), trained_numbers(config, method, chosen)
     found = step_flops(config, _SHAPE, update, trainable=trainable)
     np.testing.assert_allclose(found, _flops(_step(name, config, settings)), rtol=tolerance)
     if "recipe" in changes:
@@ -212,17 +221,17 @@ def test_flops_of_a_step(name, config, changes, tolerance):
 def test_pair_terms_are_planned_where_a_run_prepares_them():
     settings = dataclasses.replace(_SETTINGS, device="accelerator")
     by_rank = dataclasses.replace(settings, recipe=dataclasses.replace(_RECIPE, granularity="rank"))
-    assert update_of("fusion-sum", settings).pair_terms == 7 * 8 // 2 + 7
+    assert update_of("fusion", settings).pair_terms == 7 * 8 // 2 + 7
     assert update_of("mean-fusion", settings).pair_terms == 7 * 8 // 2 + 7
-    assert update_of("fusion-sum", dataclasses.replace(settings, pool=13)).pair_terms == 13 * 8
-    for name, others in {
-        "fusion-sum": _SETTINGS,
-        "fusion-mix": settings,
-        "coefficients-sum": settings,
-        "fusion": dataclasses.replace(settings, pool=14),
-        "mean-fusion": by_rank,
-        "mean-fusion-sum": dataclasses.replace(_IN_BASIS, device="accelerator"),
-    }.items():
+    assert update_of("fusion", dataclasses.replace(settings, pool=13)).pair_terms == 13 * 8
+    for name, others in (
+        ("fusion", _SETTINGS),
+        _planned("fusion-mix", settings),
+        ("coefficients", settings),
+        ("fusion", dataclasses.replace(settings, pool=14)),
+        ("mean-fusion", by_rank),
+        ("mean-fusion", dataclasses.replace(_IN_BASIS, device="accelerator")),
+    ):
         assert getattr(update_of(name, others), "pair_terms", 0) == 0, name
 
 
@@ -269,7 +278,7 @@ def test_flops_of_a_decoder_by_hand():
 @pytest.mark.parametrize(
     ("name", "config", "counted_as"),
     [
-        ("fusion-sum", _SMALL, _SMALL),
+        ("fusion", _SMALL, _SMALL),
         # Its layers are a loop: unrolled, XLA drops most of the last one's pass over the prompt.
         ("zero-shot", _SCANNED_DECODER, dataclasses.replace(_DECODER, num_layers=1)),
     ],
@@ -293,18 +302,18 @@ def test_flops_of_generation(name, config, counted_as):
 @pytest.mark.parametrize(
     ("name", "seed_mode", "config", "load_in", "structure"),
     [
-        ("fusion-sum", "sequential", _SCANNED_DECODER, "nf4", {}),
+        ("fusion", "sequential", _SCANNED_DECODER, "nf4", {}),
         pytest.param("fusion-mix", "batched", _SCANNED, "full", _BFLOAT16, marks=pytest.mark.nightly),
         pytest.param("lora", "sequential", _SCANNED, "full", _UNROLLED | _BFLOAT16, marks=pytest.mark.nightly),
         *(
             pytest.param(*case, marks=_LONG)
             for case in (
-                ("fusion-sum", "sequential", _SCANNED, "full", {}),
+                ("fusion", "sequential", _SCANNED, "full", {}),
                 ("fusion-mix", "sequential", _SCANNED, "nf4", {}),
                 ("fusion-basis", "sequential", _SCANNED, "full", {}),
                 ("fusion-basis", "sequential", _SCANNED, "int8", {}),
                 ("full", "sequential", _SCANNED, "full", {}),
-                ("fusion-sum", "sequential", _SCANNED_DECODER, "full", {}),
+                ("fusion", "sequential", _SCANNED_DECODER, "full", {}),
                 ("lora", "batched", _SCANNED_DECODER, "int8", _BFLOAT16),
                 ("lora", "sequential", _SCANNED_DECODER, "full", _UNROLLED),
             )
@@ -326,7 +335,8 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
 
     rates = _rates(name, config, seeds)
     compiled = _compiled(step, state, _batch(shape, seeds), index, frozen, rates, donate=True)
-    update, trainable = update_of(name, settings), trained_numbers(config, name, settings)
+    method, chosen = _planned(name, settings)
+    update, trainable = update_of(method, chosen), trained_numbers(config, method, chosen)
     held = pool_bytes(config, update, load_in) + seeds * state_bytes(trainable)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
     held += 0 if name == "full" else weights_bytes(config, load_in)
@@ -394,7 +404,7 @@ def _work(**changes):
 
 def test_a_plan_adds_up():
     work = _work()
-    rows = {row.method: row for row in plan(_SMALL, method_names(), {"a": work, "b": work}, _SETTINGS)}
+    rows = {row.method: row for row in plan(_SMALL, [*METHODS], {"a": work, "b": work}, _SETTINGS)}
     alone = estimate(_SMALL, "fusion", work, _SETTINGS)
     fusion = rows["fusion"]
     # Two encoder layers with q and v, a decoder layer with two attentions, rank 8, five modules.
@@ -404,7 +414,6 @@ def test_a_plan_adds_up():
     assert fusion.runs == 10 and rows["zero-shot"].runs == 2 and rows["constant"].cost.peak_bytes == 0
     assert fusion.cost.training_flops == pytest.approx(10 * alone.training_flops)
     assert fusion.cost.evaluation_flops == pytest.approx(10 * alone.evaluation_flops)
-    assert fusion.cost == rows["fusion-sum"].cost
     cost = fusion.cost
     held = (cost.weights_bytes, cost.pool_bytes, cost.state_bytes, cost.activation_bytes)
     assert cost.peak_bytes == sum(held) and cost.weights_bytes == 4 * size(_SMALL)
@@ -463,7 +472,7 @@ def test_named_modules_are_those_of_every_seed():
 
 
 def test_methods_settings_and_rows_that_cannot_be_planned_are_refused():
-    of_basis = {k: {"recipe": lf.FusionRecipe(modules=5, basis=k)} for k in (0, 4, 129)}
+    of_basis = {k: {"recipe": lf.FusionRecipe(modules=5, basis=k)} for k in (0, 129)}
     for method, changes, message in (
         ("lorra", {}, "no method 'lorra': choose one of fusion, coefficients"),
         ("fusion", {"rank": 0}, "rank is 0"),
@@ -473,7 +482,7 @@ def test_methods_settings_and_rows_that_cannot_be_planned_are_refused():
         ("fusion", of_basis[129], "129 directions, but .* is 128 x 128"),
         ("mean", of_basis[129], "129 directions, but .* is 128 x 128"),
         ("fusion", of_basis[0], "basis is 0"),
-        ("fusion-mix", of_basis[4], "a mix in a shared basis"),
+        ("fusion", {"recipe": lf.FusionRecipe(modules=5, basis=4, composition="mix")}, "a mix in a shared basis"),
     ):
         with pytest.raises(ValueError, match=message):
             estimate(_SMALL, method, _work(), dataclasses.replace(_SETTINGS, **changes))
