@@ -18,8 +18,7 @@ from lab.methods import METHODS
 
 from lorafusion_jax import PRESETS, load_pool, load_run
 from lorafusion_jax.adapters.coefficients import column_names
-from lorafusion_jax.report import plot_coefficients, plot_learning_curves, write_text
-from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.report import plot_coefficients, write_text
 
 FOLDER = ROOT / "runs" / "demo"
 SEEDS = (1, 2, 3)
@@ -70,11 +69,6 @@ def _rows(task: str, method: str, results: dict[str, Any]) -> list[dict[str, Any
 
 
 def _plot() -> None:
-    metrics = {
-        task: {method: RunFolder(FOLDER / "runs" / _name(task, method)).metrics() for method in SHOWN}
-        for task in (*TASKS, OUT_OF_REACH)
-    }
-    plot_learning_curves(metrics, FOLDER / "learning_curves.png", title="Loss of the training batches")
     columns = column_names(load_pool(FOLDER / "pool"), PRESETS["default"].granularity)
     for task in TASKS:
         _, params, config = load_run(FOLDER / "runs" / _name(task, "LoRAFusion"))

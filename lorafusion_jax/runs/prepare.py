@@ -161,8 +161,8 @@ def check(options: FuseOptions) -> None:
         ),
         (
             not in_arrays and options.arrays != OnArrays(),
-            "--train-chip, --chip, --chip-key, --keep-digital, --age and --norm need simulated arrays: give them with "
-            "--crossbar, or leave these options out",
+            "--train-chip, --chip, --chip-key, --keep-digital, --age, --norm and --restore need simulated arrays: give "
+            "them with --crossbar, or leave these options out",
         ),
         (
             options.distributed and options.mesh is None,
