@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import printable
-from ..harness.options import CalibratedChip, HarnessOptions, check_digital, load_measured
+from ..harness.options import CalibratedChipOptions, HarnessOptions, check_digital, load_measured
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
 from ..serving.predict import generate_rows
 from ..training.problem import Problem
@@ -14,7 +14,7 @@ from .parsing import parse, part_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateCommand(GenerateOptions, CalibratedChip):
+class GenerateCommand(GenerateOptions, CalibratedChipOptions):
     """Let a fused run, several of them, or a base model as it is, answer new text: one line in, one answer out.
 
     Examples:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _on_chip(command: GenerateCommand) -> Problem | None:
     """Return the model of a command on a chip; None for a digital one."""
-    chip = {field.name: getattr(command, field.name) for field in dataclasses.fields(CalibratedChip)}
+    chip = {field.name: getattr(command, field.name) for field in dataclasses.fields(CalibratedChipOptions)}
     options = HarnessOptions(run=command.run, run_seed=command.seed, base=command.base, **chip)
     if command.crossbar is None:
         check_digital(options)

@@ -21,8 +21,7 @@ from ..models.architecture import kernels
 from ..models.weights import Weight
 from ..progress import progress
 from ..runs.evaluate import evaluate, seed_rows
-from ..runs.options import Chips as ChipOptions
-from ..runs.options import FuseOptions, flags_given
+from ..runs.options import ChipsOptions, FuseOptions, flags_given
 from ..runs.predict import EvaluateOptions, load_to_evaluate
 from ..runs.prepare import Setup, digests
 from ..training.method import Params
@@ -35,7 +34,7 @@ from .restored import load_restored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateOnChipsOptions(EvaluateOptions, ChipOptions):
+class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
     """Evaluate a fused run, on its own task or another one, digitally or on simulated chips.
 
     Attributes:

@@ -10,7 +10,7 @@ from ..hardware.calibration import looped
 from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..methods import find
-from ..runs.options import FuseOptions, LoadIn, OnArrays, OneChip, flags_given
+from ..runs.options import ChipOptions, FuseOptions, LoadIn, OnArrays, flags_given
 from ..runs.prepare import LoadedModel, Setup, load_model, of_run, prepare
 from ..runs.run import load_run
 from ..training.method import Params
@@ -19,7 +19,7 @@ _OF_BASES = ("pool", "adapters", "dtype", "load_in")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CalibratedChip(OneChip):
+class CalibratedChipOptions(ChipOptions):
     """A simulated chip, or none, and the text that its ADCs are calibrated on.
 
     Attributes:
@@ -31,7 +31,7 @@ class CalibratedChip(OneChip):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HarnessOptions(CalibratedChip):
+class HarnessOptions(CalibratedChipOptions):
     """Measure a fused run, a base model or an adapter on benchmarks of lm-evaluation-harness.
 
     All other options are those of `lm-eval run`, which `lm-eval run --help` lists.
@@ -96,7 +96,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
     if options.crossbar is None:
         loaded = load_model(fused)
     else:
-        chip = {field.name: getattr(options, field.name) for field in dataclasses.fields(OneChip)}
+        chip = {field.name: getattr(options, field.name) for field in dataclasses.fields(ChipOptions)}
         arrays = OnArrays(train_chip="chip", **chip)
         task = options.calibration_task or fused.task
         fused = dataclasses.replace(fused, task=task, test_rows=1, arrays=arrays)
@@ -123,7 +123,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
 
 def check_digital(options: HarnessOptions) -> None:
     """Raise ValueError for options of chips without any."""
-    if flags := flags_given(options, (field.name for field in dataclasses.fields(CalibratedChip))):
+    if flags := flags_given(options, (field.name for field in dataclasses.fields(CalibratedChipOptions))):
         raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
 
 

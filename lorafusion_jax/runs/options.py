@@ -19,7 +19,7 @@ LoadIn = Literal["full", "nf4", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chips:
+class ChipsOptions:
     """Simulated chips, or none.
 
     Attributes:
@@ -41,7 +41,7 @@ class Chips:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OneChip(Chips):
+class ChipOptions(ChipsOptions):
     """A simulated chip, or none.
 
     Attributes:
@@ -54,7 +54,7 @@ class OneChip(Chips):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OnArrays(OneChip):
+class OnArrays(ChipOptions):
     """The chip that a run is evaluated on, and those that it is trained on.
 
     Attributes:
