@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 from typing import Literal
 
@@ -62,8 +63,7 @@ def choose(
     ties = exact_ties(geometry, config, known) if integers else None
     plan = functools.partial(Plan, integers=integers, ties=ties)
     loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
-    narrow = config.dac is not None and not config.converts_sums and max(config.dac.slices) <= _NARROW
-    quiet = not config.draws_at_conversion
+    narrow, quiet = _bits(config) <= _NARROW, not config.draws_at_conversion
     fits = config.dac is not None and geometry.converted_top <= _BYTE and geometry.tallest <= _TALL
     if path is not None:
         size = f"takes inputs of up to 8 bits in a conversion and arrays of up to {_TALL:,} rows"
@@ -92,17 +92,29 @@ def choose(
         return plan("definition", "every conversion separately, batched: fastest on an accelerator")
     if not for_cpu():
         return plan("loop", "one draw of the noise for each conversion, where `definition` draws every cell's")
-    if narrow:
-        return plan("lookup", "input slices are narrow: sums of a few rows come from tables")
+    if _bits(config) == 1 and (integers or not config.signed_inputs):
+        return plan("lookup", "input slices have one bit: sums of a few rows come from tables")
     return plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue")
 
 
-def without_tables(plan: Plan, geometry: Geometry, config: CrossbarConfig) -> Path:
-    """Return the fastest exact path other than `lookup`, where models read one vector at a time."""
-    if not plan.integers:
-        return "loop"
-    counts = geometry.shape[1] >= _WIDE and not config.draws_at_conversion and _counts_vectors()
-    return "planes" if counts else "packed"
+def in_models(plan: Plan, geometry: Geometry, config: CrossbarConfig) -> Path:
+    """Return the path of a planned read where a model compiles dozens of them, and reads one vector at a time.
+
+    Tables take 2 to 4 s to compile, products less than one.
+    """
+    if plan.path not in ("lookup", "loop", "packed"):
+        return plan.path
+    counts = plan.integers and _bits(config) <= _NARROW and not config.draws_at_conversion
+    if counts and geometry.shape[1] >= _WIDE and for_cpu() and _counts_vectors():
+        return "planes"
+    if plan.path == "lookup":
+        return "packed" if plan.integers else "loop"
+    return plan.path
+
+
+def _bits(config: CrossbarConfig) -> float:
+    """Return the bits of the widest input in a conversion; infinitely many if it is not one input slice."""
+    return math.inf if config.dac is None or config.converts_sums else float(max(config.dac.slices))
 
 
 def exact_ties(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> Ties:

@@ -25,7 +25,7 @@ from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
 from ..devices.physical import is_traced
 from .chip import Chip, stacked_keys, typed_key
-from .plan import without_tables
+from .plan import in_models
 from .program import program
 from .segments import Segments
 
@@ -115,11 +115,8 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
         matrix, key = matrix_and_key
         config = structure.config(values)
         chip = program(matrix, config, key)
-        if chip.plan.path == "lookup":
-            # Tables take 2 to 4 s to compile, products less than one; their reads are about equally fast, and a model
-            # compiles dozens of reads at once.
-            chip = program(matrix, config, key, path=without_tables(chip.plan, chip.geometry, config))
-        return chip
+        path = in_models(chip.plan, chip.geometry, config)
+        return chip if path == chip.plan.path else program(matrix, config, key, path=path)
 
     if not lead:
         return of_one((weight, keys))
