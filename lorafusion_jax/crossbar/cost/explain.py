@@ -26,8 +26,6 @@ class Explanation:
       input_slices: bits of each input slice; () for an ideal DAC.
       arrays: arrays of one matrix: tiles x weight slices x polarities.
       utilisation: share of their cells that hold a weight.
-      shared_arrays: arrays of all matrices, placed side by side along their shorter axis.
-      shared_utilisation: share of cells in use if arrays are shared.
       conversions: conversions of the ADCs for one input vector; 0 without ADC.
       lost_bits: for each weight slice, the bits that its ADC lacks to distinguish all column sums of perfect cells;
         None if sums are not integers.
@@ -43,9 +41,6 @@ class Explanation:
     polarities: int
     arrays: int
     utilisation: float
-    matrices: int
-    shared_arrays: int
-    shared_utilisation: float
     conversions: int
     lost_bits: tuple[float, ...] | None
 
@@ -62,15 +57,11 @@ class Explanation:
             ("conversions", f"{self.conversions:,} for one input vector" if self.conversions else "none, no ADC"),
             ("lost bits", _lost(self.lost_bits)),
         ]
-        if self.matrices > 1:
-            alone = f"{self.matrices * self.arrays:,} arrays each on its own"
-            shared = f"{self.shared_arrays:,} side by side, {100 * self.shared_utilisation:.1f} % of their cells"
-            lines.append((f"{self.matrices} matrices", f"{alone}; {shared}"))
         title = f"{self.shape[0]} x {self.shape[1]} on arrays of {self.array[0]} x {self.array[1]}"
         return "\n".join([title, *(f"  {name:<12} {text}" for name, text in lines)])
 
 
-def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *, matrices: int = 1) -> Explanation:
+def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None) -> Explanation:
     """Return the arrays and the path of a [d_in, d_out] matrix on a crossbar, without programming it.
 
     The path is valid for any weights of this shape. A chip's path may be faster, because its column sums are known and
@@ -78,9 +69,7 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
 
     Args:
       what: a configuration, with a shape; or a chip, which has both.
-      matrices: number of such matrices. Side by side they share arrays: along columns if d_out is the shorter axis (the
-        A of low-rank modules, which read one input), else along rows (their B). Those rows drive common columns, so
-        that their outputs add up in the array, or are driven matrix by matrix.
+      shape: of the matrix. Narrow matrices that share arrays, such as the factors of low-rank modules, are one matrix.
 
     Raises:
       ValueError: the shape is not valid, or is not that of the chip.
@@ -89,21 +78,13 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
         if shape is not None and tuple(shape) != what.matrix_shape:
             raise ValueError(f"shape {tuple(shape)}: the arrays of this chip hold a matrix of {what.matrix_shape}")
         shape = what.matrix_shape
-    sizes = [*shape, matrices] if isinstance(shape, tuple | list) and len(shape) == 2 else [0]
+    sizes = shape if isinstance(shape, tuple | list) and len(shape) == 2 else [0]
     if shape is None or not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
-        raise ValueError(f"shape {shape!r} with matrices = {matrices!r}: give (d_in, d_out) and a count, all 1 or more")
+        raise ValueError(f"shape {shape!r}: give (d_in, d_out), both 1 or more")
     d_in, d_out = shape
     config, plan = (what.config, what.plan) if isinstance(what, Chip) else (what, _plan(what, (d_in, d_out)))
-
-    def places(shape: tuple[int, int]) -> tuple[Geometry, tuple[int, int], tuple[int, int]]:
-        geometry = Geometry.of(shape, config)
-        array = config.tile.rows or shape[0], config.tile.cols or shape[1]
-        return geometry, (len(geometry.rows), len(geometry.cols)), array
-
-    geometry, tiles, array = places((d_in, d_out))
-    together = (d_in, matrices * d_out) if d_out <= d_in else (matrices * d_in, d_out)
-    _, shared, shared_array = places(together)
-    taken = counts((d_in, d_out), config)
+    geometry, taken = Geometry.of((d_in, d_out), config), counts((d_in, d_out), config)
+    tiles, array = (len(geometry.rows), len(geometry.cols)), (config.tile.rows or d_in, config.tile.cols or d_out)
     return Explanation(
         shape=(d_in, d_out),
         path=plan.path,
@@ -115,9 +96,6 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None, *
         polarities=geometry.polarities,
         arrays=taken.arrays,
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
-        matrices=matrices,
-        shared_arrays=math.prod(shared) * len(geometry.levels) * geometry.polarities,
-        shared_utilisation=math.prod(together) / (math.prod(shared) * math.prod(shared_array)),
         conversions=taken.conversions,
         lost_bits=_lost_bits(geometry, config),
     )
