@@ -71,6 +71,11 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
       WriteError: the disk is full, read-only or gone, or has no locks.
     """
     lines = [_line(row, f"row {number} of {len(rows)} to append") for number, row in enumerate(rows, start=1)]
+    append_lines(path, lines)
+
+
+def append_lines(path: Path, lines: Sequence[bytes]) -> None:
+    """Add JSON lines, each with its newline, as `append_rows` does."""
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         check_no_link(path)
