@@ -69,7 +69,7 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None) -
 
     Args:
       what: a configuration, with a shape; or a chip, which has both.
-      shape: rows and columns. Narrow matrices that share arrays, such as the factors of low-rank modules, are one matrix.
+      shape: rows and columns. Narrow matrices that share arrays, such as factors of low-rank modules, are one matrix.
 
     Raises:
       ValueError: the shape is not valid, or is not that of the chip.
