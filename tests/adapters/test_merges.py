@@ -121,16 +121,6 @@ def test_merges_are_what_peft_defines(kind):
         _close(got[site][layer], wanted)
 
 
-def test_where_nothing_is_pruned_the_rules_meet():
-    linear = _update(kind="linear")
-    for kind in ("magnitude_prune", "dare_linear"):
-        for site, wanted in _update(kind=kind, density=1.0).items():
-            _close(wanted, linear[site])
-    exact = _update(kind="svd", rank=12)
-    for site, wanted in _update(kind="cat").items():
-        _close(exact[site], wanted)
-
-
 def test_cat_is_the_composition_sum():
     coefficients = {
         s: jnp.broadcast_to(jnp.array(_WEIGHTS)[None, :, None], (len(r), 3, 1)) for s, r in _POOL.rank.items()

@@ -179,10 +179,9 @@ def _logits(model, adapters=None):
     return np.asarray(_run(*nnx.split(model), adapters or {}))
 
 
-@pytest.mark.parametrize("composition", ["mix", "sum"])
-def test_a_merged_model_says_what_the_adapted_one_says(composition):
+def test_a_merged_model_says_what_the_adapted_one_says():
     model = tiny.t5()
-    adapters = _fused(model, composition)
+    adapters = _fused(model, "mix")  # the next test has a sum
     before, old = _logits(model), lf.kernels(model)
     merged = lf.merged_base(model, adapters)
     _close(_logits(merged), _logits(model, adapters), 1e-4)

@@ -91,7 +91,10 @@ def listed(small, tmp_path_factory) -> tuple[Path, Path]:
     return file, folder / "merged"
 
 
-@pytest.mark.parametrize(("number", "changes"), [(0, {"method": "coefficients"}), (1, {"lr_magnitudes": 0.0})])
+@pytest.mark.parametrize(
+    ("number", "changes"),
+    [pytest.param(0, {"method": "coefficients"}, marks=pytest.mark.long), (1, {"lr_magnitudes": 0.0})],
+)
 def test_a_fusion_starts_at_the_model_that_is_merged(small, listed, tmp_path, number, changes):
     """At learning rates of zero the start is what is exported."""
     still = {"lr_coefficients": 0.0, "start_from": listed[number]}

@@ -293,7 +293,7 @@ _NOISY = crossbar.CrossbarConfig(
 def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
     """Cells err; the run alone is what `compose` makes of modules in arrays."""
     frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
-    frozen = program(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*": _NOISY}, _KEY, norm="ideal")
+    frozen = program(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*.self.v": _NOISY}, _KEY, norm="ideal")
     method, params = _FEW[number]
     bank = _filled(frozen, _FEW, granularity="site")
     problem = lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.array(_MODULES))
