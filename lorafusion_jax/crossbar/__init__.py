@@ -54,7 +54,7 @@ from .devices.write_error import (
     Proportional,
     WriteVerify,
 )
-from .mapping.adc import Architecture, register_adc
+from .mapping.adc.architectures import Architecture, register_adc
 from .mapping.geometry import Geometry
 from .read.matmul import matmul
 

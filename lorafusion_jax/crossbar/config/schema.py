@@ -17,7 +17,7 @@ import numpy as np
 from ..devices.device import Device
 from ..devices.physical import NUMBER, Physical, is_traced, model, require
 from ..devices.wires import Wire
-from ..mapping.adc import ARCHITECTURES
+from ..mapping.adc.architectures import ARCHITECTURES
 
 _MOST_SLICES = 16  # as weights have at most 16 bits
 # Types of a limit other than tracers and a pytree's placeholders.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from ..config.tables import kind_of, read_table, shown, write_text
-from ..mapping.adc import ARCHITECTURES
+from ..mapping.adc.architectures import ARCHITECTURES
 from .ranges import Constant, Range
 
 Level = Literal["low", "typical", "high"]

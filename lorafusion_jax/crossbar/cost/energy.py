@@ -8,7 +8,7 @@ import dataclasses
 from typing import NamedTuple
 
 from ..config.schema import ADC, DAC, CrossbarConfig
-from ..mapping.adc import ARCHITECTURES
+from ..mapping.adc.architectures import ARCHITECTURES
 from ..mapping.geometry import Geometry
 from .constants import CONSTANTS, Constants
 from .ranges import Range, longest, total

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float
 from ...config.schema import CrossbarConfig
 from ...devices.physical import is_traced
 from ..geometry import Geometry
-from . import ARCHITECTURES
+from .architectures import ARCHITECTURES
 
 
 class Converter(NamedTuple):
