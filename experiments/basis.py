@@ -33,7 +33,7 @@ from small_pool import SmallPoolOptions
 from lorafusion_jax.adapters.basis import SharedBasis
 from lorafusion_jax.io.pool import load_basis
 from lorafusion_jax.report import Scores, main_tables, scores
-from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.plots import colour, plot
 
 Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls", "mean"]
 

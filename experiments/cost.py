@@ -32,7 +32,7 @@ from lorafusion_jax.estimates.bill import (
 from lorafusion_jax.estimates.bill.show import markdown, number, quantity
 from lorafusion_jax.models.registry import known_shapes
 from lorafusion_jax.report import write_text
-from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.plots import colour, plot
 
 _PARTS = {"putting it in place": "install", "its update": "update", "the base's passes": "base"}
 

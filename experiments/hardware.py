@@ -28,7 +28,7 @@ from lab.hardware import Row, Store, again, check, csv_of, slug, subject
 from lorafusion_jax.crossbar import config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
-from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.runs.options import OnArrays
 from lorafusion_jax.text_tables import markdown
 

@@ -33,7 +33,7 @@ from lorafusion_jax.estimates.bill import CostOptions, bills
 from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.report import write_text
-from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.text_tables import markdown
 
 Sweep = Literal["noise", "adc", "cell", "age"]

@@ -58,7 +58,7 @@ from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.models.weights import dense
 from lorafusion_jax.report import Scores, scores
-from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.plots import colour, plot
 
 Group = Literal["main", "more", "five", "twenty", "relevance", "more-relevance"]
 

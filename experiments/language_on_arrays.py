@@ -42,7 +42,7 @@ from lorafusion_jax.crossbar import (
     with_chips,
 )
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.runs.prepare import LoadedModel, load_model
 from lorafusion_jax.runs.run import environment
 from lorafusion_jax.text_tables import markdown

@@ -39,7 +39,7 @@ from lorafusion_jax.crossbar import (
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.restore import Restoring, distil, divergence, restore
 from lorafusion_jax.hardware.restored import digital_matrices, logits_of_base, sampled, windows
-from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.report.statistics import over_tasks
 from lorafusion_jax.runs.prepare import LoadedModel, load_model
 from lorafusion_jax.runs.run import environment

@@ -24,7 +24,7 @@ from lab.methods import METHODS
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.report import write_text
-from lorafusion_jax.report.figure import plot
+from lorafusion_jax.report.plots import plot
 from lorafusion_jax.runs.evaluate import evaluate
 from lorafusion_jax.runs.prepare import Setup, prepare
 from lorafusion_jax.tasks import Split

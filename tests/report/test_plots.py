@@ -16,7 +16,7 @@ def figures(monkeypatch):
     """The figures that are drawn, which are not written."""
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure))
-    monkeypatch.setattr("lorafusion_jax.report.figure.write", lambda path, writer: writer(path))
+    monkeypatch.setattr("lorafusion_jax.report.plots.write", lambda path, writer: writer(path))
     return drawn
 
 
