@@ -21,12 +21,11 @@ from ..estimates.bill import (
     price,
     price_once,
 )
-from ..estimates.bill.show import constants_table, corrections_table, sentences, tables
+from ..estimates.bill.show import comparison_table, constants_table, corrections_table, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
 from ..files import write_text, writing
 from ..hardware.restored import read_corrections
-from ..text_tables import markdown
 from .parsing import parse
 
 
@@ -106,11 +105,12 @@ def main(arguments: Sequence[str]) -> None:
         f"{options.crossbar}; {options.train_rows} rows of {options.source} + {options.target} tokens, "
         f"{options.epochs} epochs.\nEvery range is low / typical / high.\n"
     )
-    print(captioned(tables(bills, once, options)))
+    shown = tables(bills, once, options)
     if corrections is not None:
-        print(captioned({f"Digital corrections of {options.restore}": corrections_table(corrections)}))
-    print("\n".join(sentences(against, bills, once, options)))
-    print(f"\nConstants\n\n{markdown(constants_table(constants))}", end="")
+        shown[f"Digital corrections of {options.restore}"] = corrections_table(corrections)
+    shown["LoRA in cells and LoRAFusion"] = comparison_table(against)
+    shown["Constants"] = constants_table(constants)
+    print(captioned(shown), end="")
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,6 @@ from .comparison import Comparison
 from .corrections import CorrectionBill
 from .options import CostOptions
 
-_LAYOUTS = ("LoRAFusion", "LoRAFusion, side by side")
 _PREFIXES = {-15: "f", -12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G"}
 
 
@@ -83,50 +82,16 @@ def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOpt
     }
 
 
-def sentences(
-    found: Mapping[str, Comparison], bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions
-) -> list[str]:
-    """Return sentences that compare LoRA in cells with LoRAFusion."""
-    lora = bills["LoRA in cells"]
-    worn = lora.written.until_worn
-    lines = [
-        f"What LoRAFusion saves a task: {lora.written.cells:,} written cells, {quantity(lora.written.time, 's')} of "
-        f"writing, and {number(lora.written.cycles)} cycles of endurance, which LoRA in cells uses up after "
-        f"{EMPTY if worn is None else number(worn)} tasks.",
+def comparison_table(found: Mapping[str, Comparison]) -> list[list[str]]:
+    """Return the lines of the comparison of LoRA in cells with LoRAFusion."""
+    ratios = ["putting it in place", "with its update", "learned", "learned, over all constants"]
+    return [
+        ["LoRA's energy over that of", *ratios, "more for a generated token", "break-even, tokens"],
         *(
-            f"Writing the {name} once takes {o.written.cells / lora.written.cells:.3g} times the cells of a LoRA task; "
-            "LoRAFusion writes none after that."
-            for name, o in once.items()
-            if name.startswith(("pool", "basis"))
+            [name, *map(number, c[:4]), quantity(c.extra_per_token, "J"), number(c.break_even)]
+            for name, c in found.items()
         ),
     ]
-    for k in options.bases:
-        arrays = [bills[name].adapter_arrays for name in (f"LoRAFusion, basis of {k}", *_LAYOUTS)]
-        lines.append(
-            f"A basis of {k} for {options.modules} modules of rank {options.rank}, k / (N r) = "
-            f"{k / (options.modules * options.rank):.3g}: {arrays[0]:,} arrays instead of {arrays[1]:,}, or of "
-            f"{arrays[2]:,} side by side."
-        )
-    for name, c in found.items():
-        fused = bills[name]
-        lines += [
-            f"{name}: LoRA's energy over LoRAFusion's, over the published energies of a cell's write, is "
-            f"{number(c.install)} for putting a finished task in place, {number(c.with_update)} with both updates' "
-            f"training, {number(c.learning)} with the base's passes too ({number(c.learning_all)} over all constants).",
-            f"{name}: its reads take {quantity(c.extra_per_token, 'J')} more for a generated token and its "
-            f"{options.source / options.target:.3g} source tokens, which outweighs what putting the task in place "
-            f"saves after this many generated tokens: {number(c.break_even)}. Its training takes "
-            f"{_digits(fused.update.typical / lora.update.typical)} times the energy of LoRA's (updates, typical).",
-        ]
-    least = next(iter(found.values()))
-    cells = lora.written.cells / lora.trainable
-    lines.append(
-        f"What makes the ratios smaller: cheaper writes and fewer cells a number (here {cells:.3g}), which shrink what "
-        "is saved; more modules and more training, which grow what is added: writing is "
-        f"{_digits(100 * least.writing_share.low)} to {_digits(100 * least.writing_share.high)} % of what LoRA's task "
-        "takes until it is learned."
-    )
-    return lines
 
 
 def constants_table(constants: Constants) -> list[list[str]]:
