@@ -3,7 +3,7 @@
     python experiments/results_page.py runs/small_pool/results.jsonl --out runs/small_pool/report
 
 Written: report.html (one file, all inside), table.csv (methods by tasks), paired.csv (--reference minus each other
-method), means.png; with more than 8 tasks tasks.csv too. Several files are merged.
+method), table.tex (both), means.png; with more than 8 tasks tasks.csv too. Several files are merged.
 Where they hold both leagues, every file but the page is written for each, with the league in its name.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _script
-from lab.formats import csv_text
+from lab.formats import csv_text, latex
 from lab.page import page, save_means
 from lab.rows import merge
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         tables: dict[str, Table] = dict(zip(("table", "tasks"), main_tables(league), strict=False))
         if len(league.methods) > 1:
             tables["paired"] = paired_table(league, options.reference or best_method(league))
+        write_text(options.out / f"table{suffix}.tex", "\n".join(map(latex, tables.values())))
         for name, table in tables.items():
             write_text(options.out / f"{name}{suffix}.csv", csv_text(table))
         if any(league.summaries.values()):

@@ -1,4 +1,4 @@
-"""A table of results as HTML and CSV."""
+"""A table of results as LaTeX, HTML and CSV."""
 
 import csv
 import html
@@ -7,6 +7,18 @@ from typing import Any
 
 from lorafusion_jax.report import Table
 
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "\n": " ",
+}
 # The headings' endings in CSV, for each number of a cell, by the kind of a column.
 _PARTS = {
     "spread": ("", " sd"),
@@ -14,6 +26,26 @@ _PARTS = {
     "nats interval": (" low", " high"),
     "counts": (" min", " max"),
 }
+
+
+def latex(table: Table) -> str:
+    """Return a table for LaTeX with the booktabs package."""
+    first, *lines = [" & ".join(map(_latex, line)) + r" \\" for line in table.texts]
+    alignment = "".join("l" if column.kind == "text" else "r" for column in table.columns)
+    body = "\n".join(lines)
+    return rf"""% needs \usepackage{{booktabs}}
+\begin{{table}}
+\centering
+\caption{{{_latex(table.caption)}}}
+\begin{{tabular}}{{{alignment}}}
+\toprule
+{first}
+\midrule
+{body}
+\bottomrule
+\end{{tabular}}
+\end{{table}}
+"""
 
 
 def html_table(table: Table) -> str:
@@ -46,3 +78,7 @@ def csv_text(table: Table) -> str:
             numbers += [None] * len(of) if cell is None else [cell] if len(of) == 1 else cell
         writer.writerow([f"{number:.6g}" if isinstance(number, float) else number for number in numbers])
     return text.getvalue()
+
+
+def _latex(text: str) -> str:
+    return text.translate(str.maketrans(_LATEX))

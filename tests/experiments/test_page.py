@@ -125,9 +125,10 @@ def test_the_script_writes_page_tables_and_plots(report, tmp_path):
     append_rows(results, rows)
     append_rows(more, [{**found, "league": "5"} for found in rows])
     report(results, "--out", out, "--title", "One league")
-    names = {"table.csv", "paired.csv", "means.png"}
+    names = {"table.csv", "table.tex", "paired.csv", "means.png"}
     assert {path.name for path in out.iterdir()} == names | {"report.html"}
     assert "<h1>One league</h1>" in (out / "report.html").read_text()
+    assert "LoRA minus each other method" in (out / "table.tex").read_text()
     report(results, more, "--out", out / "both")
     both = {f"{Path(name).stem}_{league}{Path(name).suffix}" for name in names for league in ("95+5", "5")}
     assert {path.name for path in (out / "both").iterdir()} == both | {"report.html"}

@@ -1,11 +1,11 @@
-"""Tables of one league, in Markdown, CSV and HTML. Oracle: NumPy on the rows themselves."""
+"""Tables of one league, in Markdown, CSV, LaTeX and HTML. Oracle: NumPy on the rows themselves."""
 
 import csv
 import io
 
 import numpy as np
 import pytest
-from lab.formats import csv_text, html_table
+from lab.formats import csv_text, html_table, latex
 from made_up_rows import METHODS, TASKS, made_up, row
 from scipy import stats
 
@@ -127,7 +127,7 @@ _TABLE = Table(
 )
 
 
-def test_a_table_is_written_as_markdown_csv_and_html():
+def test_a_table_is_written_as_markdown_csv_latex_and_html():
     lines = markdown(_TABLE).splitlines()
     assert lines[0] == r"50 % of \<b> & a_b"
     assert [cell.strip() for cell in lines[4].replace(r"\|", "¦").strip("|").split("|")] == [
@@ -142,6 +142,12 @@ def test_a_table_is_written_as_markdown_csv_and_html():
         ["a|b & <i>", "44.84", "1.46", "-2", "3.25", "900", "1000"],
         ["$c_1$ 100% #~^\\{}", "5", "", "", "", "1232", "1232"],
     ]
+    text = latex(_TABLE)
+    assert r"\caption{50 \% of $<$b$>$ \& a\_b}" in text
+    assert r"\begin{tabular}{lrrr}" in text and r"method & x\_1 & ci & n \\" in text
+    assert r"a|b \& $<$i$>$ & 44.8 $\pm$ 1.5 & $-$2.0 to 3.2 & 900 to 1,000 \\" in text
+    assert r"\$c\_1\$ 100\% \#\textasciitilde{}\textasciicircum{}\textbackslash{}\{\} & 5.0 & -- & 1,232 \\" in text
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
     text = html_table(_TABLE)
     assert "<caption>50 % of &lt;b&gt; &amp; a_b</caption>" in text
     assert '<th scope="col" class="number">x_<wbr>1</th>' in text
