@@ -13,12 +13,13 @@ from typing import Any
 
 import _script
 from lab.common import ROOT, convert_small_pool, fresh_folder, fuse_small
-from lab.demo_table import markdown_table
+from lab.demo_report import markdown_table, plot_accuracy, plot_learning_curves
 from lab.methods import METHODS
 
 from lorafusion_jax import PRESETS, load_pool, load_run
 from lorafusion_jax.adapters.coefficients import column_names
 from lorafusion_jax.report import plot_coefficients, write_text
+from lorafusion_jax.runs.folder import RunFolder
 
 FOLDER = ROOT / "runs" / "demo"
 SEEDS = (1, 2, 3)
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             print(f"[{number:2}/{len(jobs)}] {task}, {method}: {score}", file=sys.stderr, flush=True)
         table = markdown_table(rows, apart=(OUT_OF_REACH,))
         write_text(FOLDER / "table.md", table)
-        _plot()
+        _plot(rows)
         minutes = (time.perf_counter() - began) / 60
         summary = {
             "rates": {method: METHODS[method].rates for method in SHOWN},
@@ -68,7 +69,14 @@ def _rows(task: str, method: str, results: dict[str, Any]) -> list[dict[str, Any
     return [shared | {key: seed[key] for key in ("seed", "exact_match", "loss")} for seed in results["seeds"]]
 
 
-def _plot() -> None:
+def _plot(rows: list[dict[str, Any]]) -> None:
+    title = f"Tasks that no adapter was trained on: mean of {len(SEEDS)} seeds, their spread, and each one as a dot"
+    plot_accuracy(rows, FOLDER / "accuracy.png", apart=(OUT_OF_REACH,), title=title)
+    metrics = {
+        task: {method: RunFolder(FOLDER / "runs" / _name(task, method)).metrics() for method in SHOWN}
+        for task in (*TASKS, OUT_OF_REACH)
+    }
+    plot_learning_curves(metrics, FOLDER / "learning_curves.png", title="Loss of the training batches")
     columns = column_names(load_pool(FOLDER / "pool"), PRESETS["default"].granularity)
     for task in TASKS:
         _, params, config = load_run(FOLDER / "runs" / _name(task, "LoRAFusion"))

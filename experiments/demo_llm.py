@@ -1,7 +1,8 @@
 """A real language model, before and after a pool of 24 adapters is fused for a task that none saw: `make demo-llm`.
 
 SmolLM2-135M-Instruct is read from its GGUF file. Its adapters were trained on relations of words, facts, letters and
-lists; the new task is the -ing form of verbs. Written to runs/demo-llm: the pool, every run, results.json and table.md.
+lists; the new task is the -ing form of verbs. Written to runs/demo-llm: the pool, every run, results.json, table.md and
+a plot.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any
 
 import _script
 from lab.common import ROOT, fresh_folder
-from lab.demo_table import markdown_table
+from lab.demo_report import markdown_table, plot_accuracy
 from lab.language import MAIN, PROMPT, options_of
 from lab.smollm2 import EXAMPLES, base
 
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             print(f"[{number}/{len(METHODS)}] {method}: {score}", file=sys.stderr, flush=True)
         table = markdown_table(rows)
         write_text(FOLDER / "table.md", table)
+        plot_accuracy(rows, FOLDER / "accuracy.png", title="SmolLM2-135M: a task that no adapter was trained on")
         minutes = (time.perf_counter() - began) / 60
         summary = {"minutes": minutes, "environment": environment, "rows": rows}
         write_text(FOLDER / "results.json", json.dumps(summary, indent=1) + "\n")

@@ -87,7 +87,7 @@ def test_the_demo_compares_the_base_with_the_fusion(tmp_path, monkeypatch, capsy
     assert "reply         reply                           replying" in printed and "75.0" in printed
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert [row["exact_match"] for row in results["rows"]] == [0.0, 0.0, 0.0, 75.0]
-    assert "table.md" in {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"table.md", "accuracy.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
 
 
 def test_without_the_wheel_the_message_tells_how_to_install_it(monkeypatch):

@@ -1,0 +1,157 @@
+"""The demos' report: tasks by methods, with the spread over seeds, as a table and as bars; and learning curves."""
+
+import math
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorafusion_jax.report.formats import EMPTY, counts, spread
+from lorafusion_jax.report.plots import colour, literal, plot
+from lorafusion_jax.text_tables import escaped, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+_MEAN = "mean"
+
+
+def markdown_table(rows: Sequence[Row], *, apart: Collection[str] = ()) -> str:
+    """Return a table of tasks by methods: exact match, mean ± sample standard deviation over the seeds.
+
+    A row is one task, method and seed: `task`, `method`, `seed`, `exact_match` in percent, `trainable` numbers, and
+    `seconds` of training. Tasks and methods keep the order in which they first occur.
+
+    Below the tasks: their mean (the spread is that of the seeds' means), trainable numbers, and seconds of training for
+    one task and seed. Tasks in `apart` are shown behind the mean and not counted in it.
+    """
+    methods, scores = _seed_scores(rows, apart)
+    lines = [("exact match, %", *map(escaped, methods))]
+    for task, by_method in scores.items():
+        found = [[*by_method.get(method, {}).values()] for method in methods]
+        cells = [spread((statistics.fmean(values), _deviation(values))) if values else EMPTY for values in found]
+        lines.append((f"**{task}**" if task == _MEAN else escaped(task), *cells))
+    of = [[row for row in rows if row["method"] == method] for method in methods]
+    trainable = [sorted(row["trainable"] for row in of_method) for of_method in of]
+    lines.append(("trainable numbers", *(counts((found[0], found[-1])) for found in trainable)))
+    seconds = [statistics.fmean(row["seconds"] for row in of_method) for of_method in of]
+    lines.append(("seconds of training", *(f"{mean:.1f}" for mean in seconds)))
+    return markdown(lines)
+
+
+def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (), title: str = "") -> None:
+    """Draw exact match per task and method as bars, with the seeds as dots and their spread."""
+    methods, scores = _seed_scores(rows, apart)
+    width = 0.84 / len(methods)
+
+    def draw(figure: "Figure") -> None:
+        axes = figure.subplots()
+        for i, method in enumerate(methods):
+            label: str | None = literal(method)  # of its first bar: it may lack the first task
+            for position, by_method in enumerate(scores.values()):
+                values = list(by_method.get(method, {}).values())
+                if not values:
+                    continue
+                x = position + (i - (len(methods) - 1) / 2) * width
+                mean, spread = statistics.fmean(values), _deviation(values)
+                axes.bar(x, mean, 0.92 * width, color=colour(i), label=label)
+                label = None
+                if spread is not None:
+                    axes.errorbar(x, mean, spread, color="#333333", linewidth=1.2, capsize=2.5)
+                    offsets = np.linspace(-0.22, 0.22, len(values)) * width
+                    dots = {"color": "white", "edgecolor": "#333333", "linewidth": 0.7}
+                    axes.scatter(x + offsets, values, s=11, zorder=3, clip_on=False, **dots)
+        position = list(scores).index(_MEAN)
+        axes.axvspan(position - 0.5, position + 0.5, color="#f3f3f3", zorder=-1)
+        axes.set_xticks(range(len(scores)), [literal(task).replace("_", "\n") for task in scores])
+        axes.set_xlim(-0.5, len(scores) - 0.5)
+        axes.set_ylim(0, 100)
+        axes.tick_params(axis="x", length=0)
+        axes.set_ylabel("exact match, %")
+        axes.set_title(title, loc="left")
+        figure.legend(loc="outside lower center", ncols=len(methods))
+
+    plot(path, (1.6 * len(scores) + 1.5, 4.8), draw)
+
+
+def plot_learning_curves(metrics: Mapping[str, Mapping[str, Sequence[Row]]], path: Path, *, title: str = "") -> None:
+    """Draw the cross-entropy against the step, a panel a task: every seed as a thin line, their mean as a thick one.
+
+    The axis of the loss is logarithmic. `metrics` has the lines of metrics.jsonl by task and method. A method without
+    any has no curve, but takes a colour, as in the plot of accuracy.
+    """
+    methods = list(dict.fromkeys(method for by_method in metrics.values() for method in by_method))
+    curves = {task: {m: _curves(lines) for m, lines in by_method.items()} for task, by_method in metrics.items()}
+    drawn = [m for m in methods if any(by_method.get(m) for by_method in curves.values())]
+    if not drawn:
+        raise ValueError("no learning curves: give lines with step, seed and cross_entropy")
+    columns = min(len(curves), 3 if len(curves) <= 6 else 4)
+    rows = math.ceil(len(curves) / columns)
+
+    def draw(figure: "Figure") -> None:
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for i, panel in enumerate(panels.flat):
+            if i >= len(curves):
+                panel.remove()
+            elif i + columns >= len(curves):
+                panel.set_xlabel("step")
+                panel.tick_params(labelbottom=True)
+        for panel, (task, by_method) in zip(panels.flat, curves.items(), strict=False):
+            for method, by_seed in by_method.items():
+                _draw_curves(panel, by_seed, colour(methods.index(method)))
+            panel.set_yscale("log")
+            panel.set_title(literal(task), loc="left")
+        figure.supylabel("cross-entropy, nats per token", size=11)
+        figure.suptitle(title, x=0.01, ha="left", size=12)
+        lines = [panels[0, 0].plot([], [], color=colour(methods.index(m)), linewidth=2)[0] for m in drawn]
+        figure.legend(lines, [*map(literal, drawn)], loc="outside lower center", ncols=len(drawn))
+
+    plot(path, (3.4 * columns + 0.5, 2.6 * rows + 0.9), draw)
+
+
+def _seed_scores(
+    rows: Sequence[Row], apart: Collection[str]
+) -> tuple[list[str], dict[str, dict[str, dict[int, float]]]]:
+    """Return the methods, and exact match by task, method and seed, with the mean of the tasks among the tasks."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    scores: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        scores.setdefault(row["task"], {}).setdefault(row["method"], {})[row["seed"]] = row["exact_match"]
+    counted = {task: by_method for task, by_method in scores.items() if task not in apart}
+    means: dict[str, dict[int, float]] = {}
+    for method in methods:
+        seeds = [by_method.get(method, {}) for by_method in counted.values()]
+        everywhere = [seed for seed in seeds[0] if all(seed in there for there in seeds)] if seeds else []
+        means[method] = {seed: statistics.fmean(there[seed] for there in seeds) for seed in everywhere}
+    return methods, counted | {_MEAN: means} | scores
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    """Return the sample standard deviation, None of a single value."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _curves(lines: Sequence[Row]) -> dict[int, tuple[list[int], list[float]]]:
+    """Return (steps, values) by seed."""
+    curves: dict[int, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        if "cross_entropy" in line:
+            steps, values = curves.setdefault(line["seed"], ([], []))
+            steps.append(line["step"])
+            values.append(math.nan if (loss := line["cross_entropy"]) is None else loss)  # None: it was not finite
+    return curves
+
+
+def _draw_curves(panel: "Axes", by_seed: Mapping[int, tuple[list[int], list[float]]], shade: str) -> None:
+    for steps, values in by_seed.values():
+        panel.plot(steps, values, color=shade, linewidth=0.6, alpha=0.35)
+    shortest = min((len(steps) for steps, _ in by_seed.values()), default=0)
+    if shortest:
+        steps = next(iter(by_seed.values()))[0][:shortest]
+        mean = np.mean([values[:shortest] for _, values in by_seed.values()], axis=0)
+        panel.plot(steps, mean, color=shade, linewidth=2)

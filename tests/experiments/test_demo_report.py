@@ -1,0 +1,77 @@
+"""The demos' report: means, the spread over seeds, bars and learning curves."""
+
+import numpy as np
+import pytest
+from lab.demo_report import markdown_table, plot_accuracy, plot_learning_curves
+
+
+def _row(task, method, seed, exact_match, trainable=1232, seconds=1.0):
+    numbers = {"exact_match": exact_match, "trainable": trainable, "seconds": seconds}
+    return {"task": task, "method": method, "seed": seed} | numbers
+
+
+_ROWS = [
+    _row("easy", "zero-shot", 1, 10.0, 0, 0.0),
+    _row("hard", "zero-shot", 1, 2.0, 0, 0.0),
+    _row("easy", "fusion", 1, 50.0, seconds=2.0),
+    _row("easy", "fusion", 2, 60.0, seconds=4.0),
+    *(_row("hard", "fusion", seed, match) for seed, match in ((1, 20.0), (2, 30.0))),
+    *(_row("impossible", "fusion", seed, 0.0) for seed in (1, 2)),
+]
+
+
+_METRICS = {
+    "easy": {
+        "zero-shot": [],
+        "fusion": [{"step": t, "seed": s, "cross_entropy": 2 / t + s} for t in range(1, 6) for s in (1, 2)]
+        # What an epoch adds, and a seed that stopped early.
+        + [{"step": 5, "seed": 1, "validation_loss": 1.0}, {"step": 6, "seed": 1, "cross_entropy": 1.0}],
+    },
+    "hard": {"fusion": [{"step": t, "seed": 1, "cross_entropy": 3 / t} for t in range(1, 6)]},
+}
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, which are not written."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure))
+    monkeypatch.setattr("lorafusion_jax.report.plots.write", lambda path, writer: writer(path))
+    return drawn
+
+
+def test_a_table_has_means_and_spreads_of_tasks_by_methods():
+    lines = markdown_table([*_ROWS, _row("easy", "LoRA", 1, 90.0, 900)], apart=("impossible",)).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["exact match, %", "zero-shot", "fusion", "LoRA"]
+    assert cells[2:] == [
+        ["easy", "10.0", f"55.0 ± {np.std([50, 60], ddof=1):.1f}", "90.0"],
+        ["hard", "2.0", f"25.0 ± {np.std([20, 30], ddof=1):.1f}", "–"],
+        # The spread of the seeds' means, 35 and 45, not the mean of the spreads; LoRA lacks a task.
+        ["**mean**", "6.0", f"40.0 ± {np.std([35, 45], ddof=1):.1f}", "–"],
+        ["impossible", "–", "0.0 ± 0.0", "–"],
+        ["trainable numbers", "0", "1,232", "900"],
+        ["seconds of training", "0.0", "1.7", "1.0"],
+    ]
+    assert len({len(line) for line in lines}) == 1
+    assert "| 900 to 1,232 |" in markdown_table([*_ROWS, _row("hard", "fusion", 3, 1.0, 900)])
+
+
+def test_bars_and_curves_are_the_numbers_of_the_rows(tmp_path, figures):
+    late = _row("hard", "late", 1, 5.0)  # it lacks the first task
+    plot_accuracy([*_ROWS, late], tmp_path / "accuracy.png", apart=("impossible",))
+    plot_learning_curves(_METRICS, tmp_path / "curves.png")
+    bars, curves = (figure.axes[0] for figure in figures)
+    heights = [bar.get_height() for group in bars.containers if hasattr(group, "patches") for bar in group]
+    assert heights == pytest.approx([10, 2, 6, 55, 25, 40, 0, 5])
+    dots = np.concatenate([points.get_offsets()[:, 1] for points in bars.collections if len(points.get_offsets())])
+    assert sorted(dots[dots > 0]) == pytest.approx([20, 30, 35, 45, 50, 60])
+    assert [label.get_text() for label in bars.get_xticklabels()] == ["easy", "hard", "mean", "impossible"]
+    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
+    assert legends == [["zero-shot", "fusion", "late"], ["fusion"]]
+    # Curves are the seeds and their mean over the steps of all.
+    lines = [line.get_xydata() for line in curves.lines if len(line.get_xydata())]
+    assert [len(line) for line in lines] == [6, 5, 5]
+    np.testing.assert_allclose(lines[2], [(t, 2 / t + 1.5) for t in range(1, 6)])
+    with pytest.raises(ValueError, match="no learning curves: give lines with step"):
+        plot_learning_curves({"easy": {"zero-shot": []}}, tmp_path / "none.png")
