@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     corrections = None
     if options.restore is not None:
         made = read_corrections(options.restore)
-        how = {"numbers": made["numbers"], "tokens": made["tokens"], "epochs": made["epochs"]}
+        how = {"numbers": made["numbers"], "tokens": made["tokens"], "epochs": made["settings"]["epochs"]}
         corrections = correction_bill(config, crossbar, constants=constants, **how)
     against = comparisons(found, crossbar, options, constants)
 

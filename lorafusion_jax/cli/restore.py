@@ -11,7 +11,7 @@ from .parsing import parse
 GROUPS = {
     "data and base": ("base", "text", "self_text", "tokens"),
     "corrections": ("method", "rank", "epochs", "rate", "rate_low_rank", "seed"),
-    "hardware": ("crossbar", "chip", "age", "keep_digital", "chip_key"),
+    "hardware": ("crossbar", "chip", "age", "prepared", "keep_digital", "chip_key"),
     "run": ("out",),
 }
 
@@ -19,11 +19,13 @@ GROUPS = {
 def main(arguments: Sequence[str]) -> None:
     """Write the corrections, and print the divergence from the digital model before and after."""
     options = parse(RestoreOptions, arguments, "restore", groups=GROUPS)
-    manifest = restore_chips(options)
+    made = restore_chips(options)
+    divergences = {str(chip): manifest["divergence"] for chip, manifest in made.items()}
+    divergences["mean"] = np.mean(list(divergences.values()), axis=0).tolist()
     lines = [["chip", "before", "after"]]
-    lines += [[chip, *(f"{value:.4f}" for value in values)] for chip, values in manifest["divergence"].items()]
-    lines.append(["mean", *(f"{value:.4f}" for value in np.mean(list(manifest["divergence"].values()), axis=0))])
-    print(f"{manifest['numbers']:,} digital numbers a chip, {manifest['share']:.2%} of the weights in arrays")
+    lines += [[chip, *(f"{value:.4f}" for value in values)] for chip, values in divergences.items()]
+    first = next(iter(made.values()))
+    print(f"{first['numbers']:,} digital numbers a chip, {first['share']:.2%} of the weights in arrays")
     print(f"KL from the digital model, nats per token of text left out:\n{plain(lines, left=(0,))}")
     where = options.out or f"{options.crossbar}/restored-{options.method}"
     print(f"written to {where}")

@@ -107,7 +107,7 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     restored = []
     if options.restore is not None:
         base = digests(setup, fused)["base"]
-        restored = [load_restored(options.restore, chips, number, base) for number in range(count)]
+        restored = load_restored(options.restore, chips, range(count), base)
     if options.lora_in == "cells":
         setup, params = lora_in_cells(setup, params)
         numbers = None

@@ -53,7 +53,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
         )
     restored = None
     if asked.restore is not None:
-        restored = load_restored(asked.restore, chips, asked.chip, digests(setup, options)["base"])
+        (restored,) = load_restored(asked.restore, chips, [asked.chip], digests(setup, options)["base"])
     setup = looped(without_merged_pool(setup))
     graph, digital = setup.problem.graph, setup.problem.frozen
 
@@ -86,7 +86,7 @@ def restored_base(loaded: LoadedModel, options: FuseOptions) -> Frozen:
     assert asked.crossbar is not None and asked.restore is not None
     chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
     chips.check(loaded, options)
-    restored = load_restored(asked.restore, chips, asked.chip, digests(loaded, options)["base"])
+    (restored,) = load_restored(asked.restore, chips, [asked.chip], digests(loaded, options)["base"])
     problem, rules = looped(loaded).problem, chips.rules(aged(chips.config, asked.age))
     return program(problem.graph, problem.frozen, rules, chips.chip_key(asked.chip), restored=restored)
 

@@ -1,7 +1,7 @@
 """Corrections of chips on disk, and `lorafusion restore`, which computes them from text.
 
-FOLDER/manifest.json         digests of the base and the configuration, key, ages, numbers, divergences
-FOLDER/arrays.safetensors    chip_N/SITE/scale and so on, and the converters' ranges that they belong to
+FOLDER/chip_N/manifest.json         digests of the base and the configuration, key, age, numbers, divergence
+FOLDER/chip_N/arrays.safetensors    SITE/scale and so on, and the converters' ranges that they belong to
 """
 
 import dataclasses
@@ -18,7 +18,16 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ..checks import at_least, check_uint32
-from ..crossbar import Correction, calibrate_tree, chips_in, config_hash, numbers_per_rank, place, with_corrections
+from ..crossbar import (
+    Correction,
+    CrossbarConfig,
+    calibrate_tree,
+    chips_in,
+    config_hash,
+    numbers_per_rank,
+    place,
+    with_corrections,
+)
 from ..io import arrays
 from ..io.folders import read_manifest
 from ..models.architecture import Model, matrices
@@ -41,30 +50,48 @@ WINDOW, _MEASURED = 128, 8
 _SAMPLED, _LINES, _ANSWER = 3072, 16, 32
 
 
-class Manifest(TypedDict):
-    """Metadata of a folder of corrections; `divergence` has nats per token on text that was not used, by chip."""
+class Settings(TypedDict):
+    """What the corrections of one chip were computed from; `text` is the digest of the files, or `sampled`."""
 
     base_sha256: str
     config_sha256: str
     key: list[int]
     digital: list[str]
     age: str | None
-    chips: list[int]
+    prepared: bool
     method: Method
+    rank: float
+    epochs: int
+    rate: float
+    rate_low_rank: float
+    text: str
+    tokens: int | None
+    seed: int
+
+
+class Manifest(TypedDict):
+    """Metadata of the corrections of one chip.
+
+    Attributes:
+      settings: what they were computed from.
+      numbers: digital numbers, and `share` the same as a share of the weights in arrays.
+      tokens: tokens that they were trained on.
+      divergence: from the digital model before and after, in nats per token of text that was left out.
+    """
+
+    settings: Settings
     numbers: int
     share: float
-    epochs: int
     tokens: int
-    text: str
-    seed: int
-    divergence: dict[str, list[float]]
+    divergence: list[float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RestoreOptions:
     """Compute digital corrections that bring a base model on simulated chips back, from unlabelled text.
 
-    No cell is written. `lorafusion fuse`, `evaluate` and `lm-eval` use the corrections with --restore.
+    No cell is written. `lorafusion fuse`, `evaluate` and `lm-eval` use the corrections with --restore. Interrupted, the
+    same command continues with the next chip.
 
     Examples:
       lorafusion restore --base base --crossbar chips/noisy --chip 0 1 --text page.txt
@@ -86,9 +113,11 @@ class RestoreOptions:
       rate_low_rank: learning rate of the matrices.
       seed: seed of the order of the text, and of sampled text.
       age: age of the chips: seconds, or as in 1h, 1day, 1month, 1year.
+      prepared: compute corrections for that age in advance, with other draws of the drift than the chips will have.
       keep_digital: patterns of weights that stay digital; a folder has its own.
       chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
-      out: folder to write, which must not exist; by default `restored-METHOD` in the folder of the chips.
+      out: folder to write; by default `restored-METHOD` in the folder of the chips. Chips that it has are not computed
+        again.
     """
 
     base: str
@@ -104,17 +133,18 @@ class RestoreOptions:
     rate_low_rank: float = Restoring.rate_low_rank
     seed: int = 0
     age: str | None = None
+    prepared: bool = False
     keep_digital: tuple[str, ...] = ()
     chip_key: int = 0
     out: Path | None = None
 
 
-def restore_chips(options: RestoreOptions) -> Manifest:
-    """Write the corrections of some chips to a folder, and return its metadata.
+def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
+    """Write the corrections of some chips to a folder, and return their metadata by the chips' numbers.
 
     Raises:
-      ValueError: before anything is programmed: the folder exists, the text is shorter than a window, or a base, chips
-        or a number cannot be used.
+      ValueError: before anything is programmed: the folder has other corrections of these chips, the text is shorter
+        than a window, or a base, chips or a number cannot be used.
     """
     at_least(1, tokens=options.tokens, self_text=options.self_text)
     check_uint32(seed=options.seed)
@@ -123,18 +153,32 @@ def restore_chips(options: RestoreOptions) -> Manifest:
     # Refuses what cannot work before the model is loaded.
     how = Restoring(**same, numbers=int(low_rank and options.rank > 0))
     chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
-    config, keys = aged(chips.config, options.age), [chips.chip_key(number) for number in options.chip]
-    out = options.out or Path(options.crossbar) / f"restored-{options.method}"
+    config, keys = aged(chips.config, options.age), {number: chips.chip_key(number) for number in options.chip}
+    if options.prepared:
+        config = prepared(config)
     if options.out is None and chips.manifest is None:
         raise ValueError(f"{options.crossbar} is no folder of chips to put corrections into: give a folder with --out")
-    if out.exists():
-        raise ValueError(f"{out} exists: give another --out; corrections are never overwritten")
     if options.text and options.self_text:
         raise ValueError("text comes from --text or from --self-text: leave out one of them")
     fuse = FuseOptions(base=options.base, task="", method="zero-shot")
     loaded = load_model(fuse)
     chips.check(loaded, fuse)
-    batches, text = _read_text(loaded, options)
+    content = "\n".join(path.read_text(encoding="utf-8") for path in options.text)
+    settings: Settings = {
+        **_of_chips(chips, digests(loaded, fuse)["base"]),
+        **same,
+        "age": options.age,
+        "prepared": options.prepared,
+        "rank": options.rank if low_rank else 0.0,
+        "text": hashlib.sha256(content.encode()).hexdigest() if options.text else "sampled",
+        "tokens": options.tokens if options.text else options.self_text or _SAMPLED,
+    }
+    out = options.out or Path(options.crossbar) / f"restored-{options.method}"
+    made = {number: _kept(out / f"chip_{number}", settings) for number in keys}
+    missing = [number for number, manifest in made.items() if manifest is None]
+    if not missing:
+        return {number: manifest for number, manifest in made.items() if manifest is not None}
+    batches = _read_text(loaded, options, content)
     setup = looped(loaded)
     graph, digital = setup.problem.graph, setup.problem.frozen
     run = logits_of_base(graph)
@@ -142,53 +186,40 @@ def restore_chips(options: RestoreOptions) -> Manifest:
     targets = [logits(digital.base, batch) for batch in batches]
     measured = max(1, len(batches) // _MEASURED) if len(batches) > 1 else 0
     train = slice(None, len(batches) - measured)
-    found, before_and_after = {}, {}
-    numbers = total = 0
-    with progress("chips", len(keys)) as bar:
-        for number, key in zip(options.chip, keys, strict=True):
-            chip = program(graph, digital, chips.rules(config), key)
+    pairs = list(zip(batches, targets, strict=True))[len(batches) - measured :] or [(batches[0], targets[0])]
+    with progress("chips", len(missing)) as bar:
+        for number in missing:
+            chip = program(graph, digital, chips.rules(config), keys[number])
             weights = calibrate_tree(run, chip.base, batches[train])
             held = digital_matrices(setup, weights)
             if low_rank:
                 how = dataclasses.replace(how, numbers=round(options.rank * numbers_per_rank(chips_in(weights))))
             corrections = restore(run, weights, held, batches[train], targets[train], how)
-            pairs = list(zip(batches, targets, strict=True))[len(batches) - measured :] or [(batches[0], targets[0])]
-            before_and_after[str(number)] = [
+            before_and_after = [
                 float(np.mean([divergence(logits(tree, batch), target) for batch, target in pairs]))
                 for tree in (weights, with_corrections(weights, corrections))
             ]
             numbers = sum(correction.numbers() for correction in corrections.values())
-            total = sum(matrix.size for matrix in held)
-            found[f"chip_{number}"] = _to_save(weights, corrections)
+            manifest: Manifest = {
+                "settings": settings,
+                "numbers": numbers,
+                "share": numbers / sum(matrix.size for matrix in held),
+                "tokens": sum(int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches[train]),
+                "divergence": before_and_after,
+            }
+            arrays.save(out / f"chip_{number}", _to_save(weights, corrections), manifest)
+            made[number] = manifest
             bar.update()
-    manifest: Manifest = {
-        "base_sha256": digests(loaded, fuse)["base"],
-        "config_sha256": config_hash(chips.config),
-        "key": np.asarray(jax.random.key_data(chips.key)).tolist(),
-        "digital": list(chips.digital),
-        "age": options.age,
-        "chips": list(options.chip),
-        "method": options.method,
-        "numbers": numbers,
-        "share": numbers / total,
-        "epochs": options.epochs,
-        "tokens": sum(int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches[train]),
-        "text": text,
-        "seed": options.seed,
-        "divergence": before_and_after,
-    }
-    _of_one_rank(found)
-    arrays.save(out, found, manifest)
-    return manifest
+    return {number: manifest for number, manifest in made.items() if manifest is not None}
 
 
-def load_restored(name: str, chips: Chips, number: int, base_sha256: str) -> Restored:
-    """Return the corrections of a chip.
+def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: str) -> list[Restored]:
+    """Return the corrections of some chips; matrices of low rank have the same rank on all of them.
 
     Args:
       name: folder that `lorafusion restore` wrote, or its name in the folder of the chips.
       chips: the chips that they are for.
-      number: number of the chip.
+      numbers: numbers of the chips.
       base_sha256: digest of the base model.
 
     Raises:
@@ -196,34 +227,44 @@ def load_restored(name: str, chips: Chips, number: int, base_sha256: str) -> Res
     """
     inside = Path(chips.name) / name
     folder = inside if inside.is_dir() else Path(name)
-    tree, manifest = arrays.load(folder, metadata=Manifest, what=_WHAT)
-    now = {
-        "base_sha256": base_sha256,
-        "config_sha256": config_hash(chips.config),
-        "key": np.asarray(jax.random.key_data(chips.key)).tolist(),
-        "digital": list(chips.digital),
-    }
+    now = _of_chips(chips, base_sha256)
     names = {"base_sha256": "base model", "config_sha256": "configuration", "key": "key", "digital": "digital weights"}
-    for field, what in names.items():
-        if manifest[field] != now[field]:
-            raise ValueError(
-                f"{folder} corrects chips with another {what} ({_short(manifest[field])}, these have "
-                f"{_short(now[field])}): run `lorafusion restore` on these chips"
-            )
-    if number not in manifest["chips"]:
-        there = ", ".join(map(str, manifest["chips"]))
-        raise ValueError(f"{folder} corrects the chips {there}, not chip {number}: run `lorafusion restore` on it too")
-    corrections, ranges = {}, {}
-    for site, parts in tree[f"chip_{number}"].items():
-        values = {part: jnp.asarray(value) for part, value in parts.items()}
-        ranges[site] = {part: values.pop(part) for part in _RANGES if part in values}
-        corrections[site] = Correction(**values)
-    return Restored(corrections, ranges)
+    found = []
+    for number in numbers:
+        if not (folder / f"chip_{number}").is_dir():
+            there = ", ".join(str(n) for n in _numbers(folder)) or "no chip"
+            raise ValueError(f"{folder} corrects {there}, not chip {number}: run `lorafusion restore` on it too")
+        tree, manifest = arrays.load(folder / f"chip_{number}", metadata=Manifest, what=_WHAT)
+        for field, what in names.items():
+            if manifest["settings"][field] != now[field]:
+                raise ValueError(
+                    f"{folder} corrects chips with another {what} ({_short(manifest['settings'][field])}, these have "
+                    f"{_short(now[field])}): run `lorafusion restore` on these chips"
+                )
+        found.append(tree)
+    _of_one_rank(found)
+    return [_restored(tree) for tree in found]
 
 
 def read_corrections(folder: Path) -> Manifest:
-    """Return the metadata of a folder of corrections."""
-    return read_manifest(folder, Manifest, _WHAT)[1]
+    """Return the metadata of the first chip's corrections in a folder."""
+    numbers = _numbers(folder)
+    if not numbers:
+        raise ValueError(f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote")
+    return read_manifest(folder / f"chip_{numbers[0]}", Manifest, _WHAT)[1]
+
+
+def prepared(config: CrossbarConfig) -> CrossbarConfig:
+    """Return the configuration of the same chips with other draws of the drift.
+
+    Raises:
+      ValueError: the configuration has no drift, or no age.
+    """
+    device = config.device
+    if device.drift is None or device.time is None:
+        raise ValueError("corrections are prepared for an age of chips that drift: give --age, and device.drift")
+    drift = jax.tree_util.Partial(_drifted_otherwise, device.drift)
+    return dataclasses.replace(config, device=dataclasses.replace(device, drift=drift))
 
 
 @functools.lru_cache  # the same function again: it is compiled once for each
@@ -284,10 +325,40 @@ def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
     return [jax.tree.map(jnp.asarray, batch) for batch in found]
 
 
-def _read_text(loaded: LoadedModel, options: RestoreOptions) -> tuple[list[Batch], str]:
-    """Return the text in batches, and its name: the digest of the files, or `sampled`."""
-    content = "\n".join(path.read_text(encoding="utf-8") for path in options.text)
-    digest = hashlib.sha256(content.encode()).hexdigest()
+def _of_chips(chips: Chips, base_sha256: str) -> dict[str, Any]:
+    """Return the settings that corrections and the chips that they are put on must share."""
+    return {
+        "base_sha256": base_sha256,
+        "config_sha256": config_hash(chips.config),
+        "key": np.asarray(jax.random.key_data(chips.key)).tolist(),
+        "digital": list(chips.digital),
+    }
+
+
+def _numbers(folder: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("chip_")) for path in folder.glob("chip_*"))
+
+
+def _kept(folder: Path, settings: Settings) -> Manifest | None:
+    """Return the metadata of a chip's corrections, or None if there are none yet.
+
+    Raises:
+      ValueError: they were computed from other settings.
+    """
+    if not folder.exists():
+        return None
+    manifest = read_manifest(folder, Manifest, _WHAT)[1]
+    for name, now in settings.items():
+        if (then := manifest["settings"][name]) != now:
+            raise ValueError(
+                f"{folder} has corrections with another {name} ({_short(then)}, now {_short(now)}): give another "
+                "--out; corrections are never overwritten"
+            )
+    return manifest
+
+
+def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> list[Batch]:
+    """Return the text, the content of its files or a sample, in batches."""
     if not loaded.config.causal:
         lines = [line for line in content.splitlines() if line.strip()]
         if not lines or options.self_text or options.tokens:
@@ -295,13 +366,13 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions) -> tuple[list[Batch
                 f"{options.base} is not causal: give lines of text that it reads with --text, without --self-text and "
                 "--tokens"
             )
-        return answered(loaded, lines), digest
+        return answered(loaded, lines)
     if not options.text:
-        return windows(sampled(loaded, options.self_text or _SAMPLED, options.seed), WINDOW), "sampled"
+        return windows(sampled(loaded, options.self_text or _SAMPLED, options.seed), WINDOW)
     ids = loaded.tokenizer(content, add_special_tokens=False)["input_ids"][: options.tokens]
     if len(ids) < WINDOW:
         raise ValueError(f"the text has {len(ids)} tokens: give at least one window of {WINDOW}, better {_SAMPLED:,}")
-    return windows(ids, WINDOW), digest
+    return windows(ids, WINDOW)
 
 
 def _to_save(weights: Any, corrections: dict[str, Correction]) -> dict[str, dict[str, np.ndarray]]:
@@ -313,15 +384,28 @@ def _to_save(weights: Any, corrections: dict[str, Correction]) -> dict[str, dict
     return found
 
 
-def _of_one_rank(of_chips: dict[str, dict[str, dict[str, np.ndarray]]]) -> None:
+def _of_one_rank(of_chips: Sequence[dict[str, dict[str, np.ndarray]]]) -> None:
     """Fill up matrices of low rank with zeros, so that those of all chips have one shape."""
-    for site in next(iter(of_chips.values())):
-        parts = [sites[site] for sites in of_chips.values() if "U" in sites[site]]
+    for site in of_chips[0]:
+        parts = [sites[site] for sites in of_chips if "U" in sites[site]]
         widest = max((part["V"].shape[-2] for part in parts), default=0)
         for part in parts:
             more = (0, widest - part["V"].shape[-2])
             lead = [(0, 0)] * (part["V"].ndim - 2)
             part["U"], part["V"] = np.pad(part["U"], [*lead, (0, 0), more]), np.pad(part["V"], [*lead, more, (0, 0)])
+
+
+def _restored(tree: dict[str, dict[str, np.ndarray]]) -> Restored:
+    corrections, ranges = {}, {}
+    for site, parts in tree.items():
+        values = {part: jnp.asarray(value) for part, value in parts.items()}
+        ranges[site] = {part: values.pop(part) for part in _RANGES if part in values}
+        corrections[site] = Correction(**values)
+    return Restored(corrections, ranges)
+
+
+def _drifted_otherwise(drift: Callable[..., Array], G: Array, key: Array, time: Any) -> Array:
+    return drift(G, jax.random.fold_in(key, 1), time)
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar
 from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
-from lorafusion_jax.hardware.folder import load_chips
+from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.restore import Restoring, divergence, restore
 from lorafusion_jax.hardware.restored import (
@@ -55,10 +55,13 @@ def _loaded(home):
     return load_model(FuseOptions(base=str(home / "base"), task="", method="zero-shot"))
 
 
+def _made(folder, number):
+    return json.loads((folder / f"chip_{number}" / "manifest.json").read_text())["metadata"]
+
+
 def test_restoring_brings_the_chips_closer_to_the_digital_model(home):
-    manifest = json.loads((home / "restored" / "manifest.json").read_text())["metadata"]
-    assert manifest["chips"] == [0, 2] and manifest["epochs"] == 2
-    for before, after in manifest["divergence"].values():
+    for number in (0, 2):
+        before, after = _made(home / "restored", number)["divergence"]
         assert after < 0.5 * before
 
 
@@ -75,7 +78,7 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     train = batches[: len(batches) - measured]
     targets = [run(frozen.base, batch) for batch in train]
     found = restore(run, weights, digital_matrices(loaded, weights), train, targets, how)
-    of_disk = load_restored(str(home / "restored"), chips, 2, base_digest(str(home / "base")))
+    (of_disk,) = load_restored(str(home / "restored"), chips, [2], base_digest(str(home / "base")))
     for site, correction in found.items():
         of_site = of_disk.corrections[site]
         np.testing.assert_allclose(of_site.scale, correction.scale, rtol=1e-4)
@@ -108,7 +111,7 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     given = {"base": str(base), "text": (tmp_path / "lines.txt",), "out": tmp_path / "restored"}
     with pytest.raises(ValueError, match="is not causal: give lines of text that it reads with --text, without"):
         restore_chips(_options(home, tokens=100, **given))
-    (before, after), *_ = restore_chips(_options(home, epochs=2, **given))["divergence"].values()
+    before, after = restore_chips(_options(home, epochs=2, **given))[0]["divergence"]
     assert after < before
 
 
@@ -118,7 +121,7 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
         ({"crossbar": "other"}, "with another configuration"),
         ({"key": 3}, "with another key"),
         ({"base": "0" * 64}, "with another base model"),
-        ({"chip": 1}, r"corrects the chips 0, 2, not chip 1: run `lorafusion restore`"),
+        ({"chip": 1}, r"corrects 0, 2, not chip 1: run `lorafusion restore`"),
     ],
 )
 def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed, message):
@@ -131,7 +134,7 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
         load_restored(
             str(home / "restored"),
             chips,
-            changed.get("chip", 0),
+            [changed.get("chip", 0)],
             changed.get("base", base_digest(str(home / "base"))),
         )
 
@@ -162,14 +165,47 @@ def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, 
     printed = capsys.readouterr().out
     assert "digital numbers a chip" in printed and "KL from the digital model" in printed
     with pytest.raises(SystemExit):
-        cli.main(arguments)
-    assert "corrections are never overwritten" in capsys.readouterr().err
+        cli.main([*arguments, "--rate", "0.02"])
+    assert "another rate (0.01, now 0.02): give another --out; corrections are never overwr" in capsys.readouterr().err
+
+
+def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
+    given = {"out": tmp_path / "restored", "epochs": 1}
+    first = restore_chips(_options(home, chip=(1,), **given))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "restored").rglob("*.safetensors")}
+    both = restore_chips(_options(home, chip=(0, 1), **given))
+    assert list(both) == [0, 1] and both[1] == first[1]
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    alone = restore_chips(_options(home, chip=(0,), epochs=1, out=tmp_path / "alone"))
+    assert both[0] == alone[0]
+
+
+def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):
+    drifting = crossbar.load_config("ideal")
+    drifting = dataclasses.replace(drifting, device=crossbar.Device(drift=crossbar.PowerLaw(0.05, 0.02)))
+    save_config(drifting, tmp_path / "drifting.yaml")
+    given = {"crossbar": str(tmp_path / "drifting.yaml"), "epochs": 0}
+    with pytest.raises(ValueError, match="prepared for an age of chips that drift: give --age"):
+        restore_chips(_options(home, prepared=True, out=tmp_path / "early", **given))
+    for name in ("prepared", "again"):
+        restore_chips(_options(home, age="1year", prepared=name == "prepared", out=tmp_path / name, **given))
+    loaded, chips = _loaded(home), load_chips(str(tmp_path / "drifting.yaml"))
+    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    run = logits_of_base(graph)
+    aged_chip = program(graph, frozen, chips.rules(aged(chips.config, "1year")), chips.chip_key(0)).base
+    batch = windows(loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"], 128)[0]
+    target = run(frozen.base, batch)
+    off = [divergence(run(aged_chip, batch), target)]
+    for name in ("prepared", "again"):
+        (restored,) = load_restored(str(tmp_path / name), chips, [0], base_digest(str(home / "base")))
+        off.append(divergence(run(restored.on(aged_chip), batch), target))
+    assert off[2] < off[1] < 0.8 * off[0]
 
 
 def test_the_cost_of_corrections_is_in_the_bill(home, tmp_path, capsys):
     file = tmp_path / "bill.json"
     cli.main(["cost", "--restore", str(home / "restored"), "--json", str(file)])
-    printed, made = capsys.readouterr().out, json.loads((home / "restored" / "manifest.json").read_text())["metadata"]
+    printed, made = capsys.readouterr().out, _made(home / "restored", 0)
     assert f"{made['numbers']:,}" in printed
     bill = json.loads(file.read_text())["corrections"]
     of_one = CONSTANTS["mac_energy"].typical + CONSTANTS["word_energy"].typical
@@ -184,7 +220,7 @@ def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):
     cli.main([*asked, *on_chip])
     printed = capsys.readouterr().out.splitlines()
     loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
-    restored = load_restored(str(home / "restored"), chips, 2, base_digest(str(home / "base")))
+    (restored,) = load_restored(str(home / "restored"), chips, [2], base_digest(str(home / "base")))
     weights = program(loaded.problem.graph, loaded.problem.frozen, chips.rules(), chips.chip_key(2)).base
     model = nnx.merge(loaded.problem.graph, restored.on(weights))
     ids = jnp.array(loaded.tokenizer.encode("the cold bold")[:-1])[None]  # without the token that ends a text
