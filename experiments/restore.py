@@ -4,26 +4,33 @@
     python experiments/restore.py                      # the main rows: error 3 %, chips 1 to 5, all kinds
     python experiments/restore.py --rows text chips    # calibration text; other chips
     python experiments/restore.py --rows tune          # rates, on chip 0 and on calibration text alone
+    python experiments/restore.py --rows transfer --tasks FOLDER    # fusions that were trained digitally
 
-The design is experiments/restore.md. Written to OUT: a line of rows.jsonl for each row, main.csv, text.csv, chips.csv,
-tune.csv and restore.png. Interrupted, the same command continues with the next row.
+The design is experiments/restore.md. FOLDER holds the function-vector data sets (see experiments/language.py). Written
+to OUT: a line of rows.jsonl for each row, a table of each part, and restore.png. Interrupted, the same command
+continues with the next row.
 """
 
 import dataclasses
+import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import _script
 import jax
 import numpy as np
 import tyro
 from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.language import EVALUATED_ROWS, options_of
+from lab.language import MAIN as METHODS
 from lab.smollm2 import EXAMPLES, base
+from language import link_tasks, unseen_tasks
 
-from lorafusion_jax import FuseOptions
+from lorafusion_jax import FuseOptions, fuse
 from lorafusion_jax.crossbar import (
     PCM_DRIFT,
     Correction,
@@ -34,13 +41,22 @@ from lorafusion_jax.crossbar import (
     chips_in,
     config_hash,
     load_config,
+    place,
+    reads,
     with_corrections,
 )
-from lorafusion_jax.hardware.program import program
+from lorafusion_jax.files import read_json
+from lorafusion_jax.hardware.calibration import looped
+from lorafusion_jax.hardware.chips import on_every_chip
+from lorafusion_jax.hardware.folder import Chips
+from lorafusion_jax.hardware.on_arrays import module_numbers, without_merged_pool
+from lorafusion_jax.hardware.program import Restored, program
 from lorafusion_jax.hardware.restore import Restoring, distil, divergence, restore
-from lorafusion_jax.hardware.restored import digital_matrices, logits_of_base, sampled, windows
+from lorafusion_jax.hardware.restored import digital_matrices, logits_of_base, prepared, sampled, windows
 from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.report.statistics import over_tasks
+from lorafusion_jax.runs.evaluate import evaluate
+from lorafusion_jax.runs.predict import EvaluateOptions, load_to_evaluate
 from lorafusion_jax.runs.prepare import LoadedModel, load_model
 from lorafusion_jax.runs.run import environment
 from lorafusion_jax.tasks import Batch
@@ -48,15 +64,19 @@ from lorafusion_jax.text_tables import markdown
 from lorafusion_jax.training.loss import log_likelihood
 
 WINDOW, HELD_OUT, CALIBRATION, ADC_CALIBRATION = 128, 1024, 3072, 256
-# Adam's rates, chosen on chip 0 and on calibration text alone (docs/results/restore/tune.csv).
+# Adam's rates, chosen on chip 0 and on calibration text alone.
 RATE, RATE_LOW_RANK, RATE_LORA = 1e-2, 1e-3, 3e-3
 EPOCHS = 5
 # CPU seconds of a row, by its training: closed form or distilled.
-COST = {"none": 20, "closed": 150, "distilled": 500}
+COST = {"none": 20, "closed": 150, "distilled": 300}
 
 Row = dict[str, Any]
-Part = Literal["main", "text", "chips", "tune"]
+Part = Literal["main", "more", "text", "chips", "transfer", "tune"]
+PARTS: tuple[Part, ...] = get_args(Part)
 Kind = Literal["real", "sampled"]
+# The chip that corrections are computed on: the chip itself, at age 0, or one whose cells drift otherwise.
+Source = Literal["itself", "age 0", "prepared"]
+SOURCES: tuple[Source, ...] = ("age 0", "prepared", "itself")
 
 
 class Arm(NamedTuple):
@@ -108,6 +128,8 @@ class Job(NamedTuple):
     arm: Arm
     text: Kind = "real"
     tokens: int = CALIBRATION
+    source: Source = "itself"
+    task: str = ""
 
 
 SHARES = (0.005, 0.01, 0.05)
@@ -121,24 +143,53 @@ MAIN = (
     *(Arm("low-rank", share, epochs) for share in SHARES for epochs in (0, EPOCHS)),
     *(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in SHARES),
 )
+# Measured on all chips before the others.
+FIRST = (NONE, Arm("scales", epochs=EPOCHS), Arm("lora", 0.01, EPOCHS, RATE, RATE_LORA))
 TUNED = (
     *(Arm("scales", None, EPOCHS, rate) for rate in (RATE, 3e-2)),
     *(Arm("low-rank", 0.01, EPOCHS, RATE, rate) for rate in (RATE_LOW_RANK, 3e-3)),
     *(Arm("lora", 0.01, EPOCHS, RATE, rate) for rate in (1e-3, RATE_LORA)),
 )
-LEFT_OUT = 3  # windows of the calibration text that rates are compared on
-# The two best arms of the main rows, and the best closed form.
-BEST, SECOND, BEST_CLOSED = Arm("low-rank", 0.05, EPOCHS), Arm("low-rank", 0.01, EPOCHS), Arm("low-rank", 0.05)
+# More text, sampled, and fewer passes: see the additions of the design.
+SAMPLED, PASSES = 16_384, 2
+TUNED_SAMPLED = tuple(Arm("lora", 0.01, PASSES, RATE, rate) for rate in (RATE_LORA, 1e-2))
+MORE = tuple(Arm("lora", share, PASSES, RATE, RATE_LORA) for share in (0.01, 0.05))
+BEST = MORE[0]
+# The two best arms of the main rows of chip 1 that have 1 and 5 % of the numbers.
+OF_TEXT = tuple(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in (0.05, 0.01))
 _MONTH, _YEAR = 30 * 86_400.0, 365 * 86_400.0
-OTHER_CHIPS = (
-    Setting(error=0.01),
-    Setting(error=0.05),
-    Setting(error=0.0, bits=5),
-    Setting(error=0.0, bits=6),
-    Setting(error=0.03, bits=6),
-    Setting(error=0.0, read_noise=0.01),
-    *(Setting(0.0, None, 0.0, age, on) for age in (_MONTH, _YEAR, 10 * _YEAR) for on in (False, True)),
-)
+
+
+SCALES = Arm("scales")
+FEW = Arm("scales", epochs=1)  # through ADCs, where a step takes ten times as long
+
+
+def _of_age(age: float, *, compensate: bool) -> Iterator[tuple[Any, ...]]:
+    """Yield what is measured at an age, and at age 0."""
+    yield from ((Setting(0.0, drift=0.0, compensate=compensate), 1, arm) for arm in (NONE, SCALES))
+    old = Setting(0.0, drift=age, compensate=compensate)
+    yield old, 1, NONE
+    yield from ((old, 1, SCALES, "real", CALIBRATION, source) for source in SOURCES)
+
+
+def _other_chips() -> Iterator[tuple[Any, ...]]:
+    """Yield setting, chip, arm, text, tokens and source; those of the design's goals come first."""
+    best = (BEST, "sampled", SAMPLED)
+    yield from ((Setting(0.05), 1, arm) for arm in (NONE, SCALES))
+    yield Setting(0.05), 1, *best
+    yield from _of_age(10 * _YEAR, compensate=False)
+    yield from ((Setting(0.0, 5), 1, arm) for arm in (NONE, SCALES, FEW))
+    yield from _of_age(10 * _YEAR, compensate=True)
+    for age in (_YEAR, _MONTH):
+        yield from (one for on in (False, True) for one in _of_age(age, compensate=on))
+    for error in (0.0, 0.03):
+        yield from ((Setting(error, 6), 1, arm) for arm in (NONE, SCALES, FEW))
+    for setting in (Setting(0.0, read_noise=0.01), Setting(0.01)):
+        yield from ((setting, 1, arm) for arm in (NONE, SCALES))
+        yield setting, 1, *best
+
+
+OTHER_CHIPS = tuple(_other_chips())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,13 +198,19 @@ class Options:
 
     Attributes:
       rows: parts to measure.
-      chips: numbers of the chips of the main rows.
+      chips: numbers of the chips of the rows of `main`, `more` and `transfer`.
+      tasks: folder of the function-vector data sets, for rows of `transfer`.
+      unseen: names of the tasks of `transfer`.
+      runs: folder of the fusions that `transfer` trains.
       out: folder of results; rows that are there are not measured again.
       plan: print what is missing and its time, and measure nothing.
     """
 
     rows: tuple[Part, ...] = ("main",)
     chips: tuple[int, ...] = (1, 2, 3, 4, 5)
+    tasks: Path | None = None
+    unseen: tuple[str, ...] = ("sentiment", "person-sport")
+    runs: Path = ROOT / "runs" / "restore"
     out: Path = ROOT / "docs" / "results" / "restore"
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -172,21 +229,23 @@ def main(arguments: Sequence[str] = ()) -> None:
     file = options.out / "rows.jsonl"
     rows = read_lines(file)
     have = {job_of(row) for row in rows}
-    missing = [job for job in jobs(options) if job not in have]
+    missing = list(dict.fromkeys(job for job in jobs(options) if job not in have))
     if options.plan:
         for job in missing:
-            print(f"{job.part:5} chip {job.chip}  {job.setting} {job.arm}, {job.tokens} {job.text} tokens")
+            where = f"chip {job.chip}, {label(job)}"
+            print(f"{job.part:8} {where:40} {job.arm}, {job.tokens} {job.text} tokens")
         kinds = ["none" if j.arm == NONE else "distilled" if j.arm.epochs else "closed" for j in missing]
         print(f"{len(missing)} rows: {sum(COST[kind] for kind in kinds) / 60:.0f} CPU minutes")
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(measured(missing), start=1):
+    fusions = fused(options) if any(job.part == "transfer" for job in missing) else {}
+    for number, row in enumerate(measured(missing, fusions), start=1):
         rows.append(row | environment())
         append_line(file, rows[-1])
-        above = row["loss"] - row["digital"]
-        print(
-            f"[{number}/{len(missing)}] {job_of(row).arm}: {above:.4f} nats above digital", file=sys.stderr, flush=True
-        )
+        found = {name: round(row[name], 4) for name in ("loss", "digital", "left_out", "exact_match") if name in row}
+        job = job_of(row)
+        where = f"chip {job.chip}, {label(job)}"
+        print(f"[{number}/{len(missing)}] {where} {job.arm}: {found}", file=sys.stderr, flush=True)
     for part, lines in tables(rows).items():
         write_csv(options.out / f"{part}.csv", lines)
         print(markdown(lines))
@@ -198,90 +257,157 @@ def jobs(options: Options) -> Iterator[Job]:
     """Yield the rows of the design, one chip after the other."""
     if "tune" in options.rows:
         yield from (Job("tune", Setting(), 0, arm) for arm in TUNED)
+        yield from (Job("tune", Setting(), 0, arm, "sampled", SAMPLED) for arm in TUNED_SAMPLED)
     if "main" in options.rows:
+        for arms in (FIRST, MAIN):
+            yield from (Job("main", Setting(), chip, arm) for chip in options.chips for arm in arms)
+    if "more" in options.rows:
+        yield from (Job("more", Setting(), chip, arm, "sampled", SAMPLED) for chip in options.chips for arm in MORE)
+    if "chips" in options.rows:
+        yield from (Job("chips", *of_chip) for of_chip in OTHER_CHIPS)
+    if "transfer" in options.rows:
         for chip in options.chips:
-            yield from (Job("main", Setting(), chip, arm) for arm in MAIN)
+            for task in options.unseen:
+                yield Job("transfer", Setting(), chip, NONE, task=task)
+                yield Job("transfer", Setting(), chip, BEST, "sampled", SAMPLED, task=task)
     if "text" in options.rows:
         of_text: dict[Kind, tuple[int, ...]] = {"real": (128, 512, 2048), "sampled": (512, 2048, 8192)}
         for text, sizes in of_text.items():
-            yield from (Job("text", Setting(), 1, arm, text, size) for arm in (BEST, SECOND) for size in sizes)
-    if "chips" in options.rows:
-        for setting in OTHER_CHIPS:
-            yield from (Job("chips", setting, 1, arm) for arm in (NONE, BEST_CLOSED, SECOND))
+            yield from (Job("text", Setting(), 1, arm, text, size) for arm in OF_TEXT for size in sizes)
 
 
 def job_of(row: Row) -> Job:
     """Return what a row was measured of."""
     arm, setting = Arm(**row["arm"]), Setting(**row["setting"])
-    return Job(row["part"], setting, row["chip"], arm, row["text"], row["calibration_tokens"])
+    source, task = row.get("source", "itself"), row.get("task", "")
+    return Job(row["part"], setting, row["chip"], arm, row["text"], row["calibration_tokens"], source, task)
 
 
-def measured(missing: Sequence[Job]) -> Iterator[Row]:
+class Bench:
+    """The digital model, its texts, and the last chip; `fusions` are folders of fused runs by task."""
+
+    def __init__(self, fusions: dict[str, Path]):
+        self.fusions = fusions
+        self.loaded = load_model(FuseOptions(base=str(base()), task="", method="zero-shot"))
+        self.digital = self.loaded.problem.frozen.base
+        self.run = logits_of_base(self.loaded.problem.graph)
+        self.logits = jax.jit(self.run)
+        self.texts = read_texts(self.loaded)
+        self.samples: dict[int, list[int]] = {}
+        self.at: Any = None
+        self.programmed: Any = None
+        # The last closed form and the last corrections, because several rows share them.
+        self.closed: dict[Any, dict[str, Correction]] = {}
+        self.made: dict[Any, dict[str, Correction]] = {}
+
+        def losses(weights: Any, batch: Batch) -> Any:
+            return -log_likelihood(self.run(weights, batch), batch.labels)
+
+        self.losses = jax.jit(losses)
+        self.divergence = jax.jit(lambda weights, batch, target: divergence(self.run(weights, batch), target))
+
+    def chip(self, config: CrossbarConfig, number: int) -> Any:
+        """Return a calibrated chip; the last one is freed before another takes its place."""
+        if self.at != (at := (config_hash(config), config.device.drift, number)):
+            self.programmed = None
+            key = jax.random.fold_in(jax.random.key(0), number)
+            graph, frozen = self.loaded.problem.graph, self.loaded.problem.frozen
+            programmed = program(graph, frozen, {"*": config}, key).base
+            self.programmed = calibrate_tree(self.run, programmed, windows(self.texts.adc, WINDOW))
+            self.at = at
+        return self.programmed
+
+    def text(self, job: Job) -> list[Batch]:
+        """Return the calibration text of a job in windows."""
+        ids = self.texts.real
+        if job.text == "sampled":
+            if job.tokens not in self.samples:
+                self.samples = {job.tokens: sampled(self.loaded, job.tokens, seed=0)}
+            ids = self.samples[job.tokens]
+        if len(ids) < job.tokens:
+            raise ValueError(f"the text has {len(ids)} tokens, fewer than {job.tokens}")
+        return windows(ids[: job.tokens], WINDOW)
+
+    def corrections(self, job: Job) -> dict[str, Correction]:
+        """Return the corrections of a job, computed on its source."""
+        setting = job.setting._replace(drift=0.0) if job.source == "age 0" else job.setting
+        config = prepared(setting.config()) if job.source == "prepared" else setting.config()
+        of_text = (setting, job.source == "prepared", job.chip, job.text, job.tokens)
+        if (wanted := (*of_text, job.arm)) in self.made:
+            return self.made[wanted]
+        weights, batches = self.chip(config, job.chip), self.text(job)
+        held, targets = digital_matrices(self.loaded, weights), [self.logits(self.digital, b) for b in batches]
+        arm = how(job.arm, held)
+        if job.arm.method == "lora":
+            found = restore(self.run, weights, held, batches, targets, arm)
+        else:
+            # The closed form is the start of the distillation, and is fitted once for both.
+            start = (*of_text, job.arm._replace(epochs=0, rate=RATE, rate_low_rank=RATE_LOW_RANK))
+            if start not in self.closed:
+                closed = restore(self.run, weights, held, batches, targets, dataclasses.replace(arm, epochs=0))
+                self.closed = {start: closed}
+            found = self.closed[start]
+            if job.arm.epochs:
+                found = distil(self.run, weights, found, batches, targets, arm)
+        self.made = {wanted: found}
+        return found
+
+    def held_out(self, weights: Any) -> list[float]:
+        numbered = enumerate(self.texts.held_out)
+        return [float(self.losses(reads(weights, n), batch)[0]) / (WINDOW - 1) for n, batch in numbered]
+
+    def diverged(self, weights: Any, batches: Sequence[Batch]) -> float:
+        targets = [self.logits(self.digital, batch) for batch in batches]
+        return statistics.fmean(float(self.divergence(weights, *pair)) for pair in zip(batches, targets, strict=True))
+
+    def scores(self, job: Job, corrections: dict[str, Correction], weights: Any) -> Row:
+        """Return exact match and loss of a task's fusion, on the chip and digitally."""
+        folder = self.fusions[job.task]
+        (digital,) = read_json(folder / "results.json", dict[str, Any], "results")["seeds"]
+        setup, fused, params = load_to_evaluate(EvaluateOptions(run=folder, test_rows=EVALUATED_ROWS))
+        chips = Chips(job.setting.config(), (), jax.random.key(0), None, "the chips")
+        ranges = {place(chip): {} for chip in chips_in(weights)}
+        restored = [Restored(corrections, ranges)] if corrections else []
+        on_chip = on_every_chip(
+            looped(without_merged_pool(setup)),
+            params,
+            chips.rules(),
+            chips.chip_key(job.chip)[None],
+            modules=module_numbers(setup, fused, chips),
+            norm="programmed",
+            restored=restored,
+        )
+        found = evaluate(on_chip, params, batch_size=EVALUATED_ROWS)
+        return {
+            "task": job.task,
+            "exact_match": float(found.exact_match[0]),
+            "task_loss": float(np.asarray(found.loss)[0]),
+            "digital_exact_match": digital["exact_match"],
+            "digital_task_loss": digital["loss"],
+        }
+
+
+def measured(missing: Sequence[Job], fusions: dict[str, Path]) -> Iterator[Row]:
     """Yield a row for each job."""
     if not missing:
         return
-    loaded = load_model(FuseOptions(base=str(base()), task="", method="zero-shot"))
-    graph, frozen = loaded.problem.graph, loaded.problem.frozen
-    run = logits_of_base(graph)
-    texts = read_texts(loaded)
-    digital_logits = jax.jit(run)
-
-    @jax.jit
-    def losses(weights: Any, batch: Batch) -> Any:
-        return -log_likelihood(run(weights, batch), batch.labels)
-
-    @jax.jit
-    def divergences(weights: Any, batch: Batch, target: Any) -> Any:
-        return divergence(run(weights, batch), target)
-
-    def held_out_loss(weights: Any) -> list[float]:
-        return [float(losses(weights, batch)[0]) / (WINDOW - 1) for batch in texts.held_out]
-
-    digital = held_out_loss(frozen.base)
-    programmed, at = frozen.base, None
-    starts: dict[Any, dict[str, Correction]] = {}
+    bench = Bench(fusions)
+    digital = bench.held_out(bench.digital)
     for job in missing:
         began = time.process_time()
-        if (job.setting, job.chip) != at:
-            programmed = frozen.base  # so that the last chip is freed before the next one takes its place
-            config = job.setting.config()
-            key = jax.random.fold_in(jax.random.key(0), job.chip)
-            programmed = program(graph, frozen, {"*": config}, key).base
-            programmed = calibrate_tree(run, programmed, windows(texts.adc, WINDOW))
-            at, starts = (job.setting, job.chip), {}
-        weights: Any = programmed
-        held, numbers = digital_matrices(loaded, weights), 0
-        batches: list[Batch] = []
-        tuned: Row = {}
-        if job.arm != NONE:
-            ids = texts.real if job.text == "real" else sampled(loaded, job.tokens, seed=job.chip)
-            if len(ids) < job.tokens:
-                raise ValueError(f"the text has {len(ids)} tokens, fewer than {job.tokens}")
-            batches = windows(ids[: job.tokens], WINDOW)
-            targets = [digital_logits(frozen.base, batch) for batch in batches]
-            pairs = list(zip(batches, targets, strict=True))
-            if job.part == "tune":
-                batches, targets = batches[:-LEFT_OUT], targets[:-LEFT_OUT]
-            arm = how(job.arm, held)
-            # The closed form is the start of the distillation, and is fitted once for both.
-            start = (job.text, job.tokens, job.arm._replace(epochs=0, rate=RATE, rate_low_rank=RATE_LOW_RANK))
-            if job.arm.method != "lora" and start not in starts:
-                starts = {start: restore(run, weights, held, batches, targets, dataclasses.replace(arm, epochs=0))}
-            if job.arm.method == "lora":
-                corrections = restore(run, weights, held, batches, targets, arm)
-            elif job.arm.epochs:
-                corrections = distil(run, weights, starts[start], batches, targets, arm)
-            else:
-                corrections = starts[start]
-            numbers = sum(correction.numbers() for correction in corrections.values())
-            weights = with_corrections(weights, corrections)
-            if job.part == "tune":
-                of_parts = {"trained": pairs[:LEFT_OUT], "left_out": pairs[-LEFT_OUT:]}
-                for name, of_part in of_parts.items():
-                    found_there = [float(divergences(weights, batch, target)) for batch, target in of_part]
-                    tuned[name] = float(np.mean(found_there))
-            del targets, pairs
-        found = held_out_loss(weights)
+        corrections = {} if job.arm == NONE else bench.corrections(job)
+        weights = with_corrections(bench.chip(job.setting.config(), job.chip), corrections)
+        numbers = sum(correction.numbers() for correction in corrections.values())
+        more: Row = {}
+        if job.part == "tune":
+            left_out = windows(bench.texts.real[CALIBRATION:], WINDOW)
+            of_parts = {"trained": bench.text(job)[: len(left_out)], "left_out": left_out}
+            more = {name: bench.diverged(weights, batches) for name, batches in of_parts.items()}
+        elif job.part == "transfer":
+            more = bench.scores(job, corrections, weights)
+        else:
+            found = bench.held_out(weights)
+            more = {"loss": statistics.fmean(found), "window_losses": found}
         yield {
             "part": job.part,
             "setting": job.setting._asdict(),
@@ -289,17 +415,30 @@ def measured(missing: Sequence[Job]) -> Iterator[Row]:
             "arm": job.arm._asdict(),
             "text": job.text,
             "calibration_tokens": job.tokens,
+            "source": job.source,
             "numbers": numbers,
-            "share": numbers / sum(matrix.size for matrix in held),
-            "loss": float(np.mean(found)),
-            "digital": float(np.mean(digital)),
-            **tuned,
-            "window_losses": found,
+            "share": numbers / sum(math.prod(chip.shape) for chip in chips_in(weights)),
+            **more,
+            "digital": statistics.fmean(digital),
             "digital_window_losses": digital,
             "config_sha256": config_hash(job.setting.config()),
             "paths": sorted({chip.plan.path for chip in chips_in(weights)}),
             "cpu_seconds": time.process_time() - began,
         }
+
+
+def fused(options: Options) -> dict[str, Path]:
+    """Return folders of digital fusions of all shipped adapters, one seed, by task; runs that are there are kept."""
+    if options.tasks is None:
+        raise ValueError("rows of transfer need the function-vector data sets: give their folder with --tasks")
+    found, adapters = {}, EXAMPLES / "adapters"
+    for task, path in unseen_tasks(options.unseen, link_tasks(options.tasks), adapters).items():
+        run = options_of(
+            METHODS["LoRAFusion"], path, base=base(), pool=adapters, seeds=(1,), out=options.runs, name=task
+        )
+        fuse(run)
+        found[task] = options.runs / task
+    return found
 
 
 def how(arm: Arm, held: Sequence[Any]) -> Restoring:
@@ -324,36 +463,67 @@ def read_texts(loaded: LoadedModel) -> Texts:
 
 def tables(rows: Sequence[Row]) -> dict[Part, list[list[str]]]:
     """Return the tables of the rows by part; losses are in nats per token above the digital model's."""
-    of_part = {part: [row for row in rows if row["part"] == part] for part in ("main", "text", "chips")}
     found: dict[Part, list[list[str]]] = {}
-    if main_rows := of_part["main"]:
-        lines = [["corrections", "numbers", "% of the weights", "chips", "nats above digital", "95 % interval"]]
-        for arm in dict.fromkeys(job_of(row).arm for row in main_rows):
-            own = [row for row in main_rows if job_of(row).arm == arm]
-            above = [row["loss"] - row["digital"] for row in own]
-            ends = over_tasks(above)
-            numbers, share = (float(np.mean([row[name] for row in own])) for name in ("numbers", "share"))
-            between = "-" if ends is None else f"{ends.low:.3f} to {ends.high:.3f}"
-            of_arm = [f"{numbers:,.0f}", f"{100 * share:.2f}", str(len(own)), f"{np.mean(above):.3f}", between]
-            lines.append([str(arm), *of_arm])
-        found["main"] = lines
-    for part in ("text", "chips"):
-        lines = [["setting", "corrections", "text", "tokens", "nats above digital"]]
-        for row in of_part[part]:
-            job = job_of(row)
-            setting = ", ".join(f"{name} {value:g}" for name, value in job.setting._asdict().items() if value)
-            lines.append([setting, str(job.arm), job.text, str(job.tokens), f"{row['loss'] - row['digital']:.3f}"])
-        if of_part[part]:
-            found[part] = lines
-    lines = [["corrections", "rate", "rate of low rank", "KL on trained text", "KL on text left out"]]
-    for row in rows:
-        if row["part"] == "tune":
-            arm = job_of(row).arm
-            rates = f"{arm.rate:g}", "-" if arm.share is None else f"{arm.rate_low_rank:g}"
-            lines.append([str(arm), *rates, f"{row['trained']:.3f}", f"{row['left_out']:.3f}"])
-    if len(lines) > 1:
-        found["tune"] = lines
+    for part in PARTS:
+        groups: dict[Job, list[Row]] = {}
+        for row in rows:
+            if row["part"] == part:
+                groups.setdefault(job_of(row)._replace(chip=0), []).append(row)
+        if groups:
+            found[part] = [_HEADS[part], *(_line(job, own) for job, own in groups.items())]
     return found
+
+
+_NUMBERS, _ABOVE = ["numbers", "% of the weights"], ["chips", "nats above digital", "95 % interval"]
+_HEADS: dict[Part, list[str]] = {
+    "main": ["corrections", *_NUMBERS, *_ABOVE],
+    "more": ["corrections", *_NUMBERS, *_ABOVE],
+    "text": ["corrections", "text", "tokens", *_ABOVE],
+    "chips": ["chip", "corrections", "computed on", *_ABOVE],
+    "transfer": ["task", "corrections", "chips", "digital, %", "exact match, %", "95 % interval"],
+    "tune": ["corrections", "text", "tokens", "rate", "rate of low rank", "KL on trained text", "KL on text left out"],
+}
+
+
+def _line(job: Job, rows: Sequence[Row]) -> list[str]:
+    """Return the line of one kind of rows, with means over chips."""
+
+    def mean(name: str) -> float:
+        return statistics.fmean(row[name] for row in rows)
+
+    def over_chips(values: Sequence[float], digits: int) -> list[str]:
+        ends = over_tasks(values)
+        between = "-" if ends is None else f"{ends.low:.{digits}f} to {ends.high:.{digits}f}"
+        return [f"{statistics.fmean(values):.{digits}f}", between]
+
+    count, arm, text = str(len(rows)), job.arm, [job.text, f"{job.tokens:,}"]
+    if job.part == "tune":
+        rates = f"{arm.rate:g}" if arm.method != "lora" else "-", "-" if arm.share is None else f"{arm.rate_low_rank:g}"
+        return [str(arm), *text, *rates, f"{mean('trained'):.3f}", f"{mean('left_out'):.3f}"]
+    if job.part == "transfer":
+        matches = over_chips([row["exact_match"] for row in rows], 1)
+        return [job.task, str(arm), count, f"{mean('digital_exact_match'):.1f}", *matches]
+    above = [count, *over_chips([row["loss"] - row["digital"] for row in rows], 3)]
+    if job.part == "text":
+        return [str(arm), *text, *above]
+    if job.part == "chips":
+        return [label(job), str(arm), "-" if arm == NONE else job.source, *above]
+    return [str(arm), f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
+
+
+def label(job: Job) -> str:
+    """Return the setting and the task of a job in words."""
+    setting, found = job.setting, [] if not job.task else [job.task]
+    if setting.error:
+        found.append(f"error {100 * setting.error:g} %")
+    if setting.bits is not None:
+        found.append(f"{setting.bits}-bit ADCs")
+    if setting.read_noise:
+        found.append(f"read noise {100 * setting.read_noise:g} %")
+    if setting.drift is not None:
+        ages = {0.0: "age 0", _MONTH: "one month", _YEAR: "one year", 10 * _YEAR: "ten years"}
+        found.append(f"{ages[setting.drift]}{', compensated' if setting.compensate else ''}")
+    return ", ".join(found)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
