@@ -12,6 +12,7 @@ continues with the next row.
 """
 
 import dataclasses
+import hashlib
 import math
 import statistics
 import sys
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import _script
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from lab.common import ROOT, append_line, read_lines, write_csv
@@ -53,6 +55,7 @@ from lorafusion_jax.hardware.on_arrays import module_numbers, without_merged_poo
 from lorafusion_jax.hardware.program import Restored, program
 from lorafusion_jax.hardware.restore import Restoring, distil, divergence, restore
 from lorafusion_jax.hardware.restored import digital_matrices, logits_of_base, prepared, sampled, windows
+from lorafusion_jax.io import arrays
 from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.report.statistics import over_tasks
 from lorafusion_jax.runs.evaluate import evaluate
@@ -201,7 +204,7 @@ class Options:
       chips: numbers of the chips of the rows of `main`, `more` and `transfer`.
       tasks: folder of the function-vector data sets, for rows of `transfer`.
       unseen: names of the tasks of `transfer`.
-      runs: folder of the fusions that `transfer` trains.
+      runs: folder of corrections, and of the fusions that `transfer` trains.
       out: folder of results; rows that are there are not measured again.
       plan: print what is missing and its time, and measure nothing.
     """
@@ -239,7 +242,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     fusions = fused(options) if any(job.part == "transfer" for job in missing) else {}
-    for number, row in enumerate(measured(missing, fusions), start=1):
+    for number, row in enumerate(measured(missing, fusions, options.runs / "corrections"), start=1):
         rows.append(row | environment())
         append_line(file, rows[-1])
         found = {name: round(row[name], 4) for name in ("loss", "digital", "left_out", "exact_match") if name in row}
@@ -262,7 +265,7 @@ def jobs(options: Options) -> Iterator[Job]:
         for arms in (FIRST, MAIN):
             yield from (Job("main", Setting(), chip, arm) for chip in options.chips for arm in arms)
     if "more" in options.rows:
-        yield from (Job("more", Setting(), chip, arm, "sampled", SAMPLED) for chip in options.chips for arm in MORE)
+        yield from (Job("more", Setting(), chip, arm, "sampled", SAMPLED) for arm in MORE for chip in options.chips)
     if "chips" in options.rows:
         yield from (Job("chips", *of_chip) for of_chip in OTHER_CHIPS)
     if "transfer" in options.rows:
@@ -284,10 +287,13 @@ def job_of(row: Row) -> Job:
 
 
 class Bench:
-    """The digital model, its texts, and the last chip; `fusions` are folders of fused runs by task."""
+    """The digital model, its texts, and the last chip.
 
-    def __init__(self, fusions: dict[str, Path]):
-        self.fusions = fusions
+    `fusions` are folders of fused runs by task, and `corrected` is a folder of corrections, which rows share.
+    """
+
+    def __init__(self, fusions: dict[str, Path], corrected: Path):
+        self.fusions, self.corrected = fusions, corrected
         self.loaded = load_model(FuseOptions(base=str(base()), task="", method="zero-shot"))
         self.digital = self.loaded.problem.frozen.base
         self.run = logits_of_base(self.loaded.problem.graph)
@@ -296,9 +302,7 @@ class Bench:
         self.samples: dict[int, list[int]] = {}
         self.at: Any = None
         self.programmed: Any = None
-        # The last closed form and the last corrections, because several rows share them.
-        self.closed: dict[Any, dict[str, Correction]] = {}
-        self.made: dict[Any, dict[str, Correction]] = {}
+        self.closed: dict[Any, dict[str, Correction]] = {}  # the last one, because several rows start from it
 
         def losses(weights: Any, batch: Batch) -> Any:
             return -log_likelihood(self.run(weights, batch), batch.labels)
@@ -333,8 +337,11 @@ class Bench:
         setting = job.setting._replace(drift=0.0) if job.source == "age 0" else job.setting
         config = prepared(setting.config()) if job.source == "prepared" else setting.config()
         of_text = (setting, job.source == "prepared", job.chip, job.text, job.tokens)
-        if (wanted := (*of_text, job.arm)) in self.made:
-            return self.made[wanted]
+        wanted = hashlib.sha256(repr((*of_text, job.arm)).encode()).hexdigest()[:16]
+        folder = self.corrected / wanted
+        if folder.exists():
+            tree, _ = arrays.load(folder, what="corrections")
+            return {site: Correction(**jax.tree.map(jnp.asarray, parts)) for site, parts in tree.items()}
         weights, batches = self.chip(config, job.chip), self.text(job)
         held, targets = digital_matrices(self.loaded, weights), [self.logits(self.digital, b) for b in batches]
         arm = how(job.arm, held)
@@ -349,7 +356,8 @@ class Bench:
             found = self.closed[start]
             if job.arm.epochs:
                 found = distil(self.run, weights, found, batches, targets, arm)
-        self.made = {wanted: found}
+        parts = {site: {name: part for name, part in vars(c).items() if part is not None} for site, c in found.items()}
+        arrays.save(folder, parts, {"job": repr(job)})
         return found
 
     def held_out(self, weights: Any) -> list[float]:
@@ -387,11 +395,11 @@ class Bench:
         }
 
 
-def measured(missing: Sequence[Job], fusions: dict[str, Path]) -> Iterator[Row]:
+def measured(missing: Sequence[Job], fusions: dict[str, Path], corrected: Path) -> Iterator[Row]:
     """Yield a row for each job."""
     if not missing:
         return
-    bench = Bench(fusions)
+    bench = Bench(fusions, corrected)
     digital = bench.held_out(bench.digital)
     for job in missing:
         began = time.process_time()
