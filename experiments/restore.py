@@ -39,6 +39,7 @@ from lorafusion_jax.crossbar import (
     CrossbarConfig,
     Independent,
     ReadNoise,
+    WriteVerify,
     calibrate_tree,
     chips_in,
     config_hash,
@@ -99,13 +100,14 @@ class Arm(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What the model is on: programming error, bits of the ADC, read noise, age, compensation."""
+    """What the model is on: programming error, bits of the ADC, read noise, age, compensation, tolerance of writes."""
 
     error: float = 0.03
     bits: int | None = None
     read_noise: float = 0.0
     drift: float | None = None
     compensate: bool = False
+    verify: float | None = None
 
     def config(self) -> CrossbarConfig:
         config = load_config(EXAMPLES / "chip.yaml")
@@ -114,6 +116,7 @@ class Setting(NamedTuple):
         device = dataclasses.replace(
             config.device,
             programming=Independent(self.error) if self.error else None,
+            write_verify=None if self.verify is None else WriteVerify(self.verify),
             read_noise=ReadNoise(self.read_noise) if self.read_noise else None,
             drift=None if self.drift is None else PCM_DRIFT,
             time=self.drift,
@@ -182,6 +185,7 @@ def _other_chips() -> Iterator[tuple[Any, ...]]:
     yield Setting(0.05), 1, *best
     yield from _of_age(10 * _YEAR, compensate=False)
     yield from ((Setting(0.0, 5), 1, arm) for arm in (NONE, SCALES, FEW))
+    yield from ((Setting(verify=tolerance), 1, NONE) for tolerance in (0.02, 0.015))
     yield from _of_age(10 * _YEAR, compensate=True)
     for age in (_YEAR, _MONTH):
         yield from (one for on in (False, True) for one in _of_age(age, compensate=on))
@@ -416,6 +420,10 @@ def measured(missing: Sequence[Job], fusions: dict[str, Path], corrected: Path) 
         else:
             found = bench.held_out(weights)
             more = {"loss": statistics.fmean(found), "window_losses": found}
+        if job.setting.verify is not None:
+            of_chips = chips_in(weights)
+            sizes = [math.prod(chip.shape) for chip in of_chips]
+            more["pulses"] = float(np.average([np.mean(chip.pulses) for chip in of_chips], weights=sizes))
         yield {
             "part": job.part,
             "setting": job.setting._asdict(),
@@ -524,6 +532,8 @@ def label(job: Job) -> str:
     setting, found = job.setting, [] if not job.task else [job.task]
     if setting.error:
         found.append(f"error {100 * setting.error:g} %")
+    if setting.verify is not None:
+        found.append(f"verified to {100 * setting.verify:g} %")
     if setting.bits is not None:
         found.append(f"{setting.bits}-bit ADCs")
     if setting.read_noise:

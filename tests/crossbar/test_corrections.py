@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+import lorafusion_jax as lf
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, Cell, Correction, CrossbarConfig, Device, Independent, Mapping
+from lorafusion_jax.crossbar import flax as crossbar_flax
 
 _ANALOG = {"cell": Cell(bits=None), "mapping": Mapping(weight_bits=None), "dac": None}
 _NOISY = CrossbarConfig(**_ANALOG, device=Device(programming=Independent(0.05)))
@@ -153,6 +156,38 @@ def test_gradients_reach_corrections_and_inputs():
     up, down = (loss(jax.tree.map(lambda c, d, s=s: c + s * d, corrections, direction)) for s in (1e-3, -1e-3))
     along = sum(float(jnp.sum(leaf)) for leaf in jax.tree.leaves(gradient))
     np.testing.assert_allclose(along, (up - down) / 2e-3, rtol=2e-2)
+
+
+def test_scales_of_noisy_reads_bring_outputs_closer():
+    noisy = CrossbarConfig(**_ANALOG, device=Device(programming=Independent(0.05), read_noise=crossbar.ReadNoise(0.02)))
+    chips, x = _chips(noisy), jax.random.normal(jax.random.key(9), (30, 8))
+    corrected = crossbar.with_corrections(chips, _fit(chips))
+    errors = []
+    for tree in (chips, corrected):
+        outputs = [_run(crossbar.reads(tree, number), x) for number in range(10, 20)]  # the fit has read 0 and 1
+        assert not np.array_equal(outputs[0], outputs[1])
+        errors.append(np.mean(np.square(np.stack(outputs) - np.asarray(_run(_WEIGHTS, x)))))
+    assert errors[1] < 0.9 * errors[0]
+    jax.tree.map(np.testing.assert_array_equal, _fit(chips), _fit(chips))
+
+
+def test_a_converted_flax_model_is_restored():
+    digital = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(16, 5, rngs=nnx.Rngs(1)))
+    on_arrays = crossbar_flax.convert(digital, {"*": _NOISY}, jax.random.key(3))
+    graph, weights = nnx.split(on_arrays)
+
+    def run(weights, x):
+        return nnx.merge(graph, weights)(x)
+
+    inputs = [jax.random.normal(jax.random.key(n), (20, 8)) for n in range(6)]
+    kernels = {crossbar.place(chip): chip for chip in crossbar.chips_in(weights)}
+    matrices = [digital.layers[int(name.split(".")[1])].kernel[...] for name in kernels]
+    targets = [digital(x) for x in inputs]
+    found = lf.restore(run, weights, matrices, inputs[:-1], targets[:-1])
+    restored = crossbar.with_corrections(weights, found)
+    before, after = (float(jnp.mean(jnp.square(run(tree, inputs[-1]) - targets[-1]))) for tree in (weights, restored))
+    assert after < 0.8 * before
+    assert sum(correction.numbers() for correction in found.values()) == 16 + 5
 
 
 def test_fewer_vectors_than_inputs_warn_of_the_ridge():

@@ -14,6 +14,9 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar
 from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
+from lorafusion_jax.estimates.bill import CostOptions
+from lorafusion_jax.estimates.bill.methods import base_matrices
+from lorafusion_jax.estimates.params import shape_config
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.restore import Restoring, divergence, restore
@@ -211,6 +214,11 @@ def test_the_cost_of_corrections_is_in_the_bill(home, tmp_path, capsys):
     of_one = CONSTANTS["mac_energy"].typical + CONSTANTS["word_energy"].typical
     assert bill["token"][1] == pytest.approx(made["numbers"] * of_one)
     assert bill["once"][1] > bill["base_token"][1]
+    # The model's one layer in the arrays of the default configuration, each cell written once.
+    matrices = base_matrices(shape_config(CostOptions.shape))
+    written = [crossbar.counts(matrix, crossbar.load_config(CostOptions.crossbar)) * n for matrix, n in matrices]
+    energy = crossbar.write_cost(sum(written, start=crossbar.Counts())).energy
+    assert bill["rewriting"]["energy"] == pytest.approx([energy.low, energy.typical, energy.high])
 
 
 def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):

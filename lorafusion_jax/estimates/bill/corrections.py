@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from ...crossbar import CONSTANTS, Constants, Counts, CrossbarConfig, Range, counts, read_energy
+from ...crossbar import CONSTANTS, Constants, Counts, CrossbarConfig, Range, WriteCost, counts, read_energy, write_cost
 from ...models.architecture import Architecture
 from .activity import Work
 from .bill import training_energy
@@ -17,12 +17,14 @@ class CorrectionBill(NamedTuple):
       numbers: digital numbers; each is one multiply-add, and one 32-bit word that is read, per token.
       token: energy that they add to a token, in J, and `base_token` that of the base's reads.
       once: energy of computing them, in J.
+      rewriting: cost of the alternative, to write all cells of the base once more with write-verify.
     """
 
     numbers: int
     token: Range
     base_token: Range
     once: Range
+    rewriting: WriteCost
 
 
 def correction_bill(
@@ -51,4 +53,5 @@ def correction_bill(
         token=(constants["mac_energy"] + constants["word_energy"]) * numbers,
         base_token=read_energy(of_token, crossbar, constants).total,
         once=training_energy(once, crossbar, constants),
+        rewriting=write_cost(of_token, constants),
     )
