@@ -77,7 +77,7 @@ COST = {"none": 20, "closed": 150, "distilled": 300}
 Row = dict[str, Any]
 Part = Literal["main", "more", "text", "chips", "transfer", "tune"]
 PARTS: tuple[Part, ...] = get_args(Part)
-Kind = Literal["real", "sampled"]
+Kind = Literal["real", "sampled", "continued"]
 # The chip that corrections are computed on: the chip itself, at age 0, or one whose cells drift otherwise.
 Source = Literal["itself", "age 0", "prepared"]
 SOURCES: tuple[Source, ...] = ("age 0", "prepared", "itself")
@@ -269,7 +269,9 @@ def jobs(options: Options) -> Iterator[Job]:
         for arms in (FIRST, MAIN):
             yield from (Job("main", Setting(), chip, arm) for chip in options.chips for arm in arms)
     if "more" in options.rows:
-        yield from (Job("more", Setting(), chip, arm, "sampled", SAMPLED) for arm in MORE for chip in options.chips)
+        for arm in MORE:
+            of_text = ("continued", "sampled") if arm == MORE[0] else ("continued",)
+            yield from (Job("more", Setting(), chip, arm, text, SAMPLED) for text in of_text for chip in options.chips)
     if "chips" in options.rows:
         yield from (Job("chips", *of_chip) for of_chip in OTHER_CHIPS)
     if "transfer" in options.rows:
@@ -303,7 +305,7 @@ class Bench:
         self.run = logits_of_base(self.loaded.problem.graph)
         self.logits = jax.jit(self.run)
         self.texts = read_texts(self.loaded)
-        self.samples: dict[int, list[int]] = {}
+        self.samples: dict[Any, list[int]] = {}
         self.at: Any = None
         self.programmed: Any = None
         self.closed: dict[Any, dict[str, Correction]] = {}  # the last one, because several rows start from it
@@ -328,10 +330,11 @@ class Bench:
     def text(self, job: Job) -> list[Batch]:
         """Return the calibration text of a job in windows."""
         ids = self.texts.real
-        if job.text == "sampled":
-            if job.tokens not in self.samples:
-                self.samples = {job.tokens: sampled(self.loaded, job.tokens, seed=0)}
-            ids = self.samples[job.tokens]
+        if job.text != "real":
+            if (of_text := (job.text, job.tokens)) not in self.samples:
+                real = ids[:CALIBRATION] if job.text == "continued" else []
+                self.samples = {of_text: real + sampled(self.loaded, job.tokens - len(real), 0, real)}
+            ids = self.samples[of_text]
         if len(ids) < job.tokens:
             raise ValueError(f"the text has {len(ids)} tokens, fewer than {job.tokens}")
         return windows(ids[: job.tokens], WINDOW)
@@ -493,7 +496,7 @@ def tables(rows: Sequence[Row]) -> dict[Part, list[list[str]]]:
 _NUMBERS, _ABOVE = ["numbers", "% of the weights"], ["chips", "nats above digital", "95 % interval"]
 _HEADS: dict[Part, list[str]] = {
     "main": ["corrections", *_NUMBERS, *_ABOVE],
-    "more": ["corrections", *_NUMBERS, *_ABOVE],
+    "more": ["corrections", "text", *_NUMBERS, *_ABOVE],
     "text": ["corrections", "text", "tokens", *_ABOVE],
     "chips": ["chip", "corrections", "computed on", *_ABOVE],
     "transfer": ["task", "corrections", "chips", "digital, %", "exact match, %", "95 % interval"],
@@ -524,7 +527,8 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
         return [str(arm), *text, *above]
     if job.part == "chips":
         return [label(job), str(arm), "-" if arm == NONE else job.source, *above]
-    return [str(arm), f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
+    named = [str(arm), job.text] if job.part == "more" else [str(arm)]
+    return [*named, f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
 
 
 def label(job: Job) -> str:

@@ -46,6 +46,7 @@ _WHAT = "a folder of corrections"
 _RANGES = ("limits", "input_limit")
 # Most tokens of a row of text; a last share of the rows is left out of the training, to measure on.
 WINDOW, _MEASURED = 128, 8
+_PROMPT = 16  # tokens of a text that a sample continues
 # Tokens that a causal model samples by default; lines in a batch of another model, and most tokens of its answers.
 _SAMPLED, _LINES, _ANSWER = 3072, 16, 32
 
@@ -296,19 +297,29 @@ def windows(ids: Sequence[int], width: int) -> list[Batch]:
     return [Batch(row[:, :1], first, row[:, 1:], alone) for row in rows]
 
 
-def sampled(loaded: LoadedModel, tokens: int, seed: int) -> list[int]:
-    """Return text that a causal model samples from itself at temperature 1, from its end-of-text token on.
+def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = ()) -> list[int]:
+    """Return text that a causal model samples from itself at temperature 1, in rows of `WINDOW` tokens.
 
-    Rows have `WINDOW` tokens, and each begins with that token.
+    Rows continue 16 tokens of the text, from a random place in it. Without a text, they continue the end-of-text token.
+    What follows the end of an answer is `IGNORED`.
     """
     rows = -(-tokens // WINDOW)
-    end = loaded.config.end_ids[0]
+    start = np.full((rows, 1), loaded.config.end_ids[0], np.int32)
+    if len(text):
+        places = np.random.default_rng(seed).integers(0, len(text) - _PROMPT + 1, rows)
+        start = np.stack([np.asarray(text[place : place + _PROMPT], np.int32) for place in places])
     keys = jax.random.split(jax.random.key(seed), rows)
-    model, start = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base), jnp.full((rows, 1), end, jnp.int32)
+    model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     new = jax.jit(
-        functools.partial(generate, max_new_tokens=WINDOW - 1, sampling=Sampling(temperature=1.0)),
-    )(model, start, jnp.ones_like(start, bool), row_keys=keys)
-    return np.concatenate([start, np.asarray(new)], axis=1).reshape(-1).tolist()
+        functools.partial(generate, max_new_tokens=WINDOW - start.shape[1], sampling=Sampling(temperature=1.0)),
+    )(model, jnp.asarray(start), jnp.ones_like(start, bool), row_keys=keys)
+    return np.concatenate([start, _until_the_end(loaded, new)], axis=1).reshape(-1).tolist()
+
+
+def _until_the_end(loaded: LoadedModel, tokens: Array) -> np.ndarray:
+    """Return generated tokens with `IGNORED` behind the first that ends an answer."""
+    ended = np.cumsum(np.isin(tokens, loaded.config.end_ids), axis=1)
+    return np.where(np.pad(ended, [(0, 0), (1, 0)])[:, :-1] > 0, IGNORED, np.asarray(tokens))
 
 
 def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
@@ -319,9 +330,8 @@ def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
     found = []
     for numbers, batch in eval_batches(encoded, _LINES, pad_id=tokenizer.pad_token_id):
         tokens = answer(model, batch.input_ids, batch.input_mask)
-        ended = jnp.cumsum(jnp.isin(tokens, jnp.array(loaded.config.end_ids)), axis=1)
-        behind = (jnp.pad(ended, [(0, 0), (1, 0)])[:, :-1] > 0) | (numbers < 0)[:, None]
-        found.append(batch._replace(labels=jnp.where(behind, IGNORED, tokens)))
+        labels = np.where((numbers < 0)[:, None], IGNORED, _until_the_end(loaded, tokens))
+        found.append(batch._replace(labels=labels))
     return [jax.tree.map(jnp.asarray, batch) for batch in found]
 
 
