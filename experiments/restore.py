@@ -182,8 +182,8 @@ def _other_chips() -> Iterator[tuple[Any, ...]]:
     """Yield setting, chip, arm, text, tokens and source; those of the design's goals come first."""
     best = (BEST, "sampled", SAMPLED)
     yield from ((Setting(0.05), 1, arm) for arm in (NONE, SCALES))
-    yield Setting(0.05), 1, *best
     yield from _of_age(10 * _YEAR, compensate=False)
+    yield Setting(0.05), 1, *best
     yield from ((Setting(0.0, 5), 1, arm) for arm in (NONE, SCALES, FEW))
     yield from ((Setting(verify=tolerance), 1, NONE) for tolerance in (0.02, 0.015))
     yield from _of_age(10 * _YEAR, compensate=True)
