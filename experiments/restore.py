@@ -269,8 +269,8 @@ def jobs(options: Options) -> Iterator[Job]:
             yield from (Job("main", Setting(), chip, arm) for chip in options.chips for arm in arms)
     if "more" in options.rows:
         for arm in MORE:
-            of_text = ("continued", "sampled") if arm == MORE[0] else ("continued",)
-            yield from (Job("more", Setting(), chip, arm, text, SAMPLED) for text in of_text for chip in options.chips)
+            texts: tuple[Kind, ...] = ("continued", "sampled") if arm == MORE[0] else ("continued",)
+            yield from (Job("more", Setting(), chip, arm, text, SAMPLED) for text in texts for chip in options.chips)
     if "chips" in options.rows:
         yield from (Job("chips", *of_chip) for of_chip in OTHER_CHIPS)
     if "transfer" in options.rows:
@@ -425,7 +425,7 @@ def measured(missing: Sequence[Job], fusions: dict[str, Path], corrected: Path) 
         if job.setting.verify is not None:
             of_chips = chips_in(weights)
             sizes = [math.prod(chip.shape) for chip in of_chips]
-            more["pulses"] = float(np.average([np.mean(chip.pulses) for chip in of_chips], weights=sizes))
+            more["pulses"] = float(np.average([np.mean(np.asarray(chip.pulses)) for chip in of_chips], weights=sizes))
         yield {
             "part": job.part,
             "setting": job.setting._asdict(),

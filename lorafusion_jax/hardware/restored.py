@@ -51,13 +51,18 @@ _PROMPT = 16  # tokens of a text that a sample continues
 _SAMPLED, _LINES, _ANSWER = 3072, 16, 32
 
 
-class Settings(TypedDict):
-    """What the corrections of one chip were computed from; `text` is the digest of the files, or `sampled`."""
+class ChipSettings(TypedDict):
+    """Settings that corrections share with the chips that they are put on."""
 
     base_sha256: str
     config_sha256: str
     key: list[int]
     digital: list[str]
+
+
+class Settings(ChipSettings):
+    """Settings that the corrections of one chip were computed from; `text` is the files' digest, or `sampled`."""
+
     age: str | None
     prepared: bool
     method: Method
@@ -167,10 +172,14 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     content = "\n".join(path.read_text(encoding="utf-8") for path in options.text)
     settings: Settings = {
         **_of_chips(chips, digests(loaded, fuse)["base"]),
-        **same,
         "age": options.age,
         "prepared": options.prepared,
+        "method": options.method,
         "rank": options.rank if low_rank else 0.0,
+        "epochs": options.epochs,
+        "rate": options.rate,
+        "rate_low_rank": options.rate_low_rank,
+        "seed": options.seed,
         "text": hashlib.sha256(content.encode()).hexdigest() if options.text else "sampled",
         "tokens": options.tokens if options.text else options.self_text or _SAMPLED,
     }
@@ -335,8 +344,7 @@ def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
     return [jax.tree.map(jnp.asarray, batch) for batch in found]
 
 
-def _of_chips(chips: Chips, base_sha256: str) -> dict[str, Any]:
-    """Return the settings that corrections and the chips that they are put on must share."""
+def _of_chips(chips: Chips, base_sha256: str) -> ChipSettings:
     return {
         "base_sha256": base_sha256,
         "config_sha256": config_hash(chips.config),
