@@ -182,7 +182,7 @@ def _other_chips() -> Iterator[tuple[Any, ...]]:
     """Yield setting, chip, arm, text, tokens and source; those of the design's goals come first."""
     yield from ((Setting(0.05), 1, arm) for arm in (NONE, SCALES))
     yield from _of_age(10 * _YEAR, compensate=False)
-    yield Setting(0.05), 1, *BEST
+    yield Setting(0.05), 1, FIRST[1]
     yield from ((Setting(verify=tolerance), 1, NONE) for tolerance in (0.02, 0.015))
     yield from ((Setting(0.0, 5), 1, arm) for arm in (NONE, SCALES, FEW))
     yield from _of_age(10 * _YEAR, compensate=True)
@@ -190,6 +190,7 @@ def _other_chips() -> Iterator[tuple[Any, ...]]:
         yield from (one for on in (False, True) for one in _of_age(age, compensate=on))
     for error in (0.0, 0.03):
         yield from ((Setting(error, 6), 1, arm) for arm in (NONE, SCALES, FEW))
+    yield Setting(0.05), 1, *BEST
     for setting in (Setting(0.0, read_noise=0.01), Setting(0.01)):
         yield from ((setting, 1, arm) for arm in (NONE, SCALES))
         yield setting, 1, *BEST

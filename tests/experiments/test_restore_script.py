@@ -31,6 +31,26 @@ def test_means_and_intervals_over_chips():
     assert experiment.tables(rows)["main"][1] == ["scales, distilled", "10", "1.00", "3", "0.200", "-0.048 to 0.448"]
 
 
+def test_ages_and_sources_of_corrections_are_told_apart():
+    old = experiment.Setting(0.0, drift=10 * 365 * 86_400.0, compensate=True)._asdict()
+    rows = [_row(1, experiment.Arm("scales"), loss) | {"part": "chips", "setting": old} for loss in (3.1, 3.4)]
+    rows[0]["source"] = "prepared"
+    table = experiment.tables(rows)["chips"]
+    assert [line[:3] + line[4:5] for line in table[1:]] == [
+        ["ten years, compensated", "scales, closed form", "prepared", "0.100"],
+        ["ten years, compensated", "scales, closed form", "itself", "0.400"],
+    ]
+
+
+def test_matches_of_fusions_are_means_over_chips():
+    of_task = {"part": "transfer", "task": "sentiment", "digital_exact_match": 80.0}
+    arm = experiment.Arm("lora", 0.01, 2)
+    rows = [_row(chip, arm, 3.1) | of_task | {"exact_match": 70.0 + chip} for chip in (1, 2, 3)]
+    assert experiment.tables(rows)["transfer"][1] == [
+        "sentiment", "low rank 1 %, distilled", "3", "80.0", "72.0", "69.5 to 74.5"
+    ]  # fmt: skip
+
+
 def test_the_page_has_the_tables_of_its_rows():
     rows = read_lines(_PAGE.parent / "restore" / "rows.jsonl")
     for part, lines in experiment.tables(rows).items():
