@@ -12,6 +12,7 @@ _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 # Each subcommand is a module of this folder.
 COMMANDS = {
     "convert": "PEFT adapters -> a pool on disk",
+    "forecast": "whether a pool is worth fusing for a task, before anything is trained",
     "fuse": "train coefficients and magnitudes on a task, evaluate by generation",
     "evaluate": "fused runs on a task, digitally or on simulated ReRAM arrays",
     "compare": "runs on the same test rows: means with intervals, and paired differences",

@@ -1,53 +1,18 @@
-"""Modules chosen by one backward pass: the gradient against finite differences, and runs that choose by it."""
+"""Runs whose modules are chosen by one backward pass."""
 
 import dataclasses
-import functools
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import one_block
 import pytest
 import recipes
-import tiny
 
 import lorafusion_jax as lf
-from lorafusion_jax.runs import ranking
+from lorafusion_jax.runs.descent import gradients_at_zero
 from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import run_path
-
-_INDEX = jnp.array([2, 0])
-
-
-@pytest.fixture(scope="module")
-def frozen():
-    return tiny.frozen(tiny.t5())
-
-
-def _gradient(problem, params):
-    """The gradient that ranks, for one seed."""
-    seeds, batch = jax.tree.map(lambda a: jnp.asarray(a)[None], (params, tiny.batch()))
-    return ranking.coefficient_gradients(seeds, batch, problem.replace(index=problem.index[None]))[0]
-
-
-def _at_zero(problem):
-    params = problem.init(jax.random.key(0))
-    return params | {"coefficients": jnp.zeros_like(params["coefficients"])}
-
-
-def test_the_gradient_that_ranks_equals_finite_differences(frozen):
-    problem = tiny.problem(lf.Fusion(), frozen, _INDEX)
-    got = _gradient(problem, _at_zero(problem))
-    # At c = 0 magnitudes rescale nothing, and their norm counts as constant: the oracle has no magnitudes.
-    loss = functools.partial(jax.jit(tiny.loss), of=problem.replace(method=lf.Fusion(magnitudes=False)))
-    wanted, eps = np.zeros(got.shape), 3e-3
-    for place in np.ndindex(*got.shape):
-        moved = jnp.zeros(got.shape).at[place].set(eps)
-        wanted[place] = (loss({"coefficients": moved}) - loss({"coefficients": -moved})) / 2 / eps
-    np.testing.assert_allclose(got, wanted, atol=2e-3 * np.abs(wanted).max())
-    assert np.all(np.asarray(got)[1, 3:] == 0) and np.all(np.abs(got)[0] > 0)  # module 0 has no decoder sites
 
 
 def _options(folder: Path, **changes) -> lf.FuseOptions:
@@ -67,7 +32,8 @@ def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
     options, results = ranked
     setup = prepare(options)
     assert [len(modules) for modules in setup.modules] == [26, 26]
-    gradient = np.asarray(ranking.gradients_at_zero(setup, options.seeds, batch_size=32)).sum(axis=2)
+    batches = gradients_at_zero(setup.problem, options.seeds, setup.rows.once(32))
+    gradient = sum(of_batch for _, of_batch in batches).sum(axis=2)
     for seed, modules, descent in zip(results["seeds"], setup.modules, -gradient, strict=True):
         assert seed["modules"] == [modules[i] for i in np.argsort(-descent)[:3]]
         # 95 rows trained once and ranked once, 5 validated.

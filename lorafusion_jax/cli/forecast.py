@@ -1,0 +1,74 @@
+"""`lorafusion forecast`: print whether a pool is worth fusing for a task, before anything is trained."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..files import one_line, write_text
+from ..report import plot_descent
+from ..runs.advantage import LEVEL
+from ..runs.forecast import Forecast, ForecastOptions, forecast
+from ..text_tables import plain
+from .parsing import parse
+
+GROUPS = {
+    "data and base": ("base", "pool", "task", "prompt", "input", "target", "chat", "train_rows"),
+    "forecast": ("calibrate", "composition", "draws"),
+    "run": ("plot", "json"),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the modules by descent, the forecast with its interval, and one sentence."""
+    options = parse(ForecastOptions, arguments, "forecast", groups=GROUPS)
+    found = forecast(options)
+    print(report(found))
+    if options.plot is not None:
+        options.plot.parent.mkdir(parents=True, exist_ok=True)
+        plot_descent(found.modules, found.descent.modules, found.descent.rotated, options.plot, title=found.task)
+        print(f"written to {options.plot}")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        write_text(options.json, json.dumps(_content(found), indent=1) + "\n")
+        print(f"written to {options.json}")
+
+
+def report(found: Forecast) -> str:
+    """Return the modules by descent, the greatest first, and the forecast."""
+    descent = found.descent
+    lines = [["module", "descent", "rotated", "ratio"]]
+    for n in np.argsort(-descent.modules, kind="stable").tolist():
+        own, copy = descent.modules[n], descent.of_copies[n]
+        lines.append([found.modules[n], f"{own:.4f}", f"{copy:.4f}", f"{own / copy:.2f}" if copy else "-"])
+    texts = [
+        one_line(
+            f"{found.task}: {descent.rows} training rows, loss of the base {descent.loss:.3f} nats per answer token"
+        ),
+        plain(lines),
+        f"descent: nats for a unit of a module's coefficients; rotated: root mean square of {len(descent.rotated)} "
+        "rotated copies",
+        f"The descent of the whole pool is {np.exp(descent.log_ratio):.2f} times that of its rotated copies.",
+    ]
+    if found.prediction is not None:
+        value, low, high = found.prediction
+        texts.append(
+            f"Advantage over rotated copies in test loss: {value:.2f} nats per answer token ({LEVEL:.0%} interval "
+            f"{low:.2f} to {high:.2f})."
+        )
+    return "\n".join([*texts, found.verdict])
+
+
+def _content(found: Forecast) -> dict[str, Any]:
+    descent, prediction = found.descent, found.prediction
+    return {
+        "task": found.task,
+        "rows": descent.rows,
+        "loss": descent.loss,
+        "log_ratio": descent.log_ratio,
+        "modules": dict(zip(found.modules, descent.modules.tolist(), strict=True)),
+        "rotated": dict(zip(found.modules, descent.rotated.T.tolist(), strict=True)),
+        "prediction": None if prediction is None else prediction._asdict(),
+        "verdict": found.verdict,
+    }

@@ -1,0 +1,148 @@
+"""The descent of the loss that modules give, from its gradient in their coefficients at zero.
+
+At zero coefficients a fusion is the base model. The gradient there shows how much a little of each module would help,
+before anything is trained.
+
+Axis letters: N modules of a fusion.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..adapters.pool import LoraPool, rotated_pool
+from ..adapters.updates import Composition
+from ..checks import at_least
+from ..methods.fusion import Fusion
+from ..progress import progress
+from ..tasks import IGNORED, Batch
+from ..training.fit import start
+from ..training.frozen import SEARCH
+from ..training.loss import objective
+from ..training.mesh import on_mesh, to_host
+from ..training.method import Params
+from ..training.problem import Problem, per_seed
+
+
+class Descent(NamedTuple):
+    """Descent of the loss that the modules of a fusion give, and that of their rotated copies.
+
+    The descent of a module is the norm of the loss's gradient in the module's coefficients, where all coefficients are
+    zero: the decrease of the loss for each unit of a small step, in the best direction. A coefficient of 1 is a whole
+    module. A rotated copy keeps the singular values of every update, so both have the same unit.
+
+    Attributes:
+      modules: [N], nats per answer token.
+      rotated: [draws, N], the same for rotated copies.
+      loss: loss of the base model on the rows, in nats per answer token.
+      rows: number of rows.
+    """
+
+    modules: Float[np.ndarray, " N"]
+    rotated: Float[np.ndarray, "draws N"]
+    loss: float
+    rows: int
+
+    @property
+    def of_copies(self) -> Float[np.ndarray, " N"]:
+        """Root mean square over the rotated copies of each module."""
+        return np.sqrt(np.mean(np.square(self.rotated), axis=0))
+
+    @property
+    def log_ratio(self) -> float:
+        """Logarithm of the pool's descent divided by that of its rotated copies, both root mean squares."""
+        pool, copies = (np.mean(np.square(descent)) for descent in (self.modules, self.rotated))
+        return float((np.log(pool) - np.log(copies)) / 2)
+
+
+def descent(problem: Problem, batches: Sequence[Batch], *, key: Array, draws: int = 3) -> Descent:
+    """Return the descent of a pool's modules and of their rotated copies on some rows, by one backward pass for each.
+
+    Args:
+      problem: problem of one seed, whose method is a `Fusion` with the composition `sum`.
+      batches: all rows, each once.
+      key: key of the rotations; draw number d of `rotated_pool` has the key `fold_in(key, d)`.
+      draws: number of rotated copies.
+
+    Raises:
+      ValueError: the method is not such a fusion, the pool does not have whole modules, or there are no rows or draws.
+    """
+    return descent_of(with_copies(problem, key, draws), batches)
+
+
+def with_copies(problem: Problem, key: Array, draws: int) -> list[Problem]:
+    """Return the problem of coefficients alone, and those of rotated copies of its modules; errors as in `descent`."""
+    method, pool = problem.method, problem.frozen.pool
+    if not isinstance(method, Fusion) or not isinstance(pool, LoraPool) or pool.magnitude is not None:
+        raise ValueError("the descent needs a fusion of whole LoRA modules without separate magnitudes (DoRA)")
+    check_sum(method.composition)
+    at_least(1, draws=draws)
+    alone = problem.replace(method=dataclasses.replace(method, magnitudes=False), index=problem.index[None])
+    found = [alone]
+    for draw in progress("rotated copies", range(draws)):
+        # The same names, because others would make it another program.
+        copy = dataclasses.replace(rotated_pool(pool, jax.random.fold_in(key, draw)), names=pool.names)
+        frozen = dataclasses.replace(problem.frozen, pool=on_mesh(copy, problem.config))
+        found.append(alone.replace(frozen=frozen))
+    return found
+
+
+def descent_of(problems: Sequence[Problem], batches: Sequence[Batch]) -> Descent:
+    """Return the descent of modules and copies, as `with_copies` returns them, on some rows."""
+    if not batches:
+        raise ValueError("no rows to compute a descent from: give at least one batch")
+    of_seed = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], batch) for batch in batches]
+    rows = [int(np.sum(batch.row_mask)) for batch in batches]
+    tokens = [int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches]
+    found, losses = [], []
+    for problem in progress("backward passes", problems):
+        entropies, gradients = zip(*gradients_at_zero(problem, (0,), of_seed), strict=True)
+        # The objective of a batch is its cross-entropy divided by its rows.
+        weights = np.multiply(rows, tokens) / sum(tokens)
+        total = np.tensordot(weights, np.stack(gradients)[:, 0], 1)
+        found.append(np.linalg.norm(total.reshape(len(total), -1), axis=1))
+        losses.append(np.average(np.concatenate(entropies), weights=tokens))
+    return Descent(modules=found[0], rotated=np.stack(found[1:]), loss=float(losses[0]), rows=sum(rows))
+
+
+def check_sum(composition: Composition) -> None:
+    """Raise ValueError for a composition whose gradient is zero at zero coefficients."""
+    if composition != "sum":
+        raise ValueError(
+            f"a {composition} has no gradient at zero coefficients, where every module's descent is exactly zero: use "
+            "the composition sum"
+        )
+
+
+def gradients_at_zero(
+    problem: Problem, seeds: tuple[int, ...], batches: Iterable[Batch]
+) -> Iterator[tuple[Float[np.ndarray, " seeds"], Float[np.ndarray, "seeds N *columns"]]]:
+    """Yield the loss of each batch in nats per token, and the gradient of its objective in the coefficients at c = 0.
+
+    Leaves of the batches have a leading axis of seeds.
+    """
+    params = start(problem, seeds).params
+    params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
+    for number, batch in enumerate(batches):
+        read = problem.read(SEARCH, number)
+        yield to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read))
+
+
+@per_seed
+def coefficient_gradients(
+    params: Params, batch: Batch, problem: Problem
+) -> tuple[Float[Array, ""], Float[Array, "N *columns"]]:
+    """Return the cross-entropy of a batch, in nats per token, and the gradient of the objective in the coefficients."""
+
+    def loss(coefficients: Array) -> tuple[Array, Array]:
+        moved = params | {"coefficients": coefficients}
+        value, metrics = objective(moved, batch, problem, jnp.float32(0))
+        return value, metrics["cross_entropy"]
+
+    (_, entropy), gradient = jax.value_and_grad(loss, has_aux=True)(params["coefficients"])
+    return entropy, gradient
