@@ -11,7 +11,8 @@ import json
 import math
 import os
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,7 +35,7 @@ from ..checks import at_least
 from ..io.hf import open_base
 from ..models.generate import GREEDY, Sampling
 from ..progress import progress
-from ..runs.predict import begin_answers, draw_keys, next_tokens
+from ..runs.rows import draw_keys, generate_rows
 from ..tasks import IGNORED, Batch, Encoded, decode, eval_batches
 from ..tasks.chat_template import render
 from ..training.frozen import GENERATION, OPTIONS
@@ -217,13 +218,9 @@ class HarnessLM(TemplateLM):
         with progress("answers", len(requests)) as bar:
             for plan, places in plans:
                 longest = self.max_length - (plan.new_tokens if self.backend == "causal" else 0)
-                prompts = [self.tok_encode(asked[place][0])[-longest:] for place in places]
-                for numbers, batch in self._batches([(prompt or [self.prefix_token_id], []) for prompt in prompts], 1):
-                    texts = self._generated(batch, plan, numbers)
-                    for number, text in zip(numbers, texts, strict=True):
-                        if number >= 0:
-                            found[places[number]] = postprocess_generated_text(text, plan.until, None)
-                            bar.update()
+                prompts = [self.tok_encode(asked[place][0])[-longest:] or [self.prefix_token_id] for place in places]
+                for place, text in zip(places, self._generated(prompts, plan, bar.update), strict=True):
+                    found[place] = postprocess_generated_text(text, plan.until, None)
         for arguments, text in zip(asked, found, strict=True):
             self.cache_hook.add_partial("generate_until", arguments, text)
         return found
@@ -247,35 +244,47 @@ class HarnessLM(TemplateLM):
             )
         return _Plan(new_tokens, until, Sampling(**sampling) if draws else GREEDY)
 
-    def _generated(self, batch: Batch, plan: _Plan, numbers: Int[np.ndarray, " B"]) -> list[str]:
+    def _generated(self, prompts: Sequence[list[int]], plan: _Plan, update: Callable[[int], Any]) -> list[str]:
         """Return the texts that follow prompts, with their stop texts and what follows those."""
-        problem = self._read(GENERATION)
-        if "base" not in self._params:
-            problem = problem.replace(frozen=problem.frozen.unstacked())
+        one = self._problem.replace(index=self._problem.index[None])
         # Special tokens are not in the texts, so those that end an answer are searched for by number.
         special = set(self.tokenizer.all_special_tokens) & set(plan.until)
-        ends = (*problem.config.end_ids, *self.tokenizer.convert_tokens_to_ids(sorted(special)))
-        how = {"sampling": plan.sampling, "row_keys": draw_keys(plan.sampling, 0, numbers)}
-        state, adapters = begin_answers(self._params, batch, problem, max_new_tokens=plan.new_tokens, **how)
-        texts, position = [""] * len(numbers), int(state.position)
-        while True:
-            if position % _BETWEEN_CHECKS == 0 or position == plan.new_tokens:
-                tokens = np.array(state.tokens)[:, :position]
-                texts = decode(self.tokenizer, tokens, dataclasses.replace(self._text_format, ends=ends))
-                ended = np.isin(tokens, ends).any(axis=1) | (numbers < 0)
-                stopped = [any(stop and stop in text for stop in plan.until) for text in texts]
-                if position == plan.new_tokens or np.all(ended | stopped):
-                    return texts
-            state = next_tokens(self._params, adapters, state, batch, problem, **how)
-            position += 1
+        ends = (*one.config.end_ids, *self.tokenizer.convert_tokens_to_ids(sorted(special)))
+        text_format = dataclasses.replace(self._text_format, ends=ends)
+
+        def stops(rows: list[Int[np.ndarray, " _"]]) -> list[bool]:
+            texts = decode(self.tokenizer, [row.tolist() for row in rows], text_format)
+            stopped = [any(stop and stop in text for stop in plan.until) for text in texts]
+            return [bool(np.isin(row, ends).any()) or at for row, at in zip(rows, stopped, strict=True)]
+
+        def read(number: int) -> Problem:
+            self._reads += 1
+            return one.read(GENERATION, self._reads)
+
+        found = generate_rows(
+            jax.tree.map(lambda p: p[None], self._params),
+            read,
+            _encoded([(prompt, []) for prompt in prompts]),
+            batch_size=self._rows(1),
+            max_new_tokens=plan.new_tokens,
+            pad_id=self.tokenizer.pad_token_id,
+            sampling=plan.sampling,
+            keys=partial(draw_keys, plan.sampling, 0),
+            stops=stops,
+            between_stops=_BETWEEN_CHECKS,
+            update=update,
+        )
+        return decode(self.tokenizer, found.tokens[0], text_format)
 
     def _batches(
         self, rows: Sequence[tuple[list[int], list[int]]], longest: int
     ) -> Iterator[tuple[Int[np.ndarray, " B"], Batch]]:
         """Yield batches of contexts and continuations of at most `longest` tokens (see `eval_batches`)."""
-        inputs, labels = (tuple(np.array(row[part], np.int32) for row in rows) for part in (0, 1))
-        size = min(self.batch_size, max(1, _MOST_LOGITS // (longest * self._vocabulary)))
-        return eval_batches(Encoded(inputs, labels), size, pad_id=self.tokenizer.pad_token_id)
+        return eval_batches(_encoded(rows), self._rows(longest), pad_id=self.tokenizer.pad_token_id)
+
+    def _rows(self, longest: int) -> int:
+        """Return how many rows a batch has at most, given the tokens whose logits are computed."""
+        return min(self.batch_size, max(1, _MOST_LOGITS // (longest * self._vocabulary)))
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """Return a context without the first tokens that the model has no room for, and its continuation."""
@@ -292,6 +301,11 @@ class HarnessLM(TemplateLM):
         """Return the problem with read noise that no earlier batch had."""
         self._reads += 1
         return self._problem.read(purpose, self._reads)
+
+
+def _encoded(rows: Sequence[tuple[list[int], list[int]]]) -> Encoded:
+    inputs, labels = (tuple(np.array(row[part], np.int32) for row in rows) for part in (0, 1))
+    return Encoded(inputs, labels)
 
 
 @jax.jit

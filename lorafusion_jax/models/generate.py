@@ -1,10 +1,12 @@
-"""Generation: read the source once, then one token at a time until all rows end.
+"""Generation: read the source once, then one token at a time until rows end, whose places others may take.
 
 Axis letters: B batch, S source, V vocabulary.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,31 +63,55 @@ class Sampling:
         return jnp.where(scaled >= least, scaled, -jnp.inf)
 
     def choose(
-        self, logits: Float[Array, "B V"], position: Int[Array, ""], row_keys: Key[Array, " B"] | None
+        self, logits: Float[Array, "B V"], position: Int[Array, " B"], row_keys: Key[Array, " B"] | None
     ) -> Int[Array, " B"]:
-        """Return the next token of every row: a draw depends on the row's key and on the position alone."""
+        """Return the next token of every row: a draw depends on the row's key and position alone."""
         if not self.temperature:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if row_keys is None:
             raise ValueError("a draw needs a key for every row: give row_keys")
 
-        def draw(key: Array, row: Array) -> Array:
+        def draw(key: Array, position: Array, row: Array) -> Array:
             return jax.random.categorical(jax.random.fold_in(key, position), row)
 
-        return jax.vmap(draw)(row_keys, self.filtered(logits)).astype(jnp.int32)
+        return jax.vmap(draw)(row_keys, position, self.filtered(logits)).astype(jnp.int32)
 
 
 GREEDY = Sampling()
 
 
 class Generation(NamedTuple):
-    """State of a generation: number of tokens so far, the last one, rows that ended, and all tokens, then padding."""
+    """State of a generation, whose rows may have begun their answers at different steps.
 
-    position: Int[Array, ""]
+    Attributes:
+      column: the step's column in the caches, in the same place for all rows. Caches are rings: of C columns it is
+        `column % C`.
+      token: last token of each row.
+      position: number of tokens of each row so far.
+      done: rows that ended, or reached the limit.
+      tokens: all tokens, then padding.
+      input_mask: True where a source token is real.
+      row_keys: keys of the rows' draws.
+      cache: the model's cache; the second axis of every array is that of rows.
+    """
+
+    column: Int[Array, ""]
     token: Int[Array, " B"]
+    position: Int[Array, " B"]
     done: Bool[Array, " B"]
     tokens: Int[Array, "B max_new_tokens"]
+    input_mask: Bool[Array, "B S"]
+    row_keys: Key[Array, " B"] | None
     cache: Any
+
+    def rows(self, of_rows: Callable[..., Array], *others: "Generation") -> "Generation":
+        """Return the state with `of_rows` (axis of rows, array, the others' arrays) for each of its arrays."""
+
+        def of_fields(axis: int, *fields: Any) -> Any:
+            return jax.tree.map(partial(of_rows, axis), *fields)
+
+        *parts, caches = zip(*(state[1:] for state in (self, *others)), strict=True)
+        return Generation(self.column, *(of_fields(0, *part) for part in parts), of_fields(1, *caches))
 
 
 def generate(
@@ -119,19 +145,9 @@ def generate(
     Raises:
       ValueError: `max_new_tokens` is below 1; a draw without keys.
     """
-    choice: dict[str, Any] = {"sampling": sampling, "row_keys": row_keys}
-    begun = begin(model, input_ids, input_mask, adapters, max_new_tokens=max_new_tokens, row_mask=row_mask, **choice)
-
-    def running(state: Generation) -> Array:
-        waits = jnp.any(~state.done)
-        if axis is not None:
-            waits = jax.lax.pmax(waits.astype(jnp.int32), axis) > 0
-        return (state.position < max_new_tokens) & waits
-
-    def step(state: Generation) -> Generation:
-        return next_token(model, state, input_mask, adapters, **choice)
-
-    return jax.lax.while_loop(running, step, begun).tokens
+    how: dict[str, Any] = {"row_mask": row_mask, "sampling": sampling, "row_keys": row_keys}
+    state = begin(model, input_ids, input_mask, adapters, max_new_tokens=max_new_tokens, **how)
+    return advance(model, state, adapters, sampling=sampling, axis=axis).tokens
 
 
 def begin(
@@ -149,41 +165,101 @@ def begin(
     at_least(1, max_new_tokens=max_new_tokens)
     read_model, read_adapters = _read(model, adapters, 0)
     first, cache = read_model.prompt(input_ids, input_mask, max_new_tokens, read_adapters)
-    batch, pad_id = input_ids.shape[0], model.config.pad_id
-    done = jnp.zeros(batch, bool) if row_mask is None else ~row_mask
-    tokens = jnp.full((batch, max_new_tokens), pad_id, jnp.int32)
-    token = jnp.full(batch, pad_id, jnp.int32) if model.config.causal else first
-    state = Generation(jnp.int32(0), token, done, tokens, cache)
-    return _with_token(model, state, first, sampling, row_keys) if model.config.causal else state
+    (batch, width), pad_id, causal = input_ids.shape, model.config.pad_id, model.config.causal
+    done = jnp.zeros(batch, bool) if row_mask is None else ~jnp.asarray(row_mask)
+    tokens, none = jnp.full((batch, max_new_tokens), pad_id, jnp.int32), jnp.zeros(batch, jnp.int32)
+    column, token = jnp.int32(width if causal else 0), none + pad_id if causal else first
+    state = Generation(column, token, none, done, tokens, jnp.asarray(input_mask), row_keys, cache)
+    return _with_token(model, state, first, sampling) if causal else state
 
 
 def next_token(
+    model: Model, state: Generation, adapters: Adapters | None = None, *, sampling: Sampling = GREEDY
+) -> Generation:
+    """Return the state with one more token in every row; the arguments are those of `generate`.
+
+    Read noise is that of the longest answer's position.
+    """
+    read_model, read_adapters = _read(model, adapters, jnp.max(state.position) + 1)
+    rows = (state.token, state.position, state.column, state.cache, state.input_mask)
+    logits, cache = read_model.decode_token(*rows, read_adapters)
+    return _with_token(model, state._replace(column=state.column + 1, cache=cache), logits, sampling)
+
+
+def advance(
     model: Model,
     state: Generation,
-    input_mask: Bool[Array, "B S"],
+    adapters: Adapters | None = None,
+    *,
+    ended: Int[Array, ""] | None = None,
+    most_steps: Int[Array, ""] | None = None,
+    sampling: Sampling = GREEDY,
+    axis: str | None = None,
+) -> Generation:
+    """Return the state once `ended` rows have ended, over all members of a mapped axis; by default all rows.
+
+    It takes at most `most_steps` steps; further arguments are those of `generate`.
+    """
+    wanted = state.done.size * (1 if axis is None else jax.lax.psum(1, axis)) if ended is None else ended
+    if axis is not None:  # equal for all, and known to be
+        state = state._replace(column=jax.lax.pmax(state.column, axis))
+    last = None if most_steps is None else state.column + most_steps
+
+    def running(state: Generation) -> Array:
+        count = jnp.sum(state.done, dtype=jnp.int32)
+        waits = (count if axis is None else jax.lax.psum(count, axis)) < wanted
+        return waits if last is None else waits & (state.column < last)
+
+    return jax.lax.while_loop(running, lambda state: next_token(model, state, adapters, sampling=sampling), state)
+
+
+def refill(
+    model: Model,
+    state: Generation,
+    rows: Int[Array, " R"],
+    input_ids: Int[Array, "R S"],
+    input_mask: Bool[Array, "R S"],
     adapters: Adapters | None = None,
     *,
     sampling: Sampling = GREEDY,
-    row_keys: Key[Array, " B"] | None = None,
+    row_keys: Key[Array, " R"] | None = None,
 ) -> Generation:
-    """Return the state with one more token in every row; the arguments are those of `generate`."""
-    read_model, read_adapters = _read(model, adapters, state.position + 1)
-    logits, cache = read_model.decode_token(state.token, state.position, state.cache, input_mask, read_adapters)
-    return _with_token(model, state._replace(cache=cache), logits, sampling, row_keys)
+    """Return the state in which other sources, as wide as its own, have these rows; sources of rows from B on are lost.
+
+    Further arguments are those of `generate`.
+    """
+    how: dict[str, Any] = {"max_new_tokens": state.tokens.shape[1], "sampling": sampling, "row_keys": row_keys}
+    new = begin(model, input_ids, input_mask, adapters, **how)
+    new = new._replace(cache=model.moved(new.cache, state.column - new.column))
+
+    def put(axis: int, old: Array, new: Array) -> Array:
+        return old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
+
+    return state.rows(put, new)
 
 
-def _with_token(
-    model: Model,
-    state: Generation,
-    logits: Float[Array, "B V"],
-    sampling: Sampling,
-    row_keys: Key[Array, " B"] | None,
-) -> Generation:
-    position, _, done, tokens, cache = state
-    token = jnp.where(done, model.config.pad_id, sampling.choose(logits, position, row_keys))
-    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], position, axis=1)
-    ends = jnp.array(model.config.end_ids, jnp.int32)
-    return Generation(position + 1, token, done | jnp.isin(token, ends), tokens, cache)
+def widened(model: Model, state: Generation, width: int) -> Generation:
+    """Return the state with room for sources of this width."""
+    more = width - state.input_mask.shape[1]
+    cache = model.moved(state.cache, -state.column, more)
+    mask = jnp.pad(state.input_mask, [(0, 0), (0, more)])
+    return state._replace(column=jnp.zeros_like(state.column), input_mask=mask, cache=cache)
+
+
+def of_rows(state: Generation, rows: Int[Array, " R"]) -> Generation:
+    """Return the state of these rows alone."""
+    return state.rows(lambda axis, array: jnp.take(array, rows, axis=axis))
+
+
+def _with_token(model: Model, state: Generation, logits: Float[Array, "B V"], sampling: Sampling) -> Generation:
+    token = jnp.where(state.done, model.config.pad_id, sampling.choose(logits, state.position, state.row_keys))
+    limit = state.tokens.shape[1]
+    here = (jnp.arange(limit)[None] == state.position[:, None]) & ~state.done[:, None]
+    tokens = jnp.where(here, token[:, None], state.tokens)
+    position = state.position + (~state.done).astype(jnp.int32)
+    ends = jnp.isin(token, jnp.array(model.config.end_ids, jnp.int32))
+    done = state.done | ends | (position == limit)
+    return state._replace(token=token, position=position, done=done, tokens=tokens)
 
 
 def _read(model: Model, adapters: Adapters | None, number: Array | int) -> tuple[Model, Adapters]:

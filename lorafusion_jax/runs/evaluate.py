@@ -34,6 +34,7 @@ from ..training.problem import Problem
 from ..training.seeds import AXIS
 from .options import FuseOptions
 from .prepare import Setup, Texts, encode_shown, shown_to_seeds, tasks_of_seeds
+from .rows import generate_rows
 
 
 class Evaluation(NamedTuple):
@@ -70,21 +71,25 @@ def evaluate(
     `options` are the possible answers of each test row, to be scored, and `stop` is text that ends an answer.
     """
     problem, pad_id = setup.problem, setup.tokenizer.pad_token_id
-    seeds = problem.index.shape[0]
-    rows = len(setup.test)
-    tokens = np.full((seeds, rows, setup.max_new_tokens), pad_id, np.int32)
+    seeds, rows = problem.index.shape[0], len(setup.test)
     entropy, targets = np.zeros(seeds), 0
-    with progress("evaluate", rows) as bar:
+    with progress("answers", seeds * rows) as bar:
+        tokens, _ = generate_rows(
+            params,
+            partial(problem.read, GENERATION),
+            setup.test,
+            batch_size=batch_size,
+            max_new_tokens=setup.max_new_tokens,
+            pad_id=pad_id,
+            update=bar.update,
+        )
+    with progress("losses", rows) as bar:
         for number, (numbers, batch) in enumerate(eval_batches(setup.test, batch_size, pad_id=pad_id)):
-            real = numbers >= 0
-            read, asked = problem.read(GENERATION, number), on_mesh(batch)
-            said = generate_seeds(params, asked, read, max_new_tokens=setup.max_new_tokens)
-            tokens[:, numbers[real]] = to_host(said)[:, real]
             count = int(np.sum(batch.labels >= 0))
             losses = seed_entropies(params, _for_every_seed(batch, seeds), problem.read(LOSS, number))
             entropy += to_host(losses).astype(float) * count
             targets += count
-            bar.update(int(np.sum(real)))
+            bar.update(int(np.sum(numbers >= 0)))
     texts = [decode(setup.tokenizer, seed, setup.text_format) for seed in tokens]
     if stop is not None:
         texts = [[said.partition(stop)[0] for said in of_seed] for of_seed in texts]

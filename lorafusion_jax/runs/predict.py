@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
-from jaxtyping import Array, Int, Key
 
 from ..checks import at_least, check_uint32
 from ..files import utf8
@@ -21,10 +20,11 @@ from ..models.layers import Adapters
 from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, fill, stream_text
 from ..training.method import Params
 from ..training.problem import Problem
-from .evaluate import evaluate_seeds, generate_seeds, seed_rows
+from .evaluate import evaluate_seeds, seed_rows
 from .folder import RunConfig
 from .options import FuseOptions
 from .prepare import Setup, Texts, load_model, load_texts, of_run, prepare
+from .rows import draw_keys, generate_rows
 from .run import load_run, load_seed
 
 _NEW_TOKENS = 256  # of a base model's answer
@@ -134,19 +134,18 @@ def generate_lines(options: GenerateOptions, problem: Problem | None = None) -> 
     problem = problem or answering.problem(texts)
     params, problem = jax.tree.map(lambda p: p[None], answering.params), problem.replace(index=problem.index[None])
     answers = [""] * len(lines)
-    for numbers, batch in eval_batches(encoded, options.eval_batch, pad_id=texts.tokenizer.pad_token_id):
-        tokens = generate_seeds(
-            params,
-            batch,
-            problem,
-            max_new_tokens=answering.new_tokens,
-            sampling=options.sampling,
-            row_keys=draw_keys(options.sampling, options.sampling_seed, places[numbers]),
-        )
-        said = decode(texts.tokenizer, np.asarray(tokens)[0], texts.text_format)
-        for number, answer in zip(numbers, said, strict=True):
-            if number >= 0:
-                answers[places[number]] = answer
+    found = generate_rows(
+        params,
+        lambda number: problem,
+        encoded,
+        batch_size=options.eval_batch,
+        max_new_tokens=answering.new_tokens,
+        pad_id=texts.tokenizer.pad_token_id,
+        sampling=options.sampling,
+        keys=lambda numbers: draw_keys(options.sampling, options.sampling_seed, places[numbers]),
+    )
+    for place, said in zip(places, decode(texts.tokenizer, found.tokens[0], texts.text_format), strict=True):
+        answers[place] = said
     return answers
 
 
@@ -169,8 +168,8 @@ def stream_lines(options: GenerateOptions, problem: Problem | None = None) -> It
         params, new_tokens = answering.params, answering.new_tokens
         state, adapters = begin_answers(params, batch, problem, max_new_tokens=new_tokens, **how)
         for position in range(new_tokens):
-            if state.position == position:  # else the first token is there already
-                state = next_tokens(params, adapters, state, batch, problem, **how)
+            if state.position[0] == position:  # else the first token is there already
+                state = next_tokens(params, adapters, state, problem, sampling=options.sampling)
             yield int(state.token[0])
             if state.done[0]:
                 return
@@ -194,11 +193,11 @@ def begin_answers(
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
 def next_tokens(
-    params: Params, adapters: Adapters, state: Generation, batch: Batch, problem: Problem, **how: Any
+    params: Params, adapters: Adapters, state: Generation, problem: Problem, *, sampling: Sampling
 ) -> Generation:
     """Return the state with one more token in every row; the old state's buffers are donated."""
     model, _, _ = problem.adapted_model(params)  # its adapters, computed once, are an argument
-    return next_token(model, state, batch.input_mask, adapters, **how)
+    return next_token(model, state, adapters, sampling=sampling)
 
 
 def _lines(options: GenerateOptions) -> Iterator[str]:
@@ -212,13 +211,6 @@ def _lines(options: GenerateOptions) -> Iterator[str]:
             yield line.rstrip("\r\n")
     if empty:
         raise ValueError(f"{where} holds no text: give a line for each answer")
-
-
-def draw_keys(sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, " B"]) -> Key[Array, " B"] | None:
-    """Return a key for each row, by its number; None if nothing is drawn."""
-    if not sampling.temperature:
-        return None
-    return jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling_seed)))(numbers)
 
 
 def _answering(options: GenerateOptions) -> _Answering:

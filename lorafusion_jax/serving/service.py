@@ -27,8 +27,8 @@ from ..methods.recipes import basis_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
 from ..runs.options import FuseOptions
-from ..runs.predict import draw_keys
 from ..runs.prepare import check_digests, digests, load_model, module_names
+from ..runs.rows import draw_keys
 from ..runs.run import load_run
 from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches, fill
 from ..training.frozen import Frozen

@@ -61,17 +61,24 @@ class Problem:
         """Return which numbers of one seed act on anything."""
         return self.method.trainable(params, self.frozen, self.index)
 
-    def over_seeds(self, fn: Callable[..., Any], of_seeds: tuple[Any, ...], shared: Any = ()) -> Any:
+    def over_seeds(
+        self,
+        fn: Callable[..., Any],
+        of_seeds: tuple[Any, ...],
+        shared: Any = (),
+        numbers: Int[Array, " seeds"] | None = None,
+    ) -> Any:
         """Return `fn(problem of one seed, *arrays of the seed, *shared)` for every seed.
 
-        The leaves of `of_seeds` have a leading axis of seeds.
+        The leaves of `of_seeds` have a leading axis of seeds. `numbers` are the seeds' positions if there are others.
         """
 
         def one_seed(seed: tuple[Any, ...], everything: tuple[Frozen, Any]) -> Any:
             (number, index, *own), (frozen, shared) = seed, everything
             return fn(self.replace(frozen=frozen.of_seed(number), index=index), *own, *shared)
 
-        seeds = (jnp.arange(self.index.shape[0]), self.index, *of_seeds)
+        numbers = jnp.arange(self.index.shape[0]) if numbers is None else numbers
+        seeds = (numbers, self.index, *of_seeds)
         return over_seeds(one_seed, self.seed_mode)(seeds, (self.frozen, shared))
 
     def adapted_model(self, params: Params) -> tuple[Model, dict[str, Any], dict[str, Array]]:

@@ -53,7 +53,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say():
     sampling, draws = Sampling(temperature=0.8, top_k=6, top_p=0.9), 20_000
     row = np.array([0.3, 2.0, -1.0, 1.1, 2.0, 0.1, 1.4, -3.0], np.float32)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(0)))(jnp.arange(draws))
-    drawn = jax.jit(sampling.choose)(jnp.broadcast_to(row, (draws, 8)), jnp.int32(5), keys)
+    drawn = jax.jit(sampling.choose)(jnp.broadcast_to(row, (draws, 8)), jnp.full(draws, 5), keys)
     wanted = draws * _oracle(row, sampling)
     counts = np.bincount(drawn, minlength=8)
     np.testing.assert_array_equal(counts > 0, wanted > 0)
@@ -70,13 +70,13 @@ def _say(graph, weights, ids, row_keys, sampling):
 
 
 @functools.partial(jax.jit, static_argnames="graph")
-def _begin(graph, weights, ids):
-    return begin(nnx.merge(graph, weights), ids, ids > 0, max_new_tokens=_TOKENS)
+def _begin(graph, weights, ids, row_keys):
+    return begin(nnx.merge(graph, weights), ids, ids > 0, max_new_tokens=_TOKENS, row_keys=row_keys)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"))
-def _next(graph, weights, state, ids, row_keys, sampling):
-    return next_token(nnx.merge(graph, weights), state, ids > 0, sampling=sampling, row_keys=row_keys)
+def _next(graph, weights, state, sampling):
+    return next_token(nnx.merge(graph, weights), state, sampling=sampling)
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +106,9 @@ def test_token_after_token_gives_what_the_loop_gives(said, drawn):
     if not drawn:
         keys, sampling = None, GREEDY
         together = _say(graph, weights, ids, keys, sampling)
-    state = _begin(graph, weights, ids)
+    state = _begin(graph, weights, ids, keys)
     for _ in range(_TOKENS):
-        state = _next(graph, weights, state, ids, keys, sampling)
+        state = _next(graph, weights, state, sampling)
     np.testing.assert_array_equal(state.tokens, together)
 
 

@@ -128,11 +128,11 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answ
     said = tokenizer(" cold\n\nQ", add_special_tokens=False)["input_ids"]
     prompts = []
 
-    def generate_seeds(params, batch, problem, **_):
-        prompts.extend(tokenizer.decode(row[mask]) for row, mask in zip(batch.input_ids, batch.input_mask, strict=True))
-        return jnp.array([[said + [small_llama.END] * (6 - len(said))] * len(batch.row_mask)])
+    def generate_rows(params, read, test, **_):
+        prompts.extend(map(tokenizer.decode, test.inputs))
+        return np.array([[said + [small_llama.END] * (6 - len(said))] * len(test)]), 0
 
-    monkeypatch.setattr(evaluation, "generate_seeds", generate_seeds)
+    monkeypatch.setattr(evaluation, "generate_rows", generate_rows)
     results = lf.fuse(options)
     assert [row["prediction"] for row in RunFolder(run_path(options)).predictions()] == [answer] * 2
     assert results["seeds"][0]["exact_match"] == (0 if chat else 50)

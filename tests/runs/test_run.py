@@ -129,7 +129,7 @@ def test_batched_seeds_equal_sequential_ones(fused, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_batched_seeds_share_the_position_of_the_token_that_they_generate(small):
+def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
     setup = prepare(_options(small, Path("unused")))
     problem = setup.problem.replace(seed_mode="batched")
     batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
@@ -137,9 +137,9 @@ def test_batched_seeds_share_the_position_of_the_token_that_they_generate(small)
     program = jax.make_jaxpr(partial(generate_seeds, max_new_tokens=4))(params, batch, problem)
     (generation,) = (equation.params["jaxpr"] for equation in program.eqns if "jaxpr" in equation.params)
     (loop,) = (equation for equation in generation.eqns if equation.primitive.name == "while")
-    position, token, *_ = loop.outvars
-    # With a position for each seed, every token would select among all entries of all caches.
-    assert (position.aval.shape, token.aval.shape) == ((), (2, 5))
+    column, token, *_ = loop.outvars
+    # With a column for each seed, every token would select among all entries of all caches.
+    assert (column.aval.shape, token.aval.shape) == ((), (2, 5))
 
 
 # Runs that were killed or stopped.

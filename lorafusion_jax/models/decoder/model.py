@@ -176,14 +176,20 @@ class Decoder(nnx.Module):
         return self._logits(x[:, -1:])[:, 0], Cache(pack(keys), pack(values))
 
     def decode_token(
-        self, token: Int[Array, " B"], position: Int[Array, ""], cache: Cache, input_mask: Mask, adapters: Adapters
+        self,
+        token: Int[Array, " B"],
+        position: Int[Array, " B"],
+        column: Int[Array, ""],
+        cache: Cache,
+        input_mask: Mask,
+        adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        read = input_mask.shape[1] - 1
-        column, columns = read + position, jnp.arange(cache.keys.shape[-1])
-        before = jnp.sum(input_mask, axis=1) - 1
-        seen = (columns[None, :] >= (read - before)[:, None]) & (columns[None, :] <= column)
-        positions = (before + position)[:, None]
-        contexts = self._contexts(positions, before + position + 1, seen[:, None], column[None], columns)
+        size = cache.keys.shape[-1]
+        column = column % size
+        ages = (column - jnp.arange(size)) % size
+        positions = jnp.sum(input_mask, axis=1, dtype=jnp.int32) - 1 + position
+        seen = ages[None, :] <= positions[:, None]
+        contexts = self._contexts(positions[:, None], positions + 1, seen[:, None], jnp.zeros(1, jnp.int32), -ages)
 
         def block(
             layer: Block, carry: tuple[Array, Cache], of_layer: tuple[Adapters, Array | None, Array]
@@ -205,6 +211,12 @@ class Decoder(nnx.Module):
         numbers = jnp.arange(self.structure.num_layers)
         (x, cache), _ = self._scan(block, (self._embed(token[:, None]), cache), adapters, numbers)
         return self._logits(x)[:, 0], cache
+
+    def moved(self, cache: Cache, by: Int[Array, ""], room: int = 0) -> Cache:
+        new = [(0, 0)] * 3 + [(room, 0)]
+        keys = jnp.pad(jnp.roll(cache.keys, by, axis=-1), [(0, 0), *new])
+        values = jnp.pad(jnp.roll(cache.values, by, axis=-2), [*new, (0, 0)])
+        return Cache(keys, values)
 
     def _run(
         self, ids: Target, mask: Bool[Array, "B T"], lengths: Int[Array, " B"], adapters: Adapters

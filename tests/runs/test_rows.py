@@ -1,0 +1,179 @@
+"""Rows that take the next prompt when their answer ends: the same answers as `generate` gives, in fewer steps."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_llama
+import tiny
+from flax import nnx
+
+import lorafusion_jax as lf
+from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Mapping, ReadNoise
+from lorafusion_jax.hardware.program import program
+from lorafusion_jax.methods.lora import LoRA
+from lorafusion_jax.models.decoder import FAMILY, Decoder
+from lorafusion_jax.models.generate import GREEDY, Sampling, generate
+from lorafusion_jax.models.t5 import T5
+from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.runs.rows import draw_keys, generate_rows
+from lorafusion_jax.tasks import Encoded, eval_batches, pad
+from lorafusion_jax.training.frozen import GENERATION
+from lorafusion_jax.training.mesh import make_mesh, on_mesh
+
+_ENDS = (1, 5, 9, 13)
+_TINY = small_llama.CONFIG | {
+    "vocab_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": list(_ENDS),
+}
+_WINDOWS = (
+    _TINY
+    | {"model_type": "gemma2", "sliding_window": 3, "head_dim": 8, "max_position_embeddings": 6}
+    | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}}
+)
+_DRAWN = Sampling(temperature=1.5, top_k=20)
+
+
+def _model(family: str) -> Any:
+    if family == "t5":
+        return T5(dataclasses.replace(tiny.CONFIG, eos_id=_ENDS), rngs=nnx.Rngs(0))
+    config = FAMILY.read_config({"llama": _TINY, "windows": _WINDOWS}[family])
+    return Decoder(dataclasses.replace(config, dtype="float32"), rngs=nnx.Rngs(3))
+
+
+def _problem(family: str, seeds: int, seed_mode: Any = "sequential") -> tuple[lf.Problem, Any]:
+    """A problem of seeds with random modules, and their numbers."""
+    graph, weights = nnx.split(_model(family))
+    model = nnx.merge(graph, weights)
+    method = LoRA(sites=tuple(model.config.sites.items()), rank=2)
+    index = jnp.zeros((seeds, 0), jnp.int32)
+    problem = lf.Problem(graph=graph, method=method, frozen=lf.Frozen(weights), index=index, seed_mode=seed_mode)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(jax.vmap(problem.replace(index=index[0]).init), jax.random.split(jax.random.key(0), seeds))
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    return problem, params
+
+
+def _prompts(count: int, longest: int = 8) -> Encoded:
+    rng = np.random.default_rng(1)
+    rows = tuple(rng.integers(14, 48, length).astype(np.int32) for length in rng.integers(2, longest + 1, count))
+    return Encoded(rows, tuple(np.zeros(0, np.int32) for _ in rows))
+
+
+def _wanted(problem: lf.Problem, params: Any, prompts: Encoded, tokens: int, sampling: Sampling = GREEDY) -> np.ndarray:
+    """Every seed's answers, all rows of one batch, each as long as the longest."""
+    ids = jnp.asarray(pad(prompts.inputs, 0, 8))
+    mask = jnp.asarray(np.arange(8) < np.array([len(row) for row in prompts.inputs])[:, None])
+    keys = draw_keys(sampling, 7, np.arange(len(ids)))
+
+    @jax.jit
+    def of_seed(params, index):
+        model, adapters, _ = problem.replace(index=index).adapted_model(params)
+        return generate(model, ids, mask, adapters, max_new_tokens=tokens, sampling=sampling, row_keys=keys)
+
+    seeds = range(len(problem.index))
+    return np.stack([of_seed(jax.tree.map(lambda p, s=s: p[s], params), problem.index[s]) for s in seeds])
+
+
+def _said(problem: lf.Problem, params: Any, prompts: Encoded, tokens: int, size: int, sampling=GREEDY, **more: Any):
+    how = {"pad_id": 0, "sampling": sampling, "keys": partial(draw_keys, sampling, 7)} | more
+    return generate_rows(params, lambda number: problem, prompts, batch_size=size, max_new_tokens=tokens, **how)
+
+
+def _lengths(tokens: np.ndarray) -> np.ndarray:
+    return np.sum(tokens != 0, axis=-1)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama", "windows"])
+@pytest.mark.parametrize("sampling", [GREEDY, _DRAWN], ids=["greedy", "drawn"])
+def test_answers_are_those_of_generate(family, sampling):
+    """Of 23 prompts in 5 rows; the cache comes round several times, and gets wider once."""
+    problem, params = _problem(family, 1)
+    prompts = _prompts(23)
+    wanted = _wanted(problem, params, prompts, 12, sampling)
+    assert len({*_lengths(wanted)[0].tolist()}) > (1 if sampling is GREEDY else 3)
+    ended = []
+    found = _said(problem, params, prompts, 12, 5, sampling, update=ended.append)
+    np.testing.assert_array_equal(found.tokens, wanted)
+    assert sum(ended) == 23
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(12, 1), (1, 5)])
+def test_one_row_or_one_token_at_most(tokens, size):
+    for family in ("t5", "llama"):
+        problem, params = _problem(family, 1)
+        prompts = _prompts(4)
+        found = _said(problem, params, prompts, tokens, size)
+        np.testing.assert_array_equal(found.tokens, _wanted(problem, params, prompts, tokens))
+
+
+@pytest.mark.parametrize("seed_mode", ["sequential", "batched"])
+@pytest.mark.parametrize("mesh", [None, "seed=2"])
+def test_seeds_have_their_own_pace(seed_mode, mesh):
+    problem, params = _problem("t5", 4, seed_mode)
+    prompts = _prompts(11)
+    wanted = _wanted(problem, params, prompts, 40, _DRAWN)
+    assert len({*np.sum(_lengths(wanted), axis=1).tolist()}) == 4
+    if mesh is None:
+        found = _said(problem, params, prompts, 40, 8, _DRAWN)
+    else:
+        with jax.set_mesh(make_mesh(mesh, 4)):
+            there = on_mesh(problem.index, of_seeds=True)
+            found = _said(problem.replace(index=there), on_mesh(params, of_seeds=True), prompts, 40, 8, _DRAWN)
+    np.testing.assert_array_equal(found.tokens, wanted)
+
+
+def test_few_rows_are_computed_for_nothing():
+    """Answers of 1 to 48 tokens, 11 on average, where the slowest row of a batch would keep all waiting."""
+    problem, params = _problem("llama", 1)
+    prompts = _prompts(160)
+    found = _said(problem, params, prompts, 48, 16, _DRAWN)
+    lengths = _lengths(found.tokens)[0]
+    assert lengths.min() == 1 and lengths.max() > 30
+    assert lengths.sum() <= found.computed <= 1.1 * lengths.sum()
+    order = np.argsort([len(row) for row in prompts.inputs], kind="stable")
+    assert 16 * lengths[order].reshape(-1, 16).max(axis=1).sum() > 2 * lengths.sum()
+
+
+def test_a_stopped_row_gives_its_place_away():
+    """Answers that contain 20 are stopped at the next search, every third token."""
+    problem, params = _problem("t5", 1)
+    prompts = _prompts(23)
+    wanted = _wanted(problem, params, prompts, 12, _DRAWN)[0]
+    found = _said(
+        problem, params, prompts, 12, 5, _DRAWN, stops=lambda rows: [20 in row for row in rows], between_stops=3
+    ).tokens[0]
+    stopped = np.any(wanted == 20, axis=1)
+    assert 0 < stopped.sum() < 23
+    np.testing.assert_array_equal(found[~stopped], wanted[~stopped])
+    for row, whole in zip(found[stopped], wanted[stopped], strict=True):
+        length = _lengths(row)
+        assert 20 in row[:length]
+        np.testing.assert_array_equal(row[:length], whole[:length])
+    assert _lengths(found).sum() < _lengths(wanted).sum()
+
+
+def test_chips_with_read_noise_answer_batch_after_batch():
+    """With the bits of `generate_seeds` on each batch, each with its own noise."""
+    problem, params = _problem("t5", 2)
+    noisy = CrossbarConfig(
+        cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, device=Device(read_noise=ReadNoise(0.1))
+    )
+    chip = program(problem.graph, problem.frozen, {"decoder.self.v": noisy}, jax.random.key(3))
+    problem, prompts = problem.replace(frozen=chip), _prompts(11)
+    wanted = np.zeros((2, 11, 6), np.int32)
+    for number, (rows, batch) in enumerate(eval_batches(prompts, 4, pad_id=0)):
+        said = generate_seeds(params, batch, problem.read(GENERATION, number), max_new_tokens=6)
+        wanted[:, rows[rows >= 0]] = np.asarray(said)[:, rows >= 0]
+    found = generate_rows(params, partial(problem.read, GENERATION), prompts, batch_size=4, max_new_tokens=6, pad_id=0)
+    np.testing.assert_array_equal(found.tokens, wanted)
+    digital = _wanted(_problem("t5", 2)[0], params, prompts, 6)
+    assert not np.array_equal(found.tokens, digital)
