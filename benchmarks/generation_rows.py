@@ -124,7 +124,7 @@ def _cases(name: str, problem: Problem, encoded: Encoded, new: int, batch: int, 
         "same_rows": same,
     }
     of_ways = [
-        case(f"{name} rows times steps / kept tokens, {way}", computed / np.sum(kept), bar, same_rows=same, **lengths)
+        case(f"{name} rows times steps / kept tokens, {way}", computed / np.sum(kept), bar, **lengths)
         for (way, (_, computed)), bar in zip(found.items(), (None, _BAR), strict=True)
     ]
     took = {way: float(np.min(of_way)) for way, of_way in seconds.items()}

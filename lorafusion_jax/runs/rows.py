@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32, Key
+from jaxtyping import Array, Bool, Int, Int32, Key
 
 from ..crossbar import chips_in
 from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows, refill, widened
@@ -100,6 +100,14 @@ def generate_rows(
     return Generated(tokens, computed)
 
 
+class _Prompt(NamedTuple):
+    """A prompt's number, its tokens, and the width that it is padded to."""
+
+    row: int
+    ids: Int32[np.ndarray, " _"]
+    width: int
+
+
 class _Rows:
     """The rows of a state, for some of the seeds, and the prompts that are still to come."""
 
@@ -116,20 +124,19 @@ class _Rows:
         sampling: Sampling,
     ):
         self.seeds, self.keys, self.pad_id, self.computed = seeds, keys, pad_id, 0
-        self.causal = problem.config.causal
-        self.static = {"sampling": sampling}
-        numbers, first = batches[0]
-        self.waiting = [(int(row), batch, place) for rows, batch in batches[1:] for place, row in enumerate(rows)]
-        self.waiting = [prompt for prompt in self.waiting if prompt[0] >= 0]
+        self.how, self.causal = {"max_new_tokens": max_new_tokens, "sampling": sampling}, problem.config.causal
+        self.waiting = [
+            _Prompt(int(row), batch.input_ids[place][batch.input_mask[place]], batch.input_ids.shape[1])
+            for rows, batch in batches
+            for place, row in enumerate(rows)
+            if row >= 0
+        ]
         self.taken = np.zeros(len(seeds), int)  # of those that wait, by each seed
-        self.row = np.tile(numbers, (len(seeds), 1))  # number of the prompt that has each place; -1 for none
-        self.width = first.input_ids.shape[1]
+        places = len(batches[0][0])
+        self.row = np.full((len(seeds), places), -1)  # number of the prompt that has each place; -1 for none
         # A prompt costs a CPU the same in any company, and an accelerator less in a larger one.
-        self.refilled = -(-len(numbers) // (16 if for_cpu() else 4))
+        self.refilled = -(-places // (16 if for_cpu() else 4))
         self.model = (params, problem, on_mesh(seeds, of_seeds=True))
-        start = (on_mesh(first), keys(numbers))
-        self.state, self.adapters = _begin(*self.model, *start, max_new_tokens=max_new_tokens, **self.static)
-        self.computed += self.causal * self.row.size
 
     def ended(
         self, shrinks: bool, stops: Stops | None, most_steps: int
@@ -138,12 +145,15 @@ class _Rows:
         while True:
             free, left = np.sum(self.row < 0, axis=1), len(self.waiting) - self.taken
             wanted = np.minimum(self.refilled, left)  # so many free places are worth a refill
+            places, fewer = self.row.shape[1], -(-self.row.shape[1] // 2)
+            if np.all(free == places) and not np.any(left):
+                return
+            if np.all(free == places) and np.all(left == left[0]):
+                self._start()
+                continue
             if np.any((left > 0) & (free >= wanted)):
                 self._refill()
                 continue
-            places, fewer = self.row.shape[1], -(-self.row.shape[1] // 2)
-            if np.all(free == places):
-                return
             if np.any(left > 0):
                 enough = np.sum(free) + np.sum(np.where(left > 0, wanted - free, 0))
             elif shrinks and fewer >= _FEWEST:
@@ -154,7 +164,7 @@ class _Rows:
             else:
                 enough = self.row.size
             limits = (np.int32(enough), np.int32(most_steps))
-            self.state, steps = _advance(*self.model, self.state, self.adapters, *limits, **self.static)
+            self.state, steps = _advance(*self.model, self.state, self.adapters, *limits, sampling=self.how["sampling"])
             seen = (self.state.done, self.state.position, self.state.tokens, steps)
             done, position, tokens, steps = map(np.array, to_host(seen))
             self.computed += int(np.sum(steps)) * places
@@ -167,28 +177,44 @@ class _Rows:
                 yield int(self.seeds[seed]), int(self.row[seed, place]), tokens[seed, place]
             self.row[done] = -1
 
+    def _start(self) -> None:
+        """Begin answers in all places: no row waits for another."""
+        self.state = self.adapters = None
+        prompts = self.waiting[self.taken[0] : self.taken[0] + self.row.shape[1]]
+        self.row[:, : len(prompts)] = [prompt.row for prompt in prompts]
+        self.taken += len(prompts)
+        self.width = max(prompt.width for prompt in prompts)
+        new = on_mesh((*self._padded(prompts, self.row.shape[1]), self.row[0] >= 0))
+        self.state, self.adapters = _begin(*self.model, *new, self.keys(self.row[0]), **self.how)
+        self.computed += self.causal * self.row.size
+
     def _refill(self) -> None:
+        """Begin answers in the free places of every seed, in as many as are refilled at once."""
         places = np.full((len(self.seeds), self.refilled), self.row.shape[1])  # behind the last: for none
-        numbers = np.full_like(places, -1)
-        ids: list[Int[np.ndarray, " _"]] = []
+        numbers, new = np.full_like(places, -1), []
         for seed, taken in enumerate(self.taken):
             free = np.flatnonzero(self.row[seed] < 0)[: self.refilled]
-            given = self.waiting[taken : taken + len(free)]
-            places[seed, : len(given)] = free[: len(given)]
-            numbers[seed, : len(given)] = self.row[seed, free[: len(given)]] = [row for row, _, _ in given]
-            self.taken[seed] += len(given)
-            ids += [batch.input_ids[place][batch.input_mask[place]] for _, batch, place in given]
-            ids += [np.zeros(0, np.int32)] * (self.refilled - len(given))
-            width = max((batch.input_ids.shape[1] for _, batch, _ in given), default=0)
-            if width > self.width:
-                self.state, self.width = _widened(*self.model, self.state, width=width), width
-        lengths = np.array([len(row) for row in ids]).reshape(places.shape)
-        source = pad(ids, self.pad_id, self.width).reshape(*places.shape, self.width)
-        row_keys = self.keys(numbers.ravel())
-        row_keys = None if row_keys is None else row_keys.reshape(places.shape)
-        new = on_mesh((places, source, np.arange(self.width) < lengths[..., None], row_keys), of_seeds=True)
-        self.state = _refill(*self.model, self.state, self.adapters, *new, **self.static)
+            prompts = self.waiting[taken : taken + len(free)]
+            free = free[: len(prompts)]
+            places[seed, : len(free)] = free
+            numbers[seed, : len(free)] = self.row[seed, free] = [prompt.row for prompt in prompts]
+            self.taken[seed] += len(free)
+            new.append(prompts)
+        width = max(prompt.width for prompts in new for prompt in prompts)
+        if width > self.width:
+            self.state, self.width = _widened(*self.model, self.state, width=width), width
+        source, mask = (np.stack(parts) for parts in zip(*(self._padded(p, self.refilled) for p in new), strict=True))
+        keys = self.keys(numbers.ravel())
+        keys = None if keys is None else keys.reshape(numbers.shape)
+        rows = on_mesh((places, source, mask, keys), of_seeds=True)
+        self.state = _refill(*self.model, self.state, self.adapters, *rows, sampling=self.how["sampling"])
         self.computed += self.causal * places.size
+
+    def _padded(
+        self, prompts: Sequence[_Prompt], rows: int
+    ) -> tuple[Int32[np.ndarray, "{rows} S"], Bool[np.ndarray, "{rows} S"]]:
+        ids = [prompt.ids for prompt in prompts] + [np.zeros(0, np.int32)] * (rows - len(prompts))
+        return pad(ids, self.pad_id, self.width), np.arange(self.width) < np.array([len(row) for row in ids])[:, None]
 
     def _shrink(self, fewer: int) -> None:
         kept = np.argsort(self.row < 0, axis=1, stable=True)[:, :fewer]
@@ -198,14 +224,21 @@ class _Rows:
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
 def _begin(
-    params: Params, problem: Problem, seeds: Array, batch: Batch, row_keys: Array | None, **how: Any
+    params: Params,
+    problem: Problem,
+    seeds: Array,
+    input_ids: Array,
+    input_mask: Array,
+    row_mask: Array,
+    row_keys: Array | None,
+    **how: Any,
 ) -> tuple[Generation, Adapters]:
-    def one_seed(one: Problem, params: Params, batch: Batch, row_keys: Array | None) -> tuple[Generation, Adapters]:
+    def one_seed(one: Problem, params: Params, *rows: Any) -> tuple[Generation, Adapters]:
+        input_ids, input_mask, row_mask, row_keys = rows
         model, adapters, _ = one.adapted_model(params)
-        rows = (batch.input_ids, batch.input_mask, adapters)
-        return begin(model, *rows, row_mask=batch.row_mask, row_keys=row_keys, **how), adapters
+        return begin(model, input_ids, input_mask, adapters, row_mask=row_mask, row_keys=row_keys, **how), adapters
 
-    return problem.over_seeds(one_seed, (params,), (batch, row_keys), seeds)
+    return problem.over_seeds(one_seed, (params,), (input_ids, input_mask, row_mask, row_keys), seeds)
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
