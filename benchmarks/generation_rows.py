@@ -13,6 +13,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def _cases(name: str, problem: Problem, encoded: Encoded, new: int, batch: int, 
         return tokens, computed
 
     def refilled() -> tuple[np.ndarray, int]:
-        how = {"batch_size": batch, "max_new_tokens": new, "pad_id": pad_id}
-        found = generate_rows({}, lambda number: problem, encoded, **how)
+        of_all = partial(generate_rows, batch_size=batch, max_new_tokens=new, pad_id=pad_id)
+        found = of_all({}, lambda number: problem, encoded)
         return found.tokens[0], found.computed
 
     ways: dict[str, Callable[[], tuple[np.ndarray, int]]] = {"batches": in_batches, "refilled": refilled}
@@ -128,7 +129,8 @@ def _cases(name: str, problem: Problem, encoded: Encoded, new: int, batch: int, 
         for (way, (_, computed)), bar in zip(found.items(), (None, _BAR), strict=True)
     ]
     took = {way: float(np.min(of_way)) for way, of_way in seconds.items()}
-    return [*of_ways, case(f"{name} CPU seconds, refilled / batches", took["refilled"] / took["batches"], None, **took)]
+    ratio, name = took["refilled"] / took["batches"], f"{name} CPU seconds, refilled / batches"
+    return [*of_ways, case(name, ratio, None, seconds=took["refilled"], seconds_in_batches=took["batches"])]
 
 
 def _lengths(tokens: np.ndarray, ends: tuple[int, ...]) -> np.ndarray:

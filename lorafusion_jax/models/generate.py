@@ -107,11 +107,11 @@ class Generation(NamedTuple):
     def rows(self, of_rows: Callable[..., Array], *others: "Generation") -> "Generation":
         """Return the state with `of_rows` (axis of rows, array, the others' arrays) for each of its arrays."""
 
-        def of_fields(axis: int, *fields: Any) -> Any:
-            return jax.tree.map(partial(of_rows, axis), *fields)
+        def of_field(name: str) -> Any:
+            parts = (getattr(state, name) for state in (self, *others))
+            return jax.tree.map(partial(of_rows, int(name == "cache")), *parts)
 
-        *parts, caches = zip(*(state[1:] for state in (self, *others)), strict=True)
-        return Generation(self.column, *(of_fields(0, *part) for part in parts), of_fields(1, *caches))
+        return self._replace(**{name: of_field(name) for name in self._fields if name != "column"})
 
 
 def generate(

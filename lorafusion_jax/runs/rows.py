@@ -137,6 +137,8 @@ class _Rows:
         # A prompt costs a CPU the same in any company, and an accelerator less in a larger one.
         self.refilled = -(-places // (16 if for_cpu() else 4))
         self.model = (params, problem, on_mesh(seeds, of_seeds=True))
+        self.state: Any = None
+        self.adapters: Any = None
 
     def ended(
         self, shrinks: bool, stops: Stops | None, most_steps: int
@@ -164,7 +166,7 @@ class _Rows:
             else:
                 enough = self.row.size
             limits = (np.int32(enough), np.int32(most_steps))
-            self.state, steps = _advance(*self.model, self.state, self.adapters, *limits, sampling=self.how["sampling"])
+            self.state, steps = _advance(*self.model, self.state, self.adapters, limits, sampling=self.how["sampling"])
             seen = (self.state.done, self.state.position, self.state.tokens, steps)
             done, position, tokens, steps = map(np.array, to_host(seen))
             self.computed += int(np.sum(steps)) * places
@@ -207,7 +209,7 @@ class _Rows:
         keys = self.keys(numbers.ravel())
         keys = None if keys is None else keys.reshape(numbers.shape)
         rows = on_mesh((places, source, mask, keys), of_seeds=True)
-        self.state = _refill(*self.model, self.state, self.adapters, *rows, sampling=self.how["sampling"])
+        self.state = _refill(*self.model, self.state, self.adapters, rows, sampling=self.how["sampling"])
         self.computed += self.causal * places.size
 
     def _padded(
@@ -224,21 +226,13 @@ class _Rows:
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
 def _begin(
-    params: Params,
-    problem: Problem,
-    seeds: Array,
-    input_ids: Array,
-    input_mask: Array,
-    row_mask: Array,
-    row_keys: Array | None,
-    **how: Any,
+    params: Params, problem: Problem, seeds: Array, *rows: Array | None, **how: Any
 ) -> tuple[Generation, Adapters]:
-    def one_seed(one: Problem, params: Params, *rows: Any) -> tuple[Generation, Adapters]:
-        input_ids, input_mask, row_mask, row_keys = rows
+    def one_seed(one: Problem, params: Params, ids: Array, mask: Array, row_mask: Array, keys: Array | None) -> Any:
         model, adapters, _ = one.adapted_model(params)
-        return begin(model, input_ids, input_mask, adapters, row_mask=row_mask, row_keys=row_keys, **how), adapters
+        return begin(model, ids, mask, adapters, row_mask=row_mask, row_keys=keys, **how), adapters
 
-    return problem.over_seeds(one_seed, (params,), (input_ids, input_mask, row_mask, row_keys), seeds)
+    return problem.over_seeds(one_seed, (params,), rows, seeds)
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
@@ -248,20 +242,18 @@ def _advance(
     seeds: Array,
     state: Generation,
     adapters: Adapters,
-    ended: Array,
-    most_steps: Array,
+    limits: tuple[Array, Array],
     **how: Any,
 ) -> tuple[Generation, Int[Array, " seeds"]]:
     axis = AXIS if problem.seed_mode == "batched" else None
 
-    def one_seed(
-        one: Problem, params: Params, state: Generation, adapters: Adapters, ended: Array, most_steps: Array
-    ) -> tuple[Generation, Array]:
+    def one_seed(one: Problem, params: Params, state: Generation, adapters: Adapters, *limits: Array) -> Any:
+        ended, most_steps = limits
         model, _, _ = one.adapted_model(params)  # its adapters, computed once, are an argument
         new = advance(model, state, adapters, ended=ended, most_steps=most_steps, axis=axis, **how)
         return new, new.column - state.column
 
-    return problem.over_seeds(one_seed, (params, state, adapters), (ended, most_steps), seeds)
+    return problem.over_seeds(one_seed, (params, state, adapters), limits, seeds)
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
@@ -271,19 +263,14 @@ def _refill(
     seeds: Array,
     state: Generation,
     adapters: Adapters,
-    places: Array,
-    input_ids: Array,
-    input_mask: Array,
-    row_keys: Array | None,
+    new: tuple[Array | None, ...],
     **how: Any,
 ) -> Generation:
-    def one_seed(one: Problem, params: Params, *rest: Any) -> Generation:
-        state, adapters, places, input_ids, input_mask, row_keys = rest
-        model, _, _ = one.adapted_model(params)
-        return refill(model, state, places, input_ids, input_mask, adapters, row_keys=row_keys, **how)
+    def one_seed(one: Problem, params: Params, state: Generation, adapters: Adapters, *new: Any) -> Generation:
+        places, ids, mask, keys = new
+        return refill(one.adapted_model(params)[0], state, places, ids, mask, adapters, row_keys=keys, **how)
 
-    of_seeds = (params, state, adapters, places, input_ids, input_mask, row_keys)
-    return problem.over_seeds(one_seed, of_seeds, (), seeds)
+    return problem.over_seeds(one_seed, (params, state, adapters, *new), (), seeds)
 
 
 @partial(jax.jit, static_argnames="width")
