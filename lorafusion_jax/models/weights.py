@@ -188,6 +188,11 @@ def is_in_arrays(weights: Any) -> bool:
     return any(map(is_chip, jax.tree.leaves(weights, is_leaf=is_chip)))
 
 
+def read_at_random(weights: Any) -> bool:
+    """Return whether any weight of a tree is read with noise."""
+    return any(is_chip(leaf) and leaf.key is not None for leaf in jax.tree.leaves(weights, is_leaf=is_chip))
+
+
 def quantise(weight: Array, qtype: str, *, tiled_axis: int, tile: int | None = None) -> qwix.QArray:
     """Quantise `weight` to one of `QUANTISED_TYPES` in tiles along `tiled_axis`; each tile has one scale.
 

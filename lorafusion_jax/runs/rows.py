@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Key
 
-from ..crossbar import chips_in
 from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows, refill, widened
 from ..models.layers import Adapters
+from ..models.weights import read_at_random
 from ..platform import for_cpu
 from ..tasks import Batch, Encoded, eval_batches, pad
 from ..training.mesh import on_mesh, to_host
@@ -77,7 +77,7 @@ def generate_rows(
     """
     batches = list(eval_batches(encoded, batch_size, pad_id=pad_id))
     problem = read(0)
-    seeds, noisy = problem.index.shape[0], any(chip.key is not None for chip in chips_in(problem.frozen))
+    seeds, noisy = problem.index.shape[0], read_at_random(problem.frozen)
     # Seeds are computed in turn: in each turn one of every device, or, batched, all of them.
     turns = 1 if problem.seed_mode == "batched" else seeds // jax.sharding.get_mesh().shape.get("seed", 1)
     tokens, computed = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32), 0
