@@ -42,9 +42,10 @@ def test_each_token_of_t5_attends_to_those_before_it():
         _same(logits, wanted)
         # Heads side by side, so that only the model's own width is padded.
         assert {a.shape[-1] for a in cache} == {config.num_heads * config.d_kv} and {a.ndim for a in cache} == {4}
-        step = jax.jit(lambda token, position, cache: model.decode_token(token, position, cache, _IDS > 0, {}))
+        step = jax.jit(lambda token, *at: model.decode_token(token, *at, _IDS > 0, {}))
         for position, token in enumerate(inputs.T):
-            logits, cache = step(token, jnp.int32(position), cache)
+            # The ring of columns may begin anywhere.
+            logits, cache = step(token, jnp.full(len(token), position), jnp.int32(position + 4), cache)
             _same(logits, wanted[:, position])
 
 
