@@ -494,12 +494,13 @@ def tables(rows: Sequence[Row]) -> dict[Part, list[list[str]]]:
 
 
 _NUMBERS, _ABOVE = ["numbers", "% of the weights"], ["chips", "nats above digital", "95 % interval"]
+_MATCHES = ["digital loss", "loss", "digital match, %", "exact match, %", "95 % interval"]
 _HEADS: dict[Part, list[str]] = {
     "main": ["corrections", *_NUMBERS, *_ABOVE],
     "more": ["corrections", "text", *_NUMBERS, *_ABOVE],
     "text": ["corrections", "text", "tokens", *_ABOVE],
     "chips": ["chip", "corrections", "computed on", *_ABOVE],
-    "transfer": ["task", "corrections", "chips", "digital, %", "exact match, %", "95 % interval"],
+    "transfer": ["task", "corrections", "chips", *_MATCHES],
     "tune": ["corrections", "text", "tokens", "rate", "rate of low rank", "KL on trained text", "KL on text left out"],
 }
 
@@ -520,8 +521,9 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
         rates = f"{arm.rate:g}" if arm.method != "lora" else "-", "-" if arm.share is None else f"{arm.rate_low_rank:g}"
         return [str(arm), *text, *rates, f"{mean('trained'):.3f}", f"{mean('left_out'):.3f}"]
     if job.part == "transfer":
+        losses = [f"{mean(name):.3f}" for name in ("digital_task_loss", "task_loss")]
         matches = over_chips([row["exact_match"] for row in rows], 1)
-        return [job.task, str(arm), count, f"{mean('digital_exact_match'):.1f}", *matches]
+        return [job.task, str(arm), count, *losses, f"{mean('digital_exact_match'):.1f}", *matches]
     above = [count, *over_chips([row["loss"] - row["digital"] for row in rows], 3)]
     if job.part == "text":
         return [str(arm), *text, *above]

@@ -43,11 +43,17 @@ def test_ages_and_sources_of_corrections_are_told_apart():
 
 
 def test_matches_of_fusions_are_means_over_chips():
-    of_task = {"part": "transfer", "task": "sentiment", "digital_exact_match": 80.0}
+    of_task = {
+        "part": "transfer",
+        "task": "sentiment",
+        "digital_exact_match": 80.0,
+        "digital_task_loss": 0.2,
+        "task_loss": 0.3,
+    }
     arm = experiment.Arm("lora", 0.01, 2)
     rows = [_row(chip, arm, 3.1) | of_task | {"exact_match": 70.0 + chip} for chip in (1, 2, 3)]
     assert experiment.tables(rows)["transfer"][1] == [
-        "sentiment", "low rank 1 %, distilled", "3", "80.0", "72.0", "69.5 to 74.5"
+        "sentiment", "low rank 1 %, distilled", "3", "0.200", "0.300", "80.0", "72.0", "69.5 to 74.5"
     ]  # fmt: skip
 
 
