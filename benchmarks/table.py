@@ -51,6 +51,7 @@ _FULL = (
     f"{_LARGE} --cores 2 --seeds 4 16",
     "generation.py --shape flan-t5-small",
     "generation.py --shape flan-t5-large --rounds 3",
+    "generation_rows.py",
     "mixed_batches.py --shape flan-t5-small",
     "compilation.py",
     "memory.py",
