@@ -150,8 +150,21 @@ def train_pool(
     tokenizer: Any, state: nnx.State, tasks: list[Task], seed: int
 ) -> tuple[dict[str, Factors], dict[Task, float]]:
     """Return the adapters of all tasks, leaves [L, N, ...] in float16's values, and their accuracies."""
+    rows = [train_rows(task, POOL_STEPS * POOL_BATCH, seed) for task in tasks]
+    loras = train_loras(tokenizer, state, rows, jax.random.fold_in(jax.random.key(seed), POOL_INIT))
+    return loras, accuracies(tokenizer, state, loras, tasks, seed)
+
+
+def train_loras(
+    tokenizer: Any,
+    state: nnx.State,
+    rows: list[list[dict[str, str]]],
+    key: Array,
+    target_length: int = TARGET_LENGTH,
+) -> dict[str, Factors]:
+    """Return an adapter for each list of POOL_STEPS * POOL_BATCH rows, leaves [L, N, ...] in float16's values."""
     graph = nnx.graphdef(abstract_model())
-    data = [encode(tokenizer, train_rows(task, POOL_STEPS * POOL_BATCH, seed)) for task in tasks]
+    data = [encode(tokenizer, own, target_length) for own in rows]
     batches = jax.tree.map(lambda *a: np.stack([x.reshape(POOL_STEPS, POOL_BATCH, -1) for x in a], axis=1), *data)
 
     def objective(loras: dict[str, Factors], batch: Batches) -> Array:
@@ -161,9 +174,7 @@ def train_pool(
         # Adam works entry by entry, so the gradient of the sum trains every adapter on its own.
         return jnp.sum(jax.vmap(of_one, in_axes=(1, 0))(loras, batch))
 
-    start = initial_loras(len(tasks), jax.random.fold_in(jax.random.key(seed), POOL_INIT))
-    loras = as_float16(fit(objective, start, batches, POOL_RATE, "pool"))
-    return loras, accuracies(tokenizer, state, loras, tasks, seed)
+    return as_float16(fit(objective, initial_loras(len(rows), key), batches, POOL_RATE, "pool"))
 
 
 def initial_loras(count: int, key: Array) -> dict[str, Factors]:
@@ -251,7 +262,7 @@ def abstract_model() -> T5:
     return nnx.eval_shape(lambda: T5(CONFIG, rngs=nnx.Rngs(0)))
 
 
-def encode(tokenizer: Any, rows: list[dict[str, str]]) -> Batches:
+def encode(tokenizer: Any, rows: list[dict[str, str]], target_length: int = TARGET_LENGTH) -> Batches:
     """Return the padded token ids of rows with context and completion."""
 
     def ids(key: str, length: int) -> np.ndarray:
@@ -260,7 +271,7 @@ def encode(tokenizer: Any, rows: list[dict[str, str]]) -> Batches:
             np.int32
         )
 
-    return Batches(ids("context", SOURCE_LENGTH), ids("completion", TARGET_LENGTH))
+    return Batches(ids("context", SOURCE_LENGTH), ids("completion", target_length))
 
 
 def as_float16(tree: Any) -> Any:

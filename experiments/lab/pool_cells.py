@@ -1,0 +1,243 @@
+"""Cells of the pool's value: a string task, an arm, a number of training rows and a seed, trained and measured."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import lorafusion_jax as lf
+from lorafusion_jax.io.pool import open_pool
+from lorafusion_jax.methods import find
+from lorafusion_jax.methods.entry import Built
+from lorafusion_jax.methods.recipes import recipe_of
+from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.tasks import (
+    IGNORED,
+    SEPARATE_TEXTS,
+    Batch,
+    Encoded,
+    Example,
+    Split,
+    Task,
+    TrainingRows,
+    constant_answer,
+    decode,
+    draw_modules,
+    encode,
+    exact_match,
+    pad,
+)
+from lorafusion_jax.training.fit import fit, start
+from lorafusion_jax.training.loss import seed_entropies
+
+from .common import SMALL
+from .string_pools import TRAIN_ROWS, VALIDATION_ROWS, Rows, Target, design, pool_folder, test_rows, train_rows
+
+SEEDS, DRAWS, MODULES = (1, 2, 3, 4, 5), (0, 1, 2), 20
+# Passes over the training rows: 40 steps of up to 10 rows, and 200 for 95 rows.
+EPOCHS = {5: 40, 10: 40, 20: 20, 95: 20}
+SOURCE_WIDTH, TARGET_WIDTHS = 12, (8, 16)
+
+Row = dict[str, Any]
+
+
+class Arm(NamedTuple):
+    """A method, the pool that it fuses, numbers of its recipe, and the rates that its tuning starts from."""
+
+    method: str
+    pool: Literal["none", "real", "rotated", "shuffled-labels"] = "none"
+    recipe: Mapping[str, Any] = {}
+    rates: Mapping[str, float] = {}
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        return DRAWS if self.pool == "rotated" else (0,)
+
+
+_BOTH = {"lr_coefficients": 0.1, "lr_magnitudes": 0.01}
+_BARE = {"lr_coefficients": 0.1}
+FUSION, ROTATED, SHUFFLED, SMALL_LORA = "LoRAFusion", "rotated", "shuffled labels", "LoRA, rank 1 on v"
+BARE, BARE_ROTATED, ZERO, CONSTANT = "coefficients only", "coefficients only, rotated", "zero-shot", "most frequent"
+TRAINED = {
+    FUSION: Arm("fusion", "real", rates=_BOTH),
+    ROTATED: Arm("fusion", "rotated", rates=_BOTH),
+    SHUFFLED: Arm("fusion", "shuffled-labels", rates=_BOTH),
+    "magnitudes only": Arm("magnitudes", rates={"lr_magnitudes": 0.01}),
+    SMALL_LORA: Arm("lora", recipe={"lora_rank": 1, "lora_targets": ("v",)}, rates={"lr_lora": 6e-3}),
+    BARE: Arm("coefficients", "real", rates=_BARE),
+    BARE_ROTATED: Arm("coefficients", "rotated", rates=_BARE),
+    "LoRA, rank 16": Arm("lora", recipe={"lora_rank": 16, "lora_targets": ("q", "v")}, rates={"lr_lora": 2e-3}),
+    "mean module": Arm("mean-fusion", "real", rates=_BOTH),
+}
+ARMS = {ZERO: Arm("zero-shot"), CONSTANT: Arm("constant"), **TRAINED}
+
+
+def cells(name: str, rows: int) -> set[tuple[Any, ...]]:
+    """Return the keys of all rows of an arm."""
+    tasks = [target.task.name for target in design().targets if target.pool != "tuning"]
+    return {(name, rows, *key) for key in itertools.product(tasks, SEEDS, ARMS[name].draws)}
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("arm", "rows", "task", "seed", "draw"))
+
+
+class Lab:
+    """The base, its pools and the tokens of tasks; arms of equal shapes share their compiled programs."""
+
+    def __init__(self, pools: Path):
+        self.pools, self.tokenizer = pools, lf.load_tokenizer(SMALL / "base")
+        self.pad_id: Any = self.tokenizer.pad_token_id
+        self.model = lf.load_base(SMALL / "base")
+        self.model.config = dataclasses.replace(self.model.config, unroll=True, remat="none")
+        self.graph, self.base = nnx.split(self.model)
+        of_few = functools.lru_cache(maxsize=12)
+        self.problem, self.pool = of_few(self._problem), of_few(self._pool)
+        self.tokens = of_few(self._tokens)
+
+    def measure(
+        self,
+        name: str,
+        target: Target,
+        rows: int,
+        entries: Sequence[tuple[int, Mapping[str, float]]],
+        *,
+        draw: int = 0,
+        answer: bool = True,
+    ) -> list[Row]:
+        """Return a row for each entry, a seed with its rates; without `answer` no test row is answered."""
+        if ARMS[name].method == "constant":
+            return [self._constant(target, rows, seed) for seed, _ in entries]
+        found: list[Row] = []
+        for first in range(0, len(entries), len(SEEDS)):
+            part = entries[first : first + len(SEEDS)]
+            # Programs have as many entries as there are seeds: the last one is repeated.
+            filled = [*part, *[part[-1]] * (len(SEEDS) - len(part))]
+            found += self._measure(name, target, rows, filled, draw, answer)[: len(part)]
+        return found
+
+    def _measure(
+        self,
+        name: str,
+        target: Target,
+        rows: int,
+        entries: Sequence[tuple[int, Mapping[str, float]]],
+        draw: int,
+        answer: bool,
+    ) -> list[Row]:
+        problem = self.problem(name, target.pool, draw)
+        tokens, test, test_texts = self.tokens(target.task)
+        seeds = tuple(seed for seed, _ in entries)
+        order = np.array([SEEDS.index(seed) for seed in seeds], np.int32)
+        own = order[:, None] * (TRAIN_ROWS + VALIDATION_ROWS)
+        training = own + np.arange(rows, dtype=np.int32)
+        problem = problem.replace(index=problem.index[order])
+        if name == ZERO:
+            params, steps = {}, 0
+        else:
+            recipe = recipe_for(ARMS[name], rows)
+            recipes = [dataclasses.replace(recipe, **rates) for _, rates in entries]
+            by_group = [problem.method.learning_rates(one) for one in recipes]
+            nothing = jnp.zeros(len(entries))
+            rates = lf.Rates(
+                jax.tree.map(lambda *numbers: jnp.array(numbers, jnp.float32), *by_group), l2=nothing, l1=nothing
+            )
+            validation = own + np.arange(TRAIN_ROWS, TRAIN_ROWS + VALIDATION_ROWS, dtype=np.int32)
+            of_seeds = TrainingRows(tokens, Split(training, validation), self.pad_id)
+            state = fit(problem, of_seeds, start(problem, seeds), recipe, seeds, rates=rates)
+            params, steps = state.best, int(state.step[0])
+        for_all = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(entries), *leaf.shape)), test)
+        losses = np.asarray(seed_entropies(params, for_all, problem))
+        found: list[Row] = [
+            {"numbers": self._numbers(name, problem), "steps": steps, "test_loss": round(float(loss), 5)}
+            for loss in losses
+        ]
+        if name == ZERO:
+            texts = ([part[i] for i in training.ravel()] for part in (tokens.inputs, tokens.labels))
+            batch = self._batch(*texts)
+            by_seed = jax.tree.map(lambda leaf: leaf.reshape(len(entries), rows, *leaf.shape[1:]), batch)
+            for row, loss in zip(found, np.asarray(seed_entropies(params, by_seed, problem)), strict=True):
+                row["training_rows_loss"] = round(float(loss), 5)
+        if answer:
+            said = generate_seeds(params, test, problem, max_new_tokens=test.labels.shape[1])
+            for row, of_seed in zip(found, np.asarray(said), strict=True):
+                texts = decode(self.tokenizer, of_seed, SEPARATE_TEXTS)
+                row["exact_match"] = exact_match(texts, [text["completion"] for text in test_texts]).percent
+        diverged = [n for n, loss in enumerate(losses) if not np.isfinite(loss)]
+        if diverged:  # counts as the base does
+            (base,) = self.measure(ZERO, target, rows, [(SEEDS[0], {})])
+            for n in diverged:
+                found[n] |= {"diverged": True} | {part: base[part] for part in ("test_loss", "exact_match")}
+        return found
+
+    def _constant(self, target: Target, rows: int, seed: int) -> Row:
+        def example(row: Mapping[str, str]) -> Example:
+            return Example(row["context"], row["completion"])
+
+        train = tuple(map(example, train_rows(target.task, seed)[:rows]))
+        wanted = [row["completion"] for row in test_rows(target.task)]
+        said = constant_answer(Task(target.task.name, train, (), ""))
+        return {"numbers": 0, "steps": 0, "exact_match": exact_match([said] * len(wanted), wanted).percent}
+
+    def _numbers(self, name: str, problem: lf.Problem) -> int:
+        one = problem.replace(index=problem.index[0])
+        return sum(int(jnp.sum(acting)) for acting in jax.tree.leaves(one.trainable(one.init(jax.random.key(0)))))
+
+    def _problem(self, name: str, pool_name: str, draw: int) -> lf.Problem:
+        """Return the problem of all seeds."""
+        arm, pool = ARMS[name], None
+        index = np.zeros((len(SEEDS), 0), np.int32)
+        if arm.pool != "none":
+            pool, index = self.pool(arm.pool, pool_name, draw)
+        recipe: Any = recipe_for(arm, TRAIN_ROWS)
+        method = find(arm.method).build(Built(self.model.config, recipe, pool, index.shape[1]))
+        frozen = method.prepare(lf.Frozen(self.base, pool), lf.kernels(self.model))
+        return lf.Problem(
+            graph=self.graph, method=method, frozen=frozen, index=jnp.asarray(index), seed_mode="sequential"
+        )
+
+    def _pool(self, kind: str, name: str, draw: int) -> tuple[lf.LoraPool, np.ndarray]:
+        """Return a pool and the modules of each seed; of a rotated pool, each seed has a copy of its own."""
+        folder = pool_folder(self.pools, name, shuffled=kind == "shuffled-labels")
+        pool = open_pool(folder, str(SMALL / "base")).load()
+        index = np.array([pool.indices(draw_modules(pool.names, MODULES, seed)) for seed in SEEDS], np.int32)
+        if kind == "rotated":
+            keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), draw) for seed in SEEDS])
+            copies = jax.jit(jax.vmap(lf.rotated_pool, in_axes=(None, 0)))(pool, keys)
+            index += len(pool) * np.arange(len(SEEDS), dtype=np.int32)[:, None]
+            pool = jax.tree.map(lambda leaf: jnp.concatenate([*leaf], axis=1), copies)
+        # Names are part of a compiled program's key, so all pools get the same.
+        names = tuple(map(str, range(next(iter(pool.rank.values())).shape[1])))
+        return dataclasses.replace(pool, names=names, scaling=None), index
+
+    def _tokens(self, task: Any) -> tuple[Encoded, Batch, Rows]:
+        """Return the tokens of all seeds' rows, the test rows as one batch, and their texts."""
+        texts = [row for seed in SEEDS for row in train_rows(task, seed)]
+        test = test_rows(task)
+
+        def tokens(rows: Rows) -> Encoded:
+            return encode(self.tokenizer, [Example(row["context"], row["completion"]) for row in rows])
+
+        train, held_out = tokens(texts), tokens(test)
+        longest = max(len(labels) for part in (train, held_out) for labels in part.labels)
+        width = next(width for width in TARGET_WIDTHS if width >= longest)
+        # Labels of one width for all rows, so that tasks share programs.
+        labels = tuple(np.pad(row, (0, width - len(row)), constant_values=IGNORED) for row in train.labels)
+        padded = tuple(np.pad(row, (0, width - len(row)), constant_values=IGNORED) for row in held_out.labels)
+        return Encoded(train.inputs, labels), self._batch(held_out.inputs, padded), test
+
+    def _batch(self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Batch:
+        ids = pad(inputs, self.pad_id, SOURCE_WIDTH)
+        mask = np.arange(SOURCE_WIDTH) < np.array([len(row) for row in inputs])[:, None]
+        return Batch(ids, mask, np.stack(labels).astype(np.int32), np.ones(len(ids), bool))
+
+
+def recipe_for(arm: Arm, rows: int) -> Any:
+    return recipe_of(find(arm.method).recipe, {"epochs": EPOCHS[rows], "modules": MODULES} | dict(arm.recipe))

@@ -1,0 +1,351 @@
+"""When does a pool of LoRA modules help? Fusions of real and of rotated pools for string tasks drawn at random.
+
+    python experiments/pool_value.py --plan                       # what is missing, and its time
+    python experiments/pool_value.py --rows 20                    # pools, rates and all arms at 20 rows
+    python experiments/pool_value.py --rows 5 95 --arms LoRAFusion rotated
+    python experiments/pool_value.py --rows                       # tables, tests and the figure of what is there
+
+The design is experiments/pool_value.md. Written to OUT: draw.csv, a line of tune.jsonl for each task and rate, a line
+of rows_N.jsonl for each cell of N training rows, tables as CSV, and advantage.png. Adapters are trained into POOLS.
+Interrupted, the same command continues.
+"""
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import _script
+import numpy as np
+import scipy.stats
+import tyro
+from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.pool_cells import (
+    ARMS,
+    EPOCHS,
+    FUSION,
+    ROTATED,
+    SEEDS,
+    SHUFFLED,
+    SMALL_LORA,
+    TRAINED,
+    ZERO,
+    Arm,
+    Lab,
+    Row,
+    cells,
+    key_of,
+)
+from lab.string_pools import CLASSES, design, write_pools
+
+from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.statistics import holm, over_tasks
+from lorafusion_jax.text_tables import markdown
+
+TUNING_SEEDS = (1, 2, 3)
+EQUIVALENT = 0.05  # nats: the bound of "no advantage"
+ROWS_OF_TESTS = 20
+SECONDARY = ("H2", "H3", "H4", "H5", "H6")
+# CPU seconds of a cell, and of a cell of the tuning.
+COST = {5: 0.5, 10: 0.6, 20: 0.6, 95: 2.2}
+
+Point = tuple[int, ...]  # powers of 3, by which the rates of an arm are multiplied
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the measurement.
+
+    Attributes:
+      rows: numbers of training rows to measure, one after the other; none for the tables alone.
+      arms: arms to measure; all by default.
+      out: folder of results; cells that are there are not measured again.
+      pools: folder of the trained pools, one of PEFT adapters for each; missing ones are trained.
+      plan: print what is missing and its time, and measure nothing.
+    """
+
+    rows: tuple[Literal[5, 10, 20, 95], ...] = (20, 5, 95, 10)
+    arms: tuple[str, ...] = tuple(ARMS)
+    out: Path = ROOT / "docs" / "results" / "pool_value"
+    pools: Path = ROOT / "runs" / "pool_value" / "pools"
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def __post_init__(self) -> None:
+        if unknown := [arm for arm in self.arms if arm not in ARMS]:
+            raise ValueError(f"no arm {', '.join(unknown)}: choose from {'; '.join(ARMS)}")
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Measure what is missing, or print its cost."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    if options.plan:
+        print_plan(options)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_csv(options.out / "draw.csv", draw_table())
+    lab = Lab(options.pools)
+    for rows in options.rows:
+        for name in options.arms:
+            if (kind := ARMS[name].pool) != "none":
+                for folder in write_pools(options.pools, shuffled=kind == "shuffled-labels"):
+                    print(f"trained {folder}", file=sys.stderr, flush=True)
+            run(lab, name, rows, options.out)
+    everything = to_look_at(row for rows in EPOCHS for row in read_lines(options.out / f"rows_{rows}.jsonl"))
+    for name, lines in tables(everything, read_lines(options.out / "tune.jsonl")).items():
+        write_csv(options.out / f"{name}.csv", lines)
+        print(f"{name}\n{markdown(lines)}")
+    draw(everything, options.out / "advantage.png")
+
+
+def print_plan(options: Options) -> None:
+    """Print the arms with missing cells, and the time of these; of the tuning, the time of one grid of rates."""
+    total = 0.0
+    tuned = {(row["arm"], row["rows"]) for row in read_lines(options.out / "tune.jsonl")}
+    for rows in options.rows:
+        have = {key_of(row) for row in read_lines(options.out / f"rows_{rows}.jsonl")}
+        for name in options.arms:
+            missing = len(cells(name, rows) - have)
+            grid = 0 if name not in TRAINED or (name, rows) in tuned else 3 ** len(ARMS[name].rates) * 18
+            seconds = (missing + grid) * COST[rows] if name in TRAINED else 0.0
+            total += seconds
+            if missing:
+                print(f"{rows:3} rows  {name}: {missing} cells, {seconds / 60:.0f} minutes")
+    print(f"{total / 60:.0f} CPU minutes, without the pools")
+
+
+def run(lab: Lab, name: str, rows: int, out: Path) -> None:
+    """Measure the missing cells of an arm at a number of training rows; its rates are tuned before."""
+    file, arm = out / f"rows_{rows}.jsonl", ARMS[name]
+    have = {key_of(row) for row in read_lines(file)}
+    if not cells(name, rows) - have:
+        return
+    rates = tune(lab, name, rows, out / "tune.jsonl") if arm.rates else {}
+    for target in design().targets:
+        for draw_number in arm.draws:
+            seeds = [s for s in SEEDS if (name, rows, target.task.name, s, draw_number) not in have]
+            if target.pool == "tuning" or not seeds:
+                continue
+            began = time.process_time()
+            found = lab.measure(name, target, rows, [(seed, rates) for seed in seeds], draw=draw_number)
+            seconds = (time.process_time() - began) / len(seeds)
+            for seed, cell in zip(seeds, found, strict=True):
+                key = {"arm": name, "rows": rows, "task": target.task.name, "seed": seed, "draw": draw_number}
+                of_target = {"pool": target.pool, "relevance": target.relevance}
+                append_line(file, key | of_target | {"rates": rates} | cell | {"cpu_seconds": round(seconds, 2)})
+            print(f"{rows} rows, {name}, {target.task.name}: {seconds:.2f} s a cell", file=sys.stderr, flush=True)
+
+
+def tune(lab: Lab, name: str, rows: int, file: Path) -> dict[str, float]:
+    """Return the rates of an arm with the least mean test loss on the tuning tasks, at no edge of the tried ones."""
+    arm = ARMS[name]
+    targets = [target for target in design().targets if target.pool == "tuning"]
+    lines = [line for line in read_lines(file) if (line["arm"], line["rows"]) == (name, rows)]
+    found = {(tuple(line["point"]), line["task"]): line["test_loss"] for line in lines}
+
+    def mean(point: Point) -> float:
+        return float(np.mean([found[point, target.task.name] for target in targets]))
+
+    best: Point = (0,) * len(arm.rates)
+    while True:
+        around = [tuple(map(sum, zip(best, by, strict=True))) for by in itertools.product((-1, 0, 1), repeat=len(best))]
+        for target in targets:
+            missing = [point for point in around if (point, target.task.name) not in found]
+            entries = [(seed, rates_at(arm, point)) for point in missing for seed in TUNING_SEEDS]
+            losses = [cell["test_loss"] for cell in lab.measure(name, target, rows, entries, answer=False)]
+            for point, own in zip(missing, np.reshape(losses, (len(missing), len(TUNING_SEEDS))), strict=True):
+                found[point, target.task.name] = float(own.mean())
+                key = {"arm": name, "rows": rows, "task": target.task.name, "relevance": target.relevance}
+                rates = {"point": point, "rates": rates_at(arm, point)}
+                append_line(file, key | rates | {"test_loss": round(float(own.mean()), 5)})
+        nearest = min(around, key=mean)
+        if mean(nearest) >= mean(best):
+            return rates_at(arm, best)
+        best = nearest
+
+
+def rates_at(arm: Arm, point: Point) -> dict[str, float]:
+    return {name: float(f"{rate * 3.0**by:.3g}") for (name, rate), by in zip(arm.rates.items(), point, strict=True)}
+
+
+class Test(NamedTuple):
+    """A hypothesis of the design: its estimate in nats with the 95 % interval, and p before correction."""
+
+    name: str
+    statement: str
+    tasks: int
+    estimate: float
+    low: float
+    high: float
+    p: float
+
+
+def draw_table() -> list[list[str]]:
+    """Return the drawn pools and targets."""
+    lines = [["pool", "use", "task"]]
+    for name, tasks in design().pools.items():
+        lines += [[name, "adapter", task.name] for task in tasks]
+        lines += [[name, target.relevance, target.task.name] for target in design().targets if target.pool == name]
+    return lines
+
+
+def to_look_at(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows without those of the tests' number of training rows, unless all arms are complete there."""
+    found = list(rows)
+    have = {key_of(row) for row in found}
+    if all(cells(name, ROWS_OF_TESTS) <= have for name in ARMS):
+        return found
+    return [row for row in found if row["rows"] != ROWS_OF_TESTS]
+
+
+def means(rows: Sequence[Row], arm: str, number: int, value: str = "test_loss") -> dict[str, float] | None:
+    """Return the mean of an arm by task, over seeds and draws, once all of its cells exist."""
+    own = {key_of(row): row for row in rows if (row["arm"], row["rows"]) == (arm, number) and value in row}
+    if not cells(arm, number) <= own.keys():
+        return None
+    by_task: dict[str, list[float]] = {}
+    for row in own.values():
+        by_task.setdefault(row["task"], []).append(row[value])
+    return {task: float(np.mean(values)) for task, values in by_task.items()}
+
+
+def difference(rows: Sequence[Row], first: str, second: str, number: int) -> dict[str, float] | None:
+    """Return the test loss of the first arm minus that of the second, by task of the draw."""
+    a, b = means(rows, first, number), means(rows, second, number)
+    return None if a is None or b is None else {task: a[task] - b[task] for task in RELEVANCE}
+
+
+RELEVANCE = {target.task.name: target.relevance for target in design().targets if target.pool != "tuning"}
+
+
+def tests(rows: Sequence[Row]) -> list[Test]:
+    """Return the tests whose cells all exist; an advantage is a loss minus that of LoRAFusion."""
+    found: list[Test] = []
+
+    def add(name: str, statement: str, values: Sequence[float], p: float | None = None) -> None:
+        interval = over_tasks(values)
+        assert interval is not None
+        found.append(Test(name, statement, len(values), *interval, _t(values, 0.0, "two-sided") if p is None else p))
+
+    main = difference(rows, ROTATED, FUSION, ROWS_OF_TESTS)
+    if main is not None:
+        add("H1", "rotated minus LoRAFusion, 20 rows", [*main.values()])
+        place = [len(CLASSES) - 1 - CLASSES.index(RELEVANCE[task]) for task in main]
+        trend: Any = scipy.stats.linregress(place, [*main.values()])
+        half = scipy.stats.t.ppf(0.975, len(main) - 2) * trend.stderr
+        slope = float(trend.slope)
+        ends = (slope - half, slope + half)
+        found.append(Test("H2", "that, more per class of relevance", len(main), slope, *ends, float(trend.pvalue)))
+    few, many = difference(rows, ROTATED, FUSION, 5), difference(rows, ROTATED, FUSION, 95)
+    if few is not None and many is not None:
+        add("H3", "that, 5 rows minus 95 rows", [few[task] - many[task] for task in RELEVANCE])
+    if main is not None:
+        foreign = [value for task, value in main.items() if RELEVANCE[task] == "foreign"]
+        add("H4", f"that, foreign tasks; p of equivalence within {EQUIVALENT}", foreign, equivalence(foreign))
+    if (lora := difference(rows, SMALL_LORA, FUSION, ROWS_OF_TESTS)) is not None:
+        add("H5", "LoRA of rank 1 minus LoRAFusion, 20 rows", [*lora.values()])
+    if (labels := difference(rows, ROTATED, SHUFFLED, ROWS_OF_TESTS)) is not None:
+        add("H6", "rotated minus shuffled labels, 20 rows", [*labels.values()])
+    return found
+
+
+def equivalence(values: Sequence[float], bound: float = EQUIVALENT) -> float:
+    """Return p of two one-sided t tests that the mean is between -bound and bound."""
+    sides = ((-bound, "greater"), (bound, "less"))
+    return max(_t(values, end, side) for end, side in sides)
+
+
+def _t(values: Sequence[float], mean: float, alternative: Any) -> float:
+    found: Any = scipy.stats.ttest_1samp(values, mean, alternative=alternative)
+    return float(found.pvalue)
+
+
+def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """Return the tables of all arms and contrasts whose cells exist."""
+    found: dict[str, list[list[str]]] = {}
+    lines = [["arm", "numbers", "rows", "test loss", "exact match, %"]]
+    for name, number in itertools.product(ARMS, EPOCHS):
+        loss, match = means(rows, name, number), means(rows, name, number, "exact_match")
+        if match is not None:
+            counts = next(row["numbers"] for row in rows if row["arm"] == name)
+            shown = "-" if loss is None else f"{np.mean([*loss.values()]):.3f}"
+            lines.append([name, f"{counts:,}", str(number), shown, f"{np.mean([*match.values()]):.1f}"])
+    found["arms"] = lines
+    lines = [["task", "pool", "relevance", "rows", "base", "base, training rows", "rotated", "LoRAFusion", "advantage"]]
+    curve = [["rows", "relevance", "tasks", "advantage", "95 % interval"]]
+    for number in EPOCHS:
+        arms = [means(rows, name, number) for name in (ZERO, ROTATED, FUSION)]
+        on_rows, gain = means(rows, ZERO, number, "training_rows_loss"), difference(rows, ROTATED, FUSION, number)
+        if gain is None or on_rows is None:
+            continue
+        for target in design().targets:
+            if (task := target.task.name) in gain:
+                base, rotated, fused = (by_task[task] for by_task in arms if by_task is not None)
+                numbers = (base, on_rows[task], rotated, fused, gain[task])
+                of_target = [task, target.pool, target.relevance, str(number)]
+                lines.append([*of_target, *(f"{value:.4f}" for value in numbers)])
+        for relevance in ("all", *CLASSES):
+            own = [value for task, value in gain.items() if relevance in ("all", RELEVANCE[task])]
+            interval = over_tasks(own)
+            assert interval is not None
+            shown = f"{interval.mean:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"
+            curve.append([str(number), relevance, str(len(own)), *shown])
+    found |= {"advantage": lines, "contrasts": curve}
+    everything = tests(rows)
+    p_of = {test.name: test.p for test in everything}
+    corrected = dict(zip(SECONDARY, holm([p_of.get(name, 1.0) for name in SECONDARY]), strict=True))
+    found["tests"] = [["", "contrast, nats", "tasks", "estimate", "95 % interval", "p", "p by Holm"]]
+    for test in everything:
+        p = f"{test.p:.2g}", f"{corrected[test.name]:.2g}" if test.name in corrected else "-"
+        interval = f"{test.estimate:.3f}", f"{test.low:.3f} to {test.high:.3f}"
+        found["tests"].append([test.name, test.statement, str(test.tasks), *interval, *p])
+    found["rates"] = [["arm", "rows", *_RATES, "mean test loss", "rates tried"]]
+    for name, number in itertools.product(TRAINED, EPOCHS):
+        by_point: dict[tuple[int, ...], list[Row]] = {}
+        for line in tuning:
+            if (line["arm"], line["rows"]) == (name, number):
+                by_point.setdefault(tuple(line["point"]), []).append(line)
+        if by_point:
+            best = min(by_point.values(), key=lambda own: float(np.mean([line["test_loss"] for line in own])))
+            rates = [f"{best[0]['rates'][rate]:g}" if rate in best[0]["rates"] else "-" for rate in _RATES]
+            loss = np.mean([line["test_loss"] for line in best])
+            found["rates"].append([name, str(number), *rates, f"{loss:.3f}", str(len(by_point))])
+    return {name: lines for name, lines in found.items() if len(lines) > 1}
+
+
+_RATES = ("lr_coefficients", "lr_magnitudes", "lr_lora")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw the advantage of the pool against the number of training rows, a line for each class."""
+    by_number = {number: difference(rows, ROTATED, FUSION, number) for number in EPOCHS}
+    there = {number: gain for number, gain in by_number.items() if gain is not None}
+    if not there:
+        return
+
+    def on(figure: Any) -> None:
+        panel = figure.subplots()
+        for n, relevance in enumerate(CLASSES):
+            own = [[gain[task] for task in gain if RELEVANCE[task] == relevance] for gain in there.values()]
+            ends = np.array([over_tasks(values) for values in own])
+            at = np.array([*there]) * 1.03 ** (n - 1)
+            about = np.abs(ends[:, 1:].T - ends[:, 0])
+            panel.errorbar(at, ends[:, 0], about, fmt="o-", capsize=3, color=colour(n + 1), label=_LABELS[relevance])
+        panel.axhline(0.0, linestyle=":", color="black")
+        panel.set_xscale("log")
+        panel.minorticks_off()
+        panel.set_xticks([*there], [str(number) for number in there])
+        panel.set_xlabel("training rows")
+        panel.set_ylabel("advantage over a rotated pool, nats per token")
+        panel.legend()
+
+    plot(path, (7.0, 4.2), on)
+
+
+_LABELS = {"both": "both operations in the pool", "one": "one of them", "foreign": "neither"}
+
+
+if __name__ == "__main__":
+    _script.run(main)
