@@ -105,7 +105,7 @@ def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Entry]:
             "random pool": METHODS["random pool"],
             "shuffled layers": dataclasses.replace(_FUSION, control="shuffled"),
             "coefficients only": _COEFFICIENTS,
-            "coefficients only, random pool": dataclasses.replace(_COEFFICIENTS, control="random"),
+            "coefficients only, random pool": dataclasses.replace(_COEFFICIENTS, control="random-factors"),
             "coefficients only, shuffled layers": dataclasses.replace(_COEFFICIENTS, control="shuffled"),
             # As near to fusion's numbers as a LoRA comes: rank 1, on v alone.
             "LoRA of equal size": _with(METHODS["LoRA"], lora_rank=1, lora_targets=("v",)),

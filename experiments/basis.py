@@ -42,8 +42,8 @@ _FUSION, _BEST = "LoRAFusion", "best 10"
 CHOICES: dict[str, dict[str, Any]] = {_FUSION: {}, "all modules": ALL, _BEST: BEST}
 SIZES = (8, 16, 24, 32, DIRECTIONS)
 _RANK = 16  # of the pool's modules
-_CONTROLS: dict[Literal["random", "shuffled", "svd"], str] = {
-    "random": "random",
+_CONTROLS: dict[Literal["random-factors", "shuffled", "svd"], str] = {
+    "random-factors": "random",
     "shuffled": "shuffled layers",
     "svd": "base's SVD",
 }

@@ -117,7 +117,7 @@ MAIN = {
 MORE = {
     "constant answer": METHODS["constant answer"],
     "coefficients only, random pool": dataclasses.replace(
-        _COEFFICIENTS, control="random", rates={"lr_coefficients": 1.0}
+        _COEFFICIENTS, control="random-factors", rates={"lr_coefficients": 1.0}
     ),
     "basis, k = 32": _entry(IN_BASIS["basis"], _FUSION, basis=DIRECTIONS),
     "best 10": _entry(METHODS["LoRAFusion"], _FUSION, modules=10, choose="gradient"),

@@ -21,7 +21,7 @@ class Entry:
     """
 
     method: str
-    control: Literal["none", "random", "shuffled", "svd"] = "none"
+    control: Literal["none", "random-factors", "shuffled", "svd"] = "none"
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     rates: dict[str, float] = dataclasses.field(default_factory=dict)
     few_rates: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -51,7 +51,7 @@ METHODS = {
     "magnitudes only": Entry(method="magnitudes", rates={"lr_magnitudes": 0.02}, few_rates={"lr_magnitudes": 0.0017}),
     "random pool": Entry(
         method="fusion",
-        control="random",
+        control="random-factors",
         rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.03},
         few_rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0033},
     ),

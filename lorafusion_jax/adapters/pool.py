@@ -154,7 +154,7 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
         pool,
         A={site: like(dense(a, jnp.float32), site, "A", 3) for site, a in pool.A.items()},
         B={site: like(dense(b, jnp.float32), site, "B", 2) for site, b in pool.B.items()},
-        names=tuple(f"random {name}" for name in pool.names),
+        names=tuple(f"random-factors {name}" for name in pool.names),
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,6 +71,11 @@ def _refuse_old_names(arguments: Sequence[str], options: Sequence[str]) -> None:
         if name not in options and new in options:
             values = ", ".join(f"{old} is {now}" for old, now in VALUES.get(new, {}).items())
             raise ValueError(f"--{name} is now --{new.replace('_', '-')}" + (f" ({values})" if values else ""))
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    for name, old in itertools.pairwise(words):
+        field = name.removeprefix("--").replace("-", "_")
+        if name.startswith("--") and field in options and old in VALUES.get(field, {}):
+            raise ValueError(f"{name} {old} is now {name} {VALUES[field][old]}")
 
 
 def part_of(command: Any, use: Callable[..., Any], flag: str) -> dict[str, Any]:

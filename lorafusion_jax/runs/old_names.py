@@ -10,7 +10,7 @@ from ..methods import METHODS, fields_of
 # Old name -> new name. Those of the command line are written with dashes.
 RENAMED: dict[str, str] = {"path": "seed_mode", "noise": "train_chip", "core": "train_core", "digital": "keep_digital"}
 # Old values -> new ones, by the new name.
-VALUES = {"seed_mode": {"vmap": "batched", "map": "sequential"}}
+VALUES = {"seed_mode": {"vmap": "batched", "map": "sequential"}, "control": {"random": "random-factors"}}
 # Options that were removed.
 REMOVED = frozenset({"log"})
 # A recipe once had the numbers of all methods.

@@ -16,6 +16,7 @@ from ..training.recipe import Recipe
 
 # What base and pool are held in: whole, or in 4 or 8 bits.
 LoadIn = Literal["full", "nf4", "int8"]
+Control = Literal["none", "random-factors", "shuffled", "rotated", "rotated-together", "svd"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,8 @@ class FuseOptions:
       name: name of the run, which is written to OUT/NAME; by default TASK-METHOD, and TASK-METHOD-CONTROL of a control.
       out: folder of runs.
       method: name of the method, from the registry (`lorafusion_jax.METHODS`).
-      control: `random` replaces every module by a random one of the same norms, `shuffled` shuffles its layers, and
-        `rotated` replaces the singular vectors of its updates by random ones, but keeps the singular values
+      control: `random-factors` replaces every module by a random one of the same norms, `shuffled` shuffles its layers,
+        and `rotated` replaces the singular vectors of its updates by random ones, but keeps the singular values
         (`rotated-together`: all modules by one rotation); with a basis they are the directions, drawn or of such
         modules, on which the modules are projected. `svd`, with a basis alone, takes the leading singular directions
         of the base's own matrices.
@@ -120,7 +121,7 @@ class FuseOptions:
     name: str | None = None
     out: Path = Path("runs")
     method: str = "fusion"
-    control: Literal["none", "random", "shuffled", "rotated", "rotated-together", "svd"] = "none"
+    control: Control = "none"
     control_draw: int = 0
     adapters: tuple[str, ...] = ()
     recipe: Recipe = Recipe()

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
 from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuffled_pool
-from ..checks import at_least, check_uint32
+from ..checks import at_least, check_uint32, one_of
 from ..io.digests import Digests, PoolDigests, pool_digests
 from ..io.hf import base_digest, load_base, load_tokenizer, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
@@ -49,13 +49,13 @@ from ..training.method import Method
 from ..training.problem import Problem
 from ..training.seeds import SeedMode, default_seed_mode
 from .folder import RunConfig, note
-from .options import FuseOptions, OnArrays, row_format
+from .options import Control, FuseOptions, OnArrays, row_format
 
 AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 
 _CONTROL_KEY = 0
 _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
-    "random": random_pool,
+    "random-factors": random_pool,
     "shuffled": shuffled_pool,
     "rotated": rotated_pool,
     "rotated-together": functools.partial(rotated_pool, together=True),
@@ -118,6 +118,7 @@ def check(options: FuseOptions) -> None:
         raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
     for seed in options.seeds:
         check_uint32(seed=seed)
+    one_of(get_args(Control), control=options.control)
     at_least(1, test_rows=options.test_rows, eval_batch=options.eval_batch, processes=options.processes)
     recipe.check()
     for number, value in (vars(options) | vars(recipe)).items():
@@ -442,7 +443,7 @@ def _load_pool(
         found = pool_digests(whole)
         # Its directions are made of all modules.
         found = PoolDigests(found.modules, hashlib.sha256("".join(found.modules.values()).encode()).hexdigest())
-        if options.control == "random":
+        if options.control == "random-factors":
             of = random_directions(whole, k, key)
         elif options.control in _CONTROLS:
             of = directions(_CONTROLS[options.control](whole, key), k)

@@ -82,6 +82,8 @@ def test_fuse_shows_the_options_of_the_chosen_method(method):
         ("fuse --path map", "--path is now --seed-mode (vmap is batched, map is sequential)"),
         ("fuse --noise=chip", "--noise is now --train-chip"),
         ("fuse --core", "--core is now --train-core"),
+        ("fuse --control random", "--control random is now --control random-factors"),
+        ("fuse --control=random", "--control random is now --control random-factors"),
         ("cost --core", "--core is now --train-core"),
         ("fuse --digital head", "--digital is now --keep-digital"),
         ("evaluate --digital head", "--digital is now --keep-digital"),

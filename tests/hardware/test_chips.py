@@ -274,7 +274,7 @@ def test_what_chips_cannot_do_is_refused(small, chips, fused):
     ):
         with pytest.raises(ValueError, match=message):
             _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
-    folder, control = load_chips(str(chips / "two")), dataclasses.replace(fused, control="random")
+    folder, control = load_chips(str(chips / "two")), dataclasses.replace(fused, control="random-factors")
     with pytest.raises(ValueError, match="two holds the modules of a pool, not the random control"):
         folder.check(prepare(control), control)
 
@@ -354,7 +354,7 @@ def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys)
 
 
 def test_a_control_has_the_places_of_the_modules_that_it_replaces(small, chips):
-    options = _fusing(small, chips, "control", control="random", seeds=(1,))
+    options = _fusing(small, chips, "control", control="random-factors", seeds=(1,))
     setup = prepare(options)
     there = sorted(path.name for path in small[1].iterdir())
     wanted = [there.index(name) for name in there if name in setup.modules[0]]

@@ -255,7 +255,9 @@ def test_arrays_hold_what_a_run_reads(runs):
 
 def test_bad_options_stop_before_anything_is_written(small, tmp_path):
     poolless = ("magnitudes", "lora", "dora", "vera", "full", "zero-shot", "few-shot", "constant")
-    cases = [(method, {"control": "random"}, f"the method {method} has no pool to replace") for method in poolless]
+    cases = [
+        (method, {"control": "random-factors"}, f"the method {method} has no pool to replace") for method in poolless
+    ]
     cases += [
         ("merge", {"control": "shuffled", "load_in": "nf4"}, "the shuffled control is drawn in full precision"),
         ("full", {"load_in": "nf4"}, "the method full trains the weights themselves"),

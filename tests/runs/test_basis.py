@@ -91,7 +91,7 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
         chosen[choose] = lf.fuse(options)["seeds"][0]["modules"]
         assert lf.fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"] == chosen[choose]
     assert chosen["gradient"] == chosen["basis-gradient"]
-    control = _options((converted[0], whole), tmp_path, choose="gradient", basis=48, control="random")
+    control = _options((converted[0], whole), tmp_path, choose="gradient", basis=48, control="random-factors")
     ranked = with_whole_modules(load_model(control), control).problem.frozen.pool
     np.testing.assert_array_equal(ranked.A["encoder.self.q"], lf.load_pool(whole).A["encoder.self.q"])
     shutil.rmtree(whole / "adapters")
@@ -101,7 +101,7 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
 
 def test_controls_project_the_modules_on_other_directions(converted, tmp_path):
     own = load_model(_options(converted, tmp_path)).problem.frozen.pool
-    for control in ("random", "shuffled", "rotated", "svd"):
+    for control in ("random-factors", "shuffled", "rotated", "svd"):
         pool = load_model(_options(converted, tmp_path, control=control)).problem.frozen.pool
         assert (pool.names, pool.k) == (own.names, 16)
         for site in own.sites if control != "shuffled" else ():  # a stack of one layer is not shuffled

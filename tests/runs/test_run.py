@@ -387,7 +387,7 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"seeds": (1, 2**32)}, "seed is 4294967296: "),
         ({"pool": None}, "give one with --pool"),
         ({"adapters": ("nobody",)}, "no adapter 'nobody'"),
-        ({"control": "random", "load_in": "nf4"}, "full precision"),
+        ({"control": "random-factors", "load_in": "nf4"}, "full precision"),
         ({"control_draw": 1}, "--control-draw numbers the draws of a random control"),
         ({"method": "lorahub", "evaluations": 1000}, "at most 100 evaluations for 2"),
         ({"method": "mean-fusion", "prune": 0.1}, "does not prune"),
@@ -404,6 +404,13 @@ def test_bad_options_stop_before_anything_is_written(changes, message, small, tm
     with pytest.raises(ValueError, match=message):
         lf.fuse(options)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_old_name_of_a_control_is_refused_with_the_new_one(small, tmp_path):
+    options = _options(small, tmp_path)
+    object.__setattr__(options, "control", "random")  # which the type checks of the tests refuse in a constructor
+    with pytest.raises(ValueError, match="control is 'random': expected one of none, random-factors"):
+        lf.fuse(options)
 
 
 def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(fused, tmp_path):
@@ -475,7 +482,7 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
     [
         ("owner/bench", {}, "bench-fusion"),
         ("owner/bench@refs/pr/1:counting", {}, "bench-fusion"),
-        ("tasks/bench.json", {"control": "random"}, "bench-fusion-random"),
+        ("tasks/bench.json", {"control": "random-factors"}, "bench-fusion-random-factors"),
         ("tasks/bench.json", {"name": "own"}, "own"),
     ],
 )

@@ -234,7 +234,7 @@ def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_
     mixed, scaled = lf.FusedRun.read(runs["mixed"]), lf.FusedRun.read(runs["scaled"])
     shutil.copytree(small[0], tmp_path / "base")
     one = {"coefficients": np.ones((1, 2, 2), np.float32)}
-    changes = {"base": str(tmp_path / "base"), "pool": str(tmp_path), "control": "random", "load_in": "nf4"}
+    changes = {"base": str(tmp_path / "base"), "pool": str(tmp_path), "control": "random-factors", "load_in": "nf4"}
     for field, value in changes.items():
         other = lf.FusedRun.read(write(f"other_{field}", one, (_OTHER,), method="coefficients", **{field: value}))
         with pytest.raises(ValueError, match=f"has the {field} {value}, and .*mixed has .*Serve them apart"):
@@ -282,7 +282,7 @@ def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alon
 
 def test_a_control_is_served_as_it_answers_alone(write, answers, tmp_path):
     params = {"coefficients": np.full((1, 2, 2), 3, np.float32)}
-    folder = write("control", params, (_MIXED,), method="coefficients", control="random")
+    folder = write("control", params, (_MIXED,), method="coefficients", control="random-factors")
     rows = [{"run": "control", "input": line} for line in _LINES]
     assert generate_rows((folder,), file=_file(tmp_path, rows)) == answers(folder)
 
