@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] = ()) -> None:
                 for folder in write_pools(options.pools, shuffled=kind == "shuffled-labels"):
                     print(f"trained {folder}", file=sys.stderr, flush=True)
             run(lab, name, rows, options.out)
-    everything = to_look_at(row for rows in EPOCHS for row in read_lines(options.out / f"rows_{rows}.jsonl"))
+    everything = [row for rows in EPOCHS for row in read_lines(options.out / f"rows_{rows}.jsonl")]
     for name, lines in tables(everything, read_lines(options.out / "tune.jsonl")).items():
         write_csv(options.out / f"{name}.csv", lines)
         print(f"{name}\n{markdown(lines)}")
@@ -189,15 +189,6 @@ def draw_table() -> list[list[str]]:
         lines += [[name, "adapter", task.name] for task in tasks]
         lines += [[name, target.relevance, target.task.name] for target in design().targets if target.pool == name]
     return lines
-
-
-def to_look_at(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows without those of the tests' number of training rows, unless all arms are complete there."""
-    found = list(rows)
-    have = {key_of(row) for row in found}
-    if all(cells(name, ROWS_OF_TESTS) <= have for name in ARMS):
-        return found
-    return [row for row in found if row["rows"] != ROWS_OF_TESTS]
 
 
 def means(rows: Sequence[Row], arm: str, number: int, value: str = "test_loss") -> dict[str, float] | None:

@@ -68,9 +68,9 @@ BARE, BARE_ROTATED, ZERO, CONSTANT = "coefficients only", "coefficients only, ro
 TRAINED = {
     FUSION: Arm("fusion", "real", rates=_BOTH),
     ROTATED: Arm("fusion", "rotated", rates=_BOTH),
-    SHUFFLED: Arm("fusion", "shuffled-labels", rates=_BOTH),
     "magnitudes only": Arm("magnitudes", rates={"lr_magnitudes": 0.01}),
     SMALL_LORA: Arm("lora", recipe={"lora_rank": 1, "lora_targets": ("v",)}, rates={"lr_lora": 6e-3}),
+    SHUFFLED: Arm("fusion", "shuffled-labels", rates=_BOTH),
     BARE: Arm("coefficients", "real", rates=_BARE),
     BARE_ROTATED: Arm("coefficients", "rotated", rates=_BARE),
     "LoRA, rank 16": Arm("lora", recipe={"lora_rank": 16, "lora_targets": ("q", "v")}, rates={"lr_lora": 2e-3}),
