@@ -138,3 +138,12 @@ def test_the_plan_lists_cells_that_are_missing(tmp_path, capsys):
 def test_an_unknown_arm_is_refused_with_all_arms():
     with pytest.raises(ValueError, match="no arm fusion: choose from zero-shot; most frequent; LoRAFusion"):
         experiment.Options(arms=("fusion",))
+
+
+def test_the_page_has_the_tables_of_its_rows():
+    rows = [row for file in sorted(_RESULTS.glob("rows_*.jsonl")) for row in experiment.read_lines(file)]
+    page = (_RESULTS.parent / "pool_value.md").read_text()
+    for name, lines in experiment.tables(rows, experiment.read_lines(_RESULTS / "tune.jsonl")).items():
+        assert list(csv.reader((_RESULTS / f"{name}.csv").read_text().splitlines())) == lines
+        if name in ("arms", "contrasts", "tests"):
+            assert [line for line in lines[1:] if f"| {' | '.join(line)} |" not in page] == []
