@@ -41,7 +41,7 @@ from lab.pool_cells import (
 )
 from lab.string_pools import CLASSES, design, write_pools
 
-from lorafusion_jax.report.figure import colour, plot
+from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.report.statistics import holm, over_tasks
 from lorafusion_jax.text_tables import markdown
 
