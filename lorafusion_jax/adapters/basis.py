@@ -25,7 +25,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Float, Int
 
 from ..models.weights import Weight, dense, quantise
@@ -244,6 +243,8 @@ def _layer(
 
 def _leading(left: Float[np.ndarray, "N d r"], right: Float[np.ndarray, "N r e"], k: int) -> Float[np.ndarray, "d k"]:
     """Return the leading eigenvectors of sum_n (left_n right_n)(left_n right_n)^T, each of positive largest entry."""
+    import scipy.linalg  # 0.1 s that commands without a basis save
+
     R = np.asarray(np.linalg.qr(right.swapaxes(1, 2), mode="r"))
     side_by_side = (left @ R.swapaxes(1, 2)).swapaxes(0, 1).reshape(left.shape[1], -1)
     d, width = side_by_side.shape

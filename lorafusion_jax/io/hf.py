@@ -73,6 +73,11 @@ def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase"
     return open_base(source).tokenizer()
 
 
+def load_fast_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer of a base model, without transformers where that gives the same; `load_tokenizer`'s errors."""
+    return open_base(source).fast_tokenizer()
+
+
 def load_base(
     source: str | Path, *, dtype: Literal["float32", "bfloat16"] = "float32", quantise: str | None = None
 ) -> Model:

@@ -4,13 +4,15 @@ import functools
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 import numpy as np
 
 from ..files import FileError, read_json, structured
+from ..models.registry import family_of_json
 from . import safetensors as safetensors_map
 from . import tokenizer_bounds, torch_pickle
+from .fast_tokenizer import FastTokenizer
 from .source import inside, resolve, sha256
 
 if TYPE_CHECKING:
@@ -20,6 +22,9 @@ _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
 _SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"
+_TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_FURTHER = ("added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
+_UNCHANGED = 100_000  # transformers looks for faults of known models in larger vocabularies
 _TEXTS = (
     _CONFIG,
     _GENERATION,
@@ -33,6 +38,19 @@ _TEXTS = (
     "tokenizer_config.json",
     "vocab.json",
 )
+
+
+class _Plain(TypedDict, total=False):
+    """A tokenizer_config.json that changes nothing of tokenizer.json but the names of special tokens."""
+
+    backend: Literal["tokenizers"]
+    clean_up_tokenization_spaces: Required[Literal[False]]
+    model_max_length: float
+    tokenizer_class: Required[Literal["PreTrainedTokenizerFast", "TokenizersBackend"]]
+    bos_token: str
+    eos_token: str
+    unk_token: str
+    pad_token: Required[str]
 
 
 class _Index(TypedDict):
@@ -108,6 +126,38 @@ class FolderBase:
                 f"{self._source} gives no tokenizer: expected a folder or hub id with config.json and tokenizer.json "
                 f"or spiece.model. From transformers: {error}"
             ) from error
+
+    def fast_tokenizer(self) -> "FastTokenizer | transformers.PreTrainedTokenizerBase":
+        """Load the tokenizer, without transformers if tokenizer.json has all of it; raises ValueError like `tokenizer`.
+
+        For some causal models transformers takes only the vocabulary from that file.
+        """
+        try:
+            raw = self.config()
+            if family_of_json(raw).read_config(raw).causal:
+                return self.tokenizer()
+            folder = resolve(self._source, patterns=_TEXTS)
+            settings = read_json(folder / _TOKENIZER_CONFIG, _Plain, "a Hugging Face tokenizer", own=False)
+            if not (settings.keys() <= _Plain.__annotations__.keys() and (folder / _TOKENIZER).is_file()):
+                return self.tokenizer()
+            if any((folder / name).is_file() for name in _FURTHER):
+                return self.tokenizer()
+        except ValueError:  # also a file that this type does not fit
+            return self.tokenizer()
+        tokenizer_bounds.check_added(folder)
+
+        from tokenizers import Tokenizer
+
+        try:
+            backend = Tokenizer.from_file(str(folder / _TOKENIZER))
+        except Exception:  # reported by transformers
+            return self.tokenizer()
+        if backend.truncation or backend.get_vocab_size() > _UNCHANGED:
+            return self.tokenizer()
+        special = {name: text for name, text in settings.items() if name.endswith("_token")}
+        tokenizer = FastTokenizer(backend, special, None, self._source, self.tokenizer)
+        tokenizer_bounds.check_growth(tokenizer)
+        return tokenizer
 
     def save_texts(self, folder: Path) -> None:
         """Copy config.json and the files of the tokenizer."""

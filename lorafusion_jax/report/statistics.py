@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from scipy.special import stdtrit
 
 _RESAMPLES = 10_000
 _CHUNK = 1_000  # resamples drawn at a time: memory
@@ -95,6 +94,8 @@ def over_tasks(values: Sequence[float]) -> OverTasks | None:
 
     Tasks count as a random sample: a few that differ much give a wide interval, however many items each of them has.
     """
+    from scipy.special import stdtrit
+
     if len(values) < 2:
         return None
     mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))

@@ -18,7 +18,7 @@ from ..adapters.basis import Pool, base_directions, directions, in_directions, r
 from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuffled_pool
 from ..checks import at_least, check_uint32, one_of
 from ..io.digests import Digests, PoolDigests, pool_digests
-from ..io.hf import base_digest, load_base, load_tokenizer, read_config
+from ..io.hf import base_digest, load_base, load_fast_tokenizer, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import find
 from ..methods.entry import Built
@@ -230,7 +230,7 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
 
 def load_texts(options: FuseOptions) -> Texts:
     """Load the tokenizer of the options' base model; ValueError if it lacks the chat template of the options."""
-    config, tokenizer = read_config(options.base), load_tokenizer(options.base)
+    config, tokenizer = read_config(options.base), load_fast_tokenizer(options.base)
     if options.chat and (not config.causal or tokenizer.chat_template is None):
         raise ValueError(f"{options.base} has no chat template: leave out --chat, and describe the task with --prompt")
     if not config.causal:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Int, Int32
@@ -11,10 +11,8 @@ from ..files import shown
 from . import chat_template
 from .data import Example
 
-if TYPE_CHECKING:
-    import transformers
-
-Tokenizer: TypeAlias = "transformers.PreTrainedTokenizerBase"
+# transformers' tokenizer, or one with the methods that are called here.
+Tokenizer: TypeAlias = Any
 
 LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
 # Characters of a row's texts, where each token takes up to 300 bytes.

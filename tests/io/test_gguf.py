@@ -352,7 +352,7 @@ def test_byte_level_tokens_special_tokens_and_flags():
     flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
     both = build_tokenizer(_BYTE_LEVEL | _IDS | flags | {"tokenizer.ggml.padding_token_id": 0})
     assert both("the")["input_ids"] == _ids(["<s>", "the", "</s>"]) and both.pad_token == "<pad>"
-    assert both("the", "th")["input_ids"] == _ids(["<s>", "the", "</s>", "<s>", "th", "</s>"])
+    assert both.whole("the", "th")["input_ids"] == _ids(["<s>", "the", "</s>", "<s>", "th", "</s>"])
     # Llama 3's tokenizers begin with BOS unless told otherwise, and keep a word that no merges make.
     merges = {"tokenizer.ggml.merges": ["h e"], "tokenizer.ggml.pre": "llama-bpe"}
     with pytest.raises(ValueError, match="its merges give no tokenizer"):

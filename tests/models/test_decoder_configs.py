@@ -163,3 +163,28 @@ def test_only_some_families_have_windows_or_layers_without_them(model_type, wind
     layers = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
     config = FAMILY.read_config(_SMALL | {"model_type": model_type, "sliding_window": 5, "layer_types": layers})
     assert (config.window, config.sliding) == (window, sliding)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"eos_token_id": [1, 3], "pad_token_id": -1, "tie_word_embeddings": False},
+        {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+        {"rope_theta": 500.0, "rms_norm_eps": 1e-5, "sliding_window": 4},
+    ],
+    ids=str,
+)
+def test_a_complete_config_is_read_as_transformers_completes_it(changes):
+    complete = {"vocab_size": 40, "head_dim": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
+    complete |= {"attention_bias": False, "mlp_bias": False, "pad_token_id": None}
+    complete = small_llama.CONFIG | complete | changes
+    # A type of scaling that is spelled out is left to transformers.
+    assert FAMILY.read_config(complete) == FAMILY.read_config(complete | {"rope_scaling": {"rope_type": "default"}})
+
+
+def test_a_complete_config_with_a_width_that_heads_do_not_divide_is_refused():
+    complete = {"vocab_size": 40, "head_dim": 8, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
+    complete |= {"attention_bias": False, "mlp_bias": False, "pad_token_id": None, "num_attention_heads": 3}
+    with pytest.raises(ValueError, match="not a multiple of the number of attention heads"):
+        FAMILY.read_config(small_llama.CONFIG | complete)

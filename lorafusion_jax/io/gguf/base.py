@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ...files import named, write_text
 from ...models.architecture import Stored
 from ...models.registry import gguf_layout
+from ..fast_tokenizer import FastTokenizer
 from .reader import StoredTensor, read_gguf
 from .tokenizer import build_tokenizer
 
@@ -47,8 +48,12 @@ class GGUFBase:
 
     def tokenizer(self) -> "transformers.PreTrainedTokenizerBase":
         """Build the tokenizer; raises ValueError if the file has none."""
+        return self.fast_tokenizer().whole
+
+    def fast_tokenizer(self) -> FastTokenizer:
+        """Build the tokenizer without transformers; raises ValueError if the file has none."""
         with named(self.place):
-            return build_tokenizer(self._metadata)
+            return build_tokenizer(self._metadata, str(self.place))
 
     def save_texts(self, folder: Path) -> None:
         """Write config.json and the files of the tokenizer."""

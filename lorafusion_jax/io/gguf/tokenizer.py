@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...files import shown
+from ..fast_tokenizer import FastTokenizer
 from ..tokenizer_bounds import MOST_ADDED
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ _CHECKS = (
 )
 
 
-def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedTokenizerFast":
+def build_tokenizer(metadata: Mapping[str, Any], base: str = "") -> FastTokenizer:
     """Return the tokenizer, with the file's special tokens and chat template; ValueError if it is not implemented.
 
-    A file without a token for padding gets its end token, because padding is masked by its position.
+    `base` is the base's name, for messages. A file without a token for padding gets its end token, because padding is
+    masked by its position.
     """
     metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     tokens, model = metadata.get("tokens", []), metadata.get("model")
@@ -85,7 +87,7 @@ def build_tokenizer(metadata: Mapping[str, Any]) -> "transformers.PreTrainedToke
             raise ValueError(f"the {name} token is {number}, and tokenizer.ggml.tokens holds {len(tokens)}")
         special[name] = None if number is None else tokens[number]
     try:
-        return _built(metadata, vocabulary, kinds, special)
+        return _built(metadata, vocabulary, kinds, special, base)
     except ValueError:
         raise
     except Exception as error:  # tokenizers raises bare ones, on merges of unknown tokens for example
@@ -144,10 +146,13 @@ def _pieces(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[str, tuple
 
 
 def _built(
-    metadata: Mapping[str, Any], vocabulary: dict[str, int], kinds: list[int], named: Mapping[str, str | None]
-) -> "transformers.PreTrainedTokenizerFast":
+    metadata: Mapping[str, Any],
+    vocabulary: dict[str, int],
+    kinds: list[int],
+    named: Mapping[str, str | None],
+    base: str,
+) -> FastTokenizer:
     from tokenizers import AddedToken, processors
-    from transformers import PreTrainedTokenizerFast
 
     if metadata["model"] == "gpt2":
         tokenizer, adds_bos = _byte_level(metadata, vocabulary)
@@ -171,15 +176,17 @@ def _built(
             pair=[*first, "$A", *last, *(f"{token}:1" for token in first), "$B:1", *(f"{token}:1" for token in last)],
             special_tokens=[(token, vocabulary[token]) for token in dict.fromkeys((*first, *last))],
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        unk_token=named["unknown"],
-        pad_token=named["padding"] or eos,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,
-    )
+    special = {"bos_token": bos, "eos_token": eos, "unk_token": named["unknown"], "pad_token": named["padding"] or eos}
+    template = metadata.get("tokenizer.chat_template")
+
+    def whole() -> "transformers.PreTrainedTokenizerFast":
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, **special, chat_template=template, clean_up_tokenization_spaces=False
+        )
+
+    return FastTokenizer(tokenizer, special, template, base, whole)
 
 
 def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int]) -> tuple["tokenizers.Tokenizer", bool]:

@@ -3,7 +3,9 @@
 transformers' config classes fill in missing fields, and bring older files' fields to today's names.
 """
 
+import contextlib
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Required, TypedDict
 
@@ -53,6 +55,31 @@ class _Json(TypedDict, total=False):
     quantization_config: dict[str, Any] | None
     rope_scaling: dict[str, Any] | None
     rope_parameters: dict[str, Any] | None
+
+
+class _Complete(TypedDict, total=False):
+    """A config.json with all fields that are used, in their newest meaning: transformers would change nothing."""
+
+    model_type: Required[Literal["llama"]]
+    vocab_size: Required[Size]
+    hidden_size: Required[Size]
+    intermediate_size: Required[Size]
+    max_position_embeddings: Required[Size]
+    num_hidden_layers: Required[Layers]
+    num_attention_heads: Required[Size]
+    num_key_value_heads: Required[Size]
+    head_dim: Required[Size]
+    hidden_act: Required[str]
+    rms_norm_eps: Required[_Positive]
+    rope_theta: Required[_Positive]
+    rope_scaling: None
+    rope_parameters: None
+    partial_rotary_factor: None
+    tie_word_embeddings: Required[bool]
+    attention_bias: Required[bool]
+    mlp_bias: Required[bool]
+    eos_token_id: Required[int | list[int] | None]
+    pad_token_id: Required[int | None]
 
 
 class _RopeJson(TypedDict, total=False):
@@ -130,7 +157,11 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
-    """Return the config as transformers completes and checks it."""
+    """Return the config as transformers completes and checks it, without loading transformers for a complete one."""
+    with contextlib.suppress(ValueError):
+        whole = structured(dict(raw), _Complete, "", own=False)
+        if whole["hidden_size"] % whole["num_attention_heads"] == 0:
+            return types.SimpleNamespace(**raw | {"rope_parameters": {"rope_theta": whole["rope_theta"]}})
     from transformers import AutoConfig
     from transformers.utils import logging
 

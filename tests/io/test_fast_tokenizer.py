@@ -1,0 +1,96 @@
+"""Tokenizers without transformers: the same tokens and texts as transformers', which other methods load."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import one_block
+import pytest
+import small_llama
+import smollm2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lorafusion_jax as lf
+from lorafusion_jax.io.hf import load_fast_tokenizer
+
+_BASE = one_block.SMALL / "base"
+_TEXTS = st.text() | st.text("abc :<>/s|im_endtard\n\t", max_size=40) | st.just("<|im_start|>a</s><pad> b<|im_end|>")
+
+
+def _pair(base):
+    fast, whole = load_fast_tokenizer(base), lf.load_tokenizer(base)
+    assert type(fast) is not type(whole)
+    return fast, whole
+
+
+@pytest.fixture(scope="module", params=["tokenizer.json", "GGUF"])
+def pair(request):
+    return _pair(_BASE if request.param == "tokenizer.json" else smollm2.gguf_file())
+
+
+@pytest.mark.parametrize("how", [{}, {"add_special_tokens": False}, {"truncation": True, "max_length": 3}], ids=str)
+def test_tokens_and_texts_are_those_of_transformers(pair, how):
+    fast, whole = pair
+
+    @settings(max_examples=50)
+    @given(st.lists(_TEXTS, min_size=1, max_size=3))
+    def check(texts):
+        wanted = whole(texts, return_special_tokens_mask=True, **how)
+        found = fast(texts, return_special_tokens_mask=True, **how)
+        assert {name: wanted[name] for name in found} == found
+        assert fast(texts[0], **how)["input_ids"] == wanted["input_ids"][0]
+        for skip in (True, False):
+            said = (one.batch_decode(found["input_ids"], skip_special_tokens=skip) for one in pair)
+            assert next(said) == next(said)
+
+    check()
+
+
+def test_vocabulary_special_tokens_and_further_methods_are_those_of_transformers(pair):
+    fast, whole = pair
+    assert len(fast) == len(whole) and fast.get_vocab() == whole.get_vocab()
+    assert fast.special_tokens_map == whole.special_tokens_map and fast.name_or_path == whole.name_or_path
+    names = [f"{name}_token" for name in ("bos", "eos", "unk", "pad")]
+    for name in (*names, *(f"{name}_id" for name in names), "chat_template", "clean_up_tokenization_spaces"):
+        assert getattr(fast, name) == getattr(whole, name)
+    assert [*map(fast.convert_ids_to_tokens, range(60))] == whole.convert_ids_to_tokens([*range(60)])
+    assert fast.encode("a b") == whole.encode("a b")
+    with pytest.raises(AttributeError, match="no_such_method"):
+        _ = fast.no_such_method
+
+
+def test_another_token_for_padding_holds_for_further_methods():
+    fast, _ = _pair(_BASE)
+    fast.pad_token = "</s>"
+    assert fast.pad_token_id == fast.whole.pad_token_id == 1
+    assert fast.pad({"input_ids": [[5], [5, 6]]})["input_ids"] == [[5, 1], [5, 6]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"clean_up_tokenization_spaces": True}, {"tokenizer_class": "OtherTokenizer"}, {"padding_side": "left"}],
+    ids=str,
+)
+def test_transformers_loads_what_its_settings_change(tmp_path, changes):
+    folder = shutil.copytree(_BASE, tmp_path / "base")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | changes))
+    assert type(load_fast_tokenizer(folder)) is type(lf.load_tokenizer(folder))
+
+
+def test_transformers_loads_tokenizers_of_causal_models_in_folders(tmp_path):
+    folder = small_llama.make(tmp_path / "base", chat_template=None)
+    assert type(load_fast_tokenizer(folder)) is type(lf.load_tokenizer(folder))
+
+
+@pytest.mark.parametrize("base", ["folder", "GGUF"])
+def test_config_and_tokenizer_load_no_transformers(base):
+    source = str(_BASE if base == "folder" else smollm2.gguf_file())
+    code = (
+        "import sys; from lorafusion_jax.io.hf import load_fast_tokenizer, read_config; "
+        f"read_config({source!r}); load_fast_tokenizer({source!r})('a'); print('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
