@@ -132,32 +132,26 @@ class FolderBase:
 
         For some causal models transformers takes only the vocabulary from that file.
         """
+        from tokenizers import Tokenizer
+
         try:
             raw = self.config()
             if family_of_json(raw).read_config(raw).causal:
                 return self.tokenizer()
             folder = resolve(self._source, patterns=_TEXTS)
-            settings = read_json(folder / _TOKENIZER_CONFIG, _Plain, "a Hugging Face tokenizer", own=False)
-            if not (settings.keys() <= _Plain.__annotations__.keys() and (folder / _TOKENIZER).is_file()):
-                return self.tokenizer()
+            settings = read_json(folder / _TOKENIZER_CONFIG, _Plain, "a Hugging Face tokenizer")
             if any((folder / name).is_file() for name in _FURTHER):
                 return self.tokenizer()
-        except ValueError:  # also a file that this type does not fit
-            return self.tokenizer()
-        tokenizer_bounds.check_added(folder)
-
-        from tokenizers import Tokenizer
-
-        try:
+            tokenizer_bounds.check_added(folder)
             backend = Tokenizer.from_file(str(folder / _TOKENIZER))
-        except Exception:  # reported by transformers
+            if backend.truncation or backend.get_vocab_size() > _UNCHANGED:
+                return self.tokenizer()
+            special = {name: text for name, text in settings.items() if name.endswith("_token")}
+            tokenizer = FastTokenizer(backend, special, None, self._source, self.tokenizer)
+            tokenizer_bounds.check_growth(tokenizer)
+            return tokenizer
+        except Exception:  # settings that the type lacks, or a fault that `tokenizer` reports
             return self.tokenizer()
-        if backend.truncation or backend.get_vocab_size() > _UNCHANGED:
-            return self.tokenizer()
-        special = {name: text for name, text in settings.items() if name.endswith("_token")}
-        tokenizer = FastTokenizer(backend, special, None, self._source, self.tokenizer)
-        tokenizer_bounds.check_growth(tokenizer)
-        return tokenizer
 
     def save_texts(self, folder: Path) -> None:
         """Copy config.json and the files of the tokenizer."""
