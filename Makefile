@@ -11,6 +11,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+# Huge pages for the temporaries of compiled functions (docs/concepts/speed.md).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # How long the fuzzer draws.
 SECONDS ?= 3600

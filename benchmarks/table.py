@@ -36,6 +36,7 @@ _BENCH = (
     "compilation.py",
     "memory.py --peak",
     "padding.py",
+    "start.py",
 )
 _FULL = (
     "fusion_step.py --shape small-pool --dtype float32 bfloat16 nf4 --seeds 1 4 16",
@@ -61,6 +62,7 @@ _FULL = (
     "pool_memory.py",
     "convert.py",
     "crossbar.py",
+    "start.py",
 )
 _NEED_PEFT = ("generation.py", "convert.py")  # which compare with nothing else
 _LEVELS = {"fast": _FAST, "bench": _BENCH, "full": _FULL}

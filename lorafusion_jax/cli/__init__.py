@@ -6,10 +6,13 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from .. import interrupts
-from .compiled import keep_compiled
+from .start import keep_compiled, use_huge_pages
 
+_PROGRAMS = ("lorafusion", "__main__.py")
+_COMPUTING = ("fuse", "evaluate", "generate", "lm-eval", "restore", "crossbar")
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 # Each subcommand is a module of this folder.
 COMMANDS = {
@@ -31,6 +34,9 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand, as `run` does."""
+    # Not where a program of another name calls this.
+    if arguments is None and Path(sys.argv[0]).name in _PROGRAMS and sys.argv[1:2] and sys.argv[1] in _COMPUTING:
+        use_huge_pages()
     run(_subcommand, arguments)
 
 

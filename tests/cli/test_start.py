@@ -1,9 +1,10 @@
-"""Compiled functions that commands keep: found again, never in a folder that others may write to, bounded."""
+"""What commands set before they load JAX: compiled functions that are found again, and huge pages."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,43 @@ def test_a_command_keeps_its_programs_and_writes_the_same_again(tmp_path, small)
     assert any("generate" in name for name in entries)
     assert _run(tmp_path, code).stdout == first.stdout
     assert {path.name for path in _folder(tmp_path).iterdir()} == entries
+
+
+def _malloc(tmp_path: Path, *command: str, **variables: str) -> str | None:
+    """GLIBC_TUNABLES of a command, as the kernel has it of the process that waits for text."""
+    ours = _OWN | {"PYTEST_VERSION", "GLIBC_TUNABLES"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu", **variables}
+    with subprocess.Popen([sys.executable, *command], env=environment, stdin=subprocess.PIPE) as process:
+        place = Path("/proc", str(process.pid), "environ")
+        # The cache's folder is made behind the second start, if there is one.
+        while not (tmp_path / "lorafusion-jax").exists():
+            time.sleep(0.01)
+        found = dict(line.split("=", 1) for line in place.read_bytes().decode().split("\0") if line)
+        process.kill()
+    return found.get("GLIBC_TUNABLES")
+
+
+_GENERATE = ("-m", "lorafusion_jax.cli", "generate", "--base", "no base")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_a_command_that_computes_uses_huge_pages(tmp_path):
+    found = _malloc(tmp_path / "computes", *_GENERATE)
+    assert found == "glibc.malloc.hugetlb=1"
+    assert _malloc(tmp_path / "counts", "-m", "lorafusion_jax.cli", "cost") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+@pytest.mark.parametrize(
+    ("variables", "malloc"),
+    [({"GLIBC_TUNABLES": ""}, ""), ({"JAX_PLATFORMS": "cuda"}, None), ({"PYTEST_VERSION": "9"}, None)],
+    ids=str,
+)
+def test_malloc_stays_as_it_is_if_it_is_set_on_accelerators_and_in_tests(tmp_path, variables, malloc):
+    assert _malloc(tmp_path, *_GENERATE, **variables) == malloc
+
+
+def test_another_program_that_calls_commands_is_not_started_again(tmp_path):
+    code = "from lorafusion_jax import cli; cli.main()"
+    assert _malloc(tmp_path, "-c", code, *_GENERATE[2:]) is None
