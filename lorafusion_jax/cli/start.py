@@ -16,8 +16,8 @@ _MOST_BYTES = 1 << 30
 _UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(\w+)'")
 
 
-# glibc maps the temporaries of every call anew, which costs less in huge pages. A malloc that maps nothing saves as much
-# in some processes, but took half as much memory again in others.
+# glibc maps the temporaries of every call anew, which costs less in huge pages. A malloc that maps nothing saved as
+# much in some processes, and took half as much memory again in others.
 _MALLOC = "glibc.malloc.hugetlb=1"
 _PLUGINS = ("jax_plugins", "libtpu")
 

@@ -146,7 +146,7 @@ class FolderBase:
             backend = Tokenizer.from_file(str(folder / _TOKENIZER))
             if backend.truncation or backend.get_vocab_size() > _UNCHANGED:
                 return self.tokenizer()
-            special = {name: text for name, text in settings.items() if name.endswith("_token")}
+            special = {name: str(text) for name, text in settings.items() if name.endswith("_token")}
             tokenizer = FastTokenizer(backend, special, None, self._source, self.tokenizer)
             tokenizer_bounds.check_growth(tokenizer)
             return tokenizer

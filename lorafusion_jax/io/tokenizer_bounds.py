@@ -14,6 +14,8 @@ from ..files import FileError
 if TYPE_CHECKING:
     import transformers
 
+    from .fast_tokenizer import FastTokenizer
+
 MOST_ADDED = 100_000  # added tokens; each takes 0.1 ms and 4 kB
 MOST_GROWTH = 1_000  # bytes made from one byte of a text
 MOST_STEPS = 100  # steps of a normaliser, a pre-tokenizer, a post-processor or a decoder
@@ -55,7 +57,7 @@ def _check_count(path: Path, field: str, count: int | float) -> None:
         raise FileError(path, field=field, got=f"{count:,}", expected=f"at most {MOST_ADDED:,}", fix=_FIX)
 
 
-def check_growth(tokenizer: "transformers.PreTrainedTokenizerBase") -> None:
+def check_growth(tokenizer: "FastTokenizer | transformers.PreTrainedTokenizerBase") -> None:
     """Raise a ValueError if the steps of a tokenizer may lengthen texts without a bound."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

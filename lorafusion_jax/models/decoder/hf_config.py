@@ -161,7 +161,7 @@ def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
     with contextlib.suppress(ValueError):
         whole = structured(dict(raw), _Complete, "", own=False)
         if whole["hidden_size"] % whole["num_attention_heads"] == 0:
-            return types.SimpleNamespace(**raw | {"rope_parameters": {"rope_theta": whole["rope_theta"]}})
+            return types.SimpleNamespace(**dict(raw) | {"rope_parameters": {"rope_theta": whole["rope_theta"]}})
     from transformers import AutoConfig
     from transformers.utils import logging
 
