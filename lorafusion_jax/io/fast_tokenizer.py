@@ -50,7 +50,8 @@ class FastTokenizer:
         add_special_tokens: bool = True,
         truncation: bool = False,
         max_length: int | None = None,
-        **ignored: Any,
+        return_special_tokens_mask: bool = True,
+        verbose: bool = False,
     ) -> dict[str, Any]:
         if truncation and max_length is not None:
             self.backend_tokenizer.enable_truncation(max_length)
@@ -76,6 +77,8 @@ class FastTokenizer:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _SPECIAL:
             self.special_tokens_map[name] = value
+            if "whole" in vars(self):
+                setattr(self.whole, name, value)
         else:
             super().__setattr__(name, value)
 
