@@ -91,7 +91,7 @@ class FastTokenizer:
         made.name_or_path = self.name_or_path
         return made
 
-    def batch_decode(self, rows: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
+    def batch_decode(self, rows: Iterable[Iterable[Any]], skip_special_tokens: bool = False) -> list[str]:
         """Return the texts of rows of tokens."""
         return self.backend_tokenizer.decode_batch([[*map(int, row)] for row in rows], skip_special_tokens)
 

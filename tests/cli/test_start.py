@@ -120,7 +120,7 @@ def _malloc(tmp_path: Path, *command: str, **variables: str) -> str | None:
     with subprocess.Popen([sys.executable, *command], env=environment, stdin=subprocess.PIPE) as process:
         place = Path("/proc", str(process.pid), "environ")
         # The cache's folder is made behind the second start, if there is one.
-        while not (tmp_path / "lorafusion-jax").exists():
+        while process.poll() is None and not (tmp_path / "lorafusion-jax").exists():
             time.sleep(0.01)
         found = dict(line.split("=", 1) for line in place.read_bytes().decode().split("\0") if line)
         process.kill()
