@@ -114,6 +114,21 @@ def test_a_base_that_was_not_fitted_has_no_forecast(small):
     assert len(found.modules) == 4 and found.descent.rows == 100
 
 
+def test_the_base_of_the_fit_has_a_forecast(tmp_path):
+    for adapter in sorted((one_block.SMALL / "adapters").iterdir())[:2]:
+        (tmp_path / adapter.name).symlink_to(adapter)
+    options = _options((one_block.SMALL / "base", tmp_path), train_rows=20)
+    found, fitted = lf.forecast(options), packaged()
+    assert fitted is not None
+    here = found.descent
+    assert found.prediction == fit(fitted["cases"]).predict(here.log_ratio, here.loss, here.rows)
+    assert found.prediction.low < found.prediction.advantage < found.prediction.high
+    assert (
+        "fitted on tasks of 20 training rows, and there are 100"
+        in lf.forecast(_options(small=(one_block.SMALL / "base", tmp_path))).verdict
+    )
+
+
 def test_runs_of_a_few_tasks_calibrate_a_forecast(small, runs):
     folders = tuple(folder for of_task in runs.values() for folder in of_task)
     found = lf.forecast(_options(small, calibrate=folders))

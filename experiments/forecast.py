@@ -1,0 +1,236 @@
+"""Does the descent at zero coefficients predict a pool's advantage? A fit on half of the string tasks.
+
+    python experiments/forecast.py                      # missing descents, then fit, test, tables and figure
+    python experiments/forecast.py --package            # also writes the fit that `lorafusion forecast` uses
+
+The advantages and the pools are those of experiments/pool_value.py. Written to OUT: a line of descents.jsonl for each
+target, seed and number of rows, a line of cases.jsonl for each target, table.csv, features.csv and forecast.png.
+Interrupted, the same command continues.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import _script
+import jax
+import numpy as np
+import scipy.stats
+import tyro
+from lab.common import ROOT, SMALL, append_line, read_lines, write_csv
+from lab.pool_cells import FUSION, ROTATED, SEEDS
+from lab.string_pools import CLASSES, Target, design, pool_folder, train_rows
+
+import lorafusion_jax as lf
+from lorafusion_jax.files import write_text
+from lorafusion_jax.io.hf import base_digest
+from lorafusion_jax.report.plots import colour, plot
+from lorafusion_jax.runs.advantage import FEATURES, Case, Feature, fit
+from lorafusion_jax.runs.descent import descent_of, with_copies
+from lorafusion_jax.runs.prepare import load_model
+from lorafusion_jax.tasks import Example, encode, eval_batches
+from lorafusion_jax.text_tables import markdown
+
+SEED, DRAWS, BATCH, RESAMPLES = 20261128, 3, 10, 10_000
+MODELS: dict[str, tuple[Feature, ...]] = {"descent, loss and rows": FEATURES, "loss and rows": ("loss", "log_rows")}
+PACKAGED = ROOT / "lorafusion_jax" / "runs" / "advantage.json"
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the fit.
+
+    Attributes:
+      rows: numbers of training rows.
+      measured: folder of the advantages.
+      pools: folder of the trained pools.
+      out: folder of results; descents that are there are not computed again.
+      package: write the tasks of the fit into the package.
+    """
+
+    rows: tuple[int, ...] = (20,)
+    measured: Path = ROOT / "docs" / "results" / "pool_value"
+    pools: Path = ROOT / "runs" / "pool_value" / "pools"
+    out: Path = ROOT / "docs" / "results" / "forecast"
+    package: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Compute the missing descents, fit one half of the tasks, and test on the other."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "descents.jsonl"
+    compute(options, file)
+    rows = [row for number in options.rows for row in read_lines(options.measured / f"rows_{number}.jsonl")]
+    cases = cases_of(read_lines(file), advantages(rows))
+    if len({case["task"] for case in cases}) < 8:
+        raise ValueError(f"{options.measured} has the advantages of too few tasks: run experiments/pool_value.py first")
+    write_text(options.out / "cases.jsonl", "".join(json.dumps(case) + "\n" for case in cases))
+    relevance = {target.task.name: target.relevance for target in design().targets}
+    for name, table in (("table", evaluated(cases)), ("features", explained(cases, relevance))):
+        write_csv(options.out / f"{name}.csv", table)
+        print(markdown(table))
+    plot_cases(cases, options.out / "forecast.png")
+    if options.package:
+        source = {"base": "examples/small/base", "script": "experiments/forecast.py"}
+        content = source | {"base_sha256": base_digest(SMALL / "base"), "cases": halves(cases)[0]}
+        write_text(PACKAGED, json.dumps(content, indent=1) + "\n")
+
+
+def compute(options: Options, file: Path) -> None:
+    """Append the descents that are missing in a file."""
+    have = {(row["task"], row["rows"], row["seed"]) for row in read_lines(file)}
+    targets = [target for target in design().targets if target.pool != "tuning"]
+    for pool in dict.fromkeys(target.pool for target in targets):
+        everything = itertools.product((t for t in targets if t.pool == pool), options.rows, SEEDS)
+        missing = [(t, number, seed) for t, number, seed in everything if (t.task.name, number, seed) not in have]
+        if missing:
+            of_pool(pool_folder(options.pools, pool, shuffled=False), missing, file)
+
+
+def of_pool(folder: Path, missing: Sequence[tuple[Target, int, int]], file: Path) -> None:
+    """Append the descents of one pool's modules on the training rows of targets, numbers of rows and seeds."""
+    recipe, base = lf.CoefficientsRecipe(choose="gradient", modules=1), str(SMALL / "base")
+    ranking = lf.FuseOptions(base=base, pool=str(folder), task="", method="coefficients", recipe=recipe)
+    model = load_model(ranking)
+    problems = with_copies(model.problem.replace(index=model.problem.index[0]), jax.random.key(SEED), DRAWS)
+    for target, number, seed in missing:
+        texts = [Example(row["context"], row["completion"]) for row in train_rows(target.task, seed)[:number]]
+        rows = encode(model.tokenizer, texts, model.text_format)
+        batches = eval_batches(rows, BATCH, pad_id=model.tokenizer.pad_token_id)
+        found = descent_of(problems, [batch for _, batch in batches])
+        key = {"task": target.task.name, "pool": target.pool, "relevance": target.relevance}
+        numbers = {"loss": found.loss, "log_ratio": found.log_ratio}
+        arrays = {"modules": found.modules, "rotated": found.rotated}
+        shown = {name: np.round(value, 5).tolist() for name, value in (numbers | arrays).items()}
+        append_line(file, key | {"rows": number, "seed": seed} | shown)
+        print(f"pool {folder.name}: {target.task.name}, {number} rows, seed {seed}", file=sys.stderr, flush=True)
+
+
+def advantages(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+    """Return the advantage of a pool over its rotated copies by task and number of rows, once both have all seeds."""
+    arms: dict[tuple[str, int], dict[str, list[Row]]] = {}
+    for row in rows:
+        if row["arm"] in (FUSION, ROTATED):
+            arms.setdefault((row["task"], row["rows"]), {FUSION: [], ROTATED: []})[row["arm"]].append(row)
+    found = {}
+    for key, by_arm in arms.items():
+        if all({row["seed"] for row in own} == {*SEEDS} for own in by_arm.values()):
+            fused, rotated = (np.mean([row["test_loss"] for row in by_arm[arm]]) for arm in (FUSION, ROTATED))
+            found[key] = float(rotated - fused)
+    return found
+
+
+def cases_of(descents: Sequence[Row], gains: Mapping[tuple[str, int], float]) -> list[Case]:
+    """Return the tasks with known advantages, and means of the seeds' features."""
+    found: list[Case] = []
+    for (task, number), gain in gains.items():
+        own = [row for row in descents if (row["task"], row["rows"]) == (task, number)]
+        if own:
+            log_ratio, loss = (float(np.mean([row[name] for row in own])) for name in ("log_ratio", "loss"))
+            found.append(Case(task=task, log_ratio=log_ratio, loss=loss, rows=number, advantage=gain))
+    return found
+
+
+def halves(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """Return the cases of a random half of the tasks, and those of the other half."""
+    tasks = sorted({case["task"] for case in cases})
+    own = {tasks[i] for i in np.random.default_rng(SEED).permutation(len(tasks))[: len(tasks) // 2]}
+    return [case for case in cases if case["task"] in own], [case for case in cases if case["task"] not in own]
+
+
+def evaluated(cases: Sequence[Case]) -> list[list[str]]:
+    """Return a table of the models on both halves; errors are root mean squares in nats."""
+    parts = dict(zip(("fit", "test"), halves(cases), strict=True))
+    mean = np.mean([case["advantage"] for case in parts["fit"]])
+    table = [
+        [
+            "model",
+            "half",
+            "tasks",
+            "rank correlation",
+            "its 95 % interval",
+            "in the 80 % interval",
+            "error",
+            "error of the mean",
+        ]
+    ]
+    for name, features in MODELS.items():
+        model = fit(parts["fit"], features)
+        for half, own in parts.items():
+            found = np.array([model.predict(case["log_ratio"], case["loss"], case["rows"]) for case in own])
+            gains, names = np.array([case["advantage"] for case in own]), [case["task"] for case in own]
+            predicted, low, high = found.T
+            rank = rank_correlation(names, predicted, gains)
+            errors = (np.sqrt(np.mean(np.square(guess - gains))) for guess in (predicted, mean))
+            inside = np.mean((low <= gains) & (gains <= high))
+            shown = (f"{rank[0]:.2f}", f"{rank[1]:.2f} to {rank[2]:.2f}", f"{inside:.0%}")
+            table.append([name, half, str(len({*names})), *shown, *(f"{error:.3f}" for error in errors)])
+    return table
+
+
+def explained(cases: Sequence[Case], relevance: Mapping[str, str]) -> list[list[str]]:
+    """Return a table of single features on all tasks; relevance is the number of operations that the pool knows."""
+    known = {name: len(CLASSES) - 1 - n for n, name in enumerate(CLASSES)}
+    features = {
+        "operations of the task in the pool": [known[relevance[case["task"]]] for case in cases],
+        "loss of the base": [case["loss"] for case in cases],
+        "logarithm of the descent ratio": [case["log_ratio"] for case in cases],
+    }
+    table = [["feature, all tasks", "rank correlation", "its 95 % interval"]]
+    names, gains = [case["task"] for case in cases], np.array([case["advantage"] for case in cases])
+    for feature, values in features.items():
+        rank, low, high = rank_correlation(names, np.array(values), gains)
+        table.append([feature, f"{rank:.2f}", f"{low:.2f} to {high:.2f}"])
+    return table
+
+
+def rank_correlation(
+    tasks: Sequence[str], predicted: np.ndarray, gains: np.ndarray, resamples: int = RESAMPLES
+) -> tuple[float, float, float]:
+    """Return Spearman's rank correlation with its 95 % interval, by a bootstrap over tasks."""
+    rng, names = np.random.default_rng(SEED), sorted(set(tasks))
+    places = [np.flatnonzero(np.array(tasks) == name) for name in names]
+
+    def correlation(chosen: np.ndarray) -> float:
+        ranks = (scipy.stats.rankdata(values[chosen]) for values in (predicted, gains))
+        return float(np.corrcoef(*ranks)[0, 1])
+
+    drawn = rng.integers(len(names), size=(resamples, len(names)))
+    with np.errstate(invalid="ignore"):
+        found = [correlation(np.concatenate([places[n] for n in one])) for one in drawn]
+    low, high = np.nanquantile(found, (0.025, 0.975))
+    return correlation(np.arange(len(tasks))), float(low), float(high)
+
+
+def plot_cases(cases: Sequence[Case], path: Path) -> None:
+    """Draw predicted and measured advantages of both halves."""
+    parts = halves(cases)
+    model = fit(parts[0])
+
+    def on(figure: Any) -> None:
+        axes = figure.subplots()
+        for half, own, shade in zip(("fit", "test"), parts, (colour(3), colour(5)), strict=True):
+            found = np.array([model.predict(case["log_ratio"], case["loss"], case["rows"]) for case in own])
+            predicted, low, high = found.T
+            how = {"fmt": "o", "color": shade, "elinewidth": 0.6, "label": f"{half} half"}
+            axes.errorbar(
+                predicted, [case["advantage"] for case in own], xerr=(predicted - low, high - predicted), **how
+            )
+        ends = axes.get_ylim()
+        axes.plot(ends, ends, linestyle=":", color="black")
+        axes.set_xlabel("predicted advantage with its 80 % interval, nats per answer token")
+        axes.set_ylabel("measured advantage")
+        axes.legend()
+
+    plot(path, (6.0, 4.6), on)
+
+
+if __name__ == "__main__":
+    _script.run(main)
