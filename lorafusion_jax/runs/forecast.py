@@ -119,7 +119,8 @@ def forecast(options: ForecastOptions) -> Forecast:
     if model is not None and not model.rows[0] / 2 <= found.rows <= model.rows[1] * 2:
         fewest, most = model.rows
         seen = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        model, unknown = None, f"the forecast was fitted on tasks of {seen} training rows, and there are {found.rows}"
+        unknown = f"the forecast was fitted on tasks of {seen} training rows, and there are {found.rows}: {_CALIBRATE}"
+        model = None
     prediction = model and model.predict(found.log_ratio, found.loss, found.rows)
     return Forecast(task, modules, found, prediction, "" if model is not None else unknown)
 
