@@ -116,6 +116,7 @@ PRESETS = {
         schedule="constant",
         clip=None,
         stop_early=True,
+        pack=False,
         protocol="reference",
         max_new_tokens=256,
     ),

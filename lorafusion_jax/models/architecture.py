@@ -9,6 +9,7 @@ Axis letters: B batch, S source, T target, V vocabulary, D model width, L layer.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -17,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .layers import Adapters, Base, Logits, Mask, Source, Target
+from .layers import Adapters, Base, Lanes, Logits, Mask, Source, Target
 from .weights import Weight
 
 # The tokens of a row: the input (source) and the model's answer (target).
@@ -28,6 +29,8 @@ Split = Literal["columns", "rows"]
 # Sizes and numbers of layers in a file, bounded so that a damaged file takes neither time nor memory.
 Size = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+# Time of an operation on scores, with softmax and masks, over that of one in a product with a matrix: measured.
+_SCORES = 4.0
 
 
 class Attention(NamedTuple):
@@ -165,10 +168,13 @@ class Model(Protocol):
         """
         ...
 
-    def label_logits(self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters) -> Logits:
+    def label_logits(
+        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, lanes: Lanes | None = None
+    ) -> Logits:
         """Return the logits that predict each label, from the source and the labels before it.
 
-        A negative label is not a target: predictions at its position are ignored.
+        A negative label is not a target: predictions at its position are ignored. With `lanes` (`tasks.Lanes`) rows lie
+        behind each other, and each has the logits that it has alone.
         """
         ...
 
@@ -365,6 +371,25 @@ def places(config: Architecture) -> Mapping[str, tuple[str, int]]:
 def linear_shapes(config: Architecture) -> dict[str, tuple[int, int]]:
     """Return (d_in, d_out) of every adaptable matrix by its Hugging Face module path."""
     return {path: (config.sites[name].d_in, config.sites[name].d_out) for path, (name, _) in places(config).items()}
+
+
+def step_operations(config: Architecture, lanes: int, source: Any, target: Any) -> Any:
+    """Return about how many operations a training step with frozen weights takes, to compare shapes of its batch.
+
+    `source` and `target` are widths of all lanes, numbers or arrays of them.
+    """
+    widths = {"source": source, "target": target}
+
+    def tokens(reads: Parts) -> Any:
+        return sum(widths[part] for part in reads)
+
+    products = sum(tokens(site.reads) * (site.layers * site.d_in * site.d_out) for site in config.sites.values())
+    scores = sum(
+        tokens(stack.reads) * tokens(attention.reads) * (2 * stack.layers * attention.heads * attention.d_head)
+        for stack in config.stacks.values()
+        for attention in stack.attentions
+    )
+    return 4.0 * lanes * (products + target * math.prod(config.head) + _SCORES * scores)
 
 
 def stack_of(site: str) -> str:

@@ -21,6 +21,8 @@ Mask = Bool[Array, "B S"]
 Target = Int[Array, "B T"]
 Hidden = Float[Array, "B T D"]
 Logits = Float[Array, "B T V"]
+# Number of each source token's row, that of each label's row, and the token before each label (`tasks.Lanes`).
+Lanes = tuple[Source, Target, Target]
 
 _POLICIES = jax.checkpoint_policies
 # Keeps the products with weights and recomputes everything else, which is cheap: half the memory of saving everything,
@@ -72,12 +74,12 @@ class RMSNorm(nnx.Module):
         self.scale = Base(jnp.full(shape, 1.0 - offset))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        x32 = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        normed = x32 * jax.lax.rsqrt(variance + self.eps)
+        exact = widened(x)
+        variance = jnp.mean(jnp.square(exact), axis=-1, keepdims=True)
+        normed = exact * jax.lax.rsqrt(variance + self.eps)
         scale = jnp.expand_dims(self.scale[...], range(x.ndim - 1))
         if self.offset:
-            return (normed * (scale.astype(jnp.float32) + self.offset)).astype(x.dtype)
+            return (normed * (scale.astype(exact.dtype) + self.offset)).astype(x.dtype)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 
@@ -122,3 +124,13 @@ def scan_blocks(
 def of_stack(adapters: Adapters, stack: str) -> Mapping[str, Any]:
     """Return the adapters of one stack, by their sites' names without the stack's."""
     return {site.partition(".")[2]: adapter for site, adapter in adapters.items() if site.partition(".")[0] == stack}
+
+
+def widened(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """Return numbers in float32, those of 64 bits as they are."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def same_row(rows: Int[Array, "B T"], others: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
+    """Return which tokens of a lane belong to the same row, given the numbers of their rows."""
+    return rows[:, :, None] == others[:, None, :]

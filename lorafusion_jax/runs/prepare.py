@@ -25,11 +25,12 @@ from ..methods.entry import Built
 from ..methods.fusion import GIVE_BASIS, choice_of
 from ..methods.recipes import basis_of, modules_of
 from ..methods.untrained import FewShotRecipe
-from ..models.architecture import Architecture, Model, kernels
+from ..models.architecture import Architecture, Model, kernels, step_operations
 from ..models.weights import Weight
 from ..tasks import (
     LONGEST,
     Encoded,
+    Packing,
     Split,
     Task,
     TextFormat,
@@ -106,7 +107,8 @@ class Setup(LoadedModel):
     def rows(self) -> TrainingRows:
         """Rows that the seeds use in training."""
         assert self.split is not None
-        return TrainingRows(self.train, self.split, self.tokenizer.pad_token_id)
+        packing = Packing(self.config.causal, functools.partial(step_operations, self.config))
+        return TrainingRows(self.train, self.split, self.tokenizer.pad_token_id, packing)
 
 
 def check(options: FuseOptions) -> None:

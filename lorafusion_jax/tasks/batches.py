@@ -1,6 +1,6 @@
-"""Padded batches in few shapes, since every shape is one more program to compile.
+"""Padded and packed batches in few shapes, since every shape is one more program to compile.
 
-Axis letters: B batch, S source, T target.
+Axis letters: B batch, S source, T target. In packed batches B is the number of lanes, except in `row_mask`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,34 +9,60 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
+from .packing import MOST_SHAPES, Costs, Numbers, Packing, few_widths
 from .protocol import Split, batch_orders
 from .tokenizer import Encoded
 
+# Tokens that one more shape of evaluation must save.
+_WORTH = 400.0
 IGNORED = -100  # the label of a position without a target, as in Hugging Face's losses
-MOST_SHAPES = 6
+
+
+class Lanes(NamedTuple):
+    """The rows of a packed batch, which lie behind each other in lanes.
+
+    A row has all source tokens, and all labels, in one lane. The last source token of a causal model's row is not among
+    its source tokens, only in front of its first label.
+
+    Attributes:
+      sources: number of each source token's row; -1 for padding.
+      targets: number of each label's row; -1 for padding.
+      before: the token in front of each label; -1 where the model begins an answer with a token of its own.
+    """
+
+    sources: Int32[Any, "*seeds B S"]
+    targets: Int32[Any, "*seeds B T"]
+    before: Int32[Any, "*seeds B T"]
 
 
 class Batch(NamedTuple):
-    """Padded rows; with a leading axis of seeds in training.
+    """Padded or packed rows; with a leading axis of seeds in training.
 
     Attributes:
       input_ids: source tokens.
       input_mask: True where a source token is real.
       labels: target tokens, IGNORED behind their end.
       row_mask: False for rows that only fill up the batch; they have no tokens.
+      lanes: the rows of a packed batch; None if every row has its own line.
     """
 
     input_ids: Int32[Any, "*seeds B S"]
     input_mask: Bool[Any, "*seeds B S"]
     labels: Int32[Any, "*seeds B T"]
-    row_mask: Bool[Any, "*seeds B"]
+    row_mask: Bool[Any, "*seeds rows"]
+    lanes: Lanes | None = None
 
     def cut(self, source_width: int, target_width: int) -> "Batch":
         """Return the batch without the tokens behind these widths, which are padding."""
+        lanes = self.lanes
+        if lanes is not None:
+            sources, *of_targets = lanes
+            lanes = Lanes(sources[..., :source_width], *(a[..., :target_width] for a in of_targets))
         return self._replace(
             input_ids=self.input_ids[..., :source_width],
             input_mask=self.input_mask[..., :source_width],
             labels=self.labels[..., :target_width],
+            lanes=lanes,
         )
 
 
@@ -46,12 +72,12 @@ class StepBatch(NamedTuple):
     Attributes:
       batches: leaves [seeds, steps, B, ...].
       shapes: source and target widths that steps are cut to; empty where they are all as wide as the arrays.
-      shape_of: the place of each step's widths in `shapes`, or None.
+      shape_of: the place of each step's widths in `shapes`, of each seed's own if seeds differ; or None.
     """
 
     batches: Batch
     shapes: tuple[tuple[int, int], ...] = ()
-    shape_of: Int32[np.ndarray, " steps"] | None = None
+    shape_of: Int32[np.ndarray, "*seeds steps"] | None = None
 
 
 class _Table(NamedTuple):
@@ -97,10 +123,13 @@ def most_new_tokens(longest: int) -> int:
     return min(bucket(2 * longest), 256)
 
 
-def train_batches(encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], *, pad_id: int) -> Iterator[Batch]:
+def train_batches(
+    encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], *, pad_id: int, packing: Packing | None = None
+) -> Iterator[Batch]:
     """Yield the batches of all seeds, step by step: `[seeds, B, width]` (see `train_step_batches`)."""
-    for interval in train_step_batches(encoded, orders, pad_id=pad_id):
-        yield Batch(*(leaf[:, 0] for leaf in interval.batches))
+    for batches, _, _ in train_step_batches(encoded, orders, pad_id=pad_id, packing=packing):
+        lanes = batches.lanes and Lanes(*(leaf[:, 0] for leaf in batches.lanes))
+        yield Batch(*(leaf[:, 0] for leaf in batches[:4]), lanes)
 
 
 def train_step_batches(
@@ -110,45 +139,65 @@ def train_step_batches(
     pad_id: int,
     length: int = 1,
     first_step: int = 0,
+    packing: Packing | None = None,
+    alike: bool = True,
 ) -> Iterator[StepBatch]:
     """Yield the batches of all seeds, `length` steps at a time, from `first_step` on.
 
-    The width of a step holds the longest row that any seed has in it. The widths to choose from depend on all of
+    The width of a step holds the longest row that any seed has in it, or with `packing` the longest lane; only packed
+    batches of seeds that need not be `alike` differ in width. The widths to choose from depend on all of
     `orders` (row numbers from `batch_orders`), so a resumed run, and every interval of a run, has the same shapes.
     Every interval but the first ends `length` steps after the one before it, or with the last step.
     """
     table = _table(encoded, pad_id)
-    of_step = _shapes(table.input_lengths[orders].max(axis=(0, 2)), table.label_lengths[orders].max(axis=(0, 2)))
-    shapes = sorted(set(of_step))
+    lengths = np.stack([table.input_lengths, table.label_lengths], axis=1)[orders]
+    lane = None
+    if packing is not None:
+        lane, of_step = packing.plan(lengths, alike=alike)
+    if lane is None:
+        of_step = np.array(_shapes(*np.moveaxis(lengths.max(axis=(0, 2)), -1, 0)))
+
+    def take(steps: slice, widths: Sequence[int]) -> Batch:
+        if packing is None or lane is None:
+            return table.take(orders[:, steps], *widths)
+        return _in_lanes(encoded, orders[:, steps], lane[:, steps], (int(lane.max()) + 1, *widths), pad_id, packing.causal)
+
+    found, number = np.unique(of_step.reshape(-1, 2), axis=0, return_inverse=True)
+    shapes, shape_of = tuple(map(tuple, found.tolist())), number.reshape(of_step.shape[:-1]).astype(np.int32)
     while first_step < orders.shape[1]:
-        end = first_step - first_step % length + length
-        own, rows = of_step[first_step:end], orders[:, first_step:end]
-        if len(shapes) == 1 or length == 1:
-            yield StepBatch(table.take(rows, *own[0]))
+        steps = slice(first_step, first_step - first_step % length + length)
+        own = shape_of[..., steps]
+        if len(shapes) == 1 or (length == 1 and own.size == 1):
+            yield StepBatch(take(steps, shapes[own.flat[0]]))
         else:
-            batches = table.take(rows, *map(max, zip(*shapes, strict=True)))
-            yield StepBatch(batches, tuple(shapes), np.array([shapes.index(shape) for shape in own], np.int32))
-        first_step = end
+            yield StepBatch(take(steps, (*map(max, *shapes),)), shapes, own)
+        first_step = steps.stop
 
 
 def eval_batches(encoded: Encoded, batch_size: int, *, pad_id: int) -> Iterator[tuple[Int32[np.ndarray, " B"], Batch]]:
-    """Yield row numbers and batches, shortest rows first, all of one B; every row once.
+    """Yield row numbers and batches, shortest rows first, in few groups of one shape; every row once.
 
-    B is the smallest that needs no more steps than `batch_size` does. Row number -1 marks a row that only
-    fills up the last batch. Predictions return to the order of `encoded` by
+    B of a group is the smallest that needs no more steps than `batch_size` does. Row number -1 marks a row that only
+    fills up a group's last batch. Predictions return to the order of `encoded` by
     `result[rows[rows >= 0]] = predictions[rows >= 0]`.
     """
-    count = len(encoded)
-    steps = -(-count // batch_size)
-    if steps == 0:
+    if not len(encoded):
         return
-    size = -(-count // steps)
     table = _table(encoded, pad_id)
+
+    def computed(count: Numbers, source: Numbers, target: Numbers) -> Costs:
+        steps = -(-count // batch_size)
+        return steps * -(-count // steps) * (source + target).astype(float)
+
     order = np.argsort(table.input_lengths[:-1], kind="stable").astype(np.int32)
-    rows = np.concatenate([order, np.full(steps * size - count, -1, np.int32)]).reshape(steps, size)
-    shapes = _shapes(table.input_lengths[rows].max(axis=1), table.label_lengths[rows].max(axis=1))
-    for step, shape in enumerate(shapes):
-        yield rows[step], table.take(rows[step], *shape)
+    lengths = np.stack([table.input_lengths, table.label_lengths], axis=1)[order]
+    of_row = few_widths(lengths, computed, worth=_WORTH)
+    for shape in np.unique(of_row, axis=0).tolist():
+        rows = order[(of_row == shape).all(axis=1)]
+        steps = -(-len(rows) // batch_size)
+        filling = np.full(-len(rows) % steps, -1, np.int32)
+        for numbers in np.concatenate([rows, filling]).reshape(steps, -1):
+            yield numbers, table.take(numbers, *shape)
 
 
 class TrainingRows(NamedTuple):
@@ -158,14 +207,16 @@ class TrainingRows(NamedTuple):
       tokens: tokens of all rows.
       split: training and validation rows of each seed.
       pad_id: token that fills up a batch.
+      packing: rule for packed batches; None for padded ones.
     """
 
     tokens: Encoded
     split: Split
     pad_id: int
+    packing: Packing | None = None
 
     def once(self, batch_size: int) -> Iterator[Batch]:
-        """Yield batches that hold every training row of every seed once; leaves have a leading axis of seeds."""
+        """Yield padded batches that hold every training row of every seed once; leaves have a leading axis of seeds."""
         return train_batches(self.tokens, batch_orders(self.split.train, batch_size=batch_size), pad_id=self.pad_id)
 
 
@@ -179,6 +230,36 @@ def _table(encoded: Encoded, pad_id: int) -> _Table:
         input_lengths=input_lengths,
         label_lengths=label_lengths,
     )
+
+
+def _in_lanes(
+    encoded: Encoded,
+    rows: Int32[np.ndarray, "*leading B"],
+    lane: Int[np.ndarray, "*leading B"],
+    size: tuple[int, int, int],
+    pad_id: int,
+    causal: bool,
+) -> Batch:
+    """Return batches whose rows are in these lanes; `size` is their number, and the widths of sources and targets."""
+    count, *widths = size
+    (ids, sources), (labels, targets, before) = (
+        [np.full((*rows.shape[:-1], count, width), fill, np.int32) for fill in fills]
+        for width, fills in zip(widths, ((pad_id, -1), (IGNORED, -1, -1)), strict=True)
+    )
+    for batch in np.ndindex(rows.shape[:-1]):
+        used = np.zeros((count, 2), int)
+        for number, (row, place) in enumerate(zip(rows[batch], lane[batch], strict=True)):
+            if row < 0:
+                continue
+            source, target = encoded.inputs[row], encoded.labels[row]
+            first, source = (source[-1:], source[:-1]) if causal else ([-1], source)
+            begin, end = used[place], used[place] + (len(source), len(target))
+            at_source, at_target = ((*batch, place, slice(*ends)) for ends in zip(begin, end, strict=True))
+            ids[at_source], sources[at_source] = source, number
+            labels[at_target], targets[at_target] = target, number
+            before[at_target] = np.concatenate([first, target])[:-1]
+            used[place] = end
+    return Batch(ids, sources >= 0, labels, rows >= 0, Lanes(sources, targets, before))
 
 
 def _shapes(

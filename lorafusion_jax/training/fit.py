@@ -106,13 +106,13 @@ def fit(
     # All validation rows in one batch: its loss is then their mean per token.
     validating = rows.split.validation
     order = batch_orders(validating, batch_size=validating.shape[1])
-    held_out = on_mesh(next(train_batches(rows.tokens, order, pad_id=rows.pad_id)), of_seeds=True)
+    how: Any = {"pad_id": rows.pad_id, "packing": rows.packing if recipe.pack else None}
+    held_out = on_mesh(next(train_batches(rows.tokens, order, **how)), of_seeds=True)
     rates = on_mesh(rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True)
     first_step = max(steps_done, epochs_done * per_epoch)
     length = per_epoch if whole_epochs() else 1
-    intervals = map(
-        _placed, train_step_batches(rows.tokens, orders, pad_id=rows.pad_id, length=length, first_step=first_step)
-    )
+    how |= {"length": length, "first_step": first_step, "alike": problem.seed_mode == "batched"}
+    intervals = map(_placed, train_step_batches(rows.tokens, orders, **how))
     following = next(intervals, None)
     with progress("train", orders.shape[1], first_step) as bar:
         for number in range(epochs_done + 1, recipe.epochs + 1):
@@ -163,7 +163,7 @@ def train_seeds(
     batches: Batch,
     problem: Problem,
     rates: Rates,
-    shape_of: Int[Array, " steps"] | None = None,
+    shape_of: Int[Array, "*seeds steps"] | None = None,
     *,
     optimisation: Optimisation,
     shapes: tuple[tuple[int, int], ...] = (),
@@ -174,21 +174,24 @@ def train_seeds(
     `fusion_step` are [steps, seeds].
     """
 
-    def train_seed(one: Problem, state: TrainState, batch: Batch, rates: Rates) -> tuple[TrainState, dict[str, Array]]:
-        return fusion_step(state, batch, one, rates, optimisation=optimisation)
+    def in_shape(number: Array | None, step: Callable[[Batch], Any], batch: Batch) -> Any:
+        if number is None:
+            return step(batch)
+        steps = [lambda batch, shape=shape: step(batch.cut(*shape)) for shape in shapes]
+        return jax.lax.switch(number, steps, batch)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        return problem.over_seeds(train_seed, (state, batch, rates))
+    def train_seed(
+        one: Problem, state: TrainState, batch: Batch, rates: Rates, number: Array | None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        return in_shape(number, lambda batch: fusion_step(state, batch, one, rates, optimisation=optimisation), batch)
 
-    def of_its_shape(state: TrainState, of_step: tuple[Batch, Array]) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, of_step: tuple[Batch, Array | None]) -> tuple[TrainState, dict[str, Array]]:
         batch, number = of_step
-        steps = [lambda state, batch, shape=shape: step(state, batch.cut(*shape)) for shape in shapes]
-        return jax.lax.switch(number, steps, state, batch)
+        own, shared = (None, number) if number is None or number.ndim == 0 else (number, None)
+        return in_shape(shared, lambda batch: problem.over_seeds(train_seed, (state, batch, rates, own)), batch)
 
     of_steps = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 1, 0), batches)
-    if shape_of is None:
-        return jax.lax.scan(step, state, of_steps)
-    return jax.lax.scan(of_its_shape, state, (of_steps, shape_of))
+    return jax.lax.scan(step, state, (of_steps, None if shape_of is None else jnp.moveaxis(shape_of, -1, 0)))
 
 
 @jax.jit
@@ -217,6 +220,9 @@ def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
 
 def _placed(interval: StepBatch) -> StepBatch:
     """Return an interval whose batches are being copied to the mesh or the accelerator."""
-    batches = on_mesh(interval.batches, of_seeds=True)
+    batches, shapes, shape_of = interval
+    batches = on_mesh(batches, of_seeds=True)
+    if shape_of is not None:
+        shape_of = on_mesh(shape_of, of_seeds=shape_of.ndim > 1)
     # A CPU takes NumPy's arrays at once.
-    return interval._replace(batches=jax.device_put(batches) if whole_epochs() else batches)
+    return StepBatch(jax.device_put(batches) if whole_epochs() else batches, shapes, shape_of)

@@ -7,21 +7,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ..models.layers import widened
 from ..tasks.batches import IGNORED, Batch
 from .method import Params
 from .problem import Problem, per_seed
 
 
 def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Return the mean cross-entropy in nats over the tokens whose label is not -100, in float32."""
-    count = jnp.maximum(jnp.sum(labels != IGNORED), 1).astype(jnp.float32)
-    return -jnp.sum(log_likelihood(logits, labels)) / count
+    """Return the mean cross-entropy in nats over the tokens whose label is not -100, in float32 or wider."""
+    total = jnp.sum(log_likelihood(logits, labels))
+    return -total / jnp.maximum(jnp.sum(labels != IGNORED), 1).astype(total.dtype)
 
 
 def log_likelihood(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, " B"]:
-    """Return the log-probability of every row's labels other than -100, in nats and float32."""
+    """Return the log-probability of every row's labels other than -100, in nats, in float32 or wider."""
     real = labels != IGNORED
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    log_probs = jax.nn.log_softmax(widened(logits), axis=-1)
     picked = jnp.take_along_axis(log_probs, jnp.where(real, labels, 0)[:, :, None], axis=-1)[:, :, 0]
     return jnp.sum(jnp.where(real, picked, 0.0), axis=1)
 
@@ -35,7 +36,7 @@ def objective(
     """
     logits, metrics = batch_logits(params, batch, problem)
     entropy = cross_entropy(logits, batch.labels)
-    loss = entropy / jnp.maximum(jnp.sum(batch.row_mask), 1).astype(jnp.float32)
+    loss = entropy / jnp.maximum(jnp.sum(batch.row_mask), 1).astype(entropy.dtype)
     penalty = jnp.float32(0)
     if "coefficients" in params:
         acting = problem.trainable(params)["coefficients"]
@@ -47,7 +48,7 @@ def objective(
 def batch_logits(params: Params, batch: Batch, problem: Problem) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
     """Return the logits of teacher forcing, and the method's metrics."""
     model, adapters, metrics = problem.adapted_model(params)
-    return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters), metrics
+    return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters, batch.lanes), metrics
 
 
 @per_seed

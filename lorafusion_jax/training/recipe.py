@@ -64,6 +64,8 @@ class Recipe:
     Attributes:
       epochs: passes over the training rows.
       batch_size: rows in a step.
+      pack: compute the rows of a step behind each other, without most of the padding. The loss is the same, except
+        for rounding.
       schedule: learning rates over the steps: `constant`, or `cosine` to zero.
       warmup: steps of linear warm-up.
       clip: global norm above which gradients are scaled down; None for never.
@@ -74,6 +76,7 @@ class Recipe:
 
     epochs: int = 20
     batch_size: int = 10
+    pack: bool = True
     schedule: Schedule = "cosine"
     warmup: int = 0
     clip: float | None = 1.0

@@ -128,7 +128,7 @@ def test_the_first_answer_has_the_frequencies_of_the_whole_prompt():
 def test_llama3_stretches_low_frequencies_and_keeps_high_ones():
     plain = Rope(theta=100.0, width=8)
     llama3 = Rope(theta=100.0, width=8, scaling="llama3", factor=8.0, context=64)
-    angles = [rotation(rope, jnp.ones((1, 1), int), jnp.ones(1, int)) for rope in (plain, llama3)]
+    angles = [rotation(rope, jnp.ones((1, 1), int), jnp.ones((1, 1), int)) for rope in (plain, llama3)]
     before, after = (np.arctan2(np.asarray(by.sin), np.asarray(by.cos))[0, 0] for by in angles)
     # Wavelengths of 6, 20, 63 and 199 tokens: those below 64 / 4 are kept, those above 64 are stretched.
     ratio = after / before

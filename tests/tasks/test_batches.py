@@ -2,6 +2,7 @@
 
 import random
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 
 from lorafusion_jax.tasks import (
     IGNORED,
-    Batch,
     Encoded,
     batch_orders,
     bucket,
@@ -117,12 +117,12 @@ def test_intervals_hold_the_batches_of_their_steps_from_any_step_on(pairs, batch
     # All intervals of several steps are alike, so that one program takes them.
     assert length == 1 or len({(b.input_ids.shape[2:], b.labels.shape[2:], shapes) for b, shapes, _ in intervals}) <= 1
     cut = [
-        Batch(*(leaf[:, i] for leaf in batches)).cut(*(shapes[shape_of[i]] if shapes else (512, 64)))
+        jax.tree.map(lambda leaf: leaf[:, i], batches).cut(*(shapes[shape_of[i]] if shapes else (512, 64)))
         for batches, shapes, shape_of in intervals
         for i in range(batches.row_mask.shape[1])
     ]
     for ours, theirs in zip(cut, batches[first_step:], strict=True):
-        for a, b in zip(ours, theirs, strict=True):
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(a, b)
 
 

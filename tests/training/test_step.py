@@ -11,7 +11,6 @@ from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fusion import Fusion, FusionRecipe
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training import step as step_lib
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import objective
@@ -334,7 +333,7 @@ def test_the_objective(frozen, problem, start):
     assert 0 < np.sum(~acting) < acting.size
     c = tiny.coefficients(acting.shape)
     batch = tiny.batch()
-    filled = Batch(*(jnp.concatenate([a, jnp.zeros_like(a[:1])]) for a in batch))
+    filled = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a[:1])]), batch)
     filled = filled._replace(labels=filled.labels.at[-1].set(-100))
 
     @jax.jit

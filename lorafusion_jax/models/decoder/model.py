@@ -19,7 +19,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ...platform import for_cpu
 from ..architecture import Architecture
-from ..layers import Adapters, Base, Hidden, Linear, Logits, Mask, RMSNorm, Source, Target, of_stack, scan_blocks
+from ..layers import (
+    Adapters,
+    Base,
+    Hidden,
+    Lanes,
+    Linear,
+    Logits,
+    Mask,
+    RMSNorm,
+    Source,
+    Target,
+    of_stack,
+    same_row,
+    scan_blocks,
+    widened,
+)
 from ..narrow import pack, unpack
 from ..weights import SUM, embed, matmul, unembed
 from .config import DecoderConfig
@@ -81,11 +96,11 @@ class SelfAttention(nnx.Module):
         # Head g of group h is head h G + g; the heads of a group share one product.
         grouped = queries.reshape(batch, length, c.num_kv_heads, -1, c.d_head).transpose(0, 2, 3, 1, 4)
         flat = grouped.reshape(batch, c.num_kv_heads, -1, c.d_head)
-        scores = (jnp.matmul(flat, cache.keys) * c.query_scale).astype(jnp.float32)
+        scores = widened(jnp.matmul(flat, cache.keys) * c.query_scale)
         if c.attention_cap:
             scores = c.attention_cap * jnp.tanh(scores / c.attention_cap)
         scores = scores.reshape(*grouped.shape[:4], -1)
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype).reshape(*flat.shape[:3], -1)
         mixed = jnp.matmul(weights, cache.values).reshape(grouped.shape)
         return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1), adapters)
@@ -147,7 +162,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, ids: Target, mask: Bool[Array, "B T"], adapters: Adapters | None = None) -> Logits:
         """Return the logits that follow every token, padded on either side; those of padding have no meaning."""
-        return self._logits(self._run(ids, mask, jnp.sum(mask, axis=1), adapters or {})[0])
+        return self._logits(self._run(ids, self._of_rows(mask), adapters or {})[0])
 
     @property
     def structure(self) -> DecoderConfig:
@@ -161,16 +176,25 @@ class Decoder(nnx.Module):
             found[site] = getattr(getattr(self.decoder, module), name).kernel
         return found if self.config.tied else found | {"head": self.head}
 
-    def label_logits(self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters) -> Logits:
+    def label_logits(
+        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, lanes: Lanes | None = None
+    ) -> Logits:
+        if lanes is not None:
+            sources, targets, before = lanes
+            ids = jnp.concatenate([input_ids, jnp.maximum(before, 0)], axis=1)
+            x, _ = self._run(ids, self._of_lanes(jnp.concatenate([sources, targets], axis=1)), adapters)
+            return self._logits(x[:, input_ids.shape[1] :])
         ids = jnp.concatenate([to_the_right(input_ids, input_mask), jnp.maximum(labels[:, :-1], 0)], axis=1)
         mask = jnp.concatenate([to_the_right(input_mask, input_mask), labels[:, :-1] >= 0], axis=1)
-        x, _ = self._run(ids, mask, jnp.sum(mask, axis=1), adapters)
+        # The last label counts, as in transformers' loss, whether or not the width of the batch lets it be an input.
+        lengths = jnp.sum(input_mask, axis=1, keepdims=True) + jnp.sum(labels >= 0, axis=1, keepdims=True)
+        x, _ = self._run(ids, self._of_rows(mask, lengths), adapters)
         return self._logits(x[:, input_ids.shape[1] - 1 :])
 
     def prompt(self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters) -> tuple[Array, Cache]:
         """Return the logits that follow the prompt, and a cache with room for all but the last of `length` tokens."""
         ids, mask = to_the_right(input_ids, input_mask), to_the_right(input_mask, input_mask)
-        x, cache = self._run(ids, mask, jnp.sum(mask, axis=1), adapters)
+        x, cache = self._run(ids, self._of_rows(mask), adapters)
         room = [(0, 0)] * 4 + [(0, length - 1)]
         keys, values = jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
         return self._logits(x[:, -1:])[:, 0], Cache(pack(keys), pack(values))
@@ -187,9 +211,9 @@ class Decoder(nnx.Module):
         size = cache.keys.shape[-1]
         column = column % size
         ages = (column - jnp.arange(size)) % size
-        positions = jnp.sum(input_mask, axis=1, dtype=jnp.int32) - 1 + position
-        seen = ages[None, :] <= positions[:, None]
-        contexts = self._contexts(positions[:, None], positions + 1, seen[:, None], jnp.zeros(1, jnp.int32), -ages)
+        positions = (jnp.sum(input_mask, axis=1, dtype=jnp.int32) - 1 + position)[:, None]
+        seen = ages[None, :] <= positions
+        contexts = self._contexts(positions, positions + 1, seen[:, None], jnp.zeros((1, 1), jnp.int32), -ages[None])
 
         def block(
             layer: Block, carry: tuple[Array, Cache], of_layer: tuple[Adapters, Array | None, Array]
@@ -219,16 +243,9 @@ class Decoder(nnx.Module):
         return Cache(keys, values)
 
     def _run(
-        self, ids: Target, mask: Bool[Array, "B T"], lengths: Int[Array, " B"], adapters: Adapters
+        self, ids: Target, contexts: Callable[[Bool[Array, ""] | None], Context], adapters: Adapters
     ) -> tuple[Hidden, Cache]:
-        """Run all tokens at once; return the last block's outputs, and keys and values of all layers.
-
-        Rows have `lengths` tokens in all, for the frequencies of the scaling `dynamic`.
-        """
-        columns = jnp.arange(ids.shape[1])
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-        seen = mask[:, None, :] & (columns[None, :] <= columns[:, None])[None]
-        contexts = self._contexts(positions, lengths, seen, columns, columns)
+        """Run all tokens at once; return the last block's outputs, and keys and values of all layers."""
 
         def block(layer: Block, x: Array, of_layer: tuple[Adapters, Array | None, None]) -> tuple[Array, Cache]:
             adapters, local, _ = of_layer
@@ -236,20 +253,41 @@ class Decoder(nnx.Module):
 
         return self._scan(block, self._embed(ids), adapters, None)
 
+    def _of_rows(
+        self, mask: Bool[Array, "B T"], lengths: Int[Array, "B 1"] | None = None
+    ) -> Callable[[Bool[Array, ""] | None], Context]:
+        """Return the contexts of one row in each line, padded on either side; `lengths` may count a token more."""
+        columns = jnp.arange(mask.shape[1])[None]
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+        seen = mask[:, None, :] & (columns[:, None, :] <= columns[:, :, None])
+        lengths = jnp.sum(mask, axis=1, keepdims=True) if lengths is None else lengths
+        return self._contexts(positions, lengths, seen, columns, columns)
+
+    def _of_lanes(self, rows: Target) -> Callable[[Bool[Array, ""] | None], Context]:
+        """Return the contexts of tokens of these rows, given in the order of each row's text without its last token."""
+        columns, same = jnp.arange(rows.shape[1])[None], same_row(rows, rows)
+        seen = same & (columns[:, None, :] <= columns[:, :, None])
+        positions = jnp.sum(seen, axis=2) - 1
+        return self._contexts(positions, jnp.sum(same, axis=2) + 1, seen, positions, positions)
+
     def _contexts(
         self,
         positions: Int[Array, "B T"],
-        lengths: Int[Array, " B"],
+        lengths: Int[Array, "B #T"],
         seen: Bool[Array, "B T C"],
-        rows: Int[Array, " T"],
-        columns: Int[Array, " C"],
+        places: Int[Array, "#B T"],
+        columns: Int[Array, "#B C"],
     ) -> Callable[[Bool[Array, ""] | None], Context]:
-        """Return a function from whether a layer has a sliding window to its context."""
+        """Return a function from whether a layer has a sliding window to its context.
+
+        Rows have `lengths` tokens in all, for the frequencies of the scaling `dynamic`. The window is counted from the
+        `places` of queries to the `columns` of keys.
+        """
         c = self.structure
         everywhere = Context(rotation(c.rope, positions, lengths), seen)
         if not any(c.sliding):
             return lambda local: everywhere
-        near = seen & (columns[None, :] > rows[:, None] - c.window)[None]
+        near = seen & (columns[:, None, :] > places[:, :, None] - c.window)
         nearby = Context(rotation(c.local_rope or c.rope, positions, lengths), near)
         if all(c.sliding):
             return lambda local: nearby

@@ -19,9 +19,9 @@ class Rotation(NamedTuple):
     sin: Float[Array, "B T R"]
 
 
-def rotation(rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, " B"]) -> Rotation:
-    """Return the angles of positions, from 0 on, in float32; the scaling `dynamic` depends on each row's `lengths`."""
-    angles = positions.astype(jnp.float32)[:, :, None] * _frequencies(rope, lengths)[:, None, :]
+def rotation(rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, "B #T"]) -> Rotation:
+    """Return the angles of positions, from 0 on, in float32; the scaling `dynamic` depends on the rows' `lengths`."""
+    angles = positions.astype(jnp.float32)[:, :, None] * _frequencies(rope, lengths)
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
@@ -33,14 +33,14 @@ def rotate(x: Float[Array, "B T H K"], by: Rotation) -> Float[Array, "B T H K"]:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def _frequencies(rope: Rope, lengths: Int[Array, " B"]) -> Float[Array, "#B R"]:
+def _frequencies(rope: Rope, lengths: Int[Array, "B T"]) -> Float[Array, "#B #T R"]:
     """Return the frequency of every pair; with the scaling `dynamic` they differ by row."""
     exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
     if rope.scaling == "dynamic":
         longest = jnp.maximum(lengths, rope.context).astype(jnp.float32)
         stretch = rope.factor * longest / rope.context - (rope.factor - 1)
         theta = rope.theta * stretch ** (rope.width / (rope.width - 2))
-        return 1.0 / theta[:, None] ** exponents[None, :]
+        return 1.0 / theta[:, :, None] ** exponents[None, None, :]
     frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponents
     if rope.scaling == "linear":
         frequencies = frequencies / np.float32(rope.factor)
@@ -49,4 +49,4 @@ def _frequencies(rope: Rope, lengths: Int[Array, " B"]) -> Float[Array, "#B R"]:
         turns = rope.context * frequencies / np.float32(2 * np.pi)
         kept = np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
         frequencies = ((1 - kept) / rope.factor + kept) * frequencies
-    return jnp.asarray(frequencies, jnp.float32)[None]
+    return jnp.asarray(frequencies, jnp.float32)[None, None]

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ...platform import for_cpu
-from ..layers import Adapters, Base, Linear
+from ..layers import Adapters, Base, Linear, widened
 from .config import T5Config
 
 
@@ -95,11 +95,11 @@ def positions_of_cache() -> tuple[int, int]:
 def _softmax(
     scores: Float[Array, "B H T S"], mask: Bool[Array, "#B 1 #T S"], bias: Float[Array, "1 H T S"] | None
 ) -> Float[Array, "B H T S"]:
-    """Return attention weights in the dtype of the scores, computed in float32."""
-    exact = scores.astype(jnp.float32)
+    """Return attention weights in the dtype of the scores, computed in float32 or wider."""
+    exact = widened(scores)
     if bias is not None:
-        exact = exact + bias.astype(jnp.float32)
-    exact = jnp.where(mask, exact, jnp.finfo(jnp.float32).min)
+        exact = exact + bias.astype(exact.dtype)
+    exact = jnp.where(mask, exact, jnp.finfo(exact.dtype).min)
     return jax.nn.softmax(exact, axis=-1).astype(scores.dtype)
 
 

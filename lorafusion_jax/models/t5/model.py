@@ -14,7 +14,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from ..architecture import Architecture
-from ..layers import Adapters, Base, Hidden, Linear, Logits, Mask, RMSNorm, Source, Target, of_stack, scan_blocks
+from ..layers import (
+    Adapters,
+    Base,
+    Hidden,
+    Lanes,
+    Linear,
+    Logits,
+    Mask,
+    RMSNorm,
+    Source,
+    Target,
+    of_stack,
+    same_row,
+    scan_blocks,
+)
 from ..narrow import pack, unpack
 from ..weights import SUM, embed, matmul, unembed
 from .attention import Attention, RelativeBias, positions_of_cache
@@ -76,7 +90,7 @@ class Block(nnx.Module):
         bias: Float[Array, "1 H T T"],
         adapters: Adapters,
         encoded: Encoded | None = None,
-        cross_mask: Bool[Array, "B 1 1 S"] | None = None,
+        cross_mask: Bool[Array, "B 1 #T S"] | None = None,
     ) -> Hidden:
         """Run one layer of the source, or of the target (teacher forcing), which attends to the encoded source."""
         normed = self.self_norm(x)
@@ -137,9 +151,15 @@ class T5(nnx.Module):
             found[site] = getattr(getattr(getattr(self, stack), modules[module]), name).kernel
         return found if self.config.tied else found | {"head": self.head}
 
-    def label_logits(self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters) -> Logits:
-        start = decoder_inputs(labels, start_id=self.start_id, pad_id=self.config.pad_id)
-        return self(input_ids, input_mask, start, adapters)
+    def label_logits(
+        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, lanes: Lanes | None = None
+    ) -> Logits:
+        if lanes is None:
+            start = decoder_inputs(labels, start_id=self.start_id, pad_id=self.config.pad_id)
+        else:
+            start = jnp.where(lanes[2] < 0, self.start_id, lanes[2])
+        encoded = self.encode(input_ids, input_mask, adapters, lanes)
+        return self.decode(start, encoded, input_mask, adapters, lanes)
 
     def prompt(self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters) -> tuple[Array, Cache]:
         """Encode the source; return the start token and a cache for `length` target positions."""
@@ -147,11 +167,13 @@ class T5(nnx.Module):
         start = jnp.full(input_ids.shape[0], self.start_id, jnp.int32)
         return start, self.start_cache(encoded, length, adapters)
 
-    def encode(self, input_ids: Source, input_mask: Mask, adapters: Adapters) -> Encoded:
+    def encode(
+        self, input_ids: Source, input_mask: Mask, adapters: Adapters, lanes: Lanes | None = None
+    ) -> Encoded:
         """Return the encoder's output. Padding is not attended to, and its outputs have no meaning."""
-        positions = jnp.arange(input_ids.shape[1])
+        positions = jnp.arange(input_ids.shape[1])  # distances within a row are those within its lane
         bias = self.encoder_bias(positions, positions)
-        mask = input_mask[:, None, None, :]
+        mask = input_mask[:, None, None, :] if lanes is None else same_row(lanes[0], lanes[0])[:, None]
 
         def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
             return layer(x, mask, bias, adapters), None
@@ -159,12 +181,22 @@ class T5(nnx.Module):
         x, _ = self._scan(block, self.encoder, self._embed(input_ids), of_stack(adapters, "encoder"))
         return self.encoder_norm(x)
 
-    def decode(self, decoder_ids: Target, encoded: Encoded, input_mask: Mask, adapters: Adapters) -> Logits:
+    def decode(
+        self,
+        decoder_ids: Target,
+        encoded: Encoded,
+        input_mask: Mask,
+        adapters: Adapters,
+        lanes: Lanes | None = None,
+    ) -> Logits:
         """Return the logits of every position of `decoder_ids`, each seeing those before it."""
         positions = jnp.arange(decoder_ids.shape[1])
         bias = self.decoder_bias(positions, positions)
         mask = (positions[None, :] <= positions[:, None])[None, None]
         cross_mask = input_mask[:, None, None, :]
+        if lanes is not None:
+            sources, targets, _ = lanes
+            mask, cross_mask = mask & same_row(targets, targets)[:, None], same_row(targets, sources)[:, None]
 
         def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
             return layer(x, mask, bias, adapters, encoded, cross_mask), None

@@ -1,0 +1,90 @@
+"""The lanes of packed batches, and the few shapes of all batches, chosen by what they cost.
+
+Axis letters: B batch, S source, T target.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+MOST_SHAPES = 6
+# One more shape must save as many operations as a core computes while its program is compiled.
+_WORTH = 3e11
+
+Numbers = Int[np.ndarray, " n"]
+Costs = Float[np.ndarray, " n"]
+
+
+class Packing(NamedTuple):
+    """What packed batches depend on, other than rows.
+
+    Attributes:
+      causal: an answer continues its prompt, whose last token predicts the first label.
+      operations: function from a number of lanes, and widths of source and target, to operations of a training step.
+    """
+
+    causal: bool
+    operations: Callable[[int, Numbers, Numbers], Costs]
+
+    def plan(
+        self, lengths: Int[np.ndarray, "seeds steps B 2"], *, alike: bool
+    ) -> tuple[Int[np.ndarray, "seeds steps B"] | None, Int[np.ndarray, "*seeds steps 2"]]:
+        """Return the lane of every row, and the source and target width of every batch, from the tokens of its rows.
+
+        All batches have the same number of lanes: the one that costs the fewest operations. No lanes are returned if
+        every row has its own. Batches of one step have the same widths in all seeds if they have to be `alike`.
+        """
+        seeds, steps, rows, _ = lengths.shape
+        batches = np.maximum(lengths - np.array([self.causal, 0]), 0).reshape(-1, rows, 2)
+        found = {count: _fill(batches, count) for count in {-(-rows // each) for each in range(1, rows + 1)}}
+        count = min(found, key=lambda count: float(np.sum(self.operations(count, *found[count][1].T))))
+        lane, widths = found[count]
+        widths = widths.reshape(seeds, steps, 2)
+        widths = widths.max(axis=0) if alike else widths
+        few = few_widths(
+            widths.reshape(-1, 2), lambda number, *pair: number * self.operations(count, *pair), worth=_WORTH
+        )
+        return None if count == rows else lane.reshape(seeds, steps, rows), few.reshape(widths.shape)
+
+
+def _fill(lengths: Int[np.ndarray, "n B 2"], count: int) -> tuple[Int[np.ndarray, "n B"], Int[np.ndarray, "n 2"]]:
+    """Put the longest row that is left into the emptiest lane, until every row has one."""
+    batches, lane = np.arange(len(lengths)), np.zeros(lengths.shape[:2], int)
+    used = np.zeros((len(lengths), count, 2), int)
+    for rows in np.argsort(-lengths.sum(axis=2), axis=1, kind="stable").T:
+        emptiest = used.sum(axis=2).argmin(axis=1)
+        lane[batches, rows] = emptiest
+        used[batches, emptiest] += lengths[batches, rows]
+    return lane, used.max(axis=1)
+
+
+def few_widths(
+    widths: Int[np.ndarray, "n 2"], cost: Callable[[Numbers, Numbers, Numbers], Costs], *, worth: float
+) -> Int[np.ndarray, "n 2"]:
+    """Return a source and a target width for each given pair, neither smaller, at most MOST_SHAPES different pairs.
+
+    They cost the least together, given the cost of so many items of two widths, but one more pair must save `worth`.
+    Widths above 32 are multiples of 4.
+    """
+    widths = np.where(widths > 32, -(-widths // 4) * 4, np.maximum(widths, 1))
+    sources, place, counts = np.unique(widths[:, 0], return_inverse=True, return_counts=True)
+    targets = np.zeros_like(sources)
+    np.maximum.at(targets, place, widths[:, 1])
+    # Cost of a group of consecutive sources, from number i to number j.
+    costs = np.full((len(sources), len(sources)), np.inf)
+    for i in range(len(sources)):
+        costs[i, i:] = cost(np.cumsum(counts[i:]), sources[i:], np.maximum.accumulate(targets[i:]))
+    best, begins = costs[0], list[np.ndarray]()  # of groups up to j: their cost, and where the last one begins
+    while len(begins) + 1 < min(MOST_SHAPES, len(sources)):
+        totals = np.pad(best[:-1, None] + costs[1:], ((1, 0), (0, 0)), constant_values=np.inf)
+        if best[-1] - np.min(totals[:, -1]) < worth:
+            break
+        begins.append(np.argmin(totals, axis=0))
+        best = np.min(totals, axis=0)
+    end = len(sources)
+    for begin in [*reversed(begins), np.zeros(end, int)]:
+        group = slice(int(begin[end - 1]), end)
+        sources[group], targets[group], end = sources[end - 1], targets[group].max(), group.start
+    return np.stack([sources, targets], axis=1)[place]
