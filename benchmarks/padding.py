@@ -1,34 +1,38 @@
 """Share of real tokens in packed and padded batches, and the number of shapes to compile.
 
-    python benchmarks/padding.py [--tasks bbh/*.json] [--shape flan-t5-large] [--tokenizer google/flan-t5-large] [--json]
+    python benchmarks/padding.py [--tasks bbh/*.json] [--shape flan-t5-large] [--tokenizer google/flan-t5-large]
 
 Training of one seed, and of five in turn or batched (95 rows, batches of 10, 20 epochs), and evaluation of every test
 row (batches of 64); each is one program for each shape. The bar is meant for BIG-Bench Hard, whose files --tasks takes,
 or a folder of JSON files; the embedded tasks are the default. Lanes and widths depend on --shape. Without a tokenizer
-lengths are estimated from characters.
+lengths are estimated from characters. --time trains the five most padded tasks for an epoch in either form, in turns,
+on one core, with random weights.
 """
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import _measure
 import jax
+import jax.numpy as jnp
 import numpy as np
-from _measure import ROOT, case
-from _model import CHOICES, config_of
+from _measure import ROOT, case, in_turns, of_turns
+from _model import CHOICES, MODULES, config_of, frozen, graph_of
 
 from lorafusion_jax.estimates.workload import CHARACTERS_PER_TOKEN
 from lorafusion_jax.io.hf import load_tokenizer
-from lorafusion_jax.methods.fusion import PRESETS
+from lorafusion_jax.methods.fusion import PRESETS, Fusion
 from lorafusion_jax.models.architecture import step_operations
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
-    StepBatch,
     Encoded,
     Packing,
+    StepBatch,
     Task,
     batch_orders,
     encode,
@@ -38,6 +42,9 @@ from lorafusion_jax.tasks import (
     train_step_batches,
 )
 from lorafusion_jax.tasks.packing import MOST_SHAPES
+from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
+from lorafusion_jax.training.problem import Problem
+from lorafusion_jax.training.seeds import default_seed_mode
 
 _REQUIRED = 0.92
 # Name -> seeds, whether they are batched, and whether rows are packed.
@@ -50,6 +57,7 @@ _TRAININGS = {
 }
 _EVAL_BATCH = 64
 _SMALL = ROOT / "examples/small"
+_TIMED, _ROUNDS = 5, 3
 
 
 def main() -> None:
@@ -57,7 +65,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="model whose steps are counted")
     parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model")
+    parser.add_argument("--time", action="store_true", help="time epochs instead of counting tokens")
     options = parser.parse_args()
+    if options.time:
+        _measure.launch(cores=1)
     sources, source = options.tasks, options.tokenizer
     if not sources:
         sources, source = sorted((_SMALL / "tasks").iterdir()), source or _SMALL / "base"
@@ -66,9 +77,13 @@ def main() -> None:
     config = config_of(options.shape)
     packing = Packing(config.causal, partial(step_operations, config))
     lengths = "tokenised" if tokenizer else "estimated from characters"
+    if options.time:
+        _measure.show([_epochs(options, tasks, tokenizer, packing)], as_json=options.json)
+        return
     cases = []
     for what in (*_TRAININGS, "evaluation"):
-        found = {task.name: _count(_batches(what, task, tokenizer, packing)) for task in tasks}
+        parts = 1 if what == "evaluation" else 2  # generation reads no targets
+        found = {task.name: _count(_batches(what, task, tokenizer, packing), parts) for task in tasks}
         real, computed = (sum(count[i] for count in found.values()) for i in (0, 1))
         shapes = {name: count[2] for name, count in found.items()}
         exact = sum(count[3] for count in found.values())
@@ -97,11 +112,53 @@ def _batches(what: str, task: Task, tokenizer: Any, packing: Packing) -> Iterabl
     if what == "evaluation":
         return (batch for _, batch in eval_batches(_encode(task.test, tokenizer), _EVAL_BATCH, pad_id=0))
     count, batched, packed = _TRAININGS[what]
-    seeds, recipe = range(1, count + 1), PRESETS["default"]
-    rows = split(len(task.train), seeds).train
-    orders = batch_orders(rows, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=seeds)
+    orders = _orders(task, range(1, count + 1))
     how: Any = {"packing": packing if packed else None, "alike": batched}
     return _cut(train_step_batches(_encode(task.train, tokenizer), orders, pad_id=0, **how))
+
+
+def _epochs(options: Any, tasks: Sequence[Task], tokenizer: Any, packing: Packing) -> dict[str, Any]:
+    """Return the case of an epoch of the tasks with the most padding."""
+    counted = {task.name: _count(_batches("padded training, 1 seed", task, tokenizer, packing)) for task in tasks}
+    padded = sorted(tasks, key=lambda task: counted[task.name][0] / counted[task.name][1])[:_TIMED]
+    config, recipe = config_of(options.shape), PRESETS["default"]
+    weights = jax.block_until_ready(frozen(config, "float32", MODULES))
+    index = jnp.arange(MODULES)[None]
+    problem = Problem(
+        graph=graph_of(config), method=Fusion(), frozen=weights, index=index, seed_mode=default_seed_mode()
+    )
+    rates = recipe_rates(problem.method, recipe, 1)
+
+    def epoch(task: Task, form: Packing | None) -> None:
+        orders = _orders(task, (1,))
+        steps = orders.shape[1] // recipe.epochs
+        state = start(problem, (1,))
+        for batches, _, _ in islice(
+            train_step_batches(_encode(task.train, tokenizer), orders, pad_id=0, packing=form), steps
+        ):
+            state, _ = train_seeds(state, batches, problem, rates, optimisation=recipe.optimisation(orders.shape[1]))
+        jax.block_until_ready(state)
+
+    seconds = dict.fromkeys(("packed", "padded"), 0.0)
+    ratios = {}
+    for task in padded:
+        took = in_turns({"packed": partial(epoch, task, packing), "padded": partial(epoch, task, None)}, _ROUNDS)
+        ratios[task.name] = of_turns(took["packed"], took["padded"])
+        seconds = {form: total + float(np.median(took[form])) for form, total in seconds.items()}
+        print(task.name, took, file=sys.stderr)
+    return case(
+        f"{options.shape}, 1 core, epochs of the {_TIMED} most padded tasks: packed / padded",
+        seconds["packed"] / seconds["padded"],
+        0.78,
+        seconds=seconds["packed"],
+        padded_seconds=seconds["padded"],
+        **ratios,
+    )
+
+
+def _orders(task: Task, seeds: Sequence[int]) -> Any:
+    rows, recipe = split(len(task.train), seeds).train, PRESETS["default"]
+    return batch_orders(rows, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=seeds)
 
 
 def _cut(steps: Iterable[StepBatch]) -> Iterator[Batch]:
@@ -127,12 +184,15 @@ def _encode(examples: Any, tokenizer: Any) -> Encoded:
     )
 
 
-def _count(batches: Iterable[Batch]) -> tuple[int, int, int, int]:
-    """Return real tokens, computed ones, how many shapes there are, and tokens if batches were no wider than needed."""
+def _count(batches: Iterable[Batch], parts: int = 2) -> tuple[int, int, int, int]:
+    """Count real tokens, computed ones, shapes, and tokens of batches that are no wider than needed.
+
+    With one of two `parts` only sources count.
+    """
     real = computed = exact = 0
     shapes = set()
     for batch in batches:
-        for ids, is_real in ((batch.input_ids, batch.input_mask), (batch.labels, batch.labels != IGNORED)):
+        for ids, is_real in ((batch.input_ids, batch.input_mask), (batch.labels, batch.labels != IGNORED))[:parts]:
             lengths = np.sum(is_real, axis=-1)
             real += int(np.sum(lengths))
             computed += ids.size

@@ -14,7 +14,7 @@ from lorafusion_jax.methods.fusion import CoefficientsRecipe, choice_of
 from lorafusion_jax.methods.recipes import basis_of, modules_of
 from lorafusion_jax.methods.untrained import FewShotRecipe
 from lorafusion_jax.models.registry import known_shapes
-from lorafusion_jax.runs.prepare import load_texts
+from lorafusion_jax.runs.prepare import load_texts, packing_of
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.training.recipe import Recipe
 
@@ -57,7 +57,7 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             device=where.device,
             load_in=load_in,
         )
-        how: dict[str, Any] = {"train_rows": rows, "test_rows": options.test_rows}
+        how: dict[str, Any] = {"packing": packing_of(config), "train_rows": rows, "test_rows": options.test_rows}
         if options.base not in known_shapes():
             how |= load_texts(of_group[0].options)._asdict()
         prompted = next((recipe for recipe in recipes if isinstance(recipe, FewShotRecipe)), recipes[0])

@@ -12,7 +12,7 @@ from ..models.architecture import Architecture
 from ..models.registry import known_shapes
 from ..platform import for_cpu
 from ..runs.options import FuseOptions, row_format
-from ..runs.prepare import check, load_texts
+from ..runs.prepare import check, load_texts, packing_of
 from ..tasks import load_task
 from ..text_tables import markdown
 from ..training.recipe import Recipe
@@ -170,15 +170,16 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
         load_in=options.load_in,
     )
     task = load_task(options.task, **row_format(options), train_rows=options.train_rows)
+    config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
     work = workload(
         task,
         recipe,
+        packing=packing_of(config),
         **({} if options.base in known_shapes() else load_texts(options)._asdict()),
         train_rows=options.train_rows,
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,
     )
-    config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
     return describe(config, [options.method], {task.name: work}, settings, capacity=where.capacity)
 
 

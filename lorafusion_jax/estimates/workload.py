@@ -14,6 +14,7 @@ from ..tasks import (
     Batch,
     Encoded,
     Example,
+    Packing,
     Task,
     TextFormat,
     answer_options,
@@ -64,14 +65,15 @@ def workload(
     *,
     tokenizer: Any = None,
     text_format: TextFormat = SEPARATE_TEXTS,
+    packing: Packing | None = None,
     train_rows: int = 100,
     test_rows: int | None = None,
     eval_batch: int = 64,
 ) -> Workload:
     """Return the workload of a seed on a task; other seeds have the same rows in other orders.
 
-    Without the base model's tokenizer, lengths are estimated from characters. A recipe without few-shot prompts counts
-    as one with the default number of examples.
+    Without the base model's tokenizer, lengths are estimated from characters, and without `packing` all batches are
+    padded. A recipe without few-shot prompts counts as one with the default number of examples.
     """
     task = dataclasses.replace(task, test=task.test[:test_rows])
     if not task.test:
@@ -84,7 +86,12 @@ def workload(
         "search": batch_orders(rows.train, batch_size=recipe.batch_size),
         "validation": batch_orders(rows.validation, batch_size=rows.validation.shape[1]),
     }
-    shapes = {name: _shapes(train_batches(train, order, pad_id=0)) for name, order in orders.items()}
+    shapes = {
+        name: _shapes(
+            train_batches(train, order, pad_id=0, packing=packing if recipe.pack and name != "search" else None)
+        )
+        for name, order in orders.items()
+    }
     enough = (shots := _shots(recipe)) <= min(train_rows, len(task.train))
     prompted = few_shot(task, shots, _SEED) if enough else None
     options = answer_options(task)
@@ -118,22 +125,26 @@ def uniform(
     `options` is the number of options of every test row.
     """
     at_least(1, source=source, target=target, train_rows=train_rows, test_rows=test_rows, eval_batch=eval_batch)
-    widths, prompted = (bucket(source), bucket(target)), source + _shots(recipe) * (source + target)
+    prompted, padded = source + _shots(recipe) * (source + target), (bucket(source), bucket(target))
     rows = split(train_rows, (_SEED,), limit=train_rows)
     orders = batch_orders(rows.train, batch_size=recipe.batch_size)
-    search = tuple(Shape(orders.shape[2], *widths) for _ in range(orders.shape[1]))
+    search = tuple(Shape(orders.shape[2], *padded) for _ in range(orders.shape[1]))
+    steps, validation = search, Shape(rows.validation.shape[1], *padded)
+    if recipe.pack:  # real tokens alone
+        steps = tuple(Shape(int(np.sum(step >= 0)), source, target) for step in orders[0])
+        validation = validation._replace(source=source, target=target)
 
     def asked(width: int) -> EvaluationShapes:
         counts = (test_rows, options * test_rows)
-        return EvaluationShapes(*(_even(count, eval_batch, width, widths[1]) for count in counts))
+        return EvaluationShapes(*(_even(count, eval_batch, width, target) for count in counts))
 
     return Workload(
-        steps=search * recipe.epochs,
+        steps=steps * recipe.epochs,
         search=search,
-        validation=Shape(rows.validation.shape[1], *widths),
+        validation=validation,
         epochs=recipe.epochs,
-        test=asked(widths[0]),
-        few_shot=asked(min(bucket(prompted), LONGEST)),
+        test=asked(source),
+        few_shot=asked(min(prompted, LONGEST)),
         new_tokens=recipe.max_new_tokens or most_new_tokens(target),
         lengths="given",
     )

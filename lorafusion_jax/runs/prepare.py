@@ -107,8 +107,12 @@ class Setup(LoadedModel):
     def rows(self) -> TrainingRows:
         """Rows that the seeds use in training."""
         assert self.split is not None
-        packing = Packing(self.config.causal, functools.partial(step_operations, self.config))
-        return TrainingRows(self.train, self.split, self.tokenizer.pad_token_id, packing)
+        return TrainingRows(self.train, self.split, self.tokenizer.pad_token_id, packing_of(self.config))
+
+
+def packing_of(config: Architecture) -> Packing:
+    """Return the rule for packed batches of a model."""
+    return Packing(config.causal, functools.partial(step_operations, config))
 
 
 def check(options: FuseOptions) -> None:

@@ -160,7 +160,8 @@ def train_step_batches(
     def take(steps: slice, widths: Sequence[int]) -> Batch:
         if packing is None or lane is None:
             return table.take(orders[:, steps], *widths)
-        return _in_lanes(encoded, orders[:, steps], lane[:, steps], (int(lane.max()) + 1, *widths), pad_id, packing.causal)
+        size = (int(lane.max()) + 1, *widths)
+        return _in_lanes(encoded, orders[:, steps], lane[:, steps], size, pad_id=pad_id, causal=packing.causal)
 
     found, number = np.unique(of_step.reshape(-1, 2), axis=0, return_inverse=True)
     shapes, shape_of = tuple(map(tuple, found.tolist())), number.reshape(of_step.shape[:-1]).astype(np.int32)
@@ -237,6 +238,7 @@ def _in_lanes(
     rows: Int32[np.ndarray, "*leading B"],
     lane: Int[np.ndarray, "*leading B"],
     size: tuple[int, int, int],
+    *,
     pad_id: int,
     causal: bool,
 ) -> Batch:

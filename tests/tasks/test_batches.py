@@ -117,7 +117,7 @@ def test_intervals_hold_the_batches_of_their_steps_from_any_step_on(pairs, batch
     # All intervals of several steps are alike, so that one program takes them.
     assert length == 1 or len({(b.input_ids.shape[2:], b.labels.shape[2:], shapes) for b, shapes, _ in intervals}) <= 1
     cut = [
-        jax.tree.map(lambda leaf: leaf[:, i], batches).cut(*(shapes[shape_of[i]] if shapes else (512, 64)))
+        jax.tree.map(lambda leaf, i=i: leaf[:, i], batches).cut(*(shapes[shape_of[i]] if shapes else (512, 64)))
         for batches, shapes, shape_of in intervals
         for i in range(batches.row_mask.shape[1])
     ]
