@@ -1,5 +1,6 @@
 """Padding and batching: nothing lost, nothing twice, masks exact, few shapes, little padding."""
 
+import itertools
 import random
 
 import jax
@@ -84,12 +85,29 @@ def test_eval_batches(pairs, batch_size):
         _check(encoded, rows, batch)
     order = np.concatenate([rows for rows, _ in batches])
     assert sorted(order[order >= 0].tolist()) == list(range(len(pairs)))
-    assert len(batches) == -(-len(pairs) // batch_size)
-    assert {rows.shape for rows, _ in batches} == {(-(-len(pairs) // len(batches)),)}
     assert len(_shapes(batch for _, batch in batches)) <= 6
-    # Only the last batch is filled up, and the real rows come shortest first.
-    assert (order[: len(pairs)] >= 0).all()
-    assert (np.diff([len(encoded.inputs[row]) for row in order[: len(pairs)]]) >= 0).all()
+    # The real rows come shortest first.
+    assert (np.diff([len(encoded.inputs[row]) for row in order[order >= 0]]) >= 0).all()
+    # All batches of a shape have the smallest size for their number, and only the last one is filled up.
+    for shape in _shapes(batch for _, batch in batches):
+        group = [rows for rows, batch in batches if (batch.input_ids.shape, batch.labels.shape) == shape]
+        count = sum(int(np.sum(rows >= 0)) for rows in group)
+        assert len(group) == -(-count // batch_size) and shape[0][0] == -(-count // len(group))
+        assert (np.concatenate(group)[:count] >= 0).all()
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20))
+def test_evaluation_computes_the_fewest_tokens_that_six_widths_allow(numbers):
+    """By trying all groups of rows; lengths differ by more than what one more shape must save."""
+    encoded, different = _encoded([(440 * number, 1) for number in numbers]), sorted(set(numbers))
+    computed = sum(batch.input_ids.size for _, batch in eval_batches(encoded, 1, pad_id=_PAD))
+    fewest = min(
+        sum(440 * min(width for width in (*widths, different[-1]) if width >= number) for number in numbers)
+        for count in range(6)
+        for widths in itertools.combinations(different, count)
+    )
+    assert computed == fewest
 
 
 @settings(max_examples=40)
@@ -151,8 +169,9 @@ def test_a_step_is_as_wide_as_the_longest_row_of_any_seed():
 def test_more_than_six_widths_are_merged_where_it_costs_least(lengths, widths):
     # A hundred batches of width 4 must not be padded to anything more.
     encoded = _encoded([(4, 1)] * 100 + [(length, 1) for length in lengths])
-    batches = [batch for _, batch in eval_batches(encoded, 1, pad_id=_PAD)]
-    assert [batch.input_ids.shape[1] for batch in batches] == [4] * 100 + widths
+    orders = np.arange(len(encoded), dtype=np.int32)[None, :, None]
+    batches = train_batches(encoded, orders, pad_id=_PAD)
+    assert [batch.input_ids.shape[2] for batch in batches] == [4] * 100 + widths
 
 
 @pytest.mark.parametrize("batch_size", [8, 32])

@@ -87,7 +87,7 @@ def test_few_computed_tokens_are_padding(causal):
     rows = np.arange(95, dtype=np.int32)[None]
     encoded, orders = _encoded(pairs), batch_orders(rows, batch_size=10, epochs=20, seeds=(1,))
     real = computed = 0
-    for batch in train_batches(encoded, orders, pad_id=_PAD, packing=_packing(causal, 3e-4)):
+    for batch in train_batches(encoded, orders, pad_id=_PAD, packing=_packing(causal, 1e-4)):
         real += np.sum(batch.input_mask) + np.sum(batch.labels != IGNORED)
         computed += batch.input_ids.size + batch.labels.size
     assert real == sum(len(encoded.inputs[r]) - causal + len(encoded.labels[r]) for r in orders[orders >= 0])
@@ -114,5 +114,5 @@ def test_a_shape_more_has_to_save_what_its_compilation_costs():
         packing = Packing(False, lambda lanes, s, t: cost * lanes * (s + t))
         return {b.input_ids.shape for b in train_batches(_encoded(pairs), orders, pad_id=_PAD, packing=packing)}
 
-    assert len(shapes(1e9)) == 2
+    assert len(shapes(2e9)) == 2
     assert len(shapes(1e8)) == 1
