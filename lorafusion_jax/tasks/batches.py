@@ -27,7 +27,7 @@ class Lanes(NamedTuple):
     Attributes:
       sources: number of each source token's row; -1 for padding.
       targets: number of each label's row; -1 for padding.
-      before: the token in front of each label; -1 where the model begins an answer with a token of its own.
+      before: the token in front of each label; -1 where the model's start token is.
     """
 
     sources: Int32[Any, "*seeds B S"]
