@@ -129,7 +129,8 @@ def train_batches(
     """Yield the batches of all seeds, step by step: `[seeds, B, width]` (see `train_step_batches`)."""
     for batches, _, _ in train_step_batches(encoded, orders, pad_id=pad_id, packing=packing):
         lanes = batches.lanes and Lanes(*(leaf[:, 0] for leaf in batches.lanes))
-        yield Batch(*(leaf[:, 0] for leaf in batches[:4]), lanes)
+        row_mask = batches.row_mask[:, 0]
+        yield Batch(batches.input_ids[:, 0], batches.input_mask[:, 0], batches.labels[:, 0], row_mask, lanes)
 
 
 def train_step_batches(
@@ -151,16 +152,14 @@ def train_step_batches(
     """
     table = _table(encoded, pad_id)
     lengths = np.stack([table.input_lengths, table.label_lengths], axis=1)[orders]
-    lane = None
-    if packing is not None:
-        lane, of_step = packing.plan(lengths, alike=alike)
-    if lane is None:
+    lane, of_step = (None, None) if packing is None else packing.plan(lengths, alike=alike)
+    if lane is None or of_step is None:
         of_step = np.array(_shapes(*np.moveaxis(lengths.max(axis=(0, 2)), -1, 0)))
 
-    def take(steps: slice, widths: Sequence[int]) -> Batch:
+    def take(steps: slice, source_width: int, target_width: int) -> Batch:
         if packing is None or lane is None:
-            return table.take(orders[:, steps], *widths)
-        size = (int(lane.max()) + 1, *widths)
+            return table.take(orders[:, steps], source_width, target_width)
+        size = (int(lane.max()) + 1, source_width, target_width)
         return _in_lanes(encoded, orders[:, steps], lane[:, steps], size, pad_id=pad_id, causal=packing.causal)
 
     found, number = np.unique(of_step.reshape(-1, 2), axis=0, return_inverse=True)
@@ -169,9 +168,9 @@ def train_step_batches(
         steps = slice(first_step, first_step - first_step % length + length)
         own = shape_of[..., steps]
         if len(shapes) == 1 or (length == 1 and own.size == 1):
-            yield StepBatch(take(steps, shapes[own.flat[0]]))
+            yield StepBatch(take(steps, *shapes[own.flat[0]]))
         else:
-            yield StepBatch(take(steps, (*map(max, *shapes),)), shapes, own)
+            yield StepBatch(take(steps, *map(max, *shapes)), shapes, own)
         first_step = steps.stop
 
 

@@ -38,10 +38,10 @@ def _check(cases):
 
 
 def test_padding_is_counted_in_tokens(tmp_path, monkeypatch, capsys):
-    """A task of 90 rows of 3 characters and 10 of 30, that is 2 and 9 tokens, and answers of 2 tokens."""
+    """A task of 45 rows of 3 characters and 5 of 30, that is 2 and 9 tokens, and answers of 2 tokens."""
     task = tmp_path / "lengths"
     task.mkdir()
-    rows = [{"input": "x" * (30 if i % 10 == 0 else 3), "target": "yyyy"} for i in range(100)]
+    rows = [{"input": "x" * (30 if i % 10 == 0 else 3), "target": "yyyy"} for i in range(50)]
     for part in ("train", "test"):
         (task / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(sys, "argv", ["padding.py", "--json", "--tasks", str(task)])
@@ -51,11 +51,11 @@ def test_padding_is_counted_in_tokens(tmp_path, monkeypatch, capsys):
     assert printed["rates"] == {}  # it computes no products
     _check(printed["cases"])
     evaluation, shapes = printed["cases"][-2:]
-    # Two batches of 50 rows, shortest first: widths 4 and 12, answers 4 wide.
-    assert evaluation["computed_from"]["real"] == 90 * 2 + 10 * 9 + 100 * 2
-    assert evaluation["computed_from"]["computed"] == 50 * (4 + 4) + 50 * (12 + 4)
-    assert evaluation["ratio"] == pytest.approx(470 / 1200) and evaluation["higher_is_better"]
-    assert shapes["ratio"] == 2 and not shapes["higher_is_better"]
+    # One batch of prompts of the longest's width, as two would save less than their compilation costs.
+    assert evaluation["computed_from"]["real"] == 45 * 2 + 5 * 9
+    assert evaluation["computed_from"]["computed"] == 50 * 9
+    assert evaluation["ratio"] == pytest.approx(135 / 450) and evaluation["higher_is_better"]
+    assert shapes["ratio"] == 1 and not shapes["higher_is_better"]
 
 
 def test_ten_thousand_tasks_fit_into_40_megabytes():

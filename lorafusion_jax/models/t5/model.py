@@ -167,9 +167,7 @@ class T5(nnx.Module):
         start = jnp.full(input_ids.shape[0], self.start_id, jnp.int32)
         return start, self.start_cache(encoded, length, adapters)
 
-    def encode(
-        self, input_ids: Source, input_mask: Mask, adapters: Adapters, lanes: Lanes | None = None
-    ) -> Encoded:
+    def encode(self, input_ids: Source, input_mask: Mask, adapters: Adapters, lanes: Lanes | None = None) -> Encoded:
         """Return the encoder's output. Padding is not attended to, and its outputs have no meaning."""
         positions = jnp.arange(input_ids.shape[1])  # distances within a row are those within its lane
         bias = self.encoder_bias(positions, positions)
