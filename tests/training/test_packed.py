@@ -182,8 +182,7 @@ def test_steps_have_the_losses_of_padded_steps(seed_mode, mesh, padded):
 
 
 @pytest.mark.long
-def test_on_chips_few_losses_move():
-    """Padding is not read; where a conversion is a tie, rounding before it may move the code."""
+def test_ideal_arrays_have_the_loss_of_padded_rows():
     chips = program(nnx.split(tiny.t5(_CONFIG))[0], _frozen(), {"*": ARRAYS["ideal"]}, jax.random.key(5))
     problem = _problem(Fusion(), (2, 0), chips)
     params = problem.init(jax.random.key(1))
