@@ -301,7 +301,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
         for line in tuning:
             if (line["arm"], line["rows"]) == (name, number):
                 by_point.setdefault(tuple(line["point"]), []).append(line)
-        if by_point:
+        if by_point and cells(name, number) <= {key_of(row) for row in rows}:
             best = min(by_point.values(), key=lambda own: float(np.mean([line["test_loss"] for line in own])))
             rates = [f"{best[0]['rates'][rate]:g}" if rate in best[0]["rates"] else "-" for rate in _RATES]
             loss = np.mean([line["test_loss"] for line in best])
