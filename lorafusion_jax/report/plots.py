@@ -133,7 +133,7 @@ def plot_descent(
         axes.barh(places, descent[order], color=colour(3), label="module")
         for n, copies in enumerate(rotated[:, order]):
             axes.scatter(copies, places, s=14, color=colour(1), zorder=3, label=None if n else "rotated copies")
-        axes.set_yticks(places, [literal(modules[n]) for n in order])
+        axes.set_yticks(places, [literal(modules[int(n)]) for n in order])
         axes.set_ylim(-0.6, len(order) - 0.4)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
