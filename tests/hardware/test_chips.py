@@ -275,7 +275,7 @@ def test_what_chips_cannot_do_is_refused(small, chips, fused):
         with pytest.raises(ValueError, match=message):
             _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
     folder, control = load_chips(str(chips / "two")), dataclasses.replace(fused, control="random-factors")
-    with pytest.raises(ValueError, match="two holds the modules of a pool, not the random control"):
+    with pytest.raises(ValueError, match="two holds the modules of a pool, not the random-factors control"):
         folder.check(prepare(control), control)
 
 

@@ -75,7 +75,7 @@ class _Golden(NamedTuple):
 
     def entropy(self, k, adapters):
         """Mean cross-entropy of a loss batch."""
-        ids, mask, labels, _ = self.batch(k)
+        ids, mask, labels, *_ = self.batch(k)
         return cross_entropy(_label_logits(self.graph, self.base, ids, mask, labels, adapters), labels)
 
     def check_greedy(self, adapters, said, *, by_generation):
