@@ -12,7 +12,7 @@ from .. import interrupts
 from .start import keep_compiled, use_huge_pages
 
 _PROGRAMS = ("lorafusion", "__main__.py")
-_COMPUTING = ("fuse", "evaluate", "generate", "lm-eval", "restore", "crossbar")
+_COMPUTING = ("forecast", "fuse", "evaluate", "generate", "lm-eval", "restore", "crossbar")
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 # Each subcommand is a module of this folder.
 COMMANDS = {
