@@ -212,3 +212,12 @@ def hub(small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         found.add("org/base", small[0])
         found.add("org/adapter", sorted(small[1].iterdir())[0])
         yield found
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, which are not written."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure))
+    monkeypatch.setattr("lorafusion_jax.report.plots.write", lambda path, writer: writer(path))
+    return drawn

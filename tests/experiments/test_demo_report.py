@@ -31,15 +31,6 @@ _METRICS = {
 }
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, which are not written."""
-    drawn = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure))
-    monkeypatch.setattr("lorafusion_jax.report.plots.write", lambda path, writer: writer(path))
-    return drawn
-
-
 def test_a_table_has_means_and_spreads_of_tasks_by_methods():
     lines = markdown_table([*_ROWS, _row("easy", "LoRA", 1, 90.0, 900)], apart=("impossible",)).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

@@ -11,15 +11,6 @@ from lorafusion_jax import report
 from lorafusion_jax.report import plot_means, scores
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that are drawn, which are not written."""
-    drawn = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *a, **k: drawn.append(figure))
-    monkeypatch.setattr("lorafusion_jax.report.plots.write", lambda path, writer: writer(path))
-    return drawn
-
-
 def test_plots_are_whole_png_files(tmp_path):
     coefficients = np.random.default_rng(0).normal(size=(3, 4))
     names = ["first", "second", "third"], ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
