@@ -81,7 +81,7 @@ def met(found: Mapping[str, Any]) -> bool | None:
 
 
 def launch(cores: int | None = None) -> None:
-    """Pin this process to its first `cores` cores, and start it again where malloc is not set as for all others.
+    """Pin this process to its first `cores` cores, and start it again with huge pages unless GLIBC_TUNABLES is set.
 
     It also starts again where that pins it: NumPy's threads are there already, and only so does JAX use one alone.
     """
@@ -91,9 +91,9 @@ def launch(cores: int | None = None) -> None:
             sys.exit(f"{cores} cores are asked for, and this process may use {len(there)}: ask for fewer")
         os.sched_setaffinity(0, there[:cores])
     pinned = cores is not None and cores < len(there)
-    if pinned or os.environ.get("GLIBC_TUNABLES") != MALLOC["GLIBC_TUNABLES"]:
+    if pinned or not MALLOC.keys() <= os.environ.keys():
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+        os.execve(sys.executable, [sys.executable, *sys.argv], MALLOC | os.environ)
 
 
 def in_turns(

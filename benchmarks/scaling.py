@@ -91,7 +91,7 @@ def _measured(options: Any, cores: list[int], devices: int, mesh: str) -> dict[s
     forced = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         command,
-        env=os.environ | _measure.MALLOC | forced,
+        env=_measure.MALLOC | os.environ | forced,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
