@@ -210,7 +210,7 @@ class Lab:
         index = np.array([pool.indices(draw_modules(pool.names, MODULES, seed)) for seed in SEEDS], np.int32)
         if kind == "rotated":
             keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), draw) for seed in SEEDS])
-            copies = jax.jit(jax.vmap(lf.rotated_pool, in_axes=(None, 0)))(pool, keys)
+            copies = jax.jit(lambda pool, keys: jax.lax.map(functools.partial(lf.rotated_pool, pool), keys))(pool, keys)
             index += len(pool) * np.arange(len(SEEDS), dtype=np.int32)[:, None]
             pool = jax.tree.map(lambda leaf: jnp.concatenate([*leaf], axis=1), copies)
         # Names are part of a compiled program's key, so all pools get the same.

@@ -207,7 +207,7 @@ def rotated_pool(pool: LoraPool, key: Array, *, together: bool = False) -> LoraP
 
         def draw(name: str, columns: int) -> Array:
             of_name = jax.random.fold_in(key, zlib.crc32(f"{side} of {site}{name}".encode()))
-            vectors, triangle = jnp.linalg.qr(jax.random.normal(of_name, (layers, d, columns), a.dtype))
+            vectors, triangle = _qr(jax.random.normal(of_name, (layers, d, columns), a.dtype))
             return vectors * jnp.sign(jnp.diagonal(triangle, axis1=1, axis2=2))[:, None]
 
         if together:
@@ -215,7 +215,7 @@ def rotated_pool(pool: LoraPool, key: Array, *, together: bool = False) -> LoraP
         found = []
         for n, name in enumerate(pool.names):
             own = r if is_traced(pool.rank) else int(np.max(np.asarray(pool.rank[site])[:, n]))
-            _, triangle = jnp.linalg.qr(a[:, n, :, :own])
+            _, triangle = _qr(a[:, n, :, :own])
             new = jnp.matmul(draw(f", {name}", min(d, own)), triangle, precision="highest")
             found.append(jnp.pad(new, [(0, 0), (0, 0), (0, r - own)]))
         return jnp.stack(found, axis=1)
@@ -232,3 +232,6 @@ def rotated_pool(pool: LoraPool, key: Array, *, together: bool = False) -> LoraP
 
 
 _norm = partial(jnp.linalg.norm, axis=(-2, -1), keepdims=True)
+# Matrix by matrix: on a CPU a batched factorisation waits for the thread pool inside of it. Two of them in one compiled
+# function wait for each other for ever on two cores (jaxlib 0.10.2).
+_qr = partial(jax.lax.map, jnp.linalg.qr)

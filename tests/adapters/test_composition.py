@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -507,6 +508,14 @@ def test_the_rotated_control_keeps_spectra_and_turns_singular_vectors(together):
     alone = lf.rotated_pool(pool.select([2]), jax.random.key(0), together=together)
     for site in pool.A:
         _close(_updates(alone, site)[:, 0], _updates(control, site)[:, 2])
+
+
+def test_a_compiled_rotation_factors_one_matrix_at_a_time():
+    """Batched factorisations of one compiled function wait for each other for ever on two cores."""
+    pool = tiny.pool(2, _several, names="v")
+    text = str(jax.make_jaxpr(lf.rotated_pool)(pool, jax.random.key(0)))
+    factored = re.findall(r"f32\[([\d,]+)\] = qr\[", text)
+    assert factored and all(shape.count(",") == 1 for shape in factored)
 
 
 def test_a_random_module_depends_on_matrix_site_layer_and_key_alone():
