@@ -327,7 +327,13 @@ class Family:
 
     def abstract(self, config: Architecture) -> Model:
         """Return a model whose variables have shapes but no values."""
-        return nnx.eval_shape(lambda: self.model(config, rngs=nnx.Rngs(0)))
+        return nnx.merge(*_abstract(self.model, config), copy=True)
+
+
+# Tracing takes a tenth of a second, and a command opens a base several times.
+@functools.lru_cache(maxsize=16)
+def _abstract(model: Callable[..., Model], config: Architecture) -> tuple[nnx.GraphDef[Any], nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
 
 
 def kernels(model: Model) -> dict[str, Weight]:
