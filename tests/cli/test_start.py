@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lorafusion_jax.cli import keep_compiled
+
 _PROGRAM = """
 import json, sys
 from lorafusion_jax.cli import keep_compiled
@@ -19,84 +21,97 @@ jax.monitoring.register_event_listener(lambda name, **_: events.append(name.rpar
 jax.jit(lambda x: x * 2 + 1).lower(jax.ShapeDtypeStruct((3,), "float32")).compile()
 print(json.dumps([events.count("cache_hits"), events.count("cache_misses")]))
 """
-_KEEP = "from lorafusion_jax.cli import keep_compiled; keep_compiled()"
 _OWN = {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
 
 
-def _run(home: Path, code: str = _PROGRAM, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name not in _OWN}
-    environment |= {"XDG_CACHE_HOME": str(home), **variables}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    """The user's folder of caches."""
+    for name in _OWN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
 
 
-def _counts(home: Path, **variables: str) -> list[int]:
-    """Programs that a new process found and did not find."""
-    done = _run(home, **variables)
+def _kept() -> str | None:
+    """Do as a command does, and return the folder that JAX would keep compiled functions in."""
+    keep_compiled()
+    return os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+
+def _folder() -> Path:
+    folder = _kept()
+    assert folder is not None
+    return Path(folder)
+
+
+def _run(code: str = _PROGRAM, **variables: str) -> str:
+    """What a new process prints; it has no messages."""
+    environment = {name: value for name, value in os.environ.items() if name not in _OWN} | variables
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert not done.stderr
-    return json.loads(done.stdout)
+    return done.stdout
 
 
-def _folder(home: Path) -> Path:
-    _run(home, _KEEP)
-    (found,) = (home / "lorafusion-jax").iterdir()
-    return found
+def _counts(**variables: str) -> list[int]:
+    """Compiled functions that a new process found and did not find."""
+    return json.loads(_run(**variables))
 
 
-def test_a_second_process_finds_what_the_first_one_compiled(tmp_path):
-    assert _counts(tmp_path) == [0, 1]
-    assert _counts(tmp_path) == [1, 0]
-    folder = _folder(tmp_path)
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert json.loads(_run(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false").stdout) == [0, 0]
-    own = tmp_path / "own"
-    kept = {"JAX_COMPILATION_CACHE_DIR": str(own), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    assert _counts(tmp_path, **kept) == [0, 1] and len([*own.iterdir()]) == 1
+def test_a_second_process_finds_what_the_first_one_compiled(home):
+    assert _counts() == [0, 1]
+    assert _counts() == [1, 0]
+    folder = _folder()
+    assert folder.is_relative_to(home) and folder.stat().st_mode & 0o777 == 0o700
+    # A damaged entry is compiled again without a word, and replaced.
+    (entry,) = folder.glob("*-cache")
+    for content in (entry.read_bytes()[: entry.stat().st_size // 2], b"foreign"):
+        entry.write_bytes(content)
+        assert _counts() == [0, 1]
+    assert _counts() == [1, 0]
 
 
-@pytest.mark.parametrize("content", [lambda entry: entry[: len(entry) // 2], lambda entry: b"foreign"])
-def test_a_damaged_entry_is_compiled_again_without_a_word_and_replaced(tmp_path, content):
-    assert _counts(tmp_path) == [0, 1]
-    (entry,) = _folder(tmp_path).glob("*-cache")
-    entry.write_bytes(content(entry.read_bytes()))
-    assert _counts(tmp_path) == [0, 1]
-    assert _counts(tmp_path) == [1, 0]
+def test_variables_of_the_environment_come_first(home, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "own"))
+    assert _kept() == str(home / "own")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    assert _kept() is None and not [*home.iterdir()]
 
 
 @pytest.mark.parametrize("fault", ["open to others", "a link", "another user's"])
-def test_a_folder_that_is_not_private_is_left_alone(tmp_path, fault):
-    folder = _folder(tmp_path)
+def test_a_folder_that_is_not_private_is_left_alone(home, capsys, fault):
+    folder = _folder()
     if fault == "open to others":
         folder.chmod(0o755)
     elif fault == "a link":
-        folder = folder.rename(tmp_path / "elsewhere")
-        (tmp_path / "lorafusion-jax" / _folder(tmp_path / "other").name).symlink_to(folder)
+        folder.symlink_to(folder.rename(home / "elsewhere"))
     elif os.geteuid() == 0:
         os.chown(folder, 65534, 65534)
     else:
         pytest.skip("only root can give a folder to another user")
-    done = _run(tmp_path)
-    assert json.loads(done.stdout) == [0, 0] and not [*folder.iterdir()]
-    assert "is not private to you: compiled functions are not kept" in done.stderr
+    assert _kept() is None and not [*folder.iterdir()]
+    assert "is not private to you: compiled functions are not kept" in capsys.readouterr().err
 
 
-def test_a_home_that_cannot_be_written_to_keeps_nothing(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert _counts(tmp_path / "file") == [0, 0]
+def test_a_home_that_cannot_be_written_to_keeps_nothing(home, monkeypatch):
+    (home / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
+    assert _kept() is None
 
 
-def test_the_oldest_entries_above_the_bound_are_removed(tmp_path):
-    folder = _folder(tmp_path)
+def test_the_oldest_entries_above_the_bound_are_removed():
+    folder = _folder()
     for age, name in enumerate(("newest", "middle", "oldest")):
         with (folder / f"{name}-cache").open("wb") as file:
             file.truncate(400 << 20)  # takes no space
         os.utime(folder / f"{name}-cache", (1e9 - age, 1e9 - age))
-    _run(tmp_path, _KEEP)
+    assert _folder() == folder
     assert sorted(path.name for path in folder.iterdir()) == ["middle-cache", "newest-cache"]
 
 
-def test_importing_the_package_keeps_nothing(tmp_path):
+def test_importing_the_package_keeps_nothing(home):
     code = "import os, lorafusion_jax; lorafusion_jax.fuse; print('JAX_COMPILATION_CACHE_DIR' in os.environ)"
-    assert _run(tmp_path, code).stdout == "False\n" and not [*tmp_path.iterdir()]
+    assert _run(code) == "False\n" and not [*home.iterdir()]
 
 
 def test_a_command_keeps_its_programs_and_writes_the_same_again(tmp_path, small):
@@ -105,11 +120,11 @@ def test_a_command_keeps_its_programs_and_writes_the_same_again(tmp_path, small)
         "from lorafusion_jax import cli; cli.main(['generate', '--base', "
         f"{str(small[0])!r}, '--file', {str(tmp_path / 'lines')!r}, '--max-new-tokens', '4'])"
     )
-    first = _run(tmp_path, code)
-    entries = {path.name for path in _folder(tmp_path).iterdir()}
+    first, folder = _run(code), _folder()
+    entries = {path.name for path in folder.iterdir()}
     assert entries
-    assert _run(tmp_path, code).stdout == first.stdout
-    assert {path.name for path in _folder(tmp_path).iterdir()} == entries
+    assert _run(code) == first
+    assert {path.name for path in folder.iterdir()} == entries
 
 
 def _malloc(tmp_path: Path, *command: str, **variables: str) -> str | None:
