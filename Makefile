@@ -13,6 +13,8 @@ WORKERS ?= 2
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 # Huge pages for the temporaries of compiled functions (docs/concepts/speed.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Compiled Python is kept, also where the environment forbids it: tests and checked types took 4 s a process to compile.
+unexport PYTHONDONTWRITEBYTECODE
 
 # How long the fuzzer draws.
 SECONDS ?= 3600

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import random
 import threading
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def _checked(item: Any) -> Any:
     # An axis as long as an argument says, and names that only type checkers import.
     if "{" in hints or any(item.__qualname__.partition(".")[0] not in hint for hint in unresolved):
         return _jaxtyped(item, typechecker=beartype.beartype)
-    checked = _typechecker(item)
+    checked = _nested(item) if "<locals>" in item.__qualname__ else _typechecker(item)
     if "jaxtyping" not in hints:
         return checked
 
@@ -84,6 +85,20 @@ def _checked(item: Any) -> Any:
             return checked(*args, **kwargs)
 
     return in_scope_of_axes
+
+
+_wrappers: dict[types.CodeType, Any] = {}  # of functions within others, by their code
+
+
+def _nested(item: Any) -> Any:
+    """Check a function within another one. Its checks are compiled once, and not whenever the outer one is called."""
+    wrapper = _wrappers.get(item.__code__) or _typechecker(item)
+    if wrapper is item:  # without annotations
+        return item
+    _wrappers[item.__code__] = wrapper
+    copied = types.FunctionType(wrapper.__code__, wrapper.__globals__, closure=wrapper.__closure__)
+    copied.__kwdefaults__ = wrapper.__kwdefaults__ | {"__beartype_func": item}
+    return functools.update_wrapper(copied, item)
 
 
 jaxtyping.jaxtyped = lambda typechecker: _checked
