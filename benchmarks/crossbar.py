@@ -1,14 +1,18 @@
 """Reads of crossbars: time against the float32 products that a read consists of, memory, compilation.
 
-    python benchmarks/crossbar.py [--json]
+    python benchmarks/crossbar.py [--json | --paths]
 
 On a CPU everything runs on one thread. A weight of 1024 x 1024 in arrays of 128 x 128, differential, 8 bits in four
 slices of 2; a batch of 256 inputs of 8 bits, one bit at a time; an ADC of 8 bits for every conversion, its range
 calibrated. The floor of such a read is a loop of as many full products as it has pairs of slices: 32 for unsigned
 inputs, 28 for signed ones. Floor and candidate take turns; ratios are those of their medians.
+
+`--paths` prints the time of a read by each path: of this weight, and of those of examples/smollm2/chip.yaml.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,12 +33,18 @@ _REPEATS = 7
 _TEMPORARY_BYTES, _COMPILE_SECONDS = 32 * 2**20, 3.0
 _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
 _CONFIG = crossbar.CrossbarConfig(dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated"))
+_PATHS = ("lookup", "planes", "packed", "loop")
 _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 
 
 def main() -> None:
-    options = _measure.parser(__doc__).parse_args()
+    parser = _measure.parser(__doc__)
+    parser.add_argument("--paths", action="store_true", help="print milliseconds of each path instead")
+    options = parser.parse_args()
     _measure.launch(1)
+    if options.paths:
+        _by_path()
+        return
     cases = _cases()
     _measure.show(cases, as_json=options.json, rates=product_rates(["float32"]))
 
@@ -63,6 +73,40 @@ def _cases() -> list[dict[str, Any]]:
     program = jax.jit(lambda w: crossbar.program(w, config))
     cases.append(_case("programming", crossbar.program(w, config).plan.path, program, (w,), single, (2.0, 1.0), {}))
     return cases + _temporaries(w[:_CHIP_SIZE, :_CHIP_SIZE], x[:_CHIP_BATCH, :_CHIP_SIZE])
+
+
+def _by_path() -> None:
+    """Print the milliseconds of reads by each path that is exact for them, as a Markdown table."""
+    print(f"| read | vectors | {' | '.join(_PATHS)} |\n|---|{'---:|' * (1 + len(_PATHS))}")
+    noisy = crossbar.Device(read_noise=crossbar.ReadNoise(0.04))
+    cells = {"integer cells": crossbar.Device(), "real cells": _PROGRAMMING, "read noise": noisy}
+    for bits, (name, device), signed in itertools.product((1, 2), cells.items(), (False, True)):
+        dac = dataclasses.replace(_DAC, slice_bits=bits, signed=signed)
+        read = f"{_SIZE} x {_SIZE}, {name}, {'signed ' if signed else ''}input slices of {bits} bits"
+        _show_paths(read, _with(_CONFIG, dac=dac, device=device), (_SIZE, _SIZE), (_BATCH,))
+    chip = crossbar.load_config(_measure.ROOT / "examples" / "smollm2" / "chip.yaml")
+    chip = _with(chip, adc=dataclasses.replace(chip.adc, bits=6))
+    for shape in ((1536, 576), (576, 576), (576, 192)):
+        _show_paths(f"{shape[0]} x {shape[1]} of SmolLM2, ADC of 6 bits", chip, shape, (1, 16, 128))
+
+
+def _show_paths(name: str, config: crossbar.CrossbarConfig, shape: tuple[int, int], batches: tuple[int, ...]) -> None:
+    key = jax.random.key(0)
+    w = jax.random.normal(key, shape)
+    x = jax.random.uniform(jax.random.fold_in(key, 1), (max(batches), shape[0]))
+    x = 2 * x - 1 if config.dac is not None and config.dac.signed else x
+    chips = {}
+    for path in _PATHS:
+        with contextlib.suppress(ValueError):  # it would not be exact
+            chip = crossbar.program(w, config, jax.random.key(1), path=path)
+            chips[path] = crossbar.with_read_key(crossbar.calibrated(chip, crossbar.probe(x, chip)[1]), key)
+    matmul = jax.jit(crossbar.matmul)
+    for batch in batches:
+        given = {path: (x[:batch], chip) for path, chip in chips.items()}
+        runs = {path: lambda read=read: jax.block_until_ready(matmul(*read)) for path, read in given.items()}
+        medians = {path: 1e3 * np.median(seconds) for path, seconds in in_turns(runs, _REPEATS).items()}
+        shown = (f"{medians[path]:.2g}" if path in medians else "" for path in _PATHS)
+        print(f"| {name} | {batch} | {' | '.join(shown)} |", flush=True)
 
 
 def _temporaries(w: jax.Array, x: jax.Array) -> list[dict[str, Any]]:

@@ -5,12 +5,7 @@ The bits of the cells' levels and of the input slices lie 32 rows to a word. A c
     S = sum_{i, t} 2^(i + t) (#(positive & cell bit i & input bit t) - #(negative & ...))
 
 with population counts, all fused with the ADC by XLA. Fast where the processor counts the bits of a whole vector at
-once (AVX512_VPOPCNTDQ); right everywhere. Milliseconds of one such core (AMD EPYC) on the arrays of
-examples/smollm2/chip.yaml with a 6-bit ADC, here and by the path `packed`:
-
-    1536 x 576      1 vector: 1.1, 3.2      16: 5.3, 12      128: 39, 64
-    576 x 576       1 vector: 0.4, 0.8      16: 3.9, 3.3     128: 27, 18
-    576 x 192       1 vector: 0.3, 0.4      16: 2.3, 1.0     128: 17, 6.3
+once (AVX512_VPOPCNTDQ); right everywhere.
 
 Axis letters: B batch, K weight slices, I bits of a cell, R row tiles, Q words of 32 rows.
 """

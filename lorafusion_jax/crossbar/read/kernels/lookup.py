@@ -5,15 +5,7 @@ are tabulated, and each input adds up one table entry for every g rows where a p
 ("four Russians"). The entries are contiguous rows of a table that stays in the cache. Integer cells travel packed,
 several weight slices to an int32 word (see `mapping.bit_fields`), with their variances for read noise.
 
-The fastest for input slices of one bit, of integer cells or without a sign. Milliseconds of one core (an AMD EPYC with
-AVX-512) for 1024 x 1024 and 256 vectors of 8 bits, here and by the faster of `packed` and `loop`:
-
-                                     one bit        two bits
-    integer cells                    25, 51         51, 31
-    integer cells, signed inputs     30, 45         95, 27
-    real cells                       72, 87         91, 46
-    real cells, signed inputs        100, 75        190, 42
-    integer cells, read noise        225, 323
+The fastest for input slices of one bit, of integer cells or without a sign.
 
 Axis letters: B batch, K weight slices, k those of one word, J input slices, W words, R row tiles, G groups of rows,
 E table entries, C columns of a block.
