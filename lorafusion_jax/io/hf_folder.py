@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 import numpy as np
 
-from ..files import FileError, read_json, structured
+from ..files import FileError, named, read_json, structured
 from ..models.registry import family_of_json
 from . import safetensors as safetensors_map
 from . import tokenizer_bounds, torch_pickle
@@ -26,17 +26,8 @@ _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _FURTHER = ("added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 _UNCHANGED = 100_000  # transformers looks for faults of known models in larger vocabularies
 _TEXTS = (
-    _CONFIG,
-    _GENERATION,
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
+    *(_CONFIG, _GENERATION, _TOKENIZER, _TOKENIZER_CONFIG, *_FURTHER),
+    *("merges.txt", "spiece.model", "tokenizer.model", "vocab.json"),
 )
 
 
@@ -134,24 +125,30 @@ class FolderBase:
         """
         from tokenizers import Tokenizer
 
-        try:
-            raw = self.config()
-            if family_of_json(raw).read_config(raw).causal:
-                return self.tokenizer()
-            folder = resolve(self._source, patterns=_TEXTS)
-            settings = read_json(folder / _TOKENIZER_CONFIG, _Plain, "a Hugging Face tokenizer")
-            if any((folder / name).is_file() for name in _FURTHER):
-                return self.tokenizer()
-            tokenizer_bounds.check_added(folder)
-            backend = Tokenizer.from_file(str(folder / _TOKENIZER))
-            if backend.truncation or backend.get_vocab_size() > _UNCHANGED:
-                return self.tokenizer()
-            special = {name: str(text) for name, text in settings.items() if name.endswith("_token")}
-            tokenizer = FastTokenizer(backend, special, None, self._source, self.tokenizer)
-            tokenizer_bounds.check_growth(tokenizer)
-            return tokenizer
-        except Exception:  # settings that the type lacks, or a fault that `tokenizer` reports
+        raw = self.config()
+        if family_of_json(raw).read_config(raw).causal:
             return self.tokenizer()
+        folder = resolve(self._source, patterns=_TEXTS)
+        file = folder / _TOKENIZER
+        try:
+            settings = read_json(folder / _TOKENIZER_CONFIG, _Plain, "a Hugging Face tokenizer")
+        except FileError:  # missing, damaged, or with settings that `_Plain` lacks: for transformers to judge
+            return self.tokenizer()
+        if not file.is_file() or any((folder / name).is_file() for name in _FURTHER):
+            return self.tokenizer()
+        tokenizer_bounds.check_added(folder)
+        try:
+            backend = Tokenizer.from_file(str(file))
+        except Exception as error:  # it raises bare ones
+            fix = "give a base with a sound tokenizer"
+            raise FileError(file, got=f"not a tokenizer ({error})", fix=fix) from error
+        if backend.truncation or backend.get_vocab_size() > _UNCHANGED:
+            return self.tokenizer()
+        special = {name: str(text) for name, text in settings.items() if name.endswith("_token")}
+        tokenizer = FastTokenizer(backend, special, None, self._source, self.tokenizer)
+        with named(file):
+            tokenizer_bounds.check_growth(tokenizer)
+        return tokenizer
 
     def save_texts(self, folder: Path) -> None:
         """Copy config.json and the files of the tokenizer."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafusion_jax as lf
+from lorafusion_jax.files import FileError
 from lorafusion_jax.io.hf import load_fast_tokenizer
 
 _BASE = one_block.SMALL / "base"
@@ -78,6 +79,22 @@ def test_transformers_loads_what_its_settings_change(tmp_path, changes):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | changes))
     assert type(load_fast_tokenizer(folder)) is type(lf.load_tokenizer(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("{}", "not a tokenizer"),
+        ("[", "not a tokenizer"),
+        ('{"added_tokens": [' + "0," * 100_000 + "0]}", "added_tokens is 100,001: expected at most 100,000"),
+    ],
+    ids=["no model", "no JSON", "too many tokens"],
+)
+def test_faults_of_the_file_are_reported_and_not_left_to_transformers(tmp_path, file, message):
+    folder = shutil.copytree(_BASE, tmp_path / "base")
+    (folder / "tokenizer.json").write_text(file)
+    with pytest.raises(FileError, match=f"tokenizer.json: {message}"):
+        load_fast_tokenizer(folder)
 
 
 def test_transformers_loads_tokenizers_of_causal_models_in_folders(tmp_path):
