@@ -159,6 +159,10 @@ def check(options: FuseOptions) -> None:
         ),
         (chosen and options.adapters, "--adapters names the modules already: leave it out, or --choose"),
         (
+            options.start_from is not None and method.learns != "trained",
+            f"the method {name} is not trained from numbers that a run could start from: leave out --from",
+        ),
+        (
             options.mesh is not None and method.learns == "untrained",
             f"the method {name} trains no seeds to share out over devices: leave out --mesh",
         ),

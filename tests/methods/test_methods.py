@@ -262,6 +262,7 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
         ("merge", {"control": "shuffled", "load_in": "nf4"}, "the shuffled control is drawn in full precision"),
         ("full", {"load_in": "nf4"}, "the method full trains the weights themselves"),
         ("cma", {"population": 3}, "population is 3: "),
+        *((m, {"start_from": small[0]}, f"the method {m} is not trained from .*--from") for m in ("lorahub", "mean")),
         ("merge", {"density": 0.0}, "density is 0.0: give"),
         ("few-shot", {"shots": 6, "train_rows": 5}, "6 examples for the prompts of .*, but only 5 .* --shots"),
     ]
