@@ -15,7 +15,7 @@ from .parsing import parse
 
 GROUPS = {
     "data and base": ("base", "pool", "task", "prompt", "input", "target", "chat", "train_rows"),
-    "forecast": ("calibrate", "composition", "draws"),
+    "forecast": ("calibrate", "draws"),
     "run": ("plot", "json"),
 }
 

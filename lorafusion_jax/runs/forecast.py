@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..adapters.updates import Composition
 from ..checks import at_least
 from ..io.hf import base_digest
 from ..methods.fusion import CoefficientsRecipe
@@ -44,7 +43,6 @@ runs/c runs/c-rotated
       task: the task, as in `lorafusion fuse`; only its training rows are used.
       calibrate: finished runs of the same base on three or more other tasks, each with the pool and with
         `--control rotated`; a base that the forecast was not fitted on needs them.
-      composition: combination of the modules; a `mix` is refused, because its gradient at zero coefficients is zero.
       draws: number of rotated copies.
       prompt: template of the model's input, with {input} or other columns of the task's rows.
       input: column of a row's input, if it is not input or context.
@@ -59,7 +57,6 @@ runs/c runs/c-rotated
     pool: str
     task: str
     calibrate: tuple[Path, ...] = ()
-    composition: Composition = "sum"
     draws: int = 3
     prompt: str | None = None
     input: str | None = None
@@ -104,10 +101,9 @@ def forecast(options: ForecastOptions) -> Forecast:
     """Return the forecast for a task, and the descent of the pool's modules on its training rows.
 
     Raises:
-      ValueError: before anything is traced: a `mix`, options or files that cannot be used, runs for the calibration
+      ValueError: before anything is traced: options or files that cannot be used, runs for the calibration
         that are not complete, not in pairs, of other bases or of fewer than three tasks.
     """
-    check_sum(options.composition)
     at_least(1, draws=options.draws)
     own = _ranking(options)
     check(own)
