@@ -25,13 +25,12 @@ import _script
 import jax
 import numpy as np
 import tyro
-from lab.common import ROOT, write_csv
-from lab.hardware import Row, Store, Subject, again, check, csv_of, slug, subject
+from lab.common import ROOT, with_spread, write_csv
+from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, slug, subject
 from lab.methods import IN_BASIS, METHODS, Entry
 
-from lorafusion_jax.crossbar import CrossbarConfig, config_hash
+from lorafusion_jax.crossbar import CrossbarConfig
 from lorafusion_jax.hardware.folder import aged, load_chips
-from lorafusion_jax.report import write_text
 from lorafusion_jax.text_tables import markdown
 from lorafusion_jax.training.method import Params
 
@@ -40,36 +39,19 @@ _WHOLE = "whole modules"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ChipsOptions):
     """Options of the measurements.
 
     Attributes:
       sizes: numbers of directions, and whole modules.
       cases: how numbers are trained and where they are read.
-      tasks: of the embedded ones.
-      seeds: each draws modules, starts and orders of rows.
-      chips: how many.
-      crossbar: configuration of the arrays; it needs a drift model.
-      chip_key: key from which chips are drawn.
       age: at which the chips are read again.
-      epochs: of training.
-      again_epochs: of training again.
-      test_rows: evaluate on the first rows only.
       earlier: rows on the same chips, of whole modules where they do not name a fusion.
-      out: folder of results; what is there already is not computed again.
     """
 
     sizes: tuple[int | Literal["whole"], ...] = ("whole", 32, 16)
     cases: tuple[Case, ...] = get_args(Case)
-    tasks: tuple[str, ...] = ("swapends_prev", "pairswap_numvow", "sort_next2")
-    seeds: tuple[int, ...] = (1, 2, 3)
-    chips: int = 8
-    crossbar: str = str(ROOT / "examples" / "chip.yaml")
-    chip_key: int = 0
     age: str = "1month"
-    epochs: int = 20
-    again_epochs: int = 5
-    test_rows: int | None = None
     earlier: tuple[Path, ...] = (ROOT / "docs" / "results" / "hardware" / "rows.csv",)
     out: Path = ROOT / "runs" / "basis_on_chips"
 
@@ -79,15 +61,12 @@ _DEFAULTS = vars(Options())
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    check(options.chips, tasks=options.tasks, seeds=options.seeds, sizes=options.sizes, cases=options.cases)
+    options.check(sizes=options.sizes, cases=options.cases)
     _check_earlier(options)
     config = load_chips(options.crossbar).config
     for age in {age for case in options.cases for age in ages(case, options)} - {None}:
         aged(config, age, compensate=True)  # raises ValueError before anything is trained
-    store = Store(options.out)
-    settings = dataclasses.asdict(options) | {"config": config_hash(config), "key": options.chip_key}
-    apart = ("out", "sizes", "cases", "tasks", "crossbar", "chip_key", "earlier")
-    store.claim({name: value for name, value in settings.items() if name not in apart})
+    store = options.store("sizes", "cases", "earlier")
     there, rows = earlier_rows(options), []
     for size in options.sizes:
         # In a basis, the modules of LoRAFusion's row: a draw.
@@ -104,7 +83,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         jax.clear_caches()  # other sizes are other programs, which take gigabytes
     lines = table([*there, *rows], options)
     write_csv(options.out / "table.csv", lines)
-    write_text(options.out / "rows.csv", csv_of([*there, *rows]))
+    write_csv(options.out / "rows.csv", as_lines([*there, *rows]))
     print(f"{markdown(lines)}\nwritten to {options.out}")
 
 
@@ -114,19 +93,8 @@ def task_rows(
     """Yield the rows of a fusion's cases on a task: case, age, chip, seed, exact match (percent), loss."""
     if not cases:
         return
-    chips = load_chips(options.crossbar, key=options.chip_key)
-    on = subject(
-        store,
-        task,
-        fusion,
-        entry,
-        seeds=options.seeds,
-        epochs=options.epochs,
-        chips=chips,
-        count=options.chips,
-        test_rows=options.test_rows,
-    )
-    config = chips.config
+    on = subject(store, task, fusion, entry, options)
+    config = on.chips.config
     for case in cases:
         name = slug(f"{task}-{fusion}-{case}")
         if case == "digital":
@@ -222,7 +190,7 @@ def table(rows: Sequence[Row], options: Options) -> list[list[str]]:
     for fusion in dict.fromkeys(row["fusion"] for row in rows):
         found = [matches(rows, fusion, case, age) for case, age in columns]
         lost = [f"{found[0].mean() - of.mean():.1f}" if len(of) else "" for of in found[1:]]
-        lines.append([fusion, *map(_said, found), *lost])
+        lines.append([fusion, *(with_spread(of) if len(of) else "" for of in found), *lost])
     return lines
 
 
@@ -231,12 +199,6 @@ def matches(rows: Sequence[Row], fusion: str, case: str, age: str | None) -> np.
     found = [row for row in rows if (row["fusion"], row["case"], row["age"]) == (fusion, case, age)]
     chips = sorted({row["chip"] for row in found})
     return np.array([np.mean([row["exact_match"] for row in found if row["chip"] == chip]) for chip in chips])
-
-
-def _said(of_chips: np.ndarray) -> str:
-    if not len(of_chips):
-        return ""
-    return f"{of_chips.mean():.1f}" + (f" ± {of_chips.std(ddof=1):.1f}" if len(of_chips) > 1 else "")
 
 
 if __name__ == "__main__":

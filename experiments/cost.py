@@ -7,15 +7,14 @@ Written to the folder: table.csv (one line for each quantity of a method, in jou
 each shape. LoRA in cells against LoRAFusion is printed. No weights are loaded; seconds.
 """
 
-import csv
 import dataclasses
-import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import _script
 import tyro
+from lab.common import write_csv
 
 from lorafusion_jax.crossbar import CONSTANTS, Range, WriteCost, load_config, load_constants
 from lorafusion_jax.estimates.bill import (
@@ -31,7 +30,6 @@ from lorafusion_jax.estimates.bill import (
 )
 from lorafusion_jax.estimates.bill.show import markdown, number, quantity
 from lorafusion_jax.models.registry import known_shapes
-from lorafusion_jax.report import write_text
 from lorafusion_jax.report.plots import colour, plot
 
 _PARTS = {"putting it in place": "install", "its update": "update", "the base's passes": "base"}
@@ -94,7 +92,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             )
     options.out.mkdir(parents=True, exist_ok=True)
     of_all = "LoRA in cells against LoRAFusion: one new task (low / typical / high)"
-    write_text(options.out / "table.csv", csv_of(found))
+    write_csv(options.out / "table.csv", table(found))
     for shape in options.shapes:
         draw([b for b in found if b.options.shape == shape], options.out / f"{shape}.png")
     print(f"{markdown({of_all: summary(found)})}\nwritten to {options.out}")
@@ -102,21 +100,9 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def summary(found: Sequence[Billed]) -> list[list[str]]:
     """Headings, and a line for each shape, preset and layout of the pool or basis."""
-    lines = [
-        [
-            "model and arrays",
-            "pool",
-            "cells saved",
-            "energy saved",
-            "time saved",
-            "LoRA tasks until wear-out",
-            "ratio in place",
-            "ratio with updates",
-            "ratio learned",
-            "more a token",
-            "break-even tokens",
-        ]
-    ]
+    head = ["model and arrays", "pool", "cells saved", "energy saved", "time saved", "LoRA tasks until wear-out"]
+    ratios = ["ratio in place", "ratio with updates", "ratio learned"]
+    lines = [[*head, *ratios, "more a token", "break-even tokens"]]
     for billed in found:
         lora = billed.bills["LoRA in cells"].written
         for name, c in billed.against.items():
@@ -139,15 +125,13 @@ def summary(found: Sequence[Billed]) -> list[list[str]]:
     return lines
 
 
-def csv_of(found: Sequence[Billed]) -> str:
+def table(found: Sequence[Billed]) -> list[list[str]]:
     """Every quantity of every bill: shape, preset, method, quantity, unit, low, typical, high."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["shape", "preset", "method", "quantity", "unit", "low", "typical", "high"])
+    lines = [["shape", "preset", "method", "quantity", "unit", "low", "typical", "high"]]
     for billed in found:
-        for name, what, unit, value in _lines(billed):
-            writer.writerow([billed.options.shape, billed.options.crossbar, name, what, unit, *_ends(value, unit)])
-    return text.getvalue()
+        of = [billed.options.shape, billed.options.crossbar]
+        lines += [[*of, name, what, unit, *_ends(value, unit)] for name, what, unit, value in _lines(billed)]
+    return lines
 
 
 def _lines(billed: Billed) -> Iterator[tuple[str, str, str, Range]]:
@@ -156,12 +140,8 @@ def _lines(billed: Billed) -> Iterator[tuple[str, str, str, Range]]:
             yield name, *found
     for name, c in billed.against.items():
         for what, value in c._asdict().items():
-            yield (
-                f"LoRA in cells : {name}",
-                what,
-                {"extra_per_token": "J", "break_even": "tokens"}.get(what, "1"),
-                value,
-            )
+            unit = {"extra_per_token": "J", "break_even": "tokens"}.get(what, "1")
+            yield f"LoRA in cells : {name}", what, unit, value
     for name, standing in billed.once.items():
         for found in _of_standing(standing):
             yield f"once: {name}", *found

@@ -7,14 +7,13 @@ a plot.
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import _script
-from lab.common import ROOT, fresh_folder
+from lab.common import ROOT, convert, fresh_folder
 from lab.demo_report import markdown_table, plot_accuracy
 from lab.language import MAIN, PROMPT, options_of
 from lab.smollm2 import EXAMPLES, base
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     began = time.perf_counter()
     with fresh_folder(FOLDER):
-        _convert()
+        convert(base(), sorted((EXAMPLES / "adapters").iterdir()), FOLDER / "pool")
         rows, answers, environment = [], {}, {}
         for number, method in enumerate(METHODS, start=1):
             results = _run(method)
@@ -64,13 +63,6 @@ def main(arguments: Sequence[str] = ()) -> None:
     for method, meaning in METHODS.items():
         print(f"{method:17}{meaning}")
     print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
-
-
-def _convert() -> None:
-    """Convert the adapters as a user would."""
-    adapters = sorted(map(str, (EXAMPLES / "adapters").iterdir()))
-    script = [sys.executable, ROOT / "convert_peft_weights.py"]
-    subprocess.run([*script, "--base", base(), "--out", FOLDER / "pool", "--adapters", *adapters], check=True)
 
 
 def _run(method: str) -> dict[str, Any]:

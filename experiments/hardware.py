@@ -22,47 +22,29 @@ import _script
 import jax
 import numpy as np
 import tyro
-from lab.common import ROOT, write_csv
-from lab.hardware import Row, Store, again, check, csv_of, slug, subject
+from lab.common import ROOT, with_spread, write_csv
+from lab.hardware import ChipsOptions, Row, Store, again, as_lines, slug, subject
+from lab.methods import METHODS
 
-from lorafusion_jax.crossbar import config_hash
 from lorafusion_jax.hardware.folder import aged, load_chips
-from lorafusion_jax.report import write_text
 from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.runs.options import OnArrays
 from lorafusion_jax.text_tables import markdown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ChipsOptions):
     """Options of the measurements.
 
     Attributes:
-      tasks: of the embedded ones.
-      seeds: each draws modules, starts and orders of rows.
-      chips: how many.
-      crossbar: configuration of the arrays; it needs a drift model.
-      chip_key: key from which chips are drawn.
       age: at which numbers are trained again.
-      epochs: of training.
-      again_epochs: of training again on all rows.
       few_rows: of training again on a handful of rows.
       few_epochs: over them.
-      test_rows: evaluate on the first rows only.
-      out: folder of results; what is there already is not computed again.
     """
 
-    tasks: tuple[str, ...] = ("swapends_prev", "pairswap_numvow", "sort_next2")
-    seeds: tuple[int, ...] = (1, 2, 3)
-    chips: int = 8
-    crossbar: str = str(ROOT / "examples" / "chip.yaml")
-    chip_key: int = 0
     age: str = "1month"
-    epochs: int = 20
-    again_epochs: int = 5
     few_rows: int = 20
     few_epochs: int = 10
-    test_rows: int | None = None
     out: Path = ROOT / "runs" / "hardware"
 
 
@@ -74,13 +56,9 @@ BUDGETS = ("all rows", "a handful")
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    check(options.chips, tasks=options.tasks, seeds=options.seeds)
-    config = load_chips(options.crossbar).config
-    aged(config, options.age, compensate=True)  # raises ValueError before anything is trained
-    store = Store(options.out)
-    settings = dataclasses.asdict(options) | {"config": config_hash(config), "key": options.chip_key}
-    apart = ("out", "tasks", "crossbar", "chip_key")
-    store.claim({name: value for name, value in settings.items() if name not in apart})
+    options.check()
+    aged(load_chips(options.crossbar).config, options.age, compensate=True)  # raises ValueError before any training
+    store = options.store()
     rows = []
     for task in options.tasks:
         began = time.perf_counter()
@@ -90,25 +68,15 @@ def main(arguments: Sequence[str] = ()) -> None:
     found = tables(rows, options)
     for name, lines in found.items():
         write_csv(options.out / f"{name}.csv", lines)
-    write_text(options.out / "rows.csv", csv_of(rows))
+    write_csv(options.out / "rows.csv", as_lines(rows))
     draw(rows, options, options.out / "hardware.png")
     print("\n".join([*map(markdown, found.values()), f"written to {options.out}"]))
 
 
 def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     """Yield the rows of a task: case, age, whether drift is compensated, chip, seed, exact match (percent), loss."""
-    chips = load_chips(options.crossbar, key=options.chip_key)
-    on = subject(
-        store,
-        task,
-        "LoRAFusion",
-        seeds=options.seeds,
-        epochs=options.epochs,
-        chips=chips,
-        count=options.chips,
-        test_rows=options.test_rows,
-    )
-    new, recipe = chips.config, on.options.recipe
+    on = subject(store, task, "LoRAFusion", METHODS["LoRAFusion"], options)
+    new, recipe = on.chips.config, on.options.recipe
 
     def scored(case: str, params: Any, age: str | None = None, *, compensate: bool | None = None) -> Iterator[Row]:
         config = new if age is None else aged(new, age, compensate=compensate)
@@ -167,7 +135,7 @@ def tables(rows: Sequence[Row], options: Options) -> dict[str, list[list[str]]]:
     def spread(case: str, age: str | None = None, compensate: bool | None = None) -> list[str]:
         found = [matches(rows, task, case, age, compensate) for task in tasks]
         mean = np.mean([of_task.mean() for of_task in found])
-        return [*(_said(of_task) for of_task in found), f"{mean:.1f}"]
+        return [*map(with_spread, found), f"{mean:.1f}"]
 
     def back(trained: str, untouched: str, digital: str, age: str | None, compensate: bool | None) -> list[str]:
         shares = [won_back(rows, [task], trained, untouched, digital, age, compensate) for task in tasks]
@@ -249,10 +217,6 @@ def draw(rows: Sequence[Row], options: Options, path: Path) -> None:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(tasks))
 
     plot(path, (11, 4.5), on)
-
-
-def _said(of_chips: np.ndarray) -> str:
-    return f"{of_chips.mean():.1f}" + (f" ± {of_chips.std(ddof=1):.1f}" if len(of_chips) > 1 else "")
 
 
 if __name__ == "__main__":

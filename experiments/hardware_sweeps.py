@@ -26,13 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from lab.common import ROOT, SMALL, write_csv
-from lab.hardware import Row, Store, Subject, again, check, csv_of, slug, subject
+from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, slug, subject
+from lab.methods import METHODS
 
-from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, config_hash, load_config
+from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, load_config
 from lorafusion_jax.estimates.bill import CostOptions, bills
 from lorafusion_jax.estimates.params import shape_config
-from lorafusion_jax.hardware.folder import aged, load_chips
-from lorafusion_jax.report import write_text
+from lorafusion_jax.hardware.folder import aged
 from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.text_tables import markdown
 
@@ -53,21 +53,12 @@ _LABELS: dict[Sweep, str] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ChipsOptions):
     """Options of the sweeps.
 
     Attributes:
       sweeps: one after the other.
       points: of the sweep, where it is only one; by default every sweep's own.
-      tasks: of the embedded ones.
-      seeds: each draws modules, starts and orders of rows.
-      chips: how many at every point.
-      crossbar: configuration of the arrays; for the sweep of ages it needs a drift model.
-      chip_key: key from which chips are drawn.
-      epochs: of training.
-      again_epochs: of training again on aged chips.
-      test_rows: evaluate on the first rows only.
-      out: folder of results; what is there already is not computed again.
     """
 
     sweeps: tuple[Sweep, ...] = get_args(Sweep)
@@ -75,11 +66,6 @@ class Options:
     tasks: tuple[str, ...] = ("swapends_prev", "pairswap_numvow")
     seeds: tuple[int, ...] = (1, 2)
     chips: int = 2
-    crossbar: str = str(ROOT / "examples" / "chip.yaml")
-    chip_key: int = 0
-    epochs: int = 20
-    again_epochs: int = 5
-    test_rows: int | None = None
     out: Path = ROOT / "runs" / "hardware_sweeps"
 
 
@@ -116,17 +102,14 @@ _AGAIN = "LoRAFusion, trained again"
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    check(options.chips, tasks=options.tasks, seeds=options.seeds, sweeps=options.sweeps)
+    options.check(sweeps=options.sweeps)
     if options.points and len(options.sweeps) > 1:
         raise ValueError("--points are those of one sweep: name it with --sweeps")
     base = load_config(options.crossbar)
     for sweep in options.sweeps:  # before anything is trained
         for point in options.points or _POINTS[sweep]:
             at(base, sweep, point)
-    store = Store(options.out)
-    settings = dataclasses.asdict(options) | {"config": config_hash(base), "key": options.chip_key}
-    apart = ("out", "sweeps", "points", "tasks", "crossbar", "chip_key")
-    store.claim({k: v for k, v in settings.items() if k not in apart})
+    store = options.store("sweeps", "points")
     for sweep in options.sweeps:
         rows = []
         for task in options.tasks:
@@ -140,7 +123,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             write_csv(options.out / "energy.csv", lines := energy_table(energy))
             print(markdown(lines))
             draw_energy(energy, options.out / "energy.png")
-        write_text(options.out / f"{sweep}.csv", csv_of(rows))
+        write_csv(options.out / f"{sweep}.csv", as_lines(rows))
         draw(rows, sweep, options.out / f"{sweep}.png")
     print(f"written to {options.out}")
 
@@ -182,30 +165,18 @@ def _number(sweep: Sweep, point: str, kind: Callable[[str], Any]) -> Any:
 
 def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Iterator[Row]:
     """Yield point, line, compensate (of drift, None without ages), chip, seed, exact match (percent), loss."""
-    chips = load_chips(options.crossbar, key=options.chip_key)
     methods = dict.fromkeys(line.method for line in LINES.values())
-    subjects = {
-        method: subject(
-            store,
-            task,
-            method,
-            seeds=options.seeds,
-            epochs=options.epochs,
-            chips=chips,
-            count=options.chips,
-            test_rows=options.test_rows,
-        )
-        for method in methods
-    }
+    subjects = {method: subject(store, task, method, METHODS[method], options) for method in methods}
+    new = load_config(options.crossbar)
     for point in options.points or _POINTS[sweep]:
-        config = at(chips.config, sweep, point)
+        config = at(new, sweep, point)
         for name, line in LINES.items():
             on = subjects[line.method]
             if name == "LoRAFusion, digital":
                 found = store.rows(f"{task}-digital", lambda on=on: on.score_digitally(on.params))
                 yield from ({"point": point, "line": name, "compensate": None, **row} for row in found)
                 continue
-            trained_at = chips.config if sweep == "age" else config
+            trained_at = new if sweep == "age" else config
             where = "new" if sweep == "age" else f"{sweep}-{point}"
             params = _numbers(store, on, line, trained_at, f"{task}-{slug(name)}-{where}")
             for compensate in (False, True) if sweep == "age" else (None,):
@@ -220,7 +191,7 @@ def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Itera
             recipe = again(on.options.recipe, options.again_epochs)
             key = f"{task}-again-{point}"
             name = "LoRAFusion, its chip"
-            begin = _numbers(store, on, LINES[name], chips.config, f"{task}-{slug(name)}-new")
+            begin = _numbers(store, on, LINES[name], new, f"{task}-{slug(name)}-new")
             params = store.numbers(
                 key, lambda on=on, c=config, b=begin, recipe=recipe: on.train_on_chips(c, recipe, begin=b)
             )

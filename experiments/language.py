@@ -18,7 +18,6 @@ Results are rows of OUT/GROUP.jsonl; interrupted, the same command continues. Wr
 
 import dataclasses
 import random
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import tyro
-from lab.common import ROOT
+from lab.common import ROOT, convert
 from lab.jobs import Job, run_jobs
 from lab.language import (
     DIRECTIONS,
@@ -258,10 +257,10 @@ def make_pools(adapters: Path) -> None:
     folders = sorted(path for path in adapters.iterdir() if path.is_dir())
     pool, twins, both = (pool_of(adapters, kind) for kind in ("", "_random", "_and_random"))
     if not pool.exists():
-        _convert(pool, folders, "--basis", str(DIRECTIONS))
+        convert(base(), folders, pool, "--basis", str(DIRECTIONS))
     if not both.exists():
         write_random(pool, twins)
-        _convert(both, [*folders, *sorted(twins.iterdir())])
+        convert(base(), [*folders, *sorted(twins.iterdir())], both)
 
 
 def pool_of(adapters: Path, kind: str = "") -> Path:
@@ -277,11 +276,6 @@ def _link(name: str, to: Path) -> Path:
     partial.unlink(missing_ok=True)
     partial.symlink_to(to.resolve())
     return partial.replace(link)
-
-
-def _convert(out: Path, adapters: Sequence[Path], *more: str) -> None:
-    script = [sys.executable, ROOT / "convert_peft_weights.py"]
-    subprocess.run([*script, "--base", base(), "--out", out, "--adapters", *adapters, *more], check=True)
 
 
 def write_random(pool: Path, out: Path) -> None:

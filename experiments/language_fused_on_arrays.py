@@ -22,7 +22,7 @@ import _script
 import jax
 import tyro
 from lab.common import ROOT, write_csv
-from lab.hardware import Row, Store, csv_of, slug
+from lab.hardware import Row, Store, as_lines, slug
 from lab.language import MAIN, options_of
 from lab.smollm2 import EXAMPLES
 from language import link_tasks, linked_base, make_pools, pool_of, unseen_tasks
@@ -31,7 +31,6 @@ from language_on_arrays import DIGITAL, Setting, config_of
 from lorafusion_jax import fuse
 from lorafusion_jax.crossbar import save_config
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
-from lorafusion_jax.report import write_text
 from lorafusion_jax.runs.options import OnArrays
 from lorafusion_jax.text_tables import markdown
 
@@ -95,7 +94,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             jax.clear_caches()  # other settings are other programs
     lines = table(rows, asked, options)
     write_csv(options.out / "table.csv", lines)
-    write_text(options.out / "rows.csv", csv_of(rows))
+    write_csv(options.out / "rows.csv", as_lines(rows))
     print(f"{markdown(lines)}\nwritten to {options.out}")
 
 

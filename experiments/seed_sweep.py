@@ -13,13 +13,13 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import _script
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from lab.common import ROOT, SMALL, recipe_of
+from lab.common import ROOT, SMALL, recipe_of, with_spread
 from lab.methods import METHODS
 
 from lorafusion_jax import FuseOptions
@@ -29,9 +29,6 @@ from lorafusion_jax.runs.evaluate import evaluate
 from lorafusion_jax.runs.prepare import Setup, prepare
 from lorafusion_jax.tasks import Split
 from lorafusion_jax.training.fit import fit, recipe_rates, start
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,18 +99,14 @@ def _table(scores: np.ndarray, options: SweepOptions) -> str:
     head = " | ".join(f"magnitudes {rate:g}" for rate in options.lr_magnitudes)
     lines = [f"| exact match, % | {head} |", "|---|" + "---:|" * len(options.lr_magnitudes)]
     for rate, row in zip(options.lr_coefficients, scores, strict=True):
-        lines.append(f"| coefficients {rate:g} | {' | '.join(map(_said, row))} |")
+        lines.append(f"| coefficients {rate:g} | {' | '.join(map(with_spread, row))} |")
     return "\n".join(lines)
-
-
-def _said(of_seeds: np.ndarray) -> str:
-    return f"{of_seeds.mean():.1f}" + (f" ± {of_seeds.std(ddof=1):.1f}" if len(of_seeds) > 1 else "")
 
 
 def _plot(scores: np.ndarray, options: SweepOptions) -> None:
     means = scores.mean(axis=2)
 
-    def draw(figure: "Figure") -> None:
+    def draw(figure: Any) -> None:
         axes = figure.subplots()
         image = axes.imshow(means, cmap="viridis", aspect="auto")
         axes.grid(visible=False)

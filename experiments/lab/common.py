@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.files import check_regular, is_object, write_text
@@ -19,7 +21,7 @@ from lorafusion_jax.methods.recipes import recipe_of as recipe_with
 from lorafusion_jax.runs.folder import RunFolder
 
 from .methods import Entry
-from .rows import append_lines
+from .rows import League, append_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "examples" / "small"
@@ -44,11 +46,15 @@ def fresh_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+def convert(base: Path, adapters: Sequence[Path], out: Path, *options: str) -> None:
+    """Convert adapters as a user would, with more options of the command."""
+    given = [sys.executable, ROOT / "convert_peft_weights.py", "--base", base, "--out", out]
+    subprocess.run([*given, "--adapters", *adapters, *options], check=True)
+
+
 def convert_small_pool(out: Path, *options: str) -> None:
-    """Convert the embedded adapters as a user would, with more options of the command."""
-    adapters = sorted(map(str, (SMALL / "adapters").iterdir()))
-    script = [sys.executable, ROOT / "convert_peft_weights.py"]
-    subprocess.run([*script, "--base", SMALL / "base", "--out", out, "--adapters", *adapters, *options], check=True)
+    """Convert the embedded adapters."""
+    convert(SMALL / "base", sorted((SMALL / "adapters").iterdir()), out, *options)
 
 
 def small_pool_in_basis() -> Path:
@@ -58,11 +64,16 @@ def small_pool_in_basis() -> Path:
     return folder
 
 
-def write_csv(file: Path, lines: Sequence[Sequence[str]]) -> None:
+def write_csv(file: Path, lines: Sequence[Sequence[Any]]) -> None:
     """Write the lines of a table, the first one its heading."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     write_text(file, text.getvalue())
+
+
+def with_spread(values: np.ndarray) -> str:
+    """Return a mean, and the standard deviation if there are several values."""
+    return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -86,8 +97,6 @@ def append_line(file: Path, row: Mapping[str, Any]) -> None:
     """Add an object to a file of JSON lines; it replaces a last line that was cut off."""
     append_lines(file, [json.dumps(row).encode() + b"\n"])
 
-
-League = Literal["95+5", "5"]
 
 # Rows that a seed uses, and passes over them. LoraHub's league gives five examples, and all methods the same.
 TRAIN_ROWS: dict[League, int] = {"95+5": 100, "5": 5}

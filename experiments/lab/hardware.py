@@ -4,9 +4,7 @@ What an experiment has computed lies in a folder: OUT/numbers (trained numbers),
 `lorafusion fuse` could have made). The same command continues where it was interrupted.
 """
 
-import csv
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +17,11 @@ from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.checks import at_least
-from lorafusion_jax.crossbar import CrossbarConfig
+from lorafusion_jax.crossbar import CrossbarConfig, config_hash
 from lorafusion_jax.hardware.calibration import calibrate, looped
 from lorafusion_jax.hardware.chips import for_every_chip, on_every_chip, redrawn
 from lorafusion_jax.hardware.evaluate import lora_in_cells
-from lorafusion_jax.hardware.folder import STEP_CHIPS, Chips
+from lorafusion_jax.hardware.folder import STEP_CHIPS, Chips, load_chips
 from lorafusion_jax.hardware.on_arrays import CALIBRATION_ROWS, module_numbers
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.io import arrays
@@ -36,10 +34,53 @@ from lorafusion_jax.tasks import split
 from lorafusion_jax.training.fit import fit, start
 from lorafusion_jax.training.method import Params
 
-from .common import SMALL, TRAIN_ROWS, League, convert_small_pool, recipe_of, small_pool_in_basis
-from .methods import METHODS, Entry
+from .common import ROOT, SMALL, TRAIN_ROWS, convert_small_pool, recipe_of, small_pool_in_basis
+from .methods import Entry
 
 Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChipsOptions:
+    """Options of measurements on chips.
+
+    Attributes:
+      tasks: of the embedded ones.
+      seeds: each draws modules, starts and orders of rows.
+      chips: how many.
+      crossbar: configuration of the arrays; to age them it needs a drift model.
+      chip_key: key from which chips are drawn.
+      epochs: of training.
+      again_epochs: of training again on aged chips.
+      test_rows: evaluate on the first rows only.
+      out: folder of results; what is there already is not computed again.
+    """
+
+    tasks: tuple[str, ...] = ("swapends_prev", "pairswap_numvow", "sort_next2")
+    seeds: tuple[int, ...] = (1, 2, 3)
+    chips: int = 8
+    crossbar: str = str(ROOT / "examples" / "chip.yaml")
+    chip_key: int = 0
+    epochs: int = 20
+    again_epochs: int = 5
+    test_rows: int | None = None
+    out: Path
+
+    def check(self, **lists: Sequence[Any]) -> None:
+        """Raise ValueError for no chips, or for an option without a value, before anything is computed."""
+        at_least(1, chips=self.chips)
+        for name, values in {"tasks": self.tasks, "seeds": self.seeds, **lists}.items():
+            if not values:
+                raise ValueError(f"no {name}: give at least one with --{name}")
+
+    def store(self, *apart: str) -> "Store":
+        """Return the folder of results; raises ValueError for results of other settings than those not `apart`."""
+        config = load_chips(self.crossbar).config
+        settings = dataclasses.asdict(self) | {"config": config_hash(config), "key": self.chip_key}
+        apart = ("out", "tasks", "crossbar", "chip_key", *apart)
+        store = Store(self.out)
+        store.claim({name: value for name, value in settings.items() if name not in apart})
+        return store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +98,7 @@ class Store:
         file, now = self.folder / "settings.json", json.loads(json.dumps(settings, default=str))
         if not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write(file, now)
+            write_json(file, now)
         elif (was := json.loads(file.read_text())) != now:
             different = [f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
             raise ValueError(f"{self.folder} holds other results ({'; '.join(different)}): give another --out")
@@ -67,7 +108,7 @@ class Store:
         file = self.folder / "rows" / f"{name}.json"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            _write(file, {"rows": compute()})
+            write_json(file, {"rows": compute()})
         return json.loads(file.read_text())["rows"]
 
     def numbers(self, name: str, compute: Callable[[], Params]) -> Params:
@@ -190,62 +231,28 @@ class Subject:
         ]
 
 
-def subject(
-    store: Store,
-    task: str,
-    method: str,
-    entry: Entry | None = None,
-    *,
-    seeds: tuple[int, ...],
-    epochs: int,
-    chips: Chips,
-    count: int,
-    test_rows: int | None,
-    league: League = "95+5",
-) -> Subject:
-    """Train a method digitally, and return it with its chips.
-
-    Args:
-      store: of results.
-      task: of the embedded tasks.
-      method: its name.
-      entry: its settings; by default those of the row of `METHODS`.
-      seeds: of the run.
-      epochs: of training.
-      chips: to draw from.
-      count: of chips.
-      test_rows: evaluate on the first rows only.
-      league: rows to learn from.
-    """
-    entry = entry or METHODS[method]
+def subject(store: Store, task: str, method: str, entry: Entry, options: ChipsOptions) -> Subject:
+    """Train a method digitally on 95 + 5 rows of an embedded task, and return it with its chips."""
     pool = small_pool_in_basis() if "basis" in entry.recipe else store.pool()
-    options = FuseOptions(
+    fused = FuseOptions(
         base=str(SMALL / "base"),
         pool=str(pool) if find(entry.method).pool else None,
         task=str(SMALL / "tasks" / task),
-        seeds=seeds,
+        seeds=options.seeds,
         out=store.folder / "runs",
         name=f"{task}-{slug(method)}",
         method=entry.method,
-        recipe=dataclasses.replace(recipe_of(entry, league=league), epochs=epochs),
-        train_rows=TRAIN_ROWS[league],
-        test_rows=test_rows,
+        recipe=dataclasses.replace(recipe_of(entry, league="95+5"), epochs=options.epochs),
+        train_rows=TRAIN_ROWS["95+5"],
+        test_rows=options.test_rows,
         resume=True,
     )
-    fuse(options)
-    setup, options, params = load_to_evaluate(
-        EvaluateOptions(run=options.out / (options.name or ""), test_rows=test_rows)
-    )
-    keys = jnp.stack([chips.chip_key(number) for number in range(count)])
-    return Subject(store, options, looped(setup), params, chips, keys)
-
-
-def check(chips: int, **lists: Sequence[Any]) -> None:
-    """Raise ValueError for no chips, or for an option without a value, before anything is computed."""
-    at_least(1, chips=chips)
-    for name, values in lists.items():
-        if not values:
-            raise ValueError(f"no {name}: give at least one with --{name}")
+    fuse(fused)
+    run = EvaluateOptions(run=fused.out / f"{fused.name}", test_rows=options.test_rows)
+    setup, fused, params = load_to_evaluate(run)
+    chips = load_chips(options.crossbar, key=options.chip_key)
+    keys = jnp.stack([chips.chip_key(number) for number in range(options.chips)])
+    return Subject(store, fused, looped(setup), params, chips, keys)
 
 
 def again(recipe: Recipe, epochs: int) -> Recipe:
@@ -254,21 +261,11 @@ def again(recipe: Recipe, epochs: int) -> Recipe:
     return dataclasses.replace(recipe, epochs=epochs, **halved)
 
 
-def csv_of(rows: Sequence[Row]) -> str:
-    """Return rows as CSV, in the columns of the first."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def as_lines(rows: Sequence[Row]) -> list[list[Any]]:
+    """Return rows as the lines of a table, in the columns of the first."""
+    return [[*rows[0]], *([row[name] for name in rows[0]] for row in rows)]
 
 
 def slug(name: str) -> str:
     """Return a name for files."""
     return name.replace(",", "").replace(" ", "_")
-
-
-def _write(file: Path, content: Mapping[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    write_json(partial, content)
-    partial.replace(file)

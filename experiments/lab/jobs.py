@@ -107,7 +107,7 @@ def run_jobs(
             continue
         of = ", ".join(job[:3])
         failure = _failure(job, root)
-        if _without_error(failure) in failed:
+        if failure in failed:
             left_out += 1
             continue
         try:
@@ -138,13 +138,9 @@ def _failure(job: Job, root: Path | None) -> dict[str, Any]:
     return {"task": job.task, "method": job.method, "league": job.league, **shared}
 
 
-def _without_error(failure: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in failure.items() if name != "error"}
-
-
 def _renamed(failure: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded failure by the names of this version, without the error."""
-    return _without_error(failure) | {"config": new_options(failure["config"])}
+    """Return a recorded failure as `_failure` does, by the names of this version."""
+    return dict(failure) | {"config": new_options(failure["config"]), "error": ""}
 
 
 def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any]:

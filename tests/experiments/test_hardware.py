@@ -8,7 +8,8 @@ import hardware
 import hardware_sweeps
 import jax.numpy as jnp
 import pytest
-from lab.hardware import Store, csv_of
+from lab.common import write_csv
+from lab.hardware import Store, as_lines
 
 from lorafusion_jax.crossbar import load_config, save_config
 
@@ -59,7 +60,7 @@ def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(t
     of_whole = _rows("digital", [[60, 40, 0]]) + _rows("untouched", [[40, 40, 0], [30, 30, 0], [0, 0, 0]])
     for compensate, match in ((False, 0), (True, 20)):
         of_whole += _rows("untouched", [[match] * 3] * 3, age="1month", compensate=compensate)
-    file.write_text(csv_of(of_whole))
+    write_csv(file, as_lines(of_whole))
     options = script.Options(tasks=("t",), seeds=(0, 1), chips=2, cases=("digital", "untouched"), earlier=(file,))
     rows = script.earlier_rows(options)
     assert len(rows) == 2 + 2 * 2 * 2
@@ -72,7 +73,7 @@ def test_a_basis_on_chips_is_next_to_whole_modules_of_the_same_chips_and_seeds(t
     rows += [{"fusion": "k = 16"} | {n: v for n, v in row.items() if n != "compensate"} for row in inside]
     # What was written is read again, and no row counts twice.
     written = tmp_path / "written.csv"
-    written.write_text(csv_of(rows))
+    write_csv(written, as_lines(rows))
     assert script.earlier_rows(dataclasses.replace(options, earlier=(file, written))) == rows
     assert script.table(rows, options)[1:] == [
         ["whole modules", "50.0", "35.0 ± 7.1", "20.0 ± 0.0", "15.0", "30.0"],
