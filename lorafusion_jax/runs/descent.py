@@ -7,7 +7,7 @@ Axis letters: N modules of a fusion.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -97,17 +97,13 @@ def descent_of(problems: Sequence[Problem], batches: Sequence[Batch]) -> Descent
     if not batches:
         raise ValueError("no rows to compute a descent from: give at least one batch")
     of_seed = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], batch) for batch in batches]
-    rows = [int(np.sum(batch.row_mask)) for batch in batches]
-    tokens = [int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches]
     found, losses = [], []
     for problem in progress("backward passes", problems):
-        entropies, gradients = zip(*gradients_at_zero(problem, (0,), of_seed), strict=True)
-        # The objective of a batch is its cross-entropy divided by its rows.
-        weights = np.multiply(rows, tokens) / sum(tokens)
-        total = np.tensordot(weights, np.stack(gradients)[:, 0], 1)
-        found.append(np.linalg.norm(total.reshape(len(total), -1), axis=1))
-        losses.append(np.average(np.concatenate(entropies), weights=tokens))
-    return Descent(modules=found[0], rotated=np.stack(found[1:]), loss=float(losses[0]), rows=sum(rows))
+        (loss,), (gradient,) = gradient_at_zero(problem, (0,), of_seed)
+        found.append(np.linalg.norm(gradient.reshape(len(gradient), -1), axis=1))
+        losses.append(float(loss))
+    rows = sum(int(np.sum(batch.row_mask)) for batch in batches)
+    return Descent(modules=found[0], rotated=np.stack(found[1:]), loss=losses[0], rows=rows)
 
 
 def check_sum(composition: Composition) -> None:
@@ -119,30 +115,33 @@ def check_sum(composition: Composition) -> None:
         )
 
 
-def gradients_at_zero(
-    problem: Problem, seeds: tuple[int, ...], batches: Iterable[Batch]
-) -> Iterator[tuple[Float[np.ndarray, " seeds"], Float[np.ndarray, "seeds N *columns"]]]:
-    """Yield the loss of each batch in nats per token, and the gradient of its objective in the coefficients at c = 0.
+def gradient_at_zero(
+    problem: Problem, seeds: tuple[int, ...], batches: Sequence[Batch]
+) -> tuple[Float[np.ndarray, " seeds"], Float[np.ndarray, "seeds N *columns"]]:
+    """Return the loss on some rows, in nats per answer token, and its gradient in the coefficients at c = 0.
 
-    Leaves of the batches have a leading axis of seeds.
+    Leaves of the batches have a leading axis of seeds. All tokens count alike, whatever batches their rows are in.
     """
     params = start(problem, seeds).params
     params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
+    found = []
     for number, batch in enumerate(batches):
         read = problem.read(SEARCH, number)
-        yield to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read))
+        found.append(to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read)))
+    losses, gradients = (np.stack(parts) for parts in zip(*found, strict=True))
+    tokens = np.stack([np.sum(np.asarray(batch.labels) != IGNORED, axis=(1, 2)) for batch in batches])
+    weights = tokens / np.sum(tokens, axis=0)
+    return np.sum(weights * losses, axis=0), np.einsum("bs,bs...->s...", weights, gradients)
 
 
 @per_seed
 def coefficient_gradients(
     params: Params, batch: Batch, problem: Problem
 ) -> tuple[Float[Array, ""], Float[Array, "N *columns"]]:
-    """Return the cross-entropy of a batch, in nats per token, and the gradient of the objective in the coefficients."""
+    """Return the cross-entropy of a batch, in nats per token, and its gradient in the coefficients."""
 
-    def loss(coefficients: Array) -> tuple[Array, Array]:
+    def loss(coefficients: Array) -> Array:
         moved = params | {"coefficients": coefficients}
-        value, metrics = objective(moved, batch, problem, jnp.float32(0))
-        return value, metrics["cross_entropy"]
+        return objective(moved, batch, problem, jnp.float32(0))[1]["cross_entropy"]
 
-    (_, entropy), gradient = jax.value_and_grad(loss, has_aux=True)(params["coefficients"])
-    return entropy, gradient
+    return jax.value_and_grad(loss)(params["coefficients"])

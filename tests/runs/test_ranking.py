@@ -9,7 +9,7 @@ import pytest
 import recipes
 
 import lorafusion_jax as lf
-from lorafusion_jax.runs.descent import gradients_at_zero
+from lorafusion_jax.runs.descent import gradient_at_zero
 from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import run_path
@@ -32,13 +32,22 @@ def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
     options, results = ranked
     setup = prepare(options)
     assert [len(modules) for modules in setup.modules] == [26, 26]
-    batches = gradients_at_zero(setup.problem, options.seeds, setup.rows.once(32))
-    gradient = sum(of_batch for _, of_batch in batches).sum(axis=2)
-    for seed, modules, descent in zip(results["seeds"], setup.modules, -gradient, strict=True):
+    _, gradient = gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(95)))  # in one batch
+    for seed, modules, descent in zip(results["seeds"], setup.modules, -gradient.sum(axis=2), strict=True):
         assert seed["modules"] == [modules[i] for i in np.argsort(-descent)[:3]]
         # 95 rows trained once and ranked once, 5 validated.
         assert (seed["forward_rows"], seed["backward_rows"]) == (195, 190)
     assert any("digit" in name for name in results["seeds"][0]["modules"])  # the task's own character op
+
+
+def test_rows_count_alike_in_batches_of_any_size(ranked):
+    options, _ = ranked
+    setup = prepare(options)
+    (whole, in_one), (loss, in_batches) = (
+        gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(size))) for size in (95, 60)
+    )
+    np.testing.assert_allclose(loss, whole, rtol=1e-5)
+    np.testing.assert_allclose(in_batches, in_one, rtol=1e-3, atol=1e-6)
 
 
 def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
