@@ -85,6 +85,7 @@ def _by_path() -> None:
         read = f"{_SIZE} x {_SIZE}, {name}, {'signed ' if signed else ''}input slices of {bits} bits"
         _show_paths(read, _with(_CONFIG, dac=dac, device=device), (_SIZE, _SIZE), (_BATCH,))
     chip = crossbar.load_config(_measure.ROOT / "examples" / "smollm2" / "chip.yaml")
+    assert chip.adc is not None
     chip = _with(chip, adc=dataclasses.replace(chip.adc, bits=6))
     for shape in ((1536, 576), (576, 576), (576, 192)):
         _show_paths(f"{shape[0]} x {shape[1]} of SmolLM2, ADC of 6 bits", chip, shape, (1, 16, 128))
