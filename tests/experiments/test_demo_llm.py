@@ -77,7 +77,7 @@ def test_the_demo_compares_the_base_with_the_fusion(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(demo_llm, "FOLDER", tmp_path / "demo")
     monkeypatch.setattr(demo_llm, "base", lambda: Path("base.gguf"))
     monkeypatch.setattr(demo_llm, "fuse", fuse)
-    monkeypatch.setattr(demo_llm.subprocess, "run", lambda command, check: None)
+    monkeypatch.setattr(demo_llm, "convert", lambda *given: None)
     demo_llm.main()
     printed = capsys.readouterr().out
     assert [options.method for options in asked] == ["zero-shot", "few-shot", "mean", "fusion"]
