@@ -131,6 +131,7 @@ def fuse_options(path: Path, options: Options) -> FuseOptions:
     recipe = LoRARecipe(
         epochs=SOURCE_ROWS[rows],
         batch_size=BATCH,
+        pack=False,
         lr_lora=options.lr,
         lora_rank=options.rank,
         max_new_tokens=NEW_TOKENS,

@@ -106,11 +106,13 @@ EPOCHS: dict[League, int] = {"95+5": 20, "5": 40}
 def recipe_of(entry: Entry, *, league: League = "95+5", **defaults: Any) -> Recipe:
     """Return the recipe of a row of a table; it has those of the default numbers that its method has.
 
+    Rows are padded unless `defaults` has `pack`, because they were for the committed results.
+
     Raises:
       TypeError: the entry has a number that its method does not have.
     """
     kind, rates = find(entry.method).recipe, (league == "5" and entry.few_rates) or entry.rates
-    shared = recipe_with(kind, {"epochs": EPOCHS[league]} | defaults)
+    shared = recipe_with(kind, {"epochs": EPOCHS[league], "pack": False} | defaults)
     return dataclasses.replace(shared, **entry.recipe | rates)
 
 
@@ -123,6 +125,7 @@ def fuse_small(
     out: Path,
     name: str,
     league: League = "95+5",
+    pack: bool = False,
 ) -> dict[str, Any]:
     """Run a method on one of the embedded tasks, all seeds in one program, and return the results."""
     options = FuseOptions(
@@ -134,7 +137,7 @@ def fuse_small(
         name=name,
         method=entry.method,
         control=entry.control,
-        recipe=recipe_of(entry, league=league),
+        recipe=recipe_of(entry, league=league, pack=pack),
         train_rows=TRAIN_ROWS[league],
     )
     return fuse(options)

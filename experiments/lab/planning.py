@@ -57,7 +57,8 @@ def print_matrix_plan(options: MatrixOptions, entries: Mapping[str, Entry]) -> N
             device=where.device,
             load_in=load_in,
         )
-        how: dict[str, Any] = {"packing": packing_of(config), "train_rows": rows, "test_rows": options.test_rows}
+        packing = packing_of(config, on_cpu=where.device == "cpu")
+        how: dict[str, Any] = {"packing": packing, "train_rows": rows, "test_rows": options.test_rows}
         if options.base not in known_shapes():
             how |= load_texts(of_group[0].options)._asdict()
         prompted = next((recipe for recipe in recipes if isinstance(recipe, FewShotRecipe)), recipes[0])

@@ -240,4 +240,5 @@ class Lab:
 
 
 def recipe_for(arm: Arm, rows: int) -> Any:
-    return recipe_of(find(arm.method).recipe, {"epochs": EPOCHS[rows], "modules": MODULES} | dict(arm.recipe))
+    shared = {"epochs": EPOCHS[rows], "modules": MODULES, "pack": False}
+    return recipe_of(find(arm.method).recipe, shared | dict(arm.recipe))

@@ -174,7 +174,7 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
     work = workload(
         task,
         recipe,
-        packing=packing_of(config),
+        packing=packing_of(config, on_cpu=where.device == "cpu"),
         **({} if options.base in known_shapes() else load_texts(options)._asdict()),
         train_rows=options.train_rows,
         test_rows=options.test_rows,

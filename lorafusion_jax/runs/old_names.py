@@ -41,6 +41,8 @@ def new_options(options: Any) -> Any:
     if not isinstance(options, dict):
         return options
     found = renamed(options)
+    if isinstance(found.get("recipe"), dict):  # earlier versions padded every row
+        found["recipe"] = {"pack": False} | found["recipe"]
     if "seed_mode" in options:
         return found
     for group in ("recipe", "arrays"):

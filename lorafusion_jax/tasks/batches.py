@@ -152,9 +152,9 @@ def train_step_batches(
     """
     table = _table(encoded, pad_id)
     lengths = np.stack([table.input_lengths, table.label_lengths], axis=1)[orders]
-    lane, of_step = (None, None) if packing is None else packing.plan(lengths, alike=alike)
-    if lane is None or of_step is None:
-        of_step = np.array(_shapes(*np.moveaxis(lengths.max(axis=(0, 2)), -1, 0)))
+    padded = np.array(_shapes(*np.moveaxis(lengths.max(axis=(0, 2)), -1, 0)))
+    planned = None if packing is None else packing.plan(lengths, padded, alike=alike)
+    lane, of_step = (None, padded) if planned is None else planned
 
     def take(steps: slice, source_width: int, target_width: int) -> Batch:
         if packing is None or lane is None:

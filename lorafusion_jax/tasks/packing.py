@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 MOST_SHAPES = 6
-# One more shape must save as many operations as a core computes while its program is compiled.
-_WORTH = 3e11
+# Operations that a core of a CPU computes while a step is compiled: 5 s (docs/results/speed.md) of 1e11 each.
+COMPILING = 5e11
 
 Numbers = Int[np.ndarray, " n"]
 Costs = Float[np.ndarray, " n"]
@@ -23,30 +23,39 @@ class Packing(NamedTuple):
     Attributes:
       causal: an answer continues its prompt, whose last token predicts the first label.
       operations: function from a number of lanes, and widths of source and target, to operations of a training step.
+      compiling: operations that every compiled shape must save.
     """
 
     causal: bool
     operations: Callable[[int, Numbers, Numbers], Costs]
+    compiling: float = COMPILING
 
     def plan(
-        self, lengths: Int[np.ndarray, "seeds steps B 2"], *, alike: bool
-    ) -> tuple[Int[np.ndarray, "seeds steps B"] | None, Int[np.ndarray, "*seeds steps 2"]]:
+        self, lengths: Int[np.ndarray, "seeds steps B 2"], padded: Int[np.ndarray, "steps 2"], *, alike: bool
+    ) -> tuple[Int[np.ndarray, "seeds steps B"], Int[np.ndarray, "*seeds steps 2"]] | None:
         """Return the lane of every row, and the source and target width of every batch, from the tokens of its rows.
 
-        All batches have the same number of lanes: the one that costs the fewest operations. No lanes are returned if
-        every row has its own. Batches of one step have the same widths in all seeds if they have to be `alike`.
+        All batches have the same number of lanes: the one that costs the fewest operations. Batches of one step have
+        the same widths in all seeds if they have to be `alike`. None is returned where `padded` rows, whose widths
+        tasks share, are cheaper than packed ones and their compilation.
         """
         seeds, steps, rows, _ = lengths.shape
         batches = np.maximum(lengths - np.array([self.causal, 0]), 0).reshape(-1, rows, 2)
-        found = {count: _fill(batches, count) for count in {-(-rows // each) for each in range(1, rows + 1)}}
+        found = {count: _fill(batches, count) for count in {-(-rows // each) for each in range(2, rows + 1)}}
+        if not found:
+            return None
         count = min(found, key=lambda count: float(np.sum(self.operations(count, *found[count][1].T))))
         lane, widths = found[count]
         widths = widths.reshape(seeds, steps, 2)
         widths = widths.max(axis=0) if alike else widths
         few = few_widths(
-            widths.reshape(-1, 2), lambda number, *pair: number * self.operations(count, *pair), worth=_WORTH
+            widths.reshape(-1, 2), lambda number, *pair: number * self.operations(count, *pair), worth=self.compiling
         )
-        return None if count == rows else lane.reshape(seeds, steps, rows), few.reshape(widths.shape)
+        packed = np.sum(self.operations(count, *few.T)) * (seeds if alike else 1)
+        programs = self.compiling * len(np.unique(few, axis=0))
+        if packed + programs >= seeds * np.sum(self.operations(rows, *padded.T)):
+            return None
+        return lane.reshape(seeds, steps, rows), few.reshape(widths.shape)
 
 
 def _fill(lengths: Int[np.ndarray, "n B 2"], count: int) -> tuple[Int[np.ndarray, "n B"], Int[np.ndarray, "n 2"]]:

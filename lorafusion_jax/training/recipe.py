@@ -76,7 +76,7 @@ class Recipe:
 
     epochs: int = 20
     batch_size: int = 10
-    pack: bool = False
+    pack: bool = True
     schedule: Schedule = "cosine"
     warmup: int = 0
     clip: float | None = 1.0

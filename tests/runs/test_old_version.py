@@ -20,7 +20,7 @@ _OPTIONS = lf.FuseOptions(
     seeds=(1, 2),
     name="run",
     method="coefficients",
-    recipe=lf.CoefficientsRecipe(modules=2, epochs=1, batch_size=48, max_new_tokens=8),
+    recipe=lf.CoefficientsRecipe(modules=2, epochs=1, batch_size=48, pack=False, max_new_tokens=8),
     seed_mode="sequential",
     test_rows=3,
 )
@@ -47,6 +47,8 @@ def test_an_old_run_that_is_complete_is_not_run_again(run, capsys):
     options = dataclasses.replace(_OPTIONS, out=run.parent, resume=True)
     assert lf.fuse(options)["exact_match"] == json.loads((run / "results.json").read_text())["exact_match"]
     assert "is complete: nothing to resume" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="pack was False, now True"):  # earlier versions padded every row
+        lf.fuse(dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, pack=True)))
     other = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, modules=3))
     with pytest.raises(ValueError, match="modules was 2, now 3"):
         lf.fuse(other)
@@ -60,9 +62,9 @@ def test_old_final_numbers_are_refused_with_the_version_that_reads_them(run):
 def test_old_rows_have_the_settings_of_their_methods_alone():
     rows = [json.loads(line)["config"] for line in (_OLD / "results.jsonl").read_text().splitlines()]
     lora, fusion, in_basis = (read_options(row, "row") for row in rows)
-    assert lora.recipe == lf.LoRARecipe(lora_targets=("q", "v")) and lora.arrays == OnArrays()
-    assert fusion.recipe == lf.FusionRecipe() and fusion.seed_mode == "auto"
-    assert in_basis.recipe == lf.FusionRecipe(modules=28, basis=32, train_core=True, lr_core=5e-4)
+    assert lora.recipe == lf.LoRARecipe(lora_targets=("q", "v"), pack=False) and lora.arrays == OnArrays()
+    assert fusion.recipe == lf.FusionRecipe(pack=False) and fusion.seed_mode == "auto"
+    assert in_basis.recipe == lf.FusionRecipe(modules=28, basis=32, train_core=True, lr_core=5e-4, pack=False)
 
 
 def test_every_committed_row_can_be_read():

@@ -94,25 +94,25 @@ def test_few_computed_tokens_are_padding(causal):
     assert real >= 0.92 * computed
 
 
+def _shapes(pairs, rows, packing):
+    """Return shapes of sources, and whether rows are packed, in batches of so many rows."""
+    orders = np.arange(len(pairs), dtype=np.int32).reshape(1, -1, rows)
+    batches = train_batches(_encoded(pairs), orders, pad_id=_PAD, packing=packing)
+    return {(batch.input_ids.shape[1:], batch.lanes is not None) for batch in batches}
+
+
 def test_lanes_are_short_where_long_ones_cost_more_than_they_save():
-    encoded = _encoded([(40, 4)] * 8)
-    orders = np.arange(8, dtype=np.int32)[None, None]
-
-    def lanes(scores):
-        (batch,) = train_batches(encoded, orders, pad_id=_PAD, packing=_packing(False, scores))
-        return batch.input_ids.shape[1:], batch.lanes is not None
-
-    assert lanes(0.0) == ((1, 320), True)
-    assert lanes(1.0) == ((8, 40), False)  # rows of their own are not packed
+    pairs = [(41, 5)] * 8
+    assert _shapes(pairs, 8, _packing(False, 0.0)) == {((1, 328), True)}
+    assert _shapes(pairs, 8, _packing(False, 1.0)) == {((8, 44), False)}  # rows of their own are padded
 
 
-def test_a_shape_more_has_to_save_what_its_compilation_costs():
-    pairs = [(4, 2)] * 8 + [(40, 2)] * 8
-    orders = np.arange(16, dtype=np.int32).reshape(1, 4, 4)
+def test_every_shape_has_to_save_what_its_compilation_costs():
+    few, many = [(40, 2), *[(4, 2)] * 3], [*[(40, 2)] * 3, (4, 2)]
 
     def shapes(cost):
-        packing = Packing(False, lambda lanes, s, t: cost * lanes * (s + t))
-        return {b.input_ids.shape for b in train_batches(_encoded(pairs), orders, pad_id=_PAD, packing=packing)}
+        return _shapes([*few, *many] * 2, 4, Packing(False, lambda lanes, s, t: cost * lanes * (s + t)))
 
-    assert len(shapes(2e9)) == 2
-    assert len(shapes(1e8)) == 1
+    assert shapes(1e10) == {((1, 52), True), ((1, 124), True)}
+    assert shapes(3e9) == {((1, 124), True)}
+    assert shapes(1e9) == {((4, 40), False)}
