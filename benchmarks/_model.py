@@ -28,7 +28,7 @@ from lorafusion_jax.models.registry import abstract_model, family_of, known_shap
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.weights import dense, quantise
 from lorafusion_jax.runs.options import LoadIn
-from lorafusion_jax.tasks import Batch
+from lorafusion_jax.tasks import Batch, Lanes
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import cross_entropy
@@ -162,8 +162,9 @@ def arguments(
     *,
     seeds: int = 1,
     seed_mode: SeedMode = "sequential",
+    packed: bool = False,
 ) -> tuple[TrainState, Batch, Problem, Rates]:
-    """Return the arguments of the step of some seeds as shapes; `size` is that of input ids."""
+    """Return the arguments of the step of some seeds as shapes; `size` is that of input ids, `packed` of BATCH rows."""
     count, source = size
 
     def drawn(weights: Frozen) -> tuple[TrainState, Batch, Problem, Rates]:
@@ -178,8 +179,10 @@ def arguments(
             input_ids=jnp.zeros((seeds, count, source), jnp.int32),
             input_mask=jnp.zeros((seeds, count, source), bool),
             labels=jnp.zeros((seeds, count, TARGET), jnp.int32),
-            row_mask=jnp.zeros((seeds, count), bool),
+            row_mask=jnp.zeros((seeds, BATCH if packed else count), bool),
         )
+        if packed:
+            batch = batch._replace(lanes=Lanes(batch.input_ids, batch.labels, batch.labels))
         of_seed = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))
         state = of_seed(problem.index, jax.random.split(jax.random.key(0), seeds))
         return state, batch, problem, recipe_rates(method, _RECIPES.get(type(method), _RECIPE), seeds)

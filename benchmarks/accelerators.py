@@ -2,8 +2,8 @@
 
     python benchmarks/accelerators.py [--chip v5e] [--shape small-pool] [--seeds 8] [--json]
 
-The fusion step as `mix` (also ten in one call, as runs take an epoch's, and with weights in NF4), as `sum` and as `sum`
-in a shared basis of 32 directions, and generation (10 rows, 32 tokens) with the sum. Batched seeds, bfloat16, layers in
+The fusion step as `mix` (also ten in one call, as runs take an epoch's, with weights in NF4, and with packed rows), as
+`sum` and as `sum` in a shared basis of 32 directions, and generation (10 rows, 32 tokens) with the sum. Batched seeds, bfloat16, layers in
 a loop. Times and cycles are of one step. By name also a step on one long row, and reads of arrays (`--program "read
 with noise"`). libtpu's own compiler; counts are taken from its optimised HLO with the trips of every loop (`_hlo.py`),
 of reads also from machine code (`_bundles.py`), since the compiler estimates no cycles of a Pallas kernel. The roofline
@@ -74,13 +74,15 @@ class _Program(NamedTuple):
     mesh: tuple[int, int] | None = None  # devices that share seeds, and matrices
     steps: int = 1  # in one call
     rows: int = BATCH
-    source: int = SOURCE  # tokens of a row
+    source: int = SOURCE  # tokens of a row, or of a lane
+    packed: bool = False
 
 
 _PROGRAMS = {
     "mix": _Program("fusion-mix"),
     "mix, 10 steps in one call": _Program("fusion-mix", steps=10),
     "mix, base and pool in NF4": _Program("fusion-mix", weights="nf4"),
+    "mix, rows packed into two lanes": _Program("fusion-mix", rows=2, source=320, packed=True),
     "mix on a mesh of 4 x 2": _Program("fusion-mix", mesh=(4, 2)),
     "mix on a row of 4,096 tokens": _Program("fusion-mix", rows=1, source=4096),
     "sum": _Program("fusion-sum"),
@@ -159,7 +161,7 @@ def main() -> None:
     if importlib.util.find_spec(needed) is None:
         sys.exit(f"{needed}, which compiles for {options.chip}, is not installed: pip install -e '.[{extra}]'")
     # A mesh is compiled for TPUs alone.
-    usual = [name for name, of in _PROGRAMS.items() if of.source == SOURCE and (chip.platform == "tpu" or not of.mesh)]
+    usual = [name for name, of in _PROGRAMS.items() if of.source < 4096 and (chip.platform == "tpu" or not of.mesh)]
     names = options.program or usual
     config, cases = config_of(options.shape, "bfloat16"), []
     code = dump() if chip.platform == "tpu" and not _READS.keys().isdisjoint(names) else None
@@ -214,7 +216,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
 
     `on(shapes, config, of_seeds=)` places shapes of arrays as `training.mesh.on_mesh` places arrays.
     """
-    of, k, generates, dtype, _, steps, rows, source = program
+    of, k, generates, dtype, _, steps, rows, source, packed = program
     weights = shapes_of(config, dtype)
     method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
     how: Any = {"seed_mode": "batched", "device": "accelerator", "load_in": held_in(dtype)}
@@ -222,7 +224,8 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     update, trainable = update_of(of, settings), trained_numbers(config, of, settings)
     weights = weights if k is None else _in_basis(weights, k)
     weights = jax.eval_shape(partial(prepared, config, method), weights)
-    state, batch, problem, rates = arguments(config, weights, method, (rows, source), seeds=seeds, seed_mode="batched")
+    shaped: Any = {"seeds": seeds, "seed_mode": "batched", "packed": packed}
+    state, batch, problem, rates = arguments(config, weights, method, (rows, source), **shaped)
     state, batch, rates = on(state, config, of_seeds=True), on(batch, of_seeds=True), on(rates, of_seeds=True)
     problem = problem.replace(frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True))
     if generates:
