@@ -3,13 +3,13 @@
     python benchmarks/accelerators.py [--chip v5e] [--shape small-pool] [--seeds 8] [--json]
 
 The fusion step as `mix` (also ten in one call, as runs take an epoch's, with weights in NF4, and with packed rows), as
-`sum` and as `sum` in a shared basis of 32 directions, and generation (10 rows, 32 tokens) with the sum. Batched seeds, bfloat16, layers in
-a loop. Times and cycles are of one step. By name also a step on one long row, and reads of arrays (`--program "read
-with noise"`). libtpu's own compiler; counts are taken from its optimised HLO with the trips of every loop (`_hlo.py`),
-of reads also from machine code (`_bundles.py`), since the compiler estimates no cycles of a Pallas kernel. The roofline
-time is the larger of FLOPs and of bytes over a chip's published peaks (https://cloud.google.com/tpu/docs/v6e), a bound
-from below and not a measurement. Needs the `aot-tpu` extra. Of an H100 (`aot-cuda`) only memory and precision are
-shown.
+`sum` and as `sum` in a shared basis of 32 directions, and generation (10 rows, 32 tokens) with the sum. Batched seeds,
+bfloat16, layers in a loop. Times and cycles are of one step. By name also a step on one long row, and reads of arrays
+(`--program "read with noise"`). libtpu's own compiler; counts are taken from its optimised HLO with the trips of every
+loop (`_hlo.py`), of reads also from machine code (`_bundles.py`), since the compiler estimates no cycles of a Pallas
+kernel. The roofline time is the larger of FLOPs and of bytes over a chip's published peaks
+(https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs the `aot-tpu` extra. Of an H100
+(`aot-cuda`) only memory and precision are shown.
 """
 
 import dataclasses

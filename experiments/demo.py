@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 def _run(task: str, method: str) -> dict[str, Any]:
-    where = {"out": FOLDER / "runs", "name": _name(task, method)}
-    return fuse_small(task, METHODS[method], pool=FOLDER / "pool", seeds=SEEDS, pack=True, **where)
+    name = _name(task, method)
+    return fuse_small(task, METHODS[method], pool=FOLDER / "pool", seeds=SEEDS, out=FOLDER / "runs", name=name)
 
 
 def _rows(task: str, method: str, results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ EPOCHS: dict[League, int] = {"95+5": 20, "5": 40}
 def recipe_of(entry: Entry, *, league: League = "95+5", **defaults: Any) -> Recipe:
     """Return the recipe of a row of a table; it has those of the default numbers that its method has.
 
-    Rows are padded unless `defaults` has `pack`, because they were for the committed results.
+    Rows are padded, as they were for the committed results.
 
     Raises:
       TypeError: the entry has a number that its method does not have.
@@ -125,7 +125,6 @@ def fuse_small(
     out: Path,
     name: str,
     league: League = "95+5",
-    pack: bool = False,
 ) -> dict[str, Any]:
     """Run a method on one of the embedded tasks, all seeds in one program, and return the results."""
     options = FuseOptions(
@@ -137,7 +136,7 @@ def fuse_small(
         name=name,
         method=entry.method,
         control=entry.control,
-        recipe=recipe_of(entry, league=league, pack=pack),
+        recipe=recipe_of(entry, league=league),
         train_rows=TRAIN_ROWS[league],
     )
     return fuse(options)
