@@ -122,7 +122,7 @@ def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: Array, *, steps: S
 def stack_chips(
     graph: nnx.GraphDef,
     digital: Frozen,
-    rules: Sequence[Rules],
+    rules: Rules,
     keys: Array,
     of_seed: Int[Array, " S"],
     *,
@@ -136,18 +136,14 @@ def stack_chips(
     Args:
       graph: structure of the model.
       digital: weights that are written.
-      rules: rules of every chip, which may differ in arrays but not in plain numbers.
       keys: [C], keys of the chips.
       of_seed: chip of each seed of a program.
       limits: converters' ranges that all chips share, from `limits_of`; restored weights have ranges of their chips.
       restored: digital corrections of all chips, chips first.
     """
-    split = [_split(of_chip) for of_chip in rules]
-    if len({structures for structures, _ in split}) > 1:
-        raise ValueError("chips of one program differ in plain numbers of their configurations: give these as arrays")
-    values = jax.tree.map(lambda *of_chips: jnp.stack(of_chips), *(values for _, values in split))
-    arrays = (digital, (keys, values, restored), limits, modules)
-    weights = _program_all(*arrays, structures=split[0][0], graph=graph, norm=norm)
+    structures, values = _split(rules)
+    arrays = (digital, (keys, restored), values, limits, modules)
+    weights = _program_all(*arrays, structures=structures, graph=graph, norm=norm)
     return ChipPerSeed(**_fields(weights), chip_of_seed=of_seed)
 
 
@@ -184,7 +180,7 @@ def on_every_chip(
     count, seeds = len(keys), len(problem.index)
     chip_of_seed = jnp.repeat(jnp.arange(count), seeds)
     on_chips = jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored) if restored else None
-    arguments = (problem.graph, problem.frozen, [rules] * count, keys, chip_of_seed)
+    arguments = (problem.graph, problem.frozen, rules, keys, chip_of_seed)
     frozen = stack_chips(*arguments, limits=limits, restored=on_chips, **how)
     split = setup.split and Split(*(np.tile(rows, (count, 1)) for rows in setup.split))
     on_all = setup.with_problem(frozen=frozen, index=jnp.tile(problem.index, (count, 1)))
@@ -213,7 +209,8 @@ def _plain(frozen: Frozen) -> Frozen:
 @partial(jax.jit, static_argnames=("structures", "graph", "norm"))
 def _program_all(
     digital: Frozen,
-    chips: tuple[Array, list[list[Any]], Restored | None],
+    chips: tuple[Array, Restored | None],
+    values: list[list[Any]],
     limits: Limits,
     modules: Int[Array, " P"] | None,
     *,
@@ -221,8 +218,8 @@ def _program_all(
     graph: nnx.GraphDef,
     norm: Norms,
 ) -> Frozen:
-    def of_chip(chip: tuple[Array, list[list[Any]], Restored | None]) -> Frozen:
-        key, values, restored = chip
+    def of_chip(chip: tuple[Array, Restored | None]) -> Frozen:
+        key, restored = chip
         how = {"modules": modules, "norm": norm, "restored": restored}
         return _with_limits(program(graph, digital, structures.rules(values), key, **how), limits)
 
