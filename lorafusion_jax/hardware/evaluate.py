@@ -10,15 +10,13 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.norms import gram
-from ..adapters.pool import LoraPool
 from ..checks import at_least
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
 from ..io.folders import write_json
 from ..methods import find
-from ..methods.fusion import Fusion
-from ..methods.lora import LoRA
+from ..methods.fusion import PLAIN_SUM
+from ..methods.lora import LoRA, as_pool
 from ..models.architecture import kernels
-from ..models.weights import Weight
 from ..progress import progress
 from ..runs.evaluate import evaluate, seed_rows
 from ..runs.options import ChipsOptions, FuseOptions, flags_given
@@ -179,22 +177,12 @@ def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:
     problem, method = setup.problem, setup.problem.method
     if not isinstance(method, LoRA) or method.dora:
         raise ValueError("the run trained no LoRA to write into cells: leave out --lora-in cells")
-    A: dict[str, Weight] = {site: jnp.moveaxis(a, 0, 1) for site, a in params["lora"]["A"].items()}
-    scale = method.alpha / method.rank
-    B: dict[str, Weight] = {site: jnp.moveaxis(b, 0, 1) * scale for site, b in params["lora"]["B"].items()}
-    seeds = problem.index.shape[0]
-    pool = LoraPool(
-        A=A,
-        B=B,
-        rank={site: jnp.full(weight.shape[:2], method.rank, jnp.int32) for site, weight in A.items()},
-        names=tuple(f"seed {seed}" for seed in range(seeds)),
-    )
-    as_it_is = Fusion(composition="sum", granularity="global", magnitudes=False)
-    index = jnp.arange(seeds)[:, None]
-    model = nnx.merge(problem.graph, problem.frozen.base)
-    used = {site: kernel for site, kernel in kernels(model).items() if site in A}
-    frozen = dataclasses.replace(problem.frozen, pool=pool, gram=jax.jit(gram)(pool, used))
-    return setup.with_problem(frozen=frozen, method=as_it_is, index=index), {"coefficients": jnp.ones((seeds, 1))}
+    seeds = len(problem.index)
+    pool = as_pool(method, params, [f"seed {seed}" for seed in range(seeds)])
+    terms = jax.jit(gram)(pool, kernels(nnx.merge(problem.graph, problem.frozen.base)))
+    frozen = dataclasses.replace(problem.frozen, pool=pool, gram=terms)
+    index, coefficients = jnp.arange(seeds)[:, None], jnp.ones((seeds, 1))
+    return setup.with_problem(frozen=frozen, method=PLAIN_SUM, index=index), {"coefficients": coefficients}
 
 
 def cases(options: EvaluateOnChipsOptions) -> list[tuple[str | None, bool | None]]:

@@ -40,10 +40,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     """
     check(setup, options)
     asked = options.arrays
-    assert asked.crossbar is not None
-    chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
-    chips.check(setup, options)
-    config = aged(chips.config, asked.age)
+    chips, config, restored = _chips(setup, options)
     if asked.train_chip in ("fresh", "both") and not is_random(config):
         raise ValueError(f"programming is not random in {chips.name}: train with --train-chip chip, or none")
     if asked.restore is not None and asked.train_chip in ("fresh", "both"):
@@ -51,9 +48,6 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
             f"{asked.restore} corrects chip {asked.chip}, not the fresh chips that --train-chip {asked.train_chip} "
             "draws: train with --train-chip chip, or none"
         )
-    restored = None
-    if asked.restore is not None:
-        (restored,) = load_restored(asked.restore, chips, [asked.chip], digests(setup, options)["base"])
     setup = looped(without_merged_pool(setup))
     graph, digital = setup.problem.graph, setup.problem.frozen
 
@@ -82,13 +76,21 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
 
 def restored_base(loaded: LoadedModel, options: FuseOptions) -> Frozen:
     """Return a base without a pool on a restored chip, whose converters' ranges are those of the corrections."""
+    chips, config, restored = _chips(loaded, options)
+    problem, key = looped(loaded).problem, chips.chip_key(options.arrays.chip)
+    return program(problem.graph, problem.frozen, chips.rules(config), key, restored=restored)
+
+
+def _chips(loaded: LoadedModel, options: FuseOptions) -> tuple[Chips, CrossbarConfig, Restored | None]:
+    """Return the chips that a run names, their configuration at its age, and the corrections of its chip."""
     asked = options.arrays
-    assert asked.crossbar is not None and asked.restore is not None
+    assert asked.crossbar is not None
     chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
     chips.check(loaded, options)
-    (restored,) = load_restored(asked.restore, chips, [asked.chip], digests(loaded, options)["base"])
-    problem, rules = looped(loaded).problem, chips.rules(aged(chips.config, asked.age))
-    return program(problem.graph, problem.frozen, rules, chips.chip_key(asked.chip), restored=restored)
+    config, restored = aged(chips.config, asked.age), None
+    if asked.restore is not None:
+        (restored,) = load_restored(asked.restore, chips, [asked.chip], digests(loaded, options)["base"])
+    return chips, config, restored
 
 
 def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Array, " P"] | None:

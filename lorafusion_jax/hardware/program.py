@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
-from ..adapters.basis import Pool
-from ..adapters.norms import Gram, PairTerms, gram, norms
+from ..adapters.norms import PairTerms, gram, norms
 from ..adapters.pool import LoraPool
 from ..crossbar import Correction, Rules, chips_in, place, program_tree, with_chips, with_corrections
-from ..models.architecture import Model, kernels, matrices, set_matrices
+from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..training.frozen import Frozen
 
@@ -94,11 +93,6 @@ def program(
     if norm == "ideal":
         terms = frozen.gram
         if isinstance(terms, PairTerms):
-            terms = _gram(nnx.merge(graph, frozen.base), pool)
+            terms = jax.jit(gram)(pool, kernels(nnx.merge(graph, frozen.base)))
         return dataclasses.replace(programmed, gram=terms and dataclasses.replace(terms, modules=pool))
-    return dataclasses.replace(programmed, gram=_gram(model, in_arrays))
-
-
-def _gram(model: Model, pool: Pool) -> Gram:
-    used = {site: kernel for site, kernel in kernels(model).items() if site in pool.rank}
-    return jax.jit(gram)(pool, used)
+    return dataclasses.replace(programmed, gram=jax.jit(gram)(in_arrays, kernels(model)))

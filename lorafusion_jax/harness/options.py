@@ -12,7 +12,7 @@ from ..io.pool import open_pool
 from ..methods import find
 from ..runs.options import ChipOptions, FuseOptions, LoadIn, OnArrays, flags_given
 from ..runs.prepare import LoadedModel, Setup, load_model, of_run, prepare
-from ..runs.run import load_run
+from ..runs.run import load_run, seed_place
 from ..training.method import Params
 
 _OF_BASES = ("pool", "adapters", "dtype", "load_in")
@@ -89,10 +89,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
         fused, params, config = load_run(options.run)
         if find(fused.method).answers != "model":
             raise ValueError(f"{options.run} is of the method {fused.method}, which trains no model: give another run")
-        seed = fused.seeds[0] if options.run_seed is None else options.run_seed
-        if seed not in fused.seeds:
-            raise ValueError(f"{options.run} has no seed {seed}: it has {', '.join(map(str, fused.seeds))}")
-        place = fused.seeds.index(seed)
+        place = seed_place(options.run, fused, options.run_seed)
     if options.crossbar is None:
         loaded = load_model(fused)
     else:

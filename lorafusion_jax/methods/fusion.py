@@ -181,10 +181,9 @@ class Fusion(Method):
         self.check(pool)
         if self.basis is not None and isinstance(pool, SharedBasis):
             pool = pool.first(self.basis)
-        used = {site: kernel for site, kernel in kernels.items() if site in pool.rank}
         if isinstance(pool, LoraPool) and self._in_pairs(pool):
-            return dataclasses.replace(frozen, gram=jax.jit(pair_terms)(pool, used))
-        return dataclasses.replace(frozen, pool=pool, gram=jax.jit(gram)(pool, used))
+            return dataclasses.replace(frozen, gram=jax.jit(pair_terms)(pool, dict(kernels)))
+        return dataclasses.replace(frozen, pool=pool, gram=jax.jit(gram)(pool, dict(kernels)))
 
     def _in_pairs(self, pool: LoraPool) -> bool:
         """Return whether norms come from inner products of modules. CPUs use the other way, which keeps its bits."""
@@ -276,6 +275,10 @@ def check_basis(asked: Fusion | CoefficientsRecipe) -> None:
             "coefficients for every rank of a module are not possible in a shared basis: use the granularity global, "
             "block or site"
         )
+
+
+# One coefficient for each module, and no magnitudes.
+PLAIN_SUM = Fusion(granularity="global", magnitudes=False)
 
 
 def _pool_of(frozen: Frozen) -> tuple[Pool, Gram | PairTerms]:

@@ -1,7 +1,7 @@
 """LoRA, the baseline: one new low-rank module, trained from scratch; with magnitudes it is DoRA."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, WeightDecomposed
 from ..models.architecture import Site
 from ..models.weights import Weight
@@ -117,6 +118,15 @@ class LoRA(Method):
         if self.dora:
             return {site: WeightDecomposed(A[site], B[site], params["magnitudes"][site]) for site in A}, {}
         return {site: LowRank(A[site], B[site]) for site in A}, {}
+
+
+def as_pool(method: LoRA, params: Params, names: Sequence[str]) -> LoraPool:
+    """Return trained LoRAs, leaves with a leading axis of seeds, as the modules of a pool."""
+    A: dict[str, Weight] = {site: jnp.moveaxis(a, 0, 1) for site, a in params["lora"]["A"].items()}
+    scale = method.alpha / method.rank
+    B: dict[str, Weight] = {site: jnp.moveaxis(b, 0, 1) * scale for site, b in params["lora"]["B"].items()}
+    ranks = {site: jnp.full(weight.shape[:2], method.rank, jnp.int32) for site, weight in A.items()}
+    return LoraPool(A=A, B=B, rank=ranks, names=tuple(names))
 
 
 def _build(built: Built, *, dora: bool) -> LoRA:

@@ -24,7 +24,7 @@ from ..training.method import Adapted, Index, Params
 from ..training.problem import Problem
 from .entry import MethodEntry, SearchJob
 from .fused import fused
-from .fusion import Fusion, FusionRecipe, build, update
+from .fusion import PLAIN_SUM, Fusion, FusionRecipe, build, update
 from .recipes import BasisRecipe
 
 
@@ -92,7 +92,7 @@ def _search(job: SearchJob) -> tuple[Params, int]:
 _MEAN = MethodEntry(
     name="mean",
     help="weigh all modules alike",
-    build=lambda built: Fusion(granularity="global", magnitudes=False),
+    build=lambda built: PLAIN_SUM,
     recipe=BasisRecipe,
     update=lambda recipe, modules: fused(recipe, modules, "sum"),
     pool=True,

@@ -153,11 +153,15 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
 def load_seed(folder: Path, seed: int | None) -> tuple[FuseOptions, Params, RunConfig, int]:
     """Return the options of a run, the numbers of one seed (by default its first), the config, and the seed's place."""
     options, params, config = load_run(folder)
-    seed = options.seeds[0] if seed is None else seed
-    if seed not in options.seeds:
-        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, options.seeds))}")
-    place = options.seeds.index(seed)
+    place = seed_place(folder, options, seed)
     return options, jax.tree.map(lambda p: p[place], params), config, place
+
+
+def seed_place(folder: Path, options: FuseOptions, seed: int | None) -> int:
+    """Return the place of one of a run's seeds (by default its first) among them; raises a ValueError for others."""
+    if seed is not None and seed not in options.seeds:
+        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, options.seeds))}")
+    return 0 if seed is None else options.seeds.index(seed)
 
 
 def _located(folder: Path, config: RunConfig) -> FuseOptions:

@@ -112,8 +112,7 @@ class TaskBank:
         if not scaled:
             frozen = dataclasses.replace(frozen, gram=None, norms=None)
         elif pool is not None and not isinstance(frozen.gram, Gram):
-            used = {site: kernel for site, kernel in kernels(model).items() if site in pool.rank}
-            frozen = dataclasses.replace(frozen, gram=jax.jit(gram)(pool, used))
+            frozen = dataclasses.replace(frozen, gram=jax.jit(gram)(pool, kernels(model)))
         if pool is not None:
             shape = coefficients_lib.shape(pool, len(pool), granularity)
             coefficients = jnp.zeros((capacity + 1, *shape), jnp.float32)

@@ -9,34 +9,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
 from ..adapters.pool import LoraPool, joined
-from ..adapters.updates import LowRank
 from ..checks import at_least, check_uint32
 from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..methods import find
 from ..methods.entry import Built
-from ..methods.fusion import CoefficientsRecipe, Fusion
+from ..methods.fusion import PLAIN_SUM, CoefficientsRecipe, Fusion
+from ..methods.lora import LoRA, as_pool
 from ..methods.recipes import basis_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
 from ..runs.options import FuseOptions
 from ..runs.prepare import check_digests, digests, load_model, module_names
 from ..runs.rows import draw_keys
-from ..runs.run import load_run
+from ..runs.run import load_run, seed_place
 from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches, fill
-from ..training.frozen import Frozen
 from ..training.method import Method, Params
 from .bank import TaskBank
 
-# A module with a coefficient of 1.
-_ALONE = Fusion(granularity="global", magnitudes=False)
 # What all runs of one bank have in common.
 _SHARED = ("base", "pool", "control", "control_draw", "dtype", "load_in")
 
@@ -79,33 +75,20 @@ class FusedRun(NamedTuple):
             modules = tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds)
         return cls(Path(folder), options, params, modules, config["max_new_tokens"], config.get("digests"))
 
-    def loras(self, config: Architecture, frozen: Frozen) -> LoraPool:
+    def loras(self, config: Architecture) -> LoraPool:
         """Return the LoRAs of a LoRA run's seeds as a pool."""
         method = find(self.options.method).build(Built(config, self.options.recipe, None, 0))
-        none = jnp.zeros(0, jnp.int32)
-        updates: dict[str, LowRank] = jax.vmap(lambda p: method.adapters(p, frozen, none)[0], out_axes=1)(self.params)
-        return LoraPool(
-            A={site: update.A for site, update in updates.items()},
-            B={site: update.B for site, update in updates.items()},
-            rank={site: jnp.full(u.A.shape[:2], u.A.shape[3], jnp.int32) for site, u in updates.items()},
-            names=tuple(name for (name,) in self.modules),
-        )
+        assert isinstance(method, LoRA)
+        return as_pool(method, self.params, [name for (name,) in self.modules])
 
     def method(self, config: Architecture, pool: Pool | None) -> Method:
         """Return the run's method on a pool that holds its modules; that of a LoRA run takes the LoRA as it is."""
         if "lora" in self.params:
-            return _ALONE
+            return PLAIN_SUM
         if pool is not None and self.modules[0]:
             pool = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={})
             pool = pool.select(self.modules[0])  # the ranks of other modules do not matter
         return find(self.options.method).build(Built(config, self.options.recipe, pool, len(self.modules[0])))
-
-    def position(self, seed: int | None) -> int:
-        """Return the place of a seed, None for the first one, on the axis of seeds."""
-        seeds = self.options.seeds
-        if seed is not None and seed not in seeds:
-            raise ValueError(f"{self.folder} has no seed {seed}: it has {', '.join(map(str, seeds))}")
-        return 0 if seed is None else seeds.index(seed)
 
 
 class Task(NamedTuple):
@@ -170,7 +153,7 @@ class Service:
         if frozen.pool is not None:  # runs record the names of the modules that a control replaces
             frozen = dataclasses.replace(frozen, pool=dataclasses.replace(frozen.pool, names=fused.modules[0]))
         if loras:
-            pools = [run.loras(self._config, frozen) for run in loras]
+            pools = [run.loras(self._config) for run in loras]
             pools += [frozen.pool] if isinstance(frozen.pool, LoraPool) else []
             layers = {name: site.layers for name, site in self._config.sites.items()}
             frozen = dataclasses.replace(frozen, gram=None, pool=joined(pools, layers))
@@ -198,7 +181,7 @@ class Service:
             weights than the run was fused with.
         """
         self._check_shares(run)
-        place, pool = run.position(seed), self.bank.frozen.pool
+        place, pool = seed_place(run.folder, run.options, seed), self.bank.frozen.pool
         number = self._number(name)
         modules = run.modules[place]
         if missing := ", ".join(sorted(set(modules) - set(pool.names if pool else ()))):
@@ -227,7 +210,7 @@ class Service:
           ValueError: the bank is full, or the module was not loaded.
         """
         number, one = self._number(name), {"coefficients": np.ones(1, np.float32)}
-        self.bank = self.bank.with_task(number, _ALONE, one, [module])
+        self.bank = self.bank.with_task(number, PLAIN_SUM, one, [module])
         self.tasks[name] = Task(number, None)
 
     def remove(self, name: str) -> None:
