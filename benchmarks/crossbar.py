@@ -82,7 +82,7 @@ def _by_path() -> None:
     cells = {"integer cells": crossbar.Device(), "real cells": _PROGRAMMING, "read noise": noisy}
     for bits, (name, device), signed in itertools.product((1, 2), cells.items(), (False, True)):
         dac = dataclasses.replace(_DAC, slice_bits=bits, signed=signed)
-        read = f"{_SIZE} x {_SIZE}, {name}, {'signed ' if signed else ''}input slices of {bits} bits"
+        read = f"{_SIZE} x {_SIZE}, {name}, {'signed ' if signed else ''}{bits}-bit input slices"
         _show_paths(read, _with(_CONFIG, dac=dac, device=device), (_SIZE, _SIZE), (_BATCH,))
     chip = crossbar.load_config(_measure.ROOT / "examples" / "smollm2" / "chip.yaml")
     assert chip.adc is not None
