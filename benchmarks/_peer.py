@@ -20,8 +20,10 @@ from lorafusion_jax.methods.fusion import PRESETS
 from lorafusion_jax.models.architecture import Architecture, Model, stack_of
 from lorafusion_jax.models.registry import family_of
 from lorafusion_jax.models.weights import dense
-from lorafusion_jax.tasks import Batch
+from lorafusion_jax.tasks import IGNORED, Batch
 from lorafusion_jax.training.frozen import Frozen
+
+_FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
 
 def peft_model(config: Architecture, base: nnx.State, dtype: Dtype, *, dora: bool = True) -> Any:
@@ -110,23 +112,45 @@ def mixed_batch(
     return generate
 
 
-class Peer:
-    """A step of the peer, in the reference protocol, with the mix of a random pool."""
+def lines_of(config: Architecture, batch: Batch) -> dict[str, np.ndarray]:
+    """Return the real rows of a padded batch as transformers' models take them in training, as wide as the longest.
 
-    def __init__(
-        self, config: Architecture, weights: Frozen, batch: Batch, dtype: Dtype = "float32", device: str = "cpu"
-    ):
+    A causal model's row is one text, whose prompt is no target.
+    """
+    rows = []
+    for ids, is_real, labels in zip(*(np.asarray(a)[batch.row_mask] for a in batch[:3]), strict=True):
+        source, target = ids[is_real], labels[labels != IGNORED]
+        if config.causal:
+            source, target = np.append(source, target), np.append(np.full(len(source), IGNORED), target)
+        rows.append((source, np.ones(len(source), int), target))
+    made = {}
+    for (name, fill), ragged in zip(_FILL.items(), zip(*rows, strict=True), strict=True):
+        made[name] = np.full((len(ragged), max(map(len, ragged))), fill)
+        for line, row in zip(made[name], ragged, strict=True):
+            line[: len(row)] = row
+    return made
+
+
+class Peer:
+    """The peer with the mix of a random pool, and its step in the reference protocol.
+
+    Attributes:
+      model: PEFT's model; what replaces it is called by steps.
+    """
+
+    def __init__(self, config: Architecture, weights: Frozen, dtype: Dtype = "float32", device: str = "cpu"):
         import torch
 
-        with torch.device(device):
-            self._set_up(config, weights, batch, dtype, device)
+        self.device = torch.device(device)
+        with self.device:
+            self._set_up(config, weights, dtype)
 
-    def _set_up(self, config: Architecture, weights: Frozen, batch: Batch, dtype: Dtype, device: str) -> None:
+    def _set_up(self, config: Architecture, weights: Frozen, dtype: Dtype) -> None:
         import torch
 
         pool = weights.pool
         assert isinstance(pool, LoraPool)
-        self.model = peft_model(config, weights.base, dtype).to(device)
+        self.model = peft_model(config, weights.base, dtype).to(self.device)
         # (LoRA layer, column of its block, A of all modules [N, r d_in], B of all modules)
         self.sites: list[tuple[Any, int, Any, Any]] = []
         layers = {name.removeprefix("base_model.model."): module for name, module in self.model.named_modules()}
@@ -137,26 +161,34 @@ class Peer:
                 column = columns[f"{stack_of(site)}.{layer}"]
                 left, right = (torch.tensor(w[layer].swapaxes(1, 2).reshape(MODULES, -1)) for w in (A, B))
                 self.sites.append((layers[config.sites[site].path_of(layer)], column, left, right))
-        self.coefficients = torch.full((MODULES, len(columns)), 1 / MODULES, requires_grad=True)
+        self.coefficients = torch.empty((MODULES, len(columns)), requires_grad=True)
+        self.magnitudes = [layer.lora_magnitude_vector["default"].weight for layer, *_ in self.sites]
+        self.coefficients.data.fill_(1 / MODULES)
         self.write()
-        magnitudes = [layer.lora_magnitude_vector["default"].weight for layer, *_ in self.sites]
+        self.first = [magnitude.detach().clone() for magnitude in self.magnitudes]
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin the training again."""
+        import torch
+
         recipe = PRESETS["reference"]
         self.l1 = recipe.l1
+        self.coefficients.data.fill_(1 / MODULES)
+        for magnitude, first in zip(self.magnitudes, self.first, strict=True):
+            magnitude.data.copy_(first)
         self.optimiser = torch.optim.Adam(
             [
                 {"params": [self.coefficients], "lr": recipe.lr_coefficients, "weight_decay": recipe.l2},
-                {"params": magnitudes, "lr": recipe.lr_magnitudes},
+                {"params": self.magnitudes, "lr": recipe.lr_magnitudes},
             ]
         )
-        self.rows = batch.labels.shape[-2]
-        ids, labels = (np.asarray(a[0], np.int64) for a in (batch.input_ids, batch.labels))
-        self.prompts = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(ids.shape, dtype=torch.long)}
-        if config.causal:  # one text, whose prompt is no target; its last token is never read
-            unread = np.full((*ids.shape[:-1], ids.shape[-1]), -100)
-            ids, labels = np.concatenate([ids, labels], axis=1), np.concatenate([unread, labels], axis=1)
-        whole = {"input_ids": torch.tensor(ids), "attention_mask": torch.ones(ids.shape, dtype=torch.long)}
-        self.inputs = whole | {"labels": torch.tensor(labels)}
-        self.losses: list[float] = []
+
+    def inputs(self, lines: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Return a step's inputs from the result of `lines_of`."""
+        import torch
+
+        return {name: torch.tensor(array, device=self.device) for name, array in lines.items()}
 
     def write(self) -> None:
         """Write the mix into PEFT's adapter."""
@@ -166,13 +198,13 @@ class Peer:
                 weight = factor["default"].weight
                 weight.data.copy_((coefficients[:, column] @ modules).view_as(weight))
 
-    def __call__(self) -> None:
-        """Take one step."""
+    def __call__(self, inputs: Mapping[str, Any]) -> float:
+        """Take one step, and return its loss."""
         import torch
 
         self.write()
         self.optimiser.zero_grad()
-        loss = self.model(**self.inputs).loss.float() / self.rows
+        loss = self.model(**inputs).loss.float() / len(inputs["labels"])
         loss.backward()
         gradient = self.l1 * torch.sign(self.coefficients.detach()) / self.coefficients.numel()
         for layer, column, A, B in self.sites:
@@ -182,4 +214,4 @@ class Peer:
                 weight.grad = None
         self.coefficients.grad = gradient
         self.optimiser.step()
-        self.losses.append(loss.item())
+        return loss.item()

@@ -1,23 +1,20 @@
-"""The fusion step, optimiser included, against its floor and against PyTorch + PEFT, all taking turns in one process.
+"""The fusion step, optimiser included, against its floor, taking turns in one process.
 
     python benchmarks/fusion_step.py --shape flan-t5-small --cores 1 [--json]
     python benchmarks/fusion_step.py --shape flan-t5-large --basis 32
 
 Floor: forward and backward to activations only of the same base on the same batch, unrolled, without adapters or
-fusion. Peer: PEFT's DoRA layers with the coefficients chained by hand (one core only; needs the `peft` extra, and
-is left out without it). With --basis the sum is also measured in a shared basis. Both take the reference
-protocol's steps from the same numbers, and their losses are compared. Batch 5, 128 source and 8 target tokens, 20
-modules of rank 16 on q and v, random weights. Ratios are medians over rounds of turns.
+fusion. With --basis the sum is also measured in a shared basis. The reference protocol's steps: batch 5, 128 source and
+8 target tokens, 20 modules of rank 16 on q and v, random weights. Ratios are medians over rounds of turns.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import _measure
 import jax
 import numpy as np
-from _measure import case, features, has_peft, in_turns, of_turns, product_rates
+from _measure import case, features, in_turns, of_turns, product_rates
 from _model import (
     BATCH,
     CHOICES,
@@ -42,13 +39,8 @@ _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
 _MIX = {"unrolled": (1.15, 1.08), "scanned": (1.22, 1.08)}
 _SUM = {"flan-t5-small": 1.40, "flan-t5-large": 1.20}
 _BASIS = {"flan-t5-large": 1.10}
-_Bars = tuple[float | None, float | None]
-_PEER: dict[str, _Bars] = {"flan-t5-small": (1.15, 1.25), "flan-t5-large": (1.05, 1.25)}
-# A decoder's bars: of the mix over its floor, more where a processor has tiles (AMX); and of the peer over ours, this
-# many times what the two libraries' products take.
-_DECODER_MIX, _DECODER_MIX_AMX, _DECODER_PEER = 1.15, 1.25, 1.5
-_BFLOAT16_AGAINST_FLOAT32 = 1.35
-_SAME_LOSS = 1e-3  # relative
+# A decoder's, more where a processor has tiles (AMX).
+_DECODER_MIX, _DECODER_MIX_AMX = 1.15, 1.25
 
 
 def main() -> None:
@@ -58,9 +50,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=MODULES, help="modules in memory; 20 of them are fused")
     parser.add_argument("--basis", type=int, help="directions of a shared basis, in float32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="that share a program, also against one")
-    parser.add_argument(
-        "--cores", type=int, default=1, help="that the process is pinned to; the peer runs on one alone"
-    )
+    parser.add_argument("--cores", type=int, default=1, help="that the process is pinned to")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--bars", action="store_true", help="only what has a bar")
     options = parser.parse_args()
@@ -70,22 +60,17 @@ def main() -> None:
         parser.error("--seeds, --rounds and --cores count from 1")
     _measure.launch(options.cores)
     rates = product_rates(options.dtype)
-    cases = [] if 1 not in options.seeds else _single(options, rates)
+    cases = [] if 1 not in options.seeds else _single(options)
     cases += [_seeds(options, dtype, count) for dtype in options.dtype for count in options.seeds if count > 1]
     _measure.show(cases, as_json=options.json, rates=rates)
 
 
-def _single(options: Any, rates: dict[str, float]) -> list[dict[str, Any]]:
+def _single(options: Any) -> list[dict[str, Any]]:
     """Measure one seed's steps, in all precisions, together."""
     runs: dict[str, Callable[[], Any]] = {}
-    if not has_peft():
-        print("PyTorch and PEFT are not installed: the peer is left out (pip install -e '.[peft]')", file=sys.stderr)
-    with_peer = options.cores == 1 and has_peft()
-    for dtype in options.dtype:
+    for dtype in ["float32"] if options.bars else options.dtype:
         config, weights = config_of(options.shape, dtype), _weights(options, dtype)
-        compared = dtype == "float32" or not options.bars
-        if compared:
-            runs[f"{dtype} floor"] = floor(config, weights)
+        runs[f"{dtype} floor"] = floor(config, weights)
         for composition in ("mix", "sum") if dtype == "float32" else ("mix",):
             for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
                 runs[f"{dtype} {composition} {structure}"] = Step(built, weights, composition)
@@ -93,19 +78,13 @@ def _single(options: Any, rates: dict[str, float]) -> list[dict[str, Any]]:
             directions = in_basis(config, weights, options.basis)
             for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
                 runs[f"{dtype} basis {structure}"] = Step(built, directions, "sum")
-        if with_peer and compared and dtype != "nf4":
-            runs[f"{dtype} peer"] = _peer(config, weights, dtype)
     seconds = in_turns(runs, options.rounds)
-    _same_losses(runs)
     where = _where(options)
     cases = []
     for name, took in seconds.items():
         dtype, kind = name.split(" ", 1)
-        if kind not in ("floor", "peer") and f"{dtype} floor" in seconds:
+        if kind != "floor":
             cases.append(_against_floor(options, where, dtype, kind, took, seconds[f"{dtype} floor"]))
-    for name, took in seconds.items():
-        if name.endswith(" peer"):
-            cases += _against_peer(options, where, name.removesuffix(" peer"), took, seconds, rates)
     return cases
 
 
@@ -134,41 +113,6 @@ def _against_floor(
     )
 
 
-def _against_peer(
-    options: Any,
-    where: str,
-    dtype: str,
-    took: np.ndarray,
-    seconds: dict[str, np.ndarray],
-    rates: dict[str, float],
-) -> list[dict[str, Any]]:
-    """Compare the peer of one precision with our steps of the same, and the float32 peer with ours in bfloat16."""
-    bars: _Bars = _PEER.get(options.shape, (None, None)) if dtype == "float32" else (None, None)
-    if dtype == "float32" and config_of(options.shape).causal:
-        bars = (decoder_peer(rates), None)
-    ours = {dtype: bars}
-    if dtype == "float32" and "bfloat16 mix scanned" in seconds:
-        ours["bfloat16"] = (_BFLOAT16_AGAINST_FLOAT32 if options.shape in _PEER else None, None)
-    return [
-        case(
-            f"{where} {dtype} peer / our {name} step: mix, {structure}",
-            of_turns(took, seconds[f"{name} mix {structure}"]),
-            *bars,
-            higher_is_better=True,
-            peer_seconds=_median(took),
-            seconds=_median(seconds[f"{name} mix {structure}"]),
-            rounds=len(took),
-        )
-        for name, bars in ours.items()
-        for structure in _MIX
-    ]
-
-
-def decoder_peer(rates: dict[str, float]) -> float:
-    """Return how many times longer than ours PyTorch is to take with a decoder in float32."""
-    return _DECODER_PEER * rates["XLA float32"] / rates["PyTorch float32"]
-
-
 def _seeds(options: Any, dtype: Dtype, count: int) -> dict[str, Any]:
     config, weights = config_of(options.shape, dtype), _weights(options, dtype)
     runs = {"one": Step(config, weights, "mix"), "all": Step(config, weights, "mix", seeds=count)}
@@ -187,25 +131,6 @@ def _seeds(options: Any, dtype: Dtype, count: int) -> dict[str, Any]:
 def _weights(options: Any, dtype: Dtype) -> Any:
     config = config_of(options.shape, dtype)
     return jax.block_until_ready(frozen(config, dtype, options.pool))
-
-
-def _peer(config: Any, weights: Any, dtype: Dtype) -> Callable[[], Any]:
-    import torch
-    from _model import batch_of
-    from _peer import Peer
-
-    torch.set_num_threads(1)
-    return Peer(config, weights, batch_of(config), dtype)
-
-
-def _same_losses(runs: dict[str, Any]) -> None:
-    """Check that our float32 steps and the peer's are the same training."""
-    if "float32 peer" not in runs:
-        return
-    theirs = runs["float32 peer"].losses
-    for name in ("float32 mix unrolled", "float32 mix scanned"):
-        both = min(len(theirs), len(runs[name].losses))
-        np.testing.assert_allclose(runs[name].losses[:both], theirs[:both], rtol=_SAME_LOSS, err_msg=name)
 
 
 def _operations(options: Any, composition: Any, structure: str) -> float:

@@ -179,12 +179,13 @@ def _peer(config: Any, weights: Any, dtype: Dtype) -> Callable[[], Any] | None:
     import torch
 
     if jax.devices()[0].platform == "gpu" and torch.cuda.is_available():
-        from _peer import Peer
+        from _peer import Peer, lines_of
 
-        step = Peer(config, weights, batch_of(config), dtype, device="cuda")
+        step = Peer(config, weights, dtype, device="cuda")
+        inputs = step.inputs(lines_of(config, jax.tree.map(lambda a: a[0], batch_of(config))))
 
         def run() -> None:
-            step()
+            step(inputs)
             torch.cuda.synchronize()
 
         return run

@@ -69,11 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.time:
         _measure.launch(cores=1)
-    sources, source = options.tasks, options.tokenizer
-    if not sources:
-        sources, source = sorted((_SMALL / "tasks").iterdir()), source or _SMALL / "base"
-    tokenizer = load_tokenizer(source) if source else None
-    tasks = [load_task(path) for source in sources for path in (sorted(source.rglob("*.json")) or [source])]
+    tasks, tokenizer = tasks_of(options)
     config = config_of(options.shape)
     packing = Packing(config.causal, partial(step_operations, config))
     lengths = "tokenised" if tokenizer else "estimated from characters"
@@ -108,13 +104,22 @@ def main() -> None:
     _measure.show(cases, as_json=options.json)
 
 
+def tasks_of(options: Any) -> tuple[list[Task], Any]:
+    """Return the tasks that --tasks names, or the embedded ones, and the tokenizer; None estimates lengths."""
+    sources, source = options.tasks, options.tokenizer
+    if not sources:
+        sources, source = sorted((_SMALL / "tasks").iterdir()), source or _SMALL / "base"
+    tasks = [load_task(path) for source in sources for path in (sorted(source.rglob("*.json")) or [source])]
+    return tasks, load_tokenizer(source) if source else None
+
+
 def _batches(what: str, task: Task, tokenizer: Any, packing: Packing) -> Iterable[Batch]:
     if what == "evaluation":
-        return (batch for _, batch in eval_batches(_encode(task.test, tokenizer), _EVAL_BATCH, pad_id=0))
+        return (batch for _, batch in eval_batches(encoded(task.test, tokenizer), _EVAL_BATCH, pad_id=0))
     count, batched, packed = _TRAININGS[what]
     orders = _orders(task, range(1, count + 1))
     how: Any = {"packing": packing if packed else None, "alike": batched}
-    return _cut(train_step_batches(_encode(task.train, tokenizer), orders, pad_id=0, **how))
+    return _cut(train_step_batches(encoded(task.train, tokenizer), orders, pad_id=0, **how))
 
 
 def _epochs(options: Any, tasks: Sequence[Task], tokenizer: Any, packing: Packing) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def _epochs(options: Any, tasks: Sequence[Task], tokenizer: Any, packing: Packin
         steps = orders.shape[1] // recipe.epochs
         state = start(problem, (1,))
         for batches, _, _ in islice(
-            train_step_batches(_encode(task.train, tokenizer), orders, pad_id=0, packing=form), steps
+            train_step_batches(encoded(task.train, tokenizer), orders, pad_id=0, packing=form), steps
         ):
             state, _ = train_seeds(state, batches, problem, rates, optimisation=recipe.optimisation(orders.shape[1]))
         jax.block_until_ready(state)
@@ -171,7 +176,8 @@ def _cut(steps: Iterable[StepBatch]) -> Iterator[Batch]:
             yield jax.tree.map(lambda leaf, seed=seed: leaf[seed], batches).cut(*shapes[number])
 
 
-def _encode(examples: Any, tokenizer: Any) -> Encoded:
+def encoded(examples: Any, tokenizer: Any) -> Encoded:
+    """Return the tokens of examples; without a tokenizer zeros, as many as are estimated."""
     if tokenizer is not None:
         return encode(tokenizer, examples)
 

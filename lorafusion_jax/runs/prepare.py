@@ -286,6 +286,11 @@ def encode_shown(texts: Texts, shown: Task, rows: int, new_tokens: int) -> Encod
     return found if text_format.ends else Encoded(tuple(ids[-LONGEST:] for ids in found.inputs), found.labels)
 
 
+def shallow_unrolled(config: Architecture) -> Architecture:
+    """Return the structure as runs compile it: few layers one after the other, others in a loop."""
+    return dataclasses.replace(config, unroll=True, remat="none") if config.layers <= _SHALLOW else config
+
+
 def load_model(options: FuseOptions, seed_mode: SeedMode | None = None, texts: Texts | None = None) -> LoadedModel:
     """Load the model and the modules of the options, without the task; further arguments as in `prepare`.
 
@@ -298,8 +303,7 @@ def load_model(options: FuseOptions, seed_mode: SeedMode | None = None, texts: T
     quantise = None if options.load_in == "full" else options.load_in
     with sharding.loading():
         model = load_base(options.base, dtype=options.dtype, quantise=quantise)
-    if model.config.layers <= _SHALLOW:
-        model.config = dataclasses.replace(model.config, unroll=True, remat="none")
+    model.config = shallow_unrolled(model.config)
     graph, base = nnx.split(model)
     base = on_mesh(base, model.config)
     nnx.update(model, base)

@@ -1,0 +1,401 @@
+"""Real tokens per second of our fusion step and of the fairest PyTorch + PEFT, all taking turns on one core.
+
+    python benchmarks/peer.py --tasks bbh [--shape flan-t5-small smollm2-135m] [--isa native avx2]
+    python benchmarks/peer.py --shape flan-t5-large --candidates ours eager --batches 1 --rounds 2
+
+Ours: `mix` of 20 modules of rank 16 on q and v, rows packed as runs pack them, with huge pages, layers as runs compile
+them. Peer: PEFT's DoRA layers with the coefficients chained by hand, eager or by torch.compile, with and without huge
+pages, in float32 or with products in bfloat16, rows in file order or sorted by length within a task, batches as wide as
+their longest row. Random weights and tokens; lengths of the training rows of --tasks (JSON files of BIG-Bench Hard),
+by default of the embedded tasks; batches of 10.
+
+Each candidate is a process, and measures the same few batches in every round, in seconds of its CPU time. The computed
+tokens per second of those batches times the share of real tokens in all batches of all tasks are its real tokens per
+second. Losses of all float32 candidates on the same rows are compared. `avx2` emulates a processor without AVX-512 by
+the libraries' own switches. Each shape's results are kept in OUT, and measured again only if the options or the
+processor change. Needs the `peft` extra, and a C++ compiler for torch.compile.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import _measure
+import jax
+import numpy as np
+from _measure import MALLOC, ROOT, case, features, has_peft, of_turns, processor, product_rates
+from _model import CHOICES, MODULES, Dtype, Step, config_of, frozen, unrolled
+from _peer import Peer, lines_of
+from padding import encoded, tasks_of
+
+from lorafusion_jax.files import write_text
+from lorafusion_jax.methods.fusion import PRESETS
+from lorafusion_jax.models.architecture import Architecture
+from lorafusion_jax.runs.prepare import packing_of, shallow_unrolled
+from lorafusion_jax.tasks import Batch, Encoded, batch_orders, split, train_step_batches
+from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.training.fit import start
+from lorafusion_jax.training.frozen import Frozen
+
+
+class _Candidate(NamedTuple):
+    """Settings of one process.
+
+    Attributes:
+      form: `ours`, or how PyTorch computes.
+      pages: huge pages.
+      dtype: dtype of weights and activations.
+      precision: torch's setting for float32 products.
+      other: layers unrolled where runs scan them, and the other way round.
+    """
+
+    form: str
+    pages: bool = True
+    dtype: Dtype = "float32"
+    precision: str = "highest"
+    other: bool = False
+
+    def exact(self) -> bool:
+        """Return whether products of float32 are computed in float32."""
+        return self.dtype == "float32" and self.precision == "highest"
+
+
+_CANDIDATES = {
+    "ours": _Candidate("ours"),
+    "ours, small pages": _Candidate("ours", pages=False),
+    "ours, other structure": _Candidate("ours", other=True),
+    "ours, bfloat16": _Candidate("ours", dtype="bfloat16"),
+    "eager": _Candidate("eager"),
+    "eager, small pages": _Candidate("eager", pages=False),
+    "eager, medium": _Candidate("eager", precision="medium"),
+    "eager, bfloat16": _Candidate("eager", dtype="bfloat16"),
+    "compile": _Candidate("default"),
+    "compile, small pages": _Candidate("default", pages=False),
+    "compile, medium": _Candidate("default", precision="medium"),
+    "max-autotune": _Candidate("max-autotune"),
+    "max-autotune, small pages": _Candidate("max-autotune", pages=False),
+}
+_ISA = {
+    "native": {},
+    "avx2": {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+}
+_EMULATED = {"native": "", "avx2": ", AVX2 emulated"}
+_COMPILED = ("default", "max-autotune")  # torch.compile's modes
+_PACKED, _PADDED, _SORTED = "packed", "in file order", "sorted by length"
+_RATES = "rates"  # the process that times single products
+_AS_RUN, _FAIREST = 1.3, 1.0
+_STRUCTURE = 0.97  # of the other structure's speed, less than 1 for noise
+_SAME_LOSS = 1e-3  # relative
+
+
+class _Form(NamedTuple):
+    """The batches of one form that are measured, their computed tokens, and the share of real tokens in all batches."""
+
+    batches: list[Any]
+    computed: int
+    share: float
+
+
+# Seconds and loss of every batch.
+_Pass = dict[str, list[float]]
+
+
+def main() -> None:
+    parser = _measure.parser(__doc__)
+    parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
+    parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model; else lengths are estimated")
+    parser.add_argument("--shape", choices=CHOICES, nargs="+", default=["flan-t5-small"], help="of the base model")
+    parser.add_argument("--isa", choices=_ISA, nargs="+", default=["native"], help="instructions that are used")
+    parser.add_argument("--candidates", choices=_CANDIDATES, nargs="+", default=[*_CANDIDATES])
+    parser.add_argument("--batches", type=int, default=3, help="that are measured of each form")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "peer", help="folder of the results")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if min(options.batches, options.rounds) < 1:
+        parser.error("--batches and --rounds count from 1")
+    if not has_peft():
+        sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
+    if options.worker is not None:
+        _work(options)
+        return
+    cases, rates, tables = [], {}, []
+    for isa in options.isa:
+        for shape in options.shape:
+            found = _group(options, shape, isa)
+            where = f"{shape}, 1 core{_EMULATED[isa]}"
+            rates |= {f"{name}{_EMULATED[isa]}": rate for name, rate in found["rates"].items()}
+            cases += _cases(where, found)
+            tables.append(_table(where, found))
+    _measure.show(cases, as_json=options.json, rates=rates)
+    if not options.json:
+        print("", *tables, sep="\n")
+
+
+def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
+    """Return the results of one shape, measured unless they are kept."""
+    asked = {"candidates": options.candidates, "batches": options.batches, "rounds": options.rounds}
+    asked |= {"tasks": [path.name for path in options.tasks or ()], "processor": processor(), "features": features()}
+    file = options.out / f"{shape}-{isa}.json"
+    if file.is_file() and (kept := json.loads(file.read_text())).items() >= asked.items():
+        return kept
+    left_out, names = {}, options.candidates
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        left_out = {name: "not run: no compiler" for name in names if _CANDIDATES[name].form in _COMPILED}
+        names = [name for name in names if name not in left_out]
+    workers, turns = dict[str, subprocess.Popen[str]](), dict[str, list[Any]]()
+    try:
+        # The first passes, which compile, run on all cores at once; the timed ones run alone.
+        cores = sorted(os.sched_getaffinity(0))
+        for first in range(0, len(names) + 1, len(cores)):
+            together = [_RATES, *names][first : first + len(cores)]
+            workers |= {name: _start(name, shape, isa, core) for name, core in zip(together, cores, strict=False)}
+            turns |= {name: [_answer(workers[name])] for name in together}
+        (rates,) = turns.pop(_RATES)
+        left_out |= {name: "failed" for name in names if turns[name][0] is None}
+        names = [name for name in names if name not in left_out]
+        for _ in range(options.rounds):
+            for name in names:
+                print(file=workers[name].stdin, flush=True)
+                turns[name].append(_answer(workers[name]))
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+    forms = _forms(options, config_of(shape))
+    runs = [
+        {"candidate": name, "form": form, "losses": turns[name][0][form]["losses"]}
+        | {
+            "speeds": [
+                forms[form].share * forms[form].computed / sum(turn[form]["seconds"]) for turn in turns[name][1:]
+            ]
+        }
+        for name in names
+        for form in turns[name][0]
+    ]
+    _same_losses(runs)
+    found = asked | {"rates": rates, "shares": {form: of.share for form, of in forms.items()}, "left_out": left_out}
+    found |= {"date": datetime.date.today().isoformat(), "runs": runs}
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def _start(name: str, shape: str, isa: str, core: int) -> subprocess.Popen[str]:
+    """Start the process of one candidate, which has one core from the beginning, so that libraries start one thread."""
+    pages = name == _RATES or _CANDIDATES[name].pages
+    kept = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / f"inductor-{isa}")}
+    command = [sys.executable, *sys.argv, "--shape", shape, "--worker", name]
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        return subprocess.Popen(
+            command,
+            env=os.environ | _ISA[isa] | kept | (MALLOC if pages else dict.fromkeys(MALLOC, "")),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _answer(worker: subprocess.Popen[str]) -> Any:
+    """Return the next line of a process, or None if it has ended."""
+    assert worker.stdout is not None
+    line = worker.stdout.readline()
+    return json.loads(line) if line else None
+
+
+def _work(options: argparse.Namespace) -> None:
+    """Print the passes over all batches of a candidate, one at once and another one for each line of the input."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print too
+    if options.worker == _RATES:
+        print(json.dumps(product_rates(["float32", "bfloat16"])), file=answers, flush=True)
+        return
+    candidate, (shape,) = _CANDIDATES[options.worker], options.shape
+    config = config_of(shape, candidate.dtype)
+    weights, forms = jax.block_until_ready(frozen(config, candidate.dtype, MODULES)), _forms(options, config)
+    if candidate.form == "ours":
+        reset, step = _ours(config, weights, candidate)
+        used = {_PACKED: forms[_PACKED].batches}
+    else:
+        reset, step = _theirs(config, weights, candidate)
+        # A compiled function gains nothing from the file's order.
+        used = {
+            form: forms[form].batches for form in ([_SORTED] if candidate.form in _COMPILED else [_PADDED, _SORTED])
+        }
+    del weights
+    while True:
+        passes = {form: _timed(reset, step, batches) for form, batches in used.items()}
+        print(json.dumps(passes), file=answers, flush=True)
+        if not sys.stdin.readline():
+            return
+
+
+def _timed(reset: Callable[[], None], step: Callable[[Any], float], batches: Sequence[Any]) -> _Pass:
+    found: _Pass = {"seconds": [], "losses": []}
+    reset()
+    for batch in batches:
+        began = time.process_time()
+        found["losses"].append(step(batch))
+        found["seconds"].append(time.process_time() - began)
+    return found
+
+
+def _ours(
+    config: Architecture, weights: Frozen, candidate: _Candidate
+) -> tuple[Callable[[], None], Callable[[Any], float]]:
+    as_run = shallow_unrolled(config)
+    other = config if as_run.unroll else unrolled(config)
+    step = Step(other if candidate.other else as_run, weights, "mix")
+
+    def reset() -> None:
+        step.state = start(step.problem, (0,))
+
+    def take(batch: Batch) -> float:
+        step.batches = batch
+        step()
+        return step.losses[-1]
+
+    return reset, take
+
+
+def _theirs(
+    config: Architecture, weights: Frozen, candidate: _Candidate
+) -> tuple[Callable[[], None], Callable[[Any], float]]:
+    import torch
+
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision(candidate.precision)
+    peer = Peer(config, weights, candidate.dtype)
+    if candidate.form in _COMPILED:
+        peer.model = torch.compile(peer.model, dynamic=True, mode=candidate.form)
+    return peer.reset, lambda lines: peer(peer.inputs(lines))
+
+
+def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form]:
+    """Return the batches of one seed's epoch of all tasks in each form, those of a packed and a padded one alike."""
+    tasks, tokenizer = tasks_of(options)
+    packing, rng = packing_of(config), np.random.default_rng(0)
+    recipe = PRESETS["default"]
+    batches: dict[str, list[Any]] = {_PACKED: [], _PADDED: [], _SORTED: []}
+    real = 0
+    for task in tasks:
+        rows = np.sort(split(len(task.train), (1,)).train)
+        texts = encoded(task.train, tokenizer)
+        sides = [
+            [rng.integers(2, config.vocab_size, len(row), np.int32) for row in side]
+            for side in (texts.inputs, texts.labels)
+        ]
+        tokens, lengths = (
+            Encoded(*map(tuple, sides)),
+            np.array([sum(map(len, row)) for row in zip(*sides, strict=True)]),
+        )
+        real += int(lengths[rows].sum())
+        in_order = partial(batch_orders, batch_size=recipe.batch_size)
+        ordered, by_length = in_order(rows), in_order(rows[:, np.argsort(lengths[rows[0]], kind="stable")])
+        # Lanes are chosen for a whole run, whose later epochs are shuffled.
+        later = in_order(rows, epochs=recipe.epochs, seeds=(1,))[:, ordered.shape[1] :]
+        run = np.concatenate([ordered, later], axis=1)
+        steps = train_step_batches(tokens, run, pad_id=0, packing=packing)
+        batches[_PACKED] += [step.batches for step in islice(steps, ordered.shape[1])]
+        for form, order in ((_PADDED, ordered), (_SORTED, by_length)):
+            steps = train_step_batches(tokens, order, pad_id=0)
+            batches[form] += [lines_of(config, jax.tree.map(lambda a: a[0, 0], step.batches)) for step in steps]
+
+    def computed(batch: Any) -> int:
+        if isinstance(batch, Batch):
+            return batch.input_ids.size + batch.labels.size
+        return batch["input_ids"].size + (0 if config.causal else batch["labels"].size)
+
+    sizes = {form: np.array([computed(batch) for batch in of_form]) for form, of_form in batches.items()}
+
+    def chosen(form: str) -> Any:
+        """Return the numbers of batches that are evenly spaced in the order of their sizes."""
+        count = len(sizes[form])
+        return np.argsort(sizes[form], kind="stable")[
+            (np.arange(0.5, options.batches) * count / options.batches).astype(int)
+        ]
+
+    made = {}
+    for form, like in ((_PACKED, _PADDED), (_PADDED, _PADDED), (_SORTED, _SORTED)):
+        numbers = chosen(like)
+        made[form] = _Form(
+            [batches[form][n] for n in numbers], int(sizes[form][numbers].sum()), real / int(sizes[form].sum())
+        )
+    return made
+
+
+def _same_losses(runs: Sequence[dict[str, Any]]) -> None:
+    """Check that all float32 candidates train alike on the same rows."""
+    for rows in ((_PACKED, _PADDED), (_SORTED,)):
+        exact = [run for run in runs if _CANDIDATES[run["candidate"]].exact() and run["form"] in rows]
+        for run in exact[1:]:
+            name = f"{run['candidate']} and {exact[0]['candidate']}"
+            np.testing.assert_allclose(run["losses"], exact[0]["losses"], rtol=_SAME_LOSS, err_msg=name)
+
+
+def _cases(where: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    runs = [run | {"of": _CANDIDATES[run["candidate"]]} for run in found["runs"]]
+
+    def ours(name: str) -> dict[str, Any] | None:
+        return next((run for run in runs if run["candidate"] == name), None)
+
+    def best(kept: Callable[[_Candidate, str], bool]) -> dict[str, Any] | None:
+        peers = [run for run in runs if run["of"].form != "ours" and kept(run["of"], run["form"])]
+        return max(peers, key=lambda run: np.median(run["speeds"]), default=None)
+
+    compared = (
+        ("float32: ours / PEFT as it is run", ours("ours"),
+         best(lambda of, form: of.exact() and of.form == "eager" and form == _PADDED), _AS_RUN),
+        ("float32: ours / fairest peer", ours("ours"), best(lambda of, form: of.exact()), _FAIREST),
+        ("products in bfloat16: ours / fairest peer", ours("ours, bfloat16"),
+         best(lambda of, form: not of.exact()), _FAIREST),
+        ("ours in float32 / fairest peer of any precision", ours("ours"), best(lambda of, form: True), None),
+        ("layers as runs compile them / the other structure", ours("ours"), ours("ours, other structure"), _STRUCTURE),
+        ("huge pages / small ones", ours("ours"), ours("ours, small pages"), None),
+    )  # fmt: skip
+    return [
+        case(
+            f"{where}, {what}",
+            of_turns(np.array(run["speeds"]), np.array(other["speeds"])),
+            required,
+            higher_is_better=True,
+            tokens_per_second=float(np.median(run["speeds"])),
+            other=f"{other['candidate']}, {other['form']}",
+            other_tokens_per_second=float(np.median(other["speeds"])),
+            rounds=len(run["speeds"]),
+        )
+        for what, run, other, required in compared
+        if run and other
+    ]
+
+
+def _table(where: str, found: Mapping[str, Any]) -> str:
+    lines = [[f"{where}, {found['date']}", "rows", "real / computed tokens", "real tokens per second"]]
+    for run in found["runs"]:
+        share = f"{100 * found['shares'][run['form']]:.0f} %"
+        lines.append([run["candidate"], run["form"], share, f"{np.median(run['speeds']):.0f}"])
+    lines += [[name, why, "", ""] for name, why in found["left_out"].items()]
+    return markdown(lines, left=(0, 1))
+
+
+if __name__ == "__main__":
+    main()
