@@ -4,7 +4,6 @@ Axis letters: B batch, S source, T target, L layer, P modules of the pool.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal
 from unittest import mock
@@ -244,23 +243,34 @@ class Step:
         self.losses.append(float(metrics["loss"][0, 0]))
 
 
-def floor(config: Architecture, weights: Frozen) -> Callable[[], Any]:
-    """Return forward and backward to activations only: the base alone, unrolled, no adapter and no fusion."""
-    batch = jax.tree.map(lambda a: a[0], batch_of(config))
-    graph = graph_of(unrolled(config))
-    kind: Any = family_of(config).model
-    embed = kind._embed
+class Floor:
+    """Forward and backward to activations only: the base alone, no adapter and no fusion.
 
-    def loss(shifts: dict[int, jax.Array], base: nnx.State, batch: Batch) -> jax.Array:
-        def shifted(model: Any, ids: jax.Array) -> jax.Array:
-            return embed(model, ids) + shifts[ids.shape[1]]
+    Attributes:
+      temporaries: bytes that a call allocates besides its result.
+    """
 
-        with mock.patch.object(kind, "_embed", shifted):
-            logits = nnx.merge(graph, base).label_logits(batch.input_ids, batch.input_mask, batch.labels, {})
-        return cross_entropy(logits, batch.labels) / BATCH
+    def __init__(self, config: Architecture, weights: Frozen):
+        batch = jax.tree.map(lambda a: a[0], batch_of(config))
+        graph = graph_of(config)
+        kind: Any = family_of(config).model
+        embed = kind._embed
 
-    # Gradients with respect to what is added to the embedded tokens are those of the first activations.
-    widths = (SOURCE + TARGET - 1,) if config.causal else (SOURCE, TARGET)
-    shifts = {width: jnp.zeros((BATCH, width, config.d_model), config.dtype) for width in widths}
-    gradient = jax.jit(jax.value_and_grad(loss))
-    return lambda: jax.block_until_ready(gradient(shifts, weights.base, batch))
+        def loss(shifts: dict[int, jax.Array], base: nnx.State, batch: Batch) -> jax.Array:
+            def shifted(model: Any, ids: jax.Array) -> jax.Array:
+                return embed(model, ids) + shifts[ids.shape[1]]
+
+            with mock.patch.object(kind, "_embed", shifted):
+                logits = nnx.merge(graph, base).label_logits(batch.input_ids, batch.input_mask, batch.labels, {})
+            return cross_entropy(logits, batch.labels) / BATCH
+
+        # Gradients with respect to what is added to the embedded tokens are those of the first activations.
+        widths = (SOURCE + TARGET - 1,) if config.causal else (SOURCE, TARGET)
+        shifts = {width: jnp.zeros((BATCH, width, config.d_model), config.dtype) for width in widths}
+        self._arguments = (shifts, weights.base, batch)
+        self._program = jax.jit(jax.value_and_grad(loss)).lower(*self._arguments).compile()
+        self.temporaries = self._program.memory_analysis().temp_size_in_bytes
+
+    def __call__(self) -> Any:
+        """Return the loss and its gradient, once they are computed."""
+        return jax.block_until_ready(self._program(*self._arguments))

@@ -3,12 +3,12 @@
     python benchmarks/fusion_step.py --shape flan-t5-small --cores 1 [--json]
     python benchmarks/fusion_step.py --shape flan-t5-large --basis 32
 
-Floor: forward and backward to activations only of the same base on the same batch, unrolled, without adapters or
-fusion. With --basis the sum is also measured in a shared basis. The reference protocol's steps: batch 5, 128 source and
-8 target tokens, 20 modules of rank 16 on q and v, random weights. Ratios are medians over rounds of turns.
+Floor: forward and backward to activations only of the same base on the same batch, without adapters or fusion, layers
+unrolled or scanned: in each round the faster one. With --basis the sum is also measured in a shared basis. The
+reference protocol's steps: batch 5, 128 source and 8 target tokens, 20 modules of rank 16 on q and v, random weights.
+Ratios are medians over rounds of turns.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import _measure
@@ -23,9 +23,9 @@ from _model import (
     SOURCE,
     TARGET,
     Dtype,
+    Floor,
     Step,
     config_of,
-    floor,
     frozen,
     in_basis,
     unrolled,
@@ -67,31 +67,39 @@ def main() -> None:
 
 def _single(options: Any) -> list[dict[str, Any]]:
     """Measure one seed's steps, in all precisions, together."""
-    runs: dict[str, Callable[[], Any]] = {}
+    runs: dict[str, Any] = {}
     for dtype in ["float32"] if options.bars else options.dtype:
         config, weights = config_of(options.shape, dtype), _weights(options, dtype)
-        runs[f"{dtype} floor"] = floor(config, weights)
+        structures = {"unrolled": unrolled(config), "scanned": config}
+        runs |= {f"{dtype} floor {structure}": Floor(built, weights) for structure, built in structures.items()}
         for composition in ("mix", "sum") if dtype == "float32" else ("mix",):
-            for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
+            for structure, built in structures.items():
                 runs[f"{dtype} {composition} {structure}"] = Step(built, weights, composition)
         if dtype == "float32" and options.basis is not None:
             directions = in_basis(config, weights, options.basis)
-            for structure, built in (("unrolled", unrolled(config)), ("scanned", config)):
+            for structure, built in structures.items():
                 runs[f"{dtype} basis {structure}"] = Step(built, directions, "sum")
     seconds = in_turns(runs, options.rounds)
     where = _where(options)
     cases = []
     for name, took in seconds.items():
-        dtype, kind = name.split(" ", 1)
+        dtype, kind, structure = name.split()
         if kind != "floor":
-            cases.append(_against_floor(options, where, dtype, kind, took, seconds[f"{dtype} floor"]))
+            lowest = np.minimum(seconds[f"{dtype} floor unrolled"], seconds[f"{dtype} floor scanned"])
+            cases.append(_against_floor(options, where, dtype, kind, structure, took, lowest))
+    for dtype in dict.fromkeys(name.split()[0] for name in runs):
+        computed_from: dict[str, Any] = {}
+        for structure in ("unrolled", "scanned"):
+            computed_from[f"{structure}_seconds"] = _median(seconds[f"{dtype} floor {structure}"])
+            computed_from[f"{structure}_temporaries_gib"] = runs[f"{dtype} floor {structure}"].temporaries / 2**30
+        ratio = of_turns(seconds[f"{dtype} floor unrolled"], seconds[f"{dtype} floor scanned"])
+        cases.append(case(f"{where} {dtype} floor: unrolled / scanned", ratio, None, **computed_from))
     return cases
 
 
 def _against_floor(
-    options: Any, where: str, dtype: str, kind: str, took: np.ndarray, lowest: np.ndarray
+    options: Any, where: str, dtype: str, composition: str, structure: str, took: np.ndarray, lowest: np.ndarray
 ) -> dict[str, Any]:
-    composition, structure = kind.split()
     required, ambition = None, None
     if config_of(options.shape).causal:
         if dtype == "float32" and options.pool == MODULES and composition == "mix":

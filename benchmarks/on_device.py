@@ -5,18 +5,17 @@
 
 FLAN-T5-large's shape with 20 modules of rank 16 and random weights, in bfloat16; 128 source tokens, 5 rows and 8 target
 tokens in a step, 10 rows and 32 new tokens in generation. Times are medians of rounds in turns; shares are of what one
-bfloat16 product of large matrices reaches in the same run. Where PyTorch sees the same GPU, its step with PEFT takes
-turns with ours. Written to OUT, named after the device: a table (.md), and everything as JSON.
+bfloat16 product of large matrices reaches in the same run. PyTorch's step with PEFT takes turns with ours on the same
+device, in bfloat16 and in float32 with TF32 off and on. Written to OUT, named after the device: a table (.md), and
+everything as JSON.
 """
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from _model import (
     in_basis,
     prepared,
 )
+from _peer import Peer, lines_of
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.estimates.flops import Shape, step_flops
@@ -51,6 +51,12 @@ from lorafusion_jax.text_tables import markdown
 _K = 32  # directions of the shared basis
 _ROWS, _NEW = 10, 32  # of generation
 _WIDEST, _COLUMNS = 4096, 256  # of a read: width of the matrix, vectors
+# Precision -> dtype, torch's setting of float32 products, and JAX's.
+_PRECISIONS: dict[str, tuple[Dtype, str, str]] = {
+    "bfloat16": ("bfloat16", "highest", "default"),
+    "float32, TF32 off": ("float32", "highest", "highest"),
+    "float32, TF32 on": ("float32", "high", "tensorfloat32"),
+}
 _TOGETHER, _SHARE, _PEER = 0.6, (0.4, 0.6), 1.5
 # Four slices of 2 bits, 8 unsigned input bits one by one, 8-bit ADCs: 32 products.
 _ARRAYS, _PRODUCTS = (
@@ -78,7 +84,7 @@ def main() -> None:
     if device.platform == "cpu":
         print("JAX sees no GPU or TPU: these are a CPU's figures", file=sys.stderr)
     rate = _product_rate(options.product)
-    cases = [*_steps(options, rate), *_generation(options), *_arrays(options, rate)]
+    cases = [*_steps(options, rate), *_against_peer(options), *_generation(options), *_arrays(options, rate)]
     found = {
         "device": device.device_kind,
         "date": datetime.date.today().isoformat(),
@@ -136,8 +142,6 @@ def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
         "basis": Step(config, basis, "sum"),
     }
     runs |= {f"mix, {count} seeds": Step(config, weights, "mix", seeds=count) for count in options.seeds}
-    if peer := _peer(config, weights, "bfloat16"):
-        runs["peer"] = peer
     seconds = in_turns(runs, options.rounds)
     trainable = sum(p[0].size for p in jax.tree.leaves(runs["mix"].state.params))
     update = MixUpdate(rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
@@ -159,37 +163,40 @@ def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
         share = count * flops / float(np.median(together)) / rate
         bars = _SHARE if count == max(options.seeds) else (None, None)
         cases.append(case(f"{count} seeds: share of the product's rate", share, *bars, higher_is_better=True))
-    if peer:
-        cases.append(
-            case(
-                "PyTorch and PEFT / our step: mix",
-                of_turns(seconds["peer"], seconds["mix"]),
-                _PEER,
-                higher_is_better=True,
-                milliseconds=_ms(seconds["peer"]),
-            )
-        )
     return cases
 
 
-def _peer(config: Any, weights: Any, dtype: Dtype) -> Callable[[], Any] | None:
-    """Return PyTorch's step on the same GPU, or None where PyTorch does not see one."""
-    if not has_peft() or importlib.util.find_spec("torch") is None:
-        return None
+def _against_peer(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compare a step with PyTorch's on the same device, in every precision of products."""
+    device = {"gpu": "cuda"}.get(platform := jax.devices()[0].platform, platform)
+    if not has_peft() or platform == "tpu":
+        print("PyTorch and PEFT, which are not installed or have no TPU, are left out", file=sys.stderr)
+        return []
     import torch
 
-    if jax.devices()[0].platform == "gpu" and torch.cuda.is_available():
-        from _peer import Peer, lines_of
-
-        step = Peer(config, weights, dtype, device="cuda")
-        inputs = step.inputs(lines_of(config, jax.tree.map(lambda a: a[0], batch_of(config))))
-
-        def run() -> None:
-            step(inputs)
-            torch.cuda.synchronize()
-
-        return run
-    return None
+    if device == "cuda" and not torch.cuda.is_available():
+        print("PyTorch sees no GPU, so it is left out: install its build with CUDA", file=sys.stderr)
+        return []
+    cases = []
+    for name, (dtype, theirs, ours) in _PRECISIONS.items():
+        config = config_of(options.shape, dtype)
+        weights = jax.block_until_ready(frozen(config, dtype, MODULES))
+        peer, step = Peer(config, weights, dtype, device), Step(config, weights, "mix")
+        inputs = peer.inputs(lines_of(config, jax.tree.map(lambda a: a[0], batch_of(config))))
+        torch.set_float32_matmul_precision(theirs)  # its loss is read, so a step has ended when it returns
+        with jax.default_matmul_precision(ours):
+            seconds = in_turns({"peer": lambda p=peer, i=inputs: p(i), "ours": step}, options.rounds)
+        cases.append(
+            case(
+                f"PyTorch and PEFT / our step: mix, {name}",
+                of_turns(seconds["peer"], seconds["ours"]),
+                _PEER if dtype == "bfloat16" else None,
+                higher_is_better=True,
+                milliseconds=_ms(seconds["peer"]),
+                our_milliseconds=_ms(seconds["ours"]),
+            )
+        )
+    return cases
 
 
 def _generation(options: argparse.Namespace) -> list[dict[str, Any]]:

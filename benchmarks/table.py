@@ -24,13 +24,13 @@ from typing import Any
 from _measure import MALLOC, PRODUCT, ROOT, features, has_peft, met, processor
 
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
-_DECODER = "fusion_step.py --shape smollm2-135m"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")
 _BENCH = (
     f"{_SMALL} --dtype float32 bfloat16 --seeds 1 4 --rounds 3 --bars",
     f"{_SMALL} --cores 2 --rounds 3",
     f"{_LARGE} --dtype float32 bfloat16 --bars",
     f"{_LARGE} --cores 2",
+    "peer.py",
     "generation.py --shape flan-t5-small --rounds 3",
     "mixed_batches.py --shape small-pool",
     "compilation.py",
@@ -50,6 +50,7 @@ _FULL = (
     f"{_LARGE} --cores 2",
     f"{_LARGE} --pool 100",
     f"{_LARGE} --cores 2 --seeds 4 16",
+    "peer.py --shape flan-t5-small smollm2-135m flan-t5-base --isa native avx2",
     "generation.py --shape flan-t5-small",
     "generation.py --shape flan-t5-large --rounds 3",
     "generation_rows.py",
@@ -64,7 +65,7 @@ _FULL = (
     "crossbar.py",
     "start.py",
 )
-_NEED_PEFT = ("generation.py", "convert.py")  # which compare with nothing else
+_NEED_PEFT = ("peer.py", "generation.py", "convert.py")  # which compare with nothing else
 _LEVELS = {"fast": _FAST, "bench": _BENCH, "full": _FULL}
 _HEAD = ("what", "ratio", "required", "ambition", "verdict")
 

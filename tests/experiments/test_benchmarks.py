@@ -104,7 +104,7 @@ def test_the_floor_is_the_base_alone(monkeypatch):
         monkeypatch.setattr(_model, name, size)
     monkeypatch.setattr(_model, "batch_of", lambda config: jax.tree.map(lambda a: a[None], batch))
     graph, base = nnx.split(tiny.t5(config))
-    loss, of_activations = _model.floor(config, Frozen(base))()
+    loss, of_activations = _model.Floor(config, Frozen(base))()
     start = decoder_inputs(batch.labels, start_id=config.start_id, pad_id=config.pad_id)
 
     @jax.jit
