@@ -247,7 +247,7 @@ class Floor:
     """Forward and backward to activations only: the base alone, no adapter and no fusion.
 
     Attributes:
-      temporaries: bytes that a call allocates besides its result.
+      temporaries: bytes that a call allocates in addition to its result.
     """
 
     def __init__(self, config: Architecture, weights: Frozen):
@@ -269,7 +269,9 @@ class Floor:
         shifts = {width: jnp.zeros((BATCH, width, config.d_model), config.dtype) for width in widths}
         self._arguments = (shifts, weights.base, batch)
         self._program = jax.jit(jax.value_and_grad(loss)).lower(*self._arguments).compile()
-        self.temporaries = self._program.memory_analysis().temp_size_in_bytes
+        memory = self._program.memory_analysis()
+        assert memory is not None
+        self.temporaries = memory.temp_size_in_bytes
 
     def __call__(self) -> Any:
         """Return the loss and its gradient, once they are computed."""

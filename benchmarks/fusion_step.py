@@ -68,7 +68,8 @@ def main() -> None:
 def _single(options: Any) -> list[dict[str, Any]]:
     """Measure one seed's steps, in all precisions, together."""
     runs: dict[str, Any] = {}
-    for dtype in ["float32"] if options.bars else options.dtype:
+    dtypes: list[Dtype] = ["float32"] if options.bars else options.dtype
+    for dtype in dtypes:
         config, weights = config_of(options.shape, dtype), _weights(options, dtype)
         structures = {"unrolled": unrolled(config), "scanned": config}
         runs |= {f"{dtype} floor {structure}": Floor(built, weights) for structure, built in structures.items()}
@@ -87,7 +88,7 @@ def _single(options: Any) -> list[dict[str, Any]]:
         if kind != "floor":
             lowest = np.minimum(seconds[f"{dtype} floor unrolled"], seconds[f"{dtype} floor scanned"])
             cases.append(_against_floor(options, where, dtype, kind, structure, took, lowest))
-    for dtype in dict.fromkeys(name.split()[0] for name in runs):
+    for dtype in dtypes:
         computed_from: dict[str, Any] = {}
         for structure in ("unrolled", "scanned"):
             computed_from[f"{structure}_seconds"] = _median(seconds[f"{dtype} floor {structure}"])

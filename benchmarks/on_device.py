@@ -168,12 +168,13 @@ def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
 
 def _against_peer(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare a step with PyTorch's on the same device, in every precision of products."""
-    device = {"gpu": "cuda"}.get(platform := jax.devices()[0].platform, platform)
+    platform = jax.devices()[0].platform
     if not has_peft() or platform == "tpu":
-        print("PyTorch and PEFT, which are not installed or have no TPU, are left out", file=sys.stderr)
+        print("PyTorch and PEFT are left out: not installed (pip install -e '.[peft]'), or a TPU", file=sys.stderr)
         return []
     import torch
 
+    device = "cuda" if platform == "gpu" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         print("PyTorch sees no GPU, so it is left out: install its build with CUDA", file=sys.stderr)
         return []

@@ -9,11 +9,11 @@ pages, in float32 or with products in bfloat16, rows in file order or sorted by 
 their longest row. Random weights and tokens; lengths of the training rows of --tasks (JSON files of BIG-Bench Hard),
 by default of the embedded tasks; batches of 10.
 
-Each candidate is a process, and measures the same few batches in every round, in seconds of its CPU time. The computed
-tokens per second of those batches times the share of real tokens in all batches of all tasks are its real tokens per
-second. Losses of all float32 candidates on the same rows are compared. `avx2` emulates a processor without AVX-512 by
-the libraries' own switches. Each shape's results are kept in OUT, and measured again only if the options or the
-processor change. Needs the `peft` extra, and a C++ compiler for torch.compile.
+Each candidate is a process, and measures the same few batches in every round, in seconds of its CPU time. From the
+counted operations of those batches and of all batches of all tasks follow its real tokens per second. Losses of all
+float32 candidates on the same rows are compared. `avx2` emulates a processor without AVX-512 by the libraries' own
+switches. Each shape's results are kept in OUT, and measured again only if the options or the processor change. Needs
+the `peft` extra, and a C++ compiler for torch.compile.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from padding import encoded, tasks_of
 
 from lorafusion_jax.files import write_text
 from lorafusion_jax.methods.fusion import PRESETS
-from lorafusion_jax.models.architecture import Architecture
+from lorafusion_jax.models.architecture import Architecture, step_operations
 from lorafusion_jax.runs.prepare import packing_of, shallow_unrolled
 from lorafusion_jax.tasks import Batch, Encoded, batch_orders, split, train_step_batches
 from lorafusion_jax.text_tables import markdown
@@ -104,10 +104,16 @@ _SAME_LOSS = 1e-3  # relative
 
 
 class _Form(NamedTuple):
-    """The batches of one form that are measured, their computed tokens, and the share of real tokens in all batches."""
+    """Batches of one form.
+
+    Attributes:
+      batches: those that are measured.
+      tokens: real tokens that as many operations take on average in all batches of all tasks.
+      share: real tokens / computed tokens in all batches of all tasks.
+    """
 
     batches: list[Any]
-    computed: int
+    tokens: float
     share: float
 
 
@@ -178,16 +184,11 @@ def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
             worker.kill()
             worker.wait()
     forms = _forms(options, config_of(shape))
-    runs = [
-        {"candidate": name, "form": form, "losses": turns[name][0][form]["losses"]}
-        | {
-            "speeds": [
-                forms[form].share * forms[form].computed / sum(turn[form]["seconds"]) for turn in turns[name][1:]
-            ]
-        }
-        for name in names
-        for form in turns[name][0]
-    ]
+    runs = []
+    for name in names:
+        for form, first in turns[name][0].items():
+            speeds = [forms[form].tokens / sum(turn[form]["seconds"]) for turn in turns[name][1:]]
+            runs.append({"candidate": name, "form": form, "losses": first["losses"], "speeds": speeds})
     _same_losses(runs)
     found = asked | {"rates": rates, "shares": {form: of.share for form, of in forms.items()}, "left_out": left_out}
     found |= {"date": datetime.date.today().isoformat(), "runs": runs}
@@ -320,26 +321,29 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
             steps = train_step_batches(tokens, order, pad_id=0)
             batches[form] += [lines_of(config, jax.tree.map(lambda a: a[0, 0], step.batches)) for step in steps]
 
-    def computed(batch: Any) -> int:
+    def size(batch: Any) -> tuple[int, float]:
+        """Return the computed tokens and operations of a batch."""
         if isinstance(batch, Batch):
-            return batch.input_ids.size + batch.labels.size
-        return batch["input_ids"].size + (0 if config.causal else batch["labels"].size)
+            ids, labels = (leaf[0, 0] for leaf in (batch.input_ids, batch.labels))
+        else:
+            ids, labels = batch["input_ids"], batch["labels"]
+            ids = ids[:, :0] if config.causal else ids  # one text, whose tokens all have logits
+        operations = step_operations(config, len(ids), ids.shape[1], labels.shape[1])
+        return ids.size + labels.size, float(operations)
 
-    sizes = {form: np.array([computed(batch) for batch in of_form]) for form, of_form in batches.items()}
+    sizes = {form: np.array([size(batch) for batch in of_form]) for form, of_form in batches.items()}
 
     def chosen(form: str) -> Any:
-        """Return the numbers of batches that are evenly spaced in the order of their sizes."""
-        count = len(sizes[form])
-        return np.argsort(sizes[form], kind="stable")[
-            (np.arange(0.5, options.batches) * count / options.batches).astype(int)
-        ]
+        """Return the numbers of whole batches that are evenly spaced in the order of their sizes."""
+        whole = np.flatnonzero([len(batch["labels"]) == recipe.batch_size for batch in batches[form]])
+        places = (np.arange(0.5, options.batches) * len(whole) / options.batches).astype(int)
+        return whole[np.argsort(sizes[form][whole, 0], kind="stable")[places]]
 
     made = {}
     for form, like in ((_PACKED, _PADDED), (_PADDED, _PADDED), (_SORTED, _SORTED)):
-        numbers = chosen(like)
-        made[form] = _Form(
-            [batches[form][n] for n in numbers], int(sizes[form][numbers].sum()), real / int(sizes[form].sum())
-        )
+        numbers, (computed, operations) = chosen(like), sizes[form].sum(axis=0)
+        tokens = real * sizes[form][numbers, 1].sum() / operations
+        made[form] = _Form([batches[form][n] for n in numbers], tokens, real / computed)
     return made
 
 

@@ -135,6 +135,20 @@ def test_measurements_of_a_device_run_on_a_cpu_too(tmp_path):
     assert all(name in (tmp_path / "cpu-small-pool.md").read_text() for name in names)
 
 
+@pytest.mark.peft
+@pytest.mark.nightly
+def test_the_peer_trains_alike_and_kept_results_are_not_measured_again(tmp_path):
+    """The script compares losses of packed rows with those of the peer's padded ones, and ends if they differ."""
+    small = ["--shape", "small-pool", "--candidates", "ours", "eager", "--batches", "2", "--rounds", "1"]
+    command = [sys.executable, _ROOT / "benchmarks/peer.py", *small, "--out", tmp_path, "--json"]
+    first, again = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert first == again
+    _check(json.loads(first)["cases"])
+    runs = json.loads((tmp_path / "small-pool-native.json").read_text())["runs"]
+    assert [run["form"] for run in runs] == ["packed", "in file order", "sorted by length"]
+    np.testing.assert_allclose(runs[0]["losses"], runs[1]["losses"], rtol=1e-5)
+
+
 # The model of a step's time against sums by hand.
 
 _UPDATE = MixUpdate(modules=2, pool=2, magnitudes=True)
