@@ -154,46 +154,46 @@ def main() -> None:
 
 
 def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
-    """Return the results of one shape, measured unless they are kept."""
-    asked = {"candidates": options.candidates, "batches": options.batches, "rounds": options.rounds}
-    asked |= {"tasks": [path.name for path in options.tasks or ()], "processor": processor(), "features": features()}
+    """Return the results of one shape: the rounds that are kept, and those that are measured now."""
+    asked = {"candidates": options.candidates, "batches": options.batches, "processor": processor()}
+    asked |= {"tasks": [path.name for path in options.tasks or ()], "features": features()}
     file = options.out / f"{shape}-{isa}.json"
-    if file.is_file() and (kept := json.loads(file.read_text())).items() >= asked.items():
-        return kept
+    kept = json.loads(file.read_text()) if file.is_file() else {}
+    found = kept if kept.items() >= asked.items() else asked | {"turns": []}
+    missing = options.rounds - len(found["turns"])
+    if missing <= 0:
+        return found
     left_out, names = {}, options.candidates
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         left_out = {name: "not run: no compiler" for name in names if _CANDIDATES[name].form in _COMPILED}
         names = [name for name in names if name not in left_out]
-    workers, turns = dict[str, subprocess.Popen[str]](), dict[str, list[Any]]()
+    workers, first = dict[str, subprocess.Popen[str]](), dict[str, Any]()
     try:
         # The first passes, which compile, run on all cores at once; the timed ones run alone.
         cores = sorted(os.sched_getaffinity(0))
-        for first in range(0, len(names) + 1, len(cores)):
-            together = [_RATES, *names][first : first + len(cores)]
+        for begin in range(0, len(names) + 1, len(cores)):
+            together = [_RATES, *names][begin : begin + len(cores)]
             workers |= {name: _start(name, shape, isa, core) for name, core in zip(together, cores, strict=False)}
-            turns |= {name: [_answer(workers[name])] for name in together}
-        (rates,) = turns.pop(_RATES)
-        left_out |= {name: "failed" for name in names if turns[name][0] is None}
+            first |= {name: _answer(workers[name]) for name in together}
+        left_out |= {name: "failed" for name in names if first[name] is None}
         names = [name for name in names if name not in left_out]
-        for _ in range(options.rounds):
+        forms = {
+            form: {"tokens": of.tokens, "share": of.share} for form, of in _forms(options, config_of(shape)).items()
+        }
+        found |= {"rates": first[_RATES], "forms": forms, "left_out": left_out}
+        for _ in range(missing):
+            turn = {}
             for name in names:
                 print(file=workers[name].stdin, flush=True)
-                turns[name].append(_answer(workers[name]))
+                turn[name] = _answer(workers[name])
+            _same_losses(turn)
+            found |= {"turns": [*found["turns"], turn], "date": datetime.date.today().isoformat()}
+            options.out.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(found, indent=1) + "\n")
     finally:
         for worker in workers.values():
             worker.kill()
             worker.wait()
-    forms = _forms(options, config_of(shape))
-    runs = []
-    for name in names:
-        for form, first in turns[name][0].items():
-            speeds = [forms[form].tokens / sum(turn[form]["seconds"]) for turn in turns[name][1:]]
-            runs.append({"candidate": name, "form": form, "losses": first["losses"], "speeds": speeds})
-    _same_losses(runs)
-    found = asked | {"rates": rates, "shares": {form: of.share for form, of in forms.items()}, "left_out": left_out}
-    found |= {"date": datetime.date.today().isoformat(), "runs": runs}
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -347,23 +347,34 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
     return made
 
 
-def _same_losses(runs: Sequence[dict[str, Any]]) -> None:
+def _same_losses(turn: Mapping[str, Mapping[str, _Pass]]) -> None:
     """Check that all float32 candidates train alike on the same rows."""
     for rows in ((_PACKED, _PADDED), (_SORTED,)):
-        exact = [run for run in runs if _CANDIDATES[run["candidate"]].exact() and run["form"] in rows]
-        for run in exact[1:]:
-            name = f"{run['candidate']} and {exact[0]['candidate']}"
-            np.testing.assert_allclose(run["losses"], exact[0]["losses"], rtol=_SAME_LOSS, err_msg=name)
+        exact = {name: passes for name, passes in turn.items() if _CANDIDATES[name].exact()}
+        losses = {name: passes[form]["losses"] for name, passes in exact.items() for form in rows if form in passes}
+        for name, found in losses.items():
+            np.testing.assert_allclose(found, next(iter(losses.values())), rtol=_SAME_LOSS, err_msg=name)
+
+
+def _runs(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the candidates and forms with their real tokens per second in each round."""
+    runs, turns = [], found["turns"]
+    for name, passes in turns[0].items():
+        for form in passes if all(name in turn for turn in turns) else ():
+            seconds = np.array([sum(turn[name][form]["seconds"]) for turn in turns])
+            runs.append({"candidate": name, "form": form, "speeds": found["forms"][form]["tokens"] / seconds})
+    return runs
 
 
 def _cases(where: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    runs = [run | {"of": _CANDIDATES[run["candidate"]]} for run in found["runs"]]
+    runs = _runs(found)
 
     def ours(name: str) -> dict[str, Any] | None:
         return next((run for run in runs if run["candidate"] == name), None)
 
     def best(kept: Callable[[_Candidate, str], bool]) -> dict[str, Any] | None:
-        peers = [run for run in runs if run["of"].form != "ours" and kept(run["of"], run["form"])]
+        of = _CANDIDATES
+        peers = [r for r in runs if of[r["candidate"]].form != "ours" and kept(of[r["candidate"]], r["form"])]
         return max(peers, key=lambda run: np.median(run["speeds"]), default=None)
 
     compared = (
@@ -379,7 +390,7 @@ def _cases(where: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         case(
             f"{where}, {what}",
-            of_turns(np.array(run["speeds"]), np.array(other["speeds"])),
+            of_turns(run["speeds"], other["speeds"]),
             required,
             higher_is_better=True,
             tokens_per_second=float(np.median(run["speeds"])),
@@ -394,8 +405,8 @@ def _cases(where: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _table(where: str, found: Mapping[str, Any]) -> str:
     lines = [[f"{where}, {found['date']}", "rows", "real / computed tokens", "real tokens per second"]]
-    for run in found["runs"]:
-        share = f"{100 * found['shares'][run['form']]:.0f} %"
+    for run in _runs(found):
+        share = f"{100 * found['forms'][run['form']]['share']:.0f} %"
         lines.append([run["candidate"], run["form"], share, f"{np.median(run['speeds']):.0f}"])
     lines += [[name, why, "", ""] for name, why in found["left_out"].items()]
     return markdown(lines, left=(0, 1))
