@@ -117,6 +117,8 @@ class _Form(NamedTuple):
     share: float
 
 
+# Functions: one begins a training, one takes a step and returns its loss.
+_Training = tuple[Callable[[], None], Callable[[Any], float]]
 # Seconds and loss of every batch.
 _Pass = dict[str, list[float]]
 
@@ -233,18 +235,12 @@ def _work(options: argparse.Namespace) -> None:
     candidate, (shape,) = _CANDIDATES[options.worker], options.shape
     config = config_of(shape, candidate.dtype)
     weights, forms = jax.block_until_ready(frozen(config, candidate.dtype, MODULES)), _forms(options, config)
-    if candidate.form == "ours":
-        reset, step = _ours(config, weights, candidate)
-        used = {_PACKED: forms[_PACKED].batches}
-    else:
-        reset, step = _theirs(config, weights, candidate)
-        # A compiled function gains nothing from the file's order.
-        used = {
-            form: forms[form].batches for form in ([_SORTED] if candidate.form in _COMPILED else [_PADDED, _SORTED])
-        }
+    reset, step = (_ours if candidate.form == "ours" else _theirs)(config, weights, candidate)
+    # A compiled function gains nothing from the file's order.
+    used = {"ours": [_PACKED], "eager": [_PADDED, _SORTED]}.get(candidate.form, [_SORTED])
     del weights
     while True:
-        passes = {form: _timed(reset, step, batches) for form, batches in used.items()}
+        passes = {form: _timed(reset, step, forms[form].batches) for form in used}
         print(json.dumps(passes), file=answers, flush=True)
         if not sys.stdin.readline():
             return
@@ -260,9 +256,7 @@ def _timed(reset: Callable[[], None], step: Callable[[Any], float], batches: Seq
     return found
 
 
-def _ours(
-    config: Architecture, weights: Frozen, candidate: _Candidate
-) -> tuple[Callable[[], None], Callable[[Any], float]]:
+def _ours(config: Architecture, weights: Frozen, candidate: _Candidate) -> _Training:
     as_run = shallow_unrolled(config)
     other = config if as_run.unroll else unrolled(config)
     step = Step(other if candidate.other else as_run, weights, "mix")
@@ -278,37 +272,34 @@ def _ours(
     return reset, take
 
 
-def _theirs(
-    config: Architecture, weights: Frozen, candidate: _Candidate
-) -> tuple[Callable[[], None], Callable[[Any], float]]:
+def _theirs(config: Architecture, weights: Frozen, candidate: _Candidate) -> _Training:
     import torch
 
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision(candidate.precision)
     peer = Peer(config, weights, candidate.dtype)
     if candidate.form in _COMPILED:
-        peer.model = torch.compile(peer.model, dynamic=True, mode=candidate.form)
+        from peft.tuners.lora import dora
+
+        # Neither PEFT's wrapper nor this function, which does nothing here, can be traced; so all layers are one graph.
+        dora.dequantize_module_weight = lambda module: module.weight
+        peer.model = torch.compile(peer.model.get_base_model(), dynamic=True, mode=candidate.form)
     return peer.reset, lambda lines: peer(peer.inputs(lines))
 
 
 def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form]:
     """Return the batches of one seed's epoch of all tasks in each form, those of a packed and a padded one alike."""
     tasks, tokenizer = tasks_of(options)
-    packing, rng = packing_of(config), np.random.default_rng(0)
-    recipe = PRESETS["default"]
+    packing, recipe = packing_of(config), PRESETS["default"]
+    draw = partial(np.random.default_rng(0).integers, 2, config.vocab_size, dtype=np.int32)
     batches: dict[str, list[Any]] = {_PACKED: [], _PADDED: [], _SORTED: []}
     real = 0
     for task in tasks:
         rows = np.sort(split(len(task.train), (1,)).train)
         texts = encoded(task.train, tokenizer)
-        sides = [
-            [rng.integers(2, config.vocab_size, len(row), np.int32) for row in side]
-            for side in (texts.inputs, texts.labels)
-        ]
-        tokens, lengths = (
-            Encoded(*map(tuple, sides)),
-            np.array([sum(map(len, row)) for row in zip(*sides, strict=True)]),
-        )
+        inputs, labels = (tuple(draw(size=len(row)) for row in side) for side in (texts.inputs, texts.labels))
+        lengths = np.array([len(source) + len(target) for source, target in zip(inputs, labels, strict=True)])
+        tokens = Encoded(inputs, labels)
         real += int(lengths[rows].sum())
         in_order = partial(batch_orders, batch_size=recipe.batch_size)
         ordered, by_length = in_order(rows), in_order(rows[:, np.argsort(lengths[rows[0]], kind="stable")])
