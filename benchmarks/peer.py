@@ -18,6 +18,7 @@ the `peft` extra, and a C++ compiler for torch.compile.
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import shutil
@@ -279,9 +280,8 @@ def _theirs(config: Architecture, weights: Frozen, candidate: _Candidate) -> _Tr
     torch.set_float32_matmul_precision(candidate.precision)
     peer = Peer(config, weights, candidate.dtype)
     if candidate.form in _COMPILED:
-        from peft.tuners.lora import dora
-
         # Neither PEFT's wrapper nor this function, which does nothing here, can be traced; so all layers are one graph.
+        dora: Any = importlib.import_module("peft.tuners.lora.dora")
         dora.dequantize_module_weight = lambda module: module.weight
         peer.model = torch.compile(peer.model.get_base_model(), dynamic=True, mode=candidate.form)
     return peer.reset, lambda lines: peer(peer.inputs(lines))
@@ -290,7 +290,7 @@ def _theirs(config: Architecture, weights: Frozen, candidate: _Candidate) -> _Tr
 def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form]:
     """Return the batches of one seed's epoch of all tasks in each form, those of a packed and a padded one alike."""
     tasks, tokenizer = tasks_of(options)
-    packing, recipe = packing_of(config), PRESETS["default"]
+    packing, recipe = packing_of(config, on_cpu=True), PRESETS["default"]
     draw = partial(np.random.default_rng(0).integers, 2, config.vocab_size, dtype=np.int32)
     batches: dict[str, list[Any]] = {_PACKED: [], _PADDED: [], _SORTED: []}
     real = 0
