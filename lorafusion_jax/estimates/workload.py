@@ -86,11 +86,11 @@ def workload(
         "search": batch_orders(rows.train, batch_size=recipe.batch_size),
         "validation": batch_orders(rows.validation, batch_size=rows.validation.shape[1]),
     }
+    rules: dict[str, Packing] = {}
+    if packing is not None and recipe.pack:
+        rules = {"steps": packing, "validation": packing.repeated(recipe.epochs)}
     shapes = {
-        name: _shapes(
-            train_batches(train, order, pad_id=0, packing=packing if recipe.pack and name != "search" else None)
-        )
-        for name, order in orders.items()
+        name: _shapes(train_batches(train, order, pad_id=0, packing=rules.get(name))) for name, order in orders.items()
     }
     enough = (shots := _shots(recipe)) <= min(train_rows, len(task.train))
     prompted = few_shot(task, shots, _SEED) if enough else None
@@ -98,13 +98,16 @@ def workload(
     longest = max(len(row) for row in train.labels)
     # Other methods need no examples in the prompt, so their length is no reason to refuse the plan.
     unlimited = dataclasses.replace(text_format, context=None)
+    how: Any = {"eval_batch": eval_batch}
+    if packing is not None:
+        how["worth"] = packing.evaluation_worth()
     return Workload(
         steps=shapes["steps"],
         search=shapes["search"],
         validation=shapes["validation"][0],
         epochs=recipe.epochs,
-        test=_asked(task, options, tokenizer, text_format, eval_batch),
-        few_shot=None if prompted is None else _asked(prompted, options, tokenizer, unlimited, eval_batch),
+        test=_asked(task, options, tokenizer, text_format, **how),
+        few_shot=None if prompted is None else _asked(prompted, options, tokenizer, unlimited, **how),
         new_tokens=recipe.max_new_tokens or most_new_tokens(longest),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
     )
@@ -161,16 +164,23 @@ def _even(rows: int, most: int, source: int, target: int) -> Shapes:
 
 
 def _asked(
-    task: Task, options: Sequence[Sequence[str]] | None, tokenizer: Any, text_format: TextFormat, eval_batch: int
+    task: Task,
+    options: Sequence[Sequence[str]] | None,
+    tokenizer: Any,
+    text_format: TextFormat,
+    *,
+    eval_batch: int,
+    **worth: float,
 ) -> EvaluationShapes:
-    rows = _encode(task.test, tokenizer, text_format)
-    asked = EvaluationShapes(_shapes(batch for _, batch in eval_batches(rows, eval_batch, pad_id=0)))
+    def shapes(rows: Encoded) -> Shapes:
+        return _shapes(batch for _, batch in eval_batches(rows, eval_batch, pad_id=0, **worth))
+
+    asked = EvaluationShapes(shapes(_encode(task.test, tokenizer, text_format)))
     if options is None:
         return asked
     pairs = zip(task.test, options, strict=True)
     answered = [dataclasses.replace(example, target=option) for example, of_row in pairs for option in of_row]
-    scored = _encode(answered, tokenizer, text_format)
-    return asked._replace(options=_shapes(batch for _, batch in eval_batches(scored, eval_batch, pad_id=0)))
+    return asked._replace(options=shapes(_encode(answered, tokenizer, text_format)))
 
 
 def _shapes(batches: Iterable[Batch]) -> Shapes:

@@ -88,7 +88,8 @@ class Generation(NamedTuple):
         `column % C`.
       token: last token of each row.
       position: number of tokens of each row so far.
-      done: rows that ended, or reached the limit.
+      limit: most tokens of each row's answer.
+      done: rows that ended, or reached their limit.
       tokens: all tokens, then padding.
       input_mask: True where a source token is real.
       row_keys: keys of the rows' draws.
@@ -98,6 +99,7 @@ class Generation(NamedTuple):
     column: Int[Array, ""]
     token: Int[Array, " B"]
     position: Int[Array, " B"]
+    limit: Int[Array, " B"]
     done: Bool[Array, " B"]
     tokens: Int[Array, "B max_new_tokens"]
     input_mask: Bool[Array, "B S"]
@@ -158,10 +160,14 @@ def begin(
     *,
     max_new_tokens: int,
     row_mask: Bool[Array, " B"] | None = None,
+    row_limits: Int[Array, " B"] | None = None,
     sampling: Sampling = GREEDY,
     row_keys: Key[Array, " B"] | None = None,
 ) -> Generation:
-    """Read the source, and choose a causal model's first token; the arguments are those of `generate`."""
+    """Read the source, and choose a causal model's first token; the other arguments are those of `generate`.
+
+    The state has room for `max_new_tokens` of each row, the row's limit unless `row_limits` has smaller ones.
+    """
     at_least(1, max_new_tokens=max_new_tokens)
     read_model, read_adapters = _read(model, adapters, 0)
     first, cache = read_model.prompt(input_ids, input_mask, max_new_tokens, read_adapters)
@@ -169,7 +175,8 @@ def begin(
     done = jnp.zeros(batch, bool) if row_mask is None else ~jnp.asarray(row_mask)
     tokens, none = jnp.full((batch, max_new_tokens), pad_id, jnp.int32), jnp.zeros(batch, jnp.int32)
     column, token = jnp.int32(width if causal else 0), none + pad_id if causal else first
-    state = Generation(column, token, none, done, tokens, jnp.asarray(input_mask), row_keys, cache)
+    limit = none + max_new_tokens if row_limits is None else jnp.asarray(row_limits)
+    state = Generation(column, token, none, limit, done, tokens, jnp.asarray(input_mask), row_keys, cache)
     return _with_token(model, state, first, sampling) if causal else state
 
 
@@ -220,16 +227,13 @@ def refill(
     input_ids: Int[Array, "R S"],
     input_mask: Bool[Array, "R S"],
     adapters: Adapters | None = None,
-    *,
-    sampling: Sampling = GREEDY,
-    row_keys: Key[Array, " R"] | None = None,
+    **how: Any,
 ) -> Generation:
     """Return the state in which other sources, as wide as its own, have these rows; sources of rows from B on are lost.
 
-    Further arguments are those of `generate`.
+    Further arguments are those of `begin`.
     """
-    how: dict[str, Any] = {"max_new_tokens": state.tokens.shape[1], "sampling": sampling, "row_keys": row_keys}
-    new = begin(model, input_ids, input_mask, adapters, **how)
+    new = begin(model, input_ids, input_mask, adapters, max_new_tokens=state.tokens.shape[1], **how)
     new = new._replace(cache=model.moved(new.cache, state.column - new.column))
 
     def put(axis: int, old: Array, new: Array) -> Array:
@@ -253,12 +257,11 @@ def of_rows(state: Generation, rows: Int[Array, " R"]) -> Generation:
 
 def _with_token(model: Model, state: Generation, logits: Float[Array, "B V"], sampling: Sampling) -> Generation:
     token = jnp.where(state.done, model.config.pad_id, sampling.choose(logits, state.position, state.row_keys))
-    limit = state.tokens.shape[1]
-    here = (jnp.arange(limit)[None] == state.position[:, None]) & ~state.done[:, None]
+    here = (jnp.arange(state.tokens.shape[1])[None] == state.position[:, None]) & ~state.done[:, None]
     tokens = jnp.where(here, token[:, None], state.tokens)
     position = state.position + (~state.done).astype(jnp.int32)
     ends = jnp.isin(token, jnp.array(model.config.end_ids, jnp.int32))
-    done = state.done | ends | (position == limit)
+    done = state.done | ends | (position == state.limit)
     return state._replace(token=token, position=position, done=done, tokens=tokens)
 
 

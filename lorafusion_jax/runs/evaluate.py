@@ -33,7 +33,7 @@ from ..training.method import Params
 from ..training.problem import Problem
 from ..training.seeds import AXIS
 from .options import FuseOptions
-from .prepare import Setup, Texts, encode_shown, shown_to_seeds, tasks_of_seeds
+from .prepare import Setup, Texts, encode_shown, packing_of, shown_to_seeds, tasks_of_seeds
 from .rows import generate_rows
 
 
@@ -72,6 +72,7 @@ def evaluate(
     """
     problem, pad_id = setup.problem, setup.tokenizer.pad_token_id
     seeds, rows = problem.index.shape[0], len(setup.test)
+    worth = packing_of(setup.config).evaluation_worth()
     entropy, targets = np.zeros(seeds), 0
     with progress("answers", seeds * rows) as bar:
         tokens, _ = generate_rows(
@@ -84,7 +85,7 @@ def evaluate(
             update=bar.update,
         )
     with progress("losses", rows) as bar:
-        for number, (numbers, batch) in enumerate(eval_batches(setup.test, batch_size, pad_id=pad_id)):
+        for number, (numbers, batch) in enumerate(eval_batches(setup.test, batch_size, pad_id=pad_id, worth=worth)):
             count = int(np.sum(batch.labels >= 0))
             losses = seed_entropies(params, _for_every_seed(batch, seeds), problem.read(LOSS, number))
             entropy += to_host(losses).astype(float) * count
@@ -166,7 +167,8 @@ def _option_correct(
     asked = with_options(setup.tokenizer, setup.task, setup.test, options, setup.text_format)
     problem, seeds = setup.problem, setup.problem.index.shape[0]
     likelihoods = np.zeros((seeds, len(asked)))
-    for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, pad_id=setup.tokenizer.pad_token_id)):
+    how: Any = {"pad_id": setup.tokenizer.pad_token_id, "worth": packing_of(setup.config).evaluation_worth()}
+    for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, **how)):
         real = numbers >= 0
         found = seed_likelihoods(params, _for_every_seed(batch, seeds), problem.read(OPTIONS, number))
         likelihoods[:, numbers[real]] = to_host(found)[:, real]

@@ -21,9 +21,11 @@ from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
 from ..training.seeds import AXIS
+from .prepare import packing_of
 
 _FEWEST = 4  # rows of a state: fewer take about as long
 _LONG = 32  # tokens of an answer from which on programs of fewer rows are worth compiling
+_COMMON = 32  # tokens: the room for answers is a multiple, if that costs little, so that tasks share programs
 
 Keys = Callable[[Int[np.ndarray, " B"]], Key[Array, " B"] | None]
 Stops = Callable[[list[Int[np.ndarray, " _"]]], Sequence[bool]]
@@ -75,25 +77,29 @@ def generate_rows(
       between_stops: tokens that are generated before `stops` is called again.
       update: function that is called with numbers of answers that have ended.
     """
-    batches = list(eval_batches(encoded, batch_size, pad_id=pad_id))
     problem = read(0)
+    worth = packing_of(problem.config).evaluation_worth()
+    batches = list(eval_batches(encoded, batch_size, pad_id=pad_id, worth=worth))
     seeds, noisy = problem.index.shape[0], read_at_random(problem.frozen)
     # Seeds are computed in turn: in each turn one of every device, or, batched, all of them.
     turns = 1 if problem.seed_mode == "batched" else seeds // jax.sharding.get_mesh().shape.get("seed", 1)
     tokens, computed = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32), 0
+    room = -(-max_new_tokens // _COMMON) * _COMMON
+    if (room - max_new_tokens) * batch_size > worth:
+        room = max_new_tokens
     for number, of_turn in enumerate([[batch] for batch in batches] if noisy else [batches]):
         problem = problem if number == 0 else read(number)
         if "base" not in params:  # otherwise those of a seed replace the frozen ones
             problem = problem.replace(frozen=problem.frozen.unstacked())
         for turn in range(turns):
             of_seeds = slice(turn, None, turns)
-            how = {"max_new_tokens": max_new_tokens, "sampling": sampling}
+            how: Any = {"room": room, "limit": max_new_tokens, "sampling": sampling}
             ours = jax.tree.map(lambda p, part=of_seeds: p[part], params)
             part = problem.replace(index=problem.index[of_seeds])
             rows = _Rows(ours, part, np.arange(seeds)[of_seeds], of_turn, keys, pad_id=pad_id, **how)
-            shrinks = not noisy and max_new_tokens >= _LONG
+            shrinks = not noisy and max_new_tokens >= _LONG and max_new_tokens * batch_size > worth
             for seed, row, said in rows.ended(shrinks, stops, between_stops if stops else max_new_tokens):
-                tokens[seed, row] = said
+                tokens[seed, row] = said[:max_new_tokens]
                 update(1)
             computed += rows.computed
             del rows  # else its cache would lie next to that of the next turn
@@ -120,11 +126,12 @@ class _Rows:
         keys: Keys,
         *,
         pad_id: int,
-        max_new_tokens: int,
+        room: int,
+        limit: int,
         sampling: Sampling,
     ):
         self.seeds, self.keys, self.pad_id, self.computed = seeds, keys, pad_id, 0
-        self.how, self.causal = {"max_new_tokens": max_new_tokens, "sampling": sampling}, problem.config.causal
+        self.room, self.limit, self.sampling, self.causal = room, np.int32(limit), sampling, problem.config.causal
         self.waiting = [
             _Prompt(int(row), batch.input_ids[place][batch.input_mask[place]], batch.input_ids.shape[1])
             for rows, batch in batches
@@ -143,7 +150,7 @@ class _Rows:
     def ended(
         self, shrinks: bool, stops: Stops | None, most_steps: int
     ) -> Iterator[tuple[int, int, Int32[np.ndarray, " T"]]]:
-        """Yield the seed, the number and the tokens of every answer, as answers end."""
+        """Yield the seed, the number and the tokens of every answer, with padding behind them, as answers end."""
         while True:
             free, left = np.sum(self.row < 0, axis=1), len(self.waiting) - self.taken
             wanted = np.minimum(self.refilled, left)  # so many free places are worth a refill
@@ -166,7 +173,7 @@ class _Rows:
             else:
                 enough = self.row.size
             limits = (np.int32(enough), np.int32(most_steps))
-            self.state, steps = _advance(*self.model, self.state, self.adapters, limits, sampling=self.how["sampling"])
+            self.state, steps = _advance(*self.model, self.state, self.adapters, limits, sampling=self.sampling)
             seen = (self.state.done, self.state.position, self.state.tokens, steps)
             done, position, tokens, steps = map(np.array, to_host(seen))
             self.computed += int(np.sum(steps)) * places
@@ -187,7 +194,8 @@ class _Rows:
         self.taken += len(prompts)
         self.width = max(prompt.width for prompt in prompts)
         new = on_mesh((*self._padded(prompts, self.row.shape[1]), self.row[0] >= 0))
-        self.state, self.adapters = _begin(*self.model, *new, self.keys(self.row[0]), **self.how)
+        keys, how = self.keys(self.row[0]), {"max_new_tokens": self.room, "sampling": self.sampling}
+        self.state, self.adapters = _begin(*self.model, *new, self.limit, keys, **how)
         self.computed += self.causal * self.row.size
 
     def _refill(self) -> None:
@@ -209,7 +217,7 @@ class _Rows:
         keys = self.keys(numbers.ravel())
         keys = None if keys is None else keys.reshape(numbers.shape)
         rows = on_mesh((places, source, mask, keys), of_seeds=True)
-        self.state = _refill(*self.model, self.state, self.adapters, rows, sampling=self.how["sampling"])
+        self.state = _refill(*self.model, self.state, self.adapters, rows, self.limit, sampling=self.sampling)
         self.computed += self.causal * places.size
 
     def _padded(
@@ -228,9 +236,10 @@ class _Rows:
 def _begin(
     params: Params, problem: Problem, seeds: Array, *rows: Array | None, **how: Any
 ) -> tuple[Generation, Adapters]:
-    def one_seed(one: Problem, params: Params, ids: Array, mask: Array, row_mask: Array, keys: Array | None) -> Any:
-        model, adapters, _ = one.adapted_model(params)
-        return begin(model, ids, mask, adapters, row_mask=row_mask, row_keys=keys, **how), adapters
+    def one_seed(one: Problem, params: Params, ids: Array, mask: Array, there: Array, *of_rows: Array | None) -> Any:
+        (model, adapters, _), (limit, keys) = one.adapted_model(params), of_rows
+        limits = jnp.full(len(ids), limit)
+        return begin(model, ids, mask, adapters, row_mask=there, row_limits=limits, row_keys=keys, **how), adapters
 
     return problem.over_seeds(one_seed, (params,), rows, seeds)
 
@@ -264,13 +273,15 @@ def _refill(
     state: Generation,
     adapters: Adapters,
     new: tuple[Array | None, ...],
+    limit: Array,
     **how: Any,
 ) -> Generation:
     def one_seed(one: Problem, params: Params, state: Generation, adapters: Adapters, *new: Any) -> Generation:
-        places, ids, mask, keys = new
-        return refill(one.adapted_model(params)[0], state, places, ids, mask, adapters, row_keys=keys, **how)
+        places, ids, mask, keys, limit = new
+        model, limits = one.adapted_model(params)[0], jnp.full(len(ids), limit)
+        return refill(model, state, places, ids, mask, adapters, row_limits=limits, row_keys=keys, **how)
 
-    return problem.over_seeds(one_seed, (params, state, adapters, *new), (), seeds)
+    return problem.over_seeds(one_seed, (params, state, adapters, *new), (limit,), seeds)
 
 
 @partial(jax.jit, static_argnames="width")

@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from .packing import MOST_SHAPES, Costs, Numbers, Packing, few_widths
+from .packing import COMMON, FEWEST_TOKENS, MOST_SHAPES, Costs, Numbers, Packing, few_widths
 from .protocol import Split, batch_orders
 from .tokenizer import Encoded
 
-# Tokens that one more shape of evaluation must save.
-_WORTH = 400.0
 IGNORED = -100  # the label of a position without a target, as in Hugging Face's losses
 
 
@@ -81,7 +79,7 @@ class StepBatch(NamedTuple):
 
 
 class _Table(NamedTuple):
-    """All rows padded to the longest, and behind them an empty one, which row number -1 takes."""
+    """All rows padded to the widest batch, and behind them an empty one, which row number -1 takes."""
 
     input_ids: Int32[np.ndarray, "rows+1 S"]
     labels: Int32[np.ndarray, "rows+1 T"]
@@ -174,8 +172,12 @@ def train_step_batches(
         first_step = steps.stop
 
 
-def eval_batches(encoded: Encoded, batch_size: int, *, pad_id: int) -> Iterator[tuple[Int32[np.ndarray, " B"], Batch]]:
+def eval_batches(
+    encoded: Encoded, batch_size: int, *, pad_id: int, worth: float = FEWEST_TOKENS
+) -> Iterator[tuple[Int32[np.ndarray, " B"], Batch]]:
     """Yield row numbers and batches, shortest rows first, in few groups of one shape; every row once.
+
+    One more shape must save `worth` tokens (see `Packing.evaluation_worth`).
 
     B of a group is the smallest that needs no more steps than `batch_size` does. Row number -1 marks a row that only
     fills up a group's last batch. Predictions return to the order of `encoded` by
@@ -191,7 +193,7 @@ def eval_batches(encoded: Encoded, batch_size: int, *, pad_id: int) -> Iterator[
 
     order = np.argsort(table.input_lengths[:-1], kind="stable").astype(np.int32)
     lengths = np.stack([table.input_lengths, table.label_lengths], axis=1)[order]
-    of_row = few_widths(lengths, computed, worth=_WORTH)
+    of_row = few_widths(lengths, computed, worth=worth)
     for shape in np.unique(of_row, axis=0).tolist():
         rows = order[(of_row == shape).all(axis=1)]
         steps = -(-len(rows) // batch_size)
@@ -221,12 +223,15 @@ class TrainingRows(NamedTuple):
 
 
 def _table(encoded: Encoded, pad_id: int) -> _Table:
+    def widest(length: int) -> int:
+        return -(-bucket(length) // max(COMMON)) * max(COMMON)
+
     nothing = np.zeros(0, np.int32)
     inputs, labels = (*encoded.inputs, nothing), (*encoded.labels, nothing)
     input_lengths, label_lengths = (np.array([len(row) for row in rows]) for rows in (inputs, labels))
     return _Table(
-        input_ids=pad(inputs, pad_id, bucket(int(input_lengths.max()))),
-        labels=pad(labels, IGNORED, bucket(int(label_lengths.max()))),
+        input_ids=pad(inputs, pad_id, widest(int(input_lengths.max()))),
+        labels=pad(labels, IGNORED, widest(int(label_lengths.max()))),
         input_lengths=input_lengths,
         label_lengths=label_lengths,
     )

@@ -4,7 +4,7 @@ Axis letters: B batch, S source, T target.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,6 +12,11 @@ from jaxtyping import Float, Int
 MOST_SHAPES = 6
 # Operations that a core of a CPU computes while a step is compiled: 5 s (docs/results/speed.md) of 1e11 each.
 COMPILING = 5e11
+# Programs of evaluation are smaller: one more shape must save so much of it, but at least so many tokens.
+_OF_EVALUATION, FEWEST_TOKENS = 0.05, 400.0
+# Widths are multiples of these if that costs little, so that more tasks share programs.
+COMMON = (16, 4)
+_LITTLE = 0.1  # of what one more shape must save
 
 Numbers = Int[np.ndarray, " n"]
 Costs = Float[np.ndarray, " n"]
@@ -27,8 +32,17 @@ class Packing(NamedTuple):
     """
 
     causal: bool
-    operations: Callable[[int, Numbers, Numbers], Costs]
+    operations: Callable[[int, Any, Any], Any]
     compiling: float = COMPILING
+
+    def repeated(self, times: int) -> "Packing":
+        """Return the rule for batches that are computed so many times."""
+        return self._replace(operations=lambda *shape: times * self.operations(*shape))
+
+    def evaluation_worth(self) -> float:
+        """Return the number of tokens that one more shape of an evaluation must save."""
+        of_token = self.operations(1, 1, 1) / 4  # two tokens, of a step with a backward pass
+        return max(FEWEST_TOKENS, _OF_EVALUATION * self.compiling / of_token)
 
     def plan(
         self, lengths: Int[np.ndarray, "seeds steps B 2"], padded: Int[np.ndarray, "steps 2"], *, alike: bool
@@ -75,9 +89,21 @@ def few_widths(
     """Return a source and a target width for each given pair, neither smaller, at most MOST_SHAPES different pairs.
 
     They cost the least together, given the cost of so many items of two widths, but one more pair must save `worth`.
-    Widths above 32 are multiples of 4.
+    Widths above 32 are multiples of 4. All are multiples of 16, or of 4, if that costs little.
     """
-    widths = np.where(widths > 32, -(-widths // 4) * 4, np.maximum(widths, 1))
+    exact = np.where(widths > 32, -(-widths // 4) * 4, np.maximum(widths, 1))
+    least, few = _grouped(exact, cost, worth)
+    for common in COMMON:
+        costs, shared = _grouped(-(-exact // common) * common, cost, worth)
+        if costs < least + _LITTLE * worth:
+            return shared
+    return few
+
+
+def _grouped(
+    widths: Int[np.ndarray, "n 2"], cost: Callable[[Numbers, Numbers, Numbers], Costs], worth: float
+) -> tuple[float, Int[np.ndarray, "n 2"]]:
+    """Return the cost of the pairs of `few_widths`, and the pairs."""
     sources, place, counts = np.unique(widths[:, 0], return_inverse=True, return_counts=True)
     targets = np.zeros_like(sources)
     np.maximum.at(targets, place, widths[:, 1])
@@ -96,4 +122,4 @@ def few_widths(
     for begin in [*reversed(begins), np.zeros(end, int)]:
         group = slice(int(begin[end - 1]), end)
         sources[group], targets[group], end = sources[end - 1], targets[group].max(), group.start
-    return np.stack([sources, targets], axis=1)[place]
+    return float(best[-1]), np.stack([sources, targets], axis=1)[place]

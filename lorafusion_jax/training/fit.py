@@ -106,13 +106,16 @@ def fit(
     # All validation rows in one batch: its loss is then their mean per token.
     validating = rows.split.validation
     order = batch_orders(validating, batch_size=validating.shape[1])
-    how: Any = {"pad_id": rows.pad_id, "packing": rows.packing if recipe.pack else None}
-    held_out = on_mesh(next(train_batches(rows.tokens, order, **how)), of_seeds=True)
+    packing = rows.packing if recipe.pack else None
+    of_epochs = None if packing is None else packing.repeated(recipe.epochs)
+    held_out = next(train_batches(rows.tokens, order, pad_id=rows.pad_id, packing=of_epochs))
+    held_out = on_mesh(held_out, of_seeds=True)
     rates = on_mesh(rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True)
     first_step = max(steps_done, epochs_done * per_epoch)
     length = per_epoch if whole_epochs() else 1
-    how |= {"length": length, "first_step": first_step, "alike": problem.seed_mode == "batched"}
-    intervals = map(_placed, train_step_batches(rows.tokens, orders, **how))
+    how: Any = {"length": length, "first_step": first_step, "alike": problem.seed_mode == "batched"}
+    steps_of_seeds = train_step_batches(rows.tokens, orders, pad_id=rows.pad_id, packing=packing, **how)
+    intervals = map(_placed, steps_of_seeds)
     following = next(intervals, None)
     with progress("train", orders.shape[1], first_step) as bar:
         for number in range(epochs_done + 1, recipe.epochs + 1):
