@@ -5,7 +5,7 @@ Axis letters: B rows of the state, R rows that are refilled at once, S source, T
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -84,26 +84,77 @@ def generate_rows(
     # Seeds are computed in turn: in each turn one of every device, or, batched, all of them.
     turns = 1 if problem.seed_mode == "batched" else seeds // jax.sharding.get_mesh().shape.get("seed", 1)
     tokens, computed = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32), 0
-    room = -(-max_new_tokens // _COMMON) * _COMMON
-    if (room - max_new_tokens) * batch_size > worth:
-        room = max_new_tokens
+    limits = np.full(len(encoded), max_new_tokens)
+    how: Any = {"sampling": sampling, "room": room_for(max_new_tokens, batch_size, worth)}
     for number, of_turn in enumerate([[batch] for batch in batches] if noisy else [batches]):
         problem = problem if number == 0 else read(number)
         if "base" not in params:  # otherwise those of a seed replace the frozen ones
             problem = problem.replace(frozen=problem.frozen.unstacked())
         for turn in range(turns):
             of_seeds = slice(turn, None, turns)
-            how: Any = {"room": room, "limit": max_new_tokens, "sampling": sampling}
             ours = jax.tree.map(lambda p, part=of_seeds: p[part], params)
             part = problem.replace(index=problem.index[of_seeds])
-            rows = _Rows(ours, part, np.arange(seeds)[of_seeds], of_turn, keys, pad_id=pad_id, **how)
+            programs = _OfSeeds(ours, part, np.arange(seeds)[of_seeds], **how)
+            rows = Rows(programs, of_turn, limits, keys, pad_id=pad_id)
             shrinks = not noisy and max_new_tokens >= _LONG and max_new_tokens * batch_size > worth
-            for seed, row, said in rows.ended(shrinks, stops, between_stops if stops else max_new_tokens):
-                tokens[seed, row] = said[:max_new_tokens]
+            for place, row, said in rows.ended(shrinks, stops, between_stops if stops else max_new_tokens):
+                tokens[programs.seeds[place], row] = said[:max_new_tokens]
                 update(1)
             computed += rows.computed
-            del rows  # else its cache would lie next to that of the next turn
+            del programs, rows  # else their cache would lie next to that of the next turn
     return Generated(tokens, computed)
+
+
+def room_for(most: int, batch_size: int, worth: float) -> int:
+    """Return the room of a state for answers of at most so many tokens; `worth` as in `eval_batches`."""
+    room = -(-most // _COMMON) * _COMMON
+    return room if (room - most) * batch_size < worth else most
+
+
+class NewRows(NamedTuple):
+    """Prompts that get a place; leaves have a leading axis of seeds, except where all seeds begin alike.
+
+    Attributes:
+      numbers: number of each prompt; -1 for none.
+      input_ids: source tokens.
+      input_mask: True where a source token is real.
+      limits: most tokens of each answer.
+      keys: keys of the draws.
+    """
+
+    numbers: Int[np.ndarray, "*seeds R"]
+    input_ids: Int32[np.ndarray, "*seeds R S"]
+    input_mask: Bool[np.ndarray, "*seeds R S"]
+    limits: Int32[np.ndarray, "*seeds R"]
+    keys: Key[Array, "*seeds R"] | None
+
+
+@runtime_checkable  # so that beartype can check it
+class Programs(Protocol):
+    """Computations of a state of rows, whose leaves have a leading axis of seeds."""
+
+    seeds: Sequence[int] | Int[np.ndarray, " seeds"]
+    causal: bool
+
+    def begin(self, rows: NewRows) -> Generation:
+        """Return a new state of all places, for each seed."""
+        ...
+
+    def advance(self, state: Generation, ended: int, most_steps: int) -> tuple[Generation, Int[Array, " seeds"]]:
+        """Return the state as `models.generate.advance` does, and the number of steps."""
+        ...
+
+    def refill(self, state: Generation, places: Int[np.ndarray, "seeds R"], rows: NewRows) -> Generation:
+        """Return the state with new rows in these places; places from the number of rows on are none."""
+        ...
+
+    def widened(self, state: Generation, width: int) -> Generation:
+        """Return the state with room for sources of this width."""
+        ...
+
+    def of_rows(self, state: Generation, kept: Int[np.ndarray, "seeds R"]) -> Generation:
+        """Return the state of these rows alone."""
+        ...
 
 
 class _Prompt(NamedTuple):
@@ -114,43 +165,45 @@ class _Prompt(NamedTuple):
     width: int
 
 
-class _Rows:
-    """The rows of a state, for some of the seeds, and the prompts that are still to come."""
+class Rows:
+    """The rows of a state, and the prompts that are still to come.
+
+    Args:
+      programs: computations of the state.
+      batches: prompts in the batches of `eval_batches`, the first of which gives the number of places.
+      limits: most tokens of each prompt's answer, by its number.
+      keys: function from row numbers to keys of the rows' draws.
+      pad_id: token that fills up prompts.
+    """
 
     def __init__(
         self,
-        params: Params,
-        problem: Problem,
-        seeds: Int[np.ndarray, " seeds"],
+        programs: Programs,
         batches: Sequence[tuple[Int32[np.ndarray, " B"], Batch]],
+        limits: Int[np.ndarray, " rows"],
         keys: Keys,
         *,
         pad_id: int,
-        room: int,
-        limit: int,
-        sampling: Sampling,
     ):
-        self.seeds, self.keys, self.pad_id, self.computed = seeds, keys, pad_id, 0
-        self.room, self.limit, self.sampling, self.causal = room, np.int32(limit), sampling, problem.config.causal
+        self.programs, self.limits, self.keys, self.pad_id = programs, limits.astype(np.int32), keys, pad_id
+        self.computed, seeds = 0, len(programs.seeds)
         self.waiting = [
             _Prompt(int(row), batch.input_ids[place][batch.input_mask[place]], batch.input_ids.shape[1])
             for rows, batch in batches
             for place, row in enumerate(rows)
             if row >= 0
         ]
-        self.taken = np.zeros(len(seeds), int)  # of those that wait, by each seed
+        self.taken = np.zeros(seeds, int)  # of those that wait, by each seed
         places = len(batches[0][0])
-        self.row = np.full((len(seeds), places), -1)  # number of the prompt that has each place; -1 for none
+        self.row = np.full((seeds, places), -1)  # number of the prompt that has each place; -1 for none
         # A prompt costs a CPU the same in any company, and an accelerator less in a larger one.
         self.refilled = -(-places // (16 if for_cpu() else 4))
-        self.model = (params, problem, on_mesh(seeds, of_seeds=True))
         self.state: Any = None
-        self.adapters: Any = None
 
     def ended(
         self, shrinks: bool, stops: Stops | None, most_steps: int
     ) -> Iterator[tuple[int, int, Int32[np.ndarray, " T"]]]:
-        """Yield the seed, the number and the tokens of every answer, with padding behind them, as answers end."""
+        """Yield the seed's place, the number and the tokens of every answer, and padding behind, as answers end."""
         while True:
             free, left = np.sum(self.row < 0, axis=1), len(self.waiting) - self.taken
             wanted = np.minimum(self.refilled, left)  # so many free places are worth a refill
@@ -172,8 +225,7 @@ class _Rows:
                 enough = np.sum(np.maximum(free, places - fewer))
             else:
                 enough = self.row.size
-            limits = (np.int32(enough), np.int32(most_steps))
-            self.state, steps = _advance(*self.model, self.state, self.adapters, limits, sampling=self.sampling)
+            self.state, steps = self.programs.advance(self.state, int(enough), most_steps)
             seen = (self.state.done, self.state.position, self.state.tokens, steps)
             done, position, tokens, steps = map(np.array, to_host(seen))
             self.computed += int(np.sum(steps)) * places
@@ -183,24 +235,24 @@ class _Rows:
                 done[going] = stops([row[:end] for row, end in zip(tokens[going], position[going], strict=True)])
                 self.state = self.state._replace(done=on_mesh(jnp.asarray(done), of_seeds=True))
             for seed, place in np.argwhere(done & there):
-                yield int(self.seeds[seed]), int(self.row[seed, place]), tokens[seed, place]
+                yield int(seed), int(self.row[seed, place]), tokens[seed, place]
             self.row[done] = -1
 
     def _start(self) -> None:
         """Begin answers in all places: no row waits for another."""
-        self.state = self.adapters = None
+        self.state = None
         prompts = self.waiting[self.taken[0] : self.taken[0] + self.row.shape[1]]
         self.row[:, : len(prompts)] = [prompt.row for prompt in prompts]
         self.taken += len(prompts)
         self.width = max(prompt.width for prompt in prompts)
-        new = on_mesh((*self._padded(prompts, self.row.shape[1]), self.row[0] >= 0))
-        keys, how = self.keys(self.row[0]), {"max_new_tokens": self.room, "sampling": self.sampling}
-        self.state, self.adapters = _begin(*self.model, *new, self.limit, keys, **how)
-        self.computed += self.causal * self.row.size
+        source, mask = self._padded(prompts, self.row.shape[1])
+        numbers = self.row[0]
+        self.state = self.programs.begin(NewRows(numbers, source, mask, self._limits(numbers), self.keys(numbers)))
+        self.computed += self.programs.causal * self.row.size
 
     def _refill(self) -> None:
         """Begin answers in the free places of every seed, in as many as are refilled at once."""
-        places = np.full((len(self.seeds), self.refilled), self.row.shape[1])  # behind the last: for none
+        places = np.full((len(self.row), self.refilled), self.row.shape[1])  # behind the last: for none
         numbers, new = np.full_like(places, -1), []
         for seed, taken in enumerate(self.taken):
             free = np.flatnonzero(self.row[seed] < 0)[: self.refilled]
@@ -212,13 +264,16 @@ class _Rows:
             new.append(prompts)
         width = max(prompt.width for prompts in new for prompt in prompts)
         if width > self.width:
-            self.state, self.width = _widened(*self.model, self.state, width=width), width
+            self.state, self.width = self.programs.widened(self.state, width), width
         source, mask = (np.stack(parts) for parts in zip(*(self._padded(p, self.refilled) for p in new), strict=True))
         keys = self.keys(numbers.ravel())
         keys = None if keys is None else keys.reshape(numbers.shape)
-        rows = on_mesh((places, source, mask, keys), of_seeds=True)
-        self.state = _refill(*self.model, self.state, self.adapters, rows, self.limit, sampling=self.sampling)
-        self.computed += self.causal * places.size
+        rows = NewRows(numbers, source, mask, self._limits(numbers), keys)
+        self.state = self.programs.refill(self.state, places, rows)
+        self.computed += self.programs.causal * places.size
+
+    def _limits(self, numbers: Int[np.ndarray, "*seeds R"]) -> Int32[np.ndarray, "*seeds R"]:
+        return np.where(numbers < 0, 1, self.limits[numbers])
 
     def _padded(
         self, prompts: Sequence[_Prompt], rows: int
@@ -229,7 +284,41 @@ class _Rows:
     def _shrink(self, fewer: int) -> None:
         kept = np.argsort(self.row < 0, axis=1, stable=True)[:, :fewer]
         self.row = np.take_along_axis(self.row, kept, axis=1)
-        self.state = _of_rows(*self.model, self.state, on_mesh(kept, of_seeds=True))
+        self.state = self.programs.of_rows(self.state, kept)
+
+
+class _OfSeeds:
+    """The programs of some of the seeds of a problem."""
+
+    def __init__(
+        self, params: Params, problem: Problem, seeds: Int[np.ndarray, " seeds"], *, room: int, sampling: Sampling
+    ):
+        self.seeds, self.causal, self.room, self.sampling = seeds, problem.config.causal, room, sampling
+        self.model = (params, problem, on_mesh(seeds, of_seeds=True))
+        self.adapters: Any = None
+
+    def begin(self, rows: NewRows) -> Generation:
+        self.adapters = None  # frees those of an earlier state
+        numbers, ids, mask, limits, keys = rows
+        of_rows = on_mesh((ids, mask, numbers >= 0, limits))
+        how = {"max_new_tokens": self.room, "sampling": self.sampling}
+        state, self.adapters = _begin(*self.model, *of_rows, keys, **how)
+        return state
+
+    def advance(self, state: Generation, ended: int, most_steps: int) -> tuple[Generation, Int[Array, " seeds"]]:
+        limits = (np.int32(ended), np.int32(most_steps))
+        return _advance(*self.model, state, self.adapters, limits, sampling=self.sampling)
+
+    def refill(self, state: Generation, places: Int[np.ndarray, "seeds R"], rows: NewRows) -> Generation:
+        _, *of_rows = rows
+        new = on_mesh((places, *of_rows), of_seeds=True)
+        return _refill(*self.model, state, self.adapters, new, sampling=self.sampling)
+
+    def widened(self, state: Generation, width: int) -> Generation:
+        return _widened(*self.model, state, width=width)
+
+    def of_rows(self, state: Generation, kept: Int[np.ndarray, "seeds R"]) -> Generation:
+        return _of_rows(*self.model, state, on_mesh(kept, of_seeds=True))
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
@@ -237,8 +326,7 @@ def _begin(
     params: Params, problem: Problem, seeds: Array, *rows: Array | None, **how: Any
 ) -> tuple[Generation, Adapters]:
     def one_seed(one: Problem, params: Params, ids: Array, mask: Array, there: Array, *of_rows: Array | None) -> Any:
-        (model, adapters, _), (limit, keys) = one.adapted_model(params), of_rows
-        limits = jnp.full(len(ids), limit)
+        (model, adapters, _), (limits, keys) = one.adapted_model(params), of_rows
         return begin(model, ids, mask, adapters, row_mask=there, row_limits=limits, row_keys=keys, **how), adapters
 
     return problem.over_seeds(one_seed, (params,), rows, seeds)
@@ -273,15 +361,14 @@ def _refill(
     state: Generation,
     adapters: Adapters,
     new: tuple[Array | None, ...],
-    limit: Array,
     **how: Any,
 ) -> Generation:
     def one_seed(one: Problem, params: Params, state: Generation, adapters: Adapters, *new: Any) -> Generation:
-        places, ids, mask, keys, limit = new
-        model, limits = one.adapted_model(params)[0], jnp.full(len(ids), limit)
+        places, ids, mask, limits, keys = new
+        model, _, _ = one.adapted_model(params)
         return refill(model, state, places, ids, mask, adapters, row_limits=limits, row_keys=keys, **how)
 
-    return problem.over_seeds(one_seed, (params, state, adapters, *new), (limit,), seeds)
+    return problem.over_seeds(one_seed, (params, state, adapters, *new), (), seeds)
 
 
 @partial(jax.jit, static_argnames="width")

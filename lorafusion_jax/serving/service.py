@@ -5,8 +5,9 @@ Axis letters: B rows of a batch.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,13 +26,15 @@ from ..methods.lora import LoRA, as_pool
 from ..methods.recipes import basis_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
+from ..models.weights import read_at_random
 from ..runs.options import FuseOptions
-from ..runs.prepare import check_digests, digests, load_model, module_names
-from ..runs.rows import draw_keys
+from ..runs.prepare import check_digests, digests, load_model, module_names, packing_of
+from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
 from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches, fill
 from ..training.method import Method, Params
 from .bank import TaskBank
+from .generation import OfTasks
 
 # What all runs of one bank have in common.
 _SHARED = ("base", "pool", "control", "control_draw", "dtype", "load_in")
@@ -289,13 +292,18 @@ class Service:
 
         The number of the plain base is -1.
         """
+        worth = packing_of(self._config).evaluation_worth()
+        pad_id = self.tokenizer.pad_token_id
+        batches = list(eval_batches(encoded, eval_batch, pad_id=pad_id, worth=worth))
         found: list[list[int]] = [[]] * len(encoded)
-        for rows, batch, of_rows in self._batched(encoded, numbers, eval_batch):
-            keys = draw_keys(sampling, sampling_seed, rows)
-            said = self.bank.generate(batch, of_rows, max_new_tokens=max(limits), sampling=sampling, row_keys=keys)
-            for row, tokens in zip(rows.tolist(), np.asarray(said).tolist(), strict=True):
-                if row >= 0:
-                    found[row] = tokens[: limits[row]]
+        bank = dataclasses.replace(self.bank, frozen=self.bank.frozen.unstacked())
+        keys, longest = partial(draw_keys, sampling, sampling_seed), max(limits, default=1)
+        how: dict[str, Any] = {"room": room_for(longest, eval_batch, worth), "sampling": sampling}
+        # The noise of a token depends on the rows next to it.
+        for of_turn in [[batch] for batch in batches] if read_at_random(bank.frozen) else [batches][: len(batches)]:
+            rows = Rows(OfTasks(bank, numbers, **how), of_turn, np.array(limits), keys, pad_id=pad_id)
+            for _, row, tokens in rows.ended(False, None, longest):
+                found[row] = tokens[: limits[row]].tolist()
         return found
 
     def log_likelihoods(
