@@ -27,11 +27,12 @@ from lorafusion_jax.models.registry import abstract_model, family_of, known_shap
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.weights import dense, quantise
 from lorafusion_jax.runs.options import LoadIn
-from lorafusion_jax.tasks import Batch, Lanes
+from lorafusion_jax.runs.rows import generate_rows
+from lorafusion_jax.tasks import Batch, Encoded, Lanes
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.method import Method
+from lorafusion_jax.training.method import Method, Params
 from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.recipe import Rates
 from lorafusion_jax.training.seeds import SeedMode, default_seed_mode
@@ -151,6 +152,14 @@ def prepared(config: Architecture, method: Method, weights: Frozen) -> Frozen:
 def shapes_of(config: Architecture, dtype: Dtype, modules: int = MODULES) -> Frozen:
     """Return the shapes of a base and a pool, for what is compiled and not run."""
     return jax.eval_shape(partial(frozen, config, dtype, modules))
+
+
+def answers(params: Params, batch: Batch, problem: Problem, new_tokens: int) -> np.ndarray:
+    """Return the ids that every seed generates for the rows of a batch, as runs generate them."""
+    ids, mask = np.asarray(batch.input_ids), np.asarray(batch.input_mask)
+    prompts = tuple(row[real] for row, real in zip(ids, mask, strict=True))
+    how: Any = {"batch_size": len(prompts), "max_new_tokens": new_tokens, "pad_id": problem.config.pad_id}
+    return generate_rows(params, lambda number: problem, Encoded(prompts, prompts), **how).tokens
 
 
 def arguments(

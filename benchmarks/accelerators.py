@@ -43,6 +43,7 @@ from _model import (
     shapes_of,
     step_of,
 )
+from jax import Array
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding, use_abstract_mesh
 
 from lorafusion_jax import FusionRecipe, crossbar
@@ -54,9 +55,13 @@ from lorafusion_jax.estimates.flops import Shape, generation_flops, row_tokens, 
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import Architecture, targeted
-from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.models.generate import generate
+from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.mesh import AXES, shardings
+from lorafusion_jax.training.method import Params
+from lorafusion_jax.training.problem import Problem
+from lorafusion_jax.training.seeds import AXIS
 
 _GIB, _K = 2**30, 32
 _NEW = 32  # tokens that are generated
@@ -230,8 +235,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     problem = problem.replace(frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True))
     if generates:
         one = on(jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch))
-        whole = jax.jit(generate_seeds, static_argnames="max_new_tokens")
-        lowered: Any = whole.lower(state.params, one, problem, max_new_tokens=_NEW)
+        lowered: Any = jax.jit(_generate).lower(state.params, one, problem)
     else:
         lowered = step_of((state, batch, problem, rates), steps)
     how |= {"update": update, "seeds": seeds}
@@ -246,6 +250,18 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
         held = state_bytes(trainable)
     held = seeds * held + weights_bytes(config, settings.load_in) + pool_bytes(config, update, settings.load_in)
     return lowered, held + work, seeds * flops
+
+
+def _generate(params: Params, batch: Batch, problem: Problem) -> Array:
+    """Return the ids of all seeds: what `runs.rows` computes for one batch in several calls, as one program."""
+
+    def of_seed(one: Problem, params: Params, batch: Batch) -> Array:
+        model, adapters, _ = one.adapted_model(params)
+        how: Any = {"max_new_tokens": _NEW, "row_mask": batch.row_mask, "axis": AXIS}
+        return generate(model, batch.input_ids, batch.input_mask, adapters, **how)
+
+    problem = problem.replace(frozen=problem.frozen.unstacked())
+    return problem.over_seeds(of_seed, (params,), (batch,))
 
 
 def _of_zeros(config: Architecture, shape: Shape) -> float:

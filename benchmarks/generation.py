@@ -21,14 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import case, has_peft, in_turns, of_turns, product_rates
-from _model import CHOICES, MODULES, SOURCE, TARGET, Dtype, batch_of, config_of, frozen, graph_of
+from _model import CHOICES, MODULES, SOURCE, TARGET, Dtype, answers, batch_of, config_of, frozen, graph_of
 from _peer import Peer
 from flax import nnx
 
 from lorafusion_jax.io.export import merged_base
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.untrained import ZeroShot
-from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.method import Method
@@ -141,7 +140,7 @@ def _ours(config: Any, weights: Frozen, batch: Batch) -> dict[str, Callable[[], 
         problem = Problem(
             graph=graph_of(config), method=method, frozen=weights, index=index[None], seed_mode="sequential"
         )
-        return lambda: np.asarray(generate_seeds(seeds, one, problem, max_new_tokens=new)[0])
+        return lambda: answers(seeds, one, problem, new)[0]
 
     runs = {"beside": run(method, params, weights), "merged": run(ZeroShot(), {}, Frozen(merged))}
     return runs | ({"prompt": run(ZeroShot(), {}, Frozen(merged), 1)} if config.causal else {})

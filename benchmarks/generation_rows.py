@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import _measure
+import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import case
-from _model import config_of, frozen, graph_of
+from _model import answers, config_of, frozen, graph_of
 
 from lorafusion_jax.methods.untrained import ZeroShot
-from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import load_model
 from lorafusion_jax.runs.rows import generate_rows
@@ -97,9 +97,10 @@ def _cases(name: str, problem: Problem, encoded: Encoded, new: int, batch: int, 
     def in_batches() -> tuple[np.ndarray, int]:
         tokens, computed = np.full((len(encoded), new), pad_id), 0
         for rows, of_rows in eval_batches(encoded, batch, pad_id=pad_id):
-            said = np.asarray(generate_seeds({}, of_rows, problem, max_new_tokens=new))[0]
-            tokens[rows[rows >= 0]] = said[rows >= 0]
-            computed += len(rows) * int(np.max(_lengths(said, ends)[rows >= 0]))
+            real = rows >= 0
+            said = answers({}, jax.tree.map(lambda leaf, real=real: leaf[real], of_rows), problem, new)[0]
+            tokens[rows[real]] = said
+            computed += len(said) * int(np.max(_lengths(said, ends)))
         return tokens, computed
 
     def refilled() -> tuple[np.ndarray, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import _measure
 import jax
+import jax.numpy as jnp
 from _measure import case
 from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, arguments, config_of, held_in, lowered, shapes_of
 
@@ -22,7 +23,8 @@ from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fusion import Fusion, FusionRecipe
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.architecture import Architecture, targeted
-from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.models.generate import GREEDY
+from lorafusion_jax.runs.rows import advance_rows, begin_rows
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.method import Method
 
@@ -98,9 +100,15 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     planned = weights_bytes(config, load_in) + 4 * trainable + needed
     base = Frozen(shapes_of(config, dtype).base)
     state, batch, problem, _ = arguments(config, base, _method("lora", config), (rows, SOURCE))
-    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batch)
-    generating = jax.jit(generate_seeds, static_argnames="max_new_tokens")
-    allocated = _bytes(generating.lower(state.params, one, problem, max_new_tokens=new))
+    of_rows = [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (batch.input_ids, batch.input_mask, batch.row_mask)]
+    whole, number = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
+    limits = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    problem = problem.replace(frozen=jax.eval_shape(Frozen.unstacked, problem.frozen))
+    how: Any = {"max_new_tokens": new, "sampling": GREEDY}
+    beginning = begin_rows.lower(state.params, problem, number, *of_rows, limits, None, **how)
+    generation = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), beginning.out_info)
+    advancing = advance_rows.lower(state.params, problem, number, *generation, (whole, whole), sampling=GREEDY)
+    allocated = max(map(_bytes, (beginning, advancing)))
     return _compared(f"{shape}, LoRA, {dtype}, generation for {rows} rows", planned, allocated)
 
 

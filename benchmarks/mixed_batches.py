@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import case, has_peft, in_turns, of_turns, product_rates
-from _model import CHOICES, MODULES, batch_of, config_of, frozen, graph_of, in_basis, shapes_of
+from _model import CHOICES, MODULES, answers, batch_of, config_of, frozen, graph_of, in_basis, shapes_of
 from _peer import mixed_batch
 
 from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.serving.bank import TaskBank
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.frozen import Frozen
@@ -152,7 +151,7 @@ def _tasks(method: Fusion, weights: Frozen, count: int) -> list[Params]:
 def _alone(params: Params, batch: Batch, problem: Problem) -> np.ndarray:
     """Return the ids of a batch by a program of one task."""
     seeds = jax.tree.map(lambda a: a[None], params)
-    return np.asarray(generate_seeds(seeds, batch, problem, max_new_tokens=_NEW)[0])
+    return answers(seeds, batch, problem, _NEW)[0]
 
 
 def _factors(method: Fusion, params: Params, weights: Frozen) -> dict[str, tuple[np.ndarray, np.ndarray]]:

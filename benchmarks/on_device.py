@@ -32,6 +32,7 @@ from _model import (
     TARGET,
     Dtype,
     Step,
+    answers,
     batch_of,
     config_of,
     frozen,
@@ -45,7 +46,6 @@ from lorafusion_jax.estimates.flops import Shape, step_flops
 from lorafusion_jax.files import write_text
 from lorafusion_jax.methods.fused import MixUpdate
 from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.runs.evaluate import generate_seeds
 from lorafusion_jax.text_tables import markdown
 
 _K = 32  # directions of the shared basis
@@ -207,7 +207,7 @@ def _generation(options: argparse.Namespace) -> list[dict[str, Any]]:
     runs = {}
     for count in (1, max(options.seeds)):
         step = Step(config, weights, "sum", seeds=count)
-        runs[count] = lambda s=step: np.asarray(generate_seeds(s.state.params, batch, s.problem, max_new_tokens=_NEW))
+        runs[count] = lambda s=step: answers(s.state.params, batch, s.problem, _NEW)
     seconds = in_turns({str(count): run for count, run in runs.items()}, options.rounds)
     many = max(options.seeds)
     return [

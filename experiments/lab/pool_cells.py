@@ -17,7 +17,7 @@ from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find
 from lorafusion_jax.methods.entry import Built
 from lorafusion_jax.methods.recipes import recipe_of
-from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.runs.rows import generate_rows
 from lorafusion_jax.tasks import (
     IGNORED,
     SEPARATE_TEXTS,
@@ -166,8 +166,10 @@ class Lab:
             for row, loss in zip(found, np.asarray(seed_entropies(params, by_seed, problem)), strict=True):
                 row["training_rows_loss"] = round(float(loss), 5)
         if answer:
-            said = generate_seeds(params, test, problem, max_new_tokens=test.labels.shape[1])
-            for row, of_seed in zip(found, np.asarray(said), strict=True):
+            how: Any = {"batch_size": len(test_texts), "max_new_tokens": test.labels.shape[1], "pad_id": self.pad_id}
+            prompts = tuple(ids[mask] for ids, mask in zip(test.input_ids, test.input_mask, strict=True))
+            said = generate_rows(params, lambda number: problem, Encoded(prompts, prompts), **how).tokens
+            for row, of_seed in zip(found, said, strict=True):
                 texts = decode(self.tokenizer, of_seed, SEPARATE_TEXTS)
                 row["exact_match"] = exact_match(texts, [text["completion"] for text in test_texts]).percent
         diverged = [n for n, loss in enumerate(losses) if not np.isfinite(loss)]

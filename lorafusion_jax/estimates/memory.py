@@ -1,7 +1,7 @@
 """Bytes that a run holds: weights, pool, training state, and the working memory of a step or a generation.
 
-The formulas follow XLA's allocations for the programs of `fit.train_seeds` and `evaluate.generate_seeds` on a CPU; the
-tests compare them with XLA's own report. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights
+The formulas follow XLA's allocations for the programs of `fit.train_seeds` and `runs.rows` on a CPU; the tests compare
+them with XLA's own report. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights
 (`narrow.py`). On an accelerator this copy is left out; no such device was measured.
 """
 

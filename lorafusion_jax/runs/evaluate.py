@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Bool, Float
 
 from ..methods import find
-from ..models.generate import GREEDY, Sampling, generate
 from ..progress import progress
 from ..tasks import (
     BETWEEN_EXAMPLES,
@@ -30,8 +29,6 @@ from ..training.frozen import GENERATION, LOSS, OPTIONS
 from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
-from ..training.problem import Problem
-from ..training.seeds import AXIS
 from .options import FuseOptions
 from .prepare import Setup, Texts, encode_shown, packing_of, shown_to_seeds, tasks_of_seeds
 from .rows import generate_rows
@@ -197,35 +194,6 @@ def likeliest_correct(
         for seed in range(len(likelihoods))
     ]
     return np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
-
-
-def generate_seeds(
-    params: Params,
-    batch: Batch,
-    problem: Problem,
-    *,
-    max_new_tokens: int,
-    sampling: Sampling = GREEDY,
-    row_keys: Key[Array, " B"] | None = None,
-) -> Int[Array, "seeds B T"]:
-    """Generate for one batch with the adapters of every seed; `sampling` and `row_keys` are those of `generate`."""
-    if "base" not in params:  # otherwise those of a seed replace the frozen ones
-        problem = problem.replace(frozen=problem.frozen.unstacked())
-    return _generate_seeds(params, batch, problem, row_keys, max_new_tokens=max_new_tokens, sampling=sampling)
-
-
-@partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
-def _generate_seeds(
-    params: Params, batch: Batch, problem: Problem, row_keys: Array | None, **how: Any
-) -> Int[Array, "seeds B T"]:
-    axis = AXIS if problem.seed_mode == "batched" else None
-
-    def one_seed(one: Problem, params: Params, batch: Batch, keys: Array | None) -> Array:
-        model, adapters, _ = one.adapted_model(params)
-        inputs = (batch.input_ids, batch.input_mask, adapters)
-        return generate(model, *inputs, row_mask=batch.row_mask, row_keys=keys, axis=axis, **how)
-
-    return problem.over_seeds(one_seed, (params,), (batch, row_keys))
 
 
 def _for_every_seed(batch: Batch, seeds: int) -> Batch:

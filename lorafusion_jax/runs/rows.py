@@ -302,17 +302,17 @@ class _OfSeeds:
         numbers, ids, mask, limits, keys = rows
         of_rows = on_mesh((ids, mask, numbers >= 0, limits))
         how = {"max_new_tokens": self.room, "sampling": self.sampling}
-        state, self.adapters = _begin(*self.model, *of_rows, keys, **how)
+        state, self.adapters = begin_rows(*self.model, *of_rows, keys, **how)
         return state
 
     def advance(self, state: Generation, ended: int, most_steps: int) -> tuple[Generation, Int[Array, " seeds"]]:
         limits = (np.int32(ended), np.int32(most_steps))
-        return _advance(*self.model, state, self.adapters, limits, sampling=self.sampling)
+        return advance_rows(*self.model, state, self.adapters, limits, sampling=self.sampling)
 
     def refill(self, state: Generation, places: Int[np.ndarray, "seeds R"], rows: NewRows) -> Generation:
         _, *of_rows = rows
         new = on_mesh((places, *of_rows), of_seeds=True)
-        return _refill(*self.model, state, self.adapters, new, sampling=self.sampling)
+        return refill_rows(*self.model, state, self.adapters, new, sampling=self.sampling)
 
     def widened(self, state: Generation, width: int) -> Generation:
         return _widened(*self.model, state, width=width)
@@ -322,9 +322,15 @@ class _OfSeeds:
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
-def _begin(
+def begin_rows(
     params: Params, problem: Problem, seeds: Array, *rows: Array | None, **how: Any
 ) -> tuple[Generation, Adapters]:
+    """Return a new state of every seed, and its adapters.
+
+    `rows` are the source tokens, their mask, the mask of rows, and the rows' limits and keys; `how` is room for new
+    tokens, `max_new_tokens`, and the sampling.
+    """
+
     def one_seed(one: Problem, params: Params, ids: Array, mask: Array, there: Array, *of_rows: Array | None) -> Any:
         (model, adapters, _), (limits, keys) = one.adapted_model(params), of_rows
         return begin(model, ids, mask, adapters, row_mask=there, row_limits=limits, row_keys=keys, **how), adapters
@@ -333,7 +339,7 @@ def _begin(
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
-def _advance(
+def advance_rows(
     params: Params,
     problem: Problem,
     seeds: Array,
@@ -342,6 +348,7 @@ def _advance(
     limits: tuple[Array, Array],
     **how: Any,
 ) -> tuple[Generation, Int[Array, " seeds"]]:
+    """Return the state of every seed once so many rows have ended, or after most steps (`limits`), and its steps."""
     axis = AXIS if problem.seed_mode == "batched" else None
 
     def one_seed(one: Problem, params: Params, state: Generation, adapters: Adapters, *limits: Array) -> Any:
@@ -354,7 +361,7 @@ def _advance(
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
-def _refill(
+def refill_rows(
     params: Params,
     problem: Problem,
     seeds: Array,
@@ -363,6 +370,8 @@ def _refill(
     new: tuple[Array | None, ...],
     **how: Any,
 ) -> Generation:
+    """Return the state with `new` in places of every seed: places, source tokens, mask, limits and keys."""
+
     def one_seed(one: Problem, params: Params, state: Generation, adapters: Adapters, *new: Any) -> Generation:
         places, ids, mask, limits, keys = new
         model, _, _ = one.adapted_model(params)

@@ -19,7 +19,7 @@ from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.decoder import FAMILY, Decoder
 from lorafusion_jax.models.generate import GREEDY, Sampling, generate
 from lorafusion_jax.models.t5 import T5
-from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.runs.prepare import packing_of
 from lorafusion_jax.runs.rows import draw_keys, generate_rows
 from lorafusion_jax.tasks import Encoded, eval_batches, pad
 from lorafusion_jax.training.frozen import GENERATION
@@ -162,7 +162,7 @@ def test_a_stopped_row_gives_its_place_away():
 
 
 def test_chips_with_read_noise_answer_batch_after_batch():
-    """With the bits of `generate_seeds` on each batch, each with its own noise."""
+    """As `generate` answers each batch, each with its own noise."""
     problem, params = _problem("t5", 2)
     noisy = CrossbarConfig(
         cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, device=Device(read_noise=ReadNoise(0.1))
@@ -170,8 +170,19 @@ def test_chips_with_read_noise_answer_batch_after_batch():
     chip = program(problem.graph, problem.frozen, {"decoder.self.v": noisy}, jax.random.key(3))
     problem, prompts = problem.replace(frozen=chip), _prompts(11)
     wanted = np.zeros((2, 11, 6), np.int32)
-    for number, (rows, batch) in enumerate(eval_batches(prompts, 4, pad_id=0)):
-        said = generate_seeds(params, batch, problem.read(GENERATION, number), max_new_tokens=6)
+
+    @jax.jit
+    def answers(params, batch, problem):
+        def of_seed(one, params):
+            model, adapters, _ = one.adapted_model(params)
+            how = {"row_mask": batch.row_mask, "max_new_tokens": 6}
+            return generate(model, batch.input_ids, batch.input_mask, adapters, **how)
+
+        return problem.over_seeds(of_seed, (params,))
+
+    worth = packing_of(problem.config).evaluation_worth()
+    for number, (rows, batch) in enumerate(eval_batches(prompts, 4, pad_id=0, worth=worth)):
+        said = answers(params, batch, problem.read(GENERATION, number))
         wanted[:, rows[rows >= 0]] = np.asarray(said)[:, rows >= 0]
     found = generate_rows(params, partial(problem.read, GENERATION), prompts, batch_size=4, max_new_tokens=6, pad_id=0)
     np.testing.assert_array_equal(found.tokens, wanted)

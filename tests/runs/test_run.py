@@ -21,11 +21,12 @@ import lorafusion_jax as lf
 from lorafusion_jax import interrupts
 from lorafusion_jax.files import WriteError
 from lorafusion_jax.io import checkpoint, processes
-from lorafusion_jax.runs.evaluate import generate_seeds
+from lorafusion_jax.models.generate import GREEDY
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.prepare import prepare
+from lorafusion_jax.runs.rows import advance_rows, begin_rows
 from lorafusion_jax.runs.run import run_path
 from lorafusion_jax.tasks.batches import eval_batches
 from lorafusion_jax.training import fit as fit_lib
@@ -133,8 +134,10 @@ def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
     setup = prepare(_options(small, Path("unused")))
     problem = setup.problem.replace(seed_mode="batched")
     batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
-    params = start(problem, (1, 2)).params
-    program = jax.make_jaxpr(partial(generate_seeds, max_new_tokens=4))(params, batch, problem)
+    of_model = (start(problem, (1, 2)).params, problem, np.arange(2))
+    rows = (batch.input_ids, batch.input_mask, batch.row_mask, np.full(5, 4, np.int32), None)
+    state = begin_rows(*of_model, *rows, max_new_tokens=4, sampling=GREEDY)
+    program = jax.make_jaxpr(partial(advance_rows, sampling=GREEDY))(*of_model, *state, (np.int32(10), np.int32(4)))
     (generation,) = (equation.params["jaxpr"] for equation in program.eqns if "jaxpr" in equation.params)
     (loop,) = (equation for equation in generation.eqns if equation.primitive.name == "while")
     column, token, *_ = loop.outvars
