@@ -57,6 +57,7 @@ def generate_rows(
     keys: Keys = lambda numbers: None,
     stops: Stops | None = None,
     between_stops: int = 8,
+    worth: float | None = None,
     update: Callable[[int], Any] = lambda ended: None,
 ) -> Generated:
     """Generate for every row with the adapters of every seed.
@@ -75,10 +76,11 @@ def generate_rows(
       keys: function from row numbers to keys of the rows' draws.
       stops: function from the tokens of answers so far to whether the answers end, though not with an end token.
       between_stops: tokens that are generated before `stops` is called again.
+      worth: tokens that one more program must save; by default so many as its compilation costs.
       update: function that is called with numbers of answers that have ended.
     """
     problem = read(0)
-    worth = packing_of(problem.config).evaluation_worth()
+    worth = packing_of(problem.config).evaluation_worth() if worth is None else worth
     batches = list(eval_batches(encoded, batch_size, pad_id=pad_id, worth=worth))
     seeds, noisy = problem.index.shape[0], read_at_random(problem.frozen)
     # Seeds are computed in turn: in each turn one of every device, or, batched, all of them.
@@ -133,7 +135,7 @@ class NewRows(NamedTuple):
 class Programs(Protocol):
     """Computations of a state of rows, whose leaves have a leading axis of seeds."""
 
-    seeds: Sequence[int] | Int[np.ndarray, " seeds"]
+    count: int  # of seeds
     causal: bool
 
     def begin(self, rows: NewRows) -> Generation:
@@ -186,7 +188,7 @@ class Rows:
         pad_id: int,
     ):
         self.programs, self.limits, self.keys, self.pad_id = programs, limits.astype(np.int32), keys, pad_id
-        self.computed, seeds = 0, len(programs.seeds)
+        self.computed, seeds = 0, programs.count
         self.waiting = [
             _Prompt(int(row), batch.input_ids[place][batch.input_mask[place]], batch.input_ids.shape[1])
             for rows, batch in batches
@@ -293,7 +295,8 @@ class _OfSeeds:
     def __init__(
         self, params: Params, problem: Problem, seeds: Int[np.ndarray, " seeds"], *, room: int, sampling: Sampling
     ):
-        self.seeds, self.causal, self.room, self.sampling = seeds, problem.config.causal, room, sampling
+        self.seeds, self.count, self.causal = seeds, len(seeds), problem.config.causal
+        self.room, self.sampling = room, sampling
         self.model = (params, problem, on_mesh(seeds, of_seeds=True))
         self.adapters: Any = None
 

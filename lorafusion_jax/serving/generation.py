@@ -27,7 +27,7 @@ class OfTasks:
       sampling: choice of tokens.
     """
 
-    seeds = (0,)
+    count = 1
 
     def __init__(self, bank: TaskBank, tasks: Int[np.ndarray, " prompts"], *, room: int, sampling: Sampling):
         self.bank, self.tasks, self.room, self.sampling = bank, tasks, room, sampling
@@ -63,8 +63,9 @@ class OfTasks:
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
-def _begin(bank: TaskBank, tasks: Array, there: Array, *rows: Array | None, **how: Any) -> Generation:
-    ids, mask, limits, keys = rows
+def _begin(
+    bank: TaskBank, tasks: Array, there: Array, ids: Array, mask: Array, limits: Array, keys: Array | None, **how: Any
+) -> Generation:
     model, adapters = _adapted(bank, tasks)
     return _one(begin(model, ids, mask, adapters, row_mask=there, row_limits=limits, row_keys=keys, **how))
 
@@ -80,9 +81,16 @@ def _advance(
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
 def _refill(
-    bank: TaskBank, tasks: Array, state: Generation, places: Array, *rows: Array | None, **how: Any
+    bank: TaskBank,
+    tasks: Array,
+    state: Generation,
+    places: Array,
+    ids: Array,
+    mask: Array,
+    limits: Array,
+    keys: Array | None,
+    **how: Any,
 ) -> Generation:
-    ids, mask, limits, keys = rows
     model, adapters = _adapted(bank, tasks)
     new = refill(model, _first(state), places, ids, mask, adapters, row_limits=limits, row_keys=keys, **how)
     return _one(new)

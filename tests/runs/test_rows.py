@@ -101,7 +101,7 @@ def test_answers_are_those_of_generate(family, sampling):
     wanted = _wanted(problem, params, prompts, 12, sampling)
     assert len({*_lengths(wanted)[0].tolist()}) > (1 if sampling is GREEDY else 3)
     ended = []
-    found = _said(problem, params, prompts, 12, 5, sampling, update=ended.append)
+    found = _said(problem, params, prompts, 12, 5, sampling, worth=1.0, update=ended.append)
     np.testing.assert_array_equal(found.tokens, wanted)
     assert sum(ended) == 23
 
@@ -123,11 +123,13 @@ def test_seeds_have_their_own_pace(seed_mode, mesh):
     wanted = _wanted(problem, params, prompts, 40, _DRAWN)
     assert len({*np.sum(_lengths(wanted), axis=1).tolist()}) == 4
     if mesh is None:
-        found = _said(problem, params, prompts, 40, 8, _DRAWN)
+        found = _said(problem, params, prompts, 40, 8, _DRAWN, worth=1.0)
     else:
         with jax.set_mesh(make_mesh(mesh, 4)):
             there = on_mesh(problem.index, of_seeds=True)
-            found = _said(problem.replace(index=there), on_mesh(params, of_seeds=True), prompts, 40, 8, _DRAWN)
+            found = _said(
+                problem.replace(index=there), on_mesh(params, of_seeds=True), prompts, 40, 8, _DRAWN, worth=1.0
+            )
     np.testing.assert_array_equal(found.tokens, wanted)
 
 
@@ -135,7 +137,7 @@ def test_few_rows_are_computed_for_nothing():
     """Answers of 1 to 48 tokens, 11 on average, where the slowest row of a batch would keep all waiting."""
     problem, params = _problem("llama", 1)
     prompts = _prompts(160)
-    found = _said(problem, params, prompts, 48, 16, _DRAWN)
+    found = _said(problem, params, prompts, 48, 16, _DRAWN, worth=400.0)
     lengths = _lengths(found.tokens)[0]
     assert lengths.min() == 1 and lengths.max() > 30
     assert lengths.sum() <= found.computed <= 1.1 * lengths.sum()
