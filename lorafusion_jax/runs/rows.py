@@ -172,7 +172,7 @@ class Rows:
 
     Args:
       programs: computations of the state.
-      batches: prompts in the batches of `eval_batches`, the first of which gives the number of places.
+      batches: prompts in the batches of `eval_batches`. There are as many places as the first batch has rows.
       limits: most tokens of each prompt's answer, by its number.
       keys: function from row numbers to keys of the rows' draws.
       pad_id: token that fills up prompts.

@@ -23,9 +23,11 @@ from lorafusion_jax.io import arrays
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
+from lorafusion_jax.runs.rows import Rows
 from lorafusion_jax.runs.run import options_to_json
+from lorafusion_jax.serving.generation import OfTasks
 from lorafusion_jax.serving.predict import evaluate_runs, generate_rows
-from lorafusion_jax.tasks import draw_modules
+from lorafusion_jax.tasks import Example, draw_modules, eval_batches
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
 _SITES = ("encoder.self.q", "encoder.self.v", "decoder.self.q", "decoder.self.v", "decoder.cross.q", "decoder.cross.v")
@@ -347,3 +349,17 @@ def test_two_runs_with_the_same_last_name_differ_by_their_folders(runs, alone, t
     rows = _file(tmp_path, [{"run": str(folder), "input": _LINES[0]} for folder in folders])
     said = generate_rows(folders, file=rows)
     assert said == [alone["fused"][0], alone["mixed"][0]]
+
+
+def test_a_row_that_has_ended_gives_its_place_to_the_next_prompt(service):
+    """Every other answer has one token: in batches these would wait for six steps."""
+    limits = np.array([1, 6] * 6)
+    encoded = service.encode([Example(_LINES[0], "")] * len(limits), None, 6)
+    tasks, bank = np.full(len(limits), -1), service.bank
+    bank = dataclasses.replace(bank, frozen=bank.frozen.unstacked())
+    batches = list(eval_batches(encoded, 4, pad_id=0))
+    rows = Rows(OfTasks(bank, tasks, room=6, sampling=lf.Sampling()), batches, limits, lambda numbers: None, pad_id=0)
+    found = {row: tokens[: limits[row]].tolist() for _, row, tokens in rows.ended(False, None, 6)}
+    assert [found[row] for row in range(len(limits))] == service.tokens(encoded, tasks, limits.tolist(), eval_batch=64)
+    kept = sum(sum(token != 0 for token in tokens) for tokens in found.values())
+    assert kept > len(limits) and rows.computed < kept + 4 * 6
