@@ -30,7 +30,7 @@ from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from .options import FuseOptions
-from .prepare import Setup, Texts, encode_shown, packing_of, shown_to_seeds, tasks_of_seeds
+from .prepare import Setup, Texts, encode_shown, evaluation_worth, shown_to_seeds, tasks_of_seeds
 from .rows import generate_rows
 
 
@@ -69,7 +69,7 @@ def evaluate(
     """
     problem, pad_id = setup.problem, setup.tokenizer.pad_token_id
     seeds, rows = problem.index.shape[0], len(setup.test)
-    worth = packing_of(setup.config).evaluation_worth()
+    worth = evaluation_worth(setup.config)
     entropy, targets = np.zeros(seeds), 0
     with progress("answers", seeds * rows) as bar:
         tokens, _ = generate_rows(
@@ -164,7 +164,10 @@ def _option_correct(
     asked = with_options(setup.tokenizer, setup.task, setup.test, options, setup.text_format)
     problem, seeds = setup.problem, setup.problem.index.shape[0]
     likelihoods = np.zeros((seeds, len(asked)))
-    how: Any = {"pad_id": setup.tokenizer.pad_token_id, "worth": packing_of(setup.config).evaluation_worth()}
+    how: Any = {
+        "pad_id": setup.tokenizer.pad_token_id,
+        "worth": evaluation_worth(setup.config),
+    }
     for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, **how)):
         real = numbers >= 0
         found = seed_likelihoods(params, _for_every_seed(batch, seeds), problem.read(OPTIONS, number))

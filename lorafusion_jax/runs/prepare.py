@@ -121,6 +121,11 @@ def packing_of(config: Architecture, *, on_cpu: bool) -> Packing:
     return Packing(config.causal, functools.partial(step_operations, config), compiling)
 
 
+def evaluation_worth(config: Architecture) -> float:
+    """Return the number of tokens that one more shape of an evaluation must save on this platform."""
+    return packing_of(config, on_cpu=for_cpu()).evaluation_worth()
+
+
 def check(options: FuseOptions) -> None:
     """Raise ValueError for options that contradict each other, before anything is loaded."""
     name, method, recipe = options.method, find(options.method), options.recipe

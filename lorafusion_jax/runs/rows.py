@@ -21,7 +21,7 @@ from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
 from ..training.seeds import AXIS
-from .prepare import packing_of
+from .prepare import evaluation_worth
 
 _FEWEST = 4  # rows of a state: fewer take about as long
 _LONG = 32  # tokens of an answer from which on programs of fewer rows are worth compiling
@@ -80,7 +80,7 @@ def generate_rows(
       update: function that is called with numbers of answers that have ended.
     """
     problem = read(0)
-    worth = packing_of(problem.config).evaluation_worth() if worth is None else worth
+    worth = evaluation_worth(problem.config) if worth is None else worth
     batches = list(eval_batches(encoded, batch_size, pad_id=pad_id, worth=worth))
     seeds, noisy = problem.index.shape[0], read_at_random(problem.frozen)
     # Seeds are computed in turn: in each turn one of every device, or, batched, all of them.

@@ -28,7 +28,7 @@ from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
 from ..models.weights import read_at_random
 from ..runs.options import FuseOptions
-from ..runs.prepare import check_digests, digests, load_model, module_names, packing_of
+from ..runs.prepare import check_digests, digests, evaluation_worth, load_model, module_names
 from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
 from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches, fill
@@ -292,7 +292,7 @@ class Service:
 
         The number of the plain base is -1.
         """
-        worth = packing_of(self._config).evaluation_worth()
+        worth = evaluation_worth(self._config)
         pad_id = self.tokenizer.pad_token_id
         batches = list(eval_batches(encoded, eval_batch, pad_id=pad_id, worth=worth))
         found: list[list[int]] = [[]] * len(encoded)

@@ -19,7 +19,7 @@ from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.decoder import FAMILY, Decoder
 from lorafusion_jax.models.generate import GREEDY, Sampling, generate
 from lorafusion_jax.models.t5 import T5
-from lorafusion_jax.runs.prepare import packing_of
+from lorafusion_jax.runs.prepare import evaluation_worth
 from lorafusion_jax.runs.rows import draw_keys, generate_rows
 from lorafusion_jax.tasks import Encoded, eval_batches, pad
 from lorafusion_jax.training.frozen import GENERATION
@@ -182,7 +182,7 @@ def test_chips_with_read_noise_answer_batch_after_batch():
 
         return problem.over_seeds(of_seed, (params,))
 
-    worth = packing_of(problem.config).evaluation_worth()
+    worth = evaluation_worth(problem.config)
     for number, (rows, batch) in enumerate(eval_batches(prompts, 4, pad_id=0, worth=worth)):
         said = answers(params, batch, problem.read(GENERATION, number))
         wanted[:, rows[rows >= 0]] = np.asarray(said)[:, rows >= 0]
