@@ -7,7 +7,7 @@ model's outputs on the chip, with gradients through the chip's reads.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
@@ -121,14 +121,7 @@ def distil(
         raise ValueError(f"{len(batches)} batches and {len(targets)} targets: expected as many, and at least 1")
     steps = how.epochs * len(batches)
     params = {site: {name: jnp.copy(part) for name, part in _parts(c)} for site, c in corrections.items()}
-    kinds = {s: {name: "low rank" if name in ("U", "V") else "columns" for name in of} for s, of in params.items()}
-    optimiser = optax.multi_transform(
-        {
-            kind: optax.adam(optax.cosine_decay_schedule(rate, steps))
-            for kind, rate in {"columns": how.rate, "low rank": how.rate_low_rank}.items()
-        },
-        kinds,
-    )
+    optimiser = _optimiser(how.rate, how.rate_low_rank, steps)
     key, state = jax.random.fold_in(jax.random.key(how.seed), 0), optimiser.init(params)
     orders = [jax.random.permutation(jax.random.fold_in(key, epoch), len(batches)) for epoch in range(how.epochs)]
     with progress("steps", steps) as bar:
@@ -137,6 +130,17 @@ def distil(
             params, state = _step(params, state, here, batches[number], targets[number], run, optimiser.update)
             bar.update()
     return _corrections(params)
+
+
+@lru_cache  # the same function again: a step is compiled once for all chips
+def _optimiser(rate: float, rate_low_rank: float, steps: int) -> optax.GradientTransformation:
+    def kinds(params: Any) -> Any:
+        return {s: {name: "low rank" if name in ("U", "V") else "columns" for name in of} for s, of in params.items()}
+
+    rates = {"columns": rate, "low rank": rate_low_rank}
+    return optax.multi_transform(
+        {kind: optax.adam(optax.cosine_decay_schedule(of_kind, steps)) for kind, of_kind in rates.items()}, kinds
+    )
 
 
 @partial(jax.jit, static_argnums=(5, 6), donate_argnums=(0, 1))
