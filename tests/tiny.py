@@ -64,8 +64,8 @@ def pool(
         real = np.arange(r.max()) < r[:, :, None]
         a = rng.normal(size=(*r.shape, site.d_in, r.max())) * site.d_in**-0.5 * real[:, :, None, :]
         b = rng.normal(size=(*r.shape, r.max(), site.d_out)) * 0.5 * real[:, :, :, None]
-        A[name], B[name] = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-        rank[name] = jnp.asarray(r, jnp.int32)
+        A[name], B[name] = jnp.asarray(a.astype(np.float32)), jnp.asarray(b.astype(np.float32))
+        rank[name] = jnp.asarray(r.astype(np.int32))
     return lf.LoraPool(A=A, B=B, rank=rank, names=tuple(f"module_{n}" for n in range(modules)))
 
 
@@ -97,10 +97,10 @@ def batch(config: T5Config = CONFIG, seed: int = 0, *, rows: int = 3, source: in
     labels[-1, target // 2 :] = -100
     lengths = np.array([source] * (rows - 1) + [source // 2])
     return lf.Batch(
-        input_ids=jnp.asarray(input_ids, jnp.int32),
+        input_ids=jnp.asarray(input_ids.astype(np.int32)),
         input_mask=jnp.asarray(np.arange(source) < lengths[:, None]),
-        labels=jnp.asarray(labels, jnp.int32),
-        row_mask=jnp.ones(rows, bool),
+        labels=jnp.asarray(labels.astype(np.int32)),
+        row_mask=jnp.asarray(np.ones(rows, bool)),
     )
 
 
@@ -108,7 +108,7 @@ def coefficients(shape: tuple[int, ...], seed: int = 0) -> jax.Array:
     """Coefficients whose sign alternates, none small."""
     size = np.random.default_rng(seed).uniform(0.3, 1.0, shape)
     sign = 1 - 2 * (np.indices(shape).sum(axis=0) % 2)
-    return jnp.asarray(size * sign, jnp.float32)
+    return jnp.asarray((size * sign).astype(np.float32))
 
 
 def coefficient_of(

@@ -10,8 +10,11 @@ import pytest
 from flax import nnx
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig, Device, Encoding, calibrated, flax, matmul, probe, program
+from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig, Device, Encoding, calibrated, flax, matmul
 
+# Operations one by one take longer to compile than together.
+program = jax.jit(crossbar.program, static_argnames=("config", "path"))
+probe = jax.jit(crossbar.probe)
 KEY = jax.random.key(5)
 FLIP = Encoding(kind="offset", unit_column=True, flip=True)
 ONE = CrossbarConfig(cell=crossbar.Cell(bits=(7,)), dac=DAC(bits=8, slice_bits=None, scaling="fixed"), adc=ADC(bits=8))
@@ -53,7 +56,7 @@ def test_a_convolution_is_calibrated_on_all_positions():
     assert np.linalg.norm(model(picture) - wanted) < 0.05 * np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("config", [ONE, REAL], ids=["whole", "real"])
+@pytest.mark.parametrize("config", [pytest.param(ONE, marks=pytest.mark.long), REAL], ids=["whole", "real"])
 def test_sequences_are_calibrated_on_all_their_tokens(config):
     """The first token of each of 256 sequences is small."""
     x = (0.3 * normal(256, 5, 40)).at[:, 0].multiply(0.02)
@@ -196,7 +199,7 @@ def test_inputs_without_a_full_scale_are_refused(size):
             calibrated(chip, probe(x, chip)[1])
 
 
-@pytest.mark.parametrize("encoding", [Encoding(), FLIP])
+@pytest.mark.parametrize("encoding", [pytest.param(Encoding(), marks=pytest.mark.long), FLIP])
 def test_the_statistics_are_those_of_every_conversion(encoding):
     """Tiles of unequal height, in groups that do not divide the batch."""
     config = CrossbarConfig(

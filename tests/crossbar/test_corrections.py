@@ -1,5 +1,6 @@
 """Digital corrections of chips: closed forms against NumPy's least squares, and what they may be put on."""
 
+import functools
 import warnings
 
 import jax
@@ -33,6 +34,10 @@ def _product(x, weight):
     return crossbar.matmul(x, weight) if isinstance(weight, crossbar.Chip) else x @ weight
 
 
+_outputs = jax.jit(_run)
+
+
+@functools.cache
 def _chips(config=_NOISY):
     return crossbar.program_tree(_WEIGHTS, {"*": config}, jax.random.key(7))
 
@@ -40,6 +45,11 @@ def _chips(config=_NOISY):
 def _fit(weights=None, batches=_BATCHES, **how):
     weights = _chips() if weights is None else weights
     return crossbar.fit_corrections(_run, weights, [_WEIGHTS["head"], _WEIGHTS["layers"]], batches, **how)
+
+
+@functools.cache
+def _fitted(**how):
+    return _fit(**how)
 
 
 def _seen_by_layers():
@@ -103,28 +113,22 @@ def test_a_perfect_chip_needs_no_correction():
 
 
 def test_low_rank_stays_within_its_numbers_and_prefers_what_removes_most():
-    few, many = (_fit(numbers=numbers) for numbers in (40, 90))
+    few, many = (_fitted(numbers=numbers) for numbers in (40, 90))
     used = [sum(c.numbers() for c in found.values()) - 3 * 8 - 5 for found in (few, many)]
     assert 0 < used[0] <= 40 < used[1] <= 90
 
 
 def test_corrections_of_the_same_chip_are_the_same_and_bring_outputs_closer():
     chips, x = _chips(), jax.random.normal(jax.random.key(9), (30, 8))
-    errors = [
-        float(jnp.mean(jnp.square(_run(tree, x) - _run(_WEIGHTS, x))))
-        for tree in (
-            chips,
-            crossbar.with_corrections(chips, _fit()),
-            crossbar.with_corrections(chips, _fit(numbers=200)),
-        )
-    ]
+    scaled, further = (crossbar.with_corrections(chips, _fitted(numbers=numbers)) for numbers in (0, 200))
+    errors = [np.mean(np.square(_outputs(tree, x) - _outputs(_WEIGHTS, x))) for tree in (chips, scaled, further)]
     assert errors[2] < 0.5 * errors[1] and errors[1] < errors[0]
-    again = _fit(crossbar.with_corrections(chips, _fit()), numbers=90)  # a chip that has a correction already
-    jax.tree.map(np.testing.assert_array_equal, _fit(numbers=90), again)
+    again = _fit(scaled, numbers=90)  # a chip that has a correction already
+    jax.tree.map(np.testing.assert_array_equal, _fitted(numbers=90), again)
 
 
 def test_programmed_weights_contain_the_correction():
-    chips = crossbar.with_corrections(_chips(), _fit(numbers=90))
+    chips = crossbar.with_corrections(_chips(), _fitted(numbers=90))
     x = _BATCHES[0]
     for chip in crossbar.chips_in(chips):
         held = crossbar.programmed_weights(chip)
@@ -146,8 +150,9 @@ def test_a_calibrated_and_corrected_chip_keeps_its_ranges_and_survives_a_file(tm
 
 
 def test_gradients_reach_corrections_and_inputs():
-    chips, corrections, x = _chips(), _fit(numbers=90), _BATCHES[0]
+    chips, corrections, x = _chips(), _fitted(numbers=90), _BATCHES[0]
 
+    @jax.jit
     def loss(corrections):
         return jnp.mean(jnp.square(_run(crossbar.with_corrections(chips, corrections), x)))
 
@@ -161,14 +166,15 @@ def test_gradients_reach_corrections_and_inputs():
 def test_scales_of_noisy_reads_bring_outputs_closer():
     noisy = CrossbarConfig(**_ANALOG, device=Device(programming=Independent(0.05), read_noise=crossbar.ReadNoise(0.02)))
     chips, x = _chips(noisy), jax.random.normal(jax.random.key(9), (30, 8))
-    corrected = crossbar.with_corrections(chips, _fit(chips))
+    fitted = _fit(chips)
+    corrected = crossbar.with_corrections(chips, fitted)
     errors = []
     for tree in (chips, corrected):
-        outputs = [_run(crossbar.reads(tree, number), x) for number in range(10, 20)]  # the fit has read 0 and 1
+        outputs = [_outputs(crossbar.reads(tree, number), x) for number in range(10, 20)]  # the fit has read 0 and 1
         assert not np.array_equal(outputs[0], outputs[1])
-        errors.append(np.mean(np.square(np.stack(outputs) - np.asarray(_run(_WEIGHTS, x)))))
+        errors.append(np.mean(np.square(np.stack(outputs) - np.asarray(_outputs(_WEIGHTS, x)))))
     assert errors[1] < 0.9 * errors[0]
-    jax.tree.map(np.testing.assert_array_equal, _fit(chips), _fit(chips))
+    jax.tree.map(np.testing.assert_array_equal, _fit(chips), fitted)
 
 
 def test_a_converted_flax_model_is_restored():
