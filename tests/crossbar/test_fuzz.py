@@ -311,7 +311,24 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CORNERS)
+# They compile most, and are combinations and sizes of what the others have.
+_LONG = {
+    "tall arrays",
+    "tall arrays of the largest numbers",
+    "sums that are never negative",
+    "two bits in a pulse",
+    "more inputs and columns than a block",
+    "words of packed slices that are full",
+    "Gmin, a unit column, gains",
+    "both polarities, Gmin, gains",
+    "flipped columns, Gmin, calibrated",
+    "flipped columns, a scale for each tile",
+    "flipped columns, clipped",
+    "nonlinear cells and wires",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n in _LONG else ()) for n in CORNERS])
 def test_corners_are_read_as_the_loops_say(name: str):
     paths, changes = CORNERS[name]
     with jax.enable_x64("float64" in changes):

@@ -54,7 +54,10 @@ def test_codes_are_those_of_fractions(bits):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-2)
 
 
-@pytest.mark.parametrize("path", ["product", "definition", "lookup", "packed", "mosaic"])
+@pytest.mark.parametrize(
+    "path",
+    ["product", "definition", "mosaic", *(pytest.param(path, marks=pytest.mark.long) for path in ("lookup", "packed"))],
+)
 def test_any_leading_axes_are_a_batch(path):
     """None of them, two of them, and an empty one."""
     W, x = problem(d_in=8, d_out=3)

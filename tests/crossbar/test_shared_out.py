@@ -46,10 +46,10 @@ def _inputs():
 @pytest.mark.parametrize(
     "name",
     [
-        *("packed", "row tiles"),
+        "packed",
         *(
             pytest.param(name, marks=pytest.mark.long)
-            for name in ("definition", "loop", "planes", "lookup", "noise", "wires")
+            for name in ("row tiles", "definition", "loop", "planes", "lookup", "noise", "wires")
         ),
     ],
 )

@@ -68,6 +68,7 @@ def test_restoring_brings_the_chips_closer_to_the_digital_model(home):
         assert after < 0.5 * before
 
 
+@pytest.mark.long
 def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
@@ -94,6 +95,7 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     )
 
 
+@pytest.mark.long
 def test_a_perfect_chip_stays_as_it_is(home):
     loaded = _loaded(home)
     graph, frozen = loaded.problem.graph, loaded.problem.frozen

@@ -18,7 +18,6 @@ from lorafusion_jax.training.loss import cross_entropy
 
 _KINDS = ("t5a", "t5b", "llama")
 _LORAS = ("lora_0", "lora_1", "lora_2", "lora_3")
-_SINGLES = ("lora_0", "lora_0_bin", "rank_alpha_pattern", "rslora", "dora")
 _POOLS = [
     ("t5a", "pool_factors_dora"),
     ("t5a", "pool_factors_lora"),
@@ -164,7 +163,15 @@ def test_the_base_alone(case, kind):
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize("name", [pytest.param("lora_0", marks=pytest.mark.smoke), *_SINGLES[1:]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("lora_0", marks=pytest.mark.smoke),
+        *("rank_alpha_pattern", "dora"),
+        # Tests of tests/io read the pickle and the scaling too.
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("lora_0_bin", "rslora")),
+    ],
+)
 def test_single_adapter(case, name):
     single = case("t5a", f"single_{name}")
     assert all(np.all(np.asarray(c) == 1) for c in jax.tree.leaves(single.params["coefficients"]))
@@ -181,7 +188,7 @@ def test_single_adapter(case, name):
     [
         lf.Fusion(composition="sum", magnitudes=False),  # coefficients
         lf.Fusion(composition="mix", start="xavier", magnitudes=False),  # the same, of the reference preset
-        lf.Fusion(granularity="global", magnitudes=False),  # mean and single
+        pytest.param(lf.Fusion(granularity="global", magnitudes=False), marks=pytest.mark.long),  # mean and single
     ],
     ids=["coefficients", "mix", "single"],
 )
