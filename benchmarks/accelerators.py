@@ -35,6 +35,7 @@ from _model import (
     RANK,
     SOURCE,
     TARGET,
+    Composition,
     Dtype,
     arguments,
     config_of,
@@ -72,7 +73,7 @@ _PADDED = 1.99  # the padding of tiles, at most
 
 
 class _Program(NamedTuple):
-    method: str
+    composition: Composition
     basis: int | None = None  # directions
     generates: bool = False
     weights: Dtype = "bfloat16"
@@ -84,15 +85,15 @@ class _Program(NamedTuple):
 
 
 _PROGRAMS = {
-    "mix": _Program("fusion-mix"),
-    "mix, 10 steps in one call": _Program("fusion-mix", steps=10),
-    "mix, base and pool in NF4": _Program("fusion-mix", weights="nf4"),
-    "mix, rows packed into two lanes": _Program("fusion-mix", rows=2, source=320, packed=True),
-    "mix on a mesh of 4 x 2": _Program("fusion-mix", mesh=(4, 2)),
-    "mix on a row of 4,096 tokens": _Program("fusion-mix", rows=1, source=4096),
-    "sum": _Program("fusion-sum"),
-    f"sum in a basis of {_K}": _Program("fusion-sum", basis=_K),
-    "generation with the sum": _Program("fusion-sum", generates=True, rows=10),
+    "mix": _Program("mix"),
+    "mix, 10 steps in one call": _Program("mix", steps=10),
+    "mix, base and pool in NF4": _Program("mix", weights="nf4"),
+    "mix, rows packed into two lanes": _Program("mix", rows=2, source=320, packed=True),
+    "mix on a mesh of 4 x 2": _Program("mix", mesh=(4, 2)),
+    "mix on a row of 4,096 tokens": _Program("mix", rows=1, source=4096),
+    "sum": _Program("sum"),
+    f"sum in a basis of {_K}": _Program("sum", basis=_K),
+    "generation with the sum": _Program("sum", generates=True, rows=10),
 }
 
 
@@ -221,12 +222,12 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
 
     `on(shapes, config, of_seeds=)` places shapes of arrays as `training.mesh.on_mesh` places arrays.
     """
-    of, k, generates, dtype, _, steps, rows, source, packed = program
+    composition, k, generates, dtype, _, steps, rows, source, packed = program
     weights = shapes_of(config, dtype)
-    method = Fusion(composition="mix" if of.endswith("mix") else "sum", basis=k)
+    method, recipe = Fusion(composition=composition, basis=k), FusionRecipe(composition=composition, basis=k)
     how: Any = {"seed_mode": "batched", "device": "accelerator", "load_in": held_in(dtype)}
-    settings = Settings(recipe=FusionRecipe(basis=k), rank=RANK, seeds=seeds, **how)
-    update, trainable = update_of(of, settings), trained_numbers(config, of, settings)
+    settings = Settings(recipe=recipe, rank=RANK, seeds=seeds, **how)
+    update, trainable = update_of("fusion", settings), trained_numbers(config, "fusion", settings)
     weights = weights if k is None else _in_basis(weights, k)
     weights = jax.eval_shape(partial(prepared, config, method), weights)
     shaped: Any = {"seeds": seeds, "seed_mode": "batched", "packed": packed}

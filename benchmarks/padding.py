@@ -5,8 +5,9 @@
 Training of one seed, and of five in turn or batched (95 rows, batches of 10, 20 epochs), and evaluation of every test
 row (batches of 64); each is one program for each shape. The bar is meant for BIG-Bench Hard, whose files --tasks takes,
 or a folder of JSON files; the embedded tasks are the default. Lanes and widths depend on --shape. Without a tokenizer
-lengths are estimated from characters. --time trains the five most padded tasks for an epoch in either form, in turns,
-on one core, with random weights.
+lengths are estimated from characters. Of packed batches also the share with as many lanes as leave the fewest tokens,
+whatever attention costs there, and the operations of those steps over the operations of the chosen ones. --time trains
+the five most padded tasks for an epoch in either form, in turns, on one core, with random weights.
 """
 
 import sys
@@ -26,7 +27,7 @@ from _model import CHOICES, MODULES, config_of, frozen, graph_of
 from lorafusion_jax.estimates.workload import CHARACTERS_PER_TOKEN
 from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.models.architecture import step_operations
+from lorafusion_jax.models.architecture import Architecture, step_operations
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
@@ -56,6 +57,7 @@ _TRAININGS = {
     "padded training, 5 seeds": (5, False, False),
 }
 _EVAL_BATCH = 64
+_TOKEN = 1e12  # operations of a token where tokens alone count, so that six shapes are compiled
 _SMALL = ROOT / "examples/small"
 _TIMED, _ROUNDS = 5, 3
 
@@ -79,12 +81,17 @@ def main() -> None:
     cases = []
     for what in (*_TRAININGS, "evaluation"):
         parts = 1 if what == "evaluation" else 2  # generation reads no targets
-        found = {task.name: _count(_batches(what, task, tokenizer, packing), parts) for task in tasks}
+        found = {task.name: _count(_batches(what, task, tokenizer, packing), config, parts) for task in tasks}
         real, computed = (sum(count[i] for count in found.values()) for i in (0, 1))
         shapes = {name: count[2] for name, count in found.items()}
         exact = sum(count[3] for count in found.values())
         worst = min(found, key=lambda name: found[name][0] / found[name][1])
-        where = f"{len(tasks)} tasks, {what}:"
+        where, bound = f"{len(tasks)} tasks, {what}:", dict[str, float]()
+        if _TRAININGS.get(what, (0, False, False))[2]:
+            of_tokens = Packing(config.causal, lambda lanes, source, target: _TOKEN * lanes * (source + target))
+            least = [_count(_batches(what, task, tokenizer, of_tokens), config) for task in tasks]
+            operations = sum(count[4] for count in least) / sum(count[4] for count in found.values())
+            bound = {"in_fewest_tokens": real / sum(count[1] for count in least), "at_operations": operations}
         cases.append(
             case(
                 f"{where} real tokens / computed ones",
@@ -96,6 +103,7 @@ def main() -> None:
                 with_exact_widths=real / exact,
                 lengths=lengths,
                 worst=f"{worst} {found[worst][0] / found[worst][1]:.2f}",
+                **bound,
             )
         )
         cases.append(
@@ -124,9 +132,12 @@ def _batches(what: str, task: Task, tokenizer: Any, packing: Packing) -> Iterabl
 
 def _epochs(options: Any, tasks: Sequence[Task], tokenizer: Any, packing: Packing) -> dict[str, Any]:
     """Return the case of an epoch of the tasks with the most padding."""
-    counted = {task.name: _count(_batches("padded training, 1 seed", task, tokenizer, packing)) for task in tasks}
+    config = config_of(options.shape)
+    counted = {
+        task.name: _count(_batches("padded training, 1 seed", task, tokenizer, packing), config) for task in tasks
+    }
     padded = sorted(tasks, key=lambda task: counted[task.name][0] / counted[task.name][1])[:_TIMED]
-    config, recipe = config_of(options.shape), PRESETS["default"]
+    recipe = PRESETS["default"]
     weights = jax.block_until_ready(frozen(config, "float32", MODULES))
     index = jnp.arange(MODULES)[None]
     problem = Problem(
@@ -190,21 +201,24 @@ def encoded(examples: Any, tokenizer: Any) -> Encoded:
     )
 
 
-def _count(batches: Iterable[Batch], parts: int = 2) -> tuple[int, int, int, int]:
-    """Count real tokens, computed ones, shapes, and tokens of batches that are no wider than needed.
+def _count(batches: Iterable[Batch], config: Architecture, parts: int = 2) -> tuple[int, int, int, int, float]:
+    """Count real tokens, computed ones, shapes, tokens of batches that are no wider than needed, and operations.
 
     With one of two `parts` only sources count.
     """
     real = computed = exact = 0
-    shapes = set()
+    operations, shapes = 0.0, set()
     for batch in batches:
+        lanes, source = batch.input_ids.shape[-2:]
+        steps = batch.input_ids.size // (lanes * source)
+        operations += steps * step_operations(config, lanes, source, batch.labels.shape[-1])
         for ids, is_real in ((batch.input_ids, batch.input_mask), (batch.labels, batch.labels != IGNORED))[:parts]:
             lengths = np.sum(is_real, axis=-1)
             real += int(np.sum(lengths))
             computed += ids.size
             exact += int(np.max(lengths)) * lengths.size
         shapes.add((batch.input_ids.shape[-2:], batch.labels.shape[-2:]))
-    return real, computed, len(shapes), exact
+    return real, computed, len(shapes), exact, operations
 
 
 if __name__ == "__main__":
