@@ -95,6 +95,7 @@ SUITED: dict[str | None, dict[str, Any]] = {
     "product": {"adc": st.sampled_from([None, None, None, "granular"]), "nonlinear": st.none()},
     "loop": _CONVERTS,
     "lookup": _CONVERTS | _NARROW,
+    "tables": _CONVERTS | _NARROW,
     "planes": _CONVERTS | _NARROW | _INTEGERS | {"scale": st.sampled_from(["matrix", "column"])},
     "packed": _CONVERTS | _INTEGERS | {"bits": st.sampled_from([3, 2, 4, 5])},
     "mosaic": _CONVERTS | {"bits": st.sampled_from([3, 2, 4, 5, 8])},

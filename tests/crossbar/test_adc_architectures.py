@@ -57,7 +57,7 @@ def test_a_transfer_curve_is_read_conversion_by_conversion_even_where_no_bits_ar
     chip = crossbar.program(W, wide)
     assert chip.plan.path == "definition" and "transfer curve" in chip.plan.reason
     assert crossbar.program(W, converting("sar", bits=16, range="granular")).plan.path == "product"
-    for path in ("product", "loop", "lookup", "planes", "packed", "mosaic"):
+    for path in ("product", "loop", "lookup", "tables", "planes", "packed", "mosaic"):
         with pytest.raises(ValueError, match=f"path='{path}'"):
             crossbar.program(W, wide, path=path)
 

@@ -225,7 +225,7 @@ AT_READ: dict[str, Any] = {
 }
 
 
-@cases(34, case=reads(None, "product", "loop", "lookup", "planes", "packed", "mosaic", **AT_READ))
+@cases(34, case=reads(None, "product", "loop", "lookup", "tables", "planes", "packed", "mosaic", **AT_READ))
 def test_every_path_reads_what_the_loops_say(case: Case):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
     assert_paths([case.path], case.c)
@@ -265,7 +265,7 @@ _TIES = {**_TILED, "encoding": "offset", "cells": (4, 4), "adc_bits": 4}  # step
 _BY_ROW = {**_TILED, "adc": "given by row", "signed": True, "cells": (2, 2), "partition": "full", "rows": 5}
 _FLIPPED = {**_TILED, "encoding": "flip", "weights": "positive", "cells": (1, 1, 1)}
 _CLIPPED = {**_TILED, "adc": "given", "clip": 0.2, "signed": True}
-_CONVERTING = ["loop", "lookup", "planes", "packed", "mosaic"]
+_CONVERTING = ["loop", "lookup", "tables", "planes", "packed", "mosaic"]
 _TALL = {"d_in": 80, "rows": 40, "d_out": 70, "batch": 6, "cells": (2, 2, 2, 2), "bits": 8, "adc": "given", "clip": 0.2}
 _LARGEST = {"weights": "extreme", "inputs": "full"}
 _SHORT = {**_TALL, "d_in": 18, "rows": 9}
@@ -275,17 +275,27 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
     "ranges by row": (_CONVERTING, _BY_ROW),
     "tall arrays": (_CONVERTING, _TALL),
     "tall arrays of the largest numbers": (
-        ["lookup", "packed", "mosaic"],
+        ["lookup", "tables", "packed", "mosaic"],
         {**_TALL, **_LARGEST, "signed": True, "whole": True},
     ),
-    "sums that are never negative": (["lookup", "planes", "packed"], {**_SHORT, "encoding": "offset", "whole": True}),
-    "two bits in a pulse": (["loop", "packed", "mosaic"], {**_SHORT, "slice_bits": 2, "signed": True}),
-    "more inputs and columns than a block": (["lookup", "mosaic"], {**_TILED, "batch": 260, "d_out": 520}),
+    "sums that are never negative": (
+        ["lookup", "tables", "planes", "packed"],
+        {**_SHORT, "encoding": "offset", "whole": True},
+    ),
+    "arrays in chunks, the last one shorter": (
+        ["tables"],
+        {**_TALL, **_LARGEST, "d_in": 200, "rows": 128, "d_out": 5, "signed": True, "whole": True, "partition": "full"},
+    ),
+    "two bits in a pulse": (["loop", "tables", "packed", "mosaic"], {**_SHORT, "slice_bits": 2, "signed": True}),
+    "more inputs and columns than a block": (["lookup", "tables", "mosaic"], {**_TILED, "batch": 260, "d_out": 520}),
     "one input and column": (["mosaic"], {"batch": 1, "d_out": 1}),
     "words of packed slices that are full": (["packed"], {**_TALL, **_LARGEST, "d_in": 600, "rows": 300}),
     "ties of calibrated steps": ([None], {**_TIES, "adc": "calibrated"}),
     "Gmin and a digital offset": (["loop"], {**_TILED, "encoding": "offset", "ratio": 2.5}),
-    "Gmin, a unit column, gains": (["lookup"], {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05}),
+    "Gmin, a unit column, gains": (
+        ["lookup", "tables"],
+        {**_TILED, "encoding": "unit column", "ratio": 10.0, "gain": 0.05},
+    ),
     "both polarities, Gmin, gains": (["loop"], {**_TILED, "separate": True, "ratio": 10.0, "gain": 0.05}),
     "two-sided pairs": (["loop"], {**_TILED, "encoding": "two-sided", "signed": True, "cells": (2, 1)}),
     "gains and offsets": ([], {**_TILED, "gain": 0.05, "offset": 0.1, "signed": True}),
@@ -302,12 +312,12 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
         ["product"],
         {"weights": "sparse", "weight_quantile": 0.5, "scale": "column", "adc": None},
     ),
-    "weights beyond a quantile": (["lookup"], {**_TILED, "weight_quantile": 0.9, "scale": "tile"}),
+    "weights beyond a quantile": (["lookup", "tables"], {**_TILED, "weight_quantile": 0.9, "scale": "tile"}),
     "no weights": (["loop"], {"weights": "zero", "scale": "column", "encoding": "unit column"}),
     "rounding at random": ([], {**_TILED, "rounding": "stochastic", "scaling": "calibrated"}),
     "one conversion for all pulses": (["loop"], {**_TILED, "convert": "sum", "bits": 5, "slice_bits": 2}),
     "real cells and inputs": (["product"], {"cells": None, "bits": None, "encoding": "unit column", "adc": None}),
-    "float64": (["lookup"], {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"}),
+    "float64": (["lookup", "tables"], {**_TILED, "float64": True, "inputs": "beyond", "scaling": "fixed"}),
 }
 
 
@@ -536,7 +546,9 @@ def directions(case: Case) -> np.ndarray:
 
 @cases(
     16,
-    case=reads("loop", "lookup", "definition", float64=True, adc=st.sampled_from(["max", "granular", "given"]))
+    case=reads(
+        "loop", "lookup", "tables", "definition", float64=True, adc=st.sampled_from(["max", "granular", "given"])
+    )
     | reads("product", float64=True),
     negative=st.booleans(),
 )
@@ -567,7 +579,7 @@ GIVEN = {"adc": st.sampled_from(["given", "given by row"]), "nonlinear": st.none
 
 @cases(
     7,
-    case=reads("loop", "definition", "lookup", "packed", "mosaic", **GIVEN, whole=False)
+    case=reads("loop", "definition", "lookup", "tables", "packed", "mosaic", **GIVEN, whole=False)
     | reads(None, **GIVEN, whole=False, device=None, gain=None, offset=None, ratio=None),
     in_state=st.booleans(),
 )
@@ -649,6 +661,7 @@ SWEPT: dict[str, tuple[list[float], str, Callable[[Any, Any], dict[str, Any]]]] 
         "definition",
         None,
         "lookup",
+        "tables",
         adc=st.sampled_from(["max", "given", None]),
         device=st.sampled_from([None, "independent"]),
     ),

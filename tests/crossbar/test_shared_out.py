@@ -22,6 +22,7 @@ _CASES = {
     "planes": (_PLAIN, "planes"),
     "packed": (_PLAIN, "packed"),
     "lookup": (_PLAIN, "lookup"),
+    "tables": (_PLAIN, "tables"),
     "row tiles": (dataclasses.replace(_PLAIN, mapping=Mapping(scale="tile"), encoding=_FLIPPED), "loop"),
     "noise": (dataclasses.replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01))), "loop"),
     "wires": (_WIRED, None),
@@ -49,7 +50,7 @@ def _inputs():
         "packed",
         *(
             pytest.param(name, marks=pytest.mark.long)
-            for name in ("row tiles", "definition", "loop", "planes", "lookup", "noise", "wires")
+            for name in ("row tiles", "definition", "loop", "planes", "lookup", "tables", "noise", "wires")
         ),
     ],
 )

@@ -55,7 +55,7 @@ def lay_out(
     whole_squares = flipped is None and not config.encoding.two_sided and config.cell.on_off_ratio is None
     if plan.path == "planes":
         columns = to_planes(columns, max(config.weight_slices))
-    elif plan.path == "mosaic":
+    elif plan.path in ("mosaic", "tables"):
         fit = plan.integers and max(*geometry.levels, geometry.converted_top) < 2**7
         columns = columns.astype(jnp.int8) if fit else columns
     elif plan.integers and (variance is None or variance.shape[3] == 1 or whole_squares):

@@ -18,7 +18,7 @@ from ..mapping.bit_fields import Packing
 from ..mapping.geometry import Geometry
 from ..platform import for_cpu, for_one_tpu
 
-Path = Literal["definition", "product", "loop", "lookup", "planes", "packed", "mosaic"]
+Path = Literal["definition", "product", "loop", "lookup", "tables", "planes", "packed", "mosaic"]
 
 ON_REQUEST = "asked for"  # reason of a path that the caller requested
 _NARROW = 2  # bits of the widest input slices for tables and bit planes, which have 4 levels, or 7 with a sign
@@ -34,6 +34,7 @@ class Plan:
       integers: column sums, before read noise, are integers.
       packing: fields of the weight slices in the words of `lookup` and `packed`; None if they are not packed.
       ties: method that keeps the codes of sums half-way between two codes exact.
+      tabulates: large batches are read by `tables`, whatever the path.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Plan:
     integers: bool
     packing: Packing | None = None
     ties: Ties = None
+    tabulates: bool = False
 
 
 def choose(
@@ -69,9 +71,9 @@ def choose(
         size = f"takes inputs of up to 8 bits in a conversion and arrays of up to {_TALL:,} rows"
         for paths, holds, why in (
             (("product",), telescopes, f"is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out"),
-            (("lookup", "planes"), narrow, f"takes input slices of up to {_NARROW} bits: set dac.slice_bits"),
+            (("lookup", "tables", "planes"), narrow, f"takes input slices of up to {_NARROW} bits: set dac.slice_bits"),
             (("planes", "packed"), integers, "takes integer cells: perfect ones, whose Gmin does not reach the ADC"),
-            (("planes", "mosaic"), quiet, "computes no variances: leave out the noise, or the path"),
+            (("tables", "planes", "mosaic"), quiet, "computes no variances: leave out the noise, or the path"),
             (("mosaic",), fits, f"{size}: set dac.slice_bits and tile.rows"),
         ):
             if path in paths and not holds:

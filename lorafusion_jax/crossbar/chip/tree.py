@@ -116,7 +116,11 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
         config = structure.config(values)
         chip = program(matrix, config, key)
         path = in_models(chip.plan, chip.geometry, config)
-        return chip if path == chip.plan.path else program(matrix, config, key, path=path)
+        if path == chip.plan.path:
+            return chip
+        other, quiet = program(matrix, config, key, path=path), not config.draws_at_conversion and chip.flipped is None
+        tabulates = chip.plan.path == "lookup" and quiet
+        return dataclasses.replace(other, plan=dataclasses.replace(other.plan, tabulates=tabulates))
 
     if not lead:
         return of_one((weight, keys))

@@ -95,17 +95,20 @@ def pack(
 ) -> Packed:
     """Pack integer cells under inputs of at most `top`, which may be `signed`."""
     low = -top * over_rows(jnp.abs(cells) if signed else jnp.maximum(-cells, 0)).astype(jnp.int32)
-    parts = (_join(part, packing.fields, packing.words) for part in (cells.astype(jnp.int32), -low[:, :, None]))
+    parts = (to_words(part, packing) for part in (cells.astype(jnp.int32), -low[:, :, None]))
     words = jnp.concatenate(list(parts), axis=2)
     if variances is None:
         return Packed(words, low)
     squares = jnp.pad(variances.astype(jnp.int32), ((0, 0), (0, 0), (0, 1), (0, 0)))
-    return Packed(words, low, _join(squares, packing.variances, packing.words))
+    return Packed(words, low, to_words(squares, packing, packing.variances))
 
 
-def _join(planes: Array, fields: tuple[tuple[int, int, int], ...], words: list[slice]) -> Array:
-    shifted = [plane << shift for plane, (_, shift, _) in zip(planes, fields, strict=True)]
-    return jnp.stack([sum(shifted[own][1:], shifted[own][0]) for own in words])
+def to_words(
+    planes: Int[Array, "K R rows cols"], packing: Packing, fields: tuple[tuple[int, int, int], ...] | None = None
+) -> Int[Array, "W R rows cols"]:
+    """Return integers of every slice in words, in the fields of the slices or others."""
+    shifted = [plane << shift for plane, (_, shift, _) in zip(planes, fields or packing.fields, strict=True)]
+    return jnp.stack([sum(shifted[own][1:], shifted[own][0]) for own in packing.words])
 
 
 def drive(n: Float[Array, "B R rows"], slices: tuple[int, ...]) -> Float[Array, "B R _rows"]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..chip.chip import Chip
+from ..chip.chip import Chip, columns_of
 from ..devices.physical import varying_as
 from ..mapping import encoding
 from ..mapping.adc.quantiser import Converter
@@ -18,11 +18,18 @@ from .conversion_noise import Noise, deviations, of_conversions, stream
 from .kernels.bit_planes import planes
 from .kernels.lookup import lookup
 from .kernels.sliced_products import sliced_products
+from .kernels.tables import tables
+
+# Vectors from which a whole model's arrays are read from tables.
+_MANY = 64
 
 
 def convert_tiles(n: Float[Array, "B d_in"], quantise: Converter, chip: Chip) -> Float[Array, "B d_out"]:
     """Return weights times input codes."""
     rows = chip.geometry.rows
+    if chip.plan.tabulates and len(n) >= _MANY:
+        plan = dataclasses.replace(chip.plan, path="tables", packing=None)
+        chip = dataclasses.replace(chip, columns=columns_of(chip), occupied=None, plan=plan)
     tiles = encoding.split(n, rows, axis=1, front=True)
     if chip.flipped is not None:  # negated columns
         quantise = quantise._replace(qmin=-quantise.qmax)
@@ -78,6 +85,11 @@ def _codes(
     columns: Any = chip.columns  # in the form that the plan's path needs
     if slices is not None and plan.path == "lookup":
         return lookup(tiles, columns, plan.packing, adc, slices, signed=signed, noise=noise)
+    if slices is not None and plan.path == "tables":
+        levels, rows = chip.geometry.levels, chip.geometry.rows
+        of_columns = levels * (len(columns) // len(levels)) if plan.integers else None
+        unused = max(rows) - rows[-1] if tiles.shape[1] == len(rows) else 0
+        return tables(tiles, columns, of_columns, adc, slices, unused, signed=signed)
     if slices is not None and plan.path == "planes":
         return planes(tiles, columns, adc, slices, signed=signed)
     # Not for gradients, which need the ADC without rounding, and kernels have none; and no TPU has float64.
