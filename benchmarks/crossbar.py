@@ -33,7 +33,7 @@ _REPEATS = 7
 _TEMPORARY_BYTES, _COMPILE_SECONDS = 32 * 2**20, 3.0
 _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
 _CONFIG = crossbar.CrossbarConfig(dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated"))
-_PATHS = ("lookup", "planes", "packed", "loop")
+_PATHS = ("lookup", "tables", "planes", "packed", "loop")
 _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 
 

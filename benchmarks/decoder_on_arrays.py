@@ -77,10 +77,15 @@ def _cases(tokens: int, rounds: int) -> list[dict[str, Any]]:
             None,
             tokens_per_second_of_the_model=tokens / float(np.median(depth * took + of_head)),
             milliseconds_of_a_layer=1e3 * float(np.median(took)),
-            paths=sorted({chip.plan.path for chip in chips[name].values()}) if name in chips else [],
+            paths=sorted({_path(chip) for chip in chips[name].values()}) if name in chips else [],
         )
         for name, took in seconds.items()
     ]
+
+
+def _path(chip: crossbar.Chip) -> str:
+    """Return the path of a large batch."""
+    return "tables" if chip.plan.tabulates else chip.plan.path
 
 
 def programmed(

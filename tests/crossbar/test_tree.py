@@ -160,14 +160,19 @@ def test_the_reads_of_a_model_avoid_tables_which_compile_slowly():
         ({}, -40.0),
         ({"encoding": crossbar.Encoding(kind="offset"), "dac": crossbar.DAC(bits=4, signed=False)}, 0.0),
         ({"mapping": crossbar.Mapping(weight_bits=8, scale="tile")}, -40.0),
+        ({"tile": crossbar.Tile(rows=2)}, -2.0),
     ],
 )
 def test_a_model_reads_many_vectors_as_it_reads_few(changes, least):
     """From tables where few are not; two layers of arrays in chunks, of which the last array has fewer."""
     config = CrossbarConfig(
-        **{"mapping": crossbar.Mapping(weight_bits=8), "dac": crossbar.DAC(bits=4), **changes},
-        adc=ADC(bits=5, range="given", limits=[(least, 40.0)] * 4),
-        tile=crossbar.Tile(rows=100, cols=16, partition="full"),
+        **{
+            "mapping": crossbar.Mapping(weight_bits=8),
+            "dac": crossbar.DAC(bits=4),
+            "tile": crossbar.Tile(rows=100, cols=16, partition="full"),
+            **changes,
+        },
+        adc=ADC(bits=5, range="given", limits=[(least, abs(least) or 40.0)] * 4),
     )
     rng = np.random.default_rng(0)
     weights, x = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 140, 20), (70, 140)))

@@ -100,9 +100,9 @@ def choose(
 
 
 def in_models(plan: Plan, geometry: Geometry, config: CrossbarConfig) -> Path:
-    """Return the path of a planned read where a model compiles dozens of them, and reads one vector at a time.
+    """Return the path of a planned read in a model, which often reads one vector at a time.
 
-    Tables take 2 to 4 s to compile, products less than one.
+    There a table costs more than it saves. Large batches are read by `tables` where `lookup` would be the fastest path.
     """
     if plan.path not in ("lookup", "loop", "packed"):
         return plan.path

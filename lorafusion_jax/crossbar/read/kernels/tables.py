@@ -51,7 +51,9 @@ def tables(
     digits = range(-top if signed else 0, top + 1)
     inputs = math.ceil(batch / math.ceil(batch / _BATCH))
     group = _group(len(digits), inputs * len(slices))
-    height, packing = (_MOST, None) if levels is None else _fields([top * level for level in levels], min(rows, _MOST))
+    height, packing = _MOST, None
+    if levels is not None:
+        height, packing = _fields([top * level for level in levels], min(max(rows, group), _MOST))
     groups = math.ceil(rows / group)
     ends = _ends(groups, max(1, height // group))  # of chunks
     tall = groups * group
