@@ -136,7 +136,7 @@ def tables(
 
 
 def _group(base: int, inputs: int) -> int:
-    """Return the number of rows that share a table, an entry of which takes about as long as three look-ups."""
+    """Return the number of rows that share a table. One entry takes about as long as three look-ups."""
     sizes = [group for group in range(1, 8) if base**group <= _ENTRIES]
     return min(sizes, key=lambda group: (3 * base**group + inputs) / group)
 
