@@ -10,6 +10,7 @@ import os
 import random
 import threading
 import types
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import one_block  # noqa: E402
 import seeded  # noqa: E402
-from jax._src import compiler  # noqa: E402
+from jax._src import compilation_cache, compiler  # noqa: E402
 from jax._src.interpreters import mlir  # noqa: E402
 
 _jaxtyped = jaxtyping.jaxtyped
@@ -116,6 +117,9 @@ def _context_of_thread(make: Callable[[], Any] = mlir.make_ir_context) -> Any:
 
 if _IS_0_10:
     mlir.make_ir_context = _context_of_thread
+    if not (compilation_cache.zstd or compilation_cache.zstandard):
+        # At zlib's usual level, 300 compiled functions took 0.4 s instead of 0.15, for a quarter less space.
+        compilation_cache.compress_executable = functools.partial(zlib.compress, level=1)
 
 from lorafusion_jax import interrupts  # noqa: E402
 
