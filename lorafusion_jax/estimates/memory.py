@@ -93,21 +93,25 @@ def evaluation_bytes(
     batched = seeds if seed_mode == "batched" else 1
     needed = _work(config, shape)
     if new_tokens:
-        cache = _cache(config, shape._replace(target=new_tokens)) * _itemsize(config)
+        cache = _cache(config, shape._replace(target=new_tokens), device) * _itemsize(config)
         needed = max(needed, cache + _work(config, shape._replace(target=1)))
     bits = 2 * math.prod(config.head) if device == "cpu" and config.dtype == "bfloat16" else 0
     return batched * (needed + _fused(config, update)) + bits + _copies(config, device, load_in)
 
 
-def _cache(config: Architecture, shape: Shape) -> int:
-    """Return the number of values in the cache of all layers of the last stack, and in the copy that is written."""
+def _cache(config: Architecture, shape: Shape, device: Device) -> int:
+    """Return the number of values in the cache of all layers of the last stack, and in its copies.
+
+    The target's part is written anew. A loop over layers copies the bits of the source's part in bfloat16 on a CPU.
+    """
+    bits = device == "cpu" and config.dtype == "bfloat16" and not config.unroll
     return sum(
         2
         * stack.layers
         * attention.kv_heads
         * attention.d_head
         * tokens(attention.reads, shape)
-        * (2 if "target" in attention.reads and not config.causal else 1)
+        * (2 if ("target" in attention.reads or bits) and not config.causal else 1)
         for stack in config.stacks.values()
         if "target" in stack.reads
         for attention in stack.attentions
