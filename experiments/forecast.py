@@ -170,7 +170,7 @@ def evaluated(cases: Sequence[Case]) -> list[list[str]]:
             rank = rank_correlation(names, predicted, gains)
             errors = (np.sqrt(np.mean(np.square(guess - gains))) for guess in (predicted, mean))
             inside = np.mean((low <= gains) & (gains <= high))
-            shown = (f"{rank[0]:.2f}", f"{rank[1]:.2f} to {rank[2]:.2f}", f"{inside:.0%}")
+            shown = (f"{rank[0]:.3f}", f"{rank[1]:.2f} to {rank[2]:.2f}", f"{inside:.0%}")
             table.append([name, half, str(len({*names})), *shown, *(f"{error:.3f}" for error in errors)])
     return table
 
@@ -187,7 +187,7 @@ def explained(cases: Sequence[Case], relevance: Mapping[str, str]) -> list[list[
     names, gains = [case["task"] for case in cases], np.array([case["advantage"] for case in cases])
     for feature, values in features.items():
         rank, low, high = rank_correlation(names, np.array(values), gains)
-        table.append([feature, f"{rank:.2f}", f"{low:.2f} to {high:.2f}"])
+        table.append([feature, f"{rank:.3f}", f"{low:.2f} to {high:.2f}"])
     return table
 
 
