@@ -51,7 +51,7 @@ def test_advantages_that_follow_the_descent_are_predicted(tmp_path):
     cases = _cases(range(12))
     table = experiment.evaluated(cases)
     assert [line[:4] for line in table[1:3]] == [
-        ["descent, loss and rows", half, "6", "1.00"] for half in ("fit", "test")
+        ["descent, loss and rows", half, "6", "1.000"] for half in ("fit", "test")
     ]
     assert all(float(line[6]) < 1e-3 < float(line[7]) for line in table[1:3])
     experiment.plot_cases(cases, tmp_path / "cases.png")
