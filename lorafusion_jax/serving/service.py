@@ -300,7 +300,8 @@ class Service:
         keys, longest = partial(draw_keys, sampling, sampling_seed), max(limits, default=1)
         how: dict[str, Any] = {"room": room_for(longest, eval_batch, worth), "sampling": sampling}
         # The noise of a token depends on the rows next to it.
-        for of_turn in [[batch] for batch in batches] if read_at_random(bank.frozen) else [batches][: len(batches)]:
+        alone = read_at_random(bank.frozen)
+        for of_turn in [[batch] for batch in batches] if alone else filter(None, [batches]):
             rows = Rows(OfTasks(bank, numbers, **how), of_turn, np.array(limits), keys, pad_id=pad_id)
             for _, row, tokens in rows.ended(False, None, longest):
                 found[row] = tokens[: limits[row]].tolist()
