@@ -25,6 +25,7 @@ import _script
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 import tyro
 from lab.common import ROOT, append_line, read_lines, write_csv
 from lab.language import EVALUATED_ROWS, options_of
@@ -58,7 +59,7 @@ from lorafusion_jax.hardware.restore import Restoring, distil, divergence, resto
 from lorafusion_jax.hardware.restored import digital_matrices, logits_of_base, prepared, sampled, windows
 from lorafusion_jax.io import arrays
 from lorafusion_jax.report.plots import colour, plot
-from lorafusion_jax.report.statistics import over_tasks
+from lorafusion_jax.report.statistics import holm, over_tasks
 from lorafusion_jax.runs.evaluate import evaluate
 from lorafusion_jax.runs.predict import EvaluateOptions, load_to_evaluate
 from lorafusion_jax.runs.prepare import LoadedModel, load_model
@@ -480,9 +481,9 @@ def read_texts(loaded: LoadedModel) -> Texts:
     return Texts(windows(ids[:HELD_OUT], WINDOW), ids[HELD_OUT:] + more, more[:ADC_CALIBRATION])
 
 
-def tables(rows: Sequence[Row]) -> dict[Part, list[list[str]]]:
-    """Return the tables of the rows by part; losses are in nats per token above the digital model's."""
-    found: dict[Part, list[list[str]]] = {}
+def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """Return tables of the rows by part, and the contrasts; losses are in nats above the digital model's."""
+    found: dict[str, list[list[str]]] = {}
     for part in PARTS:
         groups: dict[Job, list[Row]] = {}
         for row in rows:
@@ -490,7 +491,34 @@ def tables(rows: Sequence[Row]) -> dict[Part, list[list[str]]]:
                 groups.setdefault(job_of(row)._replace(chip=0), []).append(row)
         if groups:
             found[part] = [_HEADS[part], *(_line(job, own) for job, own in groups.items())]
+    if lines := contrasts([row for row in rows if row["part"] == "main"]):
+        found["contrasts"] = [["minus scales, distilled", "chips", "nats", "95 % interval", "p", "p by Holm"], *lines]
     return found
+
+
+def contrasts(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the distilled kinds of low rank against distilled scales, paired by chip, where three chips have both.
+
+    Holm's correction is over all kinds; one without a line counts with p = 1.
+    """
+    losses: dict[Arm, dict[int, float]] = {}
+    for row in rows:
+        losses.setdefault(job_of(row).arm, {})[row["chip"]] = row["loss"]
+    scales, found = losses.get(FIRST[1], {}), {}
+    planned = [arm for arm in MAIN if arm.share is not None and arm.epochs]
+    for arm in planned:
+        of_arm = losses.get(arm, {})
+        paired = [loss - scales[chip] for chip, loss in of_arm.items() if chip in scales]
+        if len(paired) >= 3:
+            found[arm] = paired
+    tests: dict[Arm, Any] = {arm: scipy.stats.ttest_1samp(paired, 0.0) for arm, paired in found.items()}
+    p = [float(tests[arm].pvalue) if arm in found else 1.0 for arm in planned]
+    lines = []
+    for arm, own, corrected in zip(planned, p, holm(p), strict=True):
+        if arm in found and (ends := over_tasks(found[arm])) is not None:
+            mean, between = statistics.fmean(found[arm]), f"{ends.low:.3f} to {ends.high:.3f}"
+            lines.append([str(arm), str(len(found[arm])), f"{mean:.3f}", between, f"{own:.2g}", f"{corrected:.2g}"])
+    return lines
 
 
 _NUMBERS, _ABOVE = ["numbers", "% of the weights"], ["chips", "nats above digital", "95 % interval"]

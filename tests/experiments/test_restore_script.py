@@ -31,6 +31,16 @@ def test_means_and_intervals_over_chips():
     assert experiment.tables(rows)["main"][1] == ["scales, distilled", "10", "1.00", "3", "0.200", "-0.048 to 0.448"]
 
 
+def test_a_contrast_is_paired_by_chip_and_needs_three_chips():
+    scales, low_rank, other = *experiment.FIRST[1:], experiment.OF_TEXT[0]
+    rows = [_row(chip, scales, 3.0 + 0.5 * chip) for chip in (1, 2, 3, 4)]
+    rows += [_row(chip, low_rank, 2.8 + 0.5 * chip + 0.1 * (chip == 3)) for chip in (1, 2, 3)]
+    rows += [_row(chip, other, 3.0) for chip in (1, 2)]
+    # Differences of -0.2, -0.2 and -0.1: mean -1/6, standard error 1/30, t of -5 with two degrees of freedom.
+    line = ["low rank 1 %, distilled", "3", "-0.167", "-0.310 to -0.023", "0.038", "0.23"]
+    assert experiment.tables(rows)["contrasts"][1:] == [line]
+
+
 def test_ages_and_sources_of_corrections_are_told_apart():
     old = experiment.Setting(0.0, drift=10 * 365 * 86_400.0, compensate=True)._asdict()
     rows = [_row(1, experiment.Arm("scales"), loss) | {"part": "chips", "setting": old} for loss in (3.1, 3.4)]
