@@ -164,10 +164,7 @@ def _option_correct(
     asked = with_options(setup.tokenizer, setup.task, setup.test, options, setup.text_format)
     problem, seeds = setup.problem, setup.problem.index.shape[0]
     likelihoods = np.zeros((seeds, len(asked)))
-    how: Any = {
-        "pad_id": setup.tokenizer.pad_token_id,
-        "worth": evaluation_worth(setup.config),
-    }
+    how: Any = {"pad_id": setup.tokenizer.pad_token_id, "worth": evaluation_worth(setup.config)}
     for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, **how)):
         real = numbers >= 0
         found = seed_likelihoods(params, _for_every_seed(batch, seeds), problem.read(OPTIONS, number))

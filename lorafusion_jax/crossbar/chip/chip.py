@@ -165,7 +165,7 @@ def columns_of(chip: Chip) -> Float[Array, "k R rows cols"]:
     """Return the columns that multiply the inputs in the arrays: flipped ones as stored, unit columns last."""
     config, geometry = chip.config, chip.geometry
     if chip.plan.packing is not None or chip.plan.path == "planes":  # perfect cells, which follow from the codes
-        if config.encoding.kind == "differential" and not config.converts_each:
+        if config.encoding.kind == "differential" and not config.converts_each:  # the difference of a pair is the digit
             return encoding.split(encoding.digits(chip.codes, geometry, config), geometry.rows, 1, front=True)
         cells, _ = encoding.to_arrays(encoding.digits(chip.codes, geometry, config), geometry, config)
         return decoding.columns(cells, geometry, config)
