@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from lorafusion_jax.cli import MALLOC as OF_COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
-# The temporaries of a step are mapped anew by every call: in huge pages that costs less, here and in PyTorch.
-MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# As commands have it; PyTorch gets the same.
+MALLOC = {"GLIBC_TUNABLES": OF_COMMANDS}
 _SHORTEST_TURN = 0.1  # seconds; faster functions are called several times in a turn
 PRODUCT = 1024  # width of the square matrices whose product tells what each library reaches
 # What decides which kernels libraries choose, of the flags in /proc/cpuinfo.
@@ -81,7 +83,7 @@ def met(found: Mapping[str, Any]) -> bool | None:
 
 
 def launch(cores: int | None = None) -> None:
-    """Pin this process to its first `cores` cores, and start it again with huge pages unless GLIBC_TUNABLES is set.
+    """Pin this process to its first `cores` cores, and start it again with the malloc of commands, unless one is set.
 
     It also starts again where that pins it: NumPy's threads are there already, and only so does JAX use one alone.
     """

@@ -3,11 +3,11 @@
     python benchmarks/peer.py --tasks bbh [--shape flan-t5-small smollm2-135m] [--isa native avx2]
     python benchmarks/peer.py --shape flan-t5-large --candidates ours eager --batches 1 --rounds 2
 
-Ours: `mix` of 20 modules of rank 16 on q and v, rows packed as runs pack them, with huge pages, layers as runs compile
-them. Peer: PEFT's DoRA layers with the coefficients chained by hand, eager or by torch.compile, with and without huge
-pages, in float32 or with products in bfloat16, rows in file order or sorted by length within a task, batches as wide as
-their longest row. Random weights and tokens; lengths of the training rows of --tasks (JSON files of BIG-Bench Hard),
-by default of the embedded tasks; batches of 10.
+Ours: `mix` of 20 modules of rank 16 on q and v, rows packed as runs pack them, with the malloc of commands, layers as
+runs compile them. Peer: PEFT's DoRA layers with the coefficients chained by hand, eager or by torch.compile, with that
+malloc and the default one, in float32 or with products in bfloat16, rows in file order or sorted by length within a
+task, batches as wide as their longest row. Random weights and tokens; lengths of the training rows of --tasks (JSON
+files of BIG-Bench Hard), by default of the embedded tasks; batches of 10.
 
 Each candidate is a process, and measures the same few batches in every round, in seconds of its CPU time. From the
 counted operations of those batches and of all batches of all tasks follow its real tokens per second. Losses of all
@@ -54,14 +54,14 @@ class _Candidate(NamedTuple):
 
     Attributes:
       form: `ours`, or how PyTorch computes.
-      pages: huge pages.
+      keeps: malloc keeps memory, as in commands.
       dtype: dtype of weights and activations.
       precision: torch's setting for float32 products.
       other: layers unrolled where runs scan them, and the other way round.
     """
 
     form: str
-    pages: bool = True
+    keeps: bool = True
     dtype: Dtype = "float32"
     precision: str = "highest"
     other: bool = False
@@ -73,18 +73,18 @@ class _Candidate(NamedTuple):
 
 _CANDIDATES = {
     "ours": _Candidate("ours"),
-    "ours, small pages": _Candidate("ours", pages=False),
+    "ours, default malloc": _Candidate("ours", keeps=False),
     "ours, other structure": _Candidate("ours", other=True),
     "ours, bfloat16": _Candidate("ours", dtype="bfloat16"),
     "eager": _Candidate("eager"),
-    "eager, small pages": _Candidate("eager", pages=False),
+    "eager, default malloc": _Candidate("eager", keeps=False),
     "eager, medium": _Candidate("eager", precision="medium"),
     "eager, bfloat16": _Candidate("eager", dtype="bfloat16"),
     "compile": _Candidate("default"),
-    "compile, small pages": _Candidate("default", pages=False),
+    "compile, default malloc": _Candidate("default", keeps=False),
     "compile, medium": _Candidate("default", precision="medium"),
     "max-autotune": _Candidate("max-autotune"),
-    "max-autotune, small pages": _Candidate("max-autotune", pages=False),
+    "max-autotune, default malloc": _Candidate("max-autotune", keeps=False),
 }
 _ISA = {
     "native": {},
@@ -202,7 +202,7 @@ def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
 
 def _start(name: str, shape: str, isa: str, core: int) -> subprocess.Popen[str]:
     """Start the process of one candidate, which has one core from the beginning, so that libraries start one thread."""
-    pages = name == _RATES or _CANDIDATES[name].pages
+    keeps = name == _RATES or _CANDIDATES[name].keeps
     kept = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / f"inductor-{isa}")}
     command = [sys.executable, *sys.argv, "--shape", shape, "--worker", name]
     allowed = os.sched_getaffinity(0)
@@ -210,7 +210,7 @@ def _start(name: str, shape: str, isa: str, core: int) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
             command,
-            env=os.environ | _ISA[isa] | kept | (MALLOC if pages else dict.fromkeys(MALLOC, "")),
+            env=os.environ | _ISA[isa] | kept | (MALLOC if keeps else dict.fromkeys(MALLOC, "")),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -376,7 +376,7 @@ def _cases(where: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
          best(lambda of, form: not of.exact()), _FAIREST),
         ("ours in float32 / fairest peer of any precision", ours("ours"), best(lambda of, form: True), None),
         ("layers as runs compile them / the other structure", ours("ours"), ours("ours, other structure"), _STRUCTURE),
-        ("huge pages / small ones", ours("ours"), ours("ours, small pages"), None),
+        ("malloc of commands / default malloc", ours("ours"), ours("ours, default malloc"), None),
     )  # fmt: skip
     return [
         case(

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import interrupts
-from .start import keep_compiled, use_huge_pages
+from .start import MALLOC as MALLOC
+from .start import keep_compiled, keep_memory
 
 _PROGRAMS = ("lorafusion", "__main__.py")
 _COMPUTING = ("forecast", "fuse", "evaluate", "generate", "lm-eval", "restore", "crossbar")
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one subcommand, as `run` does."""
     # Not where a program of another name calls this.
     if arguments is None and Path(sys.argv[0]).name in _PROGRAMS and sys.argv[1:2] and sys.argv[1] in _COMPUTING:
-        use_huge_pages()
+        keep_memory()
     run(_subcommand, arguments)
 
 

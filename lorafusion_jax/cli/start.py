@@ -1,4 +1,4 @@
-"""The environment of a command, set before it loads JAX: huge pages, and compiled functions that are kept."""
+"""The environment of a command, set before it loads JAX: memory and compiled functions that are kept."""
 
 import hashlib
 import importlib.metadata
@@ -16,14 +16,15 @@ _MOST_BYTES = 1 << 30
 _UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(\w+)'")
 
 
-# glibc maps the temporaries of every call anew, which costs less in huge pages. A malloc that maps nothing saved as
-# much in some processes, and took half as much memory again in others.
-_MALLOC = "glibc.malloc.hugetlb=1"
+# glibc would map the temporaries of every call anew and give them back. One arena that maps nothing keeps them: other
+# arenas are too small for them.
+_KEEPING = {"hugetlb": 1, "arena_max": 1, "mmap_max": 0, "trim_threshold": 1 << 40}
+MALLOC = ":".join(f"glibc.malloc.{name}={value}" for name, value in _KEEPING.items())
 _PLUGINS = ("jax_plugins", "libtpu")
 
 
-def use_huge_pages() -> None:
-    """Start this process again with a malloc that uses huge pages, if JAX will compute on a CPU under Linux.
+def keep_memory() -> None:
+    """Start this process again with a malloc that keeps memory, if JAX will compute on a CPU under Linux.
 
     glibc reads its variable when a process starts. A variable that is set, even to nothing, stays as it is.
     """
@@ -31,7 +32,7 @@ def use_huge_pages() -> None:
         return
     if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu" or any(map(importlib.util.find_spec, _PLUGINS)):
         return
-    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": _MALLOC})
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": MALLOC})
 
 
 def keep_compiled() -> None:

@@ -1,4 +1,4 @@
-"""What commands set before they load JAX: compiled functions that are found again, and huge pages."""
+"""What commands set before they load JAX: compiled functions that are found again, and memory that is kept."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafusion_jax.cli import keep_compiled
+from lorafusion_jax.cli import MALLOC, keep_compiled
 
 _PROGRAM = """
 import json, sys
@@ -146,10 +146,15 @@ _GENERATE = ("-m", "lorafusion_jax.cli", "generate", "--base", "no base")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-def test_a_command_that_computes_uses_huge_pages(tmp_path):
+def test_a_command_that_computes_keeps_its_memory(tmp_path):
     found = _malloc(tmp_path / "computes", *_GENERATE)
-    assert found == "glibc.malloc.hugetlb=1"
+    assert found == MALLOC
     assert _malloc(tmp_path / "counts", "-m", "lorafusion_jax.cli", "cost") is None
+
+
+def test_make_sets_the_malloc_of_commands():
+    makefile = Path(__file__).parents[2] / "Makefile"
+    assert f"\nexport GLIBC_TUNABLES ?= {MALLOC}\n" in makefile.read_text()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
