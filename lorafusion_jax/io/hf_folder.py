@@ -108,6 +108,8 @@ class FolderBase:
             # By default, transformers may offer on a terminal to run the repository's code.
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             tokenizer_bounds.check_growth(tokenizer)
+            if not isinstance(longest := tokenizer.model_max_length, int | float):
+                raise ValueError(f"model_max_length is {longest!r}: expected a number")
             tokenizer.name_or_path = self._source  # for messages
             return tokenizer
         except FileError:
@@ -115,7 +117,7 @@ class FolderBase:
         except Exception as error:  # tokenizers raises a bare Exception on a file that it cannot parse
             raise ValueError(
                 f"{self._source} gives no tokenizer: expected a folder or hub id with config.json and tokenizer.json "
-                f"or spiece.model. From transformers: {error}"
+                f"or spiece.model. Found: {error}"
             ) from error
 
     def fast_tokenizer(self) -> "FastTokenizer | transformers.PreTrainedTokenizerBase":

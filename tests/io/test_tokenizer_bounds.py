@@ -31,6 +31,13 @@ def test_a_tokenizer_that_adds_too_many_tokens_is_refused_before_it_is_loaded(ba
         load_tokenizer(base)
 
 
+def test_a_longest_text_that_is_no_number_is_refused(base):
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": "many"}))
+    with pytest.raises(ValueError, match=f"{base} gives no tokenizer: .*model_max_length is 'many': expected a number"):
+        load_tokenizer(base)
+
+
 def test_a_gguf_file_with_too_many_special_tokens_is_refused():
     tokens = [f"<{number}>" for number in range(300_000)]
     held = {"model": "gpt2", "tokens": tokens, "token_type": [3] * len(tokens), "merges": []}
