@@ -234,4 +234,4 @@ def rotated_pool(pool: LoraPool, key: Array, *, together: bool = False) -> LoraP
 _norm = partial(jnp.linalg.norm, axis=(-2, -1), keepdims=True)
 # Matrix by matrix: on a CPU a batched factorisation waits for the thread pool inside of it. Two of them in one compiled
 # function wait for each other for ever on two cores (jaxlib 0.10.2).
-_qr = partial(jax.lax.map, jnp.linalg.qr)
+_qr = jax.jit(partial(jax.lax.map, jnp.linalg.qr))
