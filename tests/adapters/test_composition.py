@@ -522,6 +522,14 @@ def test_a_compiled_rotation_factors_one_matrix_at_a_time():
     assert factored and all(shape.count(",") == 1 for shape in factored)
 
 
+def test_another_rotation_of_a_pool_compiles_nothing(caplog):
+    pool = tiny.pool(2, _several, names="v")
+    lf.rotated_pool(pool, jax.random.key(0))
+    with jax.log_compiles():
+        lf.rotated_pool(pool, jax.random.key(1))
+    assert "Compiling" not in caplog.text
+
+
 def test_a_random_module_depends_on_matrix_site_layer_and_key_alone():
     pool = tiny.pool(3, lambda n, site, layer: (3, 6, 0 if "cross" in site else 2)[n], names="v")
     control, other = (lf.random_pool(pool, jax.random.key(seed)) for seed in (0, 1))
