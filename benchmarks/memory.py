@@ -24,7 +24,7 @@ from lorafusion_jax.methods.fusion import Fusion, FusionRecipe
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.architecture import Architecture, targeted
 from lorafusion_jax.models.generate import GREEDY
-from lorafusion_jax.runs.rows import advance_rows, begin_rows
+from lorafusion_jax.runs.rows import SeedModels, advance_rows, begin_rows
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.method import Method
 
@@ -105,9 +105,10 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     limits = jax.ShapeDtypeStruct((rows,), jnp.int32)
     problem = problem.replace(frozen=jax.eval_shape(Frozen.unstacked, problem.frozen))
     how: Any = {"max_new_tokens": new, "sampling": GREEDY}
-    beginning = begin_rows.lower(state.params, problem, number, *of_rows, limits, None, **how)
+    models: Any = SeedModels(state.params, problem, number)
+    beginning = begin_rows.lower(models, *of_rows, limits, None, **how)
     generation = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), beginning.out_info)
-    advancing = advance_rows.lower(state.params, problem, number, *generation, (whole, whole), sampling=GREEDY)
+    advancing = advance_rows.lower(models, *generation, (whole, whole), sampling=GREEDY)
     allocated = max(map(_bytes, (beginning, advancing)))
     return _compared(f"{shape}, LoRA, {dtype}, generation for {rows} rows", planned, allocated)
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +14,7 @@ import tyro
 from ..checks import at_least, check_uint32
 from ..files import utf8
 from ..methods import find
-from ..models.generate import GREEDY, Generation, Sampling, begin, next_token
-from ..models.layers import Adapters
+from ..models.generate import GREEDY, Sampling
 from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, fill, stream_text
 from ..training.method import Params
 from ..training.problem import Problem
@@ -24,7 +22,7 @@ from .evaluate import evaluate_seeds, seed_rows
 from .folder import RunConfig
 from .options import FuseOptions
 from .prepare import Setup, Texts, load_model, load_texts, of_run, prepare
-from .rows import draw_keys, generate_rows
+from .rows import SeedModels, advance_rows, begin_rows, draw_keys, generate_rows
 from .run import load_run, load_seed
 
 _NEW_TOKENS = 256  # of a base model's answer
@@ -160,18 +158,19 @@ def stream_lines(options: GenerateOptions, problem: Problem | None = None) -> It
     if "base" not in answering.params:
         problem = problem.replace(frozen=problem.frozen.unstacked())
 
+    one = jax.tree.map(lambda p: p[None], answering.params)
+    models = SeedModels(one, problem.replace(index=problem.index[None]), np.arange(1))
+
     def tokens(number: int, batch: Batch) -> Iterator[int]:
-        how = {
-            "sampling": options.sampling,
-            "row_keys": draw_keys(options.sampling, options.sampling_seed, np.array([number])),
-        }
-        params, new_tokens = answering.params, answering.new_tokens
-        state, adapters = begin_answers(params, batch, problem, max_new_tokens=new_tokens, **how)
+        new_tokens, how = answering.new_tokens, {"sampling": options.sampling}
+        keys = draw_keys(options.sampling, options.sampling_seed, np.array([number]))
+        rows = (batch.input_ids, batch.input_mask, batch.row_mask, np.full(1, new_tokens, np.int32), keys)
+        state, adapters = begin_rows(models, *rows, max_new_tokens=new_tokens, **how)
         for position in range(new_tokens):
-            if state.position[0] == position:  # else the first token is there already
-                state = next_tokens(params, adapters, state, problem, sampling=options.sampling)
-            yield int(state.token[0])
-            if state.done[0]:
+            if state.position[0, 0] == position:  # else the first token is there already
+                state, _ = advance_rows(models, state, adapters, (np.int32(1), np.int32(1)), **how)
+            yield int(state.token[0, 0])
+            if state.done[0, 0]:
                 return
 
     for number, line in enumerate(_lines(options)):
@@ -180,24 +179,6 @@ def stream_lines(options: GenerateOptions, problem: Problem | None = None) -> It
             continue
         ((_, batch),) = eval_batches(answering.encode(texts, [line]), 1, pad_id=tokenizer.pad_token_id)
         yield stream_text(tokenizer, tokens(number, batch), texts.text_format)
-
-
-@partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
-def begin_answers(
-    params: Params, batch: Batch, problem: Problem, *, max_new_tokens: int, **how: Any
-) -> tuple[Generation, Adapters]:
-    """Return the state of a generation that has read the prompts (see `models.generate.begin`), and the adapters."""
-    model, adapters, _ = problem.adapted_model(params)
-    return begin(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=max_new_tokens, **how), adapters
-
-
-@partial(jax.jit, static_argnames="sampling", donate_argnames="state")
-def next_tokens(
-    params: Params, adapters: Adapters, state: Generation, problem: Problem, *, sampling: Sampling
-) -> Generation:
-    """Return the state with one more token in every row; the old state's buffers are donated."""
-    model, _, _ = problem.adapted_model(params)  # its adapters, computed once, are an argument
-    return next_token(model, state, adapters, sampling=sampling)
 
 
 def _lines(options: GenerateOptions) -> Iterator[str]:

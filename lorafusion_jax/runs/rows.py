@@ -3,6 +3,7 @@
 Axis letters: B rows of the state, R rows that are refilled at once, S source, T most tokens of an answer.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Key
 
+from ..models.architecture import Architecture, Model
 from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows, refill, widened
 from ..models.layers import Adapters
 from ..models.weights import read_at_random
@@ -87,23 +89,22 @@ def generate_rows(
     turns = 1 if problem.seed_mode == "batched" else seeds // jax.sharding.get_mesh().shape.get("seed", 1)
     tokens, computed = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32), 0
     limits = np.full(len(encoded), max_new_tokens)
-    how: Any = {"sampling": sampling, "room": room_for(max_new_tokens, batch_size, worth)}
+    how: Any = {"pad_id": pad_id, "sampling": sampling, "room": room_for(max_new_tokens, batch_size, worth)}
     for number, of_turn in enumerate([[batch] for batch in batches] if noisy else [batches]):
         problem = problem if number == 0 else read(number)
         if "base" not in params:  # otherwise those of a seed replace the frozen ones
             problem = problem.replace(frozen=problem.frozen.unstacked())
         for turn in range(turns):
-            of_seeds = slice(turn, None, turns)
-            ours = jax.tree.map(lambda p, part=of_seeds: p[part], params)
-            part = problem.replace(index=problem.index[of_seeds])
-            programs = _OfSeeds(ours, part, np.arange(seeds)[of_seeds], **how)
-            rows = Rows(programs, of_turn, limits, keys, pad_id=pad_id)
+            own = np.arange(seeds)[turn::turns]
+            ours = jax.tree.map(lambda p, turn=turn: p[turn::turns], params)
+            models = SeedModels(ours, problem.replace(index=problem.index[turn::turns]), on_mesh(own, of_seeds=True))
+            rows = Rows(lambda numbers, models=models: models, len(own), problem.config, of_turn, limits, keys, **how)
             shrinks = not noisy and max_new_tokens >= _LONG and max_new_tokens * batch_size > worth
             for place, row, said in rows.ended(shrinks, stops, between_stops if stops else max_new_tokens):
-                tokens[programs.seeds[place], row] = said[:max_new_tokens]
+                tokens[own[place], row] = said[:max_new_tokens]
                 update(1)
             computed += rows.computed
-            del programs, rows  # else their cache would lie next to that of the next turn
+            del rows  # else its cache would lie next to that of the next turn
     return Generated(tokens, computed)
 
 
@@ -113,50 +114,49 @@ def room_for(most: int, batch_size: int, worth: float) -> int:
     return room if (room - most) * batch_size < worth else most
 
 
-class NewRows(NamedTuple):
-    """Prompts that get a place; leaves have a leading axis of seeds, except where all seeds begin alike.
-
-    Attributes:
-      numbers: number of each prompt; -1 for none.
-      input_ids: source tokens.
-      input_mask: True where a source token is real.
-      limits: most tokens of each answer.
-      keys: keys of the draws.
-    """
-
-    numbers: Int[np.ndarray, "*seeds R"]
-    input_ids: Int32[np.ndarray, "*seeds R S"]
-    input_mask: Bool[np.ndarray, "*seeds R S"]
-    limits: Int32[np.ndarray, "*seeds R"]
-    keys: Key[Array, "*seeds R"] | None
-
-
 @runtime_checkable  # so that beartype can check it
-class Programs(Protocol):
-    """Computations of a state of rows, whose leaves have a leading axis of seeds."""
+class Models(Protocol):
+    """The models that the rows of a state are answered by, a pytree: one of each seed."""
 
-    count: int  # of seeds
-    causal: bool
-
-    def begin(self, rows: NewRows) -> Generation:
-        """Return a new state of all places, for each seed."""
+    @property
+    def axis(self) -> str | None:
+        """Name of the mapped axis of seeds."""
         ...
 
-    def advance(self, state: Generation, ended: int, most_steps: int) -> tuple[Generation, Int[Array, " seeds"]]:
-        """Return the state as `models.generate.advance` does, and the number of steps."""
+    @property
+    def keeps_adapters(self) -> bool:
+        """Return whether the adapters of the first rows are those of all."""
         ...
 
-    def refill(self, state: Generation, places: Int[np.ndarray, "seeds R"], rows: NewRows) -> Generation:
-        """Return the state with new rows in these places; places from the number of rows on are none."""
+    def each(
+        self, fn: Callable[..., Any], adapters: Adapters | None, of_seeds: tuple[Any, ...], shared: Any = ()
+    ) -> Any:
+        """Return `fn(model, adapters, *arrays of the seed, *shared)` for every seed; None has the adapters computed."""
         ...
 
-    def widened(self, state: Generation, width: int) -> Generation:
-        """Return the state with room for sources of this width."""
-        ...
 
-    def of_rows(self, state: Generation, kept: Int[np.ndarray, "seeds R"]) -> Generation:
-        """Return the state of these rows alone."""
-        ...
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SeedModels:
+    """The models of some seeds of a problem; `seeds` are their positions in it."""
+
+    params: Params
+    problem: Problem
+    seeds: Any  # integers [seeds]
+    keeps_adapters: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def axis(self) -> str | None:
+        return AXIS if self.problem.seed_mode == "batched" else None
+
+    def each(
+        self, fn: Callable[..., Any], adapters: Adapters | None, of_seeds: tuple[Any, ...], shared: Any = ()
+    ) -> Any:
+        def one_seed(one: Problem, params: Params, adapters: Adapters | None, *arrays: Any) -> Any:
+            model, computed, _ = one.adapted_model(params)  # what is not used is not computed
+            return fn(model, computed if adapters is None else adapters, *arrays)
+
+        return self.problem.over_seeds(one_seed, (self.params, adapters, *of_seeds), shared, self.seeds)
 
 
 class _Prompt(NamedTuple):
@@ -171,24 +171,32 @@ class Rows:
     """The rows of a state, and the prompts that are still to come.
 
     Args:
-      programs: computations of the state.
+      models: function from the numbers of the rows' prompts (-1 for none) to the models that answer them.
+      seeds: number of seeds.
+      config: structure of the models.
       batches: prompts in the batches of `eval_batches`. There are as many places as the first batch has rows.
       limits: most tokens of each prompt's answer, by its number.
       keys: function from row numbers to keys of the rows' draws.
       pad_id: token that fills up prompts.
+      room: most tokens of an answer that a state has room for.
+      sampling: choice of tokens.
     """
 
     def __init__(
         self,
-        programs: Programs,
+        models: Callable[[Int[np.ndarray, "seeds R"]], Models],
+        seeds: int,
+        config: Architecture,
         batches: Sequence[tuple[Int32[np.ndarray, " B"], Batch]],
         limits: Int[np.ndarray, " rows"],
         keys: Keys,
         *,
         pad_id: int,
+        room: int,
+        sampling: Sampling,
     ):
-        self.programs, self.limits, self.keys, self.pad_id = programs, limits.astype(np.int32), keys, pad_id
-        self.computed, seeds = 0, programs.count
+        self.models, self.limits, self.keys, self.pad_id = models, limits.astype(np.int32), keys, pad_id
+        self.room, self.sampling, self.causal, self.computed = room, sampling, config.causal, 0
         self.waiting = [
             _Prompt(int(row), batch.input_ids[place][batch.input_mask[place]], batch.input_ids.shape[1])
             for rows, batch in batches
@@ -200,7 +208,7 @@ class Rows:
         self.row = np.full((seeds, places), -1)  # number of the prompt that has each place; -1 for none
         # A prompt costs a CPU the same in any company, and an accelerator less in a larger one.
         self.refilled = -(-places // (16 if for_cpu() else 4))
-        self.state: Any = None
+        self.state = self.adapters = None
 
     def ended(
         self, shrinks: bool, stops: Stops | None, most_steps: int
@@ -222,12 +230,15 @@ class Rows:
                 enough = np.sum(free) + np.sum(np.where(left > 0, wanted - free, 0))
             elif shrinks and fewer >= _FEWEST:
                 if np.all(places - free <= fewer):
-                    self._shrink(fewer)
+                    kept = np.argsort(self.row < 0, axis=1, stable=True)[:, :fewer]
+                    self.state = _of_rows(self._models(), self.state, self.adapters, on_mesh(kept, of_seeds=True))
+                    self.row = np.take_along_axis(self.row, kept, axis=1)
                     continue
                 enough = np.sum(np.maximum(free, places - fewer))
             else:
                 enough = self.row.size
-            self.state, steps = self.programs.advance(self.state, int(enough), most_steps)
+            to_do = (np.int32(enough), np.int32(most_steps))
+            self.state, steps = advance_rows(self._models(), self.state, self.adapters, to_do, sampling=self.sampling)
             seen = (self.state.done, self.state.position, self.state.tokens, steps)
             done, position, tokens, steps = map(np.array, to_host(seen))
             self.computed += int(np.sum(steps)) * places
@@ -242,15 +253,16 @@ class Rows:
 
     def _start(self) -> None:
         """Begin answers in all places: no row waits for another."""
-        self.state = None
+        self.state = self.adapters = None  # frees those of earlier rows
         prompts = self.waiting[self.taken[0] : self.taken[0] + self.row.shape[1]]
         self.row[:, : len(prompts)] = [prompt.row for prompt in prompts]
         self.taken += len(prompts)
         self.width = max(prompt.width for prompt in prompts)
-        source, mask = self._padded(prompts, self.row.shape[1])
         numbers = self.row[0]
-        self.state = self.programs.begin(NewRows(numbers, source, mask, self._limits(numbers), self.keys(numbers)))
-        self.computed += self.programs.causal * self.row.size
+        rows = on_mesh((*self._padded(prompts, self.row.shape[1]), numbers >= 0, self._limits(numbers)))
+        how = {"max_new_tokens": self.room, "sampling": self.sampling}
+        self.state, self.adapters = begin_rows(self._models(), *rows, self.keys(numbers), **how)
+        self.computed += self.causal * self.row.size
 
     def _refill(self) -> None:
         """Begin answers in the free places of every seed, in as many as are refilled at once."""
@@ -266,13 +278,16 @@ class Rows:
             new.append(prompts)
         width = max(prompt.width for prompts in new for prompt in prompts)
         if width > self.width:
-            self.state, self.width = self.programs.widened(self.state, width), width
+            self.state, self.width = _widened(self._models(), self.state, self.adapters, width=width), width
         source, mask = (np.stack(parts) for parts in zip(*(self._padded(p, self.refilled) for p in new), strict=True))
         keys = self.keys(numbers.ravel())
         keys = None if keys is None else keys.reshape(numbers.shape)
-        rows = NewRows(numbers, source, mask, self._limits(numbers), keys)
-        self.state = self.programs.refill(self.state, places, rows)
-        self.computed += self.programs.causal * places.size
+        rows = on_mesh((places, source, mask, self._limits(numbers), keys), of_seeds=True)
+        self.state = refill_rows(self.models(numbers), self.state, self.adapters, rows, sampling=self.sampling)
+        self.computed += self.causal * places.size
+
+    def _models(self) -> Models:
+        return self.models(self.row)
 
     def _limits(self, numbers: Int[np.ndarray, "*seeds R"]) -> Int32[np.ndarray, "*seeds R"]:
         return np.where(numbers < 0, 1, self.limits[numbers])
@@ -283,114 +298,57 @@ class Rows:
         ids = [prompt.ids for prompt in prompts] + [np.zeros(0, np.int32)] * (rows - len(prompts))
         return pad(ids, self.pad_id, self.width), np.arange(self.width) < np.array([len(row) for row in ids])[:, None]
 
-    def _shrink(self, fewer: int) -> None:
-        kept = np.argsort(self.row < 0, axis=1, stable=True)[:, :fewer]
-        self.row = np.take_along_axis(self.row, kept, axis=1)
-        self.state = self.programs.of_rows(self.state, kept)
-
-
-class _OfSeeds:
-    """The programs of some of the seeds of a problem."""
-
-    def __init__(
-        self, params: Params, problem: Problem, seeds: Int[np.ndarray, " seeds"], *, room: int, sampling: Sampling
-    ):
-        self.seeds, self.count, self.causal = seeds, len(seeds), problem.config.causal
-        self.room, self.sampling = room, sampling
-        self.model = (params, problem, on_mesh(seeds, of_seeds=True))
-        self.adapters: Any = None
-
-    def begin(self, rows: NewRows) -> Generation:
-        self.adapters = None  # frees those of an earlier state
-        numbers, ids, mask, limits, keys = rows
-        of_rows = on_mesh((ids, mask, numbers >= 0, limits))
-        how = {"max_new_tokens": self.room, "sampling": self.sampling}
-        state, self.adapters = begin_rows(*self.model, *of_rows, keys, **how)
-        return state
-
-    def advance(self, state: Generation, ended: int, most_steps: int) -> tuple[Generation, Int[Array, " seeds"]]:
-        limits = (np.int32(ended), np.int32(most_steps))
-        return advance_rows(*self.model, state, self.adapters, limits, sampling=self.sampling)
-
-    def refill(self, state: Generation, places: Int[np.ndarray, "seeds R"], rows: NewRows) -> Generation:
-        _, *of_rows = rows
-        new = on_mesh((places, *of_rows), of_seeds=True)
-        return refill_rows(*self.model, state, self.adapters, new, sampling=self.sampling)
-
-    def widened(self, state: Generation, width: int) -> Generation:
-        return _widened(*self.model, state, width=width)
-
-    def of_rows(self, state: Generation, kept: Int[np.ndarray, "seeds R"]) -> Generation:
-        return _of_rows(*self.model, state, on_mesh(kept, of_seeds=True))
-
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))
-def begin_rows(
-    params: Params, problem: Problem, seeds: Array, *rows: Array | None, **how: Any
-) -> tuple[Generation, Adapters]:
-    """Return a new state of every seed, and its adapters.
+def begin_rows(models: Models, *rows: Array | None, **how: Any) -> tuple[Generation, Adapters | None]:
+    """Return a new state of every seed, and its adapters if the models keep them.
 
     `rows` are the source tokens, their mask, the mask of rows, and the rows' limits and keys; `how` is room for new
     tokens, `max_new_tokens`, and the sampling.
     """
 
-    def one_seed(one: Problem, params: Params, ids: Array, mask: Array, there: Array, *of_rows: Array | None) -> Any:
-        (model, adapters, _), (limits, keys) = one.adapted_model(params), of_rows
-        return begin(model, ids, mask, adapters, row_mask=there, row_limits=limits, row_keys=keys, **how), adapters
+    def one(model: Model, adapters: Adapters, ids: Array, mask: Array, there: Array, *of_rows: Array | None) -> Any:
+        limits, keys = of_rows
+        state = begin(model, ids, mask, adapters, row_mask=there, row_limits=limits, row_keys=keys, **how)
+        return state, adapters if models.keeps_adapters else None
 
-    return problem.over_seeds(one_seed, (params,), rows, seeds)
+    return models.each(one, None, (), rows)
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
 def advance_rows(
-    params: Params,
-    problem: Problem,
-    seeds: Array,
-    state: Generation,
-    adapters: Adapters,
-    limits: tuple[Array, Array],
-    **how: Any,
+    models: Models, state: Generation, adapters: Adapters | None, limits: tuple[Array, Array], **how: Any
 ) -> tuple[Generation, Int[Array, " seeds"]]:
     """Return the state of every seed once so many rows have ended, or after most steps (`limits`), and its steps."""
-    axis = AXIS if problem.seed_mode == "batched" else None
 
-    def one_seed(one: Problem, params: Params, state: Generation, adapters: Adapters, *limits: Array) -> Any:
-        ended, most_steps = limits
-        model, _, _ = one.adapted_model(params)  # its adapters, computed once, are an argument
-        new = advance(model, state, adapters, ended=ended, most_steps=most_steps, axis=axis, **how)
+    def one(model: Model, adapters: Adapters, state: Generation, ended: Array, most_steps: Array) -> Any:
+        new = advance(model, state, adapters, ended=ended, most_steps=most_steps, axis=models.axis, **how)
         return new, new.column - state.column
 
-    return problem.over_seeds(one_seed, (params, state, adapters), limits, seeds)
+    return models.each(one, adapters, (state,), limits)
 
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
 def refill_rows(
-    params: Params,
-    problem: Problem,
-    seeds: Array,
-    state: Generation,
-    adapters: Adapters,
-    new: tuple[Array | None, ...],
-    **how: Any,
+    models: Models, state: Generation, adapters: Adapters | None, new: tuple[Array | None, ...], **how: Any
 ) -> Generation:
-    """Return the state with `new` in places of every seed: places, source tokens, mask, limits and keys."""
+    """Return the state with `new` in places of every seed: places, source tokens, mask, limits and keys.
 
-    def one_seed(one: Problem, params: Params, state: Generation, adapters: Adapters, *new: Any) -> Generation:
+    The models are those of the new rows.
+    """
+
+    def one(model: Model, adapters: Adapters, state: Generation, *new: Any) -> Generation:
         places, ids, mask, limits, keys = new
-        model, _, _ = one.adapted_model(params)
         return refill(model, state, places, ids, mask, adapters, row_limits=limits, row_keys=keys, **how)
 
-    return problem.over_seeds(one_seed, (params, state, adapters, *new), (), seeds)
+    return models.each(one, adapters, (state, *new))
 
 
 @partial(jax.jit, static_argnames="width")
-def _widened(params: Params, problem: Problem, seeds: Array, state: Generation, *, width: int) -> Generation:
-    def one_seed(one: Problem, params: Params, state: Generation) -> Generation:
-        return widened(one.adapted_model(params)[0], state, width)
-
-    return problem.over_seeds(one_seed, (params, state), (), seeds)
+def _widened(models: Models, state: Generation, adapters: Adapters | None, *, width: int) -> Generation:
+    return models.each(lambda model, adapters, state: widened(model, state, width), adapters, (state,))
 
 
 @jax.jit
-def _of_rows(params: Params, problem: Problem, seeds: Array, state: Generation, kept: Array) -> Generation:
-    return problem.over_seeds(lambda one, params, *rows: of_rows(*rows), (params, state, kept), (), seeds)
+def _of_rows(models: Models, state: Generation, adapters: Adapters | None, kept: Array) -> Generation:
+    return models.each(lambda model, adapters, *rows: of_rows(*rows), adapters, (state, kept))

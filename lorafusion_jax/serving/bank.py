@@ -16,9 +16,9 @@ V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ from ..methods.fusion import Fusion
 from ..methods.magnitudes import Magnitudes, with_norms
 from ..models.architecture import kernels
 from ..models.generate import GREEDY, Sampling, generate
+from ..models.layers import Adapters
 from ..models.weights import Weight, is_in_arrays
 from ..tasks import Batch
 from ..training.frozen import Frozen
@@ -289,6 +290,26 @@ class TaskBank:
         if pool.magnitude is not None and not pool.rank.keys() <= self.tasks.scales.keys():
             raise ValueError("the pool has a DoRA adapter's magnitudes: make the bank with its sites as `scaled`")
         return index
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TaskModels:
+    """The model of a bank with the adapters of rows, as `runs.rows.Models` of one seed; `tasks` are the rows' tasks."""
+
+    bank: TaskBank
+    tasks: Int[Array, "1 B"] | Int[np.ndarray, "1 B"]
+    axis: None = dataclasses.field(default=None, metadata={"static": True})
+    # Other tasks take the places of rows.
+    keeps_adapters: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    def each(
+        self, fn: Callable[..., Any], adapters: Adapters | None, of_seeds: tuple[Any, ...], shared: Any = ()
+    ) -> Any:
+        """Return what `fn` does for the one seed (see `Models.each`)."""
+        model, of_rows = nnx.merge(self.bank.graph, self.bank.frozen.base), self.bank.adapters(self.tasks[0])
+        found = fn(model, of_rows, *jax.tree.map(lambda leaf: leaf[0], of_seeds), *shared)
+        return jax.tree.map(lambda leaf: leaf[None], found)
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))

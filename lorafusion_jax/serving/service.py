@@ -4,7 +4,7 @@ Axis letters: B rows of a batch.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +31,9 @@ from ..runs.options import FuseOptions
 from ..runs.prepare import check_digests, digests, evaluation_worth, load_model, module_names
 from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
-from ..tasks import Batch, Encoded, Example, TextFormat, decode, encode, eval_batches, fill
+from ..tasks import Encoded, Example, TextFormat, decode, encode, eval_batches, fill
 from ..training.method import Method, Params
-from .bank import TaskBank
-from .generation import OfTasks
+from .bank import TaskBank, TaskModels
 
 # What all runs of one bank have in common.
 _SHARED = ("base", "pool", "control", "control_draw", "dtype", "load_in")
@@ -298,11 +297,15 @@ class Service:
         found: list[list[int]] = [[]] * len(encoded)
         bank = dataclasses.replace(self.bank, frozen=self.bank.frozen.unstacked())
         keys, longest = partial(draw_keys, sampling, sampling_seed), max(limits, default=1)
-        how: dict[str, Any] = {"room": room_for(longest, eval_batch, worth), "sampling": sampling}
+        how: dict[str, Any] = {"pad_id": pad_id, "room": room_for(longest, eval_batch, worth), "sampling": sampling}
+
+        def models(prompts: Int[np.ndarray, "1 B"]) -> TaskModels:
+            return TaskModels(bank, np.where(prompts < 0, -1, numbers[prompts]).astype(np.int32))
+
         # The noise of a token depends on the rows next to it.
         alone = read_at_random(bank.frozen)
         for of_turn in [[batch] for batch in batches] if alone else filter(None, [batches]):
-            rows = Rows(OfTasks(bank, numbers, **how), of_turn, np.array(limits), keys, pad_id=pad_id)
+            rows = Rows(models, 1, self._config, of_turn, np.array(limits), keys, **how)
             for _, row, tokens in rows.ended(False, None, longest):
                 found[row] = tokens[: limits[row]].tolist()
         return found
@@ -312,16 +315,10 @@ class Service:
     ) -> Float[np.ndarray, " rows"]:
         """Return the log-probability of each row's labels, in nats; the arguments are those of `tokens`."""
         found = np.zeros(len(encoded))
-        for rows, batch, of_rows in self._batched(encoded, numbers, eval_batch):
-            found[rows[rows >= 0]] = np.asarray(self.bank.log_likelihoods(batch, of_rows))[rows >= 0]
-        return found
-
-    def _batched(
-        self, encoded: Encoded, numbers: Int[np.ndarray, " rows"], eval_batch: int
-    ) -> Iterator[tuple[Int[np.ndarray, " B"], Batch, Int[np.ndarray, " B"]]]:
-        """Yield the numbers of rows (see `eval_batches`), their tokens, and the numbers of their tasks."""
         for rows, batch in eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id):
-            yield rows, batch, np.where(rows >= 0, numbers[rows], -1)
+            scores = self.bank.log_likelihoods(batch, np.where(rows >= 0, numbers[rows], -1))
+            found[rows[rows >= 0]] = np.asarray(scores)[rows >= 0]
+        return found
 
     def _number(self, name: str) -> int:
         """Return the number of a task, or a free one for a new task."""

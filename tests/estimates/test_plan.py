@@ -31,7 +31,7 @@ from lorafusion_jax.models.generate import GREEDY
 from lorafusion_jax.models.registry import abstract_model
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.runs.rows import advance_rows, begin_rows
+from lorafusion_jax.runs.rows import SeedModels, advance_rows, begin_rows
 from lorafusion_jax.tasks import Batch, Example, Task
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
 
@@ -366,7 +366,7 @@ def test_memory_of_generation(config, dtype, load_in):
     def begun(params, index, frozen, numbers, batch):
         rows = (batch.input_ids, batch.input_mask, batch.row_mask, jnp.full(shape.rows, tokens), None)
         how = {"max_new_tokens": tokens, "sampling": GREEDY}
-        return begin_rows(params, problem(frozen.unstacked(), index), numbers, *rows, **how)
+        return begin_rows(SeedModels(params, problem(frozen.unstacked(), index), numbers), *rows, **how)
 
     def leaves(*arguments):
         found, of_parts = zip(*map(jax.tree.flatten, begun(*arguments)), strict=True)
@@ -376,8 +376,8 @@ def test_memory_of_generation(config, dtype, load_in):
     def advanced(generation, adapters, params, index, frozen, numbers):
         generation, adapters = (tree.unflatten(part) for tree, part in zip(trees, (generation, adapters), strict=True))
         limits = (jnp.int32(shape.rows), jnp.int32(tokens))
-        of_model = (params, problem(frozen.unstacked(), index), numbers)
-        return advance_rows(*of_model, generation, adapters, limits, sampling=GREEDY)[0]
+        models = SeedModels(params, problem(frozen.unstacked(), index), numbers)
+        return advance_rows(models, generation, adapters, limits, sampling=GREEDY)[0]
 
     arguments = (state.params, index, frozen, numbers)
     parts = jax.eval_shape(leaves, *arguments, _batch(shape))

@@ -26,7 +26,7 @@ from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.rows import advance_rows, begin_rows
+from lorafusion_jax.runs.rows import SeedModels, advance_rows, begin_rows
 from lorafusion_jax.runs.run import run_path
 from lorafusion_jax.tasks.batches import eval_batches
 from lorafusion_jax.training import fit as fit_lib
@@ -134,10 +134,10 @@ def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
     setup = prepare(_options(small, Path("unused")))
     problem = setup.problem.replace(seed_mode="batched")
     batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
-    of_model = (start(problem, (1, 2)).params, problem, np.arange(2))
+    models = SeedModels(start(problem, (1, 2)).params, problem, np.arange(2))
     rows = (batch.input_ids, batch.input_mask, batch.row_mask, np.full(5, 4, np.int32), None)
-    state = begin_rows(*of_model, *rows, max_new_tokens=4, sampling=GREEDY)
-    program = jax.make_jaxpr(partial(advance_rows, sampling=GREEDY))(*of_model, *state, (np.int32(10), np.int32(4)))
+    state = begin_rows(models, *rows, max_new_tokens=4, sampling=GREEDY)
+    program = jax.make_jaxpr(partial(advance_rows, sampling=GREEDY))(models, *state, (np.int32(10), np.int32(4)))
     (generation,) = (equation.params["jaxpr"] for equation in program.eqns if "jaxpr" in equation.params)
     (loop,) = (equation for equation in generation.eqns if equation.primitive.name == "while")
     column, token, *_ = loop.outvars

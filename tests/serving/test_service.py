@@ -15,6 +15,7 @@ import pytest
 import recipes
 import small_llama
 import tiny
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
@@ -25,7 +26,7 @@ from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.runs.rows import Rows
 from lorafusion_jax.runs.run import options_to_json
-from lorafusion_jax.serving.generation import OfTasks
+from lorafusion_jax.serving.bank import TaskModels
 from lorafusion_jax.serving.predict import evaluate_runs, generate_rows
 from lorafusion_jax.tasks import Example, draw_modules, eval_batches
 
@@ -358,7 +359,13 @@ def test_a_row_that_has_ended_gives_its_place_to_the_next_prompt(service):
     tasks, bank = np.full(len(limits), -1), service.bank
     bank = dataclasses.replace(bank, frozen=bank.frozen.unstacked())
     batches = list(eval_batches(encoded, 4, pad_id=0))
-    rows = Rows(OfTasks(bank, tasks, room=6, sampling=lf.Sampling()), batches, limits, lambda numbers: None, pad_id=0)
+    how = {"pad_id": 0, "room": 6, "sampling": lf.Sampling()}
+    config = nnx.merge(bank.graph, bank.frozen.base).config
+
+    def plain(numbers):
+        return TaskModels(bank, np.full(numbers.shape, -1, np.int32))
+
+    rows = Rows(plain, 1, config, batches, limits, lambda numbers: None, **how)
     found = {row: tokens[: limits[row]].tolist() for _, row, tokens in rows.ended(False, None, 6)}
     assert [found[row] for row in range(len(limits))] == service.tokens(encoded, tasks, limits.tolist(), eval_batch=64)
     kept = sum(sum(token != 0 for token in tokens) for tokens in found.values())
