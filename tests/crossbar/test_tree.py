@@ -306,7 +306,7 @@ def test_ranges_that_clip_warn_by_name():
 def test_calibration_without_batches_or_reads_is_refused():
     weights = _weights()
     placed = program_tree({"q": weights["encoder.self.q"][0], "head": weights["head"]}, {"*": _CONVERTED}, _KEY)
-    with pytest.raises(ValueError, match="no batches to observe"):
+    with pytest.raises(ValueError, match="there are no batches"):
         calibrate_tree(_run, placed, [])
     with pytest.raises(ValueError, match="head was read by none of the batches"):
         calibrate_tree(lambda weights, x: matmul(x, weights["q"]), placed, _inputs(1))

@@ -67,11 +67,6 @@ class Statistics:
         """Signal to quantisation noise ratio, in dB."""
         return 10 * jnp.log10(self.signal / jnp.maximum(self.error, jnp.finfo(self.error.dtype).tiny))
 
-    def collect(self, x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
-        """Read `chip`, and return its converters' statistics as the gradient of these numbers, which are zeros."""
-        leaves, tree = jax.tree.flatten(chip)
-        return _tapped(tree, x, tuple(jax.tree.leaves(self)), leaves)
-
 
 def probe(
     x: Float[Array, "*B d_in"], chip: Chip, *, weights: Float[Array, "d_in d_out"] | None = None
@@ -310,19 +305,3 @@ def _sums(
         cols = jnp.concatenate([cols, jnp.ones((*cols.shape[:2], 1), dtype)], axis=2)
     used = jnp.broadcast_to(cols[:, :, None], (cols.shape[0], *sums.shape[4:]))
     return sums.reshape(*sums.shape[:4], -1), used.reshape(len(used), -1)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tapped(
-    tree: Any, x: Float[Array, "*B d_in"], tap: tuple[Array, ...], leaves: list[Any]
-) -> Float[Array, "*B d_out"]:
-    """Read a chip, and return the statistics as the gradient of `tap`, which adds up over calls; others are zero."""
-    return _tapped_forward(tree, x, tap, leaves)[0]
-
-
-def _tapped_forward(tree, x, tap, leaves):
-    y, statistics = probe(x, jax.tree.unflatten(tree, leaves))
-    return y, (jnp.zeros_like(x), tuple(jax.tree.leaves(statistics)), None)
-
-
-_tapped.defvjp(_tapped_forward, lambda tree, gradients, cotangent: gradients)

@@ -1,8 +1,8 @@
 """Corrections of a model's chips in closed form, from unlabelled inputs: least squares, matrix by matrix.
 
-The digital model runs once over the inputs. A tap at every product multiplies by the digital matrix, reads the chip
-with the same inputs, and returns the moments of both outputs as its gradient (see `whole_model`). Each input vector has
-the weight 1 / mean square of its digital outputs: otherwise the few tokens with massive activations decide the fit.
+The digital model runs once over the inputs. A tap at every product (see `whole_model`) multiplies by the digital
+matrix, reads the chip with the same inputs, and finds the moments of both outputs. Each input vector has the weight
+1 / mean square of its digital outputs: otherwise the few tokens with massive activations decide the fit.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..chip.chip import Chip, chips_in, reads, with_chips
+from ..chip.chip import Chip, chips_in
 from ..chip.correction import Correction, numbers_per_rank, place
 from ..read.matmul import matmul
-from .whole_model import Run
+from .whole_model import Run, summed
 
 # More singular directions than so many times the mean rank are not considered for one matrix.
 _MOST_RANKS = 8
@@ -45,40 +45,33 @@ class _Moments(NamedTuple):
     xe: Any = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Tap:
-    moments: _Moments
-    matrix: Float[Array, "*N d_in d_out"]
-
-    def collect(self, x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
-        """Return the digital product, and the moments as the gradient of `moments`, which are zeros."""
-        leaves, tree = jax.tree.flatten(chip)
-        return _tapped(tree, x, self.moments, self.matrix, leaves)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tapped(tree: Any, x: Array, moments: _Moments, matrix: Array, leaves: list[Any]) -> Array:
-    return _tapped_forward(tree, x, moments, matrix, leaves)[0]
-
-
-def _tapped_forward(tree, x, moments, matrix, leaves):
+def _moments(
+    x: Float[Array, "*B d_in"], chip: Chip, matrix: Float[Array, "d_in d_out"], *, low_rank: bool
+) -> tuple[Float[Array, "*B d_out"], _Moments]:
+    """Return the digital product, and the moments of it and of the chip's read."""
     rows = x.reshape(-1, x.shape[-1]).astype(matrix.dtype)
-    y, z = jnp.dot(rows, matrix, precision="highest"), matmul(rows, jax.tree.unflatten(tree, leaves))
+    y, z = jnp.dot(rows, matrix, precision="highest"), matmul(rows, dataclasses.replace(chip, correction=None))
     power = jnp.mean(jnp.square(y), axis=1)
     weight = jnp.where(power > 0, 1 / jnp.where(power > 0, power, 1), 0)
     weighted_y, weighted_z = weight[:, None] * y, weight[:, None] * z
     xx = xe = None
-    if moments.xx is not None:
+    if low_rank:
         xx = jnp.dot(rows.T, weight[:, None] * rows, precision="highest")
         xe = jnp.dot(rows.T, weighted_y - weighted_z, precision="highest")
     of_columns = {"y": weighted_y, "z": weighted_z, "yz": weighted_y * z, "zz": weighted_z * z}
     sums = {name: jnp.sum(values, axis=0) for name, values in of_columns.items()}
     found = _Moments(count=jnp.asarray(len(rows), matrix.dtype), one=jnp.sum(weight), **sums, xx=xx, xe=xe)
-    return y.reshape(*x.shape[:-1], -1).astype(x.dtype), (jnp.zeros_like(x), found, None, None)
+    return y.reshape(*x.shape[:-1], -1).astype(x.dtype), found
 
 
-_tapped.defvjp(_tapped_forward, lambda tree, gradients, cotangent: gradients)
+_READS = {low_rank: functools.partial(_moments, low_rank=low_rank) for low_rank in (False, True)}
+
+
+def _zeros(chip: Chip, low_rank: bool) -> _Moments:
+    *lead, d_in, d_out = chip.shape
+    of_columns = (jnp.zeros((*lead, d_out)) for _ in range(4))
+    pair = (jnp.zeros((*lead, d_in, d)) if low_rank else None for d in (d_in, d_out))
+    return _Moments(jnp.zeros(lead), jnp.zeros(lead), *of_columns, *pair)
 
 
 def fit_corrections(
@@ -118,12 +111,9 @@ def fit_corrections(
         raise ValueError(f"{len(matrices)} matrices for {len(chips)} chips: expected one for each, in their order")
     if shapes := [(place(c), c.shape, m.shape) for c, m in zip(chips, matrices, strict=True) if c.shape != m.shape]:
         raise ValueError("the matrix of {0} has the shape {2}: expected {1}".format(*shapes[0]))
-    total = None
-    for number, batch in enumerate(batches):
-        found = _observe(weights, list(matrices), batch, jnp.int32(number), run=run, low_rank=numbers > 0)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
-    if total is None:
-        raise ValueError("there are no batches: give some text or inputs, without labels")
+    zeros = [_zeros(chip, numbers > 0) for chip in chips]
+    total = summed(run, weights, batches, _READS[numbers > 0], zeros, [(matrix,) for matrix in matrices])
+    del zeros  # as large as the moments
     most = math.ceil(_MOST_RANKS * numbers / numbers_per_rank(chips))
     corrections, directions = {}, []
     for chip, matrix in zip(chips, matrices, strict=True):
@@ -152,26 +142,6 @@ def fit_corrections(
         of_columns = (None if part is None else jnp.asarray(part) for part in (scale, offset))
         corrections[place(chip)] = Correction(**dict(zip(("scale", "offset"), of_columns, strict=True)))
     return _with_low_rank(corrections, directions, {place(chip): chip for chip in chips}, numbers)
-
-
-@functools.partial(jax.jit, static_argnames=("run", "low_rank"))
-def _observe(
-    weights: Any, matrices: list[Array], batch: Any, number: Array, *, run: Run, low_rank: bool
-) -> list[_Moments]:
-    chips = chips_in(reads(weights, number))
-
-    def total(moments: list[_Moments]) -> Array:
-        taps = map(_Tap, moments, matrices)
-        tapped = [dataclasses.replace(chip, tap=tap, correction=None) for chip, tap in zip(chips, taps, strict=True)]
-        return jnp.sum(run(with_chips(weights, tapped), batch))
-
-    def zeros(chip: Chip) -> _Moments:
-        *lead, d_in, d_out = chip.shape
-        of_columns = (jnp.zeros((*lead, d_out)) for _ in range(4))
-        pair = (jnp.zeros((*lead, d_in, d)) if low_rank else None for d in (d_in, d_out))
-        return _Moments(jnp.zeros(lead), jnp.zeros(lead), *of_columns, *pair)
-
-    return jax.grad(total)(list(map(zeros, chips)))
 
 
 def _blend(product: np.ndarray, power: np.ndarray, ridge: float) -> np.ndarray:

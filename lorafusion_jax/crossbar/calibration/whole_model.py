@@ -1,7 +1,7 @@
 """Calibration and error report of a whole model, from its converters' inputs on a few batches.
 
-Every programmed weight gets a tap: zeros of the shape of its statistics. Differentiating the model with respect to the
-taps returns the statistics of all reads, also from scans and repeated calls.
+Every programmed weight gets a tap with zeros of the shape of what its reads find, such as their statistics.
+Differentiating the model with respect to these returns the sum over all reads, also from scans and repeated calls.
 """
 
 import dataclasses
@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ..chip.chip import Chip, chips_in, reads, with_chips
 from ..devices.physical import is_traced
-from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated
+from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated, probe
 
 Run = Callable[[Any, Any], Array]  # (weights, batch) -> an array that depends on every product, such as logits
 _NAMED = 5  # sites that a warning names
@@ -38,12 +38,35 @@ def calibrate_tree(run: Run, weights: Any, batches: Sequence[Any]) -> Any:
 
 def observe(run: Run, weights: Any, batches: Iterable[Any]) -> list[Statistics]:
     """Return the statistics of every programmed weight, in the order of the tree; arguments as for `calibrate_tree`."""
-    total = None
+    return summed(run, weights, batches, probe, list(map(_zeros, chips_in(weights))))
+
+
+def summed(
+    run: Run,
+    weights: Any,
+    batches: Iterable[Any],
+    read: Callable[..., tuple[Array, Any]],
+    zeros: list[Any],
+    own: Sequence[tuple[Array, ...]] = (),
+) -> list[Any]:
+    """Return what `read` finds at every chip, summed over all reads of the batches, in the order of the tree.
+
+    Args:
+      run: function from weights and a batch to an array that depends on every product, such as logits.
+      weights: tree with chips.
+      batches: inputs, without labels.
+      read: function from x, a chip and its own arrays to x @ W, or what stands for it, and a tree of what was found.
+        Use one for all calls, as for `run`.
+      zeros: such a tree for every chip, without any read.
+      own: arrays of every chip, if `read` needs some.
+    """
+    total, batch = zeros, None
+    own = own or [()] * len(zeros)
     for number, batch in enumerate(batches):
-        of_batch = _observe(weights, batch, jnp.int32(number), run=run)
-        total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
-    if total is None:
-        raise ValueError("there are no batches to observe: give a few, like those that the model will be used on")
+        found = _found(total, weights, own, batch, jnp.int32(number), run=run, read=read)
+        total = jax.tree.map(jnp.add, total, found)
+    if batch is None:
+        raise ValueError("there are no batches: give a few without labels, like those that the model will be used on")
     return total
 
 
@@ -73,15 +96,48 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
     return rows
 
 
-@functools.partial(jax.jit, static_argnames=("run",))
-def _observe(weights: Any, batch: Any, number: Array, *, run: Run) -> list[Statistics]:
+@functools.partial(jax.jit, static_argnames=("run", "read"))
+def _found(
+    zeros: list[Any], weights: Any, own: Sequence[tuple[Array, ...]], batch: Any, number: Array, *, run: Run, read: Any
+) -> list[Any]:
+    """Return what the reads of one batch find; only the shapes of `zeros` matter."""
     leaves = chips_in(reads(weights, number))
 
-    def total(taps: list[Statistics]) -> Array:
-        tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
+    def total(zeros: list[Any]) -> Array:
+        of_chips = zip(leaves, zeros, own, strict=True)
+        tapped = [dataclasses.replace(leaf, tap=_Tap(found, arrays, read)) for leaf, found, arrays in of_chips]
         return jnp.sum(run(with_chips(weights, tapped), batch))
 
-    return jax.grad(total)([_zeros(leaf) for leaf in leaves])
+    return jax.grad(total)(zeros)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Tap:
+    found: Any
+    own: tuple[Array, ...]
+    read: Callable[..., tuple[Array, Any]] = dataclasses.field(metadata={"static": True})
+
+    def collect(self, x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
+        """Return `read`'s product, and what it finds as the gradient of `found`; other gradients are zero."""
+        arrays, tree = jax.tree.flatten((chip, *self.own))
+        return _tapped((self.read, tree), x, tuple(jax.tree.leaves(self.found)), arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tapped(
+    how: tuple[Any, Any], x: Float[Array, "*B d_in"], found: tuple[Array, ...], arrays: list[Any]
+) -> Float[Array, "*B d_out"]:
+    return _tapped_forward(how, x, found, arrays)[0]
+
+
+def _tapped_forward(how, x, found, arrays):
+    read, tree = how
+    y, found = read(x, *jax.tree.unflatten(tree, arrays))
+    return y, (jnp.zeros_like(x), tuple(jax.tree.leaves(found)), None)
+
+
+_tapped.defvjp(_tapped_forward, lambda how, gradients, cotangent: gradients)
 
 
 def _zeros(leaf: Chip) -> Statistics:

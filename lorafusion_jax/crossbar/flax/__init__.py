@@ -109,17 +109,9 @@ def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
     """
     tree, _ = _taken_apart(model)
     leaves = chips.chips_in(tree)
-
-    @jax.jit
-    def found(inputs: Any) -> list[Array]:
-        def total(taps: list[_Vectors]) -> Array:
-            tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
-            return _run(model, options)(chips.with_chips(tree, tapped), inputs)
-
-        taps = [_Vectors(jnp.zeros(leaf.shape[:-2])) for leaf in leaves]
-        return [jnp.sum(tap.vectors) for tap in jax.grad(total)(taps)]
-
-    counted = {leaf.name: int(number) for leaf, number in zip(leaves, found(inputs), strict=True)}
+    zeros = [jnp.zeros(leaf.shape[:-2], jnp.float32) for leaf in leaves]
+    found = whole_model.summed(_run(model, options), tree, [inputs], _counted, zeros)
+    counted = {leaf.name: int(jnp.sum(number)) for leaf, number in zip(leaves, found, strict=True)}
     if missing := [name for name, number in counted.items() if number == 0]:
         raise ValueError(
             f"the outputs have no gradient with respect to {', '.join(missing)}: let the model return logits instead "
@@ -128,28 +120,11 @@ def count_reads(model: Any, *inputs: Any, **options: Any) -> dict[str, int]:
     return counted
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Vectors:
-    """A tap whose gradient is the number of vectors that a chip reads: it adds up over calls, scans and groups."""
-
-    vectors: Float[Array, "*N"]
-
-    def collect(self, x: Float[Array, "*B d_in"], chip: chips.Chip) -> Float[Array, "*B d_out"]:
-        return _counted(chip.matrix_shape[1], x, self.vectors)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _counted(d_out: int, x: Float[Array, "*B d_in"], vectors: Float[Array, ""]) -> Float[Array, "*B d_out"]:
+def _counted(x: Float[Array, "*B d_in"], chip: chips.Chip) -> tuple[Float[Array, "*B d_out"], Float[Array, ""]]:
+    """Return numbers instead of a read, and the number of its vectors."""
     # Not zeros: a later layer may divide by its inputs' norm, and the count needs no product.
-    return jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), (*x.shape[:-1], d_out))
-
-
-def _counted_forward(d_out, x, vectors):
-    return _counted(d_out, x, vectors), (jnp.zeros_like(x), jnp.float32(x.size // max(x.shape[-1], 1)))
-
-
-_counted.defvjp(_counted_forward, lambda d_out, gradients, cotangent: gradients)
+    y = jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), (*x.shape[:-1], chip.matrix_shape[1]))
+    return y, jnp.float32(x.size // max(x.shape[-1], 1))
 
 
 def with_read_key(model: Any, key: Array) -> Any:
