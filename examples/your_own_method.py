@@ -37,10 +37,7 @@ class Gains(lf.Method):
     sites: tuple[tuple[str, int, int], ...]
     first: float = 1.0
 
-    def learning_rates(self, recipe: Any):  # one for each group of numbers
-        return {"gains": recipe.lr_gains}
-
-    def init(self, frozen, index, key):  # the numbers that are trained, in groups; by default they start at the base
+    def init(self, frozen, index, key):  # groups of numbers; each has the learning rate `lr_GROUP` of the recipe
         return {"gains": {name: jnp.full(layers, self.first) for name, layers, _ in self.sites}}
 
     def adapters(self, params, frozen, index):  # what the model reads next to its kernels, and metrics

@@ -6,7 +6,7 @@ Axis letters: L layer, N modules of a fusion, r rank, k directions of a basis.
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -164,12 +164,6 @@ class Fusion(Method):
                 "Start from xavier or uniform, or use the composition sum"
             )
         check_basis(self)
-
-    def learning_rates(self, recipe: Any) -> dict[str, float]:
-        rates = {"coefficients": recipe.lr_coefficients}
-        if self.magnitudes:
-            rates["magnitudes"] = recipe.lr_magnitudes
-        return rates | {"core": recipe.lr_core}
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights with the directions that are used, and the pool's Gram terms.

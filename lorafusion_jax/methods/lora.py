@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +89,6 @@ class LoRA(Method):
     rank: int = 16
     alpha: float = 32.0
     dora: bool = False
-
-    def learning_rates(self, recipe: Any) -> dict[str, float]:
-        rates = {"lora": recipe.lr_lora}
-        return rates | {"magnitudes": recipe.lr_magnitudes} if self.dora else rates
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         return with_norms(frozen, kernels, [name for name, _ in self.sites]) if self.dora else frozen

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 from jaxtyping import Array
@@ -12,7 +11,7 @@ from ..adapters.updates import Rescaled
 from ..models.weights import Weight
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
-from .entry import Built, MethodEntry, Update
+from .entry import MethodEntry, Update
 from .recipes import TargetedRecipe
 
 
@@ -39,9 +38,6 @@ class Magnitudes(Method):
 
     sites: tuple[str, ...] | None = None
 
-    def learning_rates(self, recipe: Any) -> dict[str, float]:
-        return {"magnitudes": recipe.lr_magnitudes}
-
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         return with_norms(frozen, kernels, self.sites)
 
@@ -60,16 +56,12 @@ def with_norms(frozen: Frozen, kernels: Mapping[str, Weight], sites: Iterable[st
     return dataclasses.replace(frozen, norms=jax.jit(norms)(adapted))
 
 
-def _build(built: Built) -> Magnitudes:
-    return Magnitudes(tuple(name for name, _ in built.sites))
-
-
 ENTRIES = (
     MethodEntry(
         name="magnitudes",
         help="train the magnitudes of the base's own matrices, alone",
         title="LoRAFusion, magnitudes only",
-        build=_build,
+        build=lambda built: Magnitudes(tuple(name for name, _ in built.sites)),
         recipe=MagnitudesRecipe,
         update=lambda recipe, modules: Update(targets=recipe.lora_targets),
         groups=("magnitudes",),

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,9 +73,6 @@ class VeRA(Method):
 
     sites: tuple[tuple[str, Site], ...]
     rank: int = 128
-
-    def learning_rates(self, recipe: Any) -> dict[str, float]:
-        return {"vera": recipe.lr_vera}
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         return dataclasses.replace(frozen, prepared=self.projections(jax.random.key(_PROJECTION_KEY)))

@@ -3,6 +3,7 @@
 Axis letters: N modules of a fusion.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,8 +53,9 @@ class Method(Protocol):
         return None
 
     def learning_rates(self, recipe: Recipe) -> dict[str, float]:
-        """Return the learning rate of every group. By default the result is empty, and nothing is trained."""
-        return {}
+        """Return the learning rate of every group: by default the recipe's `lr_GROUP`. Others are not trained."""
+        of_groups = [field.name for field in dataclasses.fields(recipe) if field.name.startswith("lr_")]
+        return {name.removeprefix("lr_"): getattr(recipe, name) for name in of_groups}
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights with terms that are computed once from base, pool and kernels (by site)."""
