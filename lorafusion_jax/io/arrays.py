@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..files import FileError, T, shown, some
 from . import processes, safetensors
 from .folders import RESTORE, Manifest, check_files, newest_sound, read_manifest, sealed_folder
 
 _FILE = "arrays.safetensors"
-_DEEPEST = 10  # levels of dicts in dicts
+_DEEPEST = 10  # names in the path of an array
 
 
 def save(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -24,10 +25,12 @@ def save(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> 
 
     With several processes, the arrays are the same in each. Names must not have slashes.
     """
-    arrays = _flat(tree)
+    arrays = flatten_dict(dict(tree))
+    if slashed := [name for path in arrays for name in path if "/" in name]:
+        raise ValueError(f"an array is named {slashed[0]!r}: expected a name without a slash")
     with sealed_folder(folder, metadata) as partial:
         if processes.first():
-            safetensors.save(partial / _FILE, arrays)
+            safetensors.save(partial / _FILE, {"/".join(path): np.asarray(array) for path, array in arrays.items()})
 
 
 def load(folder: Path, *, metadata: type[T] | Any = dict[str, Any], what: str) -> tuple[dict[str, Any], T]:
@@ -64,30 +67,12 @@ def check_signature(folder: Path, found: Mapping[str, str], expected: Mapping[st
             raise FileError(folder, field=some([path]), got=got, expected=needed, fix=fix)
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, np.ndarray]:
-    found = {}
-    for name, value in tree.items():
-        if "/" in name:
-            raise ValueError(f"an array is named {name!r}: expected a name without a slash")
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{above}{name}/")
-        else:
-            found[f"{above}{name}"] = np.asarray(value)
-    return found
-
-
 def _nested(folder: Path, manifest: Manifest) -> dict[str, Any]:
     if _FILE not in manifest["files"]:
         raise FileError(folder, got=f"the manifest lists no {_FILE}", fix="copy the whole folder again")
-    tree: dict[str, Any] = {}
-    for path, array in safetensors.load(folder / _FILE).items():
-        *above, name = path.split("/")
-        place = tree
-        for part in above[:_DEEPEST]:
-            place = place.setdefault(part, {})
-            if not isinstance(place, dict):
-                break
-        if len(above) > _DEEPEST or not isinstance(place, dict) or name in place:
-            raise FileError(folder / _FILE, field=shown(path), got="not the path of an array in a tree", fix=RESTORE)
-        place[name] = array
-    return tree
+    arrays = {tuple(path.split("/")): array for path, array in safetensors.load(folder / _FILE).items()}
+    for path in arrays:
+        if len(path) > _DEEPEST or any(path[:above] in arrays for above in range(1, len(path))):
+            field = shown("/".join(path))
+            raise FileError(folder / _FILE, field=field, got="not the path of an array in a tree", fix=RESTORE)
+    return unflatten_dict(arrays)
