@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from lorafusion_jax.tasks import BBH_DATA, LORAHUB_DATA, Task
+from lorafusion_jax.tasks import Task
+
+from .lorahub_split import BBH_DATA, LORAHUB_DATA
 
 
 def find_task(folder: str | Path, name: str) -> Path:

@@ -15,9 +15,8 @@ from .batches import (
     train_batches,
     train_step_batches,
 )
-from .bbh import BBH_DATA, LORAHUB_DATA, write_lorahub_split
 from .data import BETWEEN_EXAMPLES, Example, Task, few_shot, fill, load_task
-from .metrics import ExactMatch, constant_answer, exact_match
+from .metrics import constant_answer, exact_match
 from .options import answer_options
 from .packing import COMPILING, Packing
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
