@@ -171,7 +171,7 @@ class Lab:
             said = generate_rows(params, lambda number: problem, Encoded(prompts, prompts), **how).tokens
             for row, of_seed in zip(found, said, strict=True):
                 texts = decode(self.tokenizer, of_seed, SEPARATE_TEXTS)
-                row["exact_match"] = exact_match(texts, [text["completion"] for text in test_texts]).percent
+                row["exact_match"] = _percent(texts, [text["completion"] for text in test_texts])
         diverged = [n for n, loss in enumerate(losses) if not np.isfinite(loss)]
         if diverged:  # counts as the base does
             (base,) = self.measure(ZERO, target, rows, [(SEEDS[0], {})])
@@ -186,7 +186,7 @@ class Lab:
         train = tuple(map(example, train_rows(target.task, seed)[:rows]))
         wanted = [row["completion"] for row in test_rows(target.task)]
         said = constant_answer(Task(target.task.name, train, (), ""))
-        return {"numbers": 0, "steps": 0, "exact_match": exact_match([said] * len(wanted), wanted).percent}
+        return {"numbers": 0, "steps": 0, "exact_match": _percent([said] * len(wanted), wanted)}
 
     def _numbers(self, name: str, problem: lf.Problem) -> int:
         one = problem.replace(index=problem.index[0])
@@ -244,3 +244,8 @@ class Lab:
 def recipe_for(arm: Arm, rows: int) -> Any:
     shared = {"epochs": EPOCHS[rows], "modules": MODULES, "pack": False}
     return recipe_of(find(arm.method).recipe, shared | dict(arm.recipe))
+
+
+def _percent(texts: Sequence[str], wanted: Sequence[str]) -> float:
+    """Return the share of exact matches."""
+    return 100 * float(exact_match([texts], wanted).mean())

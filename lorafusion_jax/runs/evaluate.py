@@ -92,10 +92,9 @@ def evaluate(
     if stop is not None:
         texts = [[said.partition(stop)[0] for said in of_seed] for of_seed in texts]
     wanted = [example.target for example in setup.task.test[:rows]]
-    scores = [exact_match(said, wanted) for said in texts]
     return Evaluation(
         predictions=texts,
-        correct=np.stack([score.correct for score in scores]),
+        correct=exact_match(texts, wanted),
         loss=entropy / targets,
         option_correct=None if options is None else _option_correct(setup, params, options[:rows], batch_size),
     )
@@ -120,7 +119,7 @@ def _constant(setup: Setup, options: FuseOptions) -> Evaluation:
     """Answer every row with the most common target of the seed's rows."""
     wanted = [example.target for example in setup.task.test[: len(setup.test)]]
     said = [[constant_answer(task)] * len(wanted) for task in tasks_of_seeds(setup.task, options)]
-    correct = np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
+    correct = exact_match(said, wanted)
     return Evaluation(said, correct, loss=None, option_correct=correct if answer_options(setup.task) else None)
 
 
@@ -193,7 +192,7 @@ def likeliest_correct(
         [of_row[int(best[seed])] for of_row, best in zip(options, chosen, strict=True)]
         for seed in range(len(likelihoods))
     ]
-    return np.stack([exact_match(of_seed, wanted).correct for of_seed in said])
+    return exact_match(said, wanted)
 
 
 def _for_every_seed(batch: Batch, seeds: int) -> Batch:

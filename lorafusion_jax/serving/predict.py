@@ -137,7 +137,7 @@ def _evaluated(service: Service, asked: Sequence[_TestRows], eval_batch: int) ->
         found.append(
             Evaluation(
                 predictions=predictions,
-                correct=np.stack([exact_match(of_seed, targets).correct for of_seed in predictions]),
+                correct=exact_match(predictions, targets),
                 loss=-likelihood.sum(axis=1) / sum(map(len, one.test.labels)),
                 option_correct=likeliest_correct(next(scores), one.options, one.task) if one.options else None,
             )

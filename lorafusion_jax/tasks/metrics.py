@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -10,20 +9,14 @@ from jaxtyping import Bool
 from .data import Task
 
 
-class ExactMatch(NamedTuple):
-    """Rows that are right, and their share in percent."""
-
-    correct: Bool[np.ndarray, " rows"]
-    percent: float
-
-
-def exact_match(predictions: Sequence[str], targets: Sequence[str]) -> ExactMatch:
-    """Compare texts after strip, lower case and removal of full stops, in this order (the paper's code)."""
-    if len(predictions) != len(targets) or not targets:
-        raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets: expected one for each")
-    pairs = zip(predictions, targets, strict=True)
-    correct = np.array([_normal(prediction) == _normal(target) for prediction, target in pairs])
-    return ExactMatch(correct, 100 * float(correct.mean()))
+def exact_match(predictions: Sequence[Sequence[str]], targets: Sequence[str]) -> Bool[np.ndarray, "seeds rows"]:
+    """Compare texts, by seed, after strip, lower case and removal of full stops, in this order (the paper's code)."""
+    wanted = [_normal(target) for target in targets]
+    for texts in predictions:
+        if len(texts) != len(wanted) or not wanted:
+            raise ValueError(f"{len(texts)} predictions for {len(wanted)} targets: expected one for each")
+    pairs = (zip(map(_normal, texts), wanted, strict=True) for texts in predictions)
+    return np.array([[said == target for said, target in of_seed] for of_seed in pairs])
 
 
 def constant_answer(task: Task) -> str:

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
 
 from .data import Example, Task
 
@@ -26,7 +25,9 @@ def answer_options(task: Task) -> tuple[tuple[str, ...], ...] | None:
     """
     pairs = [(example.target, _stated(example)) for example in task.train]
     trusted = 2 * sum(target.strip() in stated for target, stated in pairs) >= len(pairs)
-    labels = _labels(task.train)
+    counts = Counter(example.target for example in task.train)
+    closed = 2 <= len(counts) <= _MOST_LABELS and min(counts.values()) > 1
+    labels = tuple(sorted(counts)) if closed else ()
     stated = [_stated(example) if trusted else () for example in task.test]
     rows = tuple(own if len(own) >= 2 else labels for own in stated)
     return rows if all(rows) else None
@@ -39,9 +40,3 @@ def _stated(example: Example) -> tuple[str, ...]:
         return ()
     found = [label or text.strip() for label, text in _OPTION.findall(blocks[-1][1])]
     return tuple(dict.fromkeys(found))
-
-
-def _labels(examples: Sequence[Example]) -> tuple[str, ...]:
-    counts = Counter(example.target for example in examples)
-    closed = 2 <= len(counts) <= _MOST_LABELS and min(counts.values()) > 1
-    return tuple(sorted(counts)) if closed else ()
