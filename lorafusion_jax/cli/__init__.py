@@ -27,7 +27,7 @@ COMMANDS = {
     "lm-eval": "fused runs, bases and adapters on benchmarks of lm-evaluation-harness",
     "export": "a fused run -> a PEFT adapter or a merged base model",
     "crossbar": "crossbar program: base and pool -> simulated chips, for `fuse` and `evaluate`",
-    "restore": "unlabelled text -> digital corrections that bring a base model on chips back",
+    "restore": "unlabelled text -> digital corrections of a base model on simulated chips",
     "params": "exact trainable counts of every method, without weights",
     "cost": "one new task's writes, energy, time and wear with every method, without weights",
 }

@@ -86,8 +86,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _command(entry: MethodEntry) -> type[FuseCommand]:
     """Return the command's options for one method: its own, and the names of all that are registered by now."""
-    names = "; ".join(f"{name}, {each.help}" for name, each in METHODS.items())
-    method = Annotated[Literal[tuple(METHODS)], tyro.conf.arg(help=f"how the task is learned: {names}")]
+    names = "; ".join(f"{name}: {each.help}" for name, each in METHODS.items())
+    method = Annotated[Literal[tuple(METHODS)], tyro.conf.arg(help=f"method that learns the task. {names}")]
     named: Any = ("method", method, dataclasses.field(default=entry.name))
     bases, doc = (FuseCommand, options_with(entry.recipe)), {"__doc__": FuseCommand.__doc__}
     return dataclasses.make_dataclass("FuseCommand", [named], bases=bases, namespace=doc, frozen=True, kw_only=True)

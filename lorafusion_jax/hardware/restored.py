@@ -94,10 +94,10 @@ class Manifest(TypedDict):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RestoreOptions:
-    """Compute digital corrections that bring a base model on simulated chips back, from unlabelled text.
+    """Compute digital corrections of a base model on simulated chips, from unlabelled text.
 
-    No cell is written. `lorafusion fuse`, `evaluate` and `lm-eval` use the corrections with --restore. Interrupted, the
-    same command continues with the next chip.
+    No cell is written. `lorafusion fuse`, `evaluate`, `generate` and `lm-eval` use the corrections with --restore.
+    After an interruption, the same command continues with the next chip.
 
     Examples:
       lorafusion restore --base base --crossbar chips/noisy --chip 0 1 --text page.txt

@@ -79,12 +79,11 @@ class FuseOptions:
       name: name of the run, which is written to OUT/NAME; by default TASK-METHOD, and TASK-METHOD-CONTROL of a control.
       out: folder of runs.
       method: name of the method, from the registry (`lorafusion_jax.METHODS`).
-      control: `random-factors` replaces every module by a random one of the same norms, `shuffled` shuffles its layers,
-        and `rotated` replaces the singular vectors of its updates by random ones, but keeps the singular values
-        (`rotated-together`: all modules by one rotation); with a basis they are the directions, drawn or of such
-        modules, on which the modules are projected. `svd`, with a basis alone, takes the leading singular directions
-        of the base's own matrices.
-      control_draw: number of the draw of a control; all seeds of a run share a draw.
+      control: `random-factors` replaces every module by a random one of the same norms. `shuffled` shuffles its layers.
+        `rotated` keeps the singular values of its updates and draws the singular vectors (`rotated-together`: one
+        rotation for all modules). With a basis, a control replaces the directions on which the modules are projected.
+        `svd`, only with a basis, takes the leading singular directions of the base's matrices.
+      control_draw: number of the draw of a control; all seeds of a run share a draw. Give another draw another name.
       adapters: fuse these modules, by name or index, instead of a draw by seed.
       recipe: numbers of the method and of its training, of the class that the method names; a recipe of another class
         may have numbers that both share, other than the defaults.

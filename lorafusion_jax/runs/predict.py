@@ -35,8 +35,8 @@ class EvaluateOptions:
     Attributes:
       run: folder of the run.
       task: task to evaluate on, as in `lorafusion fuse`; by default the run's own.
-      train_rows: rows of a task without parts that are left out, since they may have trained; by default as in the
-        run, so give 0 to score every row of a file that the run has not seen.
+      train_rows: number of rows of an unsplit task that are left out, because the run may have been trained on them; by
+        default as in the run. Give 0 to score every row of a file that the run has not seen.
       test_rows: evaluate on the first rows of the test set only.
       eval_batch: number of rows in a batch of generation.
     """
