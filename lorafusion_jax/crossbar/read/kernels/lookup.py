@@ -24,6 +24,7 @@ from ...mapping.bit_fields import Packed, Packing, drive, unpack
 from ...mapping.encoding import digit
 from ...mapping.geometry import significance
 from ..conversion_noise import Noise, add_noise, alike
+from .tables import entries_of
 
 # A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
 _COLUMNS = 64
@@ -68,7 +69,8 @@ def lookup(
 
     def of_chunk(argument: tuple[Float[Array, "B R rows"], Array]) -> Float[Array, "N K B C"]:
         n, chunk = argument
-        entries = _entries(n, slices, digits, group)
+        rows = (n.shape[2] // group + 1) * group
+        chosen = entries_of(_pad(n, 2, rows), slices, digits, group)
 
         def read(w: int, r: Array, c: Array, total: Float[Array, "k B C"]) -> Float[Array, "k B C"]:
             """Add the codes of word w, of row tile r and column block c."""
@@ -81,7 +83,7 @@ def lookup(
             least = None if low is None else jax.lax.dynamic_slice(low[own], (0, r, first), (len(total), 1, width))
 
             def add(j: int | Array) -> list[Num[Array, "B C"]]:
-                of_slice = jax.lax.dynamic_slice(entries, (r, j, 0, 0), (1, 1, *entries.shape[2:]))[0, 0]
+                of_slice = jax.lax.dynamic_slice(chosen, (r, j, 0, 0), (1, 1, *chosen.shape[2:]))[0, 0]
                 return [_add_entries(table, of_slice) for table in tables]
 
             def convert(total: Array, added: list[Array], j: int | Array) -> Array:
@@ -136,23 +138,6 @@ def _group(base: int, inputs: int) -> int:
     while base ** (group + 1) <= min(inputs / 4, 32):
         group += 1
     return group
-
-
-def _entries(
-    n: Float[Array, "B R rows"], slices: tuple[int, ...], digits: list[int], group: int
-) -> UInt8[Array, "R J B G"]:
-    """Return which table entry every group of rows selects: its digits, as a number."""
-    groups = n.shape[2] // group + 1
-    n = _pad(n, 2, groups * group)
-
-    def of_tile(codes: Float[Array, "B rows"]) -> UInt8[Array, "J B G"]:
-        found = []
-        for j in range(len(slices)):
-            values = (digit(codes, slices, j) - digits[0]).reshape(codes.shape[0], groups, group)
-            found.append(sum((values[:, :, i] * len(digits) ** i for i in range(1, group)), values[:, :, 0]))
-        return jnp.stack(found).astype(jnp.uint8)
-
-    return jax.lax.map(of_tile, jnp.moveaxis(n, 1, 0))
 
 
 def _table(parts: list[tuple[Num[Array, "rows C"], list[int]]], group: int) -> Num[Array, "G E C"]:

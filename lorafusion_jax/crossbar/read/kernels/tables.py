@@ -83,13 +83,13 @@ def tables(
         return found
 
     def of_inputs(n: Float[Array, "B R rows"]) -> Float[Array, "N K B C"]:
-        entries = _entries(n, slices, digits, group)
+        of_rows = entries_of(n, slices, digits, group)
 
         def of_block(block: Num[Array, "R rows L"]) -> Float[Array, "K B C"]:
             def tile(i: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
                 r = tiles - 1 - i  # the last tile first: chunks that it leaves out are still at zero
                 table = _table(jax.lax.dynamic_index_in_dim(block, r, 0, keepdims=False), digits, group)
-                of_tile = jax.lax.dynamic_index_in_dim(entries, r, 0, keepdims=False)
+                of_tile = jax.lax.dynamic_index_in_dim(of_rows, r, 0, keepdims=False)
 
                 def step(j: Array, carry: tuple[list[Array], list[Array]]) -> tuple[list[Array], list[Array]]:
                     chosen = jax.lax.dynamic_index_in_dim(of_tile, j, 0, keepdims=False)
@@ -165,10 +165,10 @@ def _bias(zero: np.ndarray, packing: Packing, width: int) -> Int[Array, "1 L"]:
     return jnp.asarray(np.repeat(words.view(np.int32), width)[None])
 
 
-def _entries(
-    n: Float[Array, "B R rows"], slices: tuple[int, ...], digits: range, group: int
+def entries_of(
+    n: Float[Array, "B R rows"], slices: tuple[int, ...], digits: Sequence[int], group: int
 ) -> UInt8[Array, "R J B G"]:
-    """Return which table entry every group of rows selects: its digits, as a number."""
+    """Return which table entry every group of so many rows selects: its digits, as a number."""
     apart = jnp.moveaxis(n.reshape(*n.shape[:2], -1, group), (3, 1), (0, 1))  # [group, R, B, G], whose copy is short
     found = [
         _total([(digit(row, slices, j) - digits[0]) * len(digits) ** i for i, row in enumerate(apart)])
