@@ -58,11 +58,7 @@ def merge(options: MergeOptions) -> str:
     if unknown := [name for name in weights if name not in stored.names]:
         raise ValueError(f"{options.pool} has no module {some(unknown)}: it has {some(stored.names)}")
     pool = stored.load(list(weights))
-    if pool.magnitude is not None:
-        raise ValueError(
-            f"{options.pool} is a DoRA adapter, whose magnitudes a weighted sum would lose: use plain LoRAs"
-        )
-    coefficients = expand(coefficients_of(weights, pool), pool, "block")
+    coefficients = expand(coefficients_of(weights, pool, options.pool), pool, "block")
     index = jnp.arange(len(pool))
     with new_folder(options.out) as partial:
         if options.format in MERGED:

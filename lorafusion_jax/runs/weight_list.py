@@ -50,12 +50,14 @@ def read_weights(source: Path) -> tuple[Weights, Digests | None] | None:
     return merged["weights"], merged["digests"]
 
 
-def coefficients_of(weights: Weights, pool: Pool) -> Float[Array, "N blocks"]:
+def coefficients_of(weights: Weights, pool: Pool, source: str | None) -> Float[Array, "N blocks"]:
     """Return the coefficients of every module of a pool by block.
 
     Raises:
-      ValueError: a weight is not a finite number, or a block is not the pool's.
+      ValueError: a weight is not a finite number, a block is not the pool's, or the pool is a DoRA adapter (`source`).
     """
+    if pool.magnitude is not None:
+        raise ValueError(f"{source} is a DoRA adapter, whose magnitudes a weighted sum would lose: use plain LoRAs")
     blocks = column_names(pool, "block")
     found = np.zeros((len(pool), len(blocks)), np.float32)
     for row, name in enumerate(pool.names):
@@ -107,11 +109,8 @@ def listed_params(setup: Setup, options: FuseOptions, weights: Weights, recorded
         check_digests(source, recorded, digests(setup, options), options)
     if missing := sorted(weights.keys() - {*setup.modules[0]}):
         raise ValueError(f"{options.pool} has no module {some(missing)}, which {source} names")
-    if pool.magnitude is not None:
-        raise ValueError(
-            f"{options.pool} is a DoRA adapter, whose magnitudes a weighted sum would lose: use plain LoRAs"
-        )
-    by_block = coefficients_of(weights, pool)[jnp.array([pool.names.index(name) for name in setup.modules[0]])]
+    by_block = coefficients_of(weights, pool, options.pool)
+    by_block = by_block[jnp.array([pool.names.index(name) for name in setup.modules[0]])]
     if method.granularity != "global":
         coefficients = refined(by_block, pool, "block", method.granularity)
     elif any(isinstance(of_module, dict) for of_module in weights.values()):
