@@ -41,15 +41,11 @@ class Standing(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Activity:
-    """Counts of one method's work."""
+class Activity(BilledMethod):
+    """A method with the counts of its work."""
 
     method: str
-    trainable: int
     written: Counts  # cells of the task's own matrices; a programming pass writes them all
-    passes: int  # programming passes for the task; 0 if the task writes no cells
-    installed_words: int  # words that putting the finished task in place writes to memory or reads there
-    installed_macs: int  # digital multiply-adds of that
     adapters: Counts  # counts of the arrays that hold the adapters, written for this task or earlier
     # work of the base's forward passes in training, and of its backward passes if there are gradients
     base_training: Work
@@ -72,12 +68,9 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
         written = _of_base(config, crossbar) if method.update.trains_base else adapters
         base_training, update_training = _training(method, config, crossbar, work)
         activity = Activity(
+            **vars(method),
             method=name,
-            trainable=method.trainable,
             written=written if method.passes else Counts(),
-            passes=method.passes,
-            installed_words=method.installed_words,
-            installed_macs=method.installed_macs,
             adapters=adapters,
             base_training=base_training,
             update_training=update_training,
