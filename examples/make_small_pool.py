@@ -373,9 +373,9 @@ def readme(base: float, pool: dict[Task, float], zero_shot: dict[Task, float], s
     lines = [
         "# The embedded small pool",
         "",
-        "A small T5, 28 LoRA adapters of it as PEFT folders, and tasks to fuse them for: string tasks made of",
-        "a position op and a character op (`../string_tasks.py`). It is meant to be small and quick; it is not",
-        "FLAN-T5, and the tasks are not BIG-Bench Hard.",
+        "A small T5, 28 LoRA adapters of it as PEFT folders, and string tasks to fuse them for. Each task is an",
+        "operation on positions and one on characters (`../string_tasks.py`). It is meant to be small and quick;",
+        "it is not FLAN-T5, and the tasks are not BIG-Bench Hard.",
         "",
         f"Made in {minutes:.1f} minutes on {os.cpu_count()} CPU cores by",
         "",
@@ -383,15 +383,15 @@ def readme(base: float, pool: dict[Task, float], zero_shot: dict[Task, float], s
         "",
         f"* `base/`: T5 1.1, {CONFIG.num_layers} + {CONFIG.num_decoder_layers} blocks, width {CONFIG.d_model}, "
         f"{parameters:,} parameters in float16.",
-        f"  Trained for {BASE_STEPS:,} steps of {BASE_BATCH} rows on {len(tasks.base)} tasks, 20 single ops and "
-        "12 pairs, and",
-        f"  stopped early. It answers {base:.1%} of their test rows.",
+        f"  Trained for {BASE_STEPS:,} steps of {BASE_BATCH} rows on {len(tasks.base)} tasks, 20 single "
+        "operations and 12 pairs,",
+        f"  and stopped early. It answers {base:.1%} of their test rows.",
         f"* `adapters/`: rank {RANK} on q and v, alpha {ALPHA}, trained for {POOL_STEPS} steps of {POOL_BATCH} rows "
         "each, on",
         f"  other pairs; the first {BIN_ADAPTERS} as `adapter_model.bin`, the others as `adapter_model.safetensors`.",
-        f"* `tasks/`: further pairs, with {TRAIN_ROWS} rows to fuse with and {TEST_ROWS} to measure on. Their ops "
-        "all occur in the",
-        "  pool, except `mirror`, on which neither the base nor any adapter was trained.",
+        f"* `tasks/`: further pairs, with {TRAIN_ROWS} rows to fuse with and {TEST_ROWS} to measure on. Their "
+        "operations all occur",
+        "  in the pool, except `mirror`, on which neither the base nor any adapter was trained.",
         "",
         f"Exact match of greedy generation on {TEST_ROWS} test rows. The base alone, on the tasks to fuse for:",
         "",
