@@ -4,7 +4,7 @@
     python experiments/bbh.py --base google/flan-t5-large --pool POOL --data data_bbh      # LoraHub's own folder
     python experiments/bbh.py --base flan-t5-large --data data_bbh --plan                  # what it needs
 
-The benchmark's JSON files are split by an index of rows (lab/lorahub_split.json). data_bbh is the folder of
+The benchmark's JSON files are split by an index of rows that comes with the package. data_bbh is the folder of
 LoraHub's release 0.1 and holds the same rows (docs/reference/bbh.md). Results are rows of OUT/results.jsonl;
 interrupted, the same command continues.
 """
@@ -16,14 +16,13 @@ from pathlib import Path
 import _script
 import tyro
 from lab.common import ROOT
-from lab.lorahub_split import BBH_DATA, LORAHUB_DATA, write_lorahub_split
 from lab.matrix import MatrixOptions, against, run_matrix
 from lab.methods import METHODS
 from lab.planning import print_matrix_plan
 from lab.tasks import lorahub_tasks, prompt_overlap
 from results_page import main as report
 
-from lorafusion_jax.tasks import load_task
+from lorafusion_jax.tasks import BBH_DATA, LORAHUB_DATA, load_task, write_lorahub_split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

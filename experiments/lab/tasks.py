@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from lorafusion_jax.tasks import Task
-
-from .lorahub_split import BBH_DATA, LORAHUB_DATA
+from lorafusion_jax.tasks import BBH_DATA, LORAHUB_DATA, Task
 
 
 def find_task(folder: str | Path, name: str) -> Path:

@@ -15,6 +15,7 @@ from .batches import (
     train_batches,
     train_step_batches,
 )
+from .bbh import BBH_DATA, LORAHUB_DATA, write_lorahub_split
 from .data import BETWEEN_EXAMPLES, Example, Task, few_shot, fill, load_task
 from .metrics import constant_answer, exact_match
 from .options import answer_options

@@ -9,10 +9,10 @@ import byte_base
 import jax
 import one_block
 import pytest
-from lab.lorahub_split import write_lorahub_split
 
 import lorafusion_jax as lf
 from lorafusion_jax.methods import METHODS
+from lorafusion_jax.tasks import write_lorahub_split
 
 # The settings that the README's run has in tests, whose compiled programs are then there already.
 _LIKE_THE_README = {

@@ -4,8 +4,9 @@ import bbh
 import bbh_rows
 import byte_base
 import pytest
-from lab.lorahub_split import write_lorahub_split
 from lab.rows import read_rows
+
+from lorafusion_jax.tasks import write_lorahub_split
 
 
 @pytest.fixture(scope="module")

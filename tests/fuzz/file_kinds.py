@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import one_block
-from lab.lorahub_split import write_lorahub_split
 from lab.rows import append_rows, read_rows
 from made_up_rows import made_up
 
@@ -37,7 +36,7 @@ from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.runs.weight_list import read_weights
-from lorafusion_jax.tasks import load_task
+from lorafusion_jax.tasks import load_task, write_lorahub_split
 
 SECONDS = 5.0  # of CPU time for one file
 _SLACK = 128 << 20  # bytes of memory that no file is charged for: JAX's programs, the base, the interpreter

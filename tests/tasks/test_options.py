@@ -5,9 +5,8 @@ import dataclasses
 import bbh_rows
 import one_block
 import pytest
-from lab.lorahub_split import write_lorahub_split
 
-from lorafusion_jax.tasks import Example, Task, answer_options, few_shot, load_task
+from lorafusion_jax.tasks import Example, Task, answer_options, few_shot, load_task, write_lorahub_split
 
 # Answers of every test row, or the letters (from A on) that its rows have.
 _LABELS = {"boolean_expressions": ("False", "True"), "causal_judgement": ("Yes", "No")}

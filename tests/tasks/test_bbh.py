@@ -5,9 +5,8 @@ import json
 
 import bbh_rows
 import pytest
-from lab.lorahub_split import write_lorahub_split
 
-from lorafusion_jax.tasks import Example, load_task
+from lorafusion_jax.tasks import Example, load_task, write_lorahub_split
 
 _PREFIX = "Count.\n\n"
 _EXAMPLES = [{"input": f"Wie groß ist {i}?", "target": str(i)} for i in range(6)]

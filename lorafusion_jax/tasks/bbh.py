@@ -14,9 +14,9 @@ from typing import Annotated, Literal, TypedDict
 
 import msgspec
 
-from lorafusion_jax.files import FileError, read_json, shown, write
-from lorafusion_jax.tasks.data import as_example
-from lorafusion_jax.tasks.readers import Row, read_rows
+from ..files import FileError, read_json, shown, write
+from .data import as_example
+from .readers import Row, read_rows
 
 LORAHUB_DATA = "https://github.com/sail-sg/lorahub/releases/download/0.1/data_bbh.zip"
 BBH_DATA = "the folder bbh of https://github.com/suzgunmirac/BIG-Bench-Hard"
@@ -46,7 +46,7 @@ def write_lorahub_split(
       bbh: folder with the benchmark's JSON files (`bbh` of github.com/suzgunmirac/BIG-Bench-Hard).
       out: folder of the tasks' folders, which are returned; `load_task` reads them.
       names: names of the tasks; by default all of the index.
-      index: file that lists the rows of each part; by default LoraHub's.
+      index: file that lists the rows of each part; by default LoraHub's, which comes with the package.
 
     Raises:
       ValueError: on an index of another layout, an unknown task, a file of the benchmark that is missing or lacks a
