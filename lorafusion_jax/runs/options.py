@@ -76,14 +76,15 @@ class FuseOptions:
       pool: a converted pool, or a folder of PEFT adapter folders; only for methods that fuse modules.
       task: a JSONL file or a folder of them, a JSON list, a BIG-Bench Hard file, a `datasets` folder or hub id.
       seeds: seeds of the run: each draws its modules, its start and its order of rows; all are one program.
-      name: name of the run, which is written to OUT/NAME; by default TASK-METHOD, and TASK-METHOD-CONTROL of a control.
+      name: name of the run, which is written to OUT/NAME; by default TASK-METHOD, followed by a
+        control and its draw.
       out: folder of runs.
       method: name of the method, from the registry (`lorafusion_jax.METHODS`).
       control: `random-factors` replaces every module by a random one of the same norms. `shuffled` shuffles its layers.
         `rotated` keeps the singular values of its updates and draws the singular vectors (`rotated-together`: one
         rotation for all modules). With a basis, a control replaces the directions on which the modules are projected.
         `svd`, only with a basis, takes the leading singular directions of the base's matrices.
-      control_draw: number of the draw of a control; all seeds of a run share a draw. Give another draw another name.
+      control_draw: number of the draw of a control; all seeds of a run share a draw.
       adapters: fuse these modules, by name or index, instead of a draw by seed.
       recipe: numbers of the method and of its training, of the class that the method names; a recipe of another class
         may have numbers that both share, other than the defaults.

@@ -129,9 +129,10 @@ def _refuse_begun(run: RunFolder) -> None:
 
 
 def run_path(options: FuseOptions) -> Path:
-    """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD, or OUT/TASK-METHOD-CONTROL."""
+    """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD, with -CONTROL and -DRAW after it if given."""
     task = Path(without_revision(options.task).partition(":")[0])
     control = "" if options.control == "none" else f"-{options.control}"
+    control += f"-{options.control_draw}" if options.control_draw else ""
     return Path(options.out) / (options.name or f"{task.stem}-{options.method}{control}")
 
 

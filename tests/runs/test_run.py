@@ -486,6 +486,7 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
         ("owner/bench", {}, "bench-fusion"),
         ("owner/bench@refs/pr/1:counting", {}, "bench-fusion"),
         ("tasks/bench.json", {"control": "random-factors"}, "bench-fusion-random-factors"),
+        ("tasks/bench.json", {"control": "rotated", "control_draw": 1}, "bench-fusion-rotated-1"),
         ("tasks/bench.json", {"name": "own"}, "own"),
     ],
 )
