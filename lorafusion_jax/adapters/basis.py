@@ -159,10 +159,12 @@ def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
             raise ValueError(f"directions at {site} for layers, d_in and d_out {got}: the modules have {sizes}")
     S, energy = {}, {}
     for site in pool.rank:
-        of_layers = [
-            _project(*_layer(pool, site, layer), np.asarray(U[site][layer], float), np.asarray(V[site][layer], float))
-            for layer in range(len(pool.rank[site]))
-        ]
+        of_layers = []
+        for layer in range(len(pool.rank[site])):
+            A, B = _layer(pool, site, layer)
+            left, right = (np.asarray(of[site][layer], float) for of in (U, V))
+            squared = np.sum((A.swapaxes(1, 2) @ A) * (B @ B.swapaxes(1, 2)), axis=(1, 2))
+            of_layers.append(((left.T @ A) @ (B @ right.T), squared))
         S[site], energy[site] = (np.stack(part) for part in zip(*of_layers, strict=True))
     fields: Any = {"U": {site: U[site] for site in S}, "V": {site: V[site] for site in S}, "S": S, "energy": energy}
     fields = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), fields)
@@ -255,13 +257,3 @@ def _leading(left: Float[np.ndarray, "N d r"], right: Float[np.ndarray, "N r e"]
         found = scipy.linalg.eigh(gram, subset_by_index=[d - k, d - 1])[1][:, ::-1]
     largest = np.take_along_axis(found, np.argmax(np.abs(found), axis=0)[None], axis=0)
     return found * np.where(largest < 0, -1.0, 1.0)
-
-
-def _project(
-    A: Float[np.ndarray, "N d_in r"],
-    B: Float[np.ndarray, "N r d_out"],
-    U: Float[np.ndarray, "d_in k"],
-    V: Float[np.ndarray, "k d_out"],
-) -> tuple[Float[np.ndarray, "N k k"], Float[np.ndarray, " N"]]:
-    energy = np.sum((A.swapaxes(1, 2) @ A) * (B @ B.swapaxes(1, 2)), axis=(1, 2))
-    return (U.T @ A) @ (B @ V.T), energy

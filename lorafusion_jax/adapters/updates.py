@@ -115,7 +115,7 @@ class Modules:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Modules in separate arrays, mixed in their outputs (see `mix_outputs`): every A_n and B_n is read on its own.
+    """Modules in separate arrays, mixed in their outputs: every A_n and B_n is read on its own.
 
     A, B and index are as in `Modules`; the coefficients are zero where a module lacks a rank.
     """
@@ -129,7 +129,11 @@ class Outputs:
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
         A, B = (gather(w, self.index) for w in (self.A, self.B))
-        return _scaled(mix_outputs(x, kernel, A, B, self.coefficients, self.composition), self.scale)
+        c = jnp.expand_dims(self.coefficients.astype(x.dtype), range(1, x.ndim))
+        reads = jax.vmap(matmul, in_axes=(None, 0))(x, A) * c
+        if self.composition == "mix":
+            reads = jnp.sum(reads, axis=0)[None] * c
+        return _scaled(matmul(x, kernel) + jnp.sum(jax.vmap(matmul)(reads, B), axis=0), self.scale)
 
 
 @jax.tree_util.register_dataclass
@@ -147,25 +151,6 @@ class InBasis:
         # Converters may return an offset for zeros: where nothing is mixed, V is not read.
         update = jnp.where(jnp.any(self.core != 0), matmul(mixed, self.V), jnp.zeros((), x.dtype))
         return _scaled(matmul(x, kernel) + update, self.scale)
-
-
-def mix_outputs(
-    x: Float[Array, "*B d_in"],
-    kernel: Weight,
-    A: Weight,
-    B: Weight,
-    coefficients: Float[Array, "N k"],
-    composition: Composition,
-) -> Float[Array, "*B d_out"]:
-    """Return `x (W + dW)` mixed in the outputs of modules [N, d_in, r] and [N, r, d_out], each read on its own.
-
-    There is one coefficient for each module (k = 1), or for each module and rank (k = r).
-    """
-    c = jnp.expand_dims(coefficients.astype(x.dtype), range(1, x.ndim))
-    reads = jax.vmap(matmul, in_axes=(None, 0))(x, A) * c
-    if composition == "mix":
-        reads = jnp.sum(reads, axis=0)[None] * c
-    return matmul(x, kernel) + jnp.sum(jax.vmap(matmul)(reads, B), axis=0)
 
 
 def _scaled(y: Array, scale: Array | None) -> Array:

@@ -16,7 +16,7 @@ import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import column_names, expand, initial, present, shape
 from lorafusion_jax.adapters.composition import compose_in_basis
 from lorafusion_jax.adapters.norms import PairTerms, pair_terms, pairs_are_smaller
-from lorafusion_jax.adapters.updates import Dense, mix_outputs
+from lorafusion_jax.adapters.updates import Dense, Outputs
 from lorafusion_jax.io.export import fused_adapter
 from lorafusion_jax.models.weights import dense
 
@@ -114,8 +114,7 @@ def test_orders_of_evaluation_are_equal(composition, granularity):
     @jax.jit
     def both_orders(x, stacked, layer):
         adapter, kernel, A, B, c = _layer(stacked, layer)
-        chosen = jnp.array(_INDEX)
-        return adapter(x, kernel), mix_outputs(x, kernel, A[chosen], B[chosen], c, composition)
+        return adapter(x, kernel), Outputs(A, B, jnp.array(_INDEX), c, composition)(x, kernel)
 
     for site, adapter in adapters.items():
         x = rng.normal(size=(2, 5, pool.A[site].shape[2])).astype(np.float32)
