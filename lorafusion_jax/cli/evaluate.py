@@ -10,7 +10,8 @@ import numpy as np
 
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips, report_path
-from ..runs.predict import evaluate_run
+from ..runs.options import check_digital
+from ..runs.predict import EvaluateOptions, evaluate_run
 from ..serving.predict import evaluate_runs
 from ..text_tables import plain
 from .parsing import parse, part_of
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("nothing to evaluate: give one run with --run, or several with --runs")
     options = EvaluateOnChipsOptions(**part_of(command, EvaluateOnChipsOptions, "--run"))
     if options.crossbar is None:
-        options.check_digital()
+        every, digital = (kind.__dataclass_fields__ for kind in (EvaluateOnChipsOptions, EvaluateOptions))
+        check_digital(options, [name for name in every if name not in digital])
         print(score_table(evaluate_run(options)))
     elif options.report:
         results = report_on_chips(options)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import printable
-from ..harness.options import CalibratedChipOptions, HarnessOptions, check_digital, load_measured
+from ..harness.options import CalibratedChipOptions, HarnessOptions, load_measured
+from ..runs.options import check_digital
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
 from ..serving.predict import generate_rows
 from ..training.problem import Problem
@@ -63,9 +64,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _on_chip(command: GenerateCommand) -> Problem | None:
     """Return the model of a command on a chip; None for a digital one."""
-    chip = {field.name: getattr(command, field.name) for field in dataclasses.fields(CalibratedChipOptions)}
-    options = HarnessOptions(run=command.run, run_seed=command.seed, base=command.base, **chip)
+    of_chips = CalibratedChipOptions.__dataclass_fields__
     if command.crossbar is None:
-        check_digital(options)
+        check_digital(command, of_chips)
         return None
+    chip = {name: getattr(command, name) for name in of_chips}
+    options = HarnessOptions(run=command.run, run_seed=command.seed, base=command.base, **chip)
     return load_measured(options).loaded.problem

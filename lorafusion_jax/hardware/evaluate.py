@@ -19,7 +19,7 @@ from ..methods.lora import LoRA, as_pool
 from ..models.architecture import kernels
 from ..progress import progress
 from ..runs.evaluate import evaluate, seed_rows
-from ..runs.options import ChipsOptions, FuseOptions, flags_given
+from ..runs.options import ChipsOptions, FuseOptions
 from ..runs.predict import EvaluateOptions, load_to_evaluate
 from ..runs.prepare import Setup, digests
 from ..training.method import Params
@@ -56,13 +56,6 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
     lora_in: Literal["sram", "cells"] = "sram"
     calibration_rows: int = CALIBRATION_ROWS
     report: bool = False
-
-    def check_digital(self) -> None:
-        """Raise ValueError for options of chips without any."""
-        names = [field.name for field in dataclasses.fields(self)]
-        of_chips = [name for name in names if name not in EvaluateOptions.__dataclass_fields__]
-        if flags := flags_given(self, of_chips):
-            raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
 
 
 @dataclasses.dataclass(frozen=True)

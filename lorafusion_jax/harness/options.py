@@ -10,7 +10,7 @@ from ..hardware.calibration import looped
 from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..methods import find
-from ..runs.options import ChipOptions, FuseOptions, LoadIn, OnArrays, flags_given
+from ..runs.options import ChipOptions, FuseOptions, LoadIn, OnArrays, check_digital, flags_given
 from ..runs.prepare import LoadedModel, Setup, load_model, of_run, prepare
 from ..runs.run import load_run, seed_place
 from ..training.method import Params
@@ -81,7 +81,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
     if (options.run is None) == (options.base is None):
         raise ValueError("expected one model: give a fused run with --run, or a base model with --base")
     if options.crossbar is None:
-        check_digital(options)
+        check_digital(options, CalibratedChipOptions.__dataclass_fields__)
     fused, params, config, place = _of_base(options), None, None, 0
     if options.run is not None:
         if flags := flags_given(options, _OF_BASES):
@@ -116,12 +116,6 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
         loaded = on_arrays(loaded, fused, params).training
     of_seed = jax.tree.map(lambda p: p[place], params)
     return MeasuredModel(loaded.with_problem(index=loaded.problem.index[place]), of_seed, fused.base)
-
-
-def check_digital(options: HarnessOptions) -> None:
-    """Raise ValueError for options of chips without any."""
-    if flags := flags_given(options, (field.name for field in dataclasses.fields(CalibratedChipOptions))):
-        raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
 
 
 def _of_base(options: HarnessOptions) -> FuseOptions:

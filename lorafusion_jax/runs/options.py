@@ -187,6 +187,12 @@ def flags_given(options: Any, names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
+def check_digital(options: Any, of_chips: Iterable[str]) -> None:
+    """Raise ValueError for options of chips, by their names, that are given without any chips."""
+    if flags := flags_given(options, of_chips):
+        raise ValueError(f"{flags}: only for simulated chips: name them with --crossbar, or leave it out")
+
+
 def options_to_json(options: FuseOptions) -> dict[str, Any]:
     """Return the options as JSON values."""
     return msgspec.json.decode(msgspec.json.encode(options, enc_hook=str))

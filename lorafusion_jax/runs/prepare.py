@@ -52,7 +52,7 @@ from ..training.method import Method
 from ..training.problem import Problem
 from ..training.seeds import SeedMode, default_seed_mode
 from .folder import RunConfig, note
-from .options import Control, FuseOptions, OnArrays, row_format
+from .options import Control, FuseOptions, OnArrays, check_digital, row_format
 
 AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 
@@ -182,11 +182,6 @@ def check(options: FuseOptions) -> None:
             "a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar",
         ),
         (
-            not in_arrays and options.arrays != OnArrays(),
-            "--train-chip, --chip, --chip-key, --keep-digital, --age, --norm and --restore need simulated arrays: give "
-            "them with --crossbar, or leave these options out",
-        ),
-        (
             options.distributed and options.mesh is None,
             "--distributed shares a run out over the devices of all processes: give their layout with --mesh",
         ),
@@ -205,6 +200,8 @@ def check(options: FuseOptions) -> None:
     ):
         if wrong:
             raise ValueError(message)
+    if not in_arrays:
+        check_digital(options.arrays, OnArrays.__dataclass_fields__)
 
 
 def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train: bool = True) -> Setup:

@@ -339,7 +339,7 @@ def test_results_on_other_chips_are_other_files(tmp_path):
 
 def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys):
     for noise in (OnArrays(train_chip="chip"), OnArrays(age="1h")):
-        with pytest.raises(ValueError, match="need simulated arrays: give them with --crossbar"):
+        with pytest.raises(ValueError, match="only for simulated chips: name them with --crossbar"):
             fuse(dataclasses.replace(fused, name="without", arrays=noise))
     assert not (chips / "runs" / "without").exists()
     with pytest.raises(SystemExit, match="2"):
