@@ -142,7 +142,17 @@ class Lab:
         if name == ZERO:
             params, steps = {}, 0
         else:
-            params, steps = self.fit(problem, tokens, recipe_for(ARMS[name], rows), rows, entries)
+            recipe = recipe_for(ARMS[name], rows)
+            recipes = [dataclasses.replace(recipe, **rates) for _, rates in entries]
+            by_group = [problem.method.learning_rates(one) for one in recipes]
+            nothing = jnp.zeros(len(entries))
+            rates = lf.Rates(
+                jax.tree.map(lambda *numbers: jnp.array(numbers, jnp.float32), *by_group), l2=nothing, l1=nothing
+            )
+            validation = own + np.arange(TRAIN_ROWS, TRAIN_ROWS + VALIDATION_ROWS, dtype=np.int32)
+            of_seeds = TrainingRows(tokens, Split(training, validation), self.pad_id)
+            state = fit(problem, of_seeds, start(problem, seeds), recipe, seeds, rates=rates)
+            params, steps = state.best, int(state.step[0])
         for_all = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(entries), *leaf.shape)), test)
         losses = np.asarray(seed_entropies(params, for_all, problem))
         found: list[Row] = [
@@ -151,7 +161,7 @@ class Lab:
         ]
         if name == ZERO:
             texts = ([part[i] for i in training.ravel()] for part in (tokens.inputs, tokens.labels))
-            batch = self.batch(*texts)
+            batch = self._batch(*texts)
             by_seed = jax.tree.map(lambda leaf: leaf.reshape(len(entries), rows, *leaf.shape[1:]), batch)
             for row, loss in zip(found, np.asarray(seed_entropies(params, by_seed, problem)), strict=True):
                 row["training_rows_loss"] = round(float(loss), 5)
@@ -168,28 +178,6 @@ class Lab:
             for n in diverged:
                 found[n] |= {"diverged": True} | {part: base[part] for part in ("test_loss", "exact_match")}
         return found
-
-    def fit(
-        self,
-        problem: lf.Problem,
-        tokens: Encoded,
-        recipe: Any,
-        rows: int,
-        entries: Sequence[tuple[int, Mapping[str, float]]],
-    ) -> tuple[Any, int]:
-        """Return the best numbers of entries, which a problem has the modules of, and their steps."""
-        seeds = tuple(seed for seed, _ in entries)
-        own = np.array([[SEEDS.index(seed)] for seed in seeds], np.int32) * (TRAIN_ROWS + VALIDATION_ROWS)
-        parts = ((0, rows), (TRAIN_ROWS, TRAIN_ROWS + VALIDATION_ROWS))
-        split = Split(*(own + np.arange(*part, dtype=np.int32) for part in parts))
-        by_group = [problem.method.learning_rates(dataclasses.replace(recipe, **rates)) for _, rates in entries]
-        nothing = jnp.zeros(len(entries))
-        rates = lf.Rates(
-            jax.tree.map(lambda *numbers: jnp.array(numbers, jnp.float32), *by_group), l2=nothing, l1=nothing
-        )
-        of_seeds = TrainingRows(tokens, split, self.pad_id)
-        state = fit(problem, of_seeds, start(problem, seeds), recipe, seeds, rates=rates)
-        return state.best, int(state.step[0])
 
     def _constant(self, target: Target, rows: int, seed: int) -> Row:
         def example(row: Mapping[str, str]) -> Example:
@@ -245,9 +233,9 @@ class Lab:
         # Labels of one width for all rows, so that tasks share programs.
         labels = tuple(np.pad(row, (0, width - len(row)), constant_values=IGNORED) for row in train.labels)
         padded = tuple(np.pad(row, (0, width - len(row)), constant_values=IGNORED) for row in held_out.labels)
-        return Encoded(train.inputs, labels), self.batch(held_out.inputs, padded), test
+        return Encoded(train.inputs, labels), self._batch(held_out.inputs, padded), test
 
-    def batch(self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Batch:
+    def _batch(self, inputs: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> Batch:
         ids = pad(inputs, self.pad_id, SOURCE_WIDTH)
         mask = np.arange(SOURCE_WIDTH) < np.array([len(row) for row in inputs])[:, None]
         return Batch(ids, mask, np.stack(labels).astype(np.int32), np.ones(len(ids), bool))
