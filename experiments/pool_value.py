@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -25,6 +25,8 @@ import tyro
 from lab.common import ROOT, append_line, read_lines, write_csv
 from lab.pool_cells import (
     ARMS,
+    BARE,
+    BARE_ROTATED,
     EPOCHS,
     FUSION,
     ROTATED,
@@ -278,15 +280,13 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
                 of_target = [task, target.pool, target.relevance, str(number)]
                 lines.append([*of_target, *(f"{value:.4f}" for value in numbers)])
     for number, arm in itertools.product(EPOCHS, (name for name in TRAINED if name != FUSION)):
-        if (gain := difference(rows, arm, FUSION, number)) is None:
-            continue
-        for relevance in ("all", *CLASSES):
-            own = [value for task, value in gain.items() if relevance in ("all", RELEVANCE[task])]
-            interval = over_tasks(own)
-            assert interval is not None
-            shown = f"{interval.mean:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"
-            curve.append([str(number), arm, relevance, str(len(own)), *shown])
-    found |= {"advantage": lines, "contrasts": curve}
+        if (gain := difference(rows, arm, FUSION, number)) is not None:
+            curve += [[str(number), arm, *line] for line in by_class(gain)]
+    alone = [["rows", "relevance", "tasks", "rotated minus real, coefficients only", "95 % interval"]]
+    for number in EPOCHS:
+        if (gain := difference(rows, BARE_ROTATED, BARE, number)) is not None:
+            alone += [[str(number), *line] for line in by_class(gain)]
+    found |= {"advantage": lines, "contrasts": curve, "alone": alone}
     everything = tests(rows)
     p_of = {test.name: test.p for test in everything}
     corrected = dict(zip(SECONDARY, holm([p_of.get(name, 1.0) for name in SECONDARY]), strict=True))
@@ -310,6 +310,15 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
 
 
 _RATES = ("lr_coefficients", "lr_magnitudes", "lr_lora")
+
+
+def by_class(gain: Mapping[str, float]) -> Iterator[list[str]]:
+    """Yield class, number of tasks, mean and interval of differences by task, for all tasks and for each class."""
+    for relevance in ("all", *CLASSES):
+        own = [value for task, value in gain.items() if relevance in ("all", RELEVANCE[task])]
+        interval = over_tasks(own)
+        assert interval is not None
+        yield [relevance, str(len(own)), f"{interval.mean:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
