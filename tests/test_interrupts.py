@@ -147,8 +147,9 @@ def write():
     ready()
     while partial.exists(): pass
     while True: print("WARNING: it is gone", file=sys.stderr, flush=True)
-threading.Thread(target=write, daemon=True).start()
-with interrupts.removed(partial): time.sleep(60)
+with interrupts.removed(partial):
+    threading.Thread(target=write, daemon=True).start()
+    time.sleep(60)
 """
     process = _start(code, tmp_path)
     assert _signals(process, signal.SIGTERM) == "stopped by SIGTERM\n"

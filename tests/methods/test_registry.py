@@ -56,7 +56,7 @@ def test_a_new_method_is_run_with_its_own_options(small, tmp_path, capsys):
 def test_a_new_method_is_in_the_help_text_with_its_own_options(gains, capsys):
     for arguments, shown, hidden in (
         (["--method", "gains"], ("--first-gain", "--lr-gains", "value that all factors start from"), "--modules"),
-        ([], ("--modules", "gains, train one factor for each"), "--first-gain"),
+        ([], ("--modules", "gains: train one factor for each"), "--first-gain"),
     ):
         with pytest.raises(SystemExit, match="0"):
             main(["fuse", *arguments, "--help"])
