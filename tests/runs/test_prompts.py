@@ -28,9 +28,9 @@ from lorafusion_jax.runs.predict import (
     load_to_evaluate,
     stream_lines,
 )
-from lorafusion_jax.runs.prepare import load_texts, prepare
+from lorafusion_jax.runs.prepare import evaluation_worth, load_texts, prepare
 from lorafusion_jax.runs.run import run_path
-from lorafusion_jax.tasks import Example, encode
+from lorafusion_jax.tasks import Example, encode, eval_batches
 
 _ANSWERS = {"hot": "cold", "tall": "short", "bold": "old", "gold": "the gold"}
 
@@ -176,11 +176,14 @@ def test_chat_needs_a_template(task, tmp_path):
 
 
 def test_a_plan_counts_the_tokens_of_the_template(base, task, tmp_path):
-    plans = [describe_run(_options(base, task, tmp_path, chat=chat)) for chat in (False, True)]
-    setups = [prepare(_options(base, task, tmp_path, chat=chat)) for chat in (False, True)]
-    for plan, setup in zip(plans, setups, strict=True):
+    runs = [_options(base, task, tmp_path, chat=chat) for chat in (False, True)]
+    plans = [describe_run(run) for run in runs]
+    for plan, run in zip(plans, runs, strict=True):
+        setup = prepare(run)
+        worth = evaluation_worth(setup.config)
+        batches = [batch for _, batch in eval_batches(setup.test, run.eval_batch, pad_id=0, worth=worth)]
         found = re.search(r"evaluation in .*?(\d+) source", plan)
-        assert found is not None and 0 <= int(found[1]) - max(map(len, setup.test.inputs)) < 16, plan
+        assert found is not None and int(found[1]) == max(batch.input_ids.shape[1] for batch in batches), plan
     assert plans[0] != plans[1]
 
 
