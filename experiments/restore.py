@@ -195,6 +195,19 @@ def _other_chips() -> Iterator[tuple[Any, ...]]:
     for setting in (Setting(0.0, read_noise=0.01), Setting(0.01)):
         yield from ((setting, 1, arm) for arm in (NONE, SCALES))
         yield setting, 1, *BEST
+    yield from _distilled_for_drift()
+
+
+def _distilled_for_drift() -> Iterator[tuple[Any, ...]]:
+    """Yield distilled scales and low rank of 1 % at age 0 and at later ages."""
+    new, sources = Setting(0.0, drift=0.0, compensate=True), ("itself", "prepared")
+    for arm in FIRST[1:]:
+        yield new, 1, arm
+        yield from ((new._replace(drift=10 * _YEAR), 1, arm, "real", CALIBRATION, source) for source in sources)
+    plain = new._replace(compensate=False)
+    yield plain, 1, FIRST[1]
+    yield from ((plain._replace(drift=10 * _YEAR), 1, FIRST[1], "real", CALIBRATION, source) for source in sources)
+    yield from ((new._replace(drift=age), 1, FIRST[1]) for age in (_YEAR, _MONTH))
 
 
 OTHER_CHIPS = tuple(_other_chips())
@@ -273,6 +286,7 @@ def jobs(options: Options) -> Iterator[Job]:
         for arm in MORE:
             texts: tuple[Kind, ...] = ("continued", "sampled") if arm == MORE[0] else ("continued",)
             yield from (Job("more", Setting(), chip, arm, text, SAMPLED) for text in texts for chip in options.chips)
+        yield Job("more", Setting(), 1, MORE[0], "continued", 4 * SAMPLED)
     if "chips" in options.rows:
         yield from (Job("chips", *of_chip) for of_chip in OTHER_CHIPS)
     if "transfer" in options.rows:
@@ -525,7 +539,7 @@ _NUMBERS, _ABOVE = ["numbers", "% of the weights"], ["chips", "nats above digita
 _MATCHES = ["digital loss", "loss", "digital match, %", "exact match, %", "95 % interval"]
 _HEADS: dict[Part, list[str]] = {
     "main": ["corrections", *_NUMBERS, *_ABOVE],
-    "more": ["corrections", "text", *_NUMBERS, *_ABOVE],
+    "more": ["corrections", "text", "tokens", *_NUMBERS, *_ABOVE],
     "text": ["corrections", "text", "tokens", *_ABOVE],
     "chips": ["chip", "corrections", "computed on", *_ABOVE],
     "transfer": ["task", "corrections", "chips", *_MATCHES],
@@ -557,7 +571,7 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
         return [str(arm), *text, *above]
     if job.part == "chips":
         return [label(job), str(arm), "-" if arm == NONE else job.source, *above]
-    named = [str(arm), job.text] if job.part == "more" else [str(arm)]
+    named = [str(arm), *text] if job.part == "more" else [str(arm)]
     return [*named, f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
 
 
