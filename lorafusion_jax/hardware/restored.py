@@ -299,30 +299,44 @@ def digital_matrices(loaded: LoadedModel, weights: Any) -> list[Float[Array, "*N
     return found
 
 
-def windows(ids: Sequence[int], width: int) -> list[Batch]:
-    """Return text in rows of `width` tokens, a batch each, that predict all tokens but their first."""
-    rows = jnp.array(ids[: len(ids) // width * width], jnp.int32).reshape(-1, 1, width)
+def windows(loaded: LoadedModel, ids: Sequence[int]) -> list[Batch]:
+    """Return text in rows of `WINDOW` tokens, a batch each, that predict all tokens but their first.
+
+    Rows begin with the token that the tokenizer puts before a text, if it has one: models that were trained with it
+    read text badly without it.
+    """
+    bos = _before_a_text(loaded)
+    width = WINDOW - len(bos)
+    text = np.asarray(ids[: len(ids) // width * width], np.int32).reshape(-1, width)
+    rows = jnp.asarray(np.concatenate([np.tile(np.asarray(bos, np.int32), (len(text), 1)), text], axis=1))[:, None]
     first, alone = jnp.ones((1, 1), bool), jnp.ones(1, bool)
     return [Batch(row[:, :1], first, row[:, 1:], alone) for row in rows]
 
 
-def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = ()) -> list[int]:
-    """Return text that a causal model samples from itself at temperature 1, in rows of `WINDOW` tokens.
+def _before_a_text(loaded: LoadedModel) -> list[int]:
+    return [token for token in loaded.tokenizer("")["input_ids"] if token == loaded.tokenizer.bos_token_id]
 
-    Rows continue 16 tokens of the text, from a random place in it. Without a text, they continue the end-of-text token.
-    What follows the end of an answer is `IGNORED`.
+
+def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = ()) -> list[int]:
+    """Return text that a causal model samples from itself at temperature 1, in rows that fill a window each.
+
+    Rows continue 16 tokens of the text, from a random place in it. Without a text, they continue the token before a
+    text, or the end-of-text token. What follows the end of an answer is `IGNORED`.
     """
-    rows = -(-tokens // WINDOW)
-    start = np.full((rows, 1), loaded.config.end_ids[0], np.int32)
+    bos = _before_a_text(loaded)
+    rows = -(-tokens // (WINDOW - len(bos)))
+    start = np.tile(np.asarray(bos or loaded.config.end_ids[:1], np.int32), (rows, 1))
     if len(text):
         places = np.random.default_rng(seed).integers(0, len(text) - _PROMPT + 1, rows)
-        start = np.stack([np.asarray(text[place : place + _PROMPT], np.int32) for place in places])
+        prompts = np.stack([np.asarray(text[place : place + _PROMPT], np.int32) for place in places])
+        start = np.concatenate([start[:, : len(bos)], prompts], axis=1)
     keys = jax.random.split(jax.random.key(seed), rows)
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
     new = jax.jit(
         functools.partial(generate, max_new_tokens=WINDOW - start.shape[1], sampling=Sampling(temperature=1.0)),
     )(model, jnp.asarray(start), jnp.ones_like(start, bool), row_keys=keys)
-    return np.concatenate([start, _until_the_end(loaded, new)], axis=1).reshape(-1).tolist()
+    found = np.concatenate([start, _until_the_end(loaded, new)], axis=1)
+    return found[:, len(bos) :].reshape(-1).tolist()
 
 
 def _until_the_end(loaded: LoadedModel, tokens: Array) -> np.ndarray:
@@ -386,11 +400,11 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> li
             )
         return answered(loaded, lines)
     if not options.text:
-        return windows(sampled(loaded, options.self_text or _SAMPLED, options.seed), WINDOW)
+        return windows(loaded, sampled(loaded, options.self_text or _SAMPLED, options.seed))
     ids = loaded.tokenizer(content, add_special_tokens=False)["input_ids"][: options.tokens]
-    if len(ids) < WINDOW:
+    if not (batches := windows(loaded, ids)):
         raise ValueError(f"the text has {len(ids)} tokens: give at least one window of {WINDOW}, better {_SAMPLED:,}")
-    return windows(ids, WINDOW)
+    return batches
 
 
 def _to_save(weights: Any, corrections: dict[str, Correction]) -> dict[str, dict[str, np.ndarray]]:

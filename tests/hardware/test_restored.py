@@ -26,6 +26,7 @@ from lorafusion_jax.hardware.restored import (
     load_restored,
     logits_of_base,
     restore_chips,
+    sampled,
     windows,
 )
 from lorafusion_jax.io.hf import base_digest
@@ -74,7 +75,7 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     run, key = logits_of_base(graph), chips.chip_key(2)
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
-    batches = windows(ids, 128)
+    batches = windows(loaded, ids)
     measured = max(1, len(batches) // 8)
     weights = program(graph, frozen, chips.rules(), key).base
     numbers = 2 * crossbar.numbers_per_rank(crossbar.chips_in(weights))
@@ -95,6 +96,16 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     )
 
 
+def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_text(home):
+    loaded = _loaded(home)
+    ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+    rows = [np.concatenate([batch.input_ids[0], batch.labels[0]]) for batch in windows(loaded, ids)]
+    assert {len(row) for row in rows} == {128}
+    assert {row[0] for row in rows} == {loaded.tokenizer.bos_token_id}
+    np.testing.assert_array_equal(np.concatenate([row[1:] for row in rows]), ids[: 127 * len(rows)])
+    assert len(sampled(loaded, 200, 0)) == 2 * 127  # rows that fill a window each, without that token
+
+
 @pytest.mark.long
 def test_a_perfect_chip_stays_as_it_is(home):
     loaded = _loaded(home)
@@ -102,7 +113,7 @@ def test_a_perfect_chip_stays_as_it_is(home):
     run, rules = logits_of_base(graph), {"*": crossbar.load_config("ideal")}
     weights = program(graph, frozen, rules, jax.random.key(0)).base
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
-    batches = windows(ids[:256], 128)
+    batches = windows(loaded, ids[:256])
     targets = [run(frozen.base, batch) for batch in batches]
     found = restore(run, weights, digital_matrices(loaded, weights), batches, targets, Restoring(epochs=0))
     for correction in found.values():
@@ -200,7 +211,7 @@ def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     run = logits_of_base(graph)
     aged_chip = program(graph, frozen, chips.rules(aged(chips.config, "1year")), chips.chip_key(0)).base
-    batch = windows(loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"], 128)[0]
+    batch = windows(loaded, loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"])[0]
     target = run(frozen.base, batch)
     off = [divergence(run(aged_chip, batch), target)]
     for name in ("prepared", "again"):
