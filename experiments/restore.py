@@ -48,6 +48,7 @@ from lorafusion_jax.crossbar import (
     load_config,
     place,
     reads,
+    save_config,
     with_corrections,
 )
 from lorafusion_jax.files import read_json
@@ -62,6 +63,7 @@ from lorafusion_jax.io import arrays
 from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.report.statistics import holm, over_tasks
 from lorafusion_jax.runs.evaluate import evaluate
+from lorafusion_jax.runs.options import OnArrays
 from lorafusion_jax.runs.predict import EvaluateOptions, load_to_evaluate
 from lorafusion_jax.runs.prepare import LoadedModel, load_model
 from lorafusion_jax.runs.run import environment
@@ -86,9 +88,12 @@ SOURCES: tuple[Source, ...] = ("age 0", "prepared", "itself")
 
 
 class Arm(NamedTuple):
-    """Kind of the corrections: method, digital numbers as a share of the weights in arrays, and epochs."""
+    """Kind of the corrections: method, digital numbers as a share of the weights in arrays, and epochs.
 
-    method: Literal["none", "scales", "offsets", "low-rank", "lora"]
+    With `labels` there are none, and the fusion of `transfer` is trained on the chip.
+    """
+
+    method: Literal["none", "labels", "scales", "offsets", "low-rank", "lora"]
     share: float | None = None
     epochs: int = 0
     rate: float = RATE
@@ -96,8 +101,9 @@ class Arm(NamedTuple):
 
     def __str__(self) -> str:
         named = {"offsets": "scales and biases", "low-rank": "scales and low rank", "lora": "low rank"}
+        named["labels"] = "none, trained there with labels"
         of_share = "" if self.share is None else f" {100 * self.share:g} %"
-        how = "" if self.method == "none" else ", distilled" if self.epochs else ", closed form"
+        how = "" if self in UNCORRECTED else ", distilled" if self.epochs else ", closed form"
         return f"{named.get(self.method, self.method)}{of_share}{how}"
 
 
@@ -141,7 +147,8 @@ class Job(NamedTuple):
 
 
 SHARES = (0.005, 0.01, 0.05)
-NONE = Arm("none")
+NONE, LABELS = Arm("none"), Arm("labels")
+UNCORRECTED = (NONE, LABELS)
 # Each closed form comes before the distillation that starts from it.
 MAIN = (
     NONE,
@@ -297,10 +304,11 @@ def jobs(options: Options) -> Iterator[Job]:
     if "chips" in options.rows:
         yield from (Job("chips", *of_chip) for of_chip in OTHER_CHIPS)
     if "transfer" in options.rows:
-        for chip in options.chips:
-            for task in options.unseen:
-                yield Job("transfer", Setting(), chip, NONE, task=task)
-                yield Job("transfer", Setting(), chip, *BEST, task=task)
+        of_tasks = [(chip, task) for chip in options.chips for task in options.unseen]
+        for chip, task in of_tasks:
+            yield Job("transfer", Setting(), chip, NONE, task=task)
+            yield Job("transfer", Setting(), chip, *BEST, task=task)
+        yield from (Job("transfer", Setting(), chip, LABELS, task=task) for chip, task in of_tasks)
     if "text" in options.rows:
         of_text: dict[Kind, tuple[int, ...]] = {"real": (128, 512, 2048), "sampled": (512, 2048, 8192)}
         for text, sizes in of_text.items():
@@ -317,10 +325,10 @@ def job_of(row: Row) -> Job:
 class Bench:
     """The digital model, its texts, and the last chip.
 
-    `fusions` are folders of fused runs by task, and `corrected` is a folder of corrections, which rows share.
+    `fusions` are fused runs by task, and `corrected` is a folder of corrections, which rows share.
     """
 
-    def __init__(self, model: Path, fusions: dict[str, Path], corrected: Path):
+    def __init__(self, model: Path, fusions: dict[str, FuseOptions], corrected: Path):
         self.fusions, self.corrected = fusions, corrected
         self.loaded = load_model(FuseOptions(base=str(model), task="", method="zero-shot"))
         self.digital = self.loaded.problem.frozen.base
@@ -399,8 +407,15 @@ class Bench:
 
     def scores(self, job: Job, corrections: dict[str, Correction], weights: Any) -> Row:
         """Return exact match and loss of a task's fusion, on the chip and digitally."""
-        folder = self.fusions[job.task]
+        run = self.fusions[job.task]
+        folder = run.out / job.task
         (digital,) = read_json(folder / "results.json", dict[str, Any], "results")["seeds"]
+        of_digital = {"digital_exact_match": digital["exact_match"], "digital_task_loss": digital["loss"]}
+        if job.arm == LABELS:
+            save_config(job.setting.config(), file := run.out / "chip.yaml")
+            arrays = OnArrays(crossbar=str(file), train_chip="chip", chip=job.chip)
+            (there,) = fuse(dataclasses.replace(run, arrays=arrays, name=f"{job.task}-chip-{job.chip}"))["seeds"]
+            return {"task": job.task, "exact_match": there["exact_match"], "task_loss": there["loss"], **of_digital}
         setup, fused, params = load_to_evaluate(EvaluateOptions(run=folder, test_rows=EVALUATED_ROWS))
         chips = Chips(job.setting.config(), (), jax.random.key(0), None, "the chips")
         ranges = {place(chip): {} for chip in chips_in(weights)}
@@ -419,12 +434,11 @@ class Bench:
             "task": job.task,
             "exact_match": float(found.exact_match[0]),
             "task_loss": float(np.asarray(found.loss)[0]),
-            "digital_exact_match": digital["exact_match"],
-            "digital_task_loss": digital["loss"],
+            **of_digital,
         }
 
 
-def measured(missing: Sequence[Job], model: Path, fusions: dict[str, Path], corrected: Path) -> Iterator[Row]:
+def measured(missing: Sequence[Job], model: Path, fusions: dict[str, FuseOptions], corrected: Path) -> Iterator[Row]:
     """Yield a row for each job."""
     if not missing:
         return
@@ -432,7 +446,7 @@ def measured(missing: Sequence[Job], model: Path, fusions: dict[str, Path], corr
     digital = bench.held_out(bench.digital)
     for job in missing:
         began = time.process_time()
-        corrections = {} if job.arm == NONE else bench.corrections(job)
+        corrections = {} if job.arm in UNCORRECTED else bench.corrections(job)
         weights = with_corrections(bench.chip(job.setting.config(), job.chip), corrections)
         numbers = sum(correction.numbers() for correction in corrections.values())
         more: Row = {}
@@ -468,8 +482,8 @@ def measured(missing: Sequence[Job], model: Path, fusions: dict[str, Path], corr
         }
 
 
-def fused(options: Options) -> dict[str, Path]:
-    """Return folders of digital fusions of all shipped adapters, one seed, by task; runs that are there are kept."""
+def fused(options: Options) -> dict[str, FuseOptions]:
+    """Return digital fusions of all shipped adapters, one seed, by task; runs that are there are kept."""
     if options.tasks is None:
         raise ValueError("rows of transfer need the function-vector data sets: give their folder with --tasks")
     found, adapters = {}, EXAMPLES / "adapters"
@@ -478,7 +492,7 @@ def fused(options: Options) -> dict[str, Path]:
             METHODS["LoRAFusion"], path, base=base(), pool=adapters, seeds=(1,), out=options.runs, name=task
         )
         fuse(run)
-        found[task] = options.runs / task
+        found[task] = run
     return found
 
 
