@@ -1,0 +1,106 @@
+"""Digital fusions of the small T5 on restored chips, next to chips that nothing corrects and to training on them.
+
+    python experiments/restore_small.py                          # 3 tasks x 3 seeds x 4 chips
+    python experiments/restore_small.py --tasks sort_next2 --chips 2 --out runs/restore-quick
+
+The chips, tasks and fusions are those of experiments/hardware.py, whose rows are the control that is trained on each
+chip with labels. Corrections come from prompts of the tasks that the pool was trained on, without answers. Written to
+OUT: restored.csv, and the corrections of each chip; interrupted, the same command continues.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import _script
+import numpy as np
+import tyro
+from lab.common import ROOT, SMALL, write_csv
+from lab.hardware import ChipsOptions, subject
+from lab.methods import METHODS
+from lab.string_pools import draw, split
+
+from lorafusion_jax.files import write_text
+from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
+from lorafusion_jax.hardware.restore import Method
+from lorafusion_jax.hardware.restored import RestoreOptions, restore_chips
+from lorafusion_jax.report.statistics import over_tasks
+from lorafusion_jax.text_tables import markdown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(ChipsOptions):
+    """Options of the measurements.
+
+    Attributes:
+      methods: kinds of corrections.
+      prompts: number of unlabelled prompts of each of the pool's tasks.
+    """
+
+    methods: tuple[Method, ...] = ("scales", "low-rank")
+    prompts: int = 10
+    chips: int = 4
+    out: Path = ROOT / "runs" / "restore-small"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    options.check(methods=options.methods)
+    store = options.store("methods")
+    text = options.out / "prompts.txt"
+    prompts = [row["context"] for task in split().pool for row in draw(task, options.prompts, (0,))]
+    write_text(text, "\n".join(prompts) + "\n")
+    common = {"crossbar": options.crossbar, "chip_key": options.chip_key}
+    shares = {"none": 0.0}
+    for method in options.methods:
+        print(f"corrections: {method}", file=sys.stderr, flush=True)
+        made = restore_chips(
+            RestoreOptions(
+                base=str(SMALL / "base"),
+                text=(text,),
+                chip=tuple(range(options.chips)),
+                method=method,
+                out=options.out / method,
+                **common,
+            )
+        )
+        shares[method] = made[0]["share"]
+    matches: dict[str, dict[str, np.ndarray]] = {name: {} for name in ("digital", *shares)}
+    for task in options.tasks:
+        on = subject(store, task, "LoRAFusion", METHODS["LoRAFusion"], options)
+        digital = store.rows(f"{task}-digital", lambda on=on: on.score_digitally(on.params))
+        matches["digital"][task] = np.array([row["exact_match"] for row in digital])
+        run = EvaluateOnChipsOptions(
+            run=on.options.out / str(on.options.name), chips=options.chips, test_rows=options.test_rows, **common
+        )
+        for name in shares:
+            corrected = run if name == "none" else dataclasses.replace(run, restore=str(options.out / name))
+            rows = store.rows(f"{task}-{name}", lambda of=corrected: evaluate_on_chips(of)["rows"])
+            of_chips = [[row["exact_match"] for row in rows if row["chip"] == chip] for chip in range(options.chips)]
+            matches[name][task] = np.mean(of_chips, axis=1)
+    lines = table(matches, shares)
+    write_csv(options.out / "restored.csv", lines)
+    print(f"{markdown(lines)}\nwritten to {options.out}")
+
+
+def table(matches: dict[str, dict[str, np.ndarray]], shares: dict[str, float]) -> list[list[str]]:
+    """Return exact match in percent of each task and their mean, with its interval over chips.
+
+    Args:
+      matches: by corrections and task, of each chip [C]; of `digital`, of each seed.
+      shares: digital numbers of the corrections as a share of the weights in arrays.
+    """
+    tasks = list(matches["digital"])
+    lines = [["corrections", "% of the weights", *tasks, "mean", "95 % interval"]]
+    for name, of_tasks in matches.items():
+        mean = np.mean([of_task.mean() for of_task in of_tasks.values()])
+        ends = None if name == "digital" else over_tasks(np.mean([*of_tasks.values()], axis=0).tolist())
+        between = "-" if ends is None else f"{ends.low:.1f} to {ends.high:.1f}"
+        share = "-" if name == "digital" else f"{100 * shares[name]:.2f}"
+        lines.append([name, share, *(f"{of_task.mean():.1f}" for of_task in of_tasks.values()), f"{mean:.1f}", between])
+    return lines
+
+
+if __name__ == "__main__":
+    _script.run(main)
