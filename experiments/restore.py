@@ -502,7 +502,7 @@ def how(arm: Arm, held: Sequence[Any]) -> Restoring:
     if arm.share is not None:
         scales = sum(matrix.size // matrix.shape[-2] for matrix in held)
         numbers = int(arm.share * sum(matrix.size for matrix in held)) - (scales if arm.method == "low-rank" else 0)
-    assert arm.method != "none"
+    assert arm.method not in ("none", "labels")
     of_arm = {"rate": arm.rate, "rate_low_rank": arm.rate_low_rank}
     return dataclasses.replace(Restoring(method=arm.method, numbers=numbers, epochs=arm.epochs), **of_arm)
 

@@ -8,10 +8,12 @@ chip with labels. Corrections come from prompts of the tasks that the pool was t
 OUT: restored.csv, and the corrections of each chip; interrupted, the same command continues.
 """
 
+import csv
 import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import _script
 import numpy as np
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     text = options.out / "prompts.txt"
     prompts = [row["context"] for task in split().pool for row in draw(task, options.prompts, (0,))]
     write_text(text, "\n".join(prompts) + "\n")
-    common = {"crossbar": options.crossbar, "chip_key": options.chip_key}
+    common: dict[str, Any] = {"crossbar": options.crossbar, "chip_key": options.chip_key}
     shares = {"none": 0.0}
     for method in options.methods:
         print(f"corrections: {method}", file=sys.stderr, flush=True)
@@ -71,17 +73,31 @@ def main(arguments: Sequence[str] = ()) -> None:
         on = subject(store, task, "LoRAFusion", METHODS["LoRAFusion"], options)
         digital = store.rows(f"{task}-digital", lambda on=on: on.score_digitally(on.params))
         matches["digital"][task] = np.array([row["exact_match"] for row in digital])
-        run = EvaluateOnChipsOptions(
-            run=on.options.out / str(on.options.name), chips=options.chips, test_rows=options.test_rows, **common
-        )
+        folder = on.options.out / str(on.options.name)
+        of_run = {"chips": options.chips, "test_rows": options.test_rows, "norm": "ideal"}
+        run = EvaluateOnChipsOptions(run=folder, **of_run, **common)
         for name in shares:
             corrected = run if name == "none" else dataclasses.replace(run, restore=str(options.out / name))
             rows = store.rows(f"{task}-{name}", lambda of=corrected: evaluate_on_chips(of)["rows"])
             of_chips = [[row["exact_match"] for row in rows if row["chip"] == chip] for chip in range(options.chips)]
             matches[name][task] = np.mean(of_chips, axis=1)
+    if (options.crossbar, options.chip_key, options.seeds) == (Options.crossbar, Options.chip_key, Options.seeds):
+        matches["trained there with labels"] = trained_there(options)
     lines = table(matches, shares)
     write_csv(options.out / "restored.csv", lines)
     print(f"{markdown(lines)}\nwritten to {options.out}")
+
+
+def trained_there(options: Options) -> dict[str, np.ndarray]:
+    """Return exact match of fusions that experiments/hardware.py trained on each chip [C], by task."""
+    with (ROOT / "docs" / "results" / "hardware" / "rows.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["case"] == "its chip" and not row["age"]]
+
+    def of_chip(task: str, chip: int) -> float:
+        here = [row for row in rows if row["task"] == task and row["chip"] == str(chip)]
+        return float(np.mean([float(row["exact_match"]) for row in here]))
+
+    return {task: np.array([of_chip(task, chip) for chip in range(options.chips)]) for task in options.tasks}
 
 
 def table(matches: dict[str, dict[str, np.ndarray]], shares: dict[str, float]) -> list[list[str]]:
@@ -97,7 +113,7 @@ def table(matches: dict[str, dict[str, np.ndarray]], shares: dict[str, float]) -
         mean = np.mean([of_task.mean() for of_task in of_tasks.values()])
         ends = None if name == "digital" else over_tasks(np.mean([*of_tasks.values()], axis=0).tolist())
         between = "-" if ends is None else f"{ends.low:.1f} to {ends.high:.1f}"
-        share = "-" if name == "digital" else f"{100 * shares[name]:.2f}"
+        share = f"{100 * shares[name]:.2f}" if name in shares else "-"
         lines.append([name, share, *(f"{of_task.mean():.1f}" for of_task in of_tasks.values()), f"{mean:.1f}", between])
     return lines
 
