@@ -3,6 +3,7 @@
     python experiments/language_pool.py --tasks function_vectors/dataset_files           # what is missing
     python experiments/language_pool.py --tasks function_vectors/dataset_files --plan    # what it needs
     python experiments/language_pool.py --tasks function_vectors/dataset_files --pool second --out runs/language_second
+    python experiments/language_pool.py --tasks function_vectors/dataset_files --own-seeds --out runs/language_own
 
 Written to OUT: adapters/TASK in PEFT's format, bfloat16, and a line of pool.jsonl for each task, with the accuracy of
 the base and of the adapter as it is written; table_pool.csv shows them. Interrupted, the same command continues with
@@ -11,6 +12,7 @@ the next task. Two processes may share OUT if they are given different --sources
 
 import dataclasses
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -26,18 +28,19 @@ from lab.common import ROOT, append_line, read_lines, write_csv
 from lab.language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
 from lab.smollm2 import HUB_ID, base
 
-from lorafusion_jax import FuseOptions, LoRARecipe
+from lorafusion_jax import FuseOptions, LoRARecipe, read_config
 from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.io.peft.adapter import write_adapter
+from lorafusion_jax.platform import for_cpu
 from lorafusion_jax.runs.evaluate import evaluate, seed_rows
-from lorafusion_jax.runs.prepare import Setup, load_texts, prepare
+from lorafusion_jax.runs.prepare import Setup, load_texts, packing_of, prepare
 from lorafusion_jax.runs.run import environment, with_targets
-from lorafusion_jax.tasks import Encoded, answer_options, batch_orders, encode, split, train_batches
+from lorafusion_jax.tasks import TrainingRows, answer_options, batch_orders, encode, split, train_batches
 from lorafusion_jax.training.compiled import make_room
 from lorafusion_jax.training.fit import Epoch, fit, start
 
 SEED, BATCH = 1, 16
-# Padded tokens that a training step takes in a second, and seconds of a task for compiling and evaluating.
+# Tokens, padding included, that a training step takes in a second, and seconds of a task for compiling and evaluating.
 RATE, REST = 200.0, 60.0
 # The family of each source, in the order of tables.
 _FAMILIES = {pool: {name: family for family, names in of.items() for name in names} for pool, of in POOLS.items()}
@@ -56,6 +59,7 @@ class Options:
       rank: of the adapters; alpha is twice that.
       lr: learning rate, which falls to zero along a cosine.
       chat: the model's chat template instead of the prompt "Q: ... A:".
+      own_seeds: each adapter has its own initialisation and order of rows; otherwise all have the same.
       plan: print steps and time, and train nothing.
     """
 
@@ -66,6 +70,7 @@ class Options:
     rank: int = 8
     lr: float = 5e-3
     chat: bool = False
+    own_seeds: bool = False
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
@@ -119,19 +124,18 @@ def _check_settings(rows: Sequence[dict[str, Any]], options: Options) -> None:
     for row in rows:
         if other := [
             f"{k} {was}, asked is {getattr(options, k)}"
-            for k, was in row["config"].items()
+            for k, was in ({"own_seeds": False} | row["config"]).items()
             if was != getattr(options, k)
         ]:
             raise ValueError(f"{options.out}: {row['task']} was trained with {'; '.join(other)}: give another --out")
 
 
-def fuse_options(path: Path, options: Options) -> FuseOptions:
+def fuse_options(name: str, path: Path, options: Options) -> FuseOptions:
     """Return the options of the run that trains a task's adapter."""
     rows = source_rows(path)
     recipe = LoRARecipe(
         epochs=SOURCE_ROWS[rows],
         batch_size=BATCH,
-        pack=False,
         lr_lora=options.lr,
         lora_rank=options.rank,
         max_new_tokens=NEW_TOKENS,
@@ -142,7 +146,7 @@ def fuse_options(path: Path, options: Options) -> FuseOptions:
             task=str(path),
             method="lora",
             recipe=recipe,
-            seeds=(SEED,),
+            seeds=(zlib.crc32(name.encode()) if options.own_seeds else SEED,),
             prompt=None if options.chat else PROMPT,
             chat=options.chat,
             train_rows=rows,
@@ -154,10 +158,10 @@ def fuse_options(path: Path, options: Options) -> FuseOptions:
 
 def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
     """Write a task's adapter, and return its row."""
-    run = fuse_options(path, options)
+    run = fuse_options(name, path, options)
     setup = prepare(run)
     assert setup.split is not None
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     epochs: list[Epoch] = []
     state = start(setup.problem, run.seeds)
     zero_shot = _scores(setup, run, state.params)  # B is zero: the base
@@ -174,10 +178,12 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
         "adapter": _scores(setup, run, params),
         "validation_loss": [float(epoch.validation_loss[0]) for epoch in epochs],
         "steps": int(state.step[0]),
-        "tokens": _padded_tokens(setup.rows.tokens, setup.split.train, run),
+        "tokens": _tokens(setup.rows, run),
         "seconds": {"train": trained - evaluated, "evaluate": evaluated - began + time.perf_counter() - trained},
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "seed": run.seeds[0],
         "epochs": run.recipe.epochs,
-        "config": {key: getattr(options, key) for key in ("rank", "lr", "chat")},
+        "config": {key: getattr(options, key) for key in ("rank", "lr", "chat", "own_seeds")},
         "data_sha256": setup.task.sha256,
         **environment(),
     }
@@ -206,35 +212,37 @@ def _rounded(p: jax.Array) -> jax.Array:
     return p.astype(jnp.bfloat16).astype(p.dtype)
 
 
-def _padded_tokens(tokens: Encoded, train: np.ndarray, run: FuseOptions) -> int:
+def _tokens(rows: TrainingRows, run: FuseOptions) -> int:
     """Return how many tokens all training steps take, padding included."""
-    orders = batch_orders(train, batch_size=BATCH, epochs=run.recipe.epochs, seeds=run.seeds)
-    return sum(batch.input_ids.size + batch.labels.size for batch in train_batches(tokens, orders, pad_id=0))
+    orders = batch_orders(rows.split.train, batch_size=BATCH, epochs=run.recipe.epochs, seeds=run.seeds)
+    batches = train_batches(rows.tokens, orders, pad_id=rows.pad_id, packing=rows.packing)
+    return sum(batch.input_ids.size + batch.labels.size for batch in batches)
 
 
 def _print_plan(todo: dict[str, Path], options: Options, rows: Sequence[dict[str, Any]]) -> None:
     """Print steps and time of the missing tasks, at the rate of the finished ones."""
     rate = sum(row["tokens"] for row in rows) / sum(row["seconds"]["train"] for row in rows) if rows else RATE
     rest = float(np.mean([row["seconds"]["evaluate"] for row in rows])) if rows else REST
-    total = 0.0
+    packing, total = packing_of(read_config(base()), on_cpu=for_cpu()), 0.0
     for name, path in todo.items():
-        run = fuse_options(path, options)
+        run = fuse_options(name, path, options)
         task = load(path, run.train_rows)
         texts = load_texts(run)
         tokens = encode(texts.tokenizer, task.train, texts.text_format)
-        train = split(len(task.train), run.seeds, limit=run.train_rows).train
-        padded = _padded_tokens(tokens, train, run)
-        seconds = padded / rate + rest
+        rows_of_task = TrainingRows(tokens, split(len(task.train), run.seeds, limit=run.train_rows), 0, packing)
+        count = _tokens(rows_of_task, run)
+        seconds = count / rate + rest
         total += seconds
-        print(f"{name:24} {train.shape[1]:4} rows x {run.recipe.epochs}  {padded:7,} tokens  {seconds / 60:5.1f} min")
+        trained = rows_of_task.split.train.shape[1]
+        print(f"{name:24} {trained:4} rows x {run.recipe.epochs}  {count:7,} tokens  {seconds / 60:5.1f} min")
     where = f"of {len(rows)} finished tasks" if rows else "of the machine that made docs/results/language"
-    print(f"{len(todo)} tasks, {total / 60:.0f} minutes at {rate:.0f} padded tokens a second, the rate {where}")
+    print(f"{len(todo)} tasks, {total / 60:.0f} minutes at {rate:.0f} tokens a second, the rate {where}")
 
 
 def _line(row: dict[str, Any]) -> str:
-    minutes = sum(row["seconds"].values()) / 60
     scores = f"base {row['base']['exact_match']:.1f} %, adapter {row['adapter']['exact_match']:.1f} %"
-    return f"{row['task']}: {scores} of {row['test_rows']} rows, {row['train_rows']} trained, {minutes:.1f} min"
+    size = f"{row['test_rows']} rows, {row['train_rows']} trained"
+    return f"{row['task']}: {scores} of {size}, {row['cpu_seconds']:.0f} CPU s"
 
 
 if __name__ == "__main__":

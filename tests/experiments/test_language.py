@@ -138,6 +138,22 @@ def test_the_pool_is_trained_task_by_task(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "pool.jsonl").read_text().startswith(first)
 
 
+def test_adapters_of_a_pool_may_have_separate_seeds(tmp_path, monkeypatch):
+    llama = small_llama.make(tmp_path / "llama")
+    monkeypatch.setattr(language_pool, "base", lambda: llama)
+    monkeypatch.setattr(language_pool, "EVALUATED_ROWS", 8)
+    for name in ("one", "two"):
+        _colours(tmp_path / "tasks" / f"{name}.json", 190)
+    given = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "out"), "--rank", "2", "--sources"]
+    language_pool.main([*given, "one", "two", "--own-seeds"])
+    rows = language_pool.read_lines(tmp_path / "out" / "pool.jsonl")
+    assert len({row["seed"] for row in rows}) == 2
+    found = [read_adapter(str(tmp_path / "out" / "adapters" / name)).factors for name in ("one", "two")]
+    assert all(not np.allclose(found[0][site][0], found[1][site][0], atol=0.1) for site in found[0])
+    with pytest.raises(ValueError, match="one was trained with own_seeds True, asked is False: give another --out"):
+        language_pool.main([*given, "one", "two"])
+
+
 def test_a_dose_has_a_number_of_modules_of_the_family_and_all_smaller_doses():
     for family in experiment.RELEVANCE.values():
         own = set(language.SOURCES[family])
