@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from lab.common import ROOT
-from lab.language import EVALUATED_ROWS, MOST_SHARED, TRAIN_ROWS, UNSEEN, find, pair, trained_pairs
+from lab.language import EVALUATED_ROWS, MOST_SHARED, TRAIN_ROWS, UNSEEN, find, pair, shares, trained_pairs
 from lab.rows import append_rows, merge
 from language import LanguageOptions, make_pools, pool_of
 from results_page import main as report
@@ -98,11 +98,11 @@ def leaks(path: Path, trained: dict[str, set[tuple[str, str]]], train_rows: int)
     """Return which test pairs of a task are training pairs too."""
     task = load_task(path, train_rows=train_rows)
     own, pairs = set(map(pair, task.train)), [*map(pair, task.test)]
-    shares = {name: sum(pair in rows for pair in pairs) / len(pairs) for name, rows in trained.items()}
-    source = max(shares, key=lambda name: shares[name])
+    of_sources = shares(task, trained)
+    source = max(of_sources, key=lambda name: of_sources[name])
     known = own.union(*trained.values())
     evaluated = [pair in known for pair in pairs[:EVALUATED_ROWS]]
-    return Leaks(sum(pair in own for pair in pairs) / len(pairs), shares[source], source, evaluated)
+    return Leaks(sum(pair in own for pair in pairs) / len(pairs), of_sources[source], source, evaluated)
 
 
 def without(row: Row, leaked: Sequence[bool]) -> Row:

@@ -16,22 +16,19 @@ from statistics import fmean
 from typing import Any
 
 import _script
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from lab.common import ROOT, append_line, read_lines, write_csv
-from lab.language import MAIN, MORE, TUNING, find, options_of
+from lab.language import MAIN, MORE, TUNING, find, options_of, test_losses
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 from tune import TRIALS as SMALL_TRIALS
 
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import with_targets
-from lorafusion_jax.tasks import Split, batch_orders, train_batches
+from lorafusion_jax.tasks import Split
 from lorafusion_jax.training.compiled import make_room
 from lorafusion_jax.training.fit import fit, recipe_rates, start
-from lorafusion_jax.training.frozen import LOSS
-from lorafusion_jax.training.loss import seed_entropies
 
 # On the embedded pool coefficients are tuned at 0.3 instead of 0.01.
 _PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.01, 0.03, 0.1)]
@@ -123,11 +120,7 @@ def _losses(method: str, path: Path, adapters: Path, trials: Sequence[dict[str, 
         name.removeprefix("lr_"): jnp.array([trial[name] for trial in trials], jnp.float32) for name in trials[0]
     }
     state = fit(problem, rows, start(problem, seeds), options.recipe, seeds, rates=rates._replace(learning_rate=chosen))
-    everything = batch_orders(
-        np.tile(np.arange(len(setup.test), dtype=np.int32), (count, 1)), batch_size=len(setup.test)
-    )
-    batch = next(train_batches(setup.test, everything, pad_id=setup.tokenizer.pad_token_id))
-    return jax.device_get(seed_entropies(state.params, batch, problem.read(LOSS, 0))).tolist()
+    return test_losses(setup.with_problem(index=problem.index), state.params)
 
 
 if __name__ == "__main__":

@@ -35,13 +35,13 @@ from lab.pool_cells import (
     SMALL_LORA,
     TRAINED,
     ZERO,
-    Arm,
     Lab,
     Row,
     cells,
     key_of,
 )
 from lab.string_pools import CLASSES, design, write_pools
+from lab.tuning import Point, best_point, rates_at
 
 from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.report.statistics import holm, over_tasks
@@ -53,8 +53,6 @@ ROWS_OF_TESTS = 20
 SECONDARY = ("H2", "H3", "H4", "H5", "H6")
 # CPU seconds of a cell, and of a cell of the tuning: measured with 5 and 20 rows, and by the steps with others.
 COST = {5: 0.3, 10: 0.3, 20: 0.3, 95: 1.5}
-
-Point = tuple[int, ...]  # powers of 3, by which the rates of an arm are multiplied
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,29 +145,20 @@ def tune(lab: Lab, name: str, rows: int, file: Path) -> dict[str, float]:
     lines = [line for line in read_lines(file) if (line["arm"], line["rows"]) == (name, rows)]
     found = {(tuple(line["point"]), line["task"]): line["test_loss"] for line in lines}
 
-    def mean(point: Point) -> float:
-        return float(np.mean([found[point, target.task.name] for target in targets]))
-
-    best: Point = (0,) * len(arm.rates)
-    while True:
-        around = [tuple(map(sum, zip(best, by, strict=True))) for by in itertools.product((-1, 0, 1), repeat=len(best))]
+    def losses(points: Sequence[Point]) -> list[float]:
         for target in targets:
-            missing = [point for point in around if (point, target.task.name) not in found]
-            entries = [(seed, rates_at(arm, point)) for point in missing for seed in TUNING_SEEDS]
-            losses = [cell["test_loss"] for cell in lab.measure(name, target, rows, entries, answer=False)]
-            for point, own in zip(missing, np.reshape(losses, (len(missing), len(TUNING_SEEDS))), strict=True):
+            missing = [point for point in points if (point, target.task.name) not in found]
+            entries = [(seed, rates_at(arm.rates, point)) for point in missing for seed in TUNING_SEEDS]
+            cells = [cell["test_loss"] for cell in lab.measure(name, target, rows, entries, answer=False)]
+            for point, own in zip(missing, np.reshape(cells, (len(missing), len(TUNING_SEEDS))), strict=True):
                 found[point, target.task.name] = float(own.mean())
                 key = {"arm": name, "rows": rows, "task": target.task.name, "relevance": target.relevance}
-                rates = {"point": point, "rates": rates_at(arm, point)}
+                rates = {"point": point, "rates": rates_at(arm.rates, point)}
                 append_line(file, key | rates | {"test_loss": round(float(own.mean()), 5)})
-        nearest = min(around, key=mean)
-        if mean(nearest) >= mean(best):
-            return rates_at(arm, best)
-        best = nearest
+        return [float(np.mean([found[point, target.task.name] for target in targets])) for point in points]
 
-
-def rates_at(arm: Arm, point: Point) -> dict[str, float]:
-    return {name: float(f"{rate * 3.0**by:.3g}") for (name, rate), by in zip(arm.rates.items(), point, strict=True)}
+    neighbours = [by for by in itertools.product((-1, 0, 1), repeat=len(arm.rates)) if any(by)]
+    return rates_at(arm.rates, best_point(neighbours, losses))
 
 
 class Test(NamedTuple):

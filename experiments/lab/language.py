@@ -10,10 +10,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.files import write_text
 from lorafusion_jax.methods import find as find_method
-from lorafusion_jax.tasks import Example, Task, load_task
+from lorafusion_jax.runs.prepare import Setup
+from lorafusion_jax.tasks import Example, Task, batch_orders, load_task, train_batches
+from lorafusion_jax.training.frozen import LOSS
+from lorafusion_jax.training.loss import seed_entropies
+from lorafusion_jax.training.method import Params
 
 from .common import recipe_of
 from .methods import IN_BASIS, METHODS, Entry
@@ -217,8 +224,8 @@ def unseen(path: Path, trained: Mapping[str, set[tuple[str, str]]], out: Path, t
     load(path, train_rows)
     task = load_task(path, train_rows=train_rows)
     pairs = [*map(pair, task.test)]
-    for source, rows in trained.items():
-        if (share := sum(pair in rows for pair in pairs) / len(pairs)) > MOST_SHARED:
+    for source, share in shares(task, trained).items():
+        if share > MOST_SHARED:
             raise ValueError(
                 f"{task.name} is not unseen: {share:.0%} of its test pairs are training pairs of {source}, ignoring "
                 f"case, and at most {MOST_SHARED:.0%} may be: leave out the task (--unseen) or the adapter (--adapters)"
@@ -238,6 +245,20 @@ def unseen(path: Path, trained: Mapping[str, set[tuple[str, str]]], out: Path, t
         (out / task.name).mkdir(parents=True, exist_ok=True)
         write_text(out / task.name / f"{part}.jsonl", "".join(lines))
     return Unseen(out / task.name, left_out)
+
+
+def shares(task: Task, trained: Mapping[str, set[tuple[str, str]]]) -> dict[str, float]:
+    """Return the share of a task's test pairs that each source was trained on."""
+    pairs = [*map(pair, task.test)]
+    return {source: sum(pair in rows for pair in pairs) / len(pairs) for source, rows in trained.items()}
+
+
+def test_losses(setup: Setup, params: Params) -> list[float]:
+    """Return the loss of each seed on the test rows, in nats per token."""
+    rows = np.tile(np.arange(len(setup.test), dtype=np.int32), (setup.problem.index.shape[0], 1))
+    orders = batch_orders(rows, batch_size=len(setup.test))
+    batch = next(train_batches(setup.test, orders, pad_id=setup.tokenizer.pad_token_id))
+    return jax.device_get(seed_entropies(params, batch, setup.problem.read(LOSS, 0))).tolist()
 
 
 def pair(example: Example) -> tuple[str, str]:

@@ -1,0 +1,394 @@
+"""Does the pool's value carry over to language? SmolLM2-135M, a pool of 24 adapters, and twelve target tasks.
+
+    python experiments/pool_value_language.py --tasks FOLDER --plan                # what is missing, and its time
+    python experiments/pool_value_language.py --tasks FOLDER --rows 20 --tune      # the draw, and rates alone
+    python experiments/pool_value_language.py --tasks FOLDER --rows 20 95          # all cells
+    python experiments/pool_value_language.py --tasks FOLDER --rows                # tables of existing cells
+
+FOLDER holds the function-vector data sets. `python experiments/language_pool.py --tasks FOLDER --own-seeds` trains the
+pool, and the design is Part 2 of experiments/pool_value.md.
+
+Written to OUT: language_draw.csv, a line of language_tune.jsonl for each cell of the tuning, a line of language.jsonl
+for each cell, and tables as CSV. Interrupted, the same command continues with the next cell.
+"""
+
+import dataclasses
+import functools
+import itertools
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import _script
+import numpy as np
+import scipy.stats
+import tyro
+from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.language import (
+    EVALUATED_ROWS,
+    MOST_SHARED,
+    NEW_TOKENS,
+    SOURCES,
+    TRAIN_ROWS,
+    TUNING,
+    find,
+    load,
+    shares,
+    test_losses,
+    trained_pairs,
+    unseen,
+)
+from lab.pool_cells import Arm
+from lab.smollm2 import base
+from lab.tuning import Point, best_point, rates_at
+
+from lorafusion_jax import FuseOptions
+from lorafusion_jax.methods import find as find_method
+from lorafusion_jax.methods.recipes import recipe_of
+from lorafusion_jax.report.statistics import over_tasks
+from lorafusion_jax.runs.evaluate import evaluate
+from lorafusion_jax.runs.prepare import LoadedModel, Setup, Texts, encode_shown, load_model, trainable_count
+from lorafusion_jax.runs.run import with_targets
+from lorafusion_jax.tasks import BETWEEN_EXAMPLES, Encoded, Split, Task, few_shot, load_task
+from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.training.fit import fit, start
+
+DRAW = 20261128
+FIXED = ("english-spanish", "prev_item", "country-currency", "person-sport", "sentiment", "synonym")
+DRAWN_FROM = (
+    "present-past",
+    "adjective_v_verb_5",
+    "verb_v_adjective_3",
+    "animal_v_object_5",
+    "color_v_animal_3",
+    "concept_v_object_5",
+    "object_v_concept_3",
+    "choose_middle_of_3",
+    "choose_middle_of_5",
+    "choose_first_of_5",
+    "choose_last_of_5",
+    "alphabetically_first_5",
+    "alphabetically_last_5",
+)
+TARGETS = 12
+SEEDS, VALIDATION_ROWS = (1, 2, 3), 5
+TUNING_SEEDS: dict[int, tuple[int, ...]] = {20: (1, 2), 95: (1,)}  # a seed with 95 rows uses all 100
+EPOCHS = {20: 20, 95: 5}  # of batches of 10: 40 and 50 steps
+SHOWN_BATCH = 20  # test rows in a batch whose prompts have examples
+COST = {20: 30.0, 95: 35.0}  # CPU seconds of a cell
+
+_BOTH = {"lr_coefficients": 0.01, "lr_magnitudes": 0.1}
+FUSION, ROTATED, MAGNITUDES, ZERO = "LoRAFusion", "rotated", "magnitudes only", "zero-shot"
+BARE, BARE_ROTATED, SHOWN_FUSION = "coefficients only", "coefficients only, rotated", "5 examples and LoRAFusion"
+ARMS = {
+    FUSION: Arm("fusion", "real", rates=_BOTH),
+    ROTATED: Arm("fusion", "rotated", rates=_BOTH),
+    MAGNITUDES: Arm("magnitudes", rates={"lr_magnitudes": 0.1}),
+    BARE: Arm("coefficients", "real", rates={"lr_coefficients": 0.1}),
+    BARE_ROTATED: Arm("coefficients", "rotated", rates={"lr_coefficients": 0.1}),
+    "LoRA, rank 8": Arm("lora", recipe={"lora_rank": 8}, rates={"lr_lora": 5e-3}),
+    SHOWN_FUSION: Arm("fusion", "real", {"shots": 5}, _BOTH),
+    "5 examples in the prompt": Arm("zero-shot", recipe={"shots": 5}),
+    "20 examples in the prompt": Arm("zero-shot", recipe={"shots": 20}),
+    ZERO: Arm("zero-shot"),
+}
+
+
+class Stage(NamedTuple):
+    """Arms that are measured together: seed by seed, in each of them target by target."""
+
+    rows: int
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+STAGES = (
+    Stage(20, (FUSION, ROTATED, MAGNITUDES), SEEDS),
+    Stage(20, (BARE, BARE_ROTATED), SEEDS),
+    Stage(95, (FUSION, ROTATED), SEEDS[:1]),
+    Stage(20, ("LoRA, rank 8", ZERO, "5 examples in the prompt", "20 examples in the prompt", SHOWN_FUSION), SEEDS[:1]),
+)
+
+Row = dict[str, Any]
+Key = tuple[str, int, str, int]  # arm, rows, task, seed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the measurement.
+
+    Attributes:
+      tasks: folder of the function-vector data sets, also in subfolders.
+      pool: folder of the 24 adapters.
+      rows: numbers of training rows to measure; none for the tables alone.
+      tune: tune the rates of all arms, and measure no target.
+      out: folder of results; cells that are there are not measured again.
+      plan: print what is missing and its time, and measure nothing.
+    """
+
+    tasks: Path
+    pool: Path = ROOT / "runs" / "language_own" / "adapters"
+    rows: tuple[Literal[20, 95], ...] = (20, 95)
+    tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    out: Path = ROOT / "docs" / "results" / "pool_value"
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Measure what is missing, or print its cost."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    stages = [stage for stage in STAGES if stage.rows in options.rows]
+    tuning, cells = options.out / "language_tune.jsonl", options.out / "language.jsonl"
+    everything, table = draw(options.tasks, ROOT / "runs" / "pool_value" / "language")
+    targets = {name: path for name, path in everything.items() if name not in TUNING}
+    if options.plan:
+        print_plan(stages, targets, read_lines(cells), read_lines(tuning), tune_only=options.tune)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_csv(options.out / "language_draw.csv", table)
+    lab = Lab(base(), options.pool)
+    for stage in stages:
+        rates = {arm: tune(lab, arm, stage.rows, everything, tuning) for arm in stage.arms}
+        if not options.tune:
+            run(lab, stage, targets, rates, cells)
+    for name, lines in tables(read_lines(cells), read_lines(tuning)).items():
+        write_csv(options.out / f"language_{name}.csv", lines)
+        print(f"{name}\n{markdown(lines)}")
+
+
+def draw(tasks: Path, clean: Path) -> tuple[dict[str, Path], list[list[str]]]:
+    """Return the paths of tuning and target tasks without leaked test pairs, and the table of the draw.
+
+    Args:
+      tasks: folder of the function-vector data sets.
+      clean: folder of the tasks that lose pairs.
+    """
+    trained = trained_pairs([name for family in SOURCES.values() for name in family], tasks)
+    lines = [["task", "use", "closest source", "shared test pairs, %", "left out of the first 100", "test rows"]]
+    paths: dict[str, Path] = {}
+    drawn = np.random.default_rng(DRAW).permutation(DRAWN_FROM).tolist()
+    for name in (*TUNING, *FIXED, *drawn):
+        task = load_task(find(name, tasks), train_rows=TRAIN_ROWS)
+        of_sources = shares(task, trained)
+        source = max(of_sources, key=lambda name: of_sources[name])
+        share = of_sources[source]
+        line = [name, "-", source if share else "-", f"{100 * share:.1f}", "-", "-"]
+        if share > MOST_SHARED:
+            line[1] = "passed over"
+        elif len(paths) < len(TUNING) + TARGETS:
+            paths[name], left_out = unseen(find(name, tasks), trained, clean)
+            use = "tuning" if name in TUNING else "target" if name in FIXED else "target, drawn"
+            line = [*line[:1], use, *line[2:4], str(left_out), str(len(load(paths[name]).test[:EVALUATED_ROWS]))]
+        lines.append(line)
+    return paths, lines
+
+
+def print_plan(
+    stages: Sequence[Stage], targets: Iterable[str], rows: Sequence[Row], tuning: Sequence[Row], *, tune_only: bool
+) -> None:
+    """Print the missing cells of each stage and their time; of the tuning, the time of the first moves of an arm."""
+    total, have = 0.0, {key_of(row) for row in rows}
+    tuned = {(row["arm"], row["rows"]) for row in tuning}
+    for stage in stages:
+        new = [arm for arm in stage.arms if ARMS[arm].rates and (arm, stage.rows) not in tuned]
+        points = sum(1 + 2 * len(ARMS[arm].rates) for arm in new)
+        trials = points * len(TUNING) * len(TUNING_SEEDS[stage.rows])
+        cells = 0 if tune_only else sum(key not in have for key in keys(stage, targets))
+        seconds = (trials + cells) * COST[stage.rows]
+        total += seconds
+        print(f"{stage.rows} rows, {'; '.join(stage.arms)}: {trials} trials, {cells} cells, {seconds / 60:.0f} minutes")
+    print(f"{total / 60:.0f} CPU minutes, without the pool")
+
+
+def keys(stage: Stage, targets: Iterable[str]) -> Iterator[Key]:
+    """Yield the keys of the cells of a stage in their order."""
+    for seed, task, arm in itertools.product(stage.seeds, targets, stage.arms):
+        yield arm, stage.rows, task, seed
+
+
+def key_of(row: Row) -> Key:
+    return row["arm"], row["rows"], row["task"], row["seed"]
+
+
+def run(
+    lab: "Lab", stage: Stage, targets: Mapping[str, Path], rates: Mapping[str, dict[str, float]], file: Path
+) -> None:
+    """Measure the missing cells of a stage."""
+    have = {key_of(row) for row in read_lines(file)}
+    for key in keys(stage, targets):
+        if key in have:
+            continue
+        arm, rows, task, seed = key
+        began = time.process_time()
+        cell = lab.measure(arm, targets[task], rows, seed, rates[arm])
+        seconds = time.process_time() - began
+        of_key = {"arm": arm, "rows": rows, "task": task, "seed": seed, "rates": rates[arm]}
+        append_line(file, of_key | cell | {"cpu_seconds": round(seconds, 1)})
+        print(f"{rows} rows, {arm}, {task}, seed {seed}: {seconds:.0f} CPU s", file=sys.stderr, flush=True)
+
+
+def tune(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], file: Path) -> dict[str, float]:
+    """Return the rates of an arm whose mean test loss on the tuning tasks is no higher than at any neighbour."""
+    begin = ARMS[name].rates
+    if not begin:
+        return {}
+    lines = [line for line in read_lines(file) if (line["arm"], line["rows"]) == (name, rows)]
+    found = {(tuple(line["point"]), line["task"], line["seed"]): line["test_loss"] for line in lines}
+
+    def losses(points: Sequence[Point]) -> list[float]:
+        for point, task, seed in itertools.product(points, TUNING, TUNING_SEEDS[rows]):
+            if (point, task, seed) not in found:
+                rates = rates_at(begin, point)
+                loss = lab.measure(name, paths[task], rows, seed, rates, answer=False)["test_loss"]
+                found[point, task, seed] = loss
+                key = {"arm": name, "rows": rows, "task": task, "seed": seed}
+                append_line(file, key | {"point": point, "rates": rates, "test_loss": loss})
+        return [
+            float(np.mean([found[point, task, seed] for task in TUNING for seed in TUNING_SEEDS[rows]]))
+            for point in points
+        ]
+
+    moves = [by for by in itertools.product((-1, 0, 1), repeat=len(begin)) if sum(map(abs, by)) == 1]
+    return rates_at(begin, best_point(moves, losses))
+
+
+class Lab:
+    """The base and its pool, loaded once for each arm and draw."""
+
+    def __init__(self, base: Path, pool: Path):
+        there = {path.name for path in pool.iterdir()} if pool.is_dir() else set[str]()
+        if missing := [name for family in SOURCES.values() for name in family if name not in there]:
+            raise ValueError(
+                f"{pool} lacks the adapters {', '.join(missing)}: "
+                "python experiments/language_pool.py --own-seeds trains them"
+            )
+        self.path, self.pool, self.base = base, pool, None
+        self.model = functools.lru_cache(maxsize=len(ARMS))(self._model)
+
+    def measure(
+        self, name: str, path: Path, rows: int, seed: int, rates: Mapping[str, float], *, answer: bool = True
+    ) -> Row:
+        """Train an arm on a seed's rows of a task, and return its row; without `answer` no test row is answered."""
+        arm, shots = ARMS[name], ARMS[name].recipe.get("shots", 0)
+        model = self.model(name, seed if arm.pool == "rotated" else 0)
+        setup = setup_of(model, load(path), rows, seed, shots)
+        params: Any = {}
+        steps = 0
+        if arm.rates:
+            recipe = dataclasses.replace(recipe_for(arm, rows), **rates)
+            state = fit(setup.problem, setup.rows, start(setup.problem, (seed,)), recipe, (seed,))
+            params, steps = state.best, int(state.step[0])
+        row: Row = {"numbers": sum(trainable_count(setup).values()), "steps": steps, "test_rows": len(setup.test)}
+        if answer:
+            stop = BETWEEN_EXAMPLES if shots else None
+            found = evaluate(setup, params, batch_size=SHOWN_BATCH if shots else EVALUATED_ROWS, stop=stop)
+            assert found.loss is not None
+            row |= {"test_loss": round(float(found.loss[0]), 5), "exact_match": float(found.exact_match[0])}
+        else:
+            row["test_loss"] = round(float(test_losses(setup, params)[0]), 5)
+        return row
+
+    def _model(self, name: str, draw: int) -> LoadedModel:
+        arm = ARMS[name]
+        options = FuseOptions(
+            base=str(self.path),
+            pool=None if arm.pool == "none" else str(self.pool),
+            task="",
+            method=arm.method,
+            control="rotated" if arm.pool == "rotated" else "none",
+            control_draw=draw,
+            recipe=recipe_for(arm, TRAIN_ROWS),
+        )
+        model = load_model(with_targets(options))
+        frozen = model.problem.frozen
+        self.base = self.base or frozen.base
+        pool: Any = frozen.pool
+        if pool is not None:  # names are part of a compiled program's key
+            pool = dataclasses.replace(pool, names=tuple(map(str, range(len(pool)))), scaling=None)
+        return model.with_problem(frozen=dataclasses.replace(frozen, base=self.base, pool=pool))
+
+
+def recipe_for(arm: Arm, rows: int) -> Any:
+    shared = {"epochs": EPOCHS.get(rows, 1), "modules": sum(map(len, SOURCES.values()))}
+    return recipe_of(find_method(arm.method).recipe, shared | dict(arm.recipe))
+
+
+def setup_of(model: LoadedModel, task: Task, rows: int, seed: int, shots: int) -> Setup:
+    """Return the run of a seed: its own rows, with the first `shots` of them in all prompts instead of in training."""
+    first = (seed - 1) * (rows + VALIDATION_ROWS)
+    own = task.train[first : first + rows + VALIDATION_ROWS]
+    assert len(own) == rows + VALIDATION_ROWS
+    there = dataclasses.replace(task, train=own[:shots], test=(*own[shots:], *task.test[:EVALUATED_ROWS]))
+    asked = few_shot(there, shots, seed) if shots else there
+    tokens = encode_shown(Texts(model.tokenizer, model.text_format), asked, len(asked.test), NEW_TOKENS)
+    trained, count = rows - shots, rows - shots + VALIDATION_ROWS
+    numbers = np.arange(count, dtype=np.int32)[None]
+    return Setup(
+        **vars(model),
+        task=dataclasses.replace(asked, train=asked.test[:count], test=asked.test[count:]),
+        train=Encoded(tokens.inputs[:count], tokens.labels[:count]),
+        test=Encoded(tokens.inputs[count:], tokens.labels[count:]),
+        split=Split(numbers[:, :trained], numbers[:, trained:]),
+        max_new_tokens=NEW_TOKENS,
+    )
+
+
+def complete(rows: Sequence[Row], arm: str, number: int) -> dict[int, dict[str, Row]]:
+    """Return the rows of an arm by task for each seed with which all targets have one."""
+    by_seed: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        if (row["arm"], row["rows"]) == (arm, number):
+            by_seed.setdefault(row["seed"], {})[row["task"]] = row
+    return {seed: by_task for seed, by_task in by_seed.items() if len(by_task) == TARGETS}
+
+
+def means(by_seed: Mapping[int, Mapping[str, Row]], value: str = "test_loss") -> dict[str, float]:
+    """Return means by task over seeds."""
+    first = next(iter(by_seed.values()))
+    return {task: float(np.mean([of_task[task][value] for of_task in by_seed.values()])) for task in first}
+
+
+def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """Return the tables of all arms and contrasts with at least one seed with which all targets have rows."""
+    arms = [["arm", "numbers", "rows", "seeds", "test loss", "exact match, %"]]
+    rates = [["arm", "rows", "rates", "mean test loss", "rates tried"]]
+    contrasts = [["rows", "contrast", "seeds", "tasks", "nats", "95 % interval", "p"]]
+    by_task = [["task", "rows", "seeds", ROTATED, FUSION, "advantage"]]
+    for number, arm in itertools.product(EPOCHS, ARMS):
+        if own := complete(rows, arm, number):
+            counts = f"{next(iter(next(iter(own.values())).values()))['numbers']:,}"
+            loss, match = (np.mean([*means(own, value).values()]) for value in ("test_loss", "exact_match"))
+            arms.append([arm, counts, str(number), str(len(own)), f"{loss:.3f}", f"{match:.1f}"])
+        of_arm = [line for line in tuning if (line["arm"], line["rows"]) == (arm, number)]
+        if own and of_arm:
+            by_rates: dict[str, list[float]] = {}
+            for line in of_arm:
+                shown = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in line["rates"].items())
+                by_rates.setdefault(shown, []).append(line["test_loss"])
+            best = min(by_rates, key=lambda shown: float(np.mean(by_rates[shown])))
+            rates.append([arm, str(number), best, f"{np.mean(by_rates[best]):.3f}", str(len(by_rates))])
+    pairs = [(arm, FUSION) for arm in ARMS if arm != FUSION]
+    for number, (arm, other) in itertools.product(EPOCHS, [*pairs, (BARE_ROTATED, BARE)]):
+        first, second = complete(rows, arm, number), complete(rows, other, number)
+        if not (seeds := first.keys() & second.keys()):
+            continue
+        a, b = (means({seed: own[seed] for seed in sorted(seeds)}) for own in (first, second))
+        gain = {task: a[task] - b[task] for task in a}
+        interval = over_tasks([*gain.values()])
+        assert interval is not None
+        p: Any = scipy.stats.ttest_1samp([*gain.values()], 0.0)
+        ends = f"{interval.low:.3f} to {interval.high:.3f}"
+        numbers = [str(len(seeds)), str(len(gain)), f"{interval.mean:.3f}", ends, f"{p.pvalue:.2g}"]
+        contrasts.append([str(number), f"{arm} minus {other}", *numbers])
+        if (arm, other) == (ROTATED, FUSION):
+            for task in gain:
+                losses = (f"{value:.4f}" for value in (a[task], b[task], gain[task]))
+                by_task.append([task, str(number), str(len(seeds)), *losses])
+    found = {"arms": arms, "contrasts": contrasts, "by_task": by_task, "rates": rates}
+    return {name: lines for name, lines in found.items() if len(lines) > 1}
+
+
+if __name__ == "__main__":
+    _script.run(main)

@@ -1,0 +1,219 @@
+"""The pool's value on language: its draw, its rows and tables, and all arms on a small Llama."""
+
+import csv
+import itertools
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pool_value_language as experiment
+import pytest
+import small_llama
+from lab.language import MOST_SHARED, SOURCES, TUNING, load
+from lab.tuning import best_point, rates_at
+
+from lorafusion_jax.adapters.updates import LowRank
+from lorafusion_jax.io.export import lora_adapter
+from lorafusion_jax.io.hf import read_config
+from lorafusion_jax.io.peft.adapter import write_adapter
+
+_RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "pool_value"
+_NAMES = [name for family in SOURCES.values() for name in family]
+_TARGETS = [f"task {place}" for place in range(experiment.TARGETS)]
+
+
+def test_the_committed_draw_takes_tasks_in_the_order_of_the_generator():
+    lines = list(csv.DictReader((_RESULTS / "language_draw.csv").read_text().splitlines()))
+    order = np.random.default_rng(20261128).permutation(experiment.DRAWN_FROM)
+    assert [line["task"] for line in lines] == [*TUNING, *experiment.FIXED, *order]
+    drawn = lines[len(TUNING) + len(experiment.FIXED) :]
+    last = max(place for place, line in enumerate(drawn) if line["use"] != "-")
+    for place, line in enumerate(drawn):
+        seen = float(line["shared test pairs, %"]) > 100 * MOST_SHARED
+        assert line["use"] == ("-" if place > last else "passed over" if seen else "target, drawn")
+    assert sum(line["use"].startswith("target") for line in lines) == experiment.TARGETS
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return small_llama.make(tmp_path_factory.mktemp("base") / "llama", max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="module")
+def pool(llama, tmp_path_factory):
+    """A pool of random adapters with the names of the sources."""
+    folder, config = tmp_path_factory.mktemp("pool"), read_config(llama)
+    rng = np.random.default_rng(0)
+
+    def factor(*size):
+        return jnp.asarray(rng.normal(0.0, 0.1, size), jnp.float32)
+
+    sites = {name: site for name, site in config.sites.items() if name.rpartition(".")[2] in ("q_proj", "v_proj")}
+    for name in _NAMES:
+        adapters = {
+            site: LowRank(factor(of.layers, of.d_in, 2), factor(of.layers, 2, of.d_out)) for site, of in sites.items()
+        }
+        write_adapter(folder / name, *lora_adapter(config, adapters, base="llama"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A task whose answer is the colour that its input names."""
+    path = tmp_path_factory.mktemp("tasks") / "colours.json"
+    rows = [{"input": f"{n} {colour}", "output": colour} for n in range(95) for colour in ("red", "blue")]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_every_kind_of_arm_is_measured(llama, pool, task):
+    lab = experiment.Lab(llama, pool)
+    numbers = {"LoRAFusion": 48, "rotated": 48, "magnitudes only": 24, "zero-shot": 0, "20 examples in the prompt": 0}
+    found = {}
+    for name in (*numbers, "LoRA, rank 8", "5 examples and LoRAFusion"):
+        rates = dict.fromkeys(experiment.ARMS[name].rates, 0.01)
+        found[name] = lab.measure(name, task, 20, 2, rates)
+        assert found[name]["test_rows"] == 90 and found[name]["steps"] == (40 if rates else 0)
+        assert found[name]["numbers"] == numbers.get(name, found[name]["numbers"])
+    losses = {name: row["test_loss"] for name, row in found.items()}
+    assert len({f"{loss:.3f}" for loss in losses.values()}) == len(losses)
+    assert losses["LoRA, rank 8"] < losses["LoRAFusion"] < losses["zero-shot"]
+
+
+def test_a_rate_of_zero_leaves_the_base_and_each_seed_has_its_rotation(llama, pool, task):
+    lab = experiment.Lab(llama, pool)
+    still = dict.fromkeys(experiment.ARMS["rotated"].rates, 0.0)
+    found, base = (lab.measure(arm, task, 20, 2, still, answer=False) for arm in ("rotated", "zero-shot"))
+    assert "exact_match" not in found and found["test_loss"] == pytest.approx(base["test_loss"], abs=1e-3)
+    pools = [lab.model("rotated", seed).problem.frozen.pool.A for seed in (1, 2)]
+    assert pools[0] and all(not np.allclose(pools[0][site], pools[1][site]) for site in pools[0])
+
+
+def test_a_diverged_run_counts_with_the_loss_of_the_base(llama, pool, task):
+    lab = experiment.Lab(llama, pool)
+    row = lab.measure("magnitudes only", task, 20, 1, {"lr_magnitudes": float("nan")}, answer=False)
+    base = lab.measure("zero-shot", task, 20, 1, {}, answer=False)
+    assert row["test_loss"] == pytest.approx(base["test_loss"], abs=1e-4)
+
+
+def test_seeds_have_rows_that_no_other_seed_has(llama, pool, task):
+    model, everything = experiment.Lab(llama, pool).model("zero-shot", 0), load(task)
+
+    def rows(number, seed, shots=0):
+        setup = experiment.setup_of(model, everything, number, seed, shots)
+        assert setup.split is not None and len(setup.test) == 90
+        texts = [example.input for example in setup.task.train]
+        return [[texts[i] for i in part[0]] for part in setup.split]
+
+    texts = [example.input for example in everything.train]
+    assert rows(20, 1) == [texts[:20], texts[20:25]] and rows(20, 3) == [texts[50:70], texts[70:75]]
+    assert rows(95, 1) == [texts[:95], texts[95:]]
+    train, validation = rows(20, 2, shots=5)
+    assert (len(train), len(validation)) == (15, 5)
+    for text, own in zip([*train, *validation], texts[30:50], strict=True):
+        assert text.endswith(f"\n\n{own}") and all(shown in text for shown in texts[25:30])
+
+
+def test_a_pool_that_lacks_adapters_is_refused(llama, pool, tmp_path):
+    (tmp_path / "past").mkdir()
+    with pytest.raises(ValueError, match="lacks the adapters plural, comparative, .*--own-seeds trains them"):
+        experiment.Lab(llama, tmp_path)
+
+
+@pytest.mark.parametrize("least", [(0, 0), (2, -1), (-3, 3)])
+def test_rates_are_searched_until_no_neighbour_is_better(least):
+    tried = set()
+
+    def losses(points):
+        tried.update(points)
+        return [sum((a - b) ** 2 for a, b in zip(point, least, strict=True)) for point in points]
+
+    moves = [(1, 0), (-1, 0), (0, 1), (0, -1)]
+    assert best_point(moves, losses) == least
+    assert {(least[0] + a, least[1] + b) for a, b in moves} <= tried
+    assert rates_at({"a": 0.01, "b": 0.1}, (2, -1)) == {"a": 0.09, "b": 0.0333}
+
+
+class _Recorded:
+    """A lab with made-up losses, which records its cells and stops after a number of them."""
+
+    def __init__(self, cells):
+        self.left, self.asked = cells, []
+
+    def measure(self, name, path, rows, seed, rates, *, answer=True):
+        if not self.left:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.asked.append((name, rows, path, seed))
+        distance = sum(np.log(rate / 0.03) ** 2 for rate in rates.values())
+        return {"numbers": 7, "steps": 40, "test_rows": 100, "test_loss": 1.0 + distance, "exact_match": 50.0}
+
+
+def test_cells_are_measured_once_and_a_seed_runs_through_all_targets_first(tmp_path):
+    stage, targets = experiment.STAGES[0], {name: Path(name) for name in _TARGETS}
+    rates, file = {arm: {} for arm in stage.arms}, tmp_path / "rows.jsonl"
+    labs = [_Recorded(50), _Recorded(1000)]
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(labs[0], stage, targets, rates, file)
+    experiment.run(labs[1], stage, targets, rates, file)
+    arms = ("LoRAFusion", "rotated", "magnitudes only")
+    wanted = [(arm, 20, Path(name), seed) for seed, name, arm in itertools.product((1, 2, 3), _TARGETS, arms)]
+    assert labs[0].asked + labs[1].asked == wanted
+    assert len(file.read_text().splitlines()) == len(wanted)
+
+
+def test_a_tuning_continues_and_ends_at_the_best_rate(tmp_path):
+    file, paths = tmp_path / "tune.jsonl", {name: Path(name) for name in TUNING}
+    first, second, third = _Recorded(7), _Recorded(1000), _Recorded(0)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.tune(first, "LoRA, rank 8", 20, paths, file)
+    found = experiment.tune(second, "LoRA, rank 8", 20, paths, file)
+    assert found == {"lr_lora": 0.045} == experiment.tune(third, "LoRA, rank 8", 20, paths, file)
+    # Powers -1 to 3 of 3, two tasks and two seeds.
+    assert len(first.asked) + len(second.asked) == 5 * 2 * 2 == len(file.read_text().splitlines())
+    assert experiment.tune(third, "zero-shot", 20, paths, file) == {}
+
+
+def _rows(arm, loss, seeds=(1, 2, 3)):
+    key = {"arm": arm, "rows": 20, "numbers": 1234, "exact_match": 25.0}
+    return [
+        key | {"task": name, "seed": seed, "test_loss": loss(place, seed)}
+        for seed in seeds
+        for place, name in enumerate(_TARGETS)
+    ]
+
+
+def test_contrasts_are_over_tasks_and_the_seeds_that_both_arms_have():
+    gain = 0.1 + 0.05 * np.sin(np.arange(12.0))
+    rows = _rows("LoRAFusion", lambda place, seed: 1.0 + place + seed)
+    rows += _rows("rotated", lambda place, seed: 1.0 + place + seed + gain[place], seeds=(1, 2))
+    rows += _rows("rotated", lambda place, seed: 99.0, seeds=(3,))[:11]  # a target has no row yet
+    found = experiment.tables(rows, [])
+    half = 2.200985 * gain.std(ddof=1) / np.sqrt(12)  # t of 11 degrees of freedom
+    interval = f"{gain.mean() - half:.3f} to {gain.mean() + half:.3f}"
+    line = ["20", "rotated minus LoRAFusion", "2", "12", f"{gain.mean():.3f}", interval]
+    assert [row[:6] for row in found["contrasts"][1:]] == [line]
+    assert float(found["contrasts"][1][6]) < 1e-4
+    assert found["arms"][1:] == [
+        ["LoRAFusion", "1,234", "20", "3", "8.500", "25.0"],
+        ["rotated", "1,234", "20", "2", f"{8.0 + gain.mean():.3f}", "25.0"],
+    ]
+    assert [float(row[5]) for row in found["by_task"][1:]] == pytest.approx(gain, abs=1e-4)
+    assert experiment.tables(rows[:11], []) == {} == experiment.tables([], [])
+
+
+def test_the_plan_counts_missing_cells_and_trials(capsys):
+    rows = _rows("LoRAFusion", lambda place, seed: 1.0)
+    tuning = [{"arm": "LoRAFusion", "rows": 20}]
+    experiment.print_plan(experiment.STAGES, _TARGETS, rows, tuning, tune_only=False)
+    first, *_, last, total = capsys.readouterr().out.splitlines()
+    assert ": 32 trials, 72 cells, " in first and ": 32 trials, 60 cells, " in last and "CPU minutes" in total
+    experiment.print_plan(experiment.STAGES[:1], _TARGETS, [], [], tune_only=True)
+    assert ": 52 trials, 0 cells, " in capsys.readouterr().out
+
+
+def test_the_committed_tables_are_those_of_the_rows():
+    rows, tuning = (experiment.read_lines(_RESULTS / f"language{kind}.jsonl") for kind in ("", "_tune"))
+    for name, lines in experiment.tables(rows, tuning).items():
+        assert list(csv.reader((_RESULTS / f"language_{name}.csv").read_text().splitlines())) == lines
