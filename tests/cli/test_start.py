@@ -1,5 +1,6 @@
 """What commands set before they load JAX: compiled functions that are found again, and memory that is kept."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -68,6 +69,19 @@ def test_a_second_process_finds_what_the_first_one_compiled(home):
     for content in (entry.read_bytes()[: entry.stat().st_size // 2], b"foreign"):
         entry.write_bytes(content)
         assert _counts() == [0, 1]
+    assert _counts() == [1, 0]
+
+
+def test_functions_of_other_versions_processors_and_compilers_are_not_found(home):
+    assert _counts() == [0, 1]
+    folder, version = _folder(), importlib.metadata.version("jaxlib")
+    name, features = folder.name.rsplit("-", 1)
+    assert name == f"jaxlib-{version}-{os.uname().machine}" and len(features) == 8
+    for other in (folder.name.replace(version, "0.0.1"), f"{name}-{'0' * 8}"):
+        folder.rename(folder.with_name(other))
+        assert _counts() == [0, 1]
+    # JAX's own key has the compiler's flags.
+    assert _counts(XLA_FLAGS="--xla_cpu_max_isa=SSE4_2") == [0, 1]
     assert _counts() == [1, 0]
 
 
