@@ -60,7 +60,8 @@ def _packing(config, lanes=2):
     """Rows are packed into so many lanes, as others cost more, and every width that saves tokens is worth a program."""
 
     def operations(count, source, target):
-        return 1e9 * step_operations(config, count, source, target) + (0.0 if count == lanes else 1e30)
+        others = 0.0 if count == lanes or np.all(source == 1) else 1e30  # widths of 1: what a token costs
+        return 1e9 * step_operations(config, count, source, target) + others
 
     return Packing(config.causal, operations)
 
@@ -215,4 +216,6 @@ def test_few_tokens_meet_other_codes_on_chips_without_read_noise():
             off = jnp.abs(alone[row][real] - together[packed.lanes.sources == row])
             moved += np.max(off, axis=1).tolist()
     assert len(moved) == 4 * sum(source for source, _ in _LENGTHS)
-    assert np.mean(np.array(moved) > 1e-4) <= 0.02
+    many = np.sum(np.array(moved) > 1e-4)
+    print(f"{many} of {len(moved)} tokens meet other codes")
+    assert many <= 0.02 * len(moved)
