@@ -83,8 +83,7 @@ class SharedBasis:
         """Return the basis of the first k directions."""
         if not 1 <= k <= self.k:
             raise ValueError(
-                f"the basis has {self.k} directions, which do not include the first {k}: use 1 to {self.k}, or make a "
-                f"larger one (`lorafusion convert --basis {k}`)"
+                f"the basis has {self.k} directions, not {k}: use 1 to {self.k}, or `lorafusion convert --basis {k}`"
             )
         return dataclasses.replace(
             self,
@@ -116,20 +115,20 @@ Pool = LoraPool | SharedBasis
 Directions = tuple[dict[str, Float[np.ndarray, "_L _d_in k"]], dict[str, Float[np.ndarray, "_L k _d_out"]]]
 
 
-def shared_basis(pool: LoraPool, k: int, *, done: Callable[[], Any] = lambda: None) -> SharedBasis:
+def shared_basis(pool: LoraPool, k: int) -> SharedBasis:
     """Return the modules of a pool in the k directions that keep most of their squared norms.
 
-    On the host in float64, one layer of a site at a time; `done` is called after each.
+    On the host in float64, one layer of a site at a time.
 
     Raises:
       ValueError: k is below 1, or larger than a side of a matrix or than the rank of the pool's sum there; the pool is
         quantised, or a DoRA adapter, whose magnitudes a sum lacks.
     """
-    return in_directions(pool, directions(pool, k, done=done))
+    return in_directions(pool, directions(pool, k))
 
 
 def directions(pool: LoraPool, k: int, *, done: Callable[[], Any] = lambda: None) -> Directions:
-    """Return the leading k directions of a pool's modules at every site; arguments and errors are `shared_basis`'s."""
+    """Return the leading k directions of a pool by site, with `shared_basis`'s errors; `done` follows each layer."""
     check_size(pool, k)
     U, V = {}, {}
     for site in pool.rank:

@@ -45,17 +45,15 @@ def initial(shape: tuple[int, ...], start: Start, key: Array) -> Float[Array, ".
     return jnp.full(shape, {"uniform": 1, "twice": 2, "zeros": 0}[start] / shape[0], jnp.float32)
 
 
-def expand(
-    coefficients: Float[Array, "..."], pool: Pool, granularity: Granularity
-) -> dict[str, Float[Array, "_L N _k"]]:
+def expand(values: Float[Array, "..."], pool: Pool, granularity: Granularity) -> dict[str, Float[Array, "_L N _k"]]:
     """Return every site's coefficients, per layer and module (k = 1) or, for `rank`, also per rank (k = r)."""
     columns = _columns(pool, granularity)
     expanded = {}
     for site, rank in pool.rank.items():
         if granularity == "global":
-            spread = jnp.broadcast_to(coefficients[None, :], (rank.shape[0], coefficients.shape[0]))
+            spread = jnp.broadcast_to(values[None, :], (rank.shape[0], values.shape[0]))
         else:
-            spread = jnp.swapaxes(coefficients[:, columns[site]], 0, 1)
+            spread = jnp.swapaxes(values[:, columns[site]], 0, 1)
         expanded[site] = spread[:, :, : _rank(pool, site)] if granularity == "rank" else spread[:, :, None]
     return expanded
 
@@ -127,8 +125,5 @@ def _columns(pool: Pool, granularity: Granularity) -> dict[str, np.ndarray]:
 
 def _rank(pool: Pool, site: str) -> int:
     if isinstance(pool, SharedBasis):
-        raise ValueError(
-            "coefficients for every rank of a module, in a shared basis, which mixes the modules' ranks: use the "
-            "granularity global, block or site"
-        )
+        raise ValueError("a shared basis mixes the modules' ranks: use the granularity global, block or site")
     return jax.tree.leaves(pool.B[site])[0].shape[2]

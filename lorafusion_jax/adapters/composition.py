@@ -22,7 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..models.weights import Weight, dense, is_in_arrays, map_layers
+from ..models.weights import dense, is_in_arrays, map_layers
 from ..platform import is_traced
 from .basis import SharedBasis
 from .norms import Gram, PairTerms, column_norm, norm_of_sum, product, squared_columns
@@ -43,10 +43,7 @@ def check_mix(pool: LoraPool, index: Int[Array, " N"] | None = None) -> None:
     for site, rank in pool.rank.items():
         ranks = np.asarray(rank)[..., chosen]
         if np.any((ranks > 0) & (ranks != ranks.max(axis=-1, keepdims=True))):
-            raise ValueError(
-                f"the pool's adapters have different ranks at {site}, and mix adds their matrices entry by entry: "
-                "use the composition sum, or a pool of one rank"
-            )
+            raise ValueError(f"adapters have different ranks at {site}: use the composition sum, or a pool of one rank")
 
 
 def compose(
@@ -91,10 +88,13 @@ def compose(
         if m is None and in_arrays:
             return None, None, jnp.int32(0)
         if composition == "mix":
-            update = _mixed(A, B, index, c)
-            left, right = dense(update.A, jnp.float32), dense(update.B, jnp.float32)
+            A, B = dense(A, jnp.float32), dense(B, jnp.float32)
+            # Weights scattered over the whole pool read it in place; gathering would copy the chosen modules.
+            spread = jnp.zeros((A.shape[0], c.shape[1]), c.dtype).at[index].set(c)
+            left, right = _weighted(A, spread[:, None, :]), _weighted(B, spread[:, :, None])
+            update = LowRank(left, right)
             if m is not None:
-                cross = _weighted(cross, _scatter(c, index, cross.shape[0])[:, :, None])
+                cross = _weighted(cross, spread[:, :, None])
         else:
             left = dense(gather(A, index), jnp.float32)
             left = left.transpose(1, 0, 2).reshape(left.shape[1], -1)
@@ -192,17 +192,6 @@ def _scale(magnitudes: Array, norm: Array, differentiate_norm: bool) -> Array:
     return magnitudes / norm
 
 
-def _mixed(A: Weight, B: Weight, index: Int[Array, " N"], c: Float[Array, "N k"]) -> LowRank:
-    A, B = dense(A, jnp.float32), dense(B, jnp.float32)
-    # Weights scattered over the whole pool read it in place; gathering would copy the chosen modules.
-    c = _scatter(c, index, A.shape[0])
-    return LowRank(_weighted(A, c[:, None, :]), _weighted(B, c[:, :, None]))
-
-
-def _scatter(c: Float[Array, "N k"], index: Int[Array, " N"], size: int) -> Float[Array, "P k"]:
-    return jnp.zeros((size, c.shape[1]), c.dtype).at[index].set(c)
-
-
 def _weighted(modules: Float[Array, "P a b"], weights: Float[Array, "P #a #b"]) -> Float[Array, "a b"]:
     if weights.size == modules.shape[0]:
         return _weighted_whole(modules, weights.reshape(-1))
@@ -220,17 +209,13 @@ def _weighted_whole(modules: Float[Array, "P a b"], weights: Float[Array, " P"])
     return jnp.tensordot(weights, modules, axes=1, precision="highest")
 
 
-def _weighted_forward(modules: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _weighted_whole(modules, weights), (modules, weights)
-
-
 def _weighted_backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     modules, weights = factors
     # One sum for each module: the order of summation in a matrix-vector product depends on the number of rows.
     return weights[:, None, None] * g[None], jnp.sum(modules * g[None], axis=(1, 2))
 
 
-_weighted_whole.defvjp(_weighted_forward, _weighted_backward)
+_weighted_whole.defvjp(lambda *factors: (_weighted_whole(*factors), factors), _weighted_backward)
 
 
 def _merged(modules: Float[Array, "N r d_out"]) -> Float[Array, "k d_out"]:

@@ -7,7 +7,7 @@ With A_n, B_n the factors as PEFT keeps them, s_n the scaling and w_n the weight
     dare_linear       linear, after random entries are set to zero and the others divided by the density
     ties, dare_ties   pruned as above; per entry, the weighted mean of the modules whose sign is that of their sum
     cat               dW = sum_n w_n s_n A_n B_n: the composition `sum` of `composition.compose`
-    svd               that dW at a lower rank
+    svd               that dW at the largest rank of the pool
     *_svd             the rules above on the dW_n instead of factors, then the same
 
 A module without factors at a site adds nothing there and does not vote on signs. The results equal PEFT 0.21's. As in
@@ -46,7 +46,9 @@ def check_merge(pool: LoraPool, kind: MergeKind) -> None:
     if pool.magnitude is not None:
         raise ValueError("a DoRA adapter has magnitudes, which a merge would lose: merge plain LoRAs")
     # Any ranks will do for a single module, which is only weighted. Inside a compiled function ranks have no values.
-    if kind in get_args(_OnFactors) and len(pool) > 1 and not is_traced(pool.rank) and pool.uniform_rank is None:
+    if kind not in get_args(_OnFactors) or len(pool) == 1 or is_traced(pool.rank):
+        return
+    if len({int(r) for rank in pool.rank.values() for r in np.unique(rank) if r > 0}) > 1:
         raise ValueError(
             f"the pool's adapters have different ranks, and {kind} adds their matrices entry by entry: "
             f"use cat, svd{'' if kind == 'linear' else f', {kind}_svd'}, or a pool of one rank"
@@ -60,7 +62,6 @@ def merge(
     kind: MergeKind,
     *,
     density: float = 0.5,
-    rank: int | None = None,
     key: Array | None = None,
 ) -> dict[str, LowRank | Dense | Modules | Outputs]:
     """Return one adapter by site, merged from modules of a pool.
@@ -71,7 +72,6 @@ def merge(
       weights: one for each module, of either sign.
       kind: the rule; `cat` gives what `compose` does, the others a `LowRank`.
       density: share of the entries that pruning keeps.
-      rank: rank of the result of an svd; None for the largest of the pool.
       key: PRNG key of the masks of dare; whether an entry is kept depends only on it and the module's name, site and
         layer.
 
@@ -85,7 +85,7 @@ def merge(
     if kind.startswith("dare") and key is None:
         raise ValueError(f"{kind} keeps random entries: give a key")
     rule = "linear" if index.shape[0] == 1 else kind.removesuffix("_svd")
-    width = rank or max(A.shape[-1] for A in pool.A.values())
+    width = max(A.shape[-1] for A in pool.A.values())
 
     def of_layer(site: str, layer: tuple[Array, Weight, Weight, Array]) -> tuple[Array, Array]:
         number, A, B, scaling = layer
@@ -100,7 +100,8 @@ def merge(
             return (_elected if rule.endswith("ties") else _summed)(tasks, by[:, None, None])
 
         if kind in get_args(_OnUpdates):
-            return _truncated(combined("dW", product(A, B), weights), width)
+            U, S, Vt = jnp.linalg.svd(combined("dW", product(A, B), weights), full_matrices=False)
+            return U[:, :width], S[:width, None] * Vt[:width]
         # B cannot be recovered from a scaling of 0.
         unfolded = B / jnp.where(scaling == 0, jnp.ones_like(scaling), scaling)[:, None, None]
         signed = weights * scaling
@@ -153,8 +154,3 @@ def _elected(tasks: Float[Array, "N a b"], weights: Float[Array, "N 1 1"]) -> Fl
     majority = jnp.where(jnp.sum(tasks, axis=0) >= 0, 1.0, -1.0)
     agreeing = (jnp.sign(tasks) == majority[None]).astype(tasks.dtype)
     return _summed(tasks * agreeing, weights) / jnp.maximum(jnp.sum(agreeing, axis=0), 1)
-
-
-def _truncated(update: Float[Array, "d_in d_out"], rank: int) -> tuple[Float[Array, "d_in r"], Float[Array, "r d_out"]]:
-    U, S, Vt = jnp.linalg.svd(update, full_matrices=False)
-    return U[:, :rank], S[:rank, None] * Vt[:rank]

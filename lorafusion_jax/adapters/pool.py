@@ -54,12 +54,6 @@ class LoraPool:
     def factors(self) -> dict[str, dict[str, Weight]]:
         return {"A": self.A, "B": self.B}
 
-    @property
-    def uniform_rank(self) -> int | None:
-        """Rank that all adapters share at all their sites, or None."""
-        ranks = {int(r) for rank in self.rank.values() for r in np.unique(np.asarray(rank)) if r > 0}
-        return ranks.pop() if len(ranks) == 1 else None
-
     def indices(self, chosen: Sequence[str | int]) -> list[int]:
         return positions(self.names, chosen)
 
@@ -122,9 +116,7 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     found = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
     for given, index in zip(chosen, found, strict=True):
         if not 0 <= index < len(names):
-            raise ValueError(
-                f"the pool has no adapter {given!r}: it holds {len(names)}, from {names[0]!r} to {names[-1]!r}"
-            )
+            raise ValueError(f"the pool lacks {given!r}: it holds {len(names)}, from {names[0]!r} to {names[-1]!r}")
     if len(set(found)) < len(found):
         raise ValueError(f"an adapter is chosen twice in {list(chosen)}: name each one once")
     return found

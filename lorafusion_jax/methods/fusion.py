@@ -75,10 +75,7 @@ class CoefficientsRecipe(BasisRecipe):
         if self.basis is None and (given := [option for option, is_given in in_basis.items() if is_given]):
             raise ValueError(f"{given[0]} needs a shared basis: {GIVE_BASIS}")
         if self.choose != "draw" and self.composition != "sum":
-            raise ValueError(
-                "the gradient at zero coefficients cannot choose modules of a mix, because it is zero: leave out "
-                "--choose, or use the composition sum"
-            )
+            raise ValueError("no gradient can choose modules of a mix: leave out --choose, or use the composition sum")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,10 +156,7 @@ class Fusion(Method):
         one_of(GRANULARITIES, granularity=self.granularity)
         one_of(get_args(Start), start=self.start)
         if self.composition == "mix" and self.start == "zeros":
-            raise ValueError(
-                "a mix that starts at zero never moves: its gradient is exactly zero there. "
-                "Start from xavier or uniform, or use the composition sum"
-            )
+            raise ValueError("a mix cannot start at zero: start from xavier or uniform, or use the composition sum")
         check_basis(self)
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
@@ -192,10 +186,7 @@ class Fusion(Method):
             if self.basis is not None:
                 pool.first(self.basis)
         elif self.basis is not None or self.core:
-            raise ValueError(
-                "the fusion is in a shared basis, and the pool has whole modules: make a basis with "
-                f"`shared_basis(pool, k)` or `lorafusion convert --basis {self.basis or 32}`"
-            )
+            raise ValueError(f"the pool has no shared basis: run `lorafusion convert --basis {self.basis or 32}`")
         elif self.composition == "mix":
             check_mix(pool)
 
@@ -260,15 +251,9 @@ def check_basis(asked: Fusion | CoefficientsRecipe) -> None:
     if asked.basis < 1:
         raise ValueError(f"expected a basis of at least 1 direction, got {asked.basis}")
     if asked.composition == "mix":
-        raise ValueError(
-            "a mix in a shared basis is not possible, because the factors of single modules are not stored: use the "
-            "composition sum, or leave out the basis"
-        )
+        raise ValueError("a shared basis lacks a mix's factors: use the composition sum, or leave out the basis")
     if asked.granularity == "rank":
-        raise ValueError(
-            "coefficients for every rank of a module are not possible in a shared basis: use the granularity global, "
-            "block or site"
-        )
+        raise ValueError("a shared basis mixes the modules' ranks: use the granularity global, block or site")
 
 
 # One coefficient for each module, and no magnitudes.

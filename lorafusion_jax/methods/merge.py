@@ -35,7 +35,7 @@ class MergeRecipe(PoolRecipe):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Merge(Method):
-    """A merge of the modules, made once: every weight is the same, and nothing is trained or counted.
+    """A merge of the modules, made once: every weight is 1 / N, and nothing is trained or counted.
 
     Group `merged`: A and B of the result; `cat` reads the pool itself, and its group is `weights` [N]. The key of
     `init` draws the masks of dare.
@@ -43,27 +43,21 @@ class Merge(Method):
     Attributes:
       kind: rule (see `adapters.merges`).
       density: share of the entries that ties, dare and magnitude_prune keep.
-      weight: weight of every module; None for 1 / N.
-      rank: rank of the result of an svd; None for the largest of the pool.
     """
 
     kind: MergeKind
     density: float = 0.5
-    weight: float | None = None
-    rank: int | None = None
 
     def __post_init__(self) -> None:
         one_of(get_args(MergeKind), kind=self.kind)
         if not 0 < self.density <= 1:
             raise ValueError(f"density is {self.density}: give the share of entries to keep, above 0 and up to 1")
-        if self.rank is not None and (self.rank < 1 or not self.kind.endswith("svd")):
-            raise ValueError(f"rank is {self.rank} for {self.kind}: give at least 1 for an svd, None for other rules")
 
     def check(self, pool: Pool) -> None:
         check_merge(_whole(pool), self.kind)
 
     def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
-        weights = jnp.full(index.shape[0], 1 / index.shape[0] if self.weight is None else self.weight)
+        weights = jnp.full(index.shape[0], 1 / index.shape[0])
         if self.kind == "cat":
             return {"weights": weights}
         merged = self._merge(frozen, index, weights, key)
@@ -85,7 +79,7 @@ class Merge(Method):
         return jax.tree.map(lambda p: jnp.zeros(p.shape, bool), params)
 
     def _merge(self, frozen: Frozen, index: Index, weights: Float[Array, " N"], key: Array | None) -> dict[str, Any]:
-        return merge(_whole(frozen.pool), index, weights, self.kind, density=self.density, rank=self.rank, key=key)
+        return merge(_whole(frozen.pool), index, weights, self.kind, density=self.density, key=key)
 
 
 def _whole(pool: Pool | None) -> LoraPool:

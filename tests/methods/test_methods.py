@@ -217,7 +217,7 @@ def test_methods_without_an_adapter_are_not_exported(runs, tmp_path):
     (tmp_path / "text").write_text("double then digit : a b c")
     with pytest.raises(ValueError, match="of the method few-shot, which trains nothing"):
         _exported(runs, "few-shot", "adapter", tmp_path)
-    with pytest.raises(ValueError, match="of the method few-shot, which needs rows of its task"):
+    with pytest.raises(ValueError, match="of few-shot, which needs rows of its task"):
         generate_lines(GenerateOptions(run=run_path(runs("few-shot")[0]), file=tmp_path / "text"))
     assert not (tmp_path / "adapter").exists()
 
@@ -255,16 +255,14 @@ def test_arrays_hold_what_a_run_reads(runs):
 
 def test_bad_options_stop_before_anything_is_written(small, tmp_path):
     poolless = ("magnitudes", "lora", "dora", "vera", "full", "zero-shot", "few-shot", "constant")
-    cases = [
-        (method, {"control": "random-factors"}, f"the method {method} has no pool to replace") for method in poolless
-    ]
+    cases = [(name, {"control": "random-factors"}, f"the method {name} has no pool to replace") for name in poolless]
     cases += [
         ("merge", {"control": "shuffled", "load_in": "nf4"}, "the shuffled control is drawn in full precision"),
-        ("full", {"load_in": "nf4"}, "the method full trains the weights themselves"),
+        ("full", {"load_in": "nf4"}, "full trains weights, not 4 or 8 bits of them"),
         ("cma", {"population": 3}, "population is 3: "),
-        *((m, {"start_from": small[0]}, f"the method {m} is not trained from .*--from") for m in ("lorahub", "mean")),
+        *((m, {"start_from": small[0]}, f"the method {m} starts from no run: .*--from") for m in ("lorahub", "mean")),
         ("merge", {"density": 0.0}, "density is 0.0: give"),
-        ("few-shot", {"shots": 6, "train_rows": 5}, "6 examples for the prompts of .*, but only 5 .* --shots"),
+        ("few-shot", {"shots": 6, "train_rows": 5}, "prompts of 6 examples, but 5 .* --shots"),
     ]
     wrong = {"lora_targets": ("q", "w")}
     cases += [(m, wrong, "lora_targets are q w: choose of q k v o") for m in ("lora", "dora", "vera", "magnitudes")]
