@@ -8,19 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..crossbar import CONSTANTS, Range, ReadEnergy, WriteCost, load_config, load_constants, save_constants
-from ..estimates.bill import (
-    Bill,
-    Comparison,
-    CorrectionBill,
-    CostOptions,
-    Once,
-    activities,
-    comparisons,
-    correction_bill,
-    installed_once,
-    price,
-    price_once,
-)
+from ..estimates import bill
 from ..estimates.bill.show import comparison_table, constants_table, corrections_table, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
@@ -30,7 +18,7 @@ from .parsing import parse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CostCommand(CostOptions):
+class CostCommand(bill.CostOptions):
     """Print the writes, energy, time and wear of one new task with every method, and the cost of its tokens.
 
     Every figure is a range over the constants' published values. No weights are loaded.
@@ -74,15 +62,15 @@ def main(arguments: Sequence[str]) -> None:
     config, crossbar = shape_config(options.shape), load_config(options.crossbar)
     options = dataclasses.replace(options, targets=config.targets if options.targets is None else options.targets)
     constants = CONSTANTS if options.constants is None else load_constants(options.constants)
-    found = {activity.method: activity for activity in activities(config, crossbar, options)}
-    bills = {name: price(activity, crossbar, options, constants) for name, activity in found.items()}
-    once = {name: price_once(found, constants) for name, found in installed_once(config, crossbar, options).items()}
+    found = {activity.method: activity for activity in bill.activities(config, crossbar, options)}
+    bills = {name: bill.price(activity, crossbar, options, constants) for name, activity in found.items()}
+    once = {name: bill.price_once(of, constants) for name, of in bill.installed_once(config, crossbar, options).items()}
     corrections = None
     if options.restore is not None:
         made = read_corrections(options.restore)
         how = {"numbers": made["numbers"], "tokens": made["tokens"], "epochs": made["settings"]["epochs"]}
-        corrections = correction_bill(config, crossbar, constants=constants, **how)
-    against = comparisons(found, crossbar, options, constants)
+        corrections = bill.correction_bill(config, crossbar, constants=constants, **how)
+    against = bill.comparisons(found, crossbar, options, constants)
 
     if options.save_constants is not None:
         with writing(options.save_constants.parent):
@@ -93,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
         content = {
             "options": {name: value for name, value in vars(options).items() if name not in files},
             "constants": {name: vars(constant) for name, constant in constants.table.items()},
-            "methods": {n: bill._asdict() | {"learning": bill.learning} for n, bill in bills.items()},
+            "methods": {name: one._asdict() | {"learning": one.learning} for name, one in bills.items()},
             "once": once,
             "LoRA in cells over": against,
             "corrections": corrections,
@@ -117,6 +105,6 @@ def _plain(value: Any) -> Any:
     """Return a value for JSON; ranges are [low, typical, high], in joules and seconds, and null if infinite."""
     if isinstance(value, Range):
         return [None if math.isinf(end) else end for end in (value.low, value.typical, value.high)]
-    if isinstance(value, Bill | Comparison | CorrectionBill | Once | ReadEnergy | WriteCost):
+    if isinstance(value, bill.Bill | bill.Comparison | bill.CorrectionBill | bill.Once | ReadEnergy | WriteCost):
         value = value._asdict()
     return {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else value

@@ -79,9 +79,7 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
         return [forward_flops(config, shape, update) for shape in shapes]
 
     def asking(shapes: Shapes, new_tokens: int, members: int = 1) -> list[int]:
-        return [
-            evaluation_bytes(config, shape, new_tokens, update, seeds=seeds * members, **how) for shape in set(shapes)
-        ]
+        return [evaluation_bytes(config, one, new_tokens, update, seeds=seeds * members, **how) for one in set(shapes)]
 
     activations = asking(asked.rows, work.new_tokens) + asking(asked.options, 0)
     generated = sum(generation_flops(config, s._replace(target=work.new_tokens), update) for s in asked.rows)
@@ -123,9 +121,7 @@ def _checked(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
     at_least(1, rank=settings.rank, seeds=settings.seeds)
     modules = modules_of(recipe)
     if settings.pool is not None and settings.pool < modules:
-        raise ValueError(
-            f"a pool of {settings.pool} for seeds that draw {modules} modules each: it needs at least as many"
-        )
+        raise ValueError(f"a pool of {settings.pool} for seeds that draw {modules} modules each: give at least as many")
     return entry, recipe
 
 

@@ -57,10 +57,7 @@ def shape_config(shape: str) -> Architecture:
     if shape in known_shapes():
         return known_shapes()[shape]
     if "/" not in shape and not Path(shape).exists():
-        raise ValueError(
-            f"no shape {shape!r}: choose one of {', '.join(known_shapes())}, "
-            "or give the folder, hub id or GGUF file of a base model"
-        )
+        raise ValueError(f"no shape {shape!r}: give a folder, hub id, GGUF file or one of {', '.join(known_shapes())}")
     config = read_config(shape)
     return dataclasses.replace(config, tied=config.presumed_tied)
 

@@ -6,27 +6,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..checks import at_least
+from .. import tasks
 from ..methods.untrained import FewShotRecipe
-from ..tasks import (
-    LONGEST,
-    SEPARATE_TEXTS,
-    Batch,
-    Encoded,
-    Example,
-    Packing,
-    Task,
-    TextFormat,
-    answer_options,
-    batch_orders,
-    bucket,
-    encode,
-    eval_batches,
-    few_shot,
-    most_new_tokens,
-    split,
-    train_batches,
-)
 from ..training.recipe import Recipe
 from .flops import Shape
 
@@ -34,7 +15,6 @@ from .flops import Shape
 CHARACTERS_PER_TOKEN = 4
 _SEED = 1
 
-Lengths = Literal["given", "tokenised", "estimated from characters"]
 Shapes = tuple[Shape, ...]
 
 
@@ -56,16 +36,16 @@ class Workload:
     test: EvaluationShapes  # batches of evaluation
     few_shot: EvaluationShapes | None  # the same with examples in every prompt; None if there are too few rows for that
     new_tokens: int  # limit of generated tokens for a row
-    lengths: Lengths  # source of the token lengths
+    lengths: Literal["tokenised", "estimated from characters"]  # source of the token lengths
 
 
 def workload(
-    task: Task,
+    task: tasks.Task,
     recipe: Recipe,
     *,
     tokenizer: Any = None,
-    text_format: TextFormat = SEPARATE_TEXTS,
-    packing: Packing | None = None,
+    text_format: tasks.TextFormat = tasks.SEPARATE_TEXTS,
+    packing: tasks.Packing | None = None,
     train_rows: int = 100,
     test_rows: int | None = None,
     eval_batch: int = 64,
@@ -79,22 +59,23 @@ def workload(
     if not task.test:
         raise ValueError(f"{task.name} has no test rows: there is nothing to evaluate")
     train = _encode(task.train, tokenizer, text_format)
-    rows = split(len(task.train), (_SEED,), protocol=recipe.protocol, limit=train_rows)
+    rows = tasks.split(len(task.train), (_SEED,), protocol=recipe.protocol, limit=train_rows)
     shuffle = None if recipe.protocol == "reference" else (_SEED,)
     orders = {
-        "steps": batch_orders(rows.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle),
-        "search": batch_orders(rows.train, batch_size=recipe.batch_size),
-        "validation": batch_orders(rows.validation, batch_size=rows.validation.shape[1]),
+        "steps": tasks.batch_orders(rows.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle),
+        "search": tasks.batch_orders(rows.train, batch_size=recipe.batch_size),
+        "validation": tasks.batch_orders(rows.validation, batch_size=rows.validation.shape[1]),
     }
-    rules: dict[str, Packing] = {}
+    rules: dict[str, tasks.Packing] = {}
     if packing is not None and recipe.pack:
         rules = {"steps": packing, "validation": packing.repeated(recipe.epochs)}
     shapes = {
-        name: _shapes(train_batches(train, order, pad_id=0, packing=rules.get(name))) for name, order in orders.items()
+        name: _shapes(tasks.train_batches(train, order, pad_id=0, packing=rules.get(name)))
+        for name, order in orders.items()
     }
     enough = (shots := _shots(recipe)) <= min(train_rows, len(task.train))
-    prompted = few_shot(task, shots, _SEED) if enough else None
-    options = answer_options(task)
+    prompted = tasks.few_shot(task, shots, _SEED) if enough else None
+    options = tasks.answer_options(task)
     longest = max(len(row) for row in train.labels)
     # Other methods need no examples in the prompt, so their length is no reason to refuse the plan.
     unlimited = dataclasses.replace(text_format, context=None)
@@ -108,48 +89,8 @@ def workload(
         epochs=recipe.epochs,
         test=_asked(task, options, tokenizer, text_format, **how),
         few_shot=None if prompted is None else _asked(prompted, options, tokenizer, unlimited, **how),
-        new_tokens=recipe.max_new_tokens or most_new_tokens(longest),
+        new_tokens=recipe.max_new_tokens or tasks.most_new_tokens(longest),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
-    )
-
-
-def uniform(
-    recipe: Recipe,
-    *,
-    source: int,
-    target: int,
-    train_rows: int = 100,
-    test_rows: int,
-    options: int = 0,
-    eval_batch: int = 64,
-) -> Workload:
-    """Return the workload of a task whose rows all have the same numbers of source and target tokens.
-
-    `options` is the number of options of every test row.
-    """
-    at_least(1, source=source, target=target, train_rows=train_rows, test_rows=test_rows, eval_batch=eval_batch)
-    prompted, padded = source + _shots(recipe) * (source + target), (bucket(source), bucket(target))
-    rows = split(train_rows, (_SEED,), limit=train_rows)
-    orders = batch_orders(rows.train, batch_size=recipe.batch_size)
-    search = tuple(Shape(orders.shape[2], *padded) for _ in range(orders.shape[1]))
-    steps, validation = search, Shape(rows.validation.shape[1], *padded)
-    if recipe.pack:  # real tokens alone
-        steps = tuple(Shape(int(np.sum(step >= 0)), source, target) for step in orders[0])
-        validation = validation._replace(source=source, target=target)
-
-    def asked(width: int) -> EvaluationShapes:
-        counts = (test_rows, options * test_rows)
-        return EvaluationShapes(*(_even(count, eval_batch, width, target) for count in counts))
-
-    return Workload(
-        steps=steps * recipe.epochs,
-        search=search,
-        validation=validation,
-        epochs=recipe.epochs,
-        test=asked(source),
-        few_shot=asked(min(prompted, LONGEST)),
-        new_tokens=recipe.max_new_tokens or most_new_tokens(target),
-        lengths="given",
     )
 
 
@@ -157,23 +98,17 @@ def _shots(recipe: Recipe) -> int:
     return recipe.shots if isinstance(recipe, FewShotRecipe) else FewShotRecipe.shots
 
 
-def _even(rows: int, most: int, source: int, target: int) -> Shapes:
-    """Return the smallest number of batches that hold all rows, all of one size, as `eval_batches` makes them."""
-    steps = -(-rows // most)
-    return tuple(Shape(-(-rows // steps), source, target) for _ in range(steps))
-
-
 def _asked(
-    task: Task,
+    task: tasks.Task,
     options: Sequence[Sequence[str]] | None,
     tokenizer: Any,
-    text_format: TextFormat,
+    text_format: tasks.TextFormat,
     *,
     eval_batch: int,
     **worth: float,
 ) -> EvaluationShapes:
-    def shapes(rows: Encoded) -> Shapes:
-        return _shapes(batch for _, batch in eval_batches(rows, eval_batch, pad_id=0, **worth))
+    def shapes(rows: tasks.Encoded) -> Shapes:
+        return _shapes(batch for _, batch in tasks.eval_batches(rows, eval_batch, pad_id=0, **worth))
 
     asked = EvaluationShapes(shapes(_encode(task.test, tokenizer, text_format)))
     if options is None:
@@ -183,20 +118,20 @@ def _asked(
     return asked._replace(options=shapes(_encode(answered, tokenizer, text_format)))
 
 
-def _shapes(batches: Iterable[Batch]) -> Shapes:
+def _shapes(batches: Iterable[tasks.Batch]) -> Shapes:
     sizes = ((*batch.input_ids.shape[-2:], batch.labels.shape[-1]) for batch in batches)
     return tuple(Shape(rows, source, target) for rows, source, target in sizes)
 
 
-def _encode(examples: Sequence[Example], tokenizer: Any, text_format: TextFormat) -> Encoded:
+def _encode(examples: Sequence[tasks.Example], tokenizer: Any, text_format: tasks.TextFormat) -> tasks.Encoded:
     """Return tokens; without a tokenizer, a number of them estimated from characters, and an end token."""
     if tokenizer is not None:
-        return encode(tokenizer, examples, text_format)
+        return tasks.encode(tokenizer, examples, text_format)
 
     def stand_in(text: str) -> np.ndarray:
-        return np.zeros(min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, LONGEST), np.int32)
+        return np.zeros(min(-(-len(text) // CHARACTERS_PER_TOKEN) + 1, tasks.LONGEST), np.int32)
 
-    return Encoded(
+    return tasks.Encoded(
         inputs=tuple(stand_in(example.input) for example in examples),
         labels=tuple(stand_in(example.target) for example in examples),
     )

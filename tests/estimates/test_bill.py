@@ -287,9 +287,7 @@ def test_a_ratio_ranges_over_cells_alone_and_over_everything(large):
 
 def test_a_tied_head_is_digital():
     tied = dataclasses.replace(tiny.CONFIG, tied=True)
-    of, other = (
-        activities(config, _ISAAC, dataclasses.replace(_OPTIONS, bases=()))[0] for config in (tied, tiny.CONFIG)
-    )
+    of, other = (activities(each, _ISAAC, dataclasses.replace(_OPTIONS, bases=()))[0] for each in (tied, tiny.CONFIG))
     head = crossbar.counts((16, 48), _ISAAC)
     assert of.generated.reads + head == other.generated.reads
     assert of.generated.macs == other.generated.macs + 16 * 48 and of.source == other.source
@@ -348,11 +346,11 @@ def test_bad_options_are_refused_before_files_are_written(capsys, tmp_path, monk
     for arguments, message in (
         ("--crossbar isaak", "no preset 'isaak': choose one of ideal, isaac, puma"),
         ("--crossbar ideal", "dac = None is an ideal converter"),
-        ("--shape flan-t5-huge", "no shape 'flan-t5-huge': choose one of flan-t5-small"),
+        ("--shape flan-t5-huge", "no shape 'flan-t5-huge': give a folder, hub id, GGUF file or one of flan-t5-small"),
         ("--targets q_proj", "targets are q_proj: choose of q k v"),
         ("--modules 0", "modules is 0"),
         ("--tokens-per-task 0", "tokens_per_task is 0"),
-        ("--bases 321", "321 directions: expected 1 to 320, the rank of the sum of 20 modules of rank 16"),
+        ("--bases 321", "321 directions: expected 1 to 320, the pool's rank"),
         ("--bases 600 --modules 40 --shape t5-small", "600 directions, but encoder.self.q is 512 x"),
         ("--pool-size 19", "pool_size is 19: expected at least 20"),
         ("--json cost.txt", "expected a file ending in .json"),

@@ -119,7 +119,9 @@ def test_a_folder_with_the_config_of_transformers_4_or_5(goldens, tmp_path):
 
 
 def test_models_and_numbers_without_counts_are_refused():
-    with pytest.raises(ValueError, match="no shape 'flan-t5-huge': choose one of flan-t5-small"):
+    with pytest.raises(
+        ValueError, match="no shape 'flan-t5-huge': give a folder, hub id, GGUF file or one of flan-t5-small"
+    ):
         shape_config("flan-t5-huge")
     for changes, message in (
         ({"targets": ("q", "q_proj")}, "targets are q q_proj: choose of q k v o wi_0 wi_1 wo"),

@@ -19,7 +19,7 @@ from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generat
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.estimates.params import size
 from lorafusion_jax.estimates.plan import describe, describe_run, plan, plan_table
-from lorafusion_jax.estimates.workload import uniform, workload
+from lorafusion_jax.estimates.workload import workload
 from lorafusion_jax.methods import METHODS
 from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.fused import BasisUpdate, SumUpdate
@@ -414,8 +414,9 @@ def test_a_workload_has_the_batches_of_training_and_evaluation():
         estimate(_SMALL, "few-shot", found, Settings(recipe=lf.FewShotRecipe(shots=50)))
 
 
-def _work(**changes):
-    return uniform(_RECIPE, **{"source": 30, "target": 3, "train_rows": 40, "test_rows": 50} | changes)
+def _work():
+    row = Example("x" * 116, "x" * 8)
+    return workload(Task("t", (row,) * 40, (row,) * 50, "-"), _RECIPE)
 
 
 def test_a_plan_adds_up():
@@ -459,7 +460,8 @@ def test_ranking_is_one_pass_over_all_modules_in_memory():
 def test_a_plan_describes_its_runs_and_costs():
     out = describe(SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, Settings(recipe=lf.Recipe()))
     assert "2 methods and 1 tasks, looped; 5 seeds as one program, one after the other." in out
-    assert "lengths given, padded" in out and "| fusion    |    5 |   148,416 |" in out and "2.92 GiB" in out
+    assert "lengths estimated from characters, padded" in out and "2.92 GiB" in out
+    assert "| fusion    |    5 |   148,416 |" in out
     table = plan_table(plan(_SMALL, ["lora"], {"a": _work()}, _SETTINGS)).splitlines()
     assert len({len(line) for line in table}) == 1 and table[-1].startswith("| all ")
 
@@ -498,13 +500,12 @@ def test_methods_settings_and_rows_that_cannot_be_planned_are_refused():
         ("fusion", of_basis[129], "129 directions, but .* is 128 x 128"),
         ("mean", of_basis[129], "129 directions, but .* is 128 x 128"),
         ("fusion", of_basis[0], "basis is 0"),
-        ("fusion", {"recipe": lf.FusionRecipe(modules=5, basis=4, composition="mix")}, "a mix in a shared basis"),
+        ("fusion", {"recipe": lf.FusionRecipe(modules=5, basis=4, composition="mix")}, "lacks a mix's factors"),
     ):
         with pytest.raises(ValueError, match=message):
             estimate(_SMALL, method, _work(), dataclasses.replace(_SETTINGS, **changes))
     for make, message in (
         (lambda: workload(Task("t", _SAME[:1], (), "-"), _RECIPE), "t has no test rows: there is nothing to evaluate"),
-        (lambda: _work(test_rows=0), "test_rows is 0"),
         (lambda: plan(_SMALL, ["lora"], {}, _SETTINGS), "a plan of 1 methods for 0 tasks: give at least one of each"),
     ):
         with pytest.raises(ValueError, match=message):

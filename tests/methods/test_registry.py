@@ -20,13 +20,14 @@ from lorafusion_jax.estimates.bill import CostOptions, bills
 from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.params import counts, trainable_count
 from lorafusion_jax.estimates.plan import plan
-from lorafusion_jax.estimates.workload import uniform
+from lorafusion_jax.estimates.workload import workload
 from lorafusion_jax.methods import fields_of, find
 from lorafusion_jax.methods.entry import Built, PlannedPool
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.mean import MeanFusion
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5.config import SHAPES
+from lorafusion_jax.tasks import load_task
 
 _SMALL = SHAPES["t5-small"]
 _POOL = tiny.pool(2)
@@ -75,7 +76,7 @@ def test_a_new_method_is_counted_planned_and_billed(capsys):
     assert counts(_SMALL)["gains from 1"] == matrices
     main(["fuse", "--base", "t5-small", "--task", str(recipes.TASK), "--method", "gains", "--plan"])
     assert re.search(rf"\| gains +\| +1 \| +{matrices} \|", capsys.readouterr().out)
-    work = {"task": uniform(lf.Recipe(), source=64, target=8, test_rows=10)}
+    work = {"task": workload(load_task(recipes.TASK), lf.Recipe())}
     row = plan(_SMALL, ["gains"], work, Settings())[0]
     assert row.cost.trainable == matrices and row.cost.training_flops > row.cost.evaluation_flops
     main(["cost", "--shape", "t5-small"])

@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 from ...crossbar import Counts, CrossbarConfig, counts
 from ...methods.entry import Matrix, Update, module
 from ...methods.recipes import recipe_of
 from ...models.architecture import Architecture, Site, stack_of, targeted
+from ...tasks import batch_orders, bucket, split
 from ...training.recipe import Recipe
 from ..flops import Shape, adapted, forward_flops, head_flops, products, row_tokens, step_flops, tokens
-from ..workload import Workload, uniform
 from .methods import BilledMethod, base_matrices, methods
 from .options import CostOptions
 
@@ -58,15 +60,23 @@ class Activity(BilledMethod):
 
 def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> list[Activity]:
     """Return the counts of every method for one task; the shape and arrays in the options are not used."""
-    lengths = {"source": options.source, "target": options.target, "train_rows": options.train_rows}
-    work = uniform(recipe_of(Recipe, options.numbers), **lengths, test_rows=1)
-    found, row = [], Shape(1, options.source, options.target)
-    for name, method in methods(config, options, steps=len(work.steps)).items():
+    recipe, row = recipe_of(Recipe, options.numbers), Shape(1, options.source, options.target)
+    rows = split(options.train_rows, (0,), limit=options.train_rows)
+    (order,) = batch_orders(rows.train, batch_size=recipe.batch_size)
+    padded = Shape(order.shape[1], bucket(options.source), bucket(options.target))
+    # Training packs its rows, so it computes real tokens alone.
+    work = {
+        "steps": Counter([row._replace(rows=int(np.sum(step >= 0))) for step in order] * recipe.epochs),
+        "validation": Counter({row._replace(rows=rows.validation.shape[1]): recipe.epochs}),
+        "search": Counter({padded: len(order)}),
+    }
+    found = []
+    for name, method in methods(config, options, steps=work["steps"].total()).items():
         place = _shared if method.shared else _standing
         sites = adapted(config, method.update)
         adapters = place(sites, method.matrices, crossbar) if method.stays_in == "arrays" else Counts()
         written = _of_base(config, crossbar) if method.update.trains_base else adapters
-        base_training, update_training = _training(method, config, crossbar, work)
+        base_training, update_training = _training(method, config, crossbar, **work)
         activity = Activity(
             **vars(method),
             method=name,
@@ -74,8 +84,8 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
             adapters=adapters,
             base_training=base_training,
             update_training=update_training,
-            source=_token(method, config, crossbar, row, generated=False),
-            generated=_token(method, config, crossbar, row, generated=True),
+            source=_token(method, config, crossbar, row, output=False),
+            generated=_token(method, config, crossbar, row, output=True),
             stages=_stages(method, config),
         )
         found.append(activity)
@@ -109,14 +119,16 @@ def installed_once(config: Architecture, crossbar: CrossbarConfig, options: Cost
 
 
 def _training(
-    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, work: Workload
+    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, **work: Counter[Shape]
 ) -> tuple[Work, Work]:
     """Return the work of the base's passes and the work that the method adds, until the task is learned."""
+    none: Counter[Shape] = Counter()
     if method.evaluations:
-        return _passes(method, config, crossbar, Counter(), Counter(work.search * method.evaluations))
-    found = [_passes(method, config, crossbar, Counter(work.steps), Counter({work.validation: work.epochs}))]
+        searched = Counter({shape: n * method.evaluations for shape, n in work["search"].items()})
+        return _passes(method, config, crossbar, none, searched)
+    found = [_passes(method, config, crossbar, work["steps"], work["validation"])]
     if method.ranking is not None:
-        found.append(_passes(method.ranking, config, crossbar, Counter(work.search), Counter()))
+        found.append(_passes(method.ranking, config, crossbar, work["search"], none))
     base, update = (
         Work(_sum(w.reads for w in works), sum(w.macs for w in works), sum(w.words for w in works))
         for works in zip(*found, strict=True)
@@ -155,22 +167,20 @@ def _passes(
     return Work(base_reads, base_flops / 2, 0), Work(update_reads, macs, words)
 
 
-def _token(
-    method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, row: Shape, *, generated: bool
-) -> Work:
-    """Return the work of one token of a row, read or generated."""
-    one, sites = Shape(1, 0, 1) if generated else Shape(1, 1, 0), adapted(config, method.update)
+def _token(method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, row: Shape, *, output: bool) -> Work:
+    """Return the work of one token of a row: one that is generated as output, or one that is read."""
+    one, sites = Shape(1, 0, 1) if output else Shape(1, 1, 0), adapted(config, method.update)
     reads = _read(config.sites, _kernel, crossbar, one)
     # Scores and the weighted sum of values, for every position that an attention attends to.
     macs = words = sum(
         2 * stack.layers * row_tokens(attention, row) * attention.heads * attention.d_head
         for stack in config.stacks.values()
-        if ("target" if generated else "source") in stack.reads
+        if ("target" if output else "source") in stack.reads
         for attention in stack.attentions
     )
-    if generated and config.tied:
+    if output and config.tied:
         macs, words = macs + math.prod(config.head), words + math.prod(config.head)
-    elif generated:
+    elif output:
         reads += counts(config.head, crossbar)
     if method.stays_in == "arrays":
         reads += _read(sites, method.matrices, crossbar, one)

@@ -60,6 +60,10 @@ def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, co
     written = write_cost(activity.written, constants, passes=activity.passes)
     source, generated = (token_energy(work, crossbar, constants) for work in (activity.source, activity.generated))
     per_token = generated.total + source.total * (options.source / options.target)
+    latencies = (  # of stages, which run in sequence; the chains of a stage run in parallel
+        longest(total(read_latency(m, crossbar, constants) for m in chain) for chain in stage) * times
+        for stage, times in activity.stages.items()
+    )
     return Bill(
         method=activity.method,
         trainable=activity.trainable,
@@ -71,7 +75,7 @@ def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, co
         base=training_energy(activity.base_training, crossbar, constants),
         source=source,
         generated=generated,
-        latency_arrays=_latency(activity, crossbar, constants),
+        latency_arrays=total(latencies),
         latency_digital=constants["mac_time"] * activity.generated.macs,
         adapter_arrays=activity.adapters.arrays,
         inference=per_token * options.tokens_per_task,
@@ -100,11 +104,3 @@ def training_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) 
 def _shared_macs(constants: Constants) -> Range:
     """Return the energy of a multiply-add of a matrix product whose rows share operands."""
     return constants["mac_energy"] + constants["words_per_mac"] * constants["word_energy"]
-
-
-def _latency(activity: Activity, crossbar: CrossbarConfig, constants: Constants) -> Range:
-    """Return the seconds of a generated token's products: stages run in sequence, the chains of a stage in parallel."""
-    return total(
-        longest(total(read_latency(m, crossbar, constants) for m in chain) for chain in stage) * times
-        for stage, times in activity.stages.items()
-    )

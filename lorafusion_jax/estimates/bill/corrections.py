@@ -45,9 +45,8 @@ def correction_bill(
     matrices = base_matrices(config)
     of_token = sum((counts(matrix, crossbar) * layers for matrix, layers in matrices), start=Counts())
     weights = sum(layers * math.prod(matrix) for matrix, layers in matrices)
-    once = Work(
-        of_token * (tokens * (1 + epochs)), weights * tokens * (1 + epochs), 7 * numbers * epochs * tokens / 128
-    )
+    passes = tokens * (1 + epochs)
+    once = Work(of_token * passes, weights * passes, 7 * numbers * epochs * tokens / 128)
     return CorrectionBill(
         numbers=numbers,
         token=(constants["mac_energy"] + constants["word_energy"]) * numbers,
