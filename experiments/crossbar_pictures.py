@@ -6,6 +6,7 @@ minutes on two busy cores.
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -118,8 +119,9 @@ def noise() -> Any:
         errors = _chips(lambda s, m=model: Device(programming=m(s)), sigmas)
         _curve(axes[0, 0], f"programming, {kind}", percent, errors, colour, kind)
     axes[0, 0].set(title="programming error", xlabel="standard deviation, %")
-    for kind, name, colour in (("of Gmax", "independent", BLUE), ("of the cell's G", "proportional", ORANGE)):
-        errors = _chips(lambda s, n=name: Device(read_noise=ReadNoise(s, n)), sigmas)
+    relative = functools.partial(ReadNoise, kind="proportional")
+    for kind, model, colour in (("of Gmax", ReadNoise, BLUE), ("of the cell's G", relative, ORANGE)):
+        errors = _chips(lambda s, m=model: Device(read_noise=m(s)), sigmas)
         _curve(axes[0, 1], f"read, {kind}", percent, errors, colour, kind)
     axes[0, 1].set(title="read noise", xlabel="standard deviation, %")
     seconds = jnp.array([1.0, 60.0, 3600.0, 86_400.0, 604_800.0, 2.6e6, 3.15e7])

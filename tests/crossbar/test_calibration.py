@@ -195,7 +195,7 @@ def test_inputs_without_a_full_scale_are_refused(size):
     with jax.enable_x64(True):
         x = jnp.full((3, 4), size)
         chip = program(jnp.ones((4, 2)), CrossbarConfig(dac=DAC(scaling="calibrated")))
-        with pytest.raises(ValueError, match="saw inputs below 2.-128, above 2.128 or infinite: scale them"):
+        with pytest.raises(ValueError, match="inputs are below 2.-128, above 2.128 or infinite: scale them"):
             calibrated(chip, probe(x, chip)[1])
 
 

@@ -55,9 +55,7 @@ def _fitted(**how):
 def _seen_by_layers():
     """Inputs, digital outputs, reads and row weights of every matrix in the digital model, in float64."""
     x, found = np.concatenate(_BATCHES).astype(float), []
-    programmed = {
-        chip.name: np.asarray(crossbar.programmed_weights(chip), float) for chip in crossbar.chips_in(_chips())
-    }
+    programmed = {of.name: np.asarray(crossbar.programmed_weights(of), float) for of in crossbar.chips_in(_chips())}
     for layer in range(3):
         inputs = np.tanh(x)
         found.append((inputs, inputs @ np.asarray(_WEIGHTS["layers"][layer]), inputs @ programmed["layers"][layer]))
@@ -91,14 +89,15 @@ def test_low_rank_is_the_best_matrix_of_that_rank():
         one = _of_layer(found, layer)
         got = np.asarray(one(jnp.asarray(x, jnp.float32), jnp.asarray(z, jnp.float32)))
         np.testing.assert_allclose(got, y, atol=2e-3 * np.abs(y).max())
-    # Rank 1 for every matrix, without scales: the reduced-rank regression of NumPy's SVD.
-    found = _fit(scales=False, numbers=3 * 16 + 13, ridge=1e-7)
+    # Rank 1 for every matrix, next to its scales: the reduced-rank regression of NumPy's SVD.
+    found = _fit(numbers=3 * 16 + 13, ridge=1e-7)
     removed = 0.0
     for layer, (x, y, z, weight) in enumerate(_seen_by_layers()):
         one, root = _of_layer(found, layer), np.sqrt(weight)[:, None]
         rank = int(np.any(np.asarray(one.U) != 0, axis=0).sum())
         orthogonal, triangle = np.linalg.qr(x * root)
-        left, singular, right = np.linalg.svd(orthogonal.T @ ((y - z) * root), full_matrices=False)
+        error = (y - np.asarray(one.scale) * z) * root
+        left, singular, right = np.linalg.svd(orthogonal.T @ error, full_matrices=False)
         wanted = np.linalg.solve(triangle, (left[:, :rank] * singular[:rank]) @ right[:rank])
         np.testing.assert_allclose(one.U @ one.V, wanted, atol=2e-3 * np.abs(wanted).max())
         removed += rank
@@ -212,7 +211,7 @@ def test_fewer_vectors_than_inputs_warn_of_the_ridge():
             lambda: crossbar.fit_corrections(_run, _chips(), [_WEIGHTS["head"]], _BATCHES),
             "1 matrices for 2 chips: expected one for each",
         ),
-        (lambda: _fit(offsets=True, numbers=9), "offsets are fitted with scales and without"),
+        (lambda: _fit(offsets=True, numbers=9), "offsets are fitted without"),
         (
             lambda: crossbar.fit_corrections(_run, _chips(), [_WEIGHTS["head"].T, _WEIGHTS["layers"]], _BATCHES),
             r"the matrix of head has the shape \(5, 8\): expected \(8, 5\)",
@@ -223,7 +222,7 @@ def test_fewer_vectors_than_inputs_warn_of_the_ridge():
         ),
         (
             lambda: crossbar.with_corrections(_chips(), {"head": Correction(scale=jnp.ones(4))}),
-            r"the scale of the correction of 'head' has the shape \(4,\): expected \(5,\)",
+            r"the scale of the correction of 'head' has shape \(4,\): expected \(5,\)",
         ),
     ],
 )

@@ -342,7 +342,10 @@ _NO_FORM = "transposed cannot be put on arrays: ConvTranspose has no form on arr
 _REFUSED = [
     (lambda: _on_arrays(_language("nnx"), "decoder"), _NO_RULE),
     (lambda: _on_arrays(_language("linen"), "decoder", _TOKENS), _NO_RULE),
-    (lambda: _on_arrays(_mlp(), {"layers.*": _COARSE, "layers.2": None}), r"'layers.2' never decides, .*comes first"),
+    (
+        lambda: _on_arrays(_mlp(), {"layers.*": _COARSE, "layers.2": None}),
+        r"'layers.2' never decides .*: put it before",
+    ),
     (lambda: _unable("transposed"), f"{_NO_FORM}.*Leave it digital.*'transposed': None"),
     (lambda: _unable("quantised"), "quantised cannot be put on arrays: its dot_general is not that of JAX"),
     (lambda: _unable("by_hand"), r"by_hand .*: it is a parameter of shape \(6, 7\), and no layer's kernel"),
@@ -416,9 +419,7 @@ def test_a_layer_is_calibrated_as_its_chip_is():
 
 @pytest.mark.long
 def test_all_layers_of_a_model_are_calibrated_in_their_scan():
-    digital, on_arrays = (
-        convert(_language("linen"), rules, _KEY, _TOKENS) for rules in ({}, {"blocks.*": _CALIBRATED})
-    )
+    digital, on_arrays = (convert(_language("linen"), how, _KEY, _TOKENS) for how in ({}, {"blocks.*": _CALIBRATED}))
     on_arrays = calibrate(on_arrays, [(_TOKENS,), (_TOKENS[::-1],)])
     got, wanted = _compiled(on_arrays, _TOKENS), _compiled(digital, _TOKENS)
     assert 0 < jnp.linalg.norm(got - wanted) < 0.2 * jnp.linalg.norm(wanted)

@@ -81,9 +81,7 @@ def test_noise_is_the_same_on_every_path(kind):
     quiet = CrossbarConfig(tile=Tile(rows=40), adc=ADC(bits=6, range="max"))
     noisy = dataclasses.replace(quiet, device=Device(read_noise=ReadNoise(0.1, kind)))
     without = matmul(x, program(W, quiet, path="loop"))
-    found = [
-        matmul(x, crossbar.with_read_key(program(W, noisy, path=path), _KEY)) for path in ("loop", "lookup", "packed")
-    ]
+    found = [matmul(x, crossbar.with_read_key(program(W, noisy, path=p), _KEY)) for p in ("loop", "lookup", "packed")]
     least = float(jnp.abs(without).max()) / 1000  # less than a code is worth
     assert np.mean(np.abs(found[0] - without) > least) > 0.5
     for other in found[1:]:

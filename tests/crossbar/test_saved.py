@@ -55,7 +55,7 @@ def test_a_chip_of_float64_is_not_read_as_float32(tmp_path):
         chip = program(jnp.ones((4, 2), jnp.float64), CrossbarConfig())
         save_chip(chip, path)
         assert load_chip(path).codes.dtype == jnp.float64
-    with pytest.raises(ValueError, match=r"holds float64, which JAX would make float32: set .*'jax_enable_x64', True"):
+    with pytest.raises(ValueError, match=r"holds float64, which JAX would make float32: set jax_enable_x64"):
         load_chip(path)
 
 
@@ -95,9 +95,9 @@ def test_another_configuration_is_refused(tmp_path):
     config = _CONFIGS["packed"]
     save_chip(program(jnp.ones((4, 3)), config), tmp_path / "chip.npz")
     other = dataclasses.replace(config, adc=ADC(bits=7, range="max"))
-    with pytest.raises(ValueError, match="programmed with another configuration .* load it with its own"):
+    with pytest.raises(ValueError, match="programmed with another configuration .*: load it with its own"):
         load_chip(tmp_path / "chip.npz", other)
-    with pytest.raises(ValueError, match="programmed with another configuration: adc.bits = 7, not 6"):
+    with pytest.raises(ValueError, match="the arrays have another configuration: adc.bits = 7, not 6"):
         save_chip(crossbar.with_config(program(jnp.ones((4, 3)), config), other), tmp_path / "other.npz")
     assert not (tmp_path / "other.npz").exists()
 

@@ -154,9 +154,7 @@ def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Arra
         if not bool(jnp.all(jnp.sum(inputs, axis=-1) > 0)):
             raise ValueError("calibration saw no input: probe the arrays with some inputs first")
         if bool(jnp.any((reached == 2) | (reached == INPUT_BINS))):
-            raise ValueError(
-                f"calibration saw inputs below 2^-{_LEAST_INPUT}, above 2^{_LEAST_INPUT} or infinite: scale them"
-            )
+            raise ValueError(f"inputs are below 2^-{_LEAST_INPUT}, above 2^{_LEAST_INPUT} or infinite: scale them")
     edge = jnp.exp2(reached / _OF_INPUTS - _LEAST_INPUT)
     return jnp.where(reached > 1, edge, jnp.ones_like(edge))
 
@@ -185,9 +183,8 @@ def _extent(chip: Chip, dtype: jnp.dtype) -> Float[Array, " K"]:
     full, levels = geometry.tallest * geometry.converted_top, geometry.levels
     # Sums of flipped columns stay below half of it, unless cells are off their targets.
     bounds = geometry.bounds if chip.plan.integers else [top * full for top in levels]
-    return jnp.asarray(bounds, dtype) + jnp.asarray(levels, dtype) * full * jnp.asarray(
-        config.g_min / (1 - config.g_min), dtype
-    )
+    least = jnp.asarray(config.g_min / (1 - config.g_min), dtype)
+    return jnp.asarray(bounds, dtype) + jnp.asarray(levels, dtype) * full * least
 
 
 # Compiled, because its loop would otherwise be compiled again at every call outside `jax.jit`.

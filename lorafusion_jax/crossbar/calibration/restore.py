@@ -80,7 +80,6 @@ def fit_corrections(
     matrices: Sequence[Float[Array, "*N d_in d_out"]],
     batches: Iterable[Any],
     *,
-    scales: bool = True,
     offsets: bool = False,
     numbers: int = 0,
     ridge: float = 1e-2,
@@ -94,8 +93,7 @@ def fit_corrections(
       weights: tree with calibrated chips.
       matrices: digital matrices of the chips, in the order of `chips_in`.
       batches: inputs, without labels.
-      scales: fit a factor of each column.
-      offsets: fit an offset of each column too.
+      offsets: fit an offset of each column, next to its factor.
       numbers: numbers that matrices of low rank may have in all. They go to the directions that remove the most of the
         remaining error, relative to the outputs, for their numbers (reduced-rank regression).
       ridge: pulls scales towards 1, offsets and matrices towards 0: share of the mean power that is added to each
@@ -105,8 +103,8 @@ def fit_corrections(
       ValueError: there are no batches, they do not read one of the chips, or a matrix has another shape than its chip.
     """
     chips = chips_in(weights)
-    if offsets and (numbers or not scales):
-        raise ValueError("offsets are fitted with scales and without matrices of low rank: leave out one of them")
+    if offsets and numbers:
+        raise ValueError("offsets are fitted without matrices of low rank: leave out one of them")
     if len(matrices) != len(chips):
         raise ValueError(f"{len(matrices)} matrices for {len(chips)} chips: expected one for each, in their order")
     if shapes := [(place(c), c.shape, m.shape) for c, m in zip(chips, matrices, strict=True) if c.shape != m.shape]:
@@ -121,11 +119,11 @@ def fit_corrections(
         lead = chip.shape[:-2]
         if not np.all(seen.count > 0):
             raise ValueError(f"{place(chip)} was read by none of the batches: give batches that use all chips")
-        scale = offset = None
+        scale, offset = _blend(seen.yz, seen.zz, ridge), None
         if offsets:
-            scale, offset = _of_columns(seen, ridge)
-        elif scales:
-            scale = _blend(seen.yz, seen.zz, ridge)
+            one = np.where(seen.one > 0, seen.one, 1)[..., None]
+            scale = _blend(seen.yz - seen.y * seen.z / one, seen.zz - np.square(seen.z) / one, ridge)
+            offset = (seen.y - scale * seen.z) / one
         if numbers:
             fewest = seen.count.min()
             if fewest < chip.matrix_shape[0]:
@@ -136,11 +134,9 @@ def fit_corrections(
                 )
             for index in np.ndindex(lead):
                 one = jax.tree.map(lambda leaf, index=index: leaf[index], seen)
-                factor = np.ones(len(one.y)) if scale is None else scale[index].astype(float)
-                found = _low_rank(one, np.asarray(matrix[index], float), factor, ridge, most)
+                found = _low_rank(one, np.asarray(matrix[index], float), scale[index].astype(float), ridge, most)
                 directions.append((place(chip), index, *found))
-        of_columns = (None if part is None else jnp.asarray(part) for part in (scale, offset))
-        corrections[place(chip)] = Correction(**dict(zip(("scale", "offset"), of_columns, strict=True)))
+        corrections[place(chip)] = Correction(**jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset}))
     return _with_low_rank(corrections, directions, {place(chip): chip for chip in chips}, numbers)
 
 
@@ -149,14 +145,6 @@ def _blend(product: np.ndarray, power: np.ndarray, ridge: float) -> np.ndarray:
     pull = ridge * power.mean(axis=-1, keepdims=True)
     whole = power + pull
     return np.where(whole > 0, (product + pull) / np.where(whole > 0, whole, 1), 1)
-
-
-def _of_columns(seen: _Moments, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the least-squares factor and offset of each column, or of all columns of a stack."""
-    one = np.asarray(seen.one)[..., None]
-    one = np.where(one > 0, one, 1)
-    scale = _blend(seen.yz - seen.y * seen.z / one, seen.zz - np.square(seen.z) / one, ridge)
-    return scale, (seen.y - scale * seen.z) / one
 
 
 def _low_rank(

@@ -209,8 +209,7 @@ def with_corrections(weights: Any, corrections: Corrections) -> Any:
             values = getattr(correction, part)
             if values is not None and values.shape != (*lead, *of_one):
                 raise ValueError(
-                    f"the {part} of the correction of {name!r} has the shape {values.shape}: expected "
-                    f"{(*lead, *of_one)}, as the chip has {chips[name].shape}"
+                    f"the {part} of the correction of {name!r} has shape {values.shape}: expected {(*lead, *of_one)}"
                 )
     corrected = {name: dataclasses.replace(chips[name], correction=of_chip) for name, of_chip in corrections.items()}
     return with_chips(weights, list((chips | corrected).values()))

@@ -43,7 +43,10 @@ def save_chip(chip: Chip, path: str | Path) -> None:
     if chip.correction is not None:
         parts = vars(chip.correction).items()
         arrays |= {f"correction.{part}": np.asarray(values) for part, values in parts if values is not None}
-    config = _shared_config(chip)
+    # Without the axes of a stack, unless its matrices differ in values.
+    first = [value[(0,) * (len(chip.shape) - 2)] for value in chip.values]
+    same = all(bool(jnp.all(value == one)) for value, one in zip(chip.values, first, strict=True))
+    config = chip.structure.config(first if same else chip.values)
     meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
     meta |= {"name": chip.name, "first": chip.first}
     arrays[_META] = np.array(json.dumps(meta | {"plan": dataclasses.asdict(chip.plan)}))
@@ -81,20 +84,14 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         raise ValueError("it does not hold programmed arrays: give a file that save_chip wrote")
     meta = json.loads(str(arrays.pop(_META)))
     if "codes" in arrays and arrays["codes"].dtype != (held := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)):
-        raise ValueError(
-            f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set "
-            "jax.config.update('jax_enable_x64', True) first, or program the weights again"
-        )
+        raise ValueError(f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set jax_enable_x64 first")
     stored = {name: jnp.asarray(array) for name, array in arrays.items()}
     if config is None:
         if meta.get("fields") is None:
             raise ValueError("it does not hold its configuration: give the one that it was programmed with")
         config = from_json(meta["fields"])
     elif not has_hash(config, meta["config"]):
-        raise ValueError(
-            f"it was programmed with another configuration ({meta['config'][:12]}, this one is "
-            f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
-        )
+        raise ValueError(f"it was programmed with another configuration ({meta['config'][:12]}): load it with its own")
     packed = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("columns.")}
     fields: dict[str, Any] = {name: stored.get(name) for name in _ARRAYS}
     if packed:
@@ -141,11 +138,3 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
             array = np.frombuffer(content.getbuffer()[content.tell() :], dtype)
             found[name] = array.reshape(shape, order="F" if columns_first else "C")
     return found
-
-
-def _shared_config(chip: Chip) -> CrossbarConfig:
-    """Return the configuration without the axes of a stack, unless its matrices differ in values."""
-    lead = len(chip.shape) - 2
-    first = [value[(0,) * lead] for value in chip.values]
-    same = all(bool(jnp.all(value == one)) for value, one in zip(chip.values, first, strict=True))
-    return chip.structure.config(first if same else chip.values)

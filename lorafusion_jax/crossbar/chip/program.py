@@ -182,10 +182,7 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
         raise ValueError("this crossbar is random (device or ADC errors): give the chip's key, as in jax.random.key(0)")
     time = drawn.device.time
     if isinstance(time, NUMBER) and time > 0 and not depends_on_time(drawn.device):
-        raise ValueError(
-            f"device.time = {time} changes nothing, because the cells do not depend on time: give device.drift too, "
-            "such as PowerLaw(0.05), or leave device.time out"
-        )
+        raise ValueError(f"device.time = {time} changes nothing without device.drift: give one, such as PowerLaw(0.05)")
     limits = None if config.adc is None else config.adc.limits
     check_limits(limits, len(config.weight_slices), signed=config.signed_sums)
     if conductances is None:
@@ -200,8 +197,7 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
     low, high = float(np.min(conductances)), float(np.max(conductances))
     if not 0 <= low <= high <= _MOST:
         raise ValueError(
-            f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite and from 0 to about 1; divide "
-            "microsiemens by the Gmax of the cells"
+            f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite; divide microsiemens by the Gmax"
         )
 
 

@@ -68,7 +68,5 @@ _neurram = CrossbarConfig(
     device=Device(programming=RERAM_WAN_2022, time=86_400.0),
 )
 
-PRESETS = MappingProxyType(
-    {"ideal": _ideal, "isaac": _isaac, "puma": _puma, "raella": _raella, "neurram": _neurram},
-)
+PRESETS = MappingProxyType({"ideal": _ideal, "isaac": _isaac, "puma": _puma, "raella": _raella, "neurram": _neurram})
 """Configurations by name."""

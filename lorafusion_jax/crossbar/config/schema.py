@@ -241,8 +241,7 @@ class CrossbarConfig:
             return  # a pytree being rebuilt with placeholders
         if (cell.bits is None) != (mapping.weight_bits is None):
             raise ValueError(
-                f"cell.bits = {cell.bits} with mapping.weight_bits = {mapping.weight_bits}: either both are None "
-                "(real-valued weights in one analogue cell) or both are given"
+                f"cell.bits = {cell.bits}, mapping.weight_bits = {mapping.weight_bits}: both or neither must be None"
             )
         if cell.bits is not None and mapping.weight_bits is not None:
             need = mapping.weight_bits - (self.encoding.kind == "differential")
@@ -339,9 +338,7 @@ def check_limits(limits: Any, slices: int, *, signed: bool) -> None:
         return
     values = np.asarray(limits, float)
     if values.shape[-2:] != (slices, 2):
-        raise ValueError(
-            f"ADC limits of shape {values.shape}: give [lowest, highest] for each of {slices} weight slices"
-        )
+        raise ValueError(f"ADC limits of shape {values.shape}: give [lowest, highest] for each of {slices} slices")
     if not np.isfinite(values).all():
         raise ValueError(f"ADC limits {values.tolist()} are not finite")
     low, high = values[..., 0], values[..., 1]

@@ -6,7 +6,7 @@ nonlinear I-V belong to a read: they are described here and applied there.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +50,8 @@ class ReadNoise:
     """
 
     sigma: Physical
-    kind: str = "independent"
+    kind: Literal["independent", "proportional"] = "independent"
     clip: bool = False
-
-    def __post_init__(self):
-        if self.kind not in ("independent", "proportional"):
-            raise ValueError(f"ReadNoise.kind = {self.kind!r}: choose independent or proportional")
 
     def draw(self, G: Float[Array, "..."], key: Array) -> Float[Array, "..."]:
         """Return the conductances of one read."""
@@ -120,7 +116,7 @@ class Device:
     compensate: bool = False
     read_noise: ReadNoise | None = None
     iv: Callable[[Array, Array], Array] | None = None
-    clip: str = "positive"
+    clip: Literal["positive", "range"] = "positive"
 
     def __post_init__(self):
         for name, example in _PARTS.items():
@@ -128,8 +124,6 @@ class Device:
             if isinstance(value, NUMBER | str | np.ndarray | jax.Array):
                 raise ValueError(f"Device.{name} = {value!r}: give {example}, or None where it is absent")
         check_bounds(self, "time", 0)
-        if self.clip not in ("positive", "range"):
-            raise ValueError(f"Device.clip = {self.clip!r}: choose positive (G >= 0) or range ([Gmin, Gmax])")
         if self.write_verify is not None and self.programming is None:
             raise ValueError("Device.write_verify repeats a programming error until it is small: give programming too")
         for name in ("programming", "drift", "iv"):

@@ -23,9 +23,8 @@ EMBED = (nnx.Embed, nn.Embed)
 LAYERS = (nnx.Linear, nn.Dense, *_GENERAL, *_EINSUM, *_CONV, *EMBED)
 UNABLE = (nnx.ConvTranspose, nn.ConvTranspose, nn.ConvLocal)
 # Their parameters are vectors, although a stack of vectors has the shape of a matrix.
-NORMS = tuple(
-    getattr(kind, f"{name}Norm") for kind in (nnx, nn) for name in ("Batch", "Layer", "RMS", "Group", "Instance")
-)
+_NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+NORMS = tuple(getattr(module, name) for module in (nnx, nn) for name in _NORMS)
 # The name of an embedding's chip, next to the table that tokens are looked up in.
 HEAD = "head"
 # The products that a layer may be given, with the values that stand for JAX's own.

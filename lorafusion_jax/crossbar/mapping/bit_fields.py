@@ -119,8 +119,6 @@ def drive(n: Float[Array, "B R rows"], slices: tuple[int, ...]) -> Float[Array, 
 
 def unpack(word: Int[Array, "*S"], fields: tuple[tuple[int, int, int], ...]) -> Int[Array, "k *S"]:
     """Return S - low for every slice, or V, that has one of `fields`, given the sum of their word."""
-    shift, bits = (
-        np.asarray(part, np.uint32).reshape(-1, *[1] * word.ndim) for part in list(zip(*fields, strict=True))[1:]
-    )
+    shift, bits = np.asarray(fields, np.uint32)[:, 1:].T.reshape(2, -1, *[1] * word.ndim)
     found = (jax.lax.bitcast_convert_type(word, jnp.uint32)[None] >> shift) & (2**bits - 1).astype(np.uint32)
     return jax.lax.bitcast_convert_type(found, jnp.int32)

@@ -81,9 +81,7 @@ def per_weight(scale: Float[Array, "_R _cols"], geometry: Geometry) -> Array:
     """Return `scale` in a shape that broadcasts to a [d_in, d_out] matrix."""
     if scale.shape[0] == 1:
         return scale
-    bands = [
-        jnp.broadcast_to(of_tile, (height, len(of_tile))) for of_tile, height in zip(scale, geometry.rows, strict=True)
-    ]
+    bands = [jnp.broadcast_to(tile, (height, len(tile))) for tile, height in zip(scale, geometry.rows, strict=True)]
     return jnp.concatenate(bands)
 
 

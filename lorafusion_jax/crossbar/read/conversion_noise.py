@@ -103,8 +103,4 @@ def root(variance: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.sqrt(variance)
 
 
-@root.defjvp
-def _derivative(primals, tangents):
-    deviation = jnp.sqrt(primals[0])
-    slope = jnp.where(deviation > 0, 0.5 / jnp.where(deviation > 0, deviation, 1), 0)
-    return deviation, slope * tangents[0]
+root.defjvps(lambda moved, root, _: moved * jnp.where(root > 0, 0.5 / jnp.where(root > 0, root, 1), 0))

@@ -199,13 +199,9 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
         if "." not in name:
             continue
         if not name.startswith(of_read) and all("." in other for other in moved):
-            raise ValueError(
-                f"{name} is not used by a read: it acts earlier. Call program inside what is differentiated"
-            )
+            raise ValueError(f"{name} is used before a read, not by it: call program inside what is differentiated")
         if config.tile.wire is not None and name.startswith(of_read) and name != "tile.current_limit":
-            raise ValueError(
-                f"{name} has no gradient with resistive wires: use jax.lax.stop_gradient, or take differences"
-            )
+            raise ValueError(f"{name} has no gradient with resistive wires: use lax.stop_gradient, or take differences")
 
 
 def _check_limits(chip: Chip) -> None:
@@ -220,9 +216,7 @@ def _check_limits(chip: Chip) -> None:
     if chip.plan.path != "product" or is_traced((limits, level_units(geometry, config))):
         return
     if not loses_nothing(np.asarray(limits), geometry, config):
-        raise ValueError(
-            "chip.limits lose bits, but this chip is one product: program it with path='loop' or these limits"
-        )
+        raise ValueError("chip.limits lose bits, but this chip is a product: program with path='loop' or these limits")
 
 
 def full_scale(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, ""] | Float[Array, "B 1"]:

@@ -34,11 +34,6 @@ class Architecture:
     constants: Mapping[str, Constant] = dataclasses.field(default_factory=dict)
 
 
-def _sar_energy(bits: int, constants: Table) -> Range:
-    """Return the joules of one conversion: those of 8 bits, times `adc_growth` for each further bit."""
-    return constants["adc_energy"] * constants["adc_growth"] ** (bits - 8)
-
-
 def _sar_time(bits: int, columns: int, constants: Table) -> Range:
     """Return the seconds in which an array is converted: at most `columns_per_adc` columns take turns."""
     sharing = constants["columns_per_adc"]
@@ -46,23 +41,18 @@ def _sar_time(bits: int, columns: int, constants: Table) -> Range:
     return constants["adc_time"] * turns
 
 
-def _ramp_energy(bits: int, constants: Table) -> Range:
-    """Return the joules of one conversion: those of 8 bits, shared out over the steps."""
-    return constants["adc_energy"] * 2.0 ** (bits - 8)
-
-
-def _ramp_time(bits: int, columns: int, constants: Table) -> Range:
-    """Return the seconds in which an array is converted: 2^bits steps, however many columns there are."""
-    return constants["ramp_step_time"] * 2**bits
-
-
 ARCHITECTURES: dict[str, Architecture] = {
     # Successive approximation, one bit in each step; the columns of an array take turns at a few fast converters.
-    "sar": Architecture(energy=_sar_energy, time=_sar_time),
+    "sar": Architecture(
+        # The energy of 8 bits, times `adc_growth` for each further bit.
+        energy=lambda bits, constants: constants["adc_energy"] * constants["adc_growth"] ** (bits - 8),
+        time=_sar_time,
+    ),
     # A ramp, or a counter of an oscillator's periods (HERMES-Core): one step for every code, all columns together.
     "ramp": Architecture(
-        energy=_ramp_energy,
-        time=_ramp_time,
+        # The energy of 8 bits is shared out over the 2^bits steps, which are as many for any number of columns.
+        energy=lambda bits, constants: constants["adc_energy"] * 2.0 ** (bits - 8),
+        time=lambda bits, columns, constants: constants["ramp_step_time"] * 2**bits,
         constants={
             "ramp_step_time": Constant(
                 "ns", 0.3, 1.0, 10.0,

@@ -120,10 +120,7 @@ def tables(
                 shapes = [(own.stop - own.start, inputs, width) for own in packing.words]
             totals = [jnp.zeros(shape, n.dtype) for shape in shapes]
             sums = [sum(bias, jnp.zeros((inputs, lanes), cells.dtype))] * len(ends)
-            carry = (
-                [varying_as(total, n, cells, adc.scale) for total in totals],
-                [varying_as(s, n, cells) for s in sums],
-            )
+            carry = ([varying_as(s, n, cells, adc.scale) for s in totals], [varying_as(s, n, cells) for s in sums])
             totals, _ = jax.lax.fori_loop(0, tiles, tile, carry)
             if packing is None:
                 return jnp.moveaxis(totals[0][0].reshape(inputs, -1, width), 1, 0)
