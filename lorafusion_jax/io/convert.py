@@ -22,14 +22,14 @@ from ..models.architecture import linear_shapes
 from ..progress import progress
 from .folders import new_folder
 from .hf import base_tensor, open_base, read_config
-from .peft.adapter import CONFIG, AdapterError, PeftAdapter, read_adapter, read_config_file
+from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter, read_config_file, resave
 from .peft.config import KnownBase
 from .peft.tensors import MAGNITUDE
-from .pool.adapter_files import describe, save_adapter
+from .pool.adapter_files import describe
 from .pool.basis import FOLDER, save_basis
 from .pool.folder import ConvertedPool, write_manifest
 from .pool.stack import check_finite, check_fits
-from .source import resolve
+from .source import resolve, sha256
 
 _RUNTIME_FIELDS = ("dtype", "remat", "unroll")
 _PACKAGES = ("jax", "numpy", "safetensors")
@@ -183,7 +183,9 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
             continue
         entry["folder"] = f"adapters/{len(adapters):04d}"
         if folder is not None:
-            entry["files"] = save_adapter(folder / entry["folder"], adapter)
+            written = folder / entry["folder"]
+            resave(adapter, written)
+            entry["files"] = {name: sha256(written / name) for name in (CONFIG, WEIGHTS)}
         adapters[adapter.name] = entry
     if not adapters:
         raise AdapterError(f"none of {len(sources)} adapters can be used; the first: {skipped[0]['reason']}")

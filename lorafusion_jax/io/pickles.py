@@ -37,9 +37,7 @@ class Reader:
     describe the results of calling them and of loading persistent ids.
     """
 
-    def __init__(
-        self, names: Collection[str], call: Callable[[str, tuple], Any], persistent: Callable[[Any], Any]
-    ) -> None:
+    def __init__(self, names: Collection[str], call: Callable[[str, tuple], Any], persistent: Callable[[Any], Any]):
         self.names, self.call, self.persistent = names, call, persistent
 
     def read(self, data: bytes) -> Any:

@@ -48,9 +48,7 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
     except OSError as error:  # a name that is too long
         raise ValueError(f"{shown(source)} cannot be a folder: {error.strerror}") from None
     if not is_hub_id(source):
-        raise ValueError(
-            f"{source!r} is neither a folder here nor a hub id: expected a path, owner/name or owner/name@rev"
-        )
+        raise ValueError(f"{source!r} is neither a folder here nor a hub id: give a path, owner/name or owner/name@rev")
     import huggingface_hub
 
     name, revision = split_revision(source)
@@ -59,9 +57,7 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
             files = list(patterns) if patterns else None
             return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:  # the HTTP library, and answers that the hub's library does not expect, raise others
-        raise ValueError(
-            f"{source!r} is not a folder here, and fetching it from the hub failed: {_reason(error)}"
-        ) from error
+        raise ValueError(f"{source!r} is not a folder here, and the hub did not give it: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -65,10 +65,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
     try:
         # A pickle, or a tar archive, as before 0.1.10.
         if data[:1] == b"\x80" or data[257:262] == b"ustar":
-            raise Refused(
-                "not a zip archive, which torch.save has written since PyTorch 1.6: load it in PyTorch, and save it "
-                "again with torch >= 1.6 or as safetensors"
-            )
+            raise Refused("not a zip archive, as torch.save writes since 1.6: save it again so, or as safetensors")
         content, storages = _read_zip(path, data)
         if type(content) is not Dict:
             raise Refused(f"holds a {_kind(content)}: expected a dict of tensors")
@@ -78,17 +75,12 @@ def load(path: Path) -> dict[str, np.ndarray]:
         views: dict[str, _View] = dict(content)
         total = sum(math.prod(view.size) * view.dtype.itemsize for view in views.values())
         if total > max(_MAX_REPEATS * len(data), _SMALL):
-            raise Refused(
-                f"its {len(data):,} bytes claim to be tensors of {total:,} bytes, by strides that repeat elements: "
-                "save contiguous tensors"
-            )
+            raise Refused(f"strides make {total:,} bytes of tensors from its {len(data):,}: save contiguous tensors")
         return {key: _array(view, storages) for key, view in views.items()}
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # damaged pickles, archives and storages raise a dozen others
-        raise ValueError(
-            f"{path}: truncated or corrupt, not a file that torch.save wrote ({str(error)[:200]}): fetch the file again"
-        ) from error
+        raise ValueError(f"{path}: not a whole file of torch.save ({str(error)[:200]}): fetch it again") from error
 
 
 class _Storage(NamedTuple):
@@ -189,9 +181,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> tuple[Any, dict[str, memoryview]]:
 def _member(entry: zipfile.ZipInfo, data: mmap.mmap) -> memoryview:
     """Return a member's bytes in the mapped file."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-        raise Refused(
-            f"{_shown(entry.filename)} is compressed or encrypted, unlike torch.save's: zip it again as it is"
-        )
+        raise Refused(f"{_shown(entry.filename)} is compressed or encrypted, unlike torch.save's: zip it again, plain")
     # The name and the extra field of the local header pad the content to its alignment.
     name, extra = struct.unpack_from("<HH", data, entry.header_offset + 26)
     start = entry.header_offset + 30 + name + extra

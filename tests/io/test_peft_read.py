@@ -296,9 +296,9 @@ def test_state_of_the_training_is_ignored(write):
         ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens is set: aLoRA"),
         ({"kasa_config": {}}, "kasa_config is set: KaSA"),
         ({"lora_bias": True}, "lora_bias is set: a bias on lora_B, is not supported; retrain as plain LoRA"),
-        ({"bias": "all"}, "bias is 'all': trained biases are absolute values.*retrain with bias='none'"),
+        ({"bias": "all"}, "bias is 'all': trained biases cannot be mixed; retrain with bias='none'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]:.*give the base's weights"),
-        ({"init_lora_weights": "pissa_niter_16"}, "PiSSA changes the base weights.*path_initial_model_for_weight_conv"),
+        ({"init_lora_weights": "pissa_niter_16"}, "PiSSA changes the base's.*path_initial_model_for_weight_conv"),
         ({"init_lora_weights": "lora_ga"}, "LoRA-GA changes the base.*path_initial_model_for_weight_conv"),
         ({"init_lora_weights": "loftq"}, "LoftQ changes the base.*no path_initial_model.*retrain"),
         ({"init_lora_weights": "new"}, "init_lora_weights is 'new', which is unknown.*expected true, false, or"),
@@ -353,9 +353,9 @@ def test_missing_files(write):
 @pytest.mark.parametrize(
     ("key", "shape", "message"),
     [
-        (f"{_Q}.lora_A.weight", (4, 6), "are the same factor: the file holds two adapters"),
+        (f"{_Q}.lora_A.weight", (4, 6), "are one factor of two adapters"),
         (f"{_PREFIX}{_Q}.lora_B.bias", (10,), "is a bias on a factor: retrain with lora_bias=False"),
-        (f"{_PREFIX}{_Q}.lora_magnitude_vector", (10,), "is DoRA's, but use_dora is not set: set it"),
+        (f"{_PREFIX}{_Q}.lora_magnitude_vector", (10,), "is DoRA's: set use_dora"),
         (f"{_PREFIX}shared.lora_embedding_A", (4, 9), "LoRA on an embedding, which stacks of the base"),
         (f"{_PREFIX}{_Q}.lora_diag", (4,), "lora_diag is KaSA"),
         (f"{_PREFIX}{_Q}.lora_new.weight", (4,), "lora_new.weight is a tensor that plain LoRA does not"),
@@ -380,7 +380,7 @@ def test_tensors_are_refused_by_name(write, key, shape, message):
     [
         ("lora_A", np.ones((4, 6, 3, 3), np.float32), r"lora_A.weight \[4, 6, 3, 3\].*LoRA on a convolution"),
         ("lora_B", np.ones((10, 4, 1), np.float32), r"lora_B.weight \[10, 4, 1\].*MergedLinear"),
-        ("lora_A", np.ones(24, np.float32), r"lora_A.weight \[24\].*expected 2 dimensions.*DeepSpeed ZeRO-3.*gather"),
+        ("lora_A", np.ones(24, np.float32), r"lora_A.weight \[24\].*expected 2 dimensions.*gather shards .DeepSpeed"),
         ("lora_A", np.ones((0, 6), np.float32), r"lora_A.weight \[0, 6\].*none empty"),
         ("lora_A", np.ones((4, 6), np.uint8), "lora_A.weight .* of dtype uint8: expected floats"),
         ("lora_A", np.full((4, 6), np.nan, np.float32), "q.lora_A.weight holds NaN or infinity.*retrain"),
@@ -409,9 +409,9 @@ def test_every_error_names_the_adapter_and_keeps_its_cause(write, error):
 
 
 def test_ranks_that_differ_from_the_configuration_are_refused(write):
-    _refused(write(r=8), "has rank 4 in the tensors, but r and rank_pattern give 8: .*fetch both")
-    _refused(write(r=10**400), r"give 10000.*\.\.\..*: the two files do not belong together")
-    _refused(write(rank_pattern={"q": 2}), "has rank 4 in the tensors.* give 2")
+    _refused(write(r=8), "has rank 4 in tensors, 8 by r and rank_pattern: fetch both")
+    _refused(write(r=10**400), r"10000.*\.\.\..* by r and rank_pattern")
+    _refused(write(rank_pattern={"q": 2}), "has rank 4 in tensors, 2 by r and rank_pattern")
 
 
 def test_dora_without_or_with_wrong_magnitudes(write):
@@ -443,8 +443,8 @@ def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
 @pytest.mark.parametrize(
     ("fields", "key", "array", "message"),
     [
-        ({}, "lm_head.weight", _EMBEDDING, r"lm_head.weight \[4, 3\] is an embedding.*differs from the base's"),
-        ({}, "shared.weight", _EMBEDDING[:3], r"shared.weight \[3, 3\].*differs from the base's.* \[4, 3\]"),
+        ({}, "lm_head.weight", _EMBEDDING, r"lm_head.weight \[4, 3\] is an embedding.*unlike the base's"),
+        ({}, "shared.weight", _EMBEDDING[:3], r"shared.weight \[3, 3\].*unlike the base's.* \[4, 3\]"),
         (
             {"modules_to_save": ["score"]},
             "score.weight",

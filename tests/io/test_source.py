@@ -25,7 +25,7 @@ def test_an_error_of_the_hub_that_says_nothing_is_named(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
-    with pytest.raises(ValueError, match=r"fetching it from the hub failed: TimeoutError \(check the spelling"):
+    with pytest.raises(ValueError, match=r"the hub did not give it: TimeoutError \(check the spelling"):
         source.resolve("owner/name", patterns=None)
     with pytest.raises(ValueError, match=r"the hub did not take owner/name: TimeoutError \(expected owner/name"):
         source.make_repository("owner/name", private=False)
@@ -34,7 +34,7 @@ def test_an_error_of_the_hub_that_says_nothing_is_named(monkeypatch):
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "", "~nosuchuser/x"])
 def test_neither_folder_nor_hub_id(name):
     for read in (lambda name: source.resolve(name, patterns=None), read_config, read_adapter):
-        with pytest.raises(ValueError, match="neither a folder here nor a hub id: expected a path, owner/name"):
+        with pytest.raises(ValueError, match="neither a folder here nor a hub id: give a path, owner/name"):
             read(name)
 
 

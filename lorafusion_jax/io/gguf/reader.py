@@ -153,9 +153,7 @@ def read_gguf(path: Path) -> Content:
         metadata[key] = header.value(*header.numbers("I"))
     structured(metadata, _Known, path, own=False, fix=_AGAIN)
     if metadata.get("split.count", 1) > 1:
-        raise ValueError(
-            f"{path} is one of {metadata['split.count']} parts: merge them with llama.cpp's `llama-gguf-split --merge`"
-        )
+        raise ValueError(f"{path} is one of {metadata['split.count']} parts: merge them by `llama-gguf-split --merge`")
     places = [header.place() for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     start = -(-header.at // alignment) * alignment
@@ -180,10 +178,7 @@ def _tensor(header: "_Header", name: str, shape: tuple[int, ...], kind: int, sta
             "again with llama.cpp's `llama-quantize`, or install a newer gguf"
         ) from None
     if not shape or shape[-1] % block or not all(shape):
-        raise ValueError(
-            f"{header.path}: {name} has shape {list(shape)}, and blocks of {title} hold {block} numbers of a row: "
-            "fetch the file again"
-        )
+        raise ValueError(f"{header.path}: {name} {list(shape)} is not of {title} blocks of {block}: fetch it again")
     row = shape[-1] // block * size
     if start + row * math.prod(shape[:-1]) > len(header.data):
         raise header.truncated(f"{name} ends behind the file's last byte")

@@ -195,9 +195,7 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int]) -> tupl
 
     name = metadata.get("pre", "default")
     if name not in _SPLITTINGS:
-        raise ValueError(
-            f"tokenizer.ggml.pre is {shown(name)}, which is not implemented: expected one of {', '.join(_SPLITTINGS)}"
-        )
+        raise ValueError(f"tokenizer.ggml.pre is {shown(name)}, not implemented: give one of {', '.join(_SPLITTINGS)}")
     splitting = _SPLITTINGS[name]
     if "merges" not in metadata:
         raise ValueError("the metadata lack tokenizer.ggml.merges: fetch the file again")

@@ -117,9 +117,7 @@ def _described(
     )
     for name in given.keys() - _UNLIKE:
         if found[name] != given[name]:
-            raise ValueError(
-                f"{base.place}: a GGUF file would hold {name} {found[name]}, not {given[name]}: {_CONVERTER}"
-            )
+            raise ValueError(f"{base.place}: GGUF would hold {name} {found[name]}, not {given[name]}: {_CONVERTER}")
     return metadata, stored
 
 

@@ -5,9 +5,10 @@ configuration supplies alpha, rslora, the patterns and the DoRA flag, and shows 
 update and are therefore refused.
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -48,9 +49,7 @@ _OTHER_FORWARD = {
     "use_bdlora": "BD-LoRA, with block-diagonal factors",
     "use_qalora": "QA-LoRA, which pools the inputs in groups",
 }
-_OTHER_KINDS = dict.fromkeys(
-    ("IA3", "LN_TUNING"), "merge it into the base with PEFT (merge_and_unload), and give that base"
-)
+_OTHER_KINDS = dict.fromkeys(("IA3", "LN_TUNING"), "merge it into the base with PEFT's merge_and_unload, and give that")
 _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
 _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 
@@ -92,18 +91,14 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
         raise ValueError(f"{foreign}: expected a LoRA adapter saved by PEFT (peft_type LORA)")
     if config["peft_type"] != "LORA":
         fix = _OTHER_KINDS.get(config["peft_type"], "retrain as LoRA")
-        raise ValueError(
-            f"peft_type is {shown(config['peft_type'])}: expected LORA or another kind whose update is a matrix; {fix}"
-        )
+        raise ValueError(f"peft_type is {shown(config['peft_type'])}: expected LORA or a kind of matrix update; {fix}")
     for field, name in _OTHER_FORWARD.items():
         # PEFT reads an empty dict as the variant with its default settings.
         if config.get(field) not in (None, False, []):
             raise ValueError(f"{field} is set: {name}, is not supported; retrain as plain LoRA (PEFT's default)")
     bias = config.get("bias") or "none"
     if bias != "none":
-        raise ValueError(
-            f"bias is {shown(bias)}: trained biases are absolute values that cannot be mixed; retrain with bias='none'"
-        )
+        raise ValueError(f"bias is {shown(bias)}: trained biases cannot be mixed; retrain with bias='none'")
     check_fields(config)
     _check_init(config.get("init_lora_weights"))
     if config.get("modules_to_save") and not compare_saved:
@@ -154,16 +149,14 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[dict[
     """
     given, clock = configured(config, ranks), Clock()
     rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    # Files with a version (0.18 and later) were trained by the current rule.
-    old_patterns = None if config.get("peft_version") else _old_patterns([*rank_of, *alpha_of])
-    found, warnings = {}, []
+    found, warnings, old_patterns = {}, [], None
+    if not config.get("peft_version"):  # files with a version (0.18 and later) were trained by the current rule
+        with contextlib.suppress(PatternError):  # a key that is not valid under the old one
+            old_patterns = _compile(_OLD_PATTERN, [*rank_of, *alpha_of])
     for path, rank in ranks.items():
         r, alpha = given[path]
         if rank != r:
-            raise ValueError(
-                f"{path} has rank {rank} in the tensors, but r and rank_pattern "
-                f"give {shown(r)}: the two files do not belong together; fetch both again, or correct r"
-            )
+            raise ValueError(f"{path} has rank {rank} in tensors, {shown(r)} by r and rank_pattern: fetch both again")
         found[path] = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
         if old_patterns:
             key = _first_match(old_patterns, path, clock)
@@ -192,19 +185,21 @@ def configured(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, tup
 def check_fields(config: Mapping[str, Any]) -> None:
     """Raise a ValueError if a field that is read, or a pattern, is impossible."""
     structured(config, _Fields, "", own=False, fix="correct the field, or save the adapter again with PEFT")
-    _check_patterns(config)
+    keys = {field: list(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")}
+    for field, patterns in keys.items():
+        if len(patterns) > _MAX_KEYS:
+            raise ValueError(f"{field} has {len(patterns):,} keys: expected at most {_MAX_KEYS:,}")
+        for key in patterns:
+            try:
+                check(_PATTERN.format(key))
+            except PatternError as error:
+                raise ValueError(f"{field} has the key {shown(key)}, not a pattern: {error}") from None
+    if (length := sum(len(key) for patterns in keys.values() for key in patterns)) > _MAX_CHARACTERS:
+        raise ValueError(f"rank_pattern and alpha_pattern have {length:,} characters: give at most {_MAX_CHARACTERS:,}")
 
 
 def _compile(rule: str, keys: Iterable[str]) -> dict[str, regex.Pattern]:
     return {key: compiled(rule.format(key)) for key in keys}
-
-
-def _old_patterns(keys: Sequence[str]) -> dict[str, regex.Pattern] | None:
-    """Return the patterns of the rule up to PEFT 0.13, or None if a key is not valid under that rule."""
-    try:
-        return _compile(_OLD_PATTERN, keys)
-    except PatternError:
-        return None
 
 
 def _first_match(patterns: Mapping[str, regex.Pattern], path: str, clock: Clock) -> str | None:
@@ -235,28 +230,8 @@ def _check_init(init: bool | str | None) -> None:
         advice = "re-save with path_initial_model_for_weight_conversion"
         if name == "LoftQ":
             advice = "PEFT has no path_initial_model_for_weight_conversion for it: retrain with another"
-        raise ValueError(
-            f"init_lora_weights is {shown(init)}: {name} changes the base weights, so that the factors "
-            f"alone are not the update; {advice}"
-        )
+        raise ValueError(f"init_lora_weights is {shown(init)}: {name} changes the base's own weights; {advice}")
     raise ValueError(
         f"init_lora_weights is {shown(init)}, which is unknown and may change the base weights: "
         f"expected true, false, or one of {', '.join(_BASE_KEPT)}"
     )
-
-
-def _check_patterns(config: Mapping[str, Any]) -> None:
-    keys = {field: list(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")}
-    for field, patterns in keys.items():
-        if len(patterns) > _MAX_KEYS:
-            raise ValueError(f"{field} has {len(patterns):,} keys: expected at most {_MAX_KEYS:,}")
-        for key in patterns:
-            try:
-                check(_PATTERN.format(key))
-            except PatternError as error:
-                raise ValueError(f"{field} has the key {shown(key)}, not a pattern: {error}") from None
-    if (length := sum(len(key) for patterns in keys.values() for key in patterns)) > _MAX_CHARACTERS:
-        raise ValueError(
-            f"the keys of rank_pattern and alpha_pattern have {length:,} characters: expected at most "
-            f"{_MAX_CHARACTERS:,}"
-        )

@@ -251,17 +251,13 @@ def as_lora(
             modules.setdefault(match["path"] or "", {})[match["name"]] = array
     for name in kind.shared:
         if name not in shared:
-            raise ValueError(
-                f"it has no {name}, which all modules of a {title} adapter share: load the adapter with PEFT and "
-                "save it with save_projection=True"
-            )
+            raise ValueError(f"it has no {name}, which modules share: save it from PEFT with save_projection=True")
     if not modules:
         raise ValueError(f"it has no tensors of a {title} adapter: expected names such as {kind.names[0]}")
     strange = sorted(set(modules) - set(shapes))
     if strange:
         raise ValueError(
-            f"the base has no linear module {some(strange)}: give the base that the adapter was trained on, "
-            f"{shown(config.get('base_model_name_or_path'))}"
+            f"the base lacks module {some(strange)}: give the base {shown(config.get('base_model_name_or_path'))}"
         )
     scaling = dict.fromkeys(modules, 1.0)
     if kind.alpha:

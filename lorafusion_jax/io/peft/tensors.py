@@ -63,10 +63,7 @@ def collect(
             raise ValueError(f"{key} is a bias on a factor: retrain with lora_bias=False")
         part = parts.setdefault(match["path"], {})
         if match["kind"] in part:
-            raise ValueError(
-                f"{part[match['kind']][0]} and {key} are the same factor: "
-                "the file holds two adapters; save each in a separate folder"
-            )
+            raise ValueError(f"{part[match['kind']][0]} and {key} are one factor of two adapters: save them apart")
         _check_array(key, array, ndim=1 if match["kind"] == MAGNITUDE else 2)
         part[match["kind"]] = key, array
     if not parts:
@@ -137,10 +134,7 @@ def _reason_to_ignore(
     with np.errstate(over="ignore", invalid="ignore"):
         same = base.shape == array.shape and np.array_equal(base.astype(array.dtype), array)
     if not same:
-        raise ValueError(
-            f"{got}, and it differs from the base's {name} {list(base.shape)}: it cannot be mixed; "
-            "retrain without it, or give the base that it was trained with"
-        )
+        raise ValueError(f"{got}, unlike the base's {name} {list(base.shape)}: give the base that it was trained with")
     if task in _HEADS and kind == "a module trained in full":
         raise ValueError(f"{got}, and task_type {task} names a model with another head: retrain it as a language model")
     return "equal to the base's"
@@ -154,10 +148,7 @@ def _check_array(key: str, array: np.ndarray, *, ndim: int) -> None:
         raise ValueError(f"{got}: LoRA on a convolution, or PEFT 0.2's MergedLinear; expected linear modules")
     if array.dtype.kind in "biuc":
         raise ValueError(f"{got}: expected floats; save the adapter without quantisation")
-    raise ValueError(
-        f"{got}: expected {ndim} dimensions, none empty; probably shards of DeepSpeed ZeRO-3 or FSDP: "
-        "gather the parameters, then save again"
-    )
+    raise ValueError(f"{got}: expected {ndim} dimensions, none empty: gather shards (DeepSpeed, FSDP), then save again")
 
 
 def _check_pairs(parts: Mapping[str, Part], *, dora: bool) -> None:
@@ -169,10 +160,7 @@ def _check_pairs(parts: Mapping[str, Part], *, dora: bool) -> None:
                 f"(use_dora is {str(dora).lower()}): the file is incomplete; save the adapter again"
             )
         if MAGNITUDE in part and not dora:
-            raise ValueError(
-                f"{part[MAGNITUDE][0]} is DoRA's, but use_dora is not set: "
-                "set it to true in adapter_config.json if the adapter is a DoRA"
-            )
+            raise ValueError(f"{part[MAGNITUDE][0]} is DoRA's: set use_dora in adapter_config.json if this is a DoRA")
         (key_a, a), (key_b, b) = part["lora_A"], part["lora_B"]
         if a.shape[0] != b.shape[1]:
             raise ValueError(

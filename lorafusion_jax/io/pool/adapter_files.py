@@ -9,7 +9,7 @@ import msgspec
 from ...files import FileError, shown
 from ...models.architecture import Architecture, linear_shapes
 from ..folders import check_files
-from ..peft.adapter import CONFIG, WEIGHTS, PeftAdapter, read_adapter, resave
+from ..peft.adapter import CONFIG, WEIGHTS, PeftAdapter, read_adapter
 from ..source import inside, sha256
 from .stack import Ranks, check_finite, pool_values, rank_table
 
@@ -51,12 +51,6 @@ def describe(adapter: PeftAdapter, config: Architecture) -> dict[str, Any]:
         "kept": sorted(adapter.kept),
         "notes": list(adapter.notes),
     } | ({"residual": dict(adapter.residual)} if adapter.residual else {})
-
-
-def save_adapter(folder: Path, adapter: PeftAdapter) -> dict[str, str]:
-    """Write an adapter into a new folder of a pool and return the SHA-256 of its files."""
-    resave(adapter, folder)
-    return {name: sha256(folder / name) for name in (CONFIG, WEIGHTS)}
 
 
 def check_entry(pool: Path, entry: Entry, base: Architecture) -> None:

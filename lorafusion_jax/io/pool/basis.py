@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
+import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
@@ -48,9 +49,7 @@ def save_basis(folder: Path, basis: SharedBasis, *, made_of: Mapping[str, str], 
 def describe_basis(folder: Path, k: int | None = None) -> Description:
     """Return the metadata of a pool's basis; raises ValueError if it has none with at least k directions."""
     if not (folder / FOLDER / MANIFEST).is_file():
-        raise ValueError(
-            f"{folder} has no shared basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`"
-        )
+        raise ValueError(f"{folder} has no basis: make one with `lorafusion convert --basis {k or 32} --out {folder}`")
     _, description = read_manifest(folder / FOLDER, Description, _WHAT)
     if k is not None and k > description["k"]:
         raise ValueError(
@@ -74,9 +73,7 @@ def read_basis(folder: Path, k: int | None, *, made_of: Mapping[str, str], confi
             )
     tree, _ = arrays.load(folder / FOLDER, metadata=Description, what=_WHAT)
     _check_shapes(folder / FOLDER, tree, description, config)
-    fields: dict[str, dict[str, Any]] = {
-        field: {site: jnp.asarray(a) for site, a in tree[field].items()} for field in _FIELDS
-    }
+    fields: dict[str, Any] = {field: jax.tree.map(jnp.asarray, tree[field]) for field in _FIELDS}
     basis = SharedBasis(
         **fields,
         rank={site: jnp.asarray(rank, jnp.int32) for site, rank in description["rank"].items()},

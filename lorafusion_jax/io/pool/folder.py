@@ -149,10 +149,7 @@ class AdapterFolders:
         self.folder, self.base = Path(folder), base
         self.names = tuple(sorted(path.parent.name for path in self.folder.glob("*/adapter_config.json")))
         if not self.names:
-            raise ValueError(
-                f"{folder} is not a pool: expected a folder that `lorafusion convert` wrote, or one that holds "
-                "PEFT adapter folders"
-            )
+            raise ValueError(f"{folder} is not a pool: give one of `lorafusion convert`, or a folder of PEFT adapters")
 
     @property
     def config(self) -> Architecture:
@@ -185,10 +182,7 @@ class AdapterFolders:
 
     def basis(self, k: int | None = None) -> SharedBasis:
         """Raise a ValueError: only a converted pool has a basis."""
-        raise ValueError(
-            f"{self.folder} holds adapters of PEFT, and only a converted pool has a shared basis: convert them with "
-            f"`lorafusion convert --basis {k or 32}`, and fuse that pool"
-        )
+        raise ValueError(f"{self.folder} holds adapters, no basis: make one by `lorafusion convert --basis {k or 32}`")
 
     def basis_modules(self, k: int | None = None) -> dict[str, str]:
         """Raise a ValueError, as `basis` does."""

@@ -53,9 +53,7 @@ def read_pool(
       ValueError: an adapter cannot be used, or not together with the others; or `sources` is a single one.
     """
     if isinstance(sources, str | Path):
-        raise ValueError(
-            f"sources is {str(sources)!r}, a single adapter: expected a list, read_pool([{str(sources)!r}])"
-        )
+        raise ValueError(f"sources is {str(sources)!r}, one adapter: expected a list, read_pool([{str(sources)!r}])")
     shapes = linear_shapes(config)
     adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor, base=base) for source in sources]
     stack = Stack([adapter.name for adapter in adapters], [rank_table(a, config) for a in adapters], config, dtype)
@@ -119,10 +117,7 @@ def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> 
     if adapter.name in names:
         raise AdapterError(f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder")
     if adapter.magnitude is not None and not alone:
-        raise AdapterError(
-            f"{adapter.source}: the magnitudes of a DoRA adapter cannot be mixed: convert it alone, or take the "
-            "adapters without their magnitudes by --drop-magnitudes"
-        )
+        raise AdapterError(f"{adapter.source}: magnitudes cannot be mixed: convert it alone, or with --drop-magnitudes")
 
 
 def check_finite(adapter: PeftAdapter, path: str, kind: str, array: np.ndarray) -> None:
