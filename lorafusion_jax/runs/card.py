@@ -44,6 +44,8 @@ def write_card(
     """
     recorded, results = run.config(), run.results()
     modules = recorded["modules"][options.seeds.index(seed)]
+    task = f"{_code(_shown(options.task))} (SHA-256 {_text(recorded['task_sha256'])})"
+    tested = "" if results is None else f", and {results['test_rows']:,} rows were tested"
     what = "A model" if merged else "A LoRA adapter" if gguf else "A PEFT adapter"
     parts = [
         _front_matter(options, merged=merged, gguf=gguf),
@@ -51,7 +53,7 @@ def write_card(
         f"{what}, made of {_code(_shown(options.base))} by lorafusion-jax {__version__} with the method "
         f"`{options.method}` and the seed {seed}.\n",
         _how_to_load(options, config, repository or "THIS_FOLDER", merged=merged, gguf=gguf),
-        _data(options, recorded, results),
+        f"## Data\n\nThe task {task}: at most {options.train_rows:,} rows were used for training{tested}.\n",
     ]
     if results is not None:
         parts.append(_accuracy(run, results, seed))
@@ -114,12 +116,6 @@ def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merg
         fence = "`" * max(3, longest + 1)
         prompt = f"\nIts prompts:\n\n{fence}text\n{printable(options.prompt)}\n{fence}\n"
     return f"## Load it\n\n```{language}\n{code}\n```\n{prompt}"
-
-
-def _data(options: FuseOptions, recorded: Mapping[str, Any], results: Mapping[str, Any] | None) -> str:
-    tested = "" if results is None else f", and {results['test_rows']:,} rows were tested"
-    task = f"{_code(_shown(options.task))} (SHA-256 {_text(recorded['task_sha256'])})"
-    return f"## Data\n\nThe task {task}: at most {options.train_rows:,} rows were used for training{tested}.\n"
 
 
 def _accuracy(run: RunFolder, results: Mapping[str, Any], seed: int) -> str:

@@ -109,10 +109,7 @@ def descent_of(problems: Sequence[Problem], batches: Sequence[Batch]) -> Descent
 def check_sum(composition: Composition) -> None:
     """Raise ValueError for a composition whose gradient is zero at zero coefficients."""
     if composition != "sum":
-        raise ValueError(
-            f"a {composition} has no gradient at zero coefficients, where every module's descent is exactly zero: use "
-            "the composition sum"
-        )
+        raise ValueError(f"a {composition} has no gradient at zero coefficients: use the composition sum")
 
 
 def gradient_at_zero(

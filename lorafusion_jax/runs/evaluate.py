@@ -188,10 +188,8 @@ def likeliest_correct(
     ends = np.cumsum([len(of_row) for of_row in options])
     chosen = [np.argmax(part, axis=1) for part in np.split(likelihoods, ends[:-1], axis=1)]
     wanted = [example.target for example in task.test[: len(options)]]
-    said = [
-        [of_row[int(best[seed])] for of_row, best in zip(options, chosen, strict=True)]
-        for seed in range(len(likelihoods))
-    ]
+    of_seeds: list[list[int]] = np.stack(chosen, axis=1).tolist()
+    said = [[of_row[i] for of_row, i in zip(options, best, strict=True)] for best in of_seeds]
     return exact_match(said, wanted)
 
 

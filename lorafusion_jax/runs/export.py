@@ -8,7 +8,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
@@ -20,7 +19,7 @@ from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
 from ..io.source import make_repository, upload
 from ..methods import find
-from ..models.architecture import Architecture, Model
+from ..models.architecture import Model
 from ..models.registry import gguf_layout
 from ..training.method import Params
 from ..training.problem import Problem
@@ -154,19 +153,12 @@ def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, An
         return fused_adapter(config, frozen.pool, problem.index, *fusion, base=base, magnitudes=magnitudes)
     adapters, _ = jax.jit(problem.method.adapters)(of_seed, frozen, problem.index)
     if magnitudes is not None and all(isinstance(update, Rescaled) for update in adapters.values()):
-        adapters = _no_update(config, magnitudes)
+        adapted = {name: site for name, site in config.sites.items() if name in magnitudes}
+        adapters = {  # PEFT has magnitudes only next to an update: here one of rank 1 that is zero
+            name: LowRank(jnp.zeros((site.layers, site.d_in, 1)), jnp.zeros((site.layers, 1, site.d_out)))
+            for name, site in adapted.items()
+        }
     if others := [update for update in adapters.values() if not isinstance(update, LowRank | WeightDecomposed)]:
         method, kind = type(problem.method).__name__, type(others[0]).__name__
-        raise ValueError(
-            f"{method} makes updates of the kind {kind}, which PEFT does not have: export with --format merged"
-        )
+        raise ValueError(f"{method} makes updates of the kind {kind}, which PEFT lacks: export with --format merged")
     return lora_adapter(config, adapters, base=base, magnitudes=magnitudes)
-
-
-def _no_update(config: Architecture, magnitudes: dict[str, Array]) -> dict[str, LowRank]:
-    """Return updates of rank 1 that are zero: PEFT has magnitudes only next to an update."""
-    adapted = {name: site for name, site in config.sites.items() if name in magnitudes}
-    return {
-        name: LowRank(jnp.zeros((site.layers, site.d_in, 1)), jnp.zeros((site.layers, 1, site.d_out)))
-        for name, site in adapted.items()
-    }

@@ -208,7 +208,5 @@ def _answering(options: GenerateOptions) -> _Answering:
         raise ValueError("a run uses the chat template if it was fused with it: leave out --chat")
     fused, params, config, place = load_seed(options.run, options.seed)
     if find(fused.method).answers != "model":
-        raise ValueError(
-            f"{options.run} is of the method {fused.method}, which needs rows of its task: use `lorafusion evaluate`"
-        )
+        raise ValueError(f"{options.run} is of {fused.method}, which needs rows of its task: use `lorafusion evaluate`")
     return _Answering(fused, (options.run, config), params, place, options.max_new_tokens or config["max_new_tokens"])

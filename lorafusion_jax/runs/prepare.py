@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from .. import tasks
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
 from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuffled_pool
 from ..checks import at_least, check_uint32, one_of
@@ -28,23 +29,6 @@ from ..methods.untrained import FewShotRecipe
 from ..models.architecture import Architecture, Model, kernels, step_operations
 from ..models.weights import Weight
 from ..platform import for_cpu
-from ..tasks import (
-    COMPILING,
-    LONGEST,
-    Encoded,
-    Packing,
-    Split,
-    Task,
-    TextFormat,
-    TrainingRows,
-    draw_modules,
-    encode,
-    few_shot,
-    is_bbh,
-    load_task,
-    most_new_tokens,
-    split,
-)
 from ..training import mesh as sharding
 from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
@@ -74,7 +58,7 @@ class Texts(NamedTuple):
     """Tokenizer of a base model, and its format of prompts and answers."""
 
     tokenizer: Any
-    text_format: TextFormat
+    text_format: tasks.TextFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +68,7 @@ class LoadedModel:
     problem: Problem  # problem of all seeds; its pool holds all modules that any seed draws
     modules: tuple[tuple[str, ...], ...]  # names of the modules of each seed
     tokenizer: Any
-    text_format: TextFormat  # format of its prompts and answers
+    text_format: tasks.TextFormat  # format of its prompts and answers
     pool_digests: PoolDigests  # digests of the pool as it was read
 
     def with_problem(self: AnyLoaded, **changes: Any) -> AnyLoaded:
@@ -101,24 +85,24 @@ class LoadedModel:
 class Setup(LoadedModel):
     """All inputs of a run's computation."""
 
-    task: Task  # texts
-    train: Encoded  # tokens of the task's training rows
-    test: Encoded  # tokens of the rows to evaluate on
-    split: Split | None  # training and validation rows of each seed; None if nothing is trained
+    task: tasks.Task  # texts
+    train: tasks.Encoded  # tokens of the task's training rows
+    test: tasks.Encoded  # tokens of the rows to evaluate on
+    split: tasks.Split | None  # training and validation rows of each seed; None if nothing is trained
     max_new_tokens: int  # limit of generated tokens
 
     @property
-    def rows(self) -> TrainingRows:
+    def rows(self) -> tasks.TrainingRows:
         """Rows that the seeds use in training."""
         assert self.split is not None
         packing = packing_of(self.config, on_cpu=for_cpu())
-        return TrainingRows(self.train, self.split, self.tokenizer.pad_token_id, packing)
+        return tasks.TrainingRows(self.train, self.split, self.tokenizer.pad_token_id, packing)
 
 
-def packing_of(config: Architecture, *, on_cpu: bool) -> Packing:
+def packing_of(config: Architecture, *, on_cpu: bool) -> tasks.Packing:
     """Return the rule for packed batches of a model."""
-    compiling = COMPILING if on_cpu else _ACCELERATED * COMPILING
-    return Packing(config.causal, functools.partial(step_operations, config), compiling)
+    compiling = tasks.COMPILING if on_cpu else _ACCELERATED * tasks.COMPILING
+    return tasks.Packing(config.causal, functools.partial(step_operations, config), compiling)
 
 
 def evaluation_worth(config: Architecture) -> float:
@@ -142,22 +126,13 @@ def check(options: FuseOptions) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{number} is {value}: give a finite number, because config.json cannot hold others")
     chosen, in_arrays = choice_of(recipe) != "draw", options.arrays.crossbar is not None
-    quantised = options.load_in != "full"
+    quantised, controlled, mesh = options.load_in != "full", options.control != "none", options.mesh is not None
     by_hand = (options.coordinator, options.processes, options.process)
     for wrong, message in (
         (method.pool and options.pool is None, f"the method {name} fuses a pool: give one with --pool"),
-        (
-            options.control != "none" and quantised,
-            f"the {options.control} control is drawn in full precision: leave out --load-in",
-        ),
-        (
-            options.control != "none" and not method.pool,
-            f"the method {name} has no pool to replace: leave out --control",
-        ),
-        (
-            "base" in method.groups and quantised,
-            f"the method {name} trains the weights themselves, not 4 or 8 bits of them: leave out --load-in",
-        ),
+        (controlled and quantised, f"the {options.control} control is drawn in full precision: leave out --load-in"),
+        (controlled and not method.pool, f"the method {name} has no pool to replace: leave out --control"),
+        ("base" in method.groups and quantised, f"{name} trains weights, not 4 or 8 bits of them: leave out --load-in"),
         (
             options.control_draw != 0 and options.control in ("none", "svd"),
             "--control-draw numbers the draws of a random control: leave it out, or choose another --control",
@@ -169,22 +144,10 @@ def check(options: FuseOptions) -> None:
             "--choose, or use the method fusion or coefficients",
         ),
         (chosen and options.adapters, "--adapters names the modules already: leave it out, or --choose"),
-        (
-            options.start_from is not None and method.learns != "trained",
-            f"the method {name} is not trained from numbers that a run could start from: leave out --from",
-        ),
-        (
-            options.mesh is not None and method.learns == "untrained",
-            f"the method {name} trains no seeds to share out over devices: leave out --mesh",
-        ),
-        (
-            options.mesh is not None and in_arrays,
-            "a run on simulated arrays is not shared out over devices: leave out --mesh, or --crossbar",
-        ),
-        (
-            options.distributed and options.mesh is None,
-            "--distributed shares a run out over the devices of all processes: give their layout with --mesh",
-        ),
+        (options.start_from and method.learns != "trained", f"the method {name} starts from no run: leave out --from"),
+        (mesh and method.learns == "untrained", f"{name} trains no seeds to share out over devices: leave out --mesh"),
+        (mesh and in_arrays, "a run on simulated arrays is not shared out: leave out --mesh, or --crossbar"),
+        (options.distributed and not mesh, "--distributed shares a run out over devices: give a layout with --mesh"),
         (
             by_hand != (None, None, None) and (None in by_hand or not options.distributed),
             "--coordinator, --processes and --process start processes by hand: give all three, with --distributed",
@@ -212,14 +175,14 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
     """
     check(options)
     recipe, method = options.recipe, find(options.method)
-    if options.prompt is None and not options.chat and is_bbh(options.task):
+    if options.prompt is None and not options.chat and tasks.is_bbh(options.task):
         note(
             f"note: {options.task} is a file of BIG-Bench Hard, whose inputs are used as they are. The paper's "
             "protocol has other rows, and the task's description and 'Q: ... A:' around each input: see "
             "experiments/bbh.py"
         )
     needs_training_rows = (to_train and method.learns != "untrained") or method.answers != "model"
-    task = load_task(
+    task = tasks.load_task(
         options.task,
         **row_format(options),
         train_rows=options.train_rows,
@@ -227,22 +190,19 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
     )
     there = min(len(task.train), options.train_rows)
     if isinstance(recipe, FewShotRecipe) and recipe.shots > there:
-        raise ValueError(
-            f"{recipe.shots} examples for the prompts of {task.name}, but only {there} training rows are used: "
-            "give fewer --shots"
-        )
+        raise ValueError(f"prompts of {recipe.shots} examples, but {there} training rows of {task.name}: lower --shots")
     texts = load_texts(options)
-    train = encode(texts.tokenizer, task.train, texts.text_format)
+    train = tasks.encode(texts.tokenizer, task.train, texts.text_format)
     longest = max((len(row) for row in train.labels), default=128)
-    new_tokens = recipe.max_new_tokens or most_new_tokens(longest)
-    test = encode(texts.tokenizer, task.test[: options.test_rows], texts.text_format, new_tokens=new_tokens)
+    new_tokens = recipe.max_new_tokens or tasks.most_new_tokens(longest)
+    test = tasks.encode(texts.tokenizer, task.test[: options.test_rows], texts.text_format, new_tokens=new_tokens)
     if method.answers == "examples" and texts.text_format.context is not None:
         for shown in shown_to_seeds(task, options):  # raises ValueError for a prompt that is too long
             encode_shown(texts, shown, len(test), new_tokens)
     fused = load_model(options, seed_mode, texts)
     rows = None
     if method.learns != "untrained" and (to_train or there > 0):
-        rows = split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
+        rows = tasks.split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
     return Setup(**vars(fused), task=task, train=train, test=test, split=rows, max_new_tokens=new_tokens)
 
 
@@ -252,40 +212,42 @@ def load_texts(options: FuseOptions) -> Texts:
     if options.chat and (not config.causal or tokenizer.chat_template is None):
         raise ValueError(f"{options.base} has no chat template: leave out --chat, and describe the task with --prompt")
     if not config.causal:
-        return Texts(tokenizer, TextFormat(vocabulary=config.vocab_size))
+        return Texts(tokenizer, tasks.TextFormat(vocabulary=config.vocab_size))
     ends = sorted(config.end_ids, key=lambda token: token != tokenizer.eos_token_id)
     # Padding is masked by its place, so any token of the model works. Some tokenizers have one that the model lacks.
     pad_id: Any = tokenizer.pad_token_id
     if pad_id is None or pad_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
-    text_format = TextFormat(
+    text_format = tasks.TextFormat(
         ends=tuple(ends), chat=options.chat, context=config.longest_row, vocabulary=config.vocab_size
     )
     return Texts(tokenizer, text_format)
 
 
-def tasks_of_seeds(task: Task, options: FuseOptions) -> list[Task]:
+def tasks_of_seeds(task: tasks.Task, options: FuseOptions) -> list[tasks.Task]:
     """Return the task of each seed, with the training rows that the seed would use."""
-    rows = split(len(task.train), options.seeds, protocol=options.recipe.protocol, limit=options.train_rows)
+    rows = tasks.split(len(task.train), options.seeds, protocol=options.recipe.protocol, limit=options.train_rows)
     chosen = [np.unique(np.concatenate([*of_seed])) for of_seed in zip(rows.train, rows.validation, strict=True)]
     return [dataclasses.replace(task, train=tuple(task.train[i] for i in of_seed)) for of_seed in chosen]
 
 
-def shown_to_seeds(task: Task, options: FuseOptions) -> list[Task]:
+def shown_to_seeds(task: tasks.Task, options: FuseOptions) -> list[tasks.Task]:
     """Return the task of each seed, with examples in the prompts that are drawn from the rows of the seed."""
     of_seeds = zip(options.seeds, tasks_of_seeds(task, options), strict=True)
     assert isinstance(options.recipe, FewShotRecipe)
-    return [few_shot(own, options.recipe.shots, seed) for seed, own in of_seeds]
+    return [tasks.few_shot(own, options.recipe.shots, seed) for seed, own in of_seeds]
 
 
-def encode_shown(texts: Texts, shown: Task, rows: int, new_tokens: int) -> Encoded:
+def encode_shown(texts: Texts, shown: tasks.Task, rows: int, new_tokens: int) -> tasks.Encoded:
     """Tokenise the first test rows of a task with examples in its prompts (see `few_shot`).
 
     A prompt that is cut loses its first examples, not the question at its end.
     """
     tokenizer, text_format = texts
-    found = encode(tokenizer, shown.test[:rows], text_format, max_length=_UNCUT, new_tokens=new_tokens)
-    return found if text_format.ends else Encoded(tuple(ids[-LONGEST:] for ids in found.inputs), found.labels)
+    found = tasks.encode(tokenizer, shown.test[:rows], text_format, max_length=_UNCUT, new_tokens=new_tokens)
+    return (
+        found if text_format.ends else tasks.Encoded(tuple(ids[-tasks.LONGEST :] for ids in found.inputs), found.labels)
+    )
 
 
 def shallow_unrolled(config: Architecture) -> Architecture:
@@ -344,10 +306,7 @@ def with_whole_modules(loaded: AnyLoaded, options: FuseOptions) -> AnyLoaded:
     assert options.pool is not None
     stored, names = open_pool(options.pool, options.base), loaded.modules[0]
     if missing := sorted(set(names) - set(stored.names)):
-        raise ValueError(
-            f"{options.pool} has no whole module {missing[0]}, only its part in the basis, so it cannot be ranked: "
-            "rank inside the basis with --choose basis-gradient"
-        )
+        raise ValueError(f"{options.pool} has no whole module {missing[0]}: rank by --choose basis-gradient")
     recipe: Any = options.recipe
     recipe = dataclasses.replace(recipe, basis=None, train_core=False)
     whole = dataclasses.replace(options, recipe=recipe, control="none")  # controls differ only in directions
@@ -439,7 +398,7 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
         drawn = tuple(tuple(there) for _ in options.seeds)
     else:
         count = min(modules_of(options.recipe), len(there))
-        drawn = tuple(draw_modules(there, count, seed) for seed in options.seeds)
+        drawn = tuple(tasks.draw_modules(there, count, seed) for seed in options.seeds)
     used = {name for names in drawn for name in names}
     return [name for name in there if name in used], drawn
 

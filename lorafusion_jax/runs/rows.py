@@ -128,9 +128,7 @@ class Models(Protocol):
         """Return whether the adapters of the first rows are those of all."""
         ...
 
-    def each(
-        self, fn: Callable[..., Any], adapters: Adapters | None, of_seeds: tuple[Any, ...], shared: Any = ()
-    ) -> Any:
+    def each(self, fn: Callable[..., Any], adapters: Adapters | None, own: tuple[Any, ...], shared: Any = ()) -> Any:
         """Return `fn(model, adapters, *arrays of the seed, *shared)` for every seed; None has the adapters computed."""
         ...
 
@@ -149,14 +147,12 @@ class SeedModels:
     def axis(self) -> str | None:
         return AXIS if self.problem.seed_mode == "batched" else None
 
-    def each(
-        self, fn: Callable[..., Any], adapters: Adapters | None, of_seeds: tuple[Any, ...], shared: Any = ()
-    ) -> Any:
+    def each(self, fn: Callable[..., Any], adapters: Adapters | None, own: tuple[Any, ...], shared: Any = ()) -> Any:
         def one_seed(one: Problem, params: Params, adapters: Adapters | None, *arrays: Any) -> Any:
             model, computed, _ = one.adapted_model(params)  # what is not used is not computed
             return fn(model, computed if adapters is None else adapters, *arrays)
 
-        return self.problem.over_seeds(one_seed, (self.params, adapters, *of_seeds), shared, self.seeds)
+        return self.problem.over_seeds(one_seed, (self.params, adapters, *own), shared, self.seeds)
 
 
 class _Prompt(NamedTuple):

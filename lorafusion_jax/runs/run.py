@@ -28,11 +28,11 @@ from ..training.compiled import make_room
 from ..training.fit import start
 from ..training.mesh import make_mesh
 from ..training.method import Params
+from .descent import gradient_at_zero
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
 from .prepare import Setup, check, check_digests, digests, prepare, trainable_count, with_modules, with_whole_modules
-from .ranking import choose_by_gradient
 from .train import FINAL, FinalSteps, train
 from .weight_list import listed_params, read_weights, with_listed_modules
 
@@ -113,14 +113,17 @@ def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
 
 
 def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:
-    """Return the setup with the modules of the resumed run, or with those of the greatest descent."""
+    """Return the setup with the modules of the resumed run, or with those of the greatest descent at c = 0."""
     if recorded is not None:
         return with_modules(setup, options, recorded["modules"])
     recipe = options.recipe
     in_whole = basis_of(recipe) is not None and choice_of(recipe) == "gradient"
     ranked = with_whole_modules(setup, options) if in_whole else setup
-    chosen = choose_by_gradient(ranked, options.seeds, keep=modules_of(recipe), batch_size=recipe.batch_size)
-    return with_modules(setup, options, chosen.modules)
+    _, gradient = gradient_at_zero(ranked.problem, options.seeds, list(ranked.rows.once(recipe.batch_size)))
+    descent = -np.sum(gradient, axis=tuple(range(2, gradient.ndim)))  # [seeds, modules], over columns of coefficients
+    greatest = np.argsort(-descent, axis=1, kind="stable")[:, : modules_of(recipe)]
+    of_seeds = zip(ranked.modules, greatest.tolist(), strict=True)
+    return with_modules(setup, options, [[modules[i] for i in chosen] for modules, chosen in of_seeds])
 
 
 def _refuse_begun(run: RunFolder) -> None:
@@ -228,16 +231,10 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
     here = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
     got = {"seeds": list(other.seeds), "modules": config["modules"]}
     if here != got:
-        raise ValueError(
-            f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {here['seeds']}): "
-            "give the same --seeds, --pool, --modules"
-        )
+        raise ValueError(f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}): give the same")
     fresh = start(setup.problem, options.seeds).params
     if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
-        raise ValueError(
-            f"{options.start_from} was trained with the method {other.method} and other shapes "
-            f"({', '.join(params)}): give the same --method and --granularity"
-        )
+        raise ValueError(f"{options.start_from} has other shapes ({', '.join(params)}): use its method and granularity")
     return params
 
 

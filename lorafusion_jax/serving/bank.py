@@ -170,9 +170,7 @@ class TaskBank:
         if "core" in params and not self.tasks.cores:
             raise ValueError("the task has trained cores, and the bank has no room for them: make it with cores=True")
         frozen = self.frozen
-        if isinstance(method, Magnitudes) and (
-            frozen.norms is None or params["magnitudes"].keys() - frozen.norms.keys()
-        ):
+        if isinstance(method, Magnitudes) and params["magnitudes"].keys() - (frozen.norms or {}).keys():
             frozen = with_norms(frozen, kernels(nnx.merge(self.graph, frozen.base)), params["magnitudes"])
         entry = _entry(self.tasks, frozen, params, index, own, method=method, granularity=self.granularity)
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
@@ -240,10 +238,7 @@ class TaskBank:
 
     def _check_number(self, number: int) -> None:
         if not 0 <= number < self.capacity:
-            raise ValueError(
-                f"no task {number} in a bank of capacity {self.capacity}: give 0 to {self.capacity - 1}, or make a "
-                "bank of more"
-            )
+            raise ValueError(f"no task {number} in a bank of capacity {self.capacity}: give 0 to {self.capacity - 1}")
 
     def _own_pool(self, method: Fusion, params: Params, sites: Collection[str] | None) -> Pool | None:
         """Return a pool that gives a fusion's coefficients their shape: the bank's, or one of other sites or ranks."""
@@ -271,17 +266,12 @@ class TaskBank:
             raise ValueError("the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool")
         index = jnp.array(pool.indices(modules), jnp.int32)
         if GRANULARITIES.index(method.granularity) > GRANULARITIES.index(self.granularity):
-            raise ValueError(
-                f"coefficients of the granularity {method.granularity} do not fit into a bank of the granularity "
-                f"{self.granularity}: make the bank with granularity={method.granularity!r}"
-            )
+            raise ValueError(f"a bank of the granularity {self.granularity}: make it with {method.granularity!r}")
         # Modules of other tasks may differ from these in rank.
         chosen = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={}).select(modules)
         method.check(chosen)
         if lacks := sorted({site for site, rank in chosen.rank.items() if np.any(rank)} - own.rank.keys()):
-            raise ValueError(
-                f"the modules adapt {', '.join(lacks)}, and the fusion has no numbers for that: give those of all sites"
-            )
+            raise ValueError(f"the fusion has no numbers for {', '.join(lacks)}, which modules adapt: give all sites")
         needed = coefficients_lib.shape(own, len(modules), method.granularity)
         if (got := jnp.shape(params["coefficients"])) != needed:
             raise ValueError(f"expected coefficients of shape {needed}, of one seed, got {got}")
@@ -303,12 +293,10 @@ class TaskModels:
     # Other tasks take the places of rows.
     keeps_adapters: bool = dataclasses.field(default=False, metadata={"static": True})
 
-    def each(
-        self, fn: Callable[..., Any], adapters: Adapters | None, of_seeds: tuple[Any, ...], shared: Any = ()
-    ) -> Any:
+    def each(self, fn: Callable[..., Any], adapters: Adapters | None, own: tuple[Any, ...], shared: Any = ()) -> Any:
         """Return what `fn` does for the one seed (see `Models.each`)."""
         model, of_rows = nnx.merge(self.bank.graph, self.bank.frozen.base), self.bank.adapters(self.tasks[0])
-        found = fn(model, of_rows, *jax.tree.map(lambda leaf: leaf[0], of_seeds), *shared)
+        found = fn(model, of_rows, *jax.tree.map(lambda leaf: leaf[0], own), *shared)
         return jax.tree.map(lambda leaf: leaf[None], found)
 
 

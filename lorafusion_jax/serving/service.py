@@ -68,10 +68,7 @@ class FusedRun(NamedTuple):
         """
         options, params, config = load_run(folder)
         if not params or (params.keys() - {"coefficients", "magnitudes", "core"} and params.keys() != {"lora"}):
-            raise ValueError(
-                f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
-                "magnitudes or without, of magnitudes alone, or of a LoRA"
-            )
+            raise ValueError(f"{folder} is of {options.method}, not a fusion, magnitudes or a LoRA: no bank holds it")
         modules = tuple(map(tuple, config["modules"]))
         if "lora" in params:
             modules = tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds)
@@ -131,10 +128,7 @@ class Service:
         options = dataclasses.replace(self._first.options, seeds=(0,))
         loras = [run for run in runs if "lora" in run.params]
         if loras and (basis_of(options.recipe) is not None or options.load_in != "full"):
-            raise ValueError(
-                f"{loras[0].folder} is of a LoRA, which joins whole modules in full precision: serve it apart from "
-                "runs in a basis or with --load-in"
-            )
+            raise ValueError(f"{loras[0].folder} is of a LoRA: serve it apart from runs in a basis or with --load-in")
         if find(options.method).pool:
             assert options.pool is not None
             fused_runs = [run for run in runs if "lora" not in run.params]
@@ -187,10 +181,7 @@ class Service:
         number = self._number(name)
         modules = run.modules[place]
         if missing := ", ".join(sorted(set(modules) - set(pool.names if pool else ()))):
-            raise ValueError(
-                f"{run.folder} fuses {missing}, which the bank lacks: give these modules, or the run, when the service "
-                "is made"
-            )
+            raise ValueError(f"{run.folder} fuses {missing}, which the bank lacks: make it with these or the run")
         check_digests(run.folder, run.digests, self._digests, run.options)
         of_seed = jax.tree.map(lambda p: p[place], run.params)
         if "lora" in run.params:
@@ -326,10 +317,7 @@ class Service:
             return self.tasks[name].number
         free = set(range(self.bank.capacity)) - {task.number for task in self.tasks.values()}
         if not free:
-            raise ValueError(
-                f"no room for {name}: the bank holds {len(self.tasks)} tasks, its capacity. Remove one, or give a "
-                "larger capacity"
-            )
+            raise ValueError(f"no room for {name} next to {len(self.tasks)} tasks: remove one, or give more capacity")
         return min(free)
 
     def _task(self, name: str) -> Task:
@@ -341,10 +329,7 @@ class Service:
         first = self._first
         if find(run.options.method).pool and basis_of(run.options.recipe) != basis_of(first.options.recipe):
             here, there = (_in_words(basis_of(of.options.recipe)) for of in (run, first))
-            raise ValueError(
-                f"{run.folder} fuses {here}, and {first.folder} {there}: one bank has one form of its modules. Serve "
-                "them apart, or fuse one of them again as the other"
-            )
+            raise ValueError(f"{run.folder} fuses {here}, and {first.folder} {there}: serve them apart, or fuse again")
         for field in _SHARED:
             if field in ("pool", "control", "control_draw") and not find(run.options.method).pool:
                 continue

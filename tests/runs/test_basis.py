@@ -109,9 +109,7 @@ def test_controls_project_the_modules_on_other_directions(converted, tmp_path):
 
 
 def test_draws_of_a_rotated_control_differ(converted, tmp_path):
-    draws = [
-        load_model(_options(converted, tmp_path, basis=None, control="rotated", control_draw=draw)) for draw in (0, 1)
-    ]
+    draws = [load_model(_options(converted, tmp_path, basis=None, control="rotated", control_draw=n)) for n in (0, 1)]
     first, second = (loaded.problem.frozen.pool for loaded in draws)
     assert first.names == second.names == tuple(f"rotated {name}" for name in draws[0].modules[0])
     assert all(np.abs(a - second.A[site]).max() > 0.01 for site, a in first.A.items())
@@ -129,7 +127,7 @@ def test_new_modules_join_an_existing_basis(small, converted, tmp_path, capsys):
     options = _options((base, out), tmp_path, adapters=(new.name, there.names[0]))
     assert load_model(options).problem.frozen.pool.names == (there.names[0], new.name)
     ranked = dataclasses.replace(options, adapters=(), recipe=dataclasses.replace(options.recipe, choose="gradient"))
-    with pytest.raises(ValueError, match="only its part in the basis"):
+    with pytest.raises(ValueError, match="rank by --choose basis-gradient"):
         lf.fuse(ranked)
 
 
@@ -149,8 +147,8 @@ def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"composition": "mix"}, "a mix in a shared basis"),
-        ({"granularity": "rank"}, "every rank of a module are not possible in a shared basis"),
+        ({"composition": "mix"}, "a shared basis lacks a mix's factors"),
+        ({"granularity": "rank"}, "a shared basis mixes the modules' ranks"),
         ({"basis": 0}, "basis is 0: "),
         ({"basis": None, "train_core": True}, "--train-core needs a shared basis"),
         ({"basis": None, "choose": "basis-gradient"}, "--choose basis-gradient needs a shared basis"),
@@ -170,7 +168,7 @@ def test_a_pool_without_a_basis_names_the_command_that_makes_one(small, converte
         load_model(_options((base, adapters), tmp_path))
     bare, other = tmp_path / "bare", tmp_path / "other"
     shutil.copytree(converted[1], bare, ignore=shutil.ignore_patterns("basis"))
-    with pytest.raises(ValueError, match=r"has no shared basis: .* convert --basis 16 --out"):
+    with pytest.raises(ValueError, match=r"has no basis: .* convert --basis 16 --out"):
         load_model(_options((base, bare), tmp_path))
     with pytest.raises(ValueError, match="rank of at most 48"):
         convert(ConvertOptions(out=bare, basis=49))

@@ -47,9 +47,7 @@ def task(tmp_path_factory) -> Path:
     words = [*_ANSWERS] * 3
     for part, count in (("train", 12), ("test", 7)):
         longest = 3 if part == "train" else 1  # a single width of tests' rows, hence single programs of theirs
-        rows = [
-            {"input": f"{'the ' * (i % (longest + 1))}{word}", "target": _ANSWERS[word]} for i, word in enumerate(words)
-        ]
+        rows = [{"input": f"{'the ' * (i % (longest + 1))}{w}", "target": _ANSWERS[w]} for i, w in enumerate(words)]
         (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows[:count])))
     return folder
 

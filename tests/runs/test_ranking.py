@@ -66,7 +66,7 @@ def test_a_run_that_chose_is_resumed_and_evaluated_with_its_modules(ranked):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"composition": "mix"}, "cannot choose modules of a mix"),
+        ({"composition": "mix"}, "no gradient can choose modules of a mix"),
         ({"method": "mean-fusion"}, "use the method fusion or coefficients"),
         ({"adapters": ("double_next",)}, "--adapters names the modules already"),
         ({"modules": 5}, "5 modules to be chosen from a pool of 4"),

@@ -66,8 +66,7 @@ def _assert_resumes(options: lf.FuseOptions, fused: tuple[lf.FuseOptions, dict])
     assert {**resumed, "seconds": None} == {**results, "seconds": None}
     for name in ("metrics.jsonl", "predictions.jsonl"):
         assert (run_path(options) / name).read_bytes() == (run_path(whole) / name).read_bytes()
-    for a, b in zip(*(jax.tree.leaves(lf.load_run(run_path(of))[1]) for of in (options, whole)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, *(lf.load_run(run_path(of))[1] for of in (options, whole)))
 
 
 @pytest.mark.accelerator
@@ -126,8 +125,8 @@ def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
 def test_batched_seeds_equal_sequential_ones(fused, tmp_path):
     options = dataclasses.replace(fused[0], seed_mode="batched", out=tmp_path)
     lf.fuse(options)
-    for a, b in zip(*(jax.tree.leaves(lf.load_run(run_path(of))[1]) for of in (fused[0], options)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+    batched, sequential = (lf.load_run(run_path(of))[1] for of in (options, fused[0]))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), batched, sequential)
 
 
 def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
@@ -245,7 +244,7 @@ def test_a_run_starts_from_the_numbers_of_another_one(fused, tmp_path):
     assert first < RunFolder(run_path(options)).metrics()[0]["loss"]
     with pytest.raises(ValueError, match="other modules or seeds"):
         lf.fuse(dataclasses.replace(more, seeds=(5,), name="other"))
-    with pytest.raises(ValueError, match="trained with the method fusion"):
+    with pytest.raises(ValueError, match="has other shapes"):
         lf.fuse(dataclasses.replace(more, method="coefficients", name="other"))
 
 
