@@ -111,12 +111,10 @@ class ChipPerSeed(Frozen):
 
 def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: Array, *, steps: Steps, norm: Norms) -> Redrawn:
     """Return a chip that training steps leave for others; further arguments as for `program`."""
-    structures, values = _split(rules)
+    kinds, values = _split(rules)
     if isinstance(digital.gram, PairTerms):  # every step would compute Gram terms instead
         digital = dataclasses.replace(digital, gram=chip.gram)
-    return Redrawn(
-        **_fields(chip), digital=digital, values=values, key=key, structures=structures, steps=steps, norm=norm
-    )
+    return Redrawn(**_fields(chip), digital=digital, values=values, key=key, structures=kinds, steps=steps, norm=norm)
 
 
 def stack_chips(

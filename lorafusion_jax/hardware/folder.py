@@ -9,7 +9,6 @@ them, with digests of the weights, and the programmed arrays, which a drawn chip
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict
 
@@ -18,19 +17,10 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
+from .. import crossbar
 from ..checks import check_uint32
-from ..crossbar import (
-    CrossbarConfig,
-    Polynomial,
-    Rules,
-    has_hash,
-    load_chip,
-    load_config,
-    program_tree,
-    programmed_weights,
-)
 from ..files import FileError, read_json
 from ..models.architecture import matrices
 from ..models.weights import dense
@@ -85,7 +75,7 @@ class Chips:
       name: given name.
     """
 
-    config: CrossbarConfig
+    config: crossbar.CrossbarConfig
     digital: tuple[str, ...]
     key: Array
     manifest: Manifest | None
@@ -100,7 +90,7 @@ class Chips:
         """Number of chips; None for any number."""
         return None if self.manifest is None else self.manifest["chips"]
 
-    def rules(self, config: CrossbarConfig | None = None) -> Rules:
+    def rules(self, config: crossbar.CrossbarConfig | None = None) -> crossbar.Rules:
         """Return the configuration of every weight, by default that of these chips; None for digital weights."""
         return dict.fromkeys(self.digital) | {"*": config or self.config}
 
@@ -116,20 +106,12 @@ class Chips:
             raise ValueError(f"there is no chip {number}: chips are numbered from 0 to {STEP_CHIPS - 1:,}")
         return jax.random.fold_in(self.key, number)
 
-    def numbers(self, modules: Sequence[str], pool: Sequence[str]) -> Int[Array, " P"]:
-        """Return the numbers of modules on the chips: their places in the pool that was written, or in `pool`."""
-        there = list(pool if self.manifest is None else self.manifest["modules"])
-        return jnp.array([there.index(name) for name in modules], jnp.int32)
-
     def check(self, fused: LoadedModel, options: FuseOptions) -> None:
         """Raise ValueError if the base, the modules or the chips that the key draws differ from those in the folder."""
         if self.manifest is None:
             return
         if options.control != "none":
-            raise ValueError(
-                f"{self.name} holds the modules of a pool, not the {options.control} control: give a preset or a file "
-                "with --crossbar"
-            )
+            raise ValueError(f"{self.name} holds no {options.control} control: give a preset or a file with --crossbar")
         now, on_chips = digests(fused, options), self.manifest["modules"]
         if now["base"] != self.manifest["base_sha256"]:
             raise ValueError(
@@ -159,9 +141,9 @@ class Chips:
         if site is None:
             return
         weight = {site: dense(base[site], jnp.float32)}
-        drawn = program_tree(weight, {site: self.config}, self.chip_key(0))[site]
-        written = programmed_weights(load_chip(folder / f"{site}.npz", self.config))
-        now = programmed_weights(drawn)[: len(written)]
+        drawn = crossbar.program_tree(weight, {site: self.config}, self.chip_key(0))[site]
+        written = crossbar.programmed_weights(crossbar.load_chip(folder / f"{site}.npz", self.config))
+        now = crossbar.programmed_weights(drawn)[: len(written)]
         if not np.allclose(now, written, rtol=0, atol=1e-2 * float(np.abs(written).max())):
             raise ValueError(
                 f"{folder / site}.npz holds other arrays than the key draws now: another version of this package or of "
@@ -182,12 +164,12 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
     if not (folder / MANIFEST).is_file():
         if folder.is_dir():
             raise ValueError(f"{folder} has no {MANIFEST}: give a folder that `lorafusion crossbar program` wrote")
-        return Chips(load_config(name), digital, jax.random.key(key), None, name)
+        return Chips(crossbar.load_config(name), digital, jax.random.key(key), None, name)
     manifest = read_json(folder / MANIFEST, Manifest, "a folder of chips")
     if digital or key:
         raise ValueError(f"{folder} has its own key and digital weights: leave out these options")
-    config = load_config(folder / CONFIG)
-    if not has_hash(config, manifest["config_sha256"]):
+    config = crossbar.load_config(folder / CONFIG)
+    if not crossbar.has_hash(config, manifest["config_sha256"]):
         raise FileError(
             folder / CONFIG, got="not the configuration that the chips were programmed with", fix="restore it"
         )
@@ -207,7 +189,9 @@ def seconds(age: str) -> float:
     return found
 
 
-def aged(config: CrossbarConfig, age: str | None, *, compensate: bool | None = None) -> CrossbarConfig:
+def aged(
+    config: crossbar.CrossbarConfig, age: str | None, *, compensate: bool | None = None
+) -> crossbar.CrossbarConfig:
     """Return the configuration of chips at an age since programming, which is an array, so ages share a program.
 
     `compensate` undoes the mean drift digitally. None stands for the configuration's own age and compensation.
@@ -217,7 +201,7 @@ def aged(config: CrossbarConfig, age: str | None, *, compensate: bool | None = N
     """
     device = config.device
     if age is not None:
-        over_time = isinstance(device.programming, Polynomial) and len(device.programming.seconds) > 1
+        over_time = isinstance(device.programming, crossbar.Polynomial) and len(device.programming.seconds) > 1
         if seconds(age) and device.drift is None and not over_time:
             raise ValueError(
                 f"an age of {age}, but these cells have no drift model: give device.drift, such as "

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from ..adapters.pool import LoraPool
@@ -44,10 +45,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     if asked.train_chip in ("fresh", "both") and not is_random(config):
         raise ValueError(f"programming is not random in {chips.name}: train with --train-chip chip, or none")
     if asked.restore is not None and asked.train_chip in ("fresh", "both"):
-        raise ValueError(
-            f"{asked.restore} corrects chip {asked.chip}, not the fresh chips that --train-chip {asked.train_chip} "
-            "draws: train with --train-chip chip, or none"
-        )
+        raise ValueError(f"{asked.restore} corrects chip {asked.chip} alone: train with --train-chip chip, or none")
     setup = looped(without_merged_pool(setup))
     graph, digital = setup.problem.graph, setup.problem.frozen
 
@@ -98,9 +96,10 @@ def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Arra
     pool = setup.problem.frozen.pool
     if not isinstance(pool, LoraPool) or options.pool is None:
         return None
+    there = list(open_pool(options.pool).names if chips.manifest is None else chips.manifest["modules"])
     # A control is in the arrays of the module that it replaces, and its name ends with the name of that module.
     prefix = "" if options.control == "none" else f"{options.control} "
-    return chips.numbers([name.removeprefix(prefix) for name in pool.names], open_pool(options.pool).names)
+    return jnp.array([there.index(name.removeprefix(prefix)) for name in pool.names], jnp.int32)
 
 
 def without_merged_pool(setup: Setup) -> Setup:

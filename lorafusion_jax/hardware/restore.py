@@ -16,17 +16,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from .. import crossbar
 from ..checks import at_least
-from ..crossbar import (
-    Correction,
-    Corrections,
-    chips_in,
-    fit_corrections,
-    numbers_per_rank,
-    place,
-    reads,
-    with_corrections,
-)
 from ..progress import progress
 from ..training.step import standard_promotion
 
@@ -63,10 +54,7 @@ class Restoring:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number of at least 0")
         if (self.method in ("low-rank", "lora")) != (self.numbers > 0):
-            raise ValueError(
-                f"the method {self.method} with {self.numbers} numbers of low rank: expected more than 0 for low-rank "
-                "and lora, and 0 for scales and offsets"
-            )
+            raise ValueError(f"{self.method} with {self.numbers} numbers of low rank: only low-rank and lora have some")
         if self.method == "lora" and not self.epochs:
             raise ValueError("lora starts as zeros and has no closed form: give 1 epoch or more, or choose low-rank")
 
@@ -78,7 +66,7 @@ def restore(
     batches: Sequence[Any],
     targets: Sequence[Float[Array, "*B V"]],
     how: Restoring = Restoring(),
-) -> dict[str, Correction]:
+) -> dict[str, crossbar.Correction]:
     """Return corrections that bring a model on chips back to its digital outputs, by the names of the chips.
 
     Put them on the chips by `crossbar.with_corrections(weights, corrections)`.
@@ -100,18 +88,18 @@ def restore(
     else:
         numbers = how.numbers if how.method == "low-rank" else 0
         kinds = {"offsets": how.method == "offsets", "numbers": numbers, "ridge": how.ridge}
-        corrections = fit_corrections(run, weights, matrices, batches, **kinds)
+        corrections = crossbar.fit_corrections(run, weights, matrices, batches, **kinds)
     return distil(run, weights, corrections, batches, targets, how) if how.epochs else corrections
 
 
 def distil(
     run: Run,
     weights: Any,
-    corrections: Corrections,
+    corrections: crossbar.Corrections,
     batches: Sequence[Any],
     targets: Sequence[Float[Array, "*B V"]],
     how: Restoring,
-) -> dict[str, Correction]:
+) -> dict[str, crossbar.Correction]:
     """Return corrections trained for the digital model's distribution of the next token; arguments as for `restore`.
 
     Each step minimises KL(digital || chip) on one batch with Adam, whose rates fall to zero in a cosine. Every epoch
@@ -126,7 +114,7 @@ def distil(
     orders = [jax.random.permutation(jax.random.fold_in(key, epoch), len(batches)) for epoch in range(how.epochs)]
     with progress("steps", steps) as bar:
         for step, number in enumerate(np.concatenate(orders)):
-            here = reads(weights, step)
+            here = crossbar.reads(weights, step)
             params, state = _step(params, state, here, batches[number], targets[number], run, optimiser.update)
             bar.update()
     return _corrections(params)
@@ -146,7 +134,7 @@ def _optimiser(rate: float, rate_low_rank: float, steps: int) -> optax.GradientT
 @partial(jax.jit, static_argnums=(5, 6), donate_argnums=(0, 1))
 def _step(params: Any, state: Any, weights: Any, batch: Any, target: Array, run: Run, update: Any) -> tuple[Any, Any]:
     def loss(params: Any) -> Array:
-        return divergence(run(with_corrections(weights, _corrections(params)), batch), target)
+        return divergence(run(crossbar.with_corrections(weights, _corrections(params)), batch), target)
 
     gradient = jax.grad(loss)(params)
     with standard_promotion():
@@ -154,12 +142,12 @@ def _step(params: Any, state: Any, weights: Any, batch: Any, target: Array, run:
     return optax.apply_updates(params, updates), state
 
 
-def _parts(correction: Correction) -> list[tuple[str, Array]]:
+def _parts(correction: crossbar.Correction) -> list[tuple[str, Array]]:
     return [(name, part) for name, part in vars(correction).items() if part is not None]
 
 
-def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, Correction]:
-    return {site: Correction(**parts) for site, parts in params.items()}
+def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, crossbar.Correction]:
+    return {site: crossbar.Correction(**parts) for site, parts in params.items()}
 
 
 def divergence(logits: Float[Array, "*B V"], target: Float[Array, "*B V"]) -> Float[Array, ""]:
@@ -169,15 +157,15 @@ def divergence(logits: Float[Array, "*B V"], target: Float[Array, "*B V"]) -> Fl
     return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1))
 
 
-def _zeros(weights: Any, numbers: int, key: Array) -> dict[str, Correction]:
+def _zeros(weights: Any, numbers: int, key: Array) -> dict[str, crossbar.Correction]:
     """Return corrections of low rank that change nothing yet: U is random and V is zero, as in LoRA."""
-    chips = chips_in(weights)
-    per_rank = numbers_per_rank(chips)
+    chips = crossbar.chips_in(weights)
+    per_rank = crossbar.numbers_per_rank(chips)
     if not (rank := numbers // per_rank):
         raise ValueError(f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}")
     found = {}
     for number, chip in enumerate(chips):
         *lead, d_in, d_out = chip.shape
         U = jax.random.normal(jax.random.fold_in(key, number), (*lead, d_in, rank)) * d_in**-0.5
-        found[place(chip)] = Correction(U=U, V=jnp.zeros((*lead, rank, d_out)))
+        found[crossbar.place(chip)] = crossbar.Correction(U=U, V=jnp.zeros((*lead, rank, d_out)))
     return found

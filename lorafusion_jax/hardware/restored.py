@@ -17,17 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .. import crossbar
 from ..checks import at_least, check_uint32
-from ..crossbar import (
-    Correction,
-    CrossbarConfig,
-    calibrate_tree,
-    chips_in,
-    config_hash,
-    numbers_per_rank,
-    place,
-    with_corrections,
-)
 from ..io import arrays
 from ..io.folders import read_manifest
 from ..models.architecture import Model, matrices
@@ -200,14 +191,15 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     with progress("chips", len(missing)) as bar:
         for number in missing:
             chip = program(graph, digital, chips.rules(config), keys[number])
-            weights = calibrate_tree(run, chip.base, batches[train])
+            weights = crossbar.calibrate_tree(run, chip.base, batches[train])
             held = digital_matrices(setup, weights)
             if low_rank:
-                how = dataclasses.replace(how, numbers=round(options.rank * numbers_per_rank(chips_in(weights))))
+                all_ranks = options.rank * crossbar.numbers_per_rank(crossbar.chips_in(weights))
+                how = dataclasses.replace(how, numbers=round(all_ranks))
             corrections = restore(run, weights, held, batches[train], targets[train], how)
             before_and_after = [
                 float(np.mean([divergence(logits(tree, batch), target) for batch, target in pairs]))
-                for tree in (weights, with_corrections(weights, corrections))
+                for tree in (weights, crossbar.with_corrections(weights, corrections))
             ]
             numbers = sum(correction.numbers() for correction in corrections.values())
             manifest: Manifest = {
@@ -264,7 +256,7 @@ def read_corrections(folder: Path) -> Manifest:
     return read_manifest(folder / f"chip_{numbers[0]}", Manifest, _WHAT)[1]
 
 
-def prepared(config: CrossbarConfig) -> CrossbarConfig:
+def prepared(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConfig:
     """Return the configuration of the same chips with other draws of the drift.
 
     Raises:
@@ -293,7 +285,7 @@ def digital_matrices(loaded: LoadedModel, weights: Any) -> list[Float[Array, "*N
     """Return the digital matrices of the chips in a tree of the base's weights."""
     base = matrices(nnx.merge(loaded.problem.graph, loaded.problem.frozen.base))
     found = []
-    for chip in chips_in(weights):
+    for chip in crossbar.chips_in(weights):
         matrix = dense(base[chip.name], jnp.float32)
         found.append(matrix[chip.first : chip.first + len(chip.codes)] if matrix.ndim > 2 else matrix)
     return found
@@ -328,7 +320,7 @@ def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = (
     start = np.tile(np.asarray(bos or loaded.config.end_ids[:1], np.int32), (rows, 1))
     if len(text):
         places = np.random.default_rng(seed).integers(0, len(text) - _PROMPT + 1, rows)
-        prompts = np.stack([np.asarray(text[place : place + _PROMPT], np.int32) for place in places])
+        prompts = np.stack([np.asarray(text[at : at + _PROMPT], np.int32) for at in places])
         start = np.concatenate([start[:, : len(bos)], prompts], axis=1)
     keys = jax.random.split(jax.random.key(seed), rows)
     model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
@@ -361,7 +353,7 @@ def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
 def _of_chips(chips: Chips, base_sha256: str) -> ChipSettings:
     return {
         "base_sha256": base_sha256,
-        "config_sha256": config_hash(chips.config),
+        "config_sha256": crossbar.config_hash(chips.config),
         "key": np.asarray(jax.random.key_data(chips.key)).tolist(),
         "digital": list(chips.digital),
     }
@@ -382,10 +374,7 @@ def _kept(folder: Path, settings: Settings) -> Manifest | None:
     manifest = read_manifest(folder, Manifest, _WHAT)[1]
     for name, now in settings.items():
         if (then := manifest["settings"][name]) != now:
-            raise ValueError(
-                f"{folder} has corrections with another {name} ({_short(then)}, now {_short(now)}): give another "
-                "--out; corrections are never overwritten"
-            )
+            raise ValueError(f"{folder} has another {name} ({_short(then)}, now {_short(now)}): give another --out")
     return manifest
 
 
@@ -394,10 +383,7 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> li
     if not loaded.config.causal:
         lines = [line for line in content.splitlines() if line.strip()]
         if not lines or options.self_text or options.tokens:
-            raise ValueError(
-                f"{options.base} is not causal: give lines of text that it reads with --text, without --self-text and "
-                "--tokens"
-            )
+            raise ValueError(f"{options.base} is not causal: give texts with --text, without --self-text and --tokens")
         return answered(loaded, lines)
     if not options.text:
         return windows(loaded, sampled(loaded, options.self_text or _SAMPLED, options.seed))
@@ -407,12 +393,12 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> li
     return batches
 
 
-def _to_save(weights: Any, corrections: dict[str, Correction]) -> dict[str, dict[str, np.ndarray]]:
+def _to_save(weights: Any, corrections: dict[str, crossbar.Correction]) -> dict[str, dict[str, np.ndarray]]:
     """Return the arrays of one chip by site and part."""
     found = {}
-    for chip in chips_in(weights):
-        parts = vars(corrections[place(chip)]) | {name: getattr(chip, name) for name in _RANGES}
-        found[place(chip)] = {name: np.asarray(value) for name, value in parts.items() if value is not None}
+    for chip in crossbar.chips_in(weights):
+        parts = vars(corrections[crossbar.place(chip)]) | {name: getattr(chip, name) for name in _RANGES}
+        found[crossbar.place(chip)] = {name: np.asarray(value) for name, value in parts.items() if value is not None}
     return found
 
 
@@ -432,7 +418,7 @@ def _restored(tree: dict[str, dict[str, np.ndarray]]) -> Restored:
     for site, parts in tree.items():
         values = {part: jnp.asarray(value) for part, value in parts.items()}
         ranges[site] = {part: values.pop(part) for part in _RANGES if part in values}
-        corrections[site] = Correction(**values)
+        corrections[site] = crossbar.Correction(**values)
     return Restored(corrections, ranges)
 
 

@@ -6,21 +6,8 @@ from pathlib import Path
 
 import jax
 
-from .. import __version__
+from .. import __version__, crossbar
 from ..checks import at_least, check_uint32
-from ..crossbar import (
-    Chip,
-    Counts,
-    chips_in,
-    config_hash,
-    counts,
-    explain,
-    is_random,
-    load_config,
-    save_chip,
-    save_config,
-    write_cost,
-)
 from ..io.folders import new_folder, write_json
 from ..io.pool import open_pool
 from ..methods.fusion import FusionRecipe
@@ -74,11 +61,9 @@ def write_chips(options: ProgramOptions) -> Manifest:
         raise ValueError(f"{options.out} exists: give another --out; chips are never overwritten")
     at_least(1, chips=options.chips)
     check_uint32(chip_key=options.chip_key)
-    config = load_config(options.crossbar)
-    if options.chips > 1 and not is_random(config):
-        raise ValueError(
-            f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: one is enough"
-        )
+    config = crossbar.load_config(options.crossbar)
+    if options.chips > 1 and not crossbar.is_random(config):
+        raise ValueError(f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: use 1")
     chips = Chips(config, options.keep_digital, jax.random.key(options.chip_key), None, options.crossbar)
     pool = open_pool(options.pool)
     names = pool.names if options.basis is None else tuple(pool.basis_modules(options.basis))
@@ -86,14 +71,14 @@ def write_chips(options: ProgramOptions) -> Manifest:
     run = FuseOptions(base=options.base, pool=options.pool, task="", adapters=names, recipe=recipe)
     fused = load_model(run)
     with new_folder(options.out) as folder:
-        problem, leaves = fused.problem, list[Chip]()
+        problem, leaves = fused.problem, list[crossbar.Chip]()
         with progress("chips", options.chips) as bar:
             for number in range(options.chips):
                 chip = program(problem.graph, problem.frozen, chips.rules(), chips.chip_key(number), norm="ideal")
-                leaves = chips_in(chip)
+                leaves = crossbar.chips_in(chip)
                 (of_chip := folder / f"chip_{number}").mkdir()
                 for leaf in leaves:
-                    save_chip(leaf, of_chip / f"{leaf.name}{f'.{leaf.first}' if leaf.first else ''}.npz")
+                    crossbar.save_chip(leaf, of_chip / f"{leaf.name}{f'.{leaf.first}' if leaf.first else ''}.npz")
                 bar.update()
         found = digests(fused, run)
         manifest: Manifest = {
@@ -103,31 +88,31 @@ def write_chips(options: ProgramOptions) -> Manifest:
             "modules": found["modules"],
             "basis_sha256": found.get("basis"),
             "config": options.crossbar,
-            "config_sha256": config_hash(config),
+            "config_sha256": crossbar.config_hash(config),
             "digital": list(options.keep_digital),
             "key": options.chip_key,
             "chips": options.chips,
             "one_chip": _report(leaves),
             "versions": {"lorafusion-jax": __version__},
         }
-        save_config(config, folder / CONFIG)
+        crossbar.save_config(config, folder / CONFIG)
         write_json(folder / MANIFEST, manifest)
     return manifest
 
 
-def _report(leaves: list[Chip]) -> OneChip:
-    total, there, used = Counts(), 0, 0.0
+def _report(leaves: list[crossbar.Chip]) -> OneChip:
+    total, there, used = crossbar.Counts(), 0, 0.0
     pulses = []
     for leaf in leaves:
         matrices = math.prod(leaf.shape[:-2])
-        of_one = counts(leaf.matrix_shape, leaf.config)
+        of_one = crossbar.counts(leaf.matrix_shape, leaf.config)
         total = total + of_one * matrices
-        explained = explain(leaf)
+        explained = crossbar.explain(leaf)
         cells = explained.arrays * math.prod(explained.array) * matrices
         there, used = there + cells, used + explained.utilisation * cells
         if leaf.pulses is not None:
             pulses.append((float(leaf.pulses.mean()), of_one.cells * matrices))
-    cost = write_cost(total)
+    cost = crossbar.write_cost(total)
     return {
         "arrays": total.arrays,
         "cells": total.cells,

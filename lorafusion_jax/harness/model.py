@@ -232,9 +232,7 @@ class HarnessLM(TemplateLM):
         new_tokens = given.pop("max_gen_toks")
         at_least(1, max_gen_toks=new_tokens)
         if self.backend == "causal" and new_tokens >= self.max_length:
-            raise ValueError(
-                f"max_gen_toks is {new_tokens}: expected fewer than the {self.max_length} tokens of the model's context"
-            )
+            raise ValueError(f"max_gen_toks is {new_tokens}: expected less than the model's context, {self.max_length}")
         draws = given.pop("do_sample")
         sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
         if other := [name for name, value in given.items() if _NEUTRAL.get(name) != value]:
@@ -289,10 +287,7 @@ class HarnessLM(TemplateLM):
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """Return a context without the first tokens that the model has no room for, and its continuation."""
         if not 1 <= len(continuation) <= self.max_length:
-            raise ValueError(
-                f"a continuation has {len(continuation)} tokens: expected 1 to {self.max_length}, the model's context. "
-                "Take it out of the task"
-            )
+            raise ValueError(f"a continuation has {len(continuation)} tokens: expected 1 to {self.max_length}")
         # The last token of a continuation is not read.
         room = self.max_length + 1 - len(continuation) if self.backend == "causal" else self.max_length
         return context[-room:], continuation

@@ -193,8 +193,7 @@ def test_ideal_norms_of_weights_prepared_for_an_accelerator_are_those_of_a_cpu()
     rules = {"pool.*.encoder.self.v": _NOISY}
     got, wanted = (program(_GRAPH, frozen, rules, _KEY, norm="ideal") for frozen in (digital, _DIGITAL))
     assert isinstance(got.gram, Gram) and got.gram.modules is digital.pool
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(wanted))
     training = redrawn(got, digital, rules, _KEY, steps="every", norm="ideal")
     assert isinstance(training.digital.gram, Gram)
 
