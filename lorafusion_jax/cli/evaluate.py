@@ -74,9 +74,7 @@ def age_table(results: Mapping[str, Any]) -> str:
     lines = [["age", "compensated", "exact match %", "between chips", "loss"]]
     for age, compensate in dict.fromkeys((row["age"], row["compensate"]) for row in results["rows"]):
         here = [row for row in results["rows"] if (row["age"], row["compensate"]) == (age, compensate)]
-        of_chips = [
-            np.mean([row["exact_match"] for row in here if row["chip"] == chip]) for chip in range(results["chips"])
-        ]
+        of_chips = [np.mean([row["exact_match"] for row in here if row["chip"] == n]) for n in range(results["chips"])]
         spread = f"± {np.std(of_chips, ddof=1):.1f}" if len(of_chips) > 1 else "-"
         kind = {None: "-", True: "yes", False: "no"}[compensate]
         losses = [row["loss"] for row in here]  # None is not finite

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,18 @@ def main(arguments: Sequence[str]) -> None:
         print(f"written to {options.plot}")
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.json, json.dumps(_content(found), indent=1) + "\n")
+        descent, prediction = found.descent, found.prediction
+        content = {
+            "task": found.task,
+            "rows": descent.rows,
+            "loss": descent.loss,
+            "log_ratio": descent.log_ratio,
+            "modules": dict(zip(found.modules, descent.modules.tolist(), strict=True)),
+            "rotated": dict(zip(found.modules, descent.rotated.T.tolist(), strict=True)),
+            "prediction": None if prediction is None else prediction._asdict(),
+            "verdict": found.verdict,
+        }
+        write_text(options.json, json.dumps(content, indent=1) + "\n")
         print(f"written to {options.json}")
 
 
@@ -58,17 +68,3 @@ def report(found: Forecast) -> str:
             f"{low:.2f} to {high:.2f})."
         )
     return "\n".join([*texts, found.verdict])
-
-
-def _content(found: Forecast) -> dict[str, Any]:
-    descent, prediction = found.descent, found.prediction
-    return {
-        "task": found.task,
-        "rows": descent.rows,
-        "loss": descent.loss,
-        "log_ratio": descent.log_ratio,
-        "modules": dict(zip(found.modules, descent.modules.tolist(), strict=True)),
-        "rotated": dict(zip(found.modules, descent.rotated.T.tolist(), strict=True)),
-        "prediction": None if prediction is None else prediction._asdict(),
-        "verdict": found.verdict,
-    }

@@ -23,9 +23,7 @@ def main(arguments: Sequence[str]) -> None:
 
         from ..harness import model  # noqa: F401  which registers it
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"benchmarks need {error.name}, which is not installed: pip install -e '.[lm-eval]'"
-        ) from error
+        raise ValueError(f"benchmarks need {error.name}, not installed here: pip install -e '.[lm-eval]'") from error
     of_all = ((field, getattr(options, field.name)) for field in dataclasses.fields(options))
     given = {field.name: value for field, value in of_all if value != field.default}
     typed = sys.argv

@@ -34,10 +34,8 @@ class Table:
     def texts(self) -> list[list[str]]:
         """Headings, then the cells of every line, as they are read."""
         kinds = [_KINDS[column.kind] for column in self.columns]
-        cells = [
-            [EMPTY if cell is None else kind(cell) for kind, cell in zip(kinds, line, strict=True)]
-            for line in self.lines
-        ]
+        lines = (zip(kinds, line, strict=True) for line in self.lines)
+        cells = [[EMPTY if cell is None else kind(cell) for kind, cell in line] for line in lines]
         return [[column.name for column in self.columns], *cells]
 
 

@@ -28,10 +28,7 @@ def main_tables(scores: Scores) -> list[Table]:
     """
     shown = scores.tasks if len(scores.tasks) <= _MOST_TASKS else []
     columns = [Column("method", "text"), *(Column(task, "spread") for task in shown), *_MEANS]
-    lines = [
-        [method, *(scores.exact_match(method, task) for task in shown), *_means(scores, method)]
-        for method in scores.methods
-    ]
+    lines = [[m, *(scores.exact_match(m, task) for task in shown), *_means(scores, m)] for m in scores.methods]
     seeds = max(len({row["seed"] for row in scores.of(method)}) for method in scores.methods)
     over = f"{seeds} seed{'s' if seeds > 1 else ''}"
     caption = f"Exact match, %, league of {league_name(scores.league)}: mean ± standard deviation over {over}"

@@ -150,7 +150,7 @@ def train_step_batches(
     """
     table = _table(encoded, pad_id)
     lengths = np.stack([table.input_lengths, table.label_lengths], axis=1)[orders]
-    padded = np.array(_shapes(*np.moveaxis(lengths.max(axis=(0, 2)), -1, 0)))
+    padded = np.array(_shapes(lengths.max(axis=(0, 2))))
     planned = None if packing is None else packing.plan(lengths, padded, alike=alike)
     lane, of_step = (None, padded) if planned is None else planned
 
@@ -268,11 +268,9 @@ def _in_lanes(
     return Batch(ids, sources >= 0, labels, rows >= 0, Lanes(sources, targets, before))
 
 
-def _shapes(
-    longest_source: Int[np.ndarray, " steps"], longest_target: Int[np.ndarray, " steps"]
-) -> list[tuple[int, int]]:
+def _shapes(longest: Int[np.ndarray, "steps 2"]) -> list[tuple[int, int]]:
     """Choose source and target width of every batch, at most MOST_SHAPES different pairs."""
-    wanted = np.array([bucket(int(length)) for length in longest_source])
+    wanted = np.array([bucket(int(length)) for length in longest[:, 0]])
     widths, batches = np.unique(wanted, return_counts=True)
     while len(widths) > MOST_SHAPES:
         # Drop the width whose batches grow least, all told, when they take the next one.
@@ -281,5 +279,5 @@ def _shapes(
         widths, batches = np.delete(widths, cheapest), np.delete(batches, cheapest)
     sources = widths[np.searchsorted(widths, wanted)]
     # One target width for each source width: long answers of long questions do not widen the others.
-    targets = {int(width): bucket(int(longest_target[sources == width].max())) for width in widths}
+    targets = {int(width): bucket(int(longest[sources == width, 1].max())) for width in widths}
     return [(int(source), targets[int(source)]) for source in sources]

@@ -144,10 +144,7 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
     `encode` cuts separate texts at the end, which is the question: keep its `max_length` above the longest prompt.
     """
     if not 1 <= shots <= len(task.train):
-        raise ValueError(
-            f"{shots} examples for the prompts of {task.name}, which has {len(task.train)} training rows: "
-            f"use 1 to {len(task.train)}"
-        )
+        raise ValueError(f"{shots} examples in a prompt: use 1 to {len(task.train)}, the training rows of {task.name}")
     drawn = random.Random(f"few-shot, seed {seed}").sample(task.train, shots)
     said = "".join(f"{example.input} {example.target}{BETWEEN_EXAMPLES}" for example in drawn)
     test = tuple(dataclasses.replace(example, input=said + example.input) for example in task.test)
@@ -246,10 +243,7 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
         found.append((said["role"], said["content"]))
     if [role for role, _ in found[-2:]] != ["user", "assistant"] or not all(text.strip() for _, text in found[-2:]):
         roles = some([role for role, _ in found]) or "nobody"
-        raise ValueError(
-            f"{where} has messages of {roles}: expected the user's message and then the assistant's answer as the last "
-            "two, both with text"
-        )
+        raise ValueError(f"{where} has messages of {roles}: expected last a user's and an answer, with text")
     return found
 
 

@@ -98,9 +98,7 @@ def _csv_rows(path: Path) -> Rows:
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(
-                        f"{where} has another number of columns than the header {some(rows.fieldnames or [])}"
-                    )
+                    raise ValueError(f"{where} has more or fewer columns than the header {some(rows.fieldnames or [])}")
                 yield where, row
         except csv.Error as error:
             fix = "quote texts that contain commas, quotes or line breaks"

@@ -42,18 +42,13 @@ def make_mesh(asked: str, seeds: int) -> Mesh:
             raise ValueError(f"--mesh {asked}: {part!r} is not an axis and its size: give for example seed=4,model=2")
         sizes[name] = int(size)
     if seeds % sizes["seed"]:
-        raise ValueError(
-            f"{seeds} seeds cannot be shared out evenly over --mesh seed={sizes['seed']}: give a multiple of "
-            f"{sizes['seed']} seeds, or a smaller axis"
-        )
+        raise ValueError(f"{seeds} seeds cannot be shared out evenly over --mesh seed={sizes['seed']}: give a multiple")
     size, there = sizes["seed"] * sizes["model"], jax.device_count()
     if size > there:
         forced = f"; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={size} gives JAX {size} devices"
         raise ValueError(f"--mesh {asked} needs {size} devices, got {there}" + (forced if for_cpu() else ""))
     if jax.process_count() > 1 and size < there:
-        raise ValueError(
-            f"--mesh {asked} uses {size} of the {there} devices of {jax.process_count()} processes: use them all"
-        )
+        raise ValueError(f"--mesh {asked} uses {size} of {there} devices of {jax.process_count()} processes: use all")
     shape = tuple(sizes.values())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=jax.devices()[:size])
 
@@ -167,9 +162,7 @@ def _placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 def _check_divides(size: int, dimension: int, name: str, axis: str = "model") -> None:
     if dimension % size:
-        raise ValueError(
-            f"--mesh {axis}={size} does not divide {name}, which is {dimension}: give a size that divides it"
-        )
+        raise ValueError(f"--mesh {axis}={size} does not divide {name}, which is {dimension}: give one that divides it")
 
 
 def _axis_size(axis: str) -> int:

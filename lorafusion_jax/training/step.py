@@ -93,10 +93,7 @@ def fusion_step(
       ValueError: a group of numbers has no learning rate.
     """
     if missing := state.params.keys() - rates.learning_rate.keys():
-        raise ValueError(
-            f"no learning rate for {', '.join(sorted(missing))}, only for "
-            f"{', '.join(sorted(rates.learning_rate)) or 'no group'}: add it to Rates.learning_rate"
-        )
+        raise ValueError(f"no learning rate for {', '.join(sorted(missing))}: add it to Rates.learning_rate")
     problem = problem.replace(frozen=problem.frozen.of_step(state.step, problem.graph))
     (_, metrics), gradients = jax.value_and_grad(objective, has_aux=True)(state.params, batch, problem, rates.l1)
     broken = sum(jnp.sum(~jnp.isfinite(g), dtype=jnp.int32) for g in jax.tree.leaves(gradients))

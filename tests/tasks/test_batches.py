@@ -9,18 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafusion_jax.tasks import (
-    IGNORED,
-    Encoded,
-    batch_orders,
-    bucket,
-    eval_batches,
-    most_new_tokens,
-    pad,
-    split,
-    train_batches,
-    train_step_batches,
-)
+from lorafusion_jax import tasks
 
 _PAD = 0
 
@@ -29,7 +18,7 @@ lengths = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 60)), min_size=
 
 def _encoded(pairs):
     """Rows of given lengths, every token telling its row and none the padding token."""
-    return Encoded(
+    return tasks.Encoded(
         inputs=tuple(np.full(source, 1000 + i, np.int32) for i, (source, _) in enumerate(pairs)),
         labels=tuple(np.full(target, 2000 + i, np.int32) for i, (_, target) in enumerate(pairs)),
     )
@@ -47,7 +36,7 @@ def _check(encoded, rows, batch):
         np.testing.assert_array_equal(batch.input_mask[index], np.arange(batch.input_ids.shape[-1]) < len(inputs))
         np.testing.assert_array_equal(batch.input_ids[index][batch.input_mask[index]], inputs)
         np.testing.assert_array_equal(batch.labels[index][: len(labels)], labels)
-        np.testing.assert_array_equal(batch.labels[index][len(labels) :], IGNORED)
+        np.testing.assert_array_equal(batch.labels[index][len(labels) :], tasks.IGNORED)
 
 
 def _shapes(batches):
@@ -55,32 +44,32 @@ def _shapes(batches):
 
 
 def test_ladder():
-    widths = sorted({bucket(length) for length in range(2049)})
+    widths = sorted({tasks.bucket(length) for length in range(2049)})
     assert widths[:24] == [*range(4, 65, 4), 72, 80, 88, 96, 104, 112, 120, 128]
     assert widths[-1] == 2048
     for length in range(2049):
-        assert bucket(length) == next(width for width in widths if width >= length)
+        assert tasks.bucket(length) == next(width for width in widths if width >= length)
 
 
 def test_an_answer_is_at_most_twice_as_long_as_a_training_target_and_256_tokens():
-    assert [most_new_tokens(longest) for longest in (1, 5, 40, 128, 500)] == [4, 12, 80, 256, 256]
+    assert [tasks.most_new_tokens(longest) for longest in (1, 5, 40, 128, 500)] == [4, 12, 80, 256, 256]
 
 
 @given(st.lists(st.lists(st.integers(1, 99), max_size=9), min_size=1), st.integers(0, 3))
 def test_pad(sequences, room):
     width = max(map(len, sequences)) + room
-    padded = pad([np.array(sequence, np.int32) for sequence in sequences], -7, width)
+    padded = tasks.pad([np.array(sequence, np.int32) for sequence in sequences], -7, width)
     assert padded.dtype == np.int32
     assert padded.tolist() == [sequence + [-7] * (width - len(sequence)) for sequence in sequences]
     with pytest.raises(ValueError, match=f"sequence 0 has {width + 1} tokens, which do not fit into {width}"):
-        pad([np.arange(width + 1)], _PAD, width)
+        tasks.pad([np.arange(width + 1)], _PAD, width)
 
 
 @settings(max_examples=40)
 @given(lengths, st.integers(1, 12))
 def test_eval_batches(pairs, batch_size):
     encoded = _encoded(pairs)
-    batches = list(eval_batches(encoded, batch_size, pad_id=_PAD))
+    batches = list(tasks.eval_batches(encoded, batch_size, pad_id=_PAD))
     for rows, batch in batches:
         _check(encoded, rows, batch)
     order = np.concatenate([rows for rows, _ in batches])
@@ -101,7 +90,7 @@ def test_eval_batches(pairs, batch_size):
 def test_evaluation_computes_the_fewest_tokens_that_six_widths_allow(numbers):
     """By trying all groups of rows; lengths are multiples of 16 and differ by more than one more shape must save."""
     encoded, different = _encoded([(416 * number, 1) for number in numbers]), sorted(set(numbers))
-    computed = sum(batch.input_ids.size for _, batch in eval_batches(encoded, 1, pad_id=_PAD))
+    computed = sum(batch.input_ids.size for _, batch in tasks.eval_batches(encoded, 1, pad_id=_PAD))
     fewest = min(
         sum(416 * min(width for width in (*widths, different[-1]) if width >= number) for number in numbers)
         for count in range(6)
@@ -114,7 +103,7 @@ def test_evaluation_computes_the_fewest_tokens_that_six_widths_allow(numbers):
 @given(lengths.filter(lambda pairs: len(pairs) > 1), st.integers(1, 12), st.booleans())
 def test_train_batches(pairs, batch_size, reference):
     encoded, orders = _epochs(pairs, batch_size, reference)
-    batches = list(train_batches(encoded, orders, pad_id=_PAD))
+    batches = list(tasks.train_batches(encoded, orders, pad_id=_PAD))
     assert len(batches) == orders.shape[1]
     for step, batch in enumerate(batches):
         assert batch.input_ids.shape[:2] == orders[:, step].shape
@@ -126,8 +115,8 @@ def test_train_batches(pairs, batch_size, reference):
 @given(lengths.filter(lambda pairs: len(pairs) > 1), st.integers(1, 12), st.integers(1, 4), st.integers(0, 5))
 def test_intervals_hold_the_batches_of_their_steps_from_any_step_on(pairs, batch_size, length, first_step):
     encoded, orders = _epochs(pairs, batch_size, reference=False)
-    batches = list(train_batches(encoded, orders, pad_id=_PAD))
-    intervals = list(train_step_batches(encoded, orders, pad_id=_PAD, length=length, first_step=first_step))
+    batches = list(tasks.train_batches(encoded, orders, pad_id=_PAD))
+    intervals = list(tasks.train_step_batches(encoded, orders, pad_id=_PAD, length=length, first_step=first_step))
     steps = [interval.batches.row_mask.shape[1] for interval in intervals]
     ends = (first_step + np.cumsum(steps)).tolist()
     assert all(end % length == 0 for end in ends[:-1]) and max([0, *steps]) <= length
@@ -140,21 +129,20 @@ def test_intervals_hold_the_batches_of_their_steps_from_any_step_on(pairs, batch
         for i in range(batches.row_mask.shape[1])
     ]
     for ours, theirs in zip(cut, batches[first_step:], strict=True):
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_array_equal(a, b)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 def _epochs(pairs, batch_size, reference):
     """Rows, and the order of three seeds in two epochs."""
     encoded, seeds = _encoded(pairs), [3, 1, 4]
-    rows = split(len(pairs), seeds, protocol="reference" if reference else "default").train
-    return encoded, batch_orders(rows, batch_size=batch_size, epochs=2, seeds=None if reference else seeds)
+    rows = tasks.split(len(pairs), seeds, protocol="reference" if reference else "default").train
+    return encoded, tasks.batch_orders(rows, batch_size=batch_size, epochs=2, seeds=None if reference else seeds)
 
 
 def test_a_step_is_as_wide_as_the_longest_row_of_any_seed():
     encoded = _encoded([(3, 1), (50, 9), (7, 2), (18, 3)])
     orders = np.array([[[0], [2], [3]], [[2], [0], [1]]], np.int32)
-    shapes = [(b.input_ids.shape, b.labels.shape) for b in train_batches(encoded, orders, pad_id=_PAD)]
+    shapes = [(b.input_ids.shape, b.labels.shape) for b in tasks.train_batches(encoded, orders, pad_id=_PAD)]
     assert shapes == [((2, 1, 8), (2, 1, 4)), ((2, 1, 8), (2, 1, 4)), ((2, 1, 52), (2, 1, 12))]
 
 
@@ -170,7 +158,7 @@ def test_more_than_six_widths_are_merged_where_it_costs_least(lengths, widths):
     # A hundred batches of width 4 must not be padded to anything more.
     encoded = _encoded([(4, 1)] * 100 + [(length, 1) for length in lengths])
     orders = np.arange(len(encoded), dtype=np.int32)[None, :, None]
-    batches = train_batches(encoded, orders, pad_id=_PAD)
+    batches = tasks.train_batches(encoded, orders, pad_id=_PAD)
     assert [batch.input_ids.shape[2] for batch in batches] == [4] * 100 + widths
 
 
@@ -180,7 +168,7 @@ def test_little_padding(mean, spread, batch_size):
     """At least 70 % of what is processed are real tokens, for prompts from short sums to long stories."""
     draw = random.Random(0)
     pairs = [(min(max(round(draw.gauss(mean, spread * mean)), 2), 2048), draw.randint(2, 6)) for _ in range(150)]
-    batches = [batch for _, batch in eval_batches(_encoded(pairs), batch_size, pad_id=_PAD)]
+    batches = [batch for _, batch in tasks.eval_batches(_encoded(pairs), batch_size, pad_id=_PAD)]
     assert len(_shapes(batches)) <= 6
     sources = sum(batch.input_ids.size for batch in batches)
     targets = sum(batch.labels.size for batch in batches)

@@ -17,9 +17,7 @@ _MALFORMED = {"ruin_names": [1]}
 
 
 def _task(prompts, train=(("p", "x"), ("q", "y")), targets="?"):
-    return Task(
-        "t", tuple(Example(*row) for row in train), tuple(Example(prompt, targets) for prompt in prompts), "here"
-    )
+    return Task("t", tuple(Example(*row) for row in train), tuple(Example(text, targets) for text in prompts), "here")
 
 
 @pytest.fixture(scope="module")

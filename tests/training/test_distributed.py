@@ -165,7 +165,7 @@ _BY_HAND = ("--coordinator", "localhost:1", "--processes", "2", "--process")
 def test_options_of_processes_that_contradict_each_other_are_refused(small, tmp_path, capsys):
     for more, message in (
         (_MESH, "--distributed: JAX cannot join other processes here"),
-        (["--distributed"], "give their layout with --mesh"),
+        (["--distributed"], "give a layout with --mesh"),
         (["--coordinator", "localhost:1"], "give all three, with --distributed"),
         ([*_MESH, "--processes", "2", "--process", "0"], "give all three"),
         ([*_BY_HAND, "0"], "give all three, with --distributed"),

@@ -65,8 +65,7 @@ def by_step(problem):
 
 
 def _assert_same(ours, theirs):
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (ours, theirs)))
 
 
 def _found(epochs: list[Epoch]):

@@ -95,8 +95,8 @@ def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start
         with pytest.raises(ValueError, match=message):
             init_state(problem, jax.random.key(0), given)
     for there, message in (
-        ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes, only for coefficients: add it"),
-        ({}, "no learning rate for coefficients, magnitudes, only for no group"),
+        ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes: add it"),
+        ({}, "no learning rate for coefficients, magnitudes: add it"),
     ):
         with pytest.raises(ValueError, match=message):
             rates = _rates()._replace(learning_rate=there)
