@@ -194,8 +194,7 @@ def test_a_mesh_gives_the_numbers_of_one_device(run, asked):
     options = asked("mesh", seeds=(1, 2), mesh="seed=2,model=2")
     lf.fuse(options)
     (_, alone, _), (_, spread, _) = lf.load_run(run), lf.load_run(options.out / "mesh")
-    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), alone, spread)
 
 
 def test_a_mesh_splits_matrices_as_the_sites_say():

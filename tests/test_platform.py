@@ -17,9 +17,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_one_function_asks_for_it():
-    files = [
-        file for folder in ("lorafusion_jax", "benchmarks", "experiments") for file in _ROOT.glob(f"{folder}/**/*.py")
-    ]
+    files = [file for part in ("lorafusion_jax", "benchmarks", "experiments") for file in _ROOT.glob(f"{part}/**/*.py")]
     asking = [file.name for file in files if "default_backend" in file.read_text()]
     assert asking == ["platform.py"] * 2 and len(files) > 100
 

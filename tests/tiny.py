@@ -121,9 +121,7 @@ def coefficient_of(
     array = np.asarray(array, np.float64)
     depths = {"encoder": config.num_layers, "decoder": config.num_decoder_layers}
     blocks = [(stack, layer) for stack, depth in depths.items() for layer in range(depth)]
-    columns = [
-        (site, layer) for stack, layer in blocks for site in config.sites if site in pool.A and site.startswith(stack)
-    ]
+    columns = [(site, n) for stack, n in blocks for site in config.sites if site in pool.A and site.startswith(stack)]
 
     def look_up(n: int, site: str, layer: int) -> np.ndarray:
         if granularity == "global":

@@ -302,7 +302,5 @@ def test_a_random_module_has_the_norms_of_its_factors_and_another_rank():
     assert values.shape == (6, 4)
     products = 4 * A[..., 0].reshape(6, 64, 1) * B.reshape(6, 1, 48)
     np.testing.assert_allclose(values[:, 0], np.linalg.norm(products, axis=(1, 2)), rtol=1e-4)
-    norm, rank = (
-        [cell.strip() for cell in line.split("|")[2:5]] for line in language_checks.updates(pool).split("\n")[2:4]
-    )
+    norm, rank = ([c.strip() for c in line.split("|")[2:5]] for line in language_checks.updates(pool).split("\n")[2:4])
     assert rank[0] == "1.00" and 2 < float(rank[1]) < 4 and float(norm[2]) > 1.5

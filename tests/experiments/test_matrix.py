@@ -47,9 +47,7 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(opt
     rows = read_rows(file)
     # What trains nothing and draws nothing has one seed.
     seeds = {"zero-shot": (1,)}
-    expected = {
-        ("double_digit", method, "95+5", seed) for method in _ENTRIES for seed in seeds.get(method, options.seeds)
-    }
+    expected = {("double_digit", name, "95+5", seed) for name in _ENTRIES for seed in seeds.get(name, options.seeds)}
     assert done(rows) == expected and len(rows) == len(expected)
     assert [method for method, _ in ran] == [entry.method for entry in _ENTRIES.values()]
     assert len({name for _, name in ran}) == len(ran)

@@ -135,9 +135,7 @@ def _of_run(printed: str, out: Path) -> Any:
 
 def _of_sweep(printed: str, out: Path) -> Any:
     found = json.loads((out / "sweep.json").read_text())
-    return {name: value for name, value in found.items() if name not in ("seconds", "out")}, (
-        out / "sweep.png"
-    ).exists()
+    return {name: of for name, of in found.items() if name not in ("seconds", "out")}, (out / "sweep.png").exists()
 
 
 def _of_matrix(printed: str, out: Path) -> Any:

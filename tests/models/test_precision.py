@@ -48,9 +48,7 @@ def _check(products, *, of_weights: bool = True):
 
 
 def _frozen(pool: Pool, terms: Any = lf.gram) -> lf.Frozen:
-    return lf.Frozen(
-        nnx.state(_MODEL), pool, jax.jit(terms)(pool, {site: lf.kernels(_MODEL)[site] for site in pool.rank})
-    )
+    return lf.Frozen(nnx.state(_MODEL), pool, jax.jit(terms)(pool, {s: lf.kernels(_MODEL)[s] for s in pool.rank}))
 
 
 def _step(method: lf.Fusion, pool: Pool, terms: Any = lf.gram) -> list[tuple[bool, bool]]:

@@ -27,10 +27,7 @@ _SINGLES = ("lora_a", "lora_b", "lora_c_all_rslora", "lora_d_patterns", "dora_e"
 _FUSIONS = [f"{pool}_{magnitudes}" for pool in ("pool_factors", "pool_products", "mixed_products")
             for magnitudes in ("lora", "dora")]  # fmt: skip
 _TOKENS = 24
-_POOLS = {
-    "pool": ("lora_a", "lora_b", "lora_f"),
-    "mixed": ("lora_a", "lora_c_all_rslora", "lora_d_patterns"),
-}
+_POOLS = {"pool": ("lora_a", "lora_b", "lora_f"), "mixed": ("lora_a", "lora_c_all_rslora", "lora_d_patterns")}
 # The matrices whose magnitudes the goldens have whole.
 _WHOLE = ("model.layers.0.self_attn.q_proj", "model.layers.14.self_attn.v_proj", "model.layers.29.self_attn.q_proj")
 
