@@ -64,7 +64,9 @@ def _compare(
     )
     extra = _extra(lora, fusion, crossbar, options, constants)
     saved = _difference(*(price(each, crossbar, options, constants).install for each in (lora, fusion)))
-    return Comparison(install, with_update, learning, ratio, share, extra, _quotient(saved, extra))
+    ends_of_both = (saved.low, extra.high), (saved.typical, extra.typical), (saved.high, extra.low)
+    break_even = Range(*(above / below if below else math.inf for above, below in ends_of_both))
+    return Comparison(install, with_update, learning, ratio, share, extra, break_even)
 
 
 def _extra(
@@ -90,9 +92,3 @@ def _excess(a: Counts, b: Counts) -> Counts:
 def _difference(a: Range, b: Range) -> Range:
     """Return a difference, 0 where it would be negative."""
     return Range(*(max(end, 0.0) for end in (a.low - b.high, a.typical - b.typical, a.high - b.low)))
-
-
-def _quotient(a: Range, b: Range) -> Range:
-    """Return a quotient that is infinite where the divisor is zero."""
-    ends = (a.low, b.high), (a.typical, b.typical), (a.high, b.low)
-    return Range(*(above / below if below else math.inf for above, below in ends))

@@ -137,7 +137,10 @@ def _boft(module: Module) -> Matrix:
     rotations = _cayley((skew - skew.swapaxes(2, 3)) / 2)
     inputs = weight = module.weight()
     for level, rotation in enumerate(rotations):
-        order = _butterfly(module.d_in, blocks >> level, size // 2) if factors > 1 else np.arange(module.d_in)
+        order = np.arange(module.d_in)
+        if factors > 1:  # the blocks of one level lie next to each other
+            groups = order.reshape(blocks >> level, -1, size // 2)
+            order = np.concatenate([groups[:, 0::2], groups[:, 1::2]], axis=1).ravel()
         parts = np.empty_like(weight)
         parts[:, order] = inputs
         parts = np.einsum("okj,kij->oki", parts.reshape(module.d_out, blocks, size), rotation)
@@ -161,12 +164,6 @@ def _cayley_series(skew: np.ndarray, terms: int) -> np.ndarray:
         power = power @ skew
         total += power if term == last else 2 * power
     return total
-
-
-def _butterfly(inputs: int, blocks: int, half: int) -> np.ndarray:
-    """Return the order of the inputs in which one level's blocks lie next to each other."""
-    groups = np.arange(inputs).reshape(blocks, -1, half)
-    return np.concatenate([groups[:, 0::2], groups[:, 1::2]], axis=1).ravel()
 
 
 class Kind(NamedTuple):
