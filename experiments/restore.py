@@ -216,6 +216,7 @@ def _distilled_for_drift() -> Iterator[tuple[Any, ...]]:
     yield plain, 1, FIRST[1]
     yield from ((plain._replace(drift=10 * _YEAR), 1, FIRST[1], "real", CALIBRATION, source) for source in sources)
     yield from ((new._replace(drift=age), 1, FIRST[1]) for age in (_YEAR, _MONTH))
+    yield new._replace(drift=10 * _YEAR), 1, *BEST
 
 
 OTHER_CHIPS = tuple(_other_chips())
