@@ -148,8 +148,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "language_draw.csv", table)
-    lab = Lab(base(), options.pool)
     for stage in stages:
+        lab = Lab(base(), options.pool)
         rates = {arm: tune(lab, arm, stage.rows, everything, tuning) for arm in stage.arms}
         if not options.tune:
             run(lab, stage, targets, rates, cells)
