@@ -128,7 +128,10 @@ class Service:
         options = dataclasses.replace(self._first.options, seeds=(0,))
         loras = [run for run in runs if "lora" in run.params]
         if loras and (basis_of(options.recipe) is not None or options.load_in != "full"):
-            raise ValueError(f"{loras[0].folder} is of a LoRA: serve it apart from runs in a basis or with --load-in")
+            raise ValueError(
+                f"{loras[0].folder} is of a LoRA, which joins whole modules in full precision: serve it apart from "
+                "runs in a basis or with --load-in"
+            )
         if find(options.method).pool:
             assert options.pool is not None
             fused_runs = [run for run in runs if "lora" not in run.params]
@@ -317,7 +320,7 @@ class Service:
             return self.tasks[name].number
         free = set(range(self.bank.capacity)) - {task.number for task in self.tasks.values()}
         if not free:
-            raise ValueError(f"no room for {name} next to {len(self.tasks)} tasks: remove one, or give more capacity")
+            raise ValueError(f"no room for {name} among {len(self.tasks)} tasks: remove one, or give a larger capacity")
         return min(free)
 
     def _task(self, name: str) -> Task:

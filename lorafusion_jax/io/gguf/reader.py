@@ -178,7 +178,9 @@ def _tensor(header: "_Header", name: str, shape: tuple[int, ...], kind: int, sta
             "again with llama.cpp's `llama-quantize`, or install a newer gguf"
         ) from None
     if not shape or shape[-1] % block or not all(shape):
-        raise ValueError(f"{header.path}: {name} {list(shape)} is not of {title} blocks of {block}: fetch it again")
+        raise ValueError(
+            f"{header.path}: {name} has shape {list(shape)}, and rows of {title} hold blocks of {block}: fetch it again"
+        )
     row = shape[-1] // block * size
     if start + row * math.prod(shape[:-1]) > len(header.data):
         raise header.truncated(f"{name} ends behind the file's last byte")

@@ -134,7 +134,10 @@ def _reason_to_ignore(
     with np.errstate(over="ignore", invalid="ignore"):
         same = base.shape == array.shape and np.array_equal(base.astype(array.dtype), array)
     if not same:
-        raise ValueError(f"{got}, unlike the base's {name} {list(base.shape)}: give the base that it was trained with")
+        raise ValueError(
+            f"{got}, unlike the base's {name} {list(base.shape)}: it cannot be mixed; retrain without it, or give the "
+            "base that it was trained with"
+        )
     if task in _HEADS and kind == "a module trained in full":
         raise ValueError(f"{got}, and task_type {task} names a model with another head: retrain it as a language model")
     return "equal to the base's"
