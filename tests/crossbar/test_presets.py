@@ -143,7 +143,7 @@ def test_the_hash_tells_configurations_apart():
         ("device: {programming: {model: Independent, sigma: 1e-3}}", r"sigma = '1e-3': .*like 1\.0e-3"),
         ("device: {programming: {model: Independent, sigma: -1}}", r"Independent\.sigma = -1"),
         ("device: {iv: tanh}", r"device\.iv = 'tanh': choose from \{model: Sinh"),
-        ("device: {clip: 3}", r"device\.clip = 3: give a text"),
+        ("device: {clip: 3}", r"device\.clip = 3: give positive or range"),
         ("cell: [", r"cannot be read as YAML"),
         (
             "a: &a [1]\n" + "".join(f"{b}: &{b} [{f'*{a}, ' * 20}]\n" for a, b in ("ab", "bc", "cd", "de")),

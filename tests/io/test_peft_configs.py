@@ -89,7 +89,7 @@ def _json(**fields: Any) -> bytes:
 
 # Part of the refusal and adapter_config.json.
 _REFUSED: dict[str, tuple[str, bytes]] = {
-    "prefix tuning": ("peft_type is 'PREFIX_TUNING': expected LORA or another kind", _json(peft_type="PREFIX_TUNING")),
+    "prefix tuning": ("peft_type is 'PREFIX_TUNING': expected LORA or a kind of", _json(peft_type="PREFIX_TUNING")),
     "AdapterHub": ("AdapterHub", _json(config={"mh_adapter": False}, model_class="BertAdapterModel", name="task")),
     "tunix": ("tunix / qwix", _json(base_model="gemma", framework="jax-tunix-qwix", lora_rank=32, lora_alpha=32.0)),
     "another format": ("own format, 'my-native-lora'", _json(format="my-native-lora", rank=16, tensor_count=512)),

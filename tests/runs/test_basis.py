@@ -164,7 +164,7 @@ def test_a_pool_without_a_basis_names_the_command_that_makes_one(small, converte
     with pytest.raises(ValueError, match=r"24 directions, expected at least 25: .* convert --basis 25"):
         load_model(_options(converted, tmp_path, basis=25))
     base, adapters = small
-    with pytest.raises(ValueError, match=r"adapters of PEFT, .* `lorafusion convert --basis 16`"):
+    with pytest.raises(ValueError, match=r"holds adapters, no basis: .* `lorafusion convert --basis 16`"):
         load_model(_options((base, adapters), tmp_path))
     bare, other = tmp_path / "bare", tmp_path / "other"
     shutil.copytree(converted[1], bare, ignore=shutil.ignore_patterns("basis"))

@@ -388,7 +388,7 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"seeds": ()}, "no seeds"),
         ({"seeds": (1, 2**32)}, "seed is 4294967296: "),
         ({"pool": None}, "give one with --pool"),
-        ({"adapters": ("nobody",)}, "no adapter 'nobody'"),
+        ({"adapters": ("nobody",)}, "the pool lacks 'nobody'"),
         ({"control": "random-factors", "load_in": "nf4"}, "full precision"),
         ({"control_draw": 1}, "--control-draw numbers the draws of a random control"),
         ({"method": "lorahub", "evaluations": 1000}, "at most 100 evaluations for 2"),
