@@ -526,7 +526,9 @@ def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
             if row["part"] == part:
                 groups.setdefault(job_of(row)._replace(chip=0), []).append(row)
         if groups:
-            found[part] = [_HEADS[part], *(_line(job, own) for job, own in groups.items())]
+            settings = list(dict.fromkeys(job.setting for job in groups))
+            together = sorted(groups, key=lambda job: settings.index(job.setting))
+            found[part] = [_HEADS[part], *(_line(job, groups[job]) for job in together)]
     if lines := contrasts([row for row in rows if row["part"] == "main"]):
         found["contrasts"] = [["minus scales, distilled", "chips", "nats", "95 % interval", "p", "p by Holm"], *lines]
     return found
