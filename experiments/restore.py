@@ -594,7 +594,8 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
     if job.part == "text":
         return [str(arm), *text, *above]
     if job.part == "chips":
-        return [label(job), str(arm), "-" if arm == NONE else job.source, *above]
+        corrections = str(arm) if job.text == "real" else f"{arm}, {job.text} text"
+        return [label(job), corrections, "-" if arm == NONE else job.source, *above]
     named = [str(arm), *text] if job.part == "more" else [str(arm)]
     return [*named, f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
 
