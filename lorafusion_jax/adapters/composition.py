@@ -43,7 +43,10 @@ def check_mix(pool: LoraPool, index: Int[Array, " N"] | None = None) -> None:
     for site, rank in pool.rank.items():
         ranks = np.asarray(rank)[..., chosen]
         if np.any((ranks > 0) & (ranks != ranks.max(axis=-1, keepdims=True))):
-            raise ValueError(f"adapters have different ranks at {site}: use the composition sum, or a pool of one rank")
+            raise ValueError(
+                f"the pool's adapters have different ranks at {site}, and mix adds their matrices entry by entry: "
+                "use the composition sum, or a pool of one rank"
+            )
 
 
 def compose(

@@ -20,7 +20,10 @@ def main(arguments: Sequence[str]) -> None:
     if action in ("-h", "--help"):
         action, rest = "program", ["--help"]
     if action != "program":
-        raise ValueError(f"no action {action!r}: give program; runs use arrays by `lorafusion evaluate --crossbar`")
+        raise ValueError(
+            f"`lorafusion crossbar` has one action, program, and got {action!r}: a run is evaluated on arrays by "
+            "`lorafusion evaluate --crossbar`"
+        )
     options = parse(ProgramOptions, rest, "crossbar program", groups=GROUPS)
     print(programmed_report(write_chips(options)))
     print(f"written to {options.out}")

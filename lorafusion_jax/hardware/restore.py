@@ -54,7 +54,10 @@ class Restoring:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number of at least 0")
         if (self.method in ("low-rank", "lora")) != (self.numbers > 0):
-            raise ValueError(f"{self.method} with {self.numbers} numbers of low rank: only low-rank and lora have some")
+            raise ValueError(
+                f"the method {self.method} with {self.numbers} numbers of low rank: expected more than 0 for low-rank "
+                "and lora, and 0 for scales and offsets"
+            )
         if self.method == "lora" and not self.epochs:
             raise ValueError("lora starts as zeros and has no closed form: give 1 epoch or more, or choose low-rank")
 

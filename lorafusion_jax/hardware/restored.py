@@ -374,7 +374,10 @@ def _kept(folder: Path, settings: Settings) -> Manifest | None:
     manifest = read_manifest(folder, Manifest, _WHAT)[1]
     for name, now in settings.items():
         if (then := manifest["settings"][name]) != now:
-            raise ValueError(f"{folder} has another {name} ({_short(then)}, now {_short(now)}): give another --out")
+            raise ValueError(
+                f"{folder} has corrections with another {name} ({_short(then)}, now {_short(now)}): give another "
+                "--out; corrections are never overwritten"
+            )
     return manifest
 
 

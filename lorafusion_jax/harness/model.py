@@ -287,7 +287,10 @@ class HarnessLM(TemplateLM):
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """Return a context without the first tokens that the model has no room for, and its continuation."""
         if not 1 <= len(continuation) <= self.max_length:
-            raise ValueError(f"a continuation has {len(continuation)} tokens: expected 1 to {self.max_length}")
+            raise ValueError(
+                f"a continuation has {len(continuation)} tokens: expected 1 to {self.max_length}, the model's context. "
+                "Take it out of the task"
+            )
         # The last token of a continuation is not read.
         room = self.max_length + 1 - len(continuation) if self.backend == "causal" else self.max_length
         return context[-room:], continuation

@@ -103,7 +103,10 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
             loaded = load_model(fused)
             loaded = looped(loaded).with_problem(frozen=restored_base(loaded, fused))
         else:
-            raise ValueError("a chip's ADCs need text: give a task by --calibration-task, or a base by --restore")
+            raise ValueError(
+                "a chip needs text that sets the ranges of its ADCs: name a task with training rows by "
+                "--calibration-task, or a restored base by --restore"
+            )
     if options.run is not None and config is not None:
         loaded = of_run(loaded, fused, options.run, config)
     if params is None:

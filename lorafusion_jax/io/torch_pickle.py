@@ -65,7 +65,10 @@ def load(path: Path) -> dict[str, np.ndarray]:
     try:
         # A pickle, or a tar archive, as before 0.1.10.
         if data[:1] == b"\x80" or data[257:262] == b"ustar":
-            raise Refused("not a zip archive, as torch.save writes since 1.6: save it again so, or as safetensors")
+            raise Refused(
+                "not a zip archive, which torch.save has written since PyTorch 1.6: load it in PyTorch, and save it "
+                "again with torch >= 1.6 or as safetensors"
+            )
         content, storages = _read_zip(path, data)
         if type(content) is not Dict:
             raise Refused(f"holds a {_kind(content)}: expected a dict of tensors")
@@ -75,12 +78,17 @@ def load(path: Path) -> dict[str, np.ndarray]:
         views: dict[str, _View] = dict(content)
         total = sum(math.prod(view.size) * view.dtype.itemsize for view in views.values())
         if total > max(_MAX_REPEATS * len(data), _SMALL):
-            raise Refused(f"strides make {total:,} bytes of tensors from its {len(data):,}: save contiguous tensors")
+            raise Refused(
+                f"its {len(data):,} bytes claim to be tensors of {total:,} bytes, by strides that repeat elements: "
+                "save contiguous tensors"
+            )
         return {key: _array(view, storages) for key, view in views.items()}
     except Refused as error:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # damaged pickles, archives and storages raise a dozen others
-        raise ValueError(f"{path}: not a whole file of torch.save ({str(error)[:200]}): fetch it again") from error
+        raise ValueError(
+            f"{path}: truncated or corrupt, not a file that torch.save wrote ({str(error)[:200]}): fetch the file again"
+        ) from error
 
 
 class _Storage(NamedTuple):

@@ -156,7 +156,10 @@ class Fusion(Method):
         one_of(GRANULARITIES, granularity=self.granularity)
         one_of(get_args(Start), start=self.start)
         if self.composition == "mix" and self.start == "zeros":
-            raise ValueError("a mix cannot start at zero: start from xavier or uniform, or use the composition sum")
+            raise ValueError(
+                "a mix that starts at zero never moves: its gradient is exactly zero there. "
+                "Start from xavier or uniform, or use the composition sum"
+            )
         check_basis(self)
 
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:

@@ -231,10 +231,16 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
     here = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
     got = {"seeds": list(other.seeds), "modules": config["modules"]}
     if here != got:
-        raise ValueError(f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}): give the same")
+        raise ValueError(
+            f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {here['seeds']}): "
+            "give the same --seeds, --pool, --modules"
+        )
     fresh = start(setup.problem, options.seeds).params
     if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
-        raise ValueError(f"{options.start_from} has other shapes ({', '.join(params)}): use its method and granularity")
+        raise ValueError(
+            f"{options.start_from} was trained with the method {other.method} and other shapes "
+            f"({', '.join(params)}): give the same --method and --granularity"
+        )
     return params
 
 

@@ -266,7 +266,10 @@ class TaskBank:
             raise ValueError("the bank has no pool, so it holds magnitudes alone: make it from a Frozen with a pool")
         index = jnp.array(pool.indices(modules), jnp.int32)
         if GRANULARITIES.index(method.granularity) > GRANULARITIES.index(self.granularity):
-            raise ValueError(f"a bank of the granularity {self.granularity}: make it with {method.granularity!r}")
+            raise ValueError(
+                f"coefficients of the granularity {method.granularity} do not fit into a bank of the granularity "
+                f"{self.granularity}: make the bank with granularity={method.granularity!r}"
+            )
         # Modules of other tasks may differ from these in rank.
         chosen = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={}).select(modules)
         method.check(chosen)

@@ -68,7 +68,10 @@ class FusedRun(NamedTuple):
         """
         options, params, config = load_run(folder)
         if not params or (params.keys() - {"coefficients", "magnitudes", "core"} and params.keys() != {"lora"}):
-            raise ValueError(f"{folder} is of {options.method}, not a fusion, magnitudes or a LoRA: no bank holds it")
+            raise ValueError(
+                f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
+                "magnitudes or without, of magnitudes alone, or of a LoRA"
+            )
         modules = tuple(map(tuple, config["modules"]))
         if "lora" in params:
             modules = tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds)
@@ -184,7 +187,10 @@ class Service:
         number = self._number(name)
         modules = run.modules[place]
         if missing := ", ".join(sorted(set(modules) - set(pool.names if pool else ()))):
-            raise ValueError(f"{run.folder} fuses {missing}, which the bank lacks: make it with these or the run")
+            raise ValueError(
+                f"{run.folder} fuses {missing}, which the bank lacks: give these modules, or the run, when the service "
+                "is made"
+            )
         check_digests(run.folder, run.digests, self._digests, run.options)
         of_seed = jax.tree.map(lambda p: p[place], run.params)
         if "lora" in run.params:
@@ -320,7 +326,10 @@ class Service:
             return self.tasks[name].number
         free = set(range(self.bank.capacity)) - {task.number for task in self.tasks.values()}
         if not free:
-            raise ValueError(f"no room for {name} among {len(self.tasks)} tasks: remove one, or give a larger capacity")
+            raise ValueError(
+                f"no room for {name}: the bank holds {len(self.tasks)} tasks, its capacity. Remove one, or give a "
+                "larger capacity"
+            )
         return min(free)
 
     def _task(self, name: str) -> Task:

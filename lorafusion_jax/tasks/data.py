@@ -243,7 +243,10 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
         found.append((said["role"], said["content"]))
     if [role for role, _ in found[-2:]] != ["user", "assistant"] or not all(text.strip() for _, text in found[-2:]):
         roles = some([role for role, _ in found]) or "nobody"
-        raise ValueError(f"{where} has messages of {roles}: expected last a user's and an answer, with text")
+        raise ValueError(
+            f"{where} has messages of {roles}: expected the user's message and then the assistant's answer as the last "
+            "two, both with text"
+        )
     return found
 
 

@@ -193,7 +193,9 @@ def _tokens(tokenizer: Tokenizer, texts: str | list[str], **how: Any) -> Any:
         # tokenizers raises a bare Exception, such as for a missing unknown token; a Rust panic is not even one.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} rejects a text ({error}): give another") from error
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} rejects a text ({error}): give a base with a sound tokenizer"
+        ) from error
 
 
 def _open_ended(tokenizer: Tokenizer, texts: list[str], *, special: bool) -> list[list[int]]:

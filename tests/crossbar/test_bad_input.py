@@ -276,7 +276,7 @@ def drifted(time=None):
             CrossbarConfig(cell=Cell(on_off_ratio=20.0)),
             r"cell.on_off_ratio = 20.0, not 10.0",
         ),
-        (drifted(), drifted(1e6), r"device.time = 1000000.0, not None. Use it, or program again"),
+        (drifted(), drifted(1e6), r"device.time = 1000000.0, not None. Read them with their own, or program"),
         (PLAIN, CrossbarConfig(cell=Cell(on_off_ratio=jnp.float32(9))), r"ratio = an array, not None"),
         (
             CrossbarConfig(adc=given(*FOUR)),
@@ -292,7 +292,7 @@ def test_arrays_of_another_configuration_are_not_read(programmed, read, message)
         return lambda x, chip: by(x, crossbar.with_read_key(crossbar.with_config(chip, read), KEY))
 
     for multiply in (reading(matmul), jax.jit(reading(matmul)), reading(probe)):
-        with pytest.raises(ValueError, match=f"the arrays have another configuration: .*{message}"):
+        with pytest.raises(ValueError, match=f"programmed with another configuration: .*{message}"):
             multiply(X, state)
 
 

@@ -344,7 +344,7 @@ _REFUSED = [
     (lambda: _on_arrays(_language("linen"), "decoder", _TOKENS), _NO_RULE),
     (
         lambda: _on_arrays(_mlp(), {"layers.*": _COARSE, "layers.2": None}),
-        r"'layers.2' never decides .*: put it before",
+        r"'layers.2' never decides, .*comes first",
     ),
     (lambda: _unable("transposed"), f"{_NO_FORM}.*Leave it digital.*'transposed': None"),
     (lambda: _unable("quantised"), "quantised cannot be put on arrays: its dot_general is not that of JAX"),

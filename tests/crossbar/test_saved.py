@@ -97,7 +97,7 @@ def test_another_configuration_is_refused(tmp_path):
     other = dataclasses.replace(config, adc=ADC(bits=7, range="max"))
     with pytest.raises(ValueError, match="programmed with another configuration .*: load it with its own"):
         load_chip(tmp_path / "chip.npz", other)
-    with pytest.raises(ValueError, match="the arrays have another configuration: adc.bits = 7, not 6"):
+    with pytest.raises(ValueError, match="programmed with another configuration: adc.bits = 7, not 6"):
         save_chip(crossbar.with_config(program(jnp.ones((4, 3)), config), other), tmp_path / "other.npz")
     assert not (tmp_path / "other.npz").exists()
 

@@ -184,7 +184,7 @@ def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, 
     assert "digital numbers a chip" in printed and "KL from the digital model" in printed
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--rate", "0.02"])
-    assert "another rate (0.01, now 0.02): give another --out" in capsys.readouterr().err
+    assert "another rate (0.01, now 0.02): give another --out; corrections are never overwr" in capsys.readouterr().err
 
 
 def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):

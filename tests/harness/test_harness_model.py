@@ -217,7 +217,7 @@ def test_results_are_returned_in_python(llama, tasks):
         ({"base": "BASE", "run": "here"}, "expected one model"),
         ({"base": "BASE", "age": "1h"}, "--age: only for simulated chips: name them with --crossbar"),
         ({"base": "BASE", "adapters": ["one"]}, "--adapters names modules of a pool: give it with --base and --pool"),
-        ({"base": "BASE", "crossbar": "ideal"}, "a chip's ADCs need text"),
+        ({"base": "BASE", "crossbar": "ideal"}, "a chip needs text that sets the ranges of its ADCs"),
         ({"base": "BASE", "max_length": 200}, "max_length is 200: expected at most the model's context of 160"),
         ({"base": "BASE", "pretrained": "x"}, "no model argument pretrained: expected some of crossbar, chip_key"),
         ({"run": "RUN", "pool": "pool"}, "--pool: only for a base without a run"),
@@ -245,7 +245,7 @@ def test_arguments_of_generation_that_are_not_supported_are_refused(arguments, m
 
 
 def test_texts_without_room_or_template_are_refused(llama, tmp_path):
-    with pytest.raises(ValueError, match="a continuation has .* tokens: expected 1 to 24"):
+    with pytest.raises(ValueError, match="a continuation has .* tokens: expected 1 to 24, the model's context"):
         llama.loglikelihood(_requests(("hot", " cold" * 40)))
     plain = HarnessLM(base=str(small_llama.make(tmp_path / "base", chat_template=None)))
     with pytest.raises(ValueError, match="has no chat template: leave out --apply_chat_template"):

@@ -409,9 +409,9 @@ def test_every_error_names_the_adapter_and_keeps_its_cause(write, error):
 
 
 def test_ranks_that_differ_from_the_configuration_are_refused(write):
-    _refused(write(r=8), "has rank 4 in tensors, 8 by r and rank_pattern: fetch both")
-    _refused(write(r=10**400), r"10000.*\.\.\..* by r and rank_pattern")
-    _refused(write(rank_pattern={"q": 2}), "has rank 4 in tensors, 2 by r and rank_pattern")
+    _refused(write(r=8), "has rank 4 in the tensors, but r and rank_pattern give 8: .*fetch both")
+    _refused(write(r=10**400), r"give 10000.*\.\.\..*: the two files do not belong together")
+    _refused(write(rank_pattern={"q": 2}), "has rank 4 in the tensors.* give 2")
 
 
 def test_dora_without_or_with_wrong_magnitudes(write):

@@ -244,7 +244,7 @@ def test_a_run_starts_from_the_numbers_of_another_one(fused, tmp_path):
     assert first < RunFolder(run_path(options)).metrics()[0]["loss"]
     with pytest.raises(ValueError, match="other modules or seeds"):
         lf.fuse(dataclasses.replace(more, seeds=(5,), name="other"))
-    with pytest.raises(ValueError, match="has other shapes"):
+    with pytest.raises(ValueError, match="trained with the method fusion"):
         lf.fuse(dataclasses.replace(more, method="coefficients", name="other"))
 
 

@@ -343,7 +343,7 @@ def test_tasks_and_banks_that_do_not_fit_are_refused():
         ((2, _BLOCK, _PARAMS, _MODULES), "no task 2 in a bank of capacity 2: give 0 to 1"),
         ((-1, _BLOCK, _PARAMS, _MODULES), "no task -1 in a bank"),
         ((0, lf.LoRA(sites=(), rank=4), {}, ()), "not LoRA"),
-        ((0, _SITE, _params(_SITE, 0), _MODULES), "a bank of the granularity block: make it with 'site'"),
+        ((0, _SITE, _params(_SITE, 0), _MODULES), "granularity site do not fit into .* block.*granularity='site'"),
         ((0, fused, of_fused, _MODULES), "magnitudes at decoder.cross.q.*the bank rescales no site"),
         ((0, _BLOCK, _PARAMS, _MODULES[:2]), r"expected coefficients of shape \(2, 5\), of one seed, got \(3, 5\)"),
         ((0, fused, {"magnitudes": {}}, _MODULES), "a task of Fusion with magnitudes: give its coefficients"),

@@ -177,7 +177,7 @@ def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, capl
     fused, mixed = lf.FusedRun.read(runs["fused"]), lf.FusedRun.read(runs["mixed"])
     before = service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3)
     assert before == alone["fused"] + alone["mixed"]
-    with pytest.raises(ValueError, match="no room for another among 3 tasks: remove one"):
+    with pytest.raises(ValueError, match="no room for another: the bank holds 3 tasks, its capacity. Remove one"):
         service.add("another", mixed)
     service.remove("scaled")
     service.add("another", mixed)
@@ -224,7 +224,7 @@ def test_a_run_whose_modules_were_not_loaded_needs_them_from_the_start(runs, sma
     mixed = lf.FusedRun.read(runs["mixed"])
     names = sorted(folder.name for folder in small[1].iterdir())
     service = lf.Service([mixed], capacity=1)
-    with pytest.raises(ValueError, match="other fuses .*, which the bank lacks: make it with these"):
+    with pytest.raises(ValueError, match="other fuses .*, which the bank lacks: give these modules"):
         service.add("other", other)
     roomy = lf.Service([mixed], capacity=1, modules=names)
     roomy.add("other", other)
@@ -247,7 +247,7 @@ def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_
     with pytest.raises(ValueError, match="no runs: give at least one"):
         lf.Service([], capacity=1)
     vera = write("vera", {"vera": {"b": np.ones(1)}}, (1,), method="vera")
-    with pytest.raises(ValueError, match="vera is of vera, not a fusion, magnitudes or a LoRA"):
+    with pytest.raises(ValueError, match="vera is of the method vera, which no bank holds: give runs of a fusion"):
         lf.FusedRun.read(vera)
 
 
@@ -279,7 +279,7 @@ def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alon
         assert [text[: len(e)] for text, e in zip(said, expected[name], strict=True)] == expected[name], name
     assert expected["lora"] != expected["module"] != alone["mixed"]
     basis = lf.FusedRun.read(folder)._replace(options=dataclasses.replace(found["lora"].options, load_in="nf4"))
-    with pytest.raises(ValueError, match="lora is of a LoRA, .*: serve it apart"):
+    with pytest.raises(ValueError, match="lora is of a LoRA, which joins whole modules in full precision"):
         lf.Service([basis], capacity=1)
 
 

@@ -247,9 +247,9 @@ def test_what_was_said_before_counts_as_part_of_a_row(tmp_path):
     ("messages", "message"),
     [
         ("hello", r'its messages are not a list of \{"role": ..., "content": ...\}'),
-        ([], "has messages of nobody: expected last a user's and an answer"),
+        ([], "has messages of nobody: expected the user's message and then"),
         ([{"role": "user", "content": "hot"}], "has messages of user: expected"),
-        (_row(("user", "hot"), ("assistant", " "))["messages"], "messages of user, assistant: .* with text"),
+        (_row(("user", "hot"), ("assistant", " "))["messages"], "messages of user, assistant: .* both with text"),
         (_row(("assistant", "hot"), ("user", "cold"))["messages"], "messages of assistant, user: expected"),
         ([{"role": "user"}], "message 1 has role: expected role and content, both texts"),
         ([{"role": "user", "content": "x", "tool_calls": []}], "message 1 has role, content, tool_calls: expected"),

@@ -91,7 +91,10 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
             raise ValueError("it does not hold its configuration: give the one that it was programmed with")
         config = from_json(meta["fields"])
     elif not has_hash(config, meta["config"]):
-        raise ValueError(f"it was programmed with another configuration ({meta['config'][:12]}): load it with its own")
+        raise ValueError(
+            f"it was programmed with another configuration ({meta['config'][:12]}, this one is "
+            f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
+        )
     packed = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("columns.")}
     fields: dict[str, Any] = {name: stored.get(name) for name in _ARRAYS}
     if packed:

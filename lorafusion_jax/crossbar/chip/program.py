@@ -197,7 +197,8 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
     low, high = float(np.min(conductances)), float(np.max(conductances))
     if not 0 <= low <= high <= _MOST:
         raise ValueError(
-            f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite; divide microsiemens by the Gmax"
+            f"conductances from {low:g} to {high:g}: give fractions of Gmax, finite and from 0 to about 1; divide "
+            "microsiemens by the Gmax of the cells"
         )
 
 

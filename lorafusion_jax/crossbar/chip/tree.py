@@ -187,5 +187,8 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
         for other, covered in earlier.items():
             # The rule for all others may be left with nothing.
             if pattern != "*" and rules[other] is not config and covered.issuperset(places):
-                raise ValueError(f"the rule {pattern!r} never decides after {other!r}: put it before that one")
+                raise ValueError(
+                    f"the rule {pattern!r} never decides, because {other!r} comes first and matches all that it "
+                    "matches: put the special rule before the general one"
+                )
         earlier[pattern] = set(places)

@@ -72,7 +72,10 @@ def check_same(programmed: CrossbarConfig, config: CrossbarConfig) -> None:
         return
     here, there = (each.config([_Swept()] * each.numbers.count(None)) for each in of_arrays)
     if different := list(_differences(here, there, "")):
-        raise ValueError(f"the arrays have another configuration: {'; '.join(different)}. Use it, or program again")
+        raise ValueError(
+            f"these arrays were programmed with another configuration: {'; '.join(different)}. Read them with their "
+            "own, or program the weights again"
+        )
 
 
 class _Swept:

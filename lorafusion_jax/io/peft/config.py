@@ -156,7 +156,10 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[dict[
     for path, rank in ranks.items():
         r, alpha = given[path]
         if rank != r:
-            raise ValueError(f"{path} has rank {rank} in tensors, {shown(r)} by r and rank_pattern: fetch both again")
+            raise ValueError(
+                f"{path} has rank {rank} in the tensors, but r and rank_pattern "
+                f"give {shown(r)}: the two files do not belong together; fetch both again, or correct r"
+            )
         found[path] = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
         if old_patterns:
             key = _first_match(old_patterns, path, clock)
