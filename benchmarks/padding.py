@@ -8,8 +8,8 @@ or a folder of JSON files; the embedded tasks are the default. Lanes and widths 
 lengths are estimated from characters. Also shares of other plans: if compilation took no time, with the fewest tokens,
 whatever they cost, and the cheapest, without the price of padding. Where less than is required is real, the cost
 (operations, and those of compilation) of a plan that reaches it, over the cost of the chosen one: a price on every
-token is raised until it does. --time trains the five most padded tasks for an epoch in either form, in turns, on one core,
-with random weights.
+token is raised until it does. --time trains the five most padded tasks for an epoch in either form, in turns, on one
+core, with random weights.
 """
 
 import sys
