@@ -58,7 +58,14 @@ from lorafusion_jax.hardware.folder import Chips
 from lorafusion_jax.hardware.on_arrays import module_numbers, without_merged_pool
 from lorafusion_jax.hardware.program import Restored, program
 from lorafusion_jax.hardware.restore import Restoring, distil, divergence, restore
-from lorafusion_jax.hardware.restored import digital_matrices, logits_of_base, prepared, sampled, windows
+from lorafusion_jax.hardware.restored import (
+    Outputs,
+    digital_matrices,
+    logits_of_base,
+    prepared,
+    sampled,
+    windows,
+)
 from lorafusion_jax.io import arrays
 from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.report.statistics import holm, over_tasks
@@ -381,7 +388,7 @@ class Bench:
             tree, _ = arrays.load(folder, what="corrections")
             return {site: Correction(**jax.tree.map(jnp.asarray, parts)) for site, parts in tree.items()}
         weights, batches = self.chip(config, job.chip), self.text(job)
-        held, targets = digital_matrices(self.loaded, weights), [self.logits(self.digital, b) for b in batches]
+        held, targets = digital_matrices(self.loaded, weights), Outputs(self.logits, self.digital, batches)
         arm = how(job.arm, held)
         if job.arm.method == "lora":
             found = restore(self.run, weights, held, batches, targets, arm)
@@ -403,7 +410,7 @@ class Bench:
         return [float(self.losses(reads(weights, n), batch)[0]) / (WINDOW - 1) for n, batch in numbered]
 
     def diverged(self, weights: Any, batches: Sequence[Batch]) -> float:
-        targets = [self.logits(self.digital, batch) for batch in batches]
+        targets = Outputs(self.logits, self.digital, batches)
         return statistics.fmean(float(self.divergence(weights, *pair)) for pair in zip(batches, targets, strict=True))
 
     def scores(self, job: Job, corrections: dict[str, Correction], weights: Any) -> Row:

@@ -79,7 +79,7 @@ def restore(
       weights: tree with calibrated chips, of any model.
       matrices: digital matrices of the chips, in the order of `crossbar.chips_in`.
       batches: inputs without labels, all of one shape.
-      targets: the digital model's logits of every batch.
+      targets: the digital model's logits of every batch; a sequence may compute them where they are read.
       how: kind of the corrections, and their training.
 
     Raises:

@@ -184,10 +184,11 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     graph, digital = setup.problem.graph, setup.problem.frozen
     run = logits_of_base(graph)
     logits = jax.jit(run)
-    targets = [logits(digital.base, batch) for batch in batches]
+    targets = Outputs(logits, digital.base, batches)
     measured = max(1, len(batches) // _MEASURED) if len(batches) > 1 else 0
     train = slice(None, len(batches) - measured)
-    pairs = list(zip(batches, targets, strict=True))[len(batches) - measured :] or [(batches[0], targets[0])]
+    left_out = slice(len(batches) - measured, None) if measured else slice(1)
+    pairs = list(zip(batches[left_out], targets[left_out], strict=True))
     with progress("chips", len(missing)) as bar:
         for number in missing:
             chip = program(graph, digital, chips.rules(config), keys[number])
@@ -213,6 +214,20 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
             made[number] = manifest
             bar.update()
     return {number: manifest for number, manifest in made.items() if manifest is not None}
+
+
+class Outputs(Sequence[Array]):
+    """Outputs of a model on batches, computed where they are read: all logits together can be larger than the model."""
+
+    def __init__(self, run: Callable[[Any, Any], Array], weights: Any, batches: Sequence[Any]):
+        self._run, self._weights, self._batches = run, weights, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, at: Any) -> Any:
+        found = self._batches[at]
+        return Outputs(self._run, self._weights, found) if isinstance(at, slice) else self._run(self._weights, found)
 
 
 def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: str) -> list[Restored]:

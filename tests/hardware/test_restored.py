@@ -21,6 +21,7 @@ from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.restore import Restoring, divergence, restore
 from lorafusion_jax.hardware.restored import (
+    Outputs,
     RestoreOptions,
     digital_matrices,
     load_restored,
@@ -104,6 +105,19 @@ def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_te
     assert {row[0] for row in rows} == {loaded.tokenizer.bos_token_id}
     np.testing.assert_array_equal(np.concatenate([row[1:] for row in rows]), ids[: 127 * len(rows)])
     assert len(sampled(loaded, 200, 0)) == 2 * 127  # rows that fill a window each, without that token
+
+
+def test_outputs_are_computed_where_they_are_read():
+    calls = []
+
+    def run(weights, batch):
+        calls.append(batch)
+        return jnp.asarray(weights * batch)
+
+    outputs = Outputs(run, 2, [1, 3, 5])
+    last = outputs[1:]
+    assert (len(outputs), len(last), calls) == (3, 2, [])
+    assert (outputs[0], last[0], calls) == (2, 6, [1, 3])
 
 
 @pytest.mark.long
