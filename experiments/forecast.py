@@ -2,9 +2,11 @@
 
     python experiments/forecast.py                      # missing descents, then fit, test, tables and figure
     python experiments/forecast.py --package            # also writes the fit that `lorafusion forecast` uses
+    python experiments/forecast.py --tasks FOLDER       # also missing descents on language
 
-The advantages and the pools are those of experiments/pool_value.py. Written to OUT: a line of descents.jsonl for each
-target, seed and number of rows, a line of cases.jsonl for each target, table.csv, features.csv and forecast.png.
+The advantages and the pools are those of experiments/pool_value.py and pool_value_language.py; FOLDER holds the
+function-vector data sets. Written to OUT: a line of descents.jsonl or language_descents.jsonl for each target, seed and
+number of rows, a line of cases.jsonl or language_cases.jsonl for each target, tables as CSV, and forecast.png.
 Interrupted, the same command continues.
 """
 
@@ -22,21 +24,28 @@ import numpy as np
 import scipy.stats
 import tyro
 from lab.common import ROOT, SMALL, append_line, read_lines, write_csv
+from lab.language import TUNING, load
 from lab.pool_cells import FUSION, ROTATED, SEEDS
+from lab.smollm2 import base as smollm2
 from lab.string_pools import CLASSES, Target, design, pool_folder, train_rows
+from pool_value_language import SEEDS as LANGUAGE_SEEDS
+from pool_value_language import draw, setup_of
 
 import lorafusion_jax as lf
 from lorafusion_jax.files import write_text
 from lorafusion_jax.io.hf import base_digest
 from lorafusion_jax.report.plots import colour, plot
-from lorafusion_jax.runs.advantage import FEATURES, Case, Feature, fit
+from lorafusion_jax.runs.advantage import FEATURES, Case, Feature, Prediction, fit
 from lorafusion_jax.runs.descent import descent_of, with_copies
-from lorafusion_jax.runs.prepare import load_model
-from lorafusion_jax.tasks import Example, encode, eval_batches
+from lorafusion_jax.runs.prepare import LoadedModel, load_model
+from lorafusion_jax.tasks import Encoded, Example, encode, eval_batches
 from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.training.problem import Problem
 
 SEED, DRAWS, BATCH, RESAMPLES = 20261128, 3, 10, 10_000
+LANGUAGE_ROWS = 20
 MODELS: dict[str, tuple[Feature, ...]] = {"descent, loss and rows": FEATURES, "loss and rows": ("loss", "log_rows")}
+JUDGED = ("rank correlation", "its 95 % interval", "in the 80 % interval", "error", "error of the mean")
 PACKAGED = ROOT / "lorafusion_jax" / "runs" / "advantage.json"
 
 Row = dict[str, Any]
@@ -51,6 +60,8 @@ class Options:
       measured: folder of the advantages.
       pools: folder of the trained pools.
       out: folder of results; descents that are there are not computed again.
+      tasks: folder of the function-vector data sets; None for the language descents that are there.
+      language_pool: folder of the adapters of SmolLM2.
       package: write the tasks of the fit into the package.
     """
 
@@ -58,6 +69,8 @@ class Options:
     measured: Path = ROOT / "docs" / "results" / "pool_value"
     pools: Path = ROOT / "runs" / "pool_value" / "pools"
     out: Path = ROOT / "docs" / "results" / "forecast"
+    tasks: Path | None = None
+    language_pool: Path = ROOT / "runs" / "language_own" / "adapters"
     package: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
@@ -67,13 +80,20 @@ def main(arguments: Sequence[str] = ()) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "descents.jsonl"
     compute(options, file)
+    language = options.out / "language_descents.jsonl"
+    if options.tasks is not None:
+        compute_language(options, options.tasks, language)
     rows = [row for number in options.rows for row in read_lines(options.measured / f"rows_{number}.jsonl")]
     cases = cases_of(read_lines(file), advantages(rows))
     if len({case["task"] for case in cases}) < 8:
         raise ValueError(f"{options.measured} has the advantages of too few tasks: run experiments/pool_value.py first")
-    write_text(options.out / "cases.jsonl", "".join(json.dumps(case) + "\n" for case in cases))
+    gains = advantages(read_lines(options.measured / "language.jsonl"), LANGUAGE_SEEDS)
+    on_language = cases_of(read_lines(language), gains)
+    for name, own in (("cases", cases), ("language_cases", on_language)):
+        write_text(options.out / f"{name}.jsonl", "".join(json.dumps(case) + "\n" for case in own))
     relevance = {target.task.name: target.relevance for target in design().targets}
-    for name, table in (("table", evaluated(cases)), ("features", explained(cases, relevance))):
+    tables = {"table": evaluated(cases), "features": explained(cases, relevance)}
+    for name, table in (tables | {"language": of_language(cases, on_language)}).items():
         write_csv(options.out / f"{name}.csv", table)
         print(markdown(table))
     plot_cases(cases, options.out / "forecast.png")
@@ -96,24 +116,46 @@ def compute(options: Options, file: Path) -> None:
 
 def of_pool(folder: Path, missing: Sequence[tuple[Target, int, int]], file: Path) -> None:
     """Append the descents of one pool's modules on the training rows of targets, numbers of rows and seeds."""
-    recipe, base = lf.CoefficientsRecipe(choose="gradient", modules=1), str(SMALL / "base")
-    ranking = lf.FuseOptions(base=base, pool=str(folder), task="", method="coefficients", recipe=recipe)
-    model = load_model(ranking)
-    problems = with_copies(model.problem.replace(index=model.problem.index[0]), jax.random.key(SEED), DRAWS)
+    model, problems = ranked(SMALL / "base", folder)
     for target, number, seed in missing:
         texts = [Example(row["context"], row["completion"]) for row in train_rows(target.task, seed)[:number]]
         rows = encode(model.tokenizer, texts, model.text_format)
-        batches = eval_batches(rows, BATCH, pad_id=model.tokenizer.pad_token_id)
-        found = descent_of(problems, [batch for _, batch in batches])
         key = {"task": target.task.name, "pool": target.pool, "relevance": target.relevance}
-        numbers = {"loss": found.loss, "log_ratio": found.log_ratio}
-        arrays = {"modules": found.modules, "rotated": found.rotated}
-        shown = {name: np.round(value, 5).tolist() for name, value in (numbers | arrays).items()}
-        append_line(file, key | {"rows": number, "seed": seed} | shown)
+        append_line(file, key | {"seed": seed} | measured(model, problems, rows))
         print(f"pool {folder.name}: {target.task.name}, {number} rows, seed {seed}", file=sys.stderr, flush=True)
 
 
-def advantages(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
+def compute_language(options: Options, tasks: Path, file: Path) -> None:
+    """Append the descents on language that are missing in a file."""
+    have = {(row["task"], row["seed"]) for row in read_lines(file)}
+    paths, _ = draw(tasks, ROOT / "runs" / "pool_value" / "language")
+    everything = itertools.product((name for name in paths if name not in TUNING), LANGUAGE_SEEDS)
+    if not (missing := [key for key in everything if key not in have]):
+        return
+    model, problems = ranked(smollm2(), options.language_pool)
+    for task, seed in missing:
+        own = setup_of(model, load(paths[task]), LANGUAGE_ROWS, seed, 0).train
+        rows = Encoded(own.inputs[:LANGUAGE_ROWS], own.labels[:LANGUAGE_ROWS])
+        append_line(file, {"task": task, "seed": seed} | measured(model, problems, rows))
+        print(f"{task}, seed {seed}", file=sys.stderr, flush=True)
+
+
+def ranked(base: Path, pool: Path) -> tuple[LoadedModel, list[Problem]]:
+    """Return a base with all modules of a pool, and the problems of these and of their rotated copies."""
+    recipe = lf.CoefficientsRecipe(choose="gradient", modules=1)
+    model = load_model(lf.FuseOptions(base=str(base), pool=str(pool), task="", method="coefficients", recipe=recipe))
+    return model, with_copies(model.problem.replace(index=model.problem.index[0]), jax.random.key(SEED), DRAWS)
+
+
+def measured(model: LoadedModel, problems: Sequence[Problem], rows: Encoded) -> Row:
+    """Return the descents of modules and copies on some rows."""
+    batches = eval_batches(rows, BATCH, pad_id=model.tokenizer.pad_token_id)
+    found = descent_of(problems, [batch for _, batch in batches])
+    numbers = {"loss": found.loss, "log_ratio": found.log_ratio, "modules": found.modules, "rotated": found.rotated}
+    return {"rows": found.rows} | {name: np.round(value, 5).tolist() for name, value in numbers.items()}
+
+
+def advantages(rows: Sequence[Row], seeds: Sequence[int] = SEEDS) -> dict[tuple[str, int], float]:
     """Return the advantage of a pool over its rotated copies by task and number of rows, once both have all seeds."""
     arms: dict[tuple[str, int], dict[str, list[Row]]] = {}
     for row in rows:
@@ -121,7 +163,7 @@ def advantages(rows: Sequence[Row]) -> dict[tuple[str, int], float]:
             arms.setdefault((row["task"], row["rows"]), {FUSION: [], ROTATED: []})[row["arm"]].append(row)
     found = {}
     for key, by_arm in arms.items():
-        if all({row["seed"] for row in own} == {*SEEDS} for own in by_arm.values()):
+        if all({row["seed"] for row in own} == {*seeds} for own in by_arm.values()):
             fused, rotated = (np.mean([row["test_loss"] for row in by_arm[arm]]) for arm in (FUSION, ROTATED))
             found[key] = float(rotated - fused)
     return found
@@ -148,31 +190,44 @@ def halves(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
 def evaluated(cases: Sequence[Case]) -> list[list[str]]:
     """Return a table of the models on both halves; errors are root mean squares in nats."""
     parts = dict(zip(("fit", "test"), halves(cases), strict=True))
-    mean = np.mean([case["advantage"] for case in parts["fit"]])
-    table = [
-        [
-            "model",
-            "half",
-            "tasks",
-            "rank correlation",
-            "its 95 % interval",
-            "in the 80 % interval",
-            "error",
-            "error of the mean",
-        ]
-    ]
+    mean = float(np.mean([case["advantage"] for case in parts["fit"]]))
+    table = [["model", "half", "tasks", *JUDGED]]
     for name, features in MODELS.items():
         model = fit(parts["fit"], features)
         for half, own in parts.items():
-            found = np.array([model.predict(case["log_ratio"], case["loss"], case["rows"]) for case in own])
-            gains, names = np.array([case["advantage"] for case in own]), [case["task"] for case in own]
-            predicted, low, high = found.T
-            rank = rank_correlation(names, predicted, gains)
-            errors = (np.sqrt(np.mean(np.square(guess - gains))) for guess in (predicted, mean))
-            inside = np.mean((low <= gains) & (gains <= high))
-            shown = (f"{rank[0]:.3f}", f"{rank[1]:.2f} to {rank[2]:.2f}", f"{inside:.0%}")
-            table.append([name, half, str(len({*names})), *shown, *(f"{error:.3f}" for error in errors)])
+            found = [model.predict(case["log_ratio"], case["loss"], case["rows"]) for case in own]
+            table.append([name, half, str(len({case["task"] for case in own})), *judged(own, found, [mean] * len(own))])
     return table
+
+
+def of_language(cases: Sequence[Case], language: Sequence[Case]) -> list[list[str]]:
+    """Return a table of the fit's forecasts on language, as they are and after a calibration on the other tasks."""
+    fitted = halves(cases)[0]
+    model, mean = fit(fitted), float(np.mean([case["advantage"] for case in fitted]))
+    table = [["forecast", "tasks", *JUDGED]]
+    if len(language) < 4:
+        return table
+    plain, calibrated, means = [], [], []
+    for case in language:
+        others = [other for other in language if other is not case]
+        means.append(float(np.mean([other["advantage"] for other in others])))
+        for found, of in ((plain, model), (calibrated, model.calibrated(others))):
+            found.append(of.predict(case["log_ratio"], case["loss"], case["rows"]))
+    as_it_is, later = judged(language, plain, [mean] * len(language)), judged(language, calibrated, means)
+    table.append(["fit on string tasks", str(len(language)), *as_it_is])
+    table.append(["calibrated on the other tasks", str(len(language)), "-", "-", *later[2:]])
+    return table
+
+
+def judged(cases: Sequence[Case], found: Sequence[Prediction], means: Sequence[float]) -> list[str]:
+    """Return rank correlation, share of the intervals that hold, and errors of forecasts and of means."""
+    gains = np.array([case["advantage"] for case in cases])
+    predicted, low, high = np.array(found).T
+    rank = rank_correlation([case["task"] for case in cases], predicted, gains)
+    errors = (np.sqrt(np.mean(np.square(guess - gains))) for guess in (predicted, np.array(means)))
+    inside = np.mean((low <= gains) & (gains <= high))
+    shown = (f"{rank[0]:.3f}", f"{rank[1]:.2f} to {rank[2]:.2f}", f"{inside:.0%}")
+    return [*shown, *(f"{error:.3f}" for error in errors)]
 
 
 def explained(cases: Sequence[Case], relevance: Mapping[str, str]) -> list[list[str]]:
