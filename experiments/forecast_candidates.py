@@ -1,6 +1,7 @@
 """Can the forecast use a backward pass better? Candidates of features, computed on string tasks.
 
-    python experiments/forecast_candidates.py --half fit
+    python experiments/forecast_candidates.py --half fit --pools POOLS --out fit.npz
+    python experiments/forecast_candidates.py --half language --pools ADAPTERS --tasks FOLDER --out language.npz
 """
 
 import itertools
@@ -15,10 +16,15 @@ import numpy as np
 import tyro
 from forecast import SEED, DRAWS, halves, ranked
 from lab.common import ROOT, SMALL, read_lines
+from lab.language import TUNING, load
 from lab.pool_cells import SEEDS, SOURCE_WIDTH
+from lab.smollm2 import base as smollm2
 from lab.string_pools import design, pool_folder, train_rows
+from pool_value_language import SEEDS as LANGUAGE_SEEDS
+from pool_value_language import draw, setup_of
 
 from lorafusion_jax.tasks import IGNORED, Batch, Example, encode, pad
+from lorafusion_jax.training.fit import start
 from lorafusion_jax.training.loss import batch_logits, objective
 
 FOLDS, STEPS = 4, 0.05 * 2.0 ** np.arange(9)
@@ -52,7 +58,10 @@ def curvature(direction, batch, problem, zeros):
 
 
 def main(arguments=()) -> None:
-    def run(half: Literal["fit", "test"], pools: Path, out: Path) -> None:
+    def run(half: Literal["fit", "test", "language"], pools: Path, out: Path, tasks: Path = Path()) -> None:
+        if half == "language":
+            of_language(pools, tasks, out)
+            return
         cases = read_lines(ROOT / "docs/results/forecast/cases.jsonl")
         own = {case["task"] for case in halves(cases)[half == "test"]}
         found = {}
@@ -68,6 +77,40 @@ def main(arguments=()) -> None:
         np.savez(out, tasks=np.array([k[0] for k in keys]), seeds=np.array([k[1] for k in keys]), **arrays)
 
     tyro.cli(run, args=list(arguments))
+
+
+def of_language(pool: Path, tasks: Path, out: Path) -> None:
+    """Write the gradients of each fold for real modules and rotated copies."""
+    model, problems = ranked(smollm2(), pool)
+    problems = [p.replace(index=p.index[0]) for p in problems]
+    paths, _ = draw(tasks, ROOT / "runs" / "pool_value" / "language")
+    keys = [key for key in itertools.product(paths, LANGUAGE_SEEDS) if key[0] not in TUNING]
+    sets = {key: setup_of(model, load(paths[key[0]]), 20, key[1], 0).train for key in keys}
+    wide = [max(len(row) for own in sets.values() for row in part(own)) for part in (inputs_of, labels_of)]
+    zeros = jnp.zeros(start(problems[0].replace(index=problems[0].index[None]), (0,)).params["coefficients"].shape[1:])
+    found = []
+    for key in keys:
+        rows = sets[key]
+        ids = pad(rows.inputs[:20], model.tokenizer.pad_token_id, wide[0])
+        mask = np.arange(wide[0]) < np.array([len(row) for row in rows.inputs[:20]])[:, None]
+        labels = np.stack([np.pad(r, (0, wide[1] - len(r)), constant_values=IGNORED) for r in rows.labels[:20]])
+        flat = Batch(ids, mask, labels.astype(np.int32), np.ones(20, bool))
+        folds = jax.tree.map(lambda leaf: leaf.reshape(FOLDS, -1, *leaf.shape[1:]), flat)
+        tokens = (labels != IGNORED).reshape(FOLDS, -1).sum(axis=1)
+        losses, G = zip(*[map(np.asarray, gradients(folds, problem, zeros)) for problem in problems], strict=True)
+        found.append((tokens, np.stack(losses), np.stack(G)))
+        print(key, wide, file=sys.stderr, flush=True)
+    tokens, losses, G = map(np.stack, zip(*found, strict=True))
+    names, seeds = map(np.array, zip(*keys, strict=True))
+    np.savez(out, tasks=names, seeds=seeds, tokens=tokens, loss=losses, grad=G)
+
+
+def inputs_of(rows):
+    return rows.inputs[:20]
+
+
+def labels_of(rows):
+    return rows.labels[:20]
 
 
 def one(model, problems, target, seed):
