@@ -134,4 +134,12 @@ def write_pools(folder: Path, *, shuffled: bool) -> Iterator[Path]:
 
 
 def pool_folder(folder: Path, pool: str, *, shuffled: bool) -> Path:
-    return folder / (f"{pool}-shuffled-labels" if shuffled else pool)
+    """Return the folder of a pool; ValueError if one is there with other adapters than the design's."""
+    found = folder / (f"{pool}-shuffled-labels" if shuffled else pool)
+    expected = {task.name for task in design().pools[pool]}
+    if found.is_dir() and (there := {path.name for path in found.iterdir()}) != expected:
+        raise ValueError(
+            f"{found} has other adapters than the design, such as {min(there ^ expected)}: remove it, and "
+            "python experiments/pool_value.py trains the pool again"
+        )
+    return found

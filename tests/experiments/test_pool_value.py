@@ -41,6 +41,15 @@ def test_the_committed_draw_is_the_one_of_the_script():
     assert list(csv.reader((_RESULTS / "draw.csv").read_text().splitlines())) == experiment.draw_table()
 
 
+def test_a_folder_with_the_adapters_of_another_pool_is_refused(tmp_path):
+    for task in string_pools.design().pools["2"]:
+        (tmp_path / "1" / task.name).mkdir(parents=True)
+        (tmp_path / "2-shuffled-labels" / task.name).mkdir(parents=True)
+    assert string_pools.pool_folder(tmp_path, "2", shuffled=True) == tmp_path / "2-shuffled-labels"
+    with pytest.raises(ValueError, match="1 has other adapters than the design, such as .*: remove it"):
+        string_pools.pool_folder(tmp_path, "1", shuffled=False)
+
+
 def test_letters_of_test_rows_are_not_trained_on():
     def letters(rows):
         return {row["context"].partition(" : ")[2] for row in rows}
