@@ -89,10 +89,12 @@ def main(arguments: Sequence[str] = ()) -> None:
         raise ValueError(f"{options.measured} has the advantages of too few tasks: run experiments/pool_value.py first")
     gains = advantages(read_lines(options.measured / "language.jsonl"), LANGUAGE_SEEDS)
     on_language = cases_of(read_lines(language), gains)
+    if len(on_language) < 4:
+        raise ValueError(f"{language} has the descents of too few tasks: give --tasks")
     for name, own in (("cases", cases), ("language_cases", on_language)):
         write_text(options.out / f"{name}.jsonl", "".join(json.dumps(case) + "\n" for case in own))
     relevance = {target.task.name: target.relevance for target in design().targets}
-    tables = {"table": evaluated(cases), "features": explained(cases, relevance)}
+    tables = {"table": evaluated(cases), "features": explained(cases, relevance, on_language)}
     for name, table in (tables | {"language": of_language(cases, on_language)}).items():
         write_csv(options.out / f"{name}.csv", table)
         print(markdown(table))
@@ -205,8 +207,6 @@ def of_language(cases: Sequence[Case], language: Sequence[Case]) -> list[list[st
     fitted = halves(cases)[0]
     model, mean = fit(fitted), float(np.mean([case["advantage"] for case in fitted]))
     table = [["forecast", "tasks", *JUDGED]]
-    if len(language) < 4:
-        return table
     plain, calibrated, means = [], [], []
     for case in language:
         others = [other for other in language if other is not case]
@@ -230,19 +230,21 @@ def judged(cases: Sequence[Case], found: Sequence[Prediction], means: Sequence[f
     return [*shown, *(f"{error:.3f}" for error in errors)]
 
 
-def explained(cases: Sequence[Case], relevance: Mapping[str, str]) -> list[list[str]]:
-    """Return a table of single features on all tasks; relevance is the number of operations that the pool knows."""
+def explained(cases: Sequence[Case], relevance: Mapping[str, str], language: Sequence[Case]) -> list[list[str]]:
+    """Return a table of single features; relevance is the number of a string task's operations that its pool knows."""
     known = {name: len(CLASSES) - 1 - n for n, name in enumerate(CLASSES)}
-    features = {
-        "operations of the task in the pool": [known[relevance[case["task"]]] for case in cases],
-        "loss of the base": [case["loss"] for case in cases],
-        "logarithm of the descent ratio": [case["log_ratio"] for case in cases],
-    }
-    table = [["feature, all tasks", "rank correlation", "its 95 % interval"]]
-    names, gains = [case["task"] for case in cases], np.array([case["advantage"] for case in cases])
-    for feature, values in features.items():
-        rank, low, high = rank_correlation(names, np.array(values), gains)
-        table.append([feature, f"{rank:.3f}", f"{low:.2f} to {high:.2f}"])
+    table = [["feature", "tasks", "rank correlation", "its 95 % interval"]]
+    for kind, own in (("string", cases), ("language", language)):
+        features = {
+            "loss of the base": [case["loss"] for case in own],
+            "logarithm of the descent ratio": [case["log_ratio"] for case in own],
+        }
+        if kind == "string":
+            features["operations of the task in the pool"] = [known[relevance[case["task"]]] for case in own]
+        names, gains = [case["task"] for case in own], np.array([case["advantage"] for case in own])
+        for feature, values in features.items():
+            rank, low, high = rank_correlation(names, np.array(values), gains)
+            table.append([feature, f"{len(own)} {kind}", f"{rank:.3f}", f"{low:.2f} to {high:.2f}"])
     return table
 
 

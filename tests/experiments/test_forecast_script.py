@@ -58,6 +58,13 @@ def test_advantages_that_follow_the_descent_are_predicted(tmp_path):
     assert (tmp_path / "cases.png").stat().st_size
 
 
+def test_a_calibration_on_the_other_tasks_corrects_the_mean():
+    cases, others = _cases(range(12)), _cases(range(20, 26), gain=lambda n: 5 + 0.1 * n)
+    plain, calibrated = experiment.of_language(cases, others)[1:]
+    assert plain[:3] == ["fit on string tasks", "6", "1.000"] and plain[4] == "0%"
+    assert float(plain[5]) == pytest.approx(5, abs=0.1) and float(calibrated[5]) < 1e-3 < float(calibrated[6])
+
+
 def test_a_rank_correlation_of_unrelated_numbers_has_an_interval_around_zero():
     rng = np.random.default_rng(0)
     tasks = [f"task {n // 2}" for n in range(60)]
@@ -68,7 +75,12 @@ def test_a_rank_correlation_of_unrelated_numbers_has_an_interval_around_zero():
 def test_the_page_has_the_tables_of_its_rows():
     cases = read_lines(_FOLDER / "cases.jsonl")
     relevance = {row["task"]: row["relevance"] for row in read_lines(_FOLDER / "descents.jsonl")}
-    tables = {"table": experiment.evaluated(cases), "features": experiment.explained(cases, relevance)}
+    language = read_lines(_FOLDER / "language_cases.jsonl")
+    tables = {
+        "table": experiment.evaluated(cases),
+        "features": experiment.explained(cases, relevance, language),
+        "language": experiment.of_language(cases, language),
+    }
     for name, lines in tables.items():
         with (_FOLDER / f"{name}.csv").open() as file:
             assert list(csv.reader(file)) == lines
