@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -536,9 +536,29 @@ def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
             settings = list(dict.fromkeys(job.setting for job in groups))
             together = sorted(groups, key=lambda job: settings.index(job.setting))
             found[part] = [_HEADS[part], *(_line(job, groups[job]) for job in together)]
+            if part == "transfer":
+                found[part] += _over_all_tasks(groups)
     if lines := contrasts([row for row in rows if row["part"] == "main"]):
         found["contrasts"] = [["minus scales, distilled", "chips", "nats", "95 % interval", "p", "p by Holm"], *lines]
     return found
+
+
+def _over_all_tasks(groups: Mapping[Job, Sequence[Row]]) -> Iterator[list[str]]:
+    """Yield a line for each arm with several tasks: means over tasks, of chips with all of them."""
+    by_arm: dict[Arm, dict[int, list[Row]]] = {}
+    for job, rows in groups.items():
+        for row in rows:
+            by_arm.setdefault(job.arm, {}).setdefault(row["chip"], []).append(row)
+    for arm, of_chips in by_arm.items():
+        tasks = max(map(len, of_chips.values()))
+        names = ("digital_task_loss", "task_loss", "digital_exact_match", "exact_match")
+        whole = [
+            {name: statistics.fmean(row[name] for row in rows) for name in names}
+            for rows in of_chips.values()
+            if len(rows) == tasks
+        ]
+        if tasks > 1:
+            yield _line(Job("transfer", Setting(), 0, arm, task=f"mean of {tasks} tasks"), whole)
 
 
 def contrasts(rows: Sequence[Row]) -> list[list[str]]:

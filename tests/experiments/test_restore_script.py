@@ -65,6 +65,10 @@ def test_matches_of_fusions_are_means_over_chips():
     assert experiment.tables(rows)["transfer"][1] == [
         "sentiment", "low rank 1 %, distilled", "3", "0.200", "0.300", "80.0", "72.0", "69.5 to 74.5"
     ]  # fmt: skip
+    others = [row | {"task": "antonym", "exact_match": 50.0, "digital_exact_match": 60.0} for row in rows[:2]]
+    assert experiment.tables(rows + others)["transfer"][-1] == [
+        "mean of 2 tasks", "low rank 1 %, distilled", "2", "0.200", "0.300", "70.0", "60.8", "57.6 to 63.9"
+    ]  # fmt: skip
 
 
 def test_the_page_has_the_tables_of_its_rows():
