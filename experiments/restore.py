@@ -544,11 +544,16 @@ def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
 
 
 def _over_all_tasks(groups: Mapping[Job, Sequence[Row]]) -> Iterator[list[str]]:
-    """Yield a line for each arm with several tasks: means over tasks, of chips with all of them."""
+    """Yield a line for each arm with several tasks: means over tasks, of chips with all of them.
+
+    Tasks without a row of the best arm do not count.
+    """
+    restored = {(row["chip"], row["task"]) for job, rows in groups.items() if job.arm == BEST[0] for row in rows}
     by_arm: dict[Arm, dict[int, list[Row]]] = {}
     for job, rows in groups.items():
         for row in rows:
-            by_arm.setdefault(job.arm, {}).setdefault(row["chip"], []).append(row)
+            if (row["chip"], row["task"]) in restored:
+                by_arm.setdefault(job.arm, {}).setdefault(row["chip"], []).append(row)
     for arm, of_chips in by_arm.items():
         tasks = max(map(len, of_chips.values()))
         names = ("digital_task_loss", "task_loss", "digital_exact_match", "exact_match")

@@ -60,7 +60,7 @@ def test_matches_of_fusions_are_means_over_chips():
         "digital_task_loss": 0.2,
         "task_loss": 0.3,
     }
-    arm = experiment.Arm("lora", 0.01, 2)
+    arm = experiment.BEST[0]
     rows = [_row(chip, arm, 3.1) | of_task | {"exact_match": 70.0 + chip} for chip in (1, 2, 3)]
     assert experiment.tables(rows)["transfer"][1] == [
         "sentiment", "low rank 1 %, distilled", "3", "0.200", "0.300", "80.0", "72.0", "69.5 to 74.5"
