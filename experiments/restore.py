@@ -58,14 +58,7 @@ from lorafusion_jax.hardware.folder import Chips
 from lorafusion_jax.hardware.on_arrays import module_numbers, without_merged_pool
 from lorafusion_jax.hardware.program import Restored, program
 from lorafusion_jax.hardware.restore import Restoring, distil, divergence, restore
-from lorafusion_jax.hardware.restored import (
-    Outputs,
-    digital_matrices,
-    logits_of_base,
-    prepared,
-    sampled,
-    windows,
-)
+from lorafusion_jax.hardware.restored import Outputs, digital_matrices, logits_of_base, prepared, sampled, windows
 from lorafusion_jax.io import arrays
 from lorafusion_jax.report.plots import colour, plot
 from lorafusion_jax.report.statistics import holm, over_tasks
