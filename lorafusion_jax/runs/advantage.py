@@ -132,10 +132,9 @@ def fit(cases: Sequence[Case], features: Sequence[Feature] = FEATURES) -> Model:
 
 
 @functools.cache
-def packaged() -> Fitted | None:
-    """Return the tasks that the package's model is fitted on, None before any were measured."""
-    path = Path(__file__).with_name("advantage.json")
-    return read_json(path, Fitted, "the tasks of the forecast") if path.is_file() else None
+def packaged() -> Fitted:
+    """Return the tasks that the package's model is fitted on."""
+    return read_json(Path(__file__).with_name("advantage.json"), Fitted, "the tasks of the forecast")
 
 
 def _row(features: Sequence[Feature], log_ratio: float, loss: float, rows: int) -> Float[np.ndarray, " features"]:

@@ -111,7 +111,7 @@ def forecast(options: ForecastOptions) -> Forecast:
     pairs = _pairs(options.calibrate, digest)
     measured = _Measured(options.draws)
     found, task, modules = measured.on(own)
-    model, unknown = _model(digest, [measured.case(pair) for pair in pairs])
+    model, unknown = _model(digest, [measured.case(*pair) for pair in pairs])
     if model is not None and not model.rows[0] / 2 <= found.rows <= model.rows[1] * 2:
         fewest, most = model.rows
         seen = f"{fewest}" if fewest == most else f"{fewest} to {most}"
@@ -130,14 +130,6 @@ class _Run(NamedTuple):
     options: FuseOptions
     modules: list[list[str]]
     loss: float  # mean of the seeds, nats per answer token
-
-
-class _Pair(NamedTuple):
-    """Task that was measured with the pool and with rotated pools."""
-
-    task: str
-    options: FuseOptions  # of a ranking of the pool
-    advantage: float
 
 
 class _Measured:
@@ -160,11 +152,10 @@ class _Measured:
         batches = eval_batches(rows, options.recipe.batch_size, pad_id=model.tokenizer.pad_token_id)
         return descent_of(problems, [batch for _, batch in batches]), task.name, model.modules[0]
 
-    def case(self, pair: _Pair) -> Case:
-        """Return the features of a task whose advantage is known."""
-        found, _, _ = self.on(pair.options)
-        features = {"log_ratio": found.log_ratio, "loss": found.loss, "rows": found.rows}
-        return Case(task=pair.task, advantage=pair.advantage, **features)
+    def case(self, run: _Run, advantage: float) -> Case:
+        """Return the features of the task of a run with the pool, whose advantage is known."""
+        found, _, _ = self.on(_ranking(run.options, run.options.seeds[0]))
+        return Case(task=run.task, log_ratio=found.log_ratio, loss=found.loss, rows=found.rows, advantage=advantage)
 
 
 def _ranking(options: Any, seed: int = FuseOptions.seeds[0]) -> FuseOptions:
@@ -175,8 +166,8 @@ def _ranking(options: Any, seed: int = FuseOptions.seeds[0]) -> FuseOptions:
     return FuseOptions(**values, seeds=(seed,), train_rows=rows, method="coefficients", recipe=ranks)
 
 
-def _pairs(folders: Sequence[Path], digest: str) -> list[_Pair]:
-    """Return the tasks of runs with their advantages; ValueError for runs that do not calibrate a forecast."""
+def _pairs(folders: Sequence[Path], digest: str) -> list[tuple[_Run, float]]:
+    """Return each task's run with the pool, and its advantage; ValueError for runs that do not calibrate a forecast."""
     tasks: dict[tuple[str, int], list[_Run]] = {}
     for folder in dict.fromkeys(folders):
         run = _read(folder, digest)
@@ -195,10 +186,9 @@ def _pairs(folders: Sequence[Path], digest: str) -> list[_Pair]:
             if run.modules != own[0].modules:
                 raise ValueError(f"{run.folder} fused other modules or seeds than {own[0].folder}: give the same ones")
         advantage = float(np.mean([run.loss for run in rotated])) - own[0].loss
-        of_first = _ranking(own[0].options, own[0].options.seeds[0])
-        found.append(_Pair(own[0].task, of_first, advantage))
-    if folders and len(found) < FEWEST:
-        raise ValueError(f"the runs are of {len(found)} tasks: a calibration needs {FEWEST} or more")
+        found.append((own[0], advantage))
+    if folders and (count := len({run.task_sha256 for run, _ in found})) < FEWEST:
+        raise ValueError(f"the runs are of {count} tasks: a calibration needs {FEWEST} or more")
     return found
 
 
@@ -223,9 +213,7 @@ def _read(folder: Path, digest: str) -> _Run:
 def _model(digest: str, cases: Sequence[Case]) -> tuple[Model | None, str]:
     """Return the model for a base, or None and the reason."""
     fitted = packaged()
-    if cases:
-        own = fit(cases, ("log_ratio",)) if fitted is None else fit(fitted["cases"]).calibrated(cases)
-        return own, ""
-    if fitted is None or fitted["base_sha256"] != digest:
+    if not cases and fitted["base_sha256"] != digest:
         return None, f"the forecast was not fitted on this base: {_CALIBRATE}"
-    return fit(fitted["cases"]), ""
+    model = fit(fitted["cases"])
+    return model.calibrated(cases) if cases else model, ""

@@ -197,9 +197,20 @@ def test_damaged_and_other_runs_are_refused(small, runs, tmp_path, change, messa
         lf.forecast(_options(small, calibrate=(copy, runs["odd_dash"][1])))
 
 
-def test_runs_without_their_control_and_too_few_tasks_are_refused(small, runs):
+def _with_rows(rows: int):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config["options"]["train_rows"] = rows
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def test_runs_without_their_control_and_too_few_tasks_are_refused(small, runs, tmp_path):
     own, rotated, _ = runs["odd_dash"]
+    sizes = [_broken(run, tmp_path / str(rows), _with_rows(rows)) for rows in (5, 20, 95) for run in (own, rotated)]
     for given, message in (
+        (tuple(sizes), "the runs are of 1 tasks: a calibration needs 3 or more"),
         ((own,), r"one or more with `--control rotated`, got 1 and 0"),
         ((own, rotated), "the runs are of 1 tasks: a calibration needs 3 or more"),
     ):
