@@ -25,6 +25,7 @@ from ..training.method import Params
 from ..training.problem import Problem
 from .card import write_card
 from .folder import RunFolder
+from .options import flags_given
 from .prepare import load_model, of_run
 from .run import load_seed
 
@@ -73,6 +74,9 @@ def export(options: ExportOptions) -> str:
         raise ValueError("--private needs a repository of the hub: name it with --push")
     if (options.run is None) == (options.pool is None) or (options.pool is None) != (options.adapter is None):
         raise ValueError("nothing to export: give --run RUN, or --pool POOL --adapter NAME")
+    if options.run is None and (flags := flags_given(options, ("seed", "format"))):
+        fix = "`lorafusion merge` writes modules of a pool in other formats"
+        raise ValueError(f"{flags}: only for a run, because an adapter of a pool is saved as it came: {fix}")
     if options.push is not None:
         make_repository(options.push, private=options.private)
     if options.run is not None:

@@ -78,6 +78,8 @@ def _weights(options: MergeOptions) -> Weights:
         weights |= read_json(options.weights_file, Weights, "weights by module", own=False)
     for text in options.weights:
         name, _, number = text.rpartition("=")
+        if name in weights:
+            raise ValueError(f"{name} has two weights, one in --weights {shown(text)}: give one")
         try:
             weights[name] = float(number)
         except ValueError:

@@ -77,6 +77,10 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
         ([*fuse, "--seeds", "1", "1"], "a seed is given twice"),
         (fuse, "give one with --pool"),
         (["export", "--out", str(tmp_path / "x")], "nothing to export: give --run"),
+        (
+            ["export", "--pool", "pool", "--adapter", "a", "--format", "gguf", "--out", str(tmp_path / "x")],
+            "--format: only for a run, because an adapter of a pool is saved as it came: `lorafusion merge` writes",
+        ),
         (["evaluate", "--run", str(tmp_path)], ": not a run: it has no config.json"),
         ([*chips, "--crossbar", "isac"], "no preset 'isac': choose one of ideal, isaac"),
         ([*chips, "--chips", "2"], "nothing in isaac is random, so 2 chips are all alike"),

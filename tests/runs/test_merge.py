@@ -63,6 +63,8 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
         ({}, "no weights: give some with --weights name=0.7"),
         ({"weights": ("double_next",)}, "--weights 'double_next': expected name=number"),
         ({"weights": ("double_next=much",)}, "expected name=number"),
+        ({"weights": ("double_next=1", "double_next=2")}, "double_next has two weights, one in --weights"),
+        ({"weights": ("double_next=1",), "file": {"double_next": 2}}, "double_next has two weights, one in --weights"),
         ({"weights": ("double_next=nan",)}, "the weight of double_next is nan: expected a finite number"),
         ({"weights": ("triple=1",)}, "has no module triple: it has double_next"),
         ({"file": {"double_next": {"block 7": 1}}}, "name a block 'block 7': expected one of encoder.0, "),
