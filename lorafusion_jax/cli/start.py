@@ -15,7 +15,6 @@ from typing import Any
 _MOST_BYTES = 1 << 30
 _UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for '(\w+)'")
 
-
 # glibc would map the temporaries of every call anew and give them back. One arena that maps nothing keeps them: other
 # arenas are too small for them.
 _KEEPING = {"hugetlb": 1, "arena_max": 1, "mmap_max": 0, "trim_threshold": 1 << 40}
@@ -50,7 +49,7 @@ def keep_compiled() -> None:
             print(f"{folder} is not private to you: compiled functions are not kept. Remove it", file=sys.stderr)
             return
         _prune(folder)
-    except OSError:  # a home that cannot be written to
+    except (OSError, RuntimeError):  # a home that cannot be written to, or none
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     # Every program costs more to compile than to read.

@@ -113,6 +113,16 @@ def test_a_home_that_cannot_be_written_to_keeps_nothing(home, monkeypatch):
     assert _kept() is None
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without an entry in the list of users")
+def test_a_user_without_a_home_keeps_nothing():
+    code = (
+        "import os\nfrom lorafusion_jax.cli import keep_compiled\n"
+        "del os.environ['HOME'], os.environ['XDG_CACHE_HOME']\nos.setuid(54321)\n"
+        "keep_compiled()\nprint('JAX_COMPILATION_CACHE_DIR' in os.environ)"
+    )
+    assert _run(code) == "False\n"
+
+
 def test_the_oldest_entries_above_the_bound_are_removed():
     folder = _folder()
     for age, name in enumerate(("newest", "middle", "oldest")):
