@@ -98,7 +98,7 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     restored = []
     if options.restore is not None:
         base = digests(setup, fused)["base"]
-        restored = load_restored(options.restore, chips, range(count), base)
+        restored = load_restored(options.restore, dataclasses.replace(chips, config=config), range(count), base)
     if options.lora_in == "cells":
         setup, params = lora_in_cells(setup, params)
         numbers = None

@@ -69,6 +69,8 @@ def program(
     base = {name: dense(weight, jnp.float32) for name, weight in matrices(model).items()}
     factors = {} if pool is None else pool.factors
     factors = {factor: {s: dense(w, jnp.float32) for s, w in by_site.items()} for factor, by_site in factors.items()}
+    if pool is None:  # chips may be for fusions too
+        rules = {pattern: config for pattern, config in rules.items() if not pattern.startswith("pool.")}
     numbers = None
     # The arrays of a module are those of its number on the chip, in every layer.
     if modules is not None and isinstance(pool, LoraPool):

@@ -85,12 +85,10 @@ def restore(
     Raises:
       ValueError: there are no batches, or what `crossbar.fit_corrections` refuses.
     """
-    key = jax.random.key(how.seed)
     if how.method == "lora":
-        corrections = _zeros(weights, how.numbers, jax.random.fold_in(key, 1))
+        corrections = _zeros(weights, how.numbers, jax.random.fold_in(jax.random.key(how.seed), 1))
     else:
-        numbers = how.numbers if how.method == "low-rank" else 0
-        kinds = {"offsets": how.method == "offsets", "numbers": numbers, "ridge": how.ridge}
+        kinds = {"offsets": how.method == "offsets", "numbers": how.numbers, "ridge": how.ridge}
         corrections = crossbar.fit_corrections(run, weights, matrices, batches, **kinds)
     return distil(run, weights, corrections, batches, targets, how) if how.epochs else corrections
 

@@ -19,13 +19,14 @@ from jaxtyping import Array, Float
 
 from .. import crossbar
 from ..checks import at_least, check_uint32
+from ..files import utf8
 from ..io import arrays
 from ..io.folders import read_manifest
 from ..models.architecture import Model, matrices
 from ..models.generate import Sampling, generate
 from ..models.weights import dense
 from ..progress import progress
-from ..runs.options import FuseOptions
+from ..runs.options import FuseOptions, flags_given
 from ..runs.prepare import LoadedModel, digests, load_model
 from ..tasks import IGNORED, Batch, Example, encode, eval_batches
 from .calibration import looped
@@ -35,7 +36,7 @@ from .restore import Method, Restoring, divergence, restore
 
 _WHAT = "a folder of corrections"
 _RANGES = ("limits", "input_limit")
-# Most tokens of a row of text; a last share of the rows is left out of the training, to measure on.
+# Most tokens of a row of text; a last share of the batches is left out of the training, to measure on.
 WINDOW, _MEASURED = 128, 8
 _PROMPT = 16  # tokens of a text that a sample continues
 # Tokens that a causal model samples by default; lines in a batch of another model, and most tokens of its answers.
@@ -104,7 +105,7 @@ class RestoreOptions:
       tokens: a causal model uses the first so many tokens of the text; by default all.
       method: a factor of each column (`scales`), an offset too (`offsets`), factors and matrices of low rank
         (`low-rank`), or these matrices alone (`lora`).
-      rank: mean rank of the matrices of `low-rank` and `lora`.
+      rank: mean rank of the matrices of `low-rank` and `lora`; by default 4.
       epochs: passes of distillation over the text; 0 for the closed form alone.
       rate: learning rate of factors and offsets.
       rate_low_rank: learning rate of the matrices.
@@ -124,7 +125,7 @@ class RestoreOptions:
     self_text: int | None = None
     tokens: int | None = None
     method: Method = "scales"
-    rank: float = 4.0
+    rank: float | None = None
     epochs: int = Restoring.epochs
     rate: float = Restoring.rate
     rate_low_rank: float = Restoring.rate_low_rank
@@ -140,15 +141,19 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     """Write the corrections of some chips to a folder, and return their metadata by the chips' numbers.
 
     Raises:
-      ValueError: before anything is programmed: the folder has other corrections of these chips, the text is shorter
-        than a window, or a base, chips or a number cannot be used.
+      ValueError: before anything is programmed: the folder has corrections with other settings, the text is shorter
+        than two windows, or a base, chips or a number cannot be used.
     """
-    at_least(1, tokens=options.tokens, self_text=options.self_text)
+    at_least(1, chips=len(options.chip), tokens=options.tokens, self_text=options.self_text)
     check_uint32(seed=options.seed)
-    low_rank = options.method in ("low-rank", "lora")
+    low_rank, rank = options.method in ("low-rank", "lora"), 4.0 if options.rank is None else options.rank
+    if not low_rank and (flags := flags_given(options, ("rank", "rate_low_rank"))):
+        raise ValueError(f"{flags}: only for --method low-rank or lora: choose one of them, or leave it out")
+    if not 0 < rank < float("inf"):
+        raise ValueError(f"rank is {rank}: expected a finite number above 0")
     same = {name: getattr(options, name) for name in ("method", "epochs", "rate", "rate_low_rank", "seed")}
     # Refuses what cannot work before the model is loaded.
-    how = Restoring(**same, numbers=int(low_rank and options.rank > 0))
+    how = Restoring(**same, numbers=int(low_rank))
     chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
     config, keys = aged(chips.config, options.age), {number: chips.chip_key(number) for number in options.chip}
     if options.prepared:
@@ -157,63 +162,62 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         raise ValueError(f"{options.crossbar} is no folder of chips to put corrections into: give a folder with --out")
     if options.text and options.self_text:
         raise ValueError("text comes from --text or from --self-text: leave out one of them")
+    if options.tokens and not options.text:
+        raise ValueError("--tokens shortens the text of --text: give text, or the length of a sample with --self-text")
+    texts = []
+    for path in options.text:
+        with utf8(path):
+            texts.append(path.read_text(encoding="utf-8"))
+    content = "\n".join(texts)
     fuse = FuseOptions(base=options.base, task="", method="zero-shot")
     loaded = load_model(fuse)
     chips.check(loaded, fuse)
-    content = "\n".join(path.read_text(encoding="utf-8") for path in options.text)
-    settings: Settings = {
+    settings = Settings(
         **_of_chips(chips, digests(loaded, fuse)["base"]),
-        "age": options.age,
-        "prepared": options.prepared,
-        "method": options.method,
-        "rank": options.rank if low_rank else 0.0,
-        "epochs": options.epochs,
-        "rate": options.rate,
-        "rate_low_rank": options.rate_low_rank,
-        "seed": options.seed,
-        "text": hashlib.sha256(content.encode()).hexdigest() if options.text else "sampled",
-        "tokens": options.tokens if options.text else options.self_text or _SAMPLED,
-    }
+        **same,
+        age=options.age,
+        prepared=options.prepared,
+        rank=rank if low_rank else 0.0,
+        text=hashlib.sha256(content.encode()).hexdigest() if options.text else "sampled",
+        tokens=options.tokens if options.text else options.self_text or _SAMPLED,
+    )
     out = options.out or Path(options.crossbar) / f"restored-{options.method}"
-    made = {number: _kept(out / f"chip_{number}", settings) for number in keys}
-    missing = [number for number, manifest in made.items() if manifest is None]
+    made = {number: _kept(out / f"chip_{number}", settings) for number in _numbers(out)}
+    missing = [number for number in keys if number not in made]
     if not missing:
-        return {number: manifest for number, manifest in made.items() if manifest is not None}
+        return {number: made[number] for number in keys}
     batches = _read_text(loaded, options, content)
+    measured = max(1, len(batches) // _MEASURED)
+    train, left_out = batches[:-measured], batches[-measured:]
     setup = looped(loaded)
     graph, digital = setup.problem.graph, setup.problem.frozen
     run = logits_of_base(graph)
     logits = jax.jit(run)
-    targets = Outputs(logits, digital.base, batches)
-    measured = max(1, len(batches) // _MEASURED) if len(batches) > 1 else 0
-    train = slice(None, len(batches) - measured)
-    left_out = slice(len(batches) - measured, None) if measured else slice(1)
-    pairs = list(zip(batches[left_out], targets[left_out], strict=True))
+    pairs = list(zip(left_out, Outputs(logits, digital.base, left_out), strict=True))
     with progress("chips", len(missing)) as bar:
         for number in missing:
             chip = program(graph, digital, chips.rules(config), keys[number])
-            weights = crossbar.calibrate_tree(run, chip.base, batches[train])
+            weights = crossbar.calibrate_tree(run, chip.base, train)
             held = digital_matrices(setup, weights)
             if low_rank:
-                all_ranks = options.rank * crossbar.numbers_per_rank(crossbar.chips_in(weights))
+                all_ranks = rank * crossbar.numbers_per_rank(crossbar.chips_in(weights))
                 how = dataclasses.replace(how, numbers=round(all_ranks))
-            corrections = restore(run, weights, held, batches[train], targets[train], how)
+            corrections = restore(run, weights, held, train, Outputs(logits, digital.base, train), how)
             before_and_after = [
-                float(np.mean([divergence(logits(tree, batch), target) for batch, target in pairs]))
+                sum(float(divergence(logits(tree, b), of_b)) * b.labels.size for b, of_b in pairs) / _tokens(left_out)
                 for tree in (weights, crossbar.with_corrections(weights, corrections))
             ]
             numbers = sum(correction.numbers() for correction in corrections.values())
-            manifest: Manifest = {
+            made[number] = {
                 "settings": settings,
                 "numbers": numbers,
                 "share": numbers / sum(matrix.size for matrix in held),
-                "tokens": sum(int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches[train]),
+                "tokens": _tokens(train),
                 "divergence": before_and_after,
             }
-            arrays.save(out / f"chip_{number}", _to_save(weights, corrections), manifest)
-            made[number] = manifest
+            arrays.save(out / f"chip_{number}", _to_save(weights, corrections), made[number])
             bar.update()
-    return {number: manifest for number, manifest in made.items() if manifest is not None}
+    return {number: made[number] for number in keys}
 
 
 class Outputs(Sequence[Array]):
@@ -226,8 +230,7 @@ class Outputs(Sequence[Array]):
         return len(self._batches)
 
     def __getitem__(self, at: Any) -> Any:
-        found = self._batches[at]
-        return Outputs(self._run, self._weights, found) if isinstance(at, slice) else self._run(self._weights, found)
+        return self._run(self._weights, self._batches[at])
 
 
 def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: str) -> list[Restored]:
@@ -246,11 +249,11 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
     folder = inside if inside.is_dir() else Path(name)
     now = _of_chips(chips, base_sha256)
     names = {"base_sha256": "base model", "config_sha256": "configuration", "key": "key", "digital": "digital weights"}
-    found = []
+    there, found = _corrected(folder), []
     for number in numbers:
-        if not (folder / f"chip_{number}").is_dir():
-            there = ", ".join(str(n) for n in _numbers(folder)) or "no chip"
-            raise ValueError(f"{folder} corrects {there}, not chip {number}: run `lorafusion restore` on it too")
+        if number not in there:
+            named = ", ".join(map(str, there))
+            raise ValueError(f"{folder} corrects {named}, not chip {number}: run `lorafusion restore` on it too")
         tree, manifest = arrays.load(folder / f"chip_{number}", metadata=Manifest, what=_WHAT)
         for field, what in names.items():
             if manifest["settings"][field] != now[field]:
@@ -265,10 +268,7 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
 
 def read_corrections(folder: Path) -> Manifest:
     """Return the metadata of the first chip's corrections in a folder."""
-    numbers = _numbers(folder)
-    if not numbers:
-        raise ValueError(f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote")
-    return read_manifest(folder / f"chip_{numbers[0]}", Manifest, _WHAT)[1]
+    return read_manifest(folder / f"chip_{_corrected(folder)[0]}", Manifest, _WHAT)[1]
 
 
 def prepared(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConfig:
@@ -375,39 +375,47 @@ def _of_chips(chips: Chips, base_sha256: str) -> ChipSettings:
 
 
 def _numbers(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("chip_")) for path in folder.glob("chip_*"))
+    names = (path.name.removeprefix("chip_") for path in folder.glob("chip_*"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
-def _kept(folder: Path, settings: Settings) -> Manifest | None:
-    """Return the metadata of a chip's corrections, or None if there are none yet.
+def _corrected(folder: Path) -> list[int]:
+    """Return the numbers of the chips that a folder corrects, if there are some."""
+    if not (numbers := _numbers(folder)):
+        raise ValueError(f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote")
+    return numbers
 
-    Raises:
-      ValueError: they were computed from other settings.
-    """
-    if not folder.exists():
-        return None
+
+def _kept(folder: Path, settings: Settings) -> Manifest:
+    """Return the metadata of a chip's corrections; ValueError if they were computed from other settings."""
     manifest = read_manifest(folder, Manifest, _WHAT)[1]
     for name, now in settings.items():
         if (then := manifest["settings"][name]) != now:
             raise ValueError(
                 f"{folder} has corrections with another {name} ({_short(then)}, now {_short(now)}): give another "
-                "--out; corrections are never overwritten"
+                "--out; corrections are never overwritten, and all in a folder have the same settings"
             )
     return manifest
 
 
+def _tokens(batches: Sequence[Batch]) -> int:
+    return sum(int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches)
+
+
 def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> list[Batch]:
-    """Return the text, the content of its files or a sample, in batches."""
+    """Return the text, the content of its files or a sample, in two batches or more."""
     if not loaded.config.causal:
         lines = [line for line in content.splitlines() if line.strip()]
-        if not lines or options.self_text or options.tokens:
-            raise ValueError(f"{options.base} is not causal: give texts with --text, without --self-text and --tokens")
+        if len(lines) <= _LINES or options.self_text or options.tokens:
+            needed = f"more than {_LINES} lines with --text, without --self-text and --tokens"
+            raise ValueError(f"{options.base} is not causal, and the text has {len(lines)} lines: give {needed}")
         return answered(loaded, lines)
-    if not options.text:
-        return windows(loaded, sampled(loaded, options.self_text or _SAMPLED, options.seed))
-    ids = loaded.tokenizer(content, add_special_tokens=False)["input_ids"][: options.tokens]
-    if not (batches := windows(loaded, ids)):
-        raise ValueError(f"the text has {len(ids)} tokens: give at least one window of {WINDOW}, better {_SAMPLED:,}")
+    if options.text:
+        ids = loaded.tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][: options.tokens]
+    else:
+        ids = sampled(loaded, options.self_text or _SAMPLED, options.seed)
+    if len(batches := windows(loaded, ids)) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens: give at least two windows of {WINDOW}, better {_SAMPLED:,}")
     return batches
 
 

@@ -160,7 +160,7 @@ def fused(small, chips):
 @pytest.mark.long
 def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
     folder, lines = str(chips / "two"), chips / "lines.txt"
-    lines.write_text("".join(f"{json.loads(row)['context']}\n" for row in _TRAIN.read_text().splitlines()[:16]))
+    lines.write_text("".join(f"{json.loads(row)['context']}\n" for row in _TRAIN.read_text().splitlines()[:24]))
     how = {"method": "low-rank", "rank": 1.0, "epochs": 1}
     restore_chips(RestoreOptions(base=str(small[0]), crossbar=folder, chip=(0, 1), text=(lines,), **how))
     options = {"crossbar": folder, "chips": 2}
@@ -168,6 +168,8 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
     assert (plain["restore"], restored["restore"]) == (None, "restored-low-rank")
     losses = [[row["loss"] for row in results["rows"]] for results in (plain, restored)]
     assert np.abs(np.subtract(*losses)).min() > 1e-5
+    with pytest.raises(ValueError, match="corrects chips with another configuration"):
+        _on_chips(fused, **options, restore="restored-low-rank", read_noise=0.01)
     # One chip after the other: each has the corrections of its own number.
     report = report_on_chips(EvaluateOnChipsOptions(run=run_path(fused), **options, restore="restored-low-rank"))
     alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]

@@ -23,6 +23,7 @@ from lorafusion_jax.hardware.restore import Restoring, divergence, restore
 from lorafusion_jax.hardware.restored import (
     Outputs,
     RestoreOptions,
+    answered,
     digital_matrices,
     load_restored,
     logits_of_base,
@@ -33,7 +34,7 @@ from lorafusion_jax.hardware.restored import (
 from lorafusion_jax.io.hf import base_digest
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import load_model
-from lorafusion_jax.tasks import decode
+from lorafusion_jax.tasks import IGNORED, decode
 
 _TEXT = "the cold bold gold is old and the tall wall is small. " * 60
 
@@ -115,9 +116,8 @@ def test_outputs_are_computed_where_they_are_read():
         return jnp.asarray(weights * batch)
 
     outputs = Outputs(run, 2, [1, 3, 5])
-    last = outputs[1:]
-    assert (len(outputs), len(last), calls) == (3, 2, [])
-    assert (outputs[0], last[0], calls) == (2, 6, [1, 3])
+    assert (len(outputs), calls) == (3, [])
+    assert (outputs[1], [*outputs], calls) == (6, [2, 6, 10], [3, 1, 3, 5])
 
 
 @pytest.mark.long
@@ -137,14 +137,28 @@ def test_a_perfect_chip_stays_as_it_is(home):
 def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     base, _ = one_block.cut(tmp_path, adapters=1)
     rows = map(json.loads, (one_block.SMALL / "tasks" / "double_digit" / "train.jsonl").read_text().splitlines())
-    (tmp_path / "lines.txt").write_text("\n".join([row["context"] for row in rows][:16]))
+    lines = [row["context"] for row in rows][:32]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
     # Queries and values of both stacks are in arrays: every kind of matrix takes time to compile.
     given = {"base": str(base), "text": (tmp_path / "lines.txt",), "out": tmp_path / "restored"}
     given["keep_digital"] = ("head", "*.ff.*", "*.k", "*.o")
-    with pytest.raises(ValueError, match="is not causal: give texts with --text, without"):
-        restore_chips(_options(home, tokens=100, **given))
+    (tmp_path / "few.txt").write_text("\n".join(lines[:16]))
+    for changed, found in (({"tokens": 100}, 32), ({"text": (tmp_path / "few.txt",)}, 16)):
+        refused = f"is not causal, and the text has {found} lines: give more than 16 lines with --text, without"
+        with pytest.raises(ValueError, match=refused):
+            restore_chips(_options(home, **given | changed))
     before, after = restore_chips(_options(home, epochs=2, **given))[0]["divergence"]
     assert after < before
+    # Answers are shorter than the batch is wide; only their tokens count.
+    loaded = load_model(FuseOptions(base=str(base), task="", method="zero-shot"))
+    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    *_, batch = answered(loaded, lines)
+    chips = load_chips(str(home / "noisy.yaml"), digital=given["keep_digital"])
+    on_chip, wanted = (
+        np.asarray(jax.nn.log_softmax(logits_of_base(graph)(weights, batch)), float)[batch.labels != IGNORED]
+        for weights in (program(graph, frozen, chips.rules(), chips.chip_key(0)).base, frozen.base)
+    )
+    assert before == pytest.approx(np.mean(np.sum(np.exp(wanted) * (wanted - on_chip), axis=1)), rel=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +168,7 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
         ({"key": 3}, "with another key"),
         ({"base": "0" * 64}, "with another base model"),
         ({"chip": 1}, r"corrects 0, 2, not chip 1: run `lorafusion restore`"),
+        ({"folder": "nowhere"}, "nowhere has no corrections of a chip: give a folder that `lorafusion restore` wrote"),
     ],
 )
 def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed, message):
@@ -164,7 +179,7 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
     chips = load_chips(name, key=changed.get("key", 0))
     with pytest.raises(ValueError, match=message):
         load_restored(
-            str(home / "restored"),
+            str(home / changed.get("folder", "restored")),
             chips,
             [changed.get("chip", 0)],
             changed.get("base", base_digest(str(home / "base"))),
@@ -177,14 +192,23 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
         ({"out": None}, "is no folder of chips to put corrections into: give a folder with --out"),
         ({"epochs": -1}, "epochs is -1: expected at least 0"),
         ({"rate": float("nan")}, "rate is nan: expected a finite number"),
-        ({"tokens": 100}, "the text has 100 tokens: give at least one window of 128"),
+        ({"tokens": 200}, "the text has 200 tokens: give at least two windows of 128"),
+        ({"text": (), "tokens": 300}, "--tokens shortens the text of --text: give text, or the length of a sample"),
+        ({"text": ("latin.txt",)}, r"latin\.txt: not UTF-8 text .*: save it as UTF-8"),
+        ({"chip": ()}, "chips is 0: expected at least 1"),
+        ({"rank": 4.0}, "--rank: only for --method low-rank or lora: choose one of them"),
+        ({"method": "offsets", "rate_low_rank": 0.1}, "--rate-low-rank: only for --method low-rank or lora"),
+        ({"method": "low-rank", "rank": float("inf")}, "rank is inf: expected a finite number above 0"),
         ({"self_text": 256}, "text comes from --text or from --self-text: leave out one of them"),
-        ({"method": "low-rank", "rank": 0.0}, "low-rank with 0 numbers of low rank"),
+        ({"method": "low-rank", "rank": 0.0}, "rank is 0.0: expected a finite number above 0"),
         ({"method": "lora", "epochs": 0}, "lora starts as zeros and has no closed form: give 1 epoch or more"),
         ({"method": "lora", "rank": 0.5}, "less than one rank for each matrix: give at least"),
     ],
 )
 def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
+    (tmp_path / "latin.txt").write_bytes("café ".encode("latin-1") * 200)
+    if changed.get("text"):
+        changed = {"text": tuple(tmp_path / name for name in changed["text"])}
     with pytest.raises(ValueError, match=message):
         restore_chips(_options(home, **{"out": tmp_path / "restored"} | changed))
     assert not (tmp_path / "restored").exists()
@@ -210,6 +234,13 @@ def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in times} == times
     alone = restore_chips(_options(home, chip=(0,), epochs=1, out=tmp_path / "alone"))
     assert both[0] == alone[0]
+    with pytest.raises(ValueError, match=r"chip_0 has corrections with another method \(scales, now offsets\)"):
+        restore_chips(_options(home, chip=(2,), method="offsets", **given))
+
+
+def test_chips_whose_pool_stays_digital_are_restored(home, tmp_path):
+    made = restore_chips(_options(home, keep_digital=("pool.*",), epochs=0, out=tmp_path / "restored"))
+    assert made[0]["settings"]["digital"] == ["pool.*"]
 
 
 def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):

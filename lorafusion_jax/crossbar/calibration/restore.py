@@ -96,8 +96,8 @@ def fit_corrections(
       offsets: fit an offset of each column, next to its factor.
       numbers: numbers that matrices of low rank may have in all. They go to the directions that remove the most of the
         remaining error, relative to the outputs, for their numbers (reduced-rank regression).
-      ridge: pulls scales towards 1, offsets and matrices towards 0: share of the mean power that is added to each
-        column or direction.
+      ridge: pulls scales towards 1 and matrices towards 0, but not offsets: share of the mean power that is added to
+        each column or direction.
 
     Raises:
       ValueError: there are no batches, they do not read one of the chips, or a matrix has another shape than its chip.
