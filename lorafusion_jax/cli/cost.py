@@ -9,6 +9,7 @@ from typing import Any
 
 from ..crossbar import CONSTANTS, Range, ReadEnergy, WriteCost, load_config, load_constants, save_constants
 from ..estimates import bill
+from ..estimates.bill.methods import base_matrices
 from ..estimates.bill.show import comparison_table, constants_table, corrections_table, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
@@ -68,6 +69,10 @@ def main(arguments: Sequence[str]) -> None:
     corrections = None
     if options.restore is not None:
         made = read_corrections(options.restore)
+        there = sum(layers * math.prod(matrix) for matrix, layers in base_matrices(config))
+        if there != (corrected := round(made["numbers"] / made["share"])) and not made["settings"]["digital"]:
+            got = f"{options.restore} corrects {corrected:,} weights in arrays, and {options.shape} has {there:,}"
+            raise ValueError(f"{got}: give the shape of the corrected base with --shape")
         how = {"numbers": made["numbers"], "tokens": made["tokens"], "epochs": made["settings"]["epochs"]}
         corrections = bill.correction_bill(config, crossbar, constants=constants, **how)
     against = bill.comparisons(found, crossbar, options, constants)

@@ -43,18 +43,13 @@ _PROMPT = 16  # tokens of a text that a sample continues
 _SAMPLED, _LINES, _ANSWER = 3072, 16, 32
 
 
-class ChipSettings(TypedDict):
-    """Settings that corrections share with the chips that they are put on."""
+class Settings(TypedDict):
+    """Settings that the corrections of one chip were computed from; `text` is the files' digest, or `sampled`."""
 
     base_sha256: str
     config_sha256: str
     key: list[int]
     digital: list[str]
-
-
-class Settings(ChipSettings):
-    """Settings that the corrections of one chip were computed from; `text` is the files' digest, or `sampled`."""
-
     age: str | None
     prepared: bool
     method: Method
@@ -365,7 +360,7 @@ def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
     return [jax.tree.map(jnp.asarray, batch) for batch in found]
 
 
-def _of_chips(chips: Chips, base_sha256: str) -> ChipSettings:
+def _of_chips(chips: Chips, base_sha256: str) -> dict[str, Any]:
     return {
         "base_sha256": base_sha256,
         "config_sha256": crossbar.config_hash(chips.config),

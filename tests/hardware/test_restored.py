@@ -267,7 +267,11 @@ def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):
 
 def test_the_cost_of_corrections_is_in_the_bill(home, tmp_path, capsys):
     file = tmp_path / "bill.json"
-    cli.main(["cost", "--restore", str(home / "restored"), "--json", str(file)])
+    of_restored = ["cost", "--restore", str(home / "restored")]
+    with pytest.raises(SystemExit):
+        cli.main(of_restored)
+    assert "and flan-t5-large has 7" in capsys.readouterr().err
+    cli.main([*of_restored, "--shape", str(home / "base"), "--bases", "4", "--json", str(file)])
     printed, made = capsys.readouterr().out, _made(home / "restored", 0)
     assert f"{made['numbers']:,}" in printed
     bill = json.loads(file.read_text())["corrections"]
@@ -275,7 +279,7 @@ def test_the_cost_of_corrections_is_in_the_bill(home, tmp_path, capsys):
     assert bill["token"][1] == pytest.approx(made["numbers"] * of_one)
     assert bill["once"][1] > bill["base_token"][1]
     # The model's one layer in the arrays of the default configuration, each cell written once.
-    matrices = base_matrices(shape_config(CostOptions.shape))
+    matrices = base_matrices(shape_config(str(home / "base")))
     written = [crossbar.counts(matrix, crossbar.load_config(CostOptions.crossbar)) * n for matrix, n in matrices]
     energy = crossbar.write_cost(sum(written, start=crossbar.Counts())).energy
     assert bill["rewriting"]["energy"] == pytest.approx([energy.low, energy.typical, energy.high])
