@@ -160,9 +160,10 @@ def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
     }
 
 
-def results_path(options: EvaluateOnChipsOptions) -> Path:
-    """Return the file that an evaluation on chips writes."""
-    return options.run / f"chips-{Path(options.crossbar or '').name}.json"
+def results_path(options: EvaluateOnChipsOptions, kind: str = "chips") -> Path:
+    """Return the file that an evaluation on chips writes; its name begins with `kind`."""
+    restored = "" if options.restore is None else f"-{Path(options.restore).name}"
+    return options.run / f"{kind}-{Path(options.crossbar or '').name}{restored}.json"
 
 
 def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:

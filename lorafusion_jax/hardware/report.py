@@ -11,13 +11,13 @@ from ..progress import progress
 from ..runs.evaluate import evaluate_seeds, seed_rows
 from ..training.frozen import Frozen
 from .calibration import calibration_batches, logits_of, looped
-from .evaluate import EvaluateOnChipsOptions, asked, cases, settings
+from .evaluate import EvaluateOnChipsOptions, asked, cases, results_path, settings
 from .program import program
 
 
 def report_path(options: EvaluateOnChipsOptions) -> Path:
     """Return the file that a report is written to."""
-    return options.run / f"crossbar-{Path(options.crossbar or '').name}.json"
+    return results_path(options, "crossbar")
 
 
 def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
@@ -40,10 +40,9 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     with progress("chips", on.count) as bar:
         for chip in range(on.count):
             began = time.perf_counter()
-            rules, key = chips.rules(config), chips.chip_key(chip)
-            how = {"modules": on.modules, "norm": options.norm}
             restored = on.restored[chip] if on.restored else None
-            frozen = program(problem.graph, problem.frozen, rules, key, restored=restored, **how)
+            how = {"modules": on.modules, "norm": options.norm, "restored": restored}
+            frozen = program(problem.graph, problem.frozen, chips.rules(config), chips.chip_key(chip), **how)
             frozen = calibrate_tree(run, frozen, batches)
             rows = site_errors(frozen, observe(run, frozen, batches))
             calibrated = time.perf_counter()

@@ -337,6 +337,9 @@ def test_results_on_other_chips_are_other_files(tmp_path):
     asked = [EvaluateOnChipsOptions(run=tmp_path, crossbar=name) for name in chips]
     assert len({path(options) for options in asked for path in (results_path, report_path)}) == 8
     assert results_path(asked[0]) == tmp_path / "chips-noisy.json"
+    restored = dataclasses.replace(asked[0], restore="folder/restored-scales")
+    assert results_path(restored) == tmp_path / "chips-noisy-restored-scales.json"
+    assert report_path(restored) == tmp_path / "crossbar-noisy-restored-scales.json"
 
 
 def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys):
