@@ -109,7 +109,8 @@ def distil(
     if len(batches) != len(targets) or not batches:
         raise ValueError(f"{len(batches)} batches and {len(targets)} targets: expected as many, and at least 1")
     steps = how.epochs * len(batches)
-    params = {site: {name: jnp.copy(part) for name, part in _parts(c)} for site, c in corrections.items()}
+    parts = {site: {n: part for n, part in vars(c).items() if part is not None} for site, c in corrections.items()}
+    params = jax.tree.map(jnp.copy, parts)
     optimiser = _optimiser(how.rate, how.rate_low_rank, steps)
     key, state = jax.random.fold_in(jax.random.key(how.seed), 0), optimiser.init(params)
     orders = [jax.random.permutation(jax.random.fold_in(key, epoch), len(batches)) for epoch in range(how.epochs)]
@@ -141,10 +142,6 @@ def _step(params: Any, state: Any, weights: Any, batch: Any, target: Array, run:
     with standard_promotion():
         updates, state = update(gradient, state)
     return optax.apply_updates(params, updates), state
-
-
-def _parts(correction: crossbar.Correction) -> list[tuple[str, Array]]:
-    return [(name, part) for name, part in vars(correction).items() if part is not None]
 
 
 def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, crossbar.Correction]:

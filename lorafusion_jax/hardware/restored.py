@@ -177,6 +177,8 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         tokens=options.tokens if options.text else options.self_text or _SAMPLED,
     )
     out = options.out or Path(options.crossbar) / f"restored-{options.method}"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a folder with --out")
     made = {number: _kept(out / f"chip_{number}", settings) for number in _numbers(out)}
     missing = [number for number in keys if number not in made]
     if not missing:

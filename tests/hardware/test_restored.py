@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +197,7 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
         ({"text": (), "tokens": 300}, "--tokens shortens the text of --text: give text, or the length of a sample"),
         ({"text": ("latin.txt",)}, r"latin\.txt: not UTF-8 text .*: save it as UTF-8"),
         ({"chip": ()}, "chips is 0: expected at least 1"),
+        ({"out": Path(__file__)}, "test_restored.py is a file: give a folder with --out"),
         ({"rank": 4.0}, "--rank: only for --method low-rank or lora: choose one of them"),
         ({"method": "offsets", "rate_low_rank": 0.1}, "--rate-low-rank: only for --method low-rank or lora"),
         ({"method": "low-rank", "rank": float("inf")}, "rank is inf: expected a finite number above 0"),
