@@ -97,13 +97,10 @@ def descent_of(problems: Sequence[Problem], batches: Sequence[Batch]) -> Descent
     if not batches:
         raise ValueError("no rows to compute a descent from: give at least one batch")
     of_seed = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], batch) for batch in batches]
-    found, losses = [], []
-    for problem in progress("backward passes", problems):
-        (loss,), (gradient,) = gradient_at_zero(problem, (0,), of_seed)
-        found.append(np.linalg.norm(gradient.reshape(len(gradient), -1), axis=1))
-        losses.append(float(loss))
+    found = [gradient_at_zero(problem, (0,), of_seed) for problem in progress("backward passes", problems)]
+    norms = [np.linalg.norm(gradient.reshape(len(gradient), -1), axis=1) for _, (gradient,) in found]
     rows = sum(int(np.sum(batch.row_mask)) for batch in batches)
-    return Descent(modules=found[0], rotated=np.stack(found[1:]), loss=losses[0], rows=rows)
+    return Descent(modules=norms[0], rotated=np.stack(norms[1:]), loss=float(found[0][0][0]), rows=rows)
 
 
 def check_sum(composition: Composition) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from ..checks import at_least
 from ..io.hf import base_digest
 from ..methods.fusion import CoefficientsRecipe
-from ..tasks import encode, eval_batches, load_task
+from ..tasks import Task, encode, eval_batches, load_task
 from ..training.problem import Problem
 from .advantage import FEWEST, WORTH, Case, Model, Prediction, fit, packaged
 from .descent import Descent, check_sum, descent_of, with_copies
@@ -111,14 +111,15 @@ def forecast(options: ForecastOptions) -> Forecast:
     pairs = _pairs(options.calibrate, digest)
     measured = _Measured(options.draws)
     found, task, modules = measured.on(own)
+    if any(run.task_sha256 == task.sha256 for run, _ in pairs):
+        raise ValueError(f"{task.name} is a task of the calibration, so its advantage is known: leave out its runs")
     model, unknown = _model(digest, [measured.case(*pair) for pair in pairs])
     if model is not None and not model.rows[0] / 2 <= found.rows <= model.rows[1] * 2:
-        fewest, most = model.rows
-        seen = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        seen = " to ".join(map(str, dict.fromkeys(model.rows)))
         unknown = f"the forecast was fitted on tasks of {seen} training rows, and there are {found.rows}: {_CALIBRATE}"
         model = None
     prediction = model and model.predict(found.log_ratio, found.loss, found.rows)
-    return Forecast(task, modules, found, prediction, "" if model is not None else unknown)
+    return Forecast(task.name, modules, found, prediction, "" if model is not None else unknown)
 
 
 class _Run(NamedTuple):
@@ -139,8 +140,8 @@ class _Measured:
         self.draws = draws
         self.loaded: dict[tuple[str, str | None], tuple[LoadedModel, list[Problem]]] = {}
 
-    def on(self, options: FuseOptions) -> tuple[Descent, str, tuple[str, ...]]:
-        """Return the descent on the rows of a ranking, the task's name and the modules."""
+    def on(self, options: FuseOptions) -> tuple[Descent, Task, tuple[str, ...]]:
+        """Return the descent on the rows of a ranking, the task and the modules; ValueError if the descent is zero."""
         task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=("train",))
         if (key := (options.base, options.pool)) not in self.loaded:
             model = load_model(options)
@@ -150,7 +151,10 @@ class _Measured:
         (own,) = tasks_of_seeds(task, options)
         rows = encode(model.tokenizer, own.train, model.text_format)
         batches = eval_batches(rows, options.recipe.batch_size, pad_id=model.tokenizer.pad_token_id)
-        return descent_of(problems, [batch for _, batch in batches]), task.name, model.modules[0]
+        found = descent_of(problems, [batch for _, batch in batches])
+        if not np.any(found.modules):
+            raise ValueError(f"no module of {options.pool} has an effect on {task.name}: give trained adapters")
+        return found, task, model.modules[0]
 
     def case(self, run: _Run, advantage: float) -> Case:
         """Return the features of the task of a run with the pool, whose advantage is known."""

@@ -8,6 +8,7 @@ import numpy as np
 import one_block
 import pytest
 import recipes
+from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 import lorafusion_jax as lf
@@ -216,6 +217,21 @@ def test_runs_without_their_control_and_too_few_tasks_are_refused(small, runs, t
     ):
         with pytest.raises(ValueError, match=message):
             lf.forecast(_options(small, calibrate=given))
+
+
+def test_a_task_of_the_calibration_is_refused(small, runs):
+    folders = tuple(folder for of_task in runs.values() for folder in of_task)
+    with pytest.raises(ValueError, match="odd_dash is a task of the calibration, so its advantage is known: leave out"):
+        lf.forecast(_options(small, "odd_dash", calibrate=folders))
+
+
+def test_modules_without_an_effect_are_refused(small, tmp_path):
+    fresh = tmp_path / "pool" / "fresh"
+    shutil.copytree(next(small[1].iterdir()), fresh)
+    file = fresh / "adapter_model.safetensors"
+    save_file({name: np.zeros_like(a) if "lora_B" in name else a for name, a in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="no module of .*pool has an effect on swapends_prev: give trained adapters"):
+        lf.forecast(_options((small[0], fresh.parent)))
 
 
 def test_a_forecast_without_rotated_copies_is_refused(small):
