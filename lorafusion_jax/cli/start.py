@@ -19,7 +19,6 @@ _UNREADABLE = re.compile(r"Error reading persistent compilation cache entry for 
 # arenas are too small for them.
 _KEEPING = {"hugetlb": 1, "arena_max": 1, "mmap_max": 0, "trim_threshold": 1 << 40}
 MALLOC = ":".join(f"glibc.malloc.{name}={value}" for name, value in _KEEPING.items())
-_PLUGINS = ("jax_plugins", "libtpu")
 
 
 def keep_memory() -> None:
@@ -29,7 +28,7 @@ def keep_memory() -> None:
     """
     if sys.platform != "linux" or {"GLIBC_TUNABLES", "PYTEST_VERSION"} & os.environ.keys():
         return
-    if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu" or any(map(importlib.util.find_spec, _PLUGINS)):
+    if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu" or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
         return
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": MALLOC})
 

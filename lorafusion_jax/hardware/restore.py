@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from .. import crossbar
-from ..checks import at_least
+from ..checks import at_least, one_of
 from ..progress import progress
 from ..training.step import standard_promotion
 
@@ -49,6 +49,7 @@ class Restoring:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        one_of(get_args(Method), method=self.method)
         at_least(0, epochs=self.epochs)
         for name in ("ridge", "rate", "rate_low_rank"):
             if not 0 <= getattr(self, name) < math.inf:

@@ -142,13 +142,13 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     at_least(1, chips=len(options.chip), tokens=options.tokens, self_text=options.self_text)
     check_uint32(seed=options.seed)
     low_rank, rank = options.method in ("low-rank", "lora"), 4.0 if options.rank is None else options.rank
-    if not low_rank and (flags := flags_given(options, ("rank", "rate_low_rank"))):
-        raise ValueError(f"{flags}: only for --method low-rank or lora: choose one of them, or leave it out")
+    unused = ("rate",) if options.method == "lora" else () if low_rank else ("rank", "rate_low_rank")
+    if flags := flags_given(options, unused):
+        raise ValueError(f"{flags}: without effect on the method {options.method}: leave it out, or choose another one")
     if not 0 < rank < float("inf"):
         raise ValueError(f"rank is {rank}: expected a finite number above 0")
     same = {name: getattr(options, name) for name in ("method", "epochs", "rate", "rate_low_rank", "seed")}
-    # Refuses what cannot work before the model is loaded.
-    how = Restoring(**same, numbers=int(low_rank))
+    how = Restoring(**same, numbers=int(low_rank))  # refuses what cannot work, before the model is loaded
     chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
     config, keys = aged(chips.config, options.age), {number: chips.chip_key(number) for number in options.chip}
     if options.prepared:

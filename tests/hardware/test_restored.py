@@ -198,8 +198,9 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
         ({"text": ("latin.txt",)}, r"latin\.txt: not UTF-8 text .*: save it as UTF-8"),
         ({"chip": ()}, "chips is 0: expected at least 1"),
         ({"out": Path(__file__)}, "test_restored.py is a file: give a folder with --out"),
-        ({"rank": 4.0}, "--rank: only for --method low-rank or lora: choose one of them"),
-        ({"method": "offsets", "rate_low_rank": 0.1}, "--rate-low-rank: only for --method low-rank or lora"),
+        ({"rank": 4.0}, "--rank: without effect on the method scales: leave it out, or choose another one"),
+        ({"method": "offsets", "rate_low_rank": 0.1}, "--rate-low-rank: without effect on the method offsets"),
+        ({"method": "lora", "rate": 0.1}, "--rate: without effect on the method lora"),
         ({"method": "low-rank", "rank": float("inf")}, "rank is inf: expected a finite number above 0"),
         ({"self_text": 256}, "text comes from --text or from --self-text: leave out one of them"),
         ({"method": "low-rank", "rank": 0.0}, "rank is 0.0: expected a finite number above 0"),
@@ -214,6 +215,13 @@ def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         restore_chips(_options(home, **{"out": tmp_path / "restored"} | changed))
     assert not (tmp_path / "restored").exists()
+
+
+def test_an_unknown_kind_of_corrections_is_refused():
+    how = Restoring()
+    object.__setattr__(how, "method", "offset")  # which the type checks of the tests refuse in a constructor
+    with pytest.raises(ValueError, match="method is 'offset': expected one of scales, offsets, low-rank, lora"):
+        how.__post_init__()
 
 
 def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, capsys):
