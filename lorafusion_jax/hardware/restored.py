@@ -190,7 +190,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     graph, digital = setup.problem.graph, setup.problem.frozen
     run = logits_of_base(graph)
     logits = jax.jit(run)
-    pairs = list(zip(left_out, Outputs(logits, digital.base, left_out), strict=True))
+    count = _tokens(left_out)
     with progress("chips", len(missing)) as bar:
         for number in missing:
             chip = program(graph, digital, chips.rules(config), keys[number])
@@ -201,8 +201,8 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
                 how = dataclasses.replace(how, numbers=round(all_ranks))
             corrections = restore(run, weights, held, train, Outputs(logits, digital.base, train), how)
             before_and_after = [
-                sum(float(divergence(logits(tree, b), of_b)) * b.labels.size for b, of_b in pairs) / _tokens(left_out)
-                for tree in (weights, crossbar.with_corrections(weights, corrections))
+                sum(float(divergence(logits(on, b), logits(digital.base, b))) * b.labels.size for b in left_out) / count
+                for on in (weights, crossbar.with_corrections(weights, corrections))
             ]
             numbers = sum(correction.numbers() for correction in corrections.values())
             made[number] = {
