@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..files import printable
@@ -51,23 +51,23 @@ def main(arguments: Sequence[str]) -> None:
         for line in answers:
             print(shown(line))
         return
-    problem = _on_chip(command)
+    load = _on_chip(command)
     if command.stream:
-        for answer in stream_lines(command, problem):
+        for answer in stream_lines(command, load):
             for piece in answer:
                 print(shown(piece), end="", flush=True)
             print()
         return
-    for line in generate_lines(command, problem):
+    for line in generate_lines(command, load):
         print(shown(line))
 
 
-def _on_chip(command: GenerateCommand) -> Problem | None:
-    """Return the model of a command on a chip; None for a digital one."""
+def _on_chip(command: GenerateCommand) -> Callable[[], Problem] | None:
+    """Return a function that loads the model of a command on a chip; None for a digital one."""
     of_chips = CalibratedChipOptions.__dataclass_fields__
     if command.crossbar is None:
         check_digital(command, of_chips)
         return None
     chip = {name: getattr(command, name) for name in of_chips}
     options = HarnessOptions(run=command.run, run_seed=command.seed, base=command.base, **chip)
-    return load_measured(options).loaded.problem
+    return lambda: load_measured(options).loaded.problem

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,18 +118,18 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     return of_run(prepare(fused, to_train=False), fused, options.run, config), fused, params
 
 
-def generate_lines(options: GenerateOptions, problem: Problem | None = None) -> list[str]:
+def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None = None) -> list[str]:
     """Return the answers of a run's seed or of a base model to the lines of a file or of standard input.
 
     A blank line has an empty answer, so that answers and lines have the same numbers. By default the options' model
-    answers; another `problem` of the same seed may have its weights on chips.
+    answers; `load` returns another problem of the same seed, which may have its weights on chips.
     """
     answering = _answering(options)
     lines = list(_lines(options))
     texts = load_texts(answering.fused)
     places = np.array([place for place, line in enumerate(lines) if line.strip()])
     encoded = answering.encode(texts, [lines[place] for place in places])
-    problem = problem or answering.problem(texts)
+    problem = load() if load else answering.problem(texts)
     params, problem = jax.tree.map(lambda p: p[None], answering.params), problem.replace(index=problem.index[None])
     answers = [""] * len(lines)
     found = generate_rows(
@@ -147,14 +147,14 @@ def generate_lines(options: GenerateOptions, problem: Problem | None = None) -> 
     return answers
 
 
-def stream_lines(options: GenerateOptions, problem: Problem | None = None) -> Iterator[Iterator[str]]:
+def stream_lines(options: GenerateOptions, load: Callable[[], Problem] | None = None) -> Iterator[Iterator[str]]:
     """Yield the answers of `generate_lines`, line after line, each in pieces as its tokens come.
 
     A line is read after the previous answer is complete.
     """
     answering = _answering(options)
     texts = load_texts(answering.fused)
-    problem, tokenizer = problem or answering.problem(texts), texts.tokenizer
+    problem, tokenizer = load() if load else answering.problem(texts), texts.tokenizer
     if "base" not in answering.params:
         problem = problem.replace(frozen=problem.frozen.unstacked())
 

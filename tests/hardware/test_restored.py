@@ -309,6 +309,9 @@ def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):
     wanted = lf.generate(model, ids, jnp.ones_like(ids, bool), max_new_tokens=6)
     (said,) = decode(loaded.tokenizer, np.asarray(wanted), loaded.text_format)
     assert printed[0] == said and len(printed) == 2
+    with pytest.raises(SystemExit):  # the text is read before the chip is loaded
+        cli.main([*asked, *on_chip, "--restore", "nowhere", "--file", str(tmp_path / "missing.txt")])
+    assert "missing.txt" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main([*asked, "--restore", str(home / "restored")])
     assert "--restore: only for simulated chips: name them with --crossbar" in capsys.readouterr().err
