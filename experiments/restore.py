@@ -170,6 +170,8 @@ SAMPLED, PASSES = 16_384, 2
 TUNED_SAMPLED = tuple(Arm("lora", 0.01, PASSES, RATE, rate) for rate in (RATE_LORA, 1e-2))
 MORE = tuple(Arm("lora", share, PASSES, RATE, RATE_LORA) for share in (0.01, 0.05))
 BEST: tuple[Arm, Kind, int] = (MORE[0], "continued", SAMPLED)  # the best text for 1 % on chip 1
+# The arm that is best on chips 2 to 4, with as many steps as help.
+LONGER: tuple[Arm, Kind, int] = (Arm("low-rank", 0.01, PASSES), "continued", 4 * SAMPLED)
 # The two best arms of the main rows of chip 1 that have 1 and 5 % of the numbers.
 OF_TEXT = tuple(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in (0.05, 0.01))
 _MONTH, _YEAR = 30 * 86_400.0, 365 * 86_400.0
@@ -298,17 +300,18 @@ def jobs(options: Options) -> Iterator[Job]:
         for arms in (FIRST, MAIN):
             yield from (Job("main", Setting(), chip, arm) for chip in options.chips for arm in arms)
     if "more" in options.rows:
-        for arm in MORE:
-            texts: tuple[Kind, ...] = ("continued", "sampled") if arm == MORE[0] else ("continued",)
-            yield from (Job("more", Setting(), chip, arm, text, SAMPLED) for text in texts for chip in options.chips)
+        texts: tuple[Kind, ...] = ("continued", "sampled")
+        yield from (Job("more", Setting(), 1, MORE[0], text, SAMPLED) for text in texts)
+        yield Job("more", Setting(), 1, MORE[1], "continued", SAMPLED)
         yield Job("more", Setting(), 1, MORE[0], "continued", 4 * SAMPLED)
+        yield from (Job("more", Setting(), chip, *LONGER) for chip in options.chips)
     if "chips" in options.rows:
         yield from (Job("chips", *of_chip) for of_chip in OTHER_CHIPS)
     if "transfer" in options.rows:
         of_tasks = [(chip, task) for chip in options.chips for task in options.unseen]
         for chip, task in of_tasks:
             yield Job("transfer", Setting(), chip, NONE, task=task)
-            yield Job("transfer", Setting(), chip, *BEST, task=task)
+            yield from (Job("transfer", Setting(), chip, *of_arm, task=task) for of_arm in (BEST, LONGER))
         yield from (Job("transfer", Setting(), chip, LABELS, task=task) for chip, task in of_tasks)
     if "text" in options.rows:
         of_text: dict[Kind, tuple[int, ...]] = {"real": (128, 512, 2048), "sampled": (512, 2048, 8192)}
