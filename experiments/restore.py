@@ -29,8 +29,9 @@ import numpy as np
 import scipy.stats
 import tyro
 from lab.common import ROOT, append_line, read_lines, write_csv
-from lab.language import EVALUATED_ROWS, options_of
+from lab.language import EVALUATED_ROWS, PROMPT, TRAIN_ROWS, find, options_of
 from lab.language import MAIN as METHODS
+from lab.language import SOURCES as POOL
 from lab.smollm2 import EXAMPLES, SMOLLM2, base
 from language import link_tasks, unseen_tasks
 
@@ -67,7 +68,7 @@ from lorafusion_jax.runs.options import OnArrays
 from lorafusion_jax.runs.predict import EvaluateOptions, load_to_evaluate
 from lorafusion_jax.runs.prepare import LoadedModel, load_model
 from lorafusion_jax.runs.run import environment
-from lorafusion_jax.tasks import Batch
+from lorafusion_jax.tasks import Batch, load_task
 from lorafusion_jax.text_tables import markdown
 from lorafusion_jax.training.loss import log_likelihood
 
@@ -81,7 +82,7 @@ COST = {"none": 20, "closed": 150, "distilled": 300}
 Row = dict[str, Any]
 Part = Literal["main", "more", "text", "chips", "transfer", "tune"]
 PARTS: tuple[Part, ...] = get_args(Part)
-Kind = Literal["real", "sampled", "continued"]
+Kind = Literal["real", "sampled", "continued", "prompts"]
 # The chip that corrections are computed on: the chip itself, at age 0, or one whose cells drift otherwise.
 Source = Literal["itself", "age 0", "prepared"]
 SOURCES: tuple[Source, ...] = ("age 0", "prepared", "itself")
@@ -172,6 +173,7 @@ MORE = tuple(Arm("lora", share, PASSES, RATE, RATE_LORA) for share in (0.01, 0.0
 BEST: tuple[Arm, Kind, int] = (MORE[0], "continued", SAMPLED)  # the best text for 1 % on chip 1
 # The arm that is best on chips 2 to 4, with as many steps as help.
 LONGER: tuple[Arm, Kind, int] = (Arm("low-rank", 0.01, PASSES), "continued", 4 * SAMPLED)
+PROMPTED: tuple[Arm, Kind, int] = (MORE[0], "prompts", SAMPLED)
 # The two best arms of the main rows of chip 1 that have 1 and 5 % of the numbers.
 OF_TEXT = tuple(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in (0.05, 0.01))
 _MONTH, _YEAR = 30 * 86_400.0, 365 * 86_400.0
@@ -276,8 +278,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     fusions = fused(options) if any(job.part == "transfer" for job in missing) else {}
-    corrected = options.runs / (f"corrections-{options.base.stem}" if options.base else "corrections")
-    for number, row in enumerate(measured(missing, options.base or base(), fusions, corrected), start=1):
+    for number, row in enumerate(measured(missing, options, fusions), start=1):
         rows.append(row | {"base": model.name} | environment())
         append_line(file, rows[-1])
         found = {name: round(row[name], 4) for name in ("loss", "digital", "left_out", "exact_match") if name in row}
@@ -311,7 +312,7 @@ def jobs(options: Options) -> Iterator[Job]:
         of_tasks = [(chip, task) for chip in options.chips for task in options.unseen]
         for chip, task in of_tasks:
             yield Job("transfer", Setting(), chip, NONE, task=task)
-            yield from (Job("transfer", Setting(), chip, *of_arm, task=task) for of_arm in (BEST, LONGER))
+            yield from (Job("transfer", Setting(), chip, *of_arm, task=task) for of_arm in (BEST, LONGER, PROMPTED))
         yield from (Job("transfer", Setting(), chip, LABELS, task=task) for chip, task in of_tasks)
     if "text" in options.rows:
         of_text: dict[Kind, tuple[int, ...]] = {"real": (128, 512, 2048), "sampled": (512, 2048, 8192)}
@@ -332,13 +333,14 @@ class Bench:
     `fusions` are fused runs by task, and `corrected` is a folder of corrections, which rows share.
     """
 
-    def __init__(self, model: Path, fusions: dict[str, FuseOptions], corrected: Path):
+    def __init__(self, model: Path, fusions: dict[str, FuseOptions], corrected: Path, prompts: str):
         self.fusions, self.corrected = fusions, corrected
         self.loaded = load_model(FuseOptions(base=str(model), task="", method="zero-shot"))
         self.digital = self.loaded.problem.frozen.base
         self.run = logits_of_base(self.loaded.problem.graph)
         self.logits = jax.jit(self.run)
         self.texts = read_texts(self.loaded)
+        self.prompts = self.loaded.tokenizer(prompts, add_special_tokens=False)["input_ids"][:CALIBRATION]
         self.samples: dict[Any, list[int]] = {}
         self.at: Any = None
         self.programmed: Any = None
@@ -366,7 +368,8 @@ class Bench:
         ids = self.texts.real
         if job.text != "real":
             if (of_text := (job.text, job.tokens)) not in self.samples:
-                real = ids[:CALIBRATION] if job.text == "continued" else []
+                real = [] if job.text == "sampled" else ids[:CALIBRATION]
+                real += self.prompts if job.text == "prompts" else []
                 self.samples = {of_text: real + sampled(self.loaded, job.tokens - len(real), 0, real)}
             ids = self.samples[of_text]
         if len(ids) < job.tokens:
@@ -442,11 +445,12 @@ class Bench:
         }
 
 
-def measured(missing: Sequence[Job], model: Path, fusions: dict[str, FuseOptions], corrected: Path) -> Iterator[Row]:
+def measured(missing: Sequence[Job], options: Options, fusions: dict[str, FuseOptions]) -> Iterator[Row]:
     """Yield a row for each job."""
     if not missing:
         return
-    bench = Bench(model, fusions, corrected)
+    corrected = options.runs / (f"corrections-{options.base.stem}" if options.base else "corrections")
+    bench = Bench(options.base or base(), fusions, corrected, prompts_of(options.tasks) if fusions else "")
     digital = bench.held_out(bench.digital)
     for job in missing:
         began = time.process_time()
@@ -500,6 +504,14 @@ def fused(options: Options) -> dict[str, FuseOptions]:
     return found
 
 
+def prompts_of(tasks: Path | None) -> str:
+    """Return 20 prompts of the training rows of each of the pool's tasks in turn, without answers."""
+    assert tasks is not None
+    names = [name for family in POOL.values() for name in family]
+    rows = [load_task(find(name, tasks), train_rows=TRAIN_ROWS).train[:20] for name in names]
+    return "\n".join(PROMPT.format(input=example.input) for of_tasks in zip(*rows, strict=True) for example in of_tasks)
+
+
 def how(arm: Arm, held: Sequence[Any]) -> Restoring:
     """Return the training of an arm; scales count towards the numbers of its share."""
     numbers = 0
@@ -544,13 +556,15 @@ def _over_all_tasks(groups: Mapping[Job, Sequence[Row]]) -> Iterator[list[str]]:
 
     Tasks without a row of the best arm do not count.
     """
-    restored = {(row["chip"], row["task"]) for job, rows in groups.items() if job.arm == BEST[0] for row in rows}
-    by_arm: dict[Arm, dict[int, list[Row]]] = {}
+    restored = {
+        (row["chip"], row["task"]) for job, rows in groups.items() if (job.arm, job.text) == BEST[:2] for row in rows
+    }
+    by_arm: dict[tuple[Arm, Kind, int], dict[int, list[Row]]] = {}
     for job, rows in groups.items():
         for row in rows:
             if (row["chip"], row["task"]) in restored:
-                by_arm.setdefault(job.arm, {}).setdefault(row["chip"], []).append(row)
-    for arm, of_chips in by_arm.items():
+                by_arm.setdefault((job.arm, job.text, job.tokens), {}).setdefault(row["chip"], []).append(row)
+    for of_arm, of_chips in by_arm.items():
         tasks = max(map(len, of_chips.values()))
         names = ("digital_task_loss", "task_loss", "digital_exact_match", "exact_match")
         whole = [
@@ -559,7 +573,7 @@ def _over_all_tasks(groups: Mapping[Job, Sequence[Row]]) -> Iterator[list[str]]:
             if len(rows) == tasks
         ]
         if tasks > 1:
-            yield _line(Job("transfer", Setting(), 0, arm, task=f"mean of {tasks} tasks"), whole)
+            yield _line(Job("transfer", Setting(), 0, *of_arm, task=f"mean of {tasks} tasks"), whole)
 
 
 def contrasts(rows: Sequence[Row]) -> list[list[str]]:
@@ -617,7 +631,8 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
     if job.part == "transfer":
         losses = [f"{mean(name):.3f}" for name in ("digital_task_loss", "task_loss")]
         matches = over_chips([row["exact_match"] for row in rows], 1)
-        return [job.task, str(arm), count, *losses, f"{mean('digital_exact_match'):.1f}", *matches]
+        corrections = f"{arm}, prompts in the text" if job.text == "prompts" else str(arm)
+        return [job.task, corrections, count, *losses, f"{mean('digital_exact_match'):.1f}", *matches]
     above = [count, *over_chips([row["loss"] - row["digital"] for row in rows], 3)]
     if job.part == "text":
         return [str(arm), *text, *above]

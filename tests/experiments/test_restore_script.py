@@ -59,6 +59,8 @@ def test_matches_of_fusions_are_means_over_chips():
         "digital_exact_match": 80.0,
         "digital_task_loss": 0.2,
         "task_loss": 0.3,
+        "text": "continued",
+        "calibration_tokens": experiment.BEST[2],
     }
     arm = experiment.BEST[0]
     rows = [_row(chip, arm, 3.1) | of_task | {"exact_match": 70.0 + chip} for chip in (1, 2, 3)]
@@ -68,6 +70,12 @@ def test_matches_of_fusions_are_means_over_chips():
     others = [row | {"task": "antonym", "exact_match": 50.0, "digital_exact_match": 60.0} for row in rows[:2]]
     assert experiment.tables(rows + others)["transfer"][-1] == [
         "mean of 2 tasks", "low rank 1 %, distilled", "2", "0.200", "0.300", "70.0", "60.8", "57.6 to 63.9"
+    ]  # fmt: skip
+    # Corrections of another text are a line of their own.
+    prompted = [row | {"text": "prompts", "exact_match": 78.0} for row in rows]
+    assert experiment.tables(rows + prompted)["transfer"][2] == [
+        "sentiment", "low rank 1 %, distilled, prompts in the text", "3", "0.200", "0.300", "80.0", "78.0",
+        "78.0 to 78.0",
     ]  # fmt: skip
 
 
