@@ -664,20 +664,19 @@ def label(job: Job) -> str:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the loss above digital against the digital numbers, a line for each kind of corrections."""
-    kinds: dict[str, dict[float, list[float]]] = {}
+    kinds: dict[str, dict[float | None, list[tuple[float, float]]]] = {}
     for row in rows:
         arm = job_of(row).arm
-        if arm != NONE:
-            name = str(arm._replace(share=None))
-            kinds.setdefault(name, {}).setdefault(row["share"], []).append(row["loss"] - row["digital"])
+        if arm != NONE:  # ranks, and so counts of numbers, differ a little between chips
+            of_kind = kinds.setdefault(str(arm._replace(share=None)), {})
+            of_kind.setdefault(arm.share, []).append((100 * row["share"], row["loss"] - row["digital"]))
     none = np.mean([row["loss"] - row["digital"] for row in rows if job_of(row).arm == NONE])
 
     def on(figure: Any) -> None:
         panel = figure.subplots()
         for number, (name, of_share) in enumerate(kinds.items()):
-            shares = sorted(of_share)
-            heights = [np.mean(of_share[share]) for share in shares]
-            panel.plot([100 * share for share in shares], heights, "o-", color=colour(number + 1), label=name)
+            means = sorted(np.mean(points, axis=0).tolist() for points in of_share.values())
+            panel.plot(*zip(*means, strict=True), "o-", color=colour(number + 1), label=name)
         panel.axhline(none, linestyle=":", color="black", label="none")
         panel.set_xscale("log")
         panel.set_yscale("log")
