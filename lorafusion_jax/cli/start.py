@@ -1,5 +1,6 @@
 """The environment of a command, set before it loads JAX: memory and compiled functions that are kept."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -69,8 +70,11 @@ def _folder() -> Path:
 
 def _prune(folder: Path) -> None:
     """Remove the oldest entries above the bound, by the time of their last use as far as the disk keeps it."""
-    found = [(max(s.st_atime, s.st_mtime), s.st_size, path) for path in folder.iterdir() for s in [path.stat()]]
-    total = 0
+    found, total = [], 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another command removes entries too
+            s = path.stat()
+            found.append((max(s.st_atime, s.st_mtime), s.st_size, path))
     for _, size, path in sorted(found, reverse=True):
         total += size
         if total > _MOST_BYTES and path.is_file():

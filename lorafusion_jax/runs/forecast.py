@@ -12,6 +12,7 @@ from ..checks import at_least
 from ..io.hf import base_digest
 from ..methods.fusion import CoefficientsRecipe
 from ..tasks import Task, encode, eval_batches, load_task
+from ..tasks.protocol import Protocol
 from ..training.problem import Problem
 from .advantage import FEWEST, WORTH, Case, Model, Prediction, fit, packaged
 from .descent import Descent, check_sum, descent_of, with_copies
@@ -158,14 +159,14 @@ class _Measured:
 
     def case(self, run: _Run, advantage: float) -> Case:
         """Return the features of the task of a run with the pool, whose advantage is known."""
-        found, _, _ = self.on(_ranking(run.options, run.options.seeds[0]))
+        found, _, _ = self.on(_ranking(run.options, run.options.seeds[0], run.options.recipe.protocol))
         return Case(task=run.task, log_ratio=found.log_ratio, loss=found.loss, rows=found.rows, advantage=advantage)
 
 
-def _ranking(options: Any, seed: int = FuseOptions.seeds[0]) -> FuseOptions:
+def _ranking(options: Any, seed: int = FuseOptions.seeds[0], protocol: Protocol = "default") -> FuseOptions:
     """Return the options of a run that would rank all modules of a pool on the rows of a seed."""
     values = {name: getattr(options, name) for name in ("base", "pool", "task", "prompt", "input", "target", "chat")}
-    ranks = CoefficientsRecipe(choose="gradient", modules=1)
+    ranks = CoefficientsRecipe(choose="gradient", modules=1, protocol=protocol)
     rows = options.train_rows
     return FuseOptions(**values, seeds=(seed,), train_rows=rows, method="coefficients", recipe=ranks)
 
@@ -208,6 +209,9 @@ def _read(folder: Path, digest: str) -> _Run:
     check_sum(recipe.composition)
     if config.get("digests", {}).get("base") != digest:
         raise ValueError(f"{folder} has another base than the forecast: give runs of the same base")
+    task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=("train",))
+    if task.sha256 != config["task_sha256"]:
+        raise ValueError(f"{options.task} has other rows than {folder} was fused on: restore them, or fuse the run again")
     losses = [seed["loss"] for seed in results["seeds"] if seed["loss"] is not None]
     if len(losses) < len(results["seeds"]):
         raise ValueError(f"{folder} has a test loss that is not finite: leave out the runs of its task")

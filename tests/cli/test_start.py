@@ -133,6 +133,12 @@ def test_the_oldest_entries_above_the_bound_are_removed():
     assert sorted(path.name for path in folder.iterdir()) == ["middle-cache", "newest-cache"]
 
 
+def test_an_entry_that_vanishes_does_not_matter():
+    folder = _folder()
+    (folder / "gone-cache").symlink_to(folder / "removed")
+    assert _folder() == folder
+
+
 def test_importing_the_package_keeps_nothing(home):
     code = "import os, lorafusion_jax; lorafusion_jax.fuse; print('JAX_COMPILATION_CACHE_DIR' in os.environ)"
     assert _run(code) == "False\n" and not [*home.iterdir()]
