@@ -75,6 +75,8 @@ def merge(options: MergeOptions) -> str:
 def _weights(options: MergeOptions) -> Weights:
     weights: Weights = {}
     if options.weights_file is not None:
+        if not options.weights_file.is_file():
+            raise ValueError(f'{options.weights_file}: no such file: expected JSON such as {{"sort_dash": 0.7}}')
         weights |= read_json(options.weights_file, Weights, "weights by module", own=False)
     for text in options.weights:
         name, _, number = text.rpartition("=")

@@ -69,6 +69,7 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
         ({"weights": ("triple=1",)}, "has no module triple: it has double_next"),
         ({"file": {"double_next": {"block 7": 1}}}, "name a block 'block 7': expected one of encoder.0, "),
         ({"file": {"double_next": "1"}}, "weights.json.*double_next"),
+        ({"weights_file": Path("none.json")}, "none.json: no such file: expected JSON such as {"),
         ({"weights": ("double_next=1",), "format": "gguf"}, "model_type is 't5': expected one of llama, .* for GGUF"),
     ],
 )
