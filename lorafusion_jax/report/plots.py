@@ -41,13 +41,20 @@ def literal(name: str) -> str:
     return printable(name).replace("$", r"\$")
 
 
-def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]) -> None:
-    """Write a figure, of a size in inches, as PNG; raise ValueError if matplotlib is not installed."""
+def check_installed() -> None:
+    """Raise ValueError if matplotlib is not installed."""
     try:
-        import matplotlib
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise ValueError(f"plots need {error.name}, which is not installed: pip install -e '.[plots]'") from error
+
+
+def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]) -> None:
+    """Write a figure, of a size in inches, as PNG; raise ValueError if matplotlib is not installed."""
+    check_installed()
+    import matplotlib
+    from matplotlib.figure import Figure
+
     # Not pyplot: a separate figure leaves no state behind.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(size, dpi=150, layout="constrained")

@@ -211,7 +211,7 @@ def _read(folder: Path, digest: str) -> _Run:
         raise ValueError(f"{folder} has another base than the forecast: give runs of the same base")
     task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=("train",))
     if task.sha256 != config["task_sha256"]:
-        raise ValueError(f"{options.task} has other rows than {folder} was fused on: restore them, or fuse the run again")
+        raise ValueError(f"{options.task} has other rows than {folder} was fused on: restore them, or fuse anew")
     losses = [seed["loss"] for seed in results["seeds"] if seed["loss"] is not None]
     if len(losses) < len(results["seeds"]):
         raise ValueError(f"{folder} has a test loss that is not finite: leave out the runs of its task")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +165,14 @@ def test_a_forecast_is_printed_drawn_and_written(small, runs, tmp_path, capsys):
     assert prediction["low"] < prediction["advantage"] < prediction["high"]
 
 
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = ["--base", "none", "--pool", "none", "--task", "none", "--plot", str(tmp_path / "descent.png")]
+    with pytest.raises(SystemExit):
+        cli.main(["forecast", *arguments])
+    assert "plots need matplotlib" in capsys.readouterr().err
+
+
 def _broken(folder: Path, tmp_path: Path, change) -> Path:
     """A copy of a run with a changed file."""
     copy = tmp_path / folder.name
@@ -178,6 +187,11 @@ def _other_base(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _other_rows(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"task_sha256": "0" * 64}))
+
+
 def _no_loss(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     results["seeds"][0]["loss"] = None
@@ -189,6 +203,7 @@ def _no_loss(folder: Path) -> None:
     [
         (lambda folder: (folder / "results.json").unlink(), "is not complete: continue it"),
         (_other_base, "has another base than the forecast"),
+        (_other_rows, "odd_dash has other rows than .* was fused on: restore them, or fuse anew"),
         (_no_loss, "a test loss that is not finite"),
     ],
 )
@@ -217,6 +232,21 @@ def test_runs_without_their_control_and_too_few_tasks_are_refused(small, runs, t
     ):
         with pytest.raises(ValueError, match=message):
             lf.forecast(_options(small, calibrate=given))
+
+
+def _with_protocol(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["recipe"]["protocol"] = "reference"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_calibration_uses_the_rows_of_its_runs_protocol(small, runs, tmp_path):
+    copies = [_broken(run, tmp_path, _with_rows(20)) for of_task in runs.values() for run in of_task[:2]]
+    options = _options(small, calibrate=tuple(copies), train_rows=20)
+    default = lf.forecast(options).prediction
+    for copy in copies:
+        _with_protocol(copy)
+    assert lf.forecast(options).prediction != default
 
 
 def test_a_task_of_the_calibration_is_refused(small, runs):
