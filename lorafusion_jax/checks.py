@@ -1,10 +1,15 @@
-"""Checks of numbers and names that users give."""
+"""Checks of numbers, names and options that users give, and of the libraries that these need."""
 
-from collections.abc import Collection
+import dataclasses
+import importlib
+import warnings
+from collections.abc import Collection, Iterable
+from types import ModuleType
+from typing import Any
 
 
-def at_least(least: int, **counts: int | None) -> None:
-    """Raise a ValueError that names the first count below `least`; a count of None is not checked."""
+def at_least(least: int, **counts: int | float | None) -> None:
+    """Raise a ValueError that names the first number below `least`; None is not checked."""
     for name, count in counts.items():
         if count is not None and count < least:
             raise ValueError(f"{name} is {count}: expected at least {least}")
@@ -25,3 +30,23 @@ def one_of(choices: Collection[str], **names: str) -> None:
     for name, value in names.items():
         if value not in choices:
             raise ValueError(f"{name} is {value!r}: expected one of {', '.join(choices)}")
+
+
+def flags_given(options: Any, names: Iterable[str]) -> str:
+    """Return those of some options that have other values than their defaults, as on the command line."""
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    given = [name for name in names if getattr(options, name) != fields[name].default]
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
+
+
+def load_optional(name: str, *, extra: str, needed_by: str) -> ModuleType:
+    """Return an optional dependency; raises a ValueError if it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{needed_by} needs {str(error.name).partition('.')[0]}, which is not installed: "
+            f"pip install -e '.[{extra}]'"
+        ) from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..files import one_line, write_text
-from ..report import check_installed, plot_descent
+from ..report import load_matplotlib, plot_descent
 from ..runs.advantage import LEVEL
 from ..runs.forecast import Forecast, ForecastOptions, forecast
 from ..text_tables import plain
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the modules by descent, the forecast with its interval, and one sentence."""
     options = parse(ForecastOptions, arguments, "forecast", groups=GROUPS)
     if options.plot is not None:
-        check_installed()
+        load_matplotlib()
     found = forecast(options)
     print(report(found))
     if options.json is not None:
@@ -42,7 +42,6 @@ def main(arguments: Sequence[str]) -> None:
         write_text(options.json, json.dumps(content, indent=1) + "\n")
         print(f"written to {options.json}")
     if options.plot is not None:
-        options.plot.parent.mkdir(parents=True, exist_ok=True)
         plot_descent(found.modules, found.descent.modules, found.descent.rotated, options.plot, title=found.task)
         print(f"written to {options.plot}")
 

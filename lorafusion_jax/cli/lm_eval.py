@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from ..checks import load_optional
 from ..harness.options import HarnessOptions
 from .parsing import parse
 
@@ -18,18 +19,15 @@ def main(arguments: Sequence[str]) -> None:
     """Run the harness, which prints its own table; its own options are passed on to it."""
     others: list[str] = []
     options = parse(HarnessOptions, arguments, "lm-eval", groups=GROUPS, others=others)
-    try:
-        from lm_eval.__main__ import cli_evaluate
+    program = load_optional("lm_eval.__main__", extra="lm-eval", needed_by="a benchmark")
+    from ..harness import model  # noqa: F401  which registers it
 
-        from ..harness import model  # noqa: F401  which registers it
-    except ModuleNotFoundError as error:
-        raise ValueError(f"benchmarks need {error.name}, not installed here: pip install -e '.[lm-eval]'") from error
     of_all = ((field, getattr(options, field.name)) for field in dataclasses.fields(options))
     given = {field.name: value for field, value in of_all if value != field.default}
     typed = sys.argv
     sys.argv = ["lm-eval", "run", "--model", "lorafusion", "--model_args", json.dumps(given, default=str)]
     sys.argv += ["--batch_size", "auto", *others]
     try:
-        cli_evaluate()
+        program.cli_evaluate()
     finally:
         sys.argv = typed

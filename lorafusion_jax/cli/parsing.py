@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
+from ..checks import flags_given
 from ..runs.old_names import RENAMED, VALUES
 
 Options = TypeVar("Options")
@@ -81,9 +82,7 @@ def _refuse_old_names(arguments: Sequence[str], options: Sequence[str]) -> None:
 def part_of(command: Any, use: Callable[..., Any], flag: str) -> dict[str, Any]:
     """Return those options of a command that are arguments of a use, which `flag` chooses; ValueError for others."""
     own = inspect.signature(use).parameters
-    others = [field for field in dataclasses.fields(command) if field.name not in own]
-    if given := [field.name for field in others if getattr(command, field.name) != field.default]:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if flags := flags_given(command, [field.name for field in dataclasses.fields(command) if field.name not in own]):
         raise ValueError(f"{flags}: not possible together with {flag}: leave one of them out")
     return {name: getattr(command, name) for name in own}
 

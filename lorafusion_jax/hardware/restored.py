@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .. import crossbar
-from ..checks import at_least, check_uint32
+from ..checks import at_least, check_uint32, flags_given
 from ..files import utf8
 from ..io import arrays
 from ..io.folders import read_manifest
@@ -26,7 +26,7 @@ from ..models.architecture import Model, matrices
 from ..models.generate import Sampling, generate
 from ..models.weights import dense
 from ..progress import progress
-from ..runs.options import FuseOptions, flags_given
+from ..runs.options import FuseOptions
 from ..runs.prepare import LoadedModel, digests, load_model
 from ..tasks import IGNORED, Batch, Example, encode, eval_batches
 from .calibration import looped

@@ -6,11 +6,12 @@ from typing import Literal, NamedTuple
 
 import jax
 
+from ..checks import flags_given
 from ..hardware.calibration import looped
 from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..methods import find
-from ..runs.options import ChipOptions, FuseOptions, LoadIn, OnArrays, check_digital, flags_given
+from ..runs.options import ChipOptions, FuseOptions, LoadIn, OnArrays, check_digital
 from ..runs.prepare import LoadedModel, Setup, load_model, of_run, prepare
 from ..runs.run import load_run, seed_place
 from ..training.method import Params

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..checks import at_least
+from ..checks import at_least, load_optional
 from ..progress import progress
 from ..training.method import Params
 from ..training.step import standard_promotion
-from .entry import MethodEntry, SearchJob, load_optional
+from .entry import MethodEntry, SearchJob
 from .fused import fused
 from .lorahub import BOUND, Objective, build, objective_of, recorder
 from .recipes import PoolRecipe

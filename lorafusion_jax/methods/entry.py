@@ -4,10 +4,7 @@ Letters: N modules of a fusion, P modules in memory, r rank, k directions of a b
 """
 
 import dataclasses
-import importlib
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from ..adapters.basis import Pool
@@ -227,16 +224,3 @@ class MethodEntry:
 def module(rank: int) -> Callable[[Site], list[Matrix]]:
     """Return the A and B of one module at a site."""
     return lambda site: [(site.d_in, rank), (rank, site.d_out)]
-
-
-def load_optional(name: str, *, extra: str, needed_by: str) -> ModuleType:
-    """Return an optional dependency; raises a ValueError if it is not installed."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{needed_by} needs {str(error.name).partition('.')[0]}, which is not installed: "
-            f"pip install -e '.[{extra}]'"
-        ) from error

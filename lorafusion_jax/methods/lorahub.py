@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from ..checks import load_optional
 from ..models.weights import reads
 from ..progress import progress
 from ..tasks import Batch
@@ -32,7 +33,7 @@ from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
-from .entry import Billed, Built, CostLayout, MethodEntry, SearchJob, load_optional
+from .entry import Billed, Built, CostLayout, MethodEntry, SearchJob
 from .fused import fused
 from .fusion import Fusion, cost_layout
 from .recipes import PoolRecipe

@@ -4,7 +4,7 @@
 
 from ..files import write_text
 from .formats import Column, Table, markdown
-from .plots import check_installed, plot_coefficients, plot_descent, plot_means
+from .plots import load_matplotlib, plot_coefficients, plot_descent, plot_means
 from .scores import Row, Scores, scores
 from .statistics import OverTasks, Paired, Summary, holm, over_tasks, paired, summary
 from .tables import best_method, main_tables, paired_table

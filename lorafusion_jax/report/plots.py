@@ -4,12 +4,14 @@ They raise ValueError for names that do not fit, without complete results, or if
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
+from ..checks import load_optional
 from ..files import printable, write
 from .scores import Scores
 
@@ -41,24 +43,19 @@ def literal(name: str) -> str:
     return printable(name).replace("$", r"\$")
 
 
-def check_installed() -> None:
-    """Raise ValueError if matplotlib is not installed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(f"plots need {error.name}, which is not installed: pip install -e '.[plots]'") from error
+load_matplotlib = partial(load_optional, "matplotlib", extra="plots", needed_by="a plot")
 
 
 def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]) -> None:
     """Write a figure, of a size in inches, as PNG; raise ValueError if matplotlib is not installed."""
-    check_installed()
-    import matplotlib
+    matplotlib = load_matplotlib()
     from matplotlib.figure import Figure
 
     # Not pyplot: a separate figure leaves no state behind.
     with matplotlib.rc_context(_STYLE):
         figure = Figure(size, dpi=150, layout="constrained")
         draw(figure)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(path, lambda partial: figure.savefig(partial, format="png"))
 
 

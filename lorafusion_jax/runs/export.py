@@ -11,6 +11,7 @@ import numpy as np
 
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
+from ..checks import flags_given
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.gguf.write import write_lora, write_merged
@@ -25,7 +26,6 @@ from ..training.method import Params
 from ..training.problem import Problem
 from .card import write_card
 from .folder import RunFolder
-from .options import flags_given
 from .prepare import load_model, of_run
 from .run import load_seed
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import tyro
 
+from ..checks import flags_given
 from ..methods import METHODS, fields_of, having
 from ..methods.entry import MethodEntry
 from ..methods.recipes import recipe_of
@@ -178,13 +179,6 @@ def options_with(recipe: type[Recipe]) -> type[FuseOptions]:
     shown = Annotated[recipe, tyro.conf.arg(name="")]
     named: Any = ("recipe", shown, dataclasses.field(default=recipe()))
     return dataclasses.make_dataclass("FuseOptions", [named], bases=(FuseOptions,), frozen=True, kw_only=True)
-
-
-def flags_given(options: Any, names: Iterable[str]) -> str:
-    """Return those of some options that have other values than their defaults, as on the command line."""
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    given = [name for name in names if getattr(options, name) != fields[name].default]
-    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 def check_digital(options: Any, of_chips: Iterable[str]) -> None:

@@ -30,7 +30,7 @@ def runs(small, tmp_path_factory) -> dict[str, tuple[Path, dict]]:
 
 def test_means_and_paired_differences_are_those_of_the_runs(runs, tmp_path, capsys):
     folders = [runs[name][0] for name in ("mean", "base")]
-    means, differences = compare(CompareOptions(runs=tuple(folders), plot=tmp_path / "means.png"))
+    means, differences = compare(CompareOptions(runs=tuple(folders), plot=tmp_path / "new" / "means.png"))
     scores = {name: [seed["exact_match"] for seed in results["seeds"]] for name, (_, results) in runs.items()}
     assert [line[0] for line in means.lines] == ["mean", "base"]
     of_base, paired = (
@@ -42,7 +42,7 @@ def test_means_and_paired_differences_are_those_of_the_runs(runs, tmp_path, caps
     assert low <= scores["base"][0] <= high
     difference = np.mean(scores["mean"]) - scores["base"][0]
     assert paired["difference"] == pytest.approx(difference, abs=1e-6) and 0 < paired["p"] <= 1
-    assert (tmp_path / "means.png").stat().st_size
+    assert (tmp_path / "new" / "means.png").stat().st_size
     cli.main(["compare", *map(str, folders), "--reference", str(folders[1])])
     assert re.search(r"base minus each other run.*\n(.*\n)*\| mean +\|", capsys.readouterr().out)
 

@@ -170,7 +170,7 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_loaded(tmp_path
     arguments = ["--base", "none", "--pool", "none", "--task", "none", "--plot", str(tmp_path / "descent.png")]
     with pytest.raises(SystemExit):
         cli.main(["forecast", *arguments])
-    assert "plots need matplotlib" in capsys.readouterr().err
+    assert "a plot needs matplotlib" in capsys.readouterr().err
 
 
 def _broken(folder: Path, tmp_path: Path, change) -> Path:
