@@ -17,6 +17,7 @@ import numpy as np
 
 from .. import __version__
 from ..adapters.basis import check_size, directions, extended, in_directions
+from ..checks import flags_given
 from ..files import check_name, utf8
 from ..models.architecture import linear_shapes
 from ..progress import progress
@@ -102,6 +103,8 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     if options.out is None and not options.dry_run:
         raise ValueError("the pool has no folder: give --out FOLDER, or --dry-run to write nothing")
     if not sources and options.out is not None:
+        if flags := flags_given(options, ("base", "dtype", "skip_bad", "rank", "drop_magnitudes")):
+            raise ValueError(f"{flags}: only for adapters that are converted: leave it out, or give --adapters")
         pool = ConvertedPool(options.out)
         _add_basis(options, options.out)
         return dict(pool.manifest)
@@ -152,7 +155,7 @@ def _sources(options: ConvertOptions) -> list[str]:
         with utf8(file):
             lines = file.read_text(encoding="utf-8").splitlines()
         sources += [source for line in lines if (source := line.partition("#")[0].strip())]
-    if not sources and (options.basis is None or options.out is None):
+    if not sources and ((options.basis is None and options.basis_from is None) or options.out is None):
         raise ValueError("no adapters given: --adapters FOLDER_OR_HUB_ID ..., or --adapters-file LIST")
     return sources
 

@@ -442,6 +442,23 @@ def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_p
     assert not [path for path in tmp_path.iterdir() if "pool" in path.name]
 
 
+def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_path):
+    pool = tmp_path / "pool"
+    _convert(base, [adapter("one"), adapter("two")], out=pool)
+    for options in ({"base": "x"}, {"dtype": "float16"}, {"skip_bad": True}, {"rank": 3}, {"drop_magnitudes": True}):
+        (flag,) = options
+        with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')}: only for adapters that are converted"):
+            convert(ConvertOptions(out=pool, basis=2, **options))
+    assert not (pool / "basis").exists()
+
+
+def test_a_converted_pool_is_projected_on_the_basis_of_another(base, adapter, tmp_path):
+    _convert(base, [adapter("one"), adapter("two")], out=tmp_path / "old", basis=2)
+    _convert(base, [adapter("three")], out=tmp_path / "new")
+    convert(ConvertOptions(out=tmp_path / "new", basis_from=tmp_path / "old"))
+    assert load_basis(tmp_path / "new").names == ("one", "two", "three")
+
+
 def test_an_out_that_exists_is_refused_before_anything_is_read(tmp_path):
     (tmp_path / "pool").mkdir()
     (tmp_path / "pool/precious").write_text("kept")
