@@ -30,6 +30,9 @@ from .on_arrays import check, module_numbers, without_merged_pool
 from .program import Restored
 from .restored import load_restored
 
+# Options that, other than by default, are in the names of results, so that these do not replace each other.
+_IN_NAMES = ("task", "chip_key", "read_noise", "adc_bits", "norm", "lora_in")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
@@ -152,10 +155,7 @@ def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return the settings of an evaluation that results record."""
     return {
         "method": method,
-        "read_noise": options.read_noise,
-        "adc_bits": options.adc_bits,
-        "norm": options.norm,
-        "restore": options.restore,
+        **{name: getattr(options, name) for name in ("read_noise", "adc_bits", "norm", "restore")},
         "lora_in": options.lora_in if method == "lora" else None,
     }
 
@@ -163,7 +163,9 @@ def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
 def results_path(options: EvaluateOnChipsOptions, kind: str = "chips") -> Path:
     """Return the file that an evaluation on chips writes; its name begins with `kind`."""
     restored = "" if options.restore is None else f"-{Path(options.restore).name}"
-    return options.run / f"{kind}-{Path(options.crossbar or '').name}{restored}.json"
+    changed = [name for name in _IN_NAMES if getattr(options, name) != getattr(EvaluateOnChipsOptions, name)]
+    others = "".join(f"-{name.replace('_', '-')}-{Path(str(getattr(options, name))).name}" for name in changed)
+    return options.run / f"{kind}-{Path(options.crossbar or '').name}{restored}{others}.json"
 
 
 def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:

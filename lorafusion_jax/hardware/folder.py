@@ -200,13 +200,14 @@ def aged(
       ValueError: nothing in the configuration depends on time.
     """
     device = config.device
+    over_time = isinstance(device.programming, crossbar.Polynomial) and len(device.programming.seconds) > 1
+    needs = f"an age of {age}" if age is not None and seconds(age) else "--compensate" if compensate else None
+    if needs is not None and device.drift is None and not over_time:
+        raise ValueError(
+            f"{needs}, but these cells have no drift model: give device.drift, such as "
+            "{model: PowerLaw, exponent: 0.01} or RERAM_CMO_DRIFT, in the configuration"
+        )
     if age is not None:
-        over_time = isinstance(device.programming, crossbar.Polynomial) and len(device.programming.seconds) > 1
-        if seconds(age) and device.drift is None and not over_time:
-            raise ValueError(
-                f"an age of {age}, but these cells have no drift model: give device.drift, such as "
-                "{model: PowerLaw, exponent: 0.01} or RERAM_CMO_DRIFT, in the configuration"
-            )
         device = dataclasses.replace(device, time=jnp.float32(seconds(age)))
     if compensate is not None:
         device = dataclasses.replace(device, compensate=compensate)

@@ -59,7 +59,7 @@ def write_chips(options: ProgramOptions) -> Manifest:
     """
     if options.out.exists():  # before hours of programming
         raise ValueError(f"{options.out} exists: give another --out; chips are never overwritten")
-    at_least(1, chips=options.chips)
+    at_least(1, chips=options.chips, basis=options.basis)
     check_uint32(chip_key=options.chip_key)
     config = crossbar.load_config(options.crossbar)
     if options.chips > 1 and not crossbar.is_random(config):

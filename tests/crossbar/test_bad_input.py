@@ -75,7 +75,7 @@ _FIELDS = [
     (Mapping, "weight_bits", [1, 0], "give 2 to 16 bits, or None for real weights"),
     (Mapping, "scale", ["row"], "choose matrix, tile or column"),
     (Mapping, "quantile", [0.0, 1.5], r"give a share of weights in \(0, 1\]"),
-    (crossbar.Independent, "sigma", [-0.1, NAN, np.float16(-0.5)], "give a number at least 0"),
+    (crossbar.Independent, "sigma", [-0.1, NAN, INF, np.float16(-0.5)], "give a number at least 0 and finite"),
     (crossbar.Proportional, "sigma", [-1], "give a number at least 0"),
     (crossbar.ReadNoise, "sigma", [-0.1], "give a number at least 0"),
     (crossbar.ReadNoise, "kind", ["white"], "choose independent or proportional"),

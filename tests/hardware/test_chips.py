@@ -103,6 +103,8 @@ def test_ages_in_seconds_need_a_unit_and_a_drift_model():
             seconds(age)
     with pytest.raises(ValueError, match="an age of 1h, but these cells have no drift model: give device.drift"):
         aged(_ANALOGUE, "1h")
+    with pytest.raises(ValueError, match="--compensate, but these cells have no drift model: give device.drift"):
+        aged(_ANALOGUE, None, compensate=True)
     assert aged(_ANALOGUE, "0").device.time == 0
     assert aged(_NOISY, "1h", compensate=True).device.compensate and not aged(_NOISY, "1h").device.compensate
 
@@ -339,6 +341,8 @@ def test_results_on_other_chips_are_other_files(tmp_path):
     assert results_path(asked[0]) == tmp_path / "chips-noisy.json"
     restored = dataclasses.replace(asked[0], restore="folder/restored-scales")
     assert results_path(restored) == tmp_path / "chips-noisy-restored-scales.json"
+    changed = dataclasses.replace(asked[0], task="tasks/odd_dash", adc_bits=4, read_noise=0.01)
+    assert results_path(changed) == tmp_path / "chips-noisy-task-odd_dash-read-noise-0.01-adc-bits-4.json"
     assert report_path(restored) == tmp_path / "crossbar-noisy-restored-scales.json"
 
 

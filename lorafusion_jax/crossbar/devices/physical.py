@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 import jax
@@ -64,14 +65,12 @@ def require(part: Any, name: str, holds: bool, remedy: str) -> None:
         raise ValueError(f"{type(part).__name__.lower()}.{name} = {value!r:.120}: {remedy}")
 
 
-def check_bounds(
-    owner: Any, name: str, low: float | int, high: float | int = float("inf"), *, open_low: bool = False
-) -> None:
-    """Raise a ValueError for a plain number outside [low, high]; arrays, tracers, None and placeholders pass."""
+def check_bounds(owner: Any, name: str, low: float | int, high: float | int = inf, *, open_low: bool = False) -> None:
+    """Raise a ValueError for a plain number that is infinite or outside [low, high]; other objects pass."""
     value = getattr(owner, name)
-    if not isinstance(value, NUMBER) or (low < value if open_low else low <= value) and value <= high:
+    if not isinstance(value, NUMBER) or (low < value if open_low else low <= value) and value <= high and value != inf:
         return
-    bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < float("inf") else "")
+    bound = f"{'above' if open_low else 'at least'} {low:g} and {f'at most {high:g}' if high < inf else 'finite'}"
     raise ValueError(f"{type(owner).__name__}.{name} = {value}: give a number {bound}, or None where it is absent")
 
 
