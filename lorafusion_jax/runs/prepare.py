@@ -119,7 +119,9 @@ def check(options: FuseOptions) -> None:
         raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
     for seed in options.seeds:
         check_uint32(seed=seed)
+    check_uint32(control_draw=options.control_draw)
     one_of(get_args(Control), control=options.control)
+    at_least(0, train_rows=options.train_rows)
     at_least(1, test_rows=options.test_rows, eval_batch=options.eval_batch, processes=options.processes)
     recipe.check()
     for number, value in (vars(options) | vars(recipe)).items():
@@ -132,6 +134,7 @@ def check(options: FuseOptions) -> None:
         (method.pool and options.pool is None, f"the method {name} fuses a pool: give one with --pool"),
         (controlled and quantised, f"the {options.control} control is drawn in full precision: leave out --load-in"),
         (controlled and not method.pool, f"the method {name} has no pool to replace: leave out --control"),
+        (options.adapters and not method.pool, f"the method {name} fuses no modules: leave out --adapters"),
         ("base" in method.groups and quantised, f"{name} trains weights, not 4 or 8 bits of them: leave out --load-in"),
         (
             options.control_draw != 0 and options.control in ("none", "svd"),

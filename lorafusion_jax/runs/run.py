@@ -133,10 +133,11 @@ def _refuse_begun(run: RunFolder) -> None:
 
 def run_path(options: FuseOptions) -> Path:
     """Return the folder of the run: OUT/NAME, by default OUT/TASK-METHOD, with -CONTROL and -DRAW after it if given."""
-    task = Path(without_revision(options.task).partition(":")[0])
+    path = Path(without_revision(options.task))
+    task = path.absolute().name if path.is_dir() else path.stem.partition(":")[0]
     control = "" if options.control == "none" else f"-{options.control}"
     control += f"-{options.control_draw}" if options.control_draw else ""
-    return Path(options.out) / (options.name or f"{task.stem}-{options.method}{control}")
+    return Path(options.out) / (options.name or f"{task}-{options.method}{control}")
 
 
 def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig]:
@@ -185,11 +186,7 @@ def _located(folder: Path, config: RunConfig) -> FuseOptions:
 
 
 def _complete(
-    run: RunFolder,
-    hardware: HardwareSetup,
-    options: FuseOptions,
-    config: RunConfig,
-    begin: dict[str, Any] | None,
+    run: RunFolder, hardware: HardwareSetup, options: FuseOptions, config: RunConfig, begin: dict[str, Any] | None
 ) -> dict[str, Any]:
     began = time.perf_counter()
     setup = hardware.training

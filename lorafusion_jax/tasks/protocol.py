@@ -46,11 +46,7 @@ def split(count: int, seeds: Sequence[int], *, protocol: Protocol = "default", l
 
 
 def batch_orders(
-    rows: Int32[np.ndarray, "seeds rows"],
-    *,
-    batch_size: int,
-    epochs: int = 1,
-    seeds: Sequence[int] | None = None,
+    rows: Int32[np.ndarray, "seeds rows"], *, batch_size: int, epochs: int = 1, seeds: Sequence[int] | None = None
 ) -> Int32[np.ndarray, "seeds steps B"]:
     """Return the row numbers of every batch; each epoch holds every row once.
 

@@ -91,7 +91,8 @@ class Recipe:
 
     def check(self) -> None:
         """Raise ValueError for numbers that training cannot use. Whole numbers, except `warmup`, are at least 1."""
-        at_least(0, warmup=self.warmup)
+        penalties = {name: value for name, value in vars(self).items() if name.startswith(("lr_", "l1", "l2"))}
+        at_least(0, warmup=self.warmup, **penalties)
         at_least(1, **{name: value for name, value in vars(self).items() if type(value) is int and name != "warmup"})
         self.optimisation(1)  # raises ValueError for settings without a meaning
 

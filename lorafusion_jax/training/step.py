@@ -71,12 +71,7 @@ def init_state(problem: Problem, key: Array, params: Params | None = None) -> Tr
 
 
 def fusion_step(
-    state: TrainState,
-    batch: Batch,
-    problem: Problem,
-    rates: Rates,
-    *,
-    optimisation: Optimisation,
+    state: TrainState, batch: Batch, problem: Problem, rates: Rates, *, optimisation: Optimisation
 ) -> tuple[TrainState, dict[str, Array]]:
     """Take one step of one seed, with the weights that its problem has for this step.
 

@@ -391,6 +391,11 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"adapters": ("nobody",)}, "the pool lacks 'nobody'"),
         ({"control": "random-factors", "load_in": "nf4"}, "full precision"),
         ({"control_draw": 1}, "--control-draw numbers the draws of a random control"),
+        ({"control": "rotated", "control_draw": -1}, "control_draw is -1: expected an integer from 0"),
+        ({"method": "lora", "adapters": ("0",)}, "the method lora fuses no modules: leave out --adapters"),
+        ({"lr_coefficients": -0.1}, "lr_coefficients is -0.1: expected at least 0"),
+        ({"l1": -1.0}, "l1 is -1.0: expected at least 0"),
+        ({"train_rows": -5}, "train_rows is -5: expected at least 0"),
         ({"method": "lorahub", "evaluations": 1000}, "at most 100 evaluations for 2"),
         ({"method": "mean-fusion", "prune": 0.1}, "does not prune"),
         ({"test_rows": 0}, "test_rows is 0: "),
@@ -491,3 +496,11 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
 )
 def test_a_run_is_named_after_its_task_method_and_control(task, changes, name):
     assert run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes)) == Path("runs") / name
+
+
+@pytest.mark.parametrize("task", ["some.task/v1.5", "."])
+def test_a_run_of_a_task_folder_is_named_after_the_whole_folder(task, tmp_path, monkeypatch):
+    folder = tmp_path / "some.task" / "v1.5"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder if task == "." else tmp_path)
+    assert run_path(lf.FuseOptions(base="base", pool="pool", task=task)) == Path("runs/v1.5-fusion")

@@ -106,10 +106,7 @@ def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[s
 
 
 def _reason_to_ignore(
-    key: str,
-    array: np.ndarray,
-    config: Mapping[str, Any],
-    base_tensor: Callable[[str], np.ndarray] | None,
+    key: str, array: np.ndarray, config: Mapping[str, Any], base_tensor: Callable[[str], np.ndarray] | None
 ) -> str:
     """Return the reason why a tensor that is not a factor is ignored, or raise an ValueError."""
     if any(state in key for state in _TRAINING_STATE):

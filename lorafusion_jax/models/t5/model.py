@@ -180,12 +180,7 @@ class T5(nnx.Module):
         return self.encoder_norm(x)
 
     def decode(
-        self,
-        decoder_ids: Target,
-        encoded: Encoded,
-        input_mask: Mask,
-        adapters: Adapters,
-        lanes: Lanes | None = None,
+        self, decoder_ids: Target, encoded: Encoded, input_mask: Mask, adapters: Adapters, lanes: Lanes | None = None
     ) -> Logits:
         """Return the logits of every position of `decoder_ids`, each seeing those before it."""
         positions = jnp.arange(decoder_ids.shape[1])
@@ -234,9 +229,7 @@ class T5(nnx.Module):
         cross_mask = input_mask[:, None, None, :]
 
         def block(
-            layer: Block,
-            carry: tuple[Array, Array, Array],
-            of_layer: tuple[Adapters, tuple[Array, Array], Array],
+            layer: Block, carry: tuple[Array, Array, Array], of_layer: tuple[Adapters, tuple[Array, Array], Array]
         ) -> tuple[tuple[Array, Array, Array], None]:
             (x, keys, values), (adapters, cross, number) = carry, of_layer
 
