@@ -165,8 +165,8 @@ def _apart(values: np.ndarray, blocks: Sequence[_Block]) -> list[np.ndarray]:
 
 def _read(folders: Sequence[Path]) -> dict[str, FusedRun]:
     """Return the runs by name: the last part of the folder, or all of it where two runs have the same last part."""
-    last = [folder.name for folder in folders]
-    names = [str(folder) if last.count(folder.name) > 1 else folder.name for folder in folders]
-    if len(set(names)) < len(names):
+    last = [folder.absolute().name for folder in folders]
+    names = [str(folder) if last.count(name) > 1 else name for folder, name in zip(folders, last, strict=True)]
+    if len({folder.resolve() for folder in folders}) < len(folders):
         raise ValueError(f"a run is given twice in {', '.join(map(str, folders))}: name each one once")
     return {name: FusedRun.read(folder) for name, folder in zip(names, folders, strict=True)}

@@ -340,7 +340,8 @@ class Service:
     def _check_shares(self, run: FusedRun) -> None:
         first = self._first
         if find(run.options.method).pool and basis_of(run.options.recipe) != basis_of(first.options.recipe):
-            here, there = (_in_words(basis_of(of.options.recipe)) for of in (run, first))
+            k, other = (basis_of(of.options.recipe) for of in (run, first))
+            here, there = (f"modules in a basis of {n} directions" if n else "whole modules" for n in (k, other))
             raise ValueError(f"{run.folder} fuses {here}, and {first.folder} {there}: serve them apart, or fuse again")
         for field in _SHARED:
             if field in ("pool", "control", "control_draw") and not find(run.options.method).pool:
@@ -351,10 +352,6 @@ class Service:
                     f"{run.folder} has the {field} {here}, and {first.folder} has {there}: one bank has one {field}. "
                     "Serve them apart, or fuse one of them again with the other's"
                 )
-
-
-def _in_words(basis: int | None) -> str:
-    return "whole modules" if basis is None else f"modules in a basis of {basis} directions"
 
 
 def _resolved(value: str | int | None) -> str | int | None:

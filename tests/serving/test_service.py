@@ -330,8 +330,12 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, 
     (tmp_path / "empty").write_text("\n")
     with pytest.raises(ValueError, match="empty holds no rows: give a line for each answer"):
         generate_rows((runs["mixed"],), file=tmp_path / "empty")
-    with pytest.raises(ValueError, match="a run is given twice"):
-        evaluate_runs((runs["mixed"],) * 2)
+    monkeypatch.chdir(runs["mixed"])
+    for other in (runs["mixed"], Path(), Path("final", "..")):
+        with pytest.raises(ValueError, match="a run is given twice"):
+            evaluate_runs((runs["mixed"], other))
+    with pytest.raises(ValueError, match=f"names the run 'none': there are {runs['mixed'].name}"):
+        generate_rows((Path(),), file=_file(tmp_path, [{"run": "none", "input": "a"}]))
     mixed = str(runs["mixed"])
     for arguments, message in [
         (["evaluate", "--task", "t"], "give one run with --run, or several with --runs"),
