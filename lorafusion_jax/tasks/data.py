@@ -112,7 +112,8 @@ def load_task(
     parts = {
         part: [
             dataclasses.replace(
-                as_example(row, where, prompt, input=input, target=target, chat=chat), row=_row_digest(row)
+                as_example(row, where, prompt, input=input, target=target, chat=chat),
+                row=hashlib.sha256(json.dumps(row, sort_keys=True, default=repr).encode()).hexdigest(),
             )
             for where, row in rows
         ]
@@ -209,10 +210,6 @@ def as_example(
     if not _is_text(answer, named=target is not None) or not str(answer).strip():
         raise ValueError(f"{where}: its {keys[1]} is {shown(answer)}: give it a text, or take the row out")
     return Example(filled, str(answer))
-
-
-def _row_digest(row: Row) -> str:
-    return hashlib.sha256(json.dumps(row, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def _is_text(value: Any, *, named: bool) -> bool:

@@ -144,7 +144,7 @@ def _continued(tokenizer: Tokenizer, examples: Sequence[Example], text_format: T
         if ids[: len(start)] != start:
             answer = _tokens(tokenizer, whole[len(prompt) :], add_special_tokens=False)["input_ids"]
         for text, tokens in ((prompt, start), (whole[len(prompt) :], answer)):
-            if text and not tokens:
+            if not tokens and (text or tokens is start):
                 raise ValueError(_NO_TOKENS.format(text=text))
         end = _end(answer, text_format.ends)
         answer = [*answer[:end], *(answer[end : end + 1] or text_format.ends[:1])]

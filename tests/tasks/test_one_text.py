@@ -177,6 +177,8 @@ def test_an_answer_without_tokens_is_refused(text_format):
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(ValueError, match=r"the tokenizer makes no tokens of '\\n': take the row out"):
         encode(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"), [Example("hot", "\n")], text_format)
+    with pytest.raises(ValueError, match="the tokenizer makes no tokens of ''"):
+        encode(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>"), [Example("", "")], text_format)
 
 
 def test_two_texts_are_tokenised_as_before(tokenizer):
