@@ -357,8 +357,10 @@ def check_no_link(path: Path) -> None:
 def write(path: Path, writer: Callable[[Path], Any]) -> None:
     """Let a function write a file under a temporary name, and rename the file once it is complete.
 
-    Raises a WriteError if the disk is full, read-only or gone; the file is unchanged.
+    Raises a FileError for a folder, and a WriteError if the disk is full, read-only or gone; the file is unchanged.
     """
+    if path.is_dir():
+        raise FileError(path, got="a folder", fix="give a file")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another one for each process
     with writing(path.parent):
         try:

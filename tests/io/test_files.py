@@ -171,6 +171,11 @@ def test_a_text_that_the_tokenizer_rejects_is_a_fault_of_the_base(unknown, split
         encode(tokenizer, [Example(text, "a")])
 
 
+def test_a_folder_where_a_file_is_to_be_written_is_refused(tmp_path):
+    with pytest.raises(FileError, match=f"{tmp_path}: a folder: give a file"):
+        write_text(tmp_path, "text")
+
+
 def test_links_that_replace_files_to_write_are_not_followed(tmp_path):
     (outside := tmp_path / "outside").mkdir()
     (outside / "file").write_text("kept")
