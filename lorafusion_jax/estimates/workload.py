@@ -73,7 +73,8 @@ def workload(
         name: _shapes(tasks.train_batches(train, order, pad_id=0, packing=rules.get(name)))
         for name, order in orders.items()
     }
-    enough = (shots := _shots(recipe)) <= min(train_rows, len(task.train))
+    shots = recipe.shots if isinstance(recipe, FewShotRecipe) else FewShotRecipe.shots
+    enough = shots <= min(train_rows, len(task.train))
     prompted = tasks.few_shot(task, shots, _SEED) if enough else None
     options = tasks.answer_options(task)
     longest = max(len(row) for row in train.labels)
@@ -92,10 +93,6 @@ def workload(
         new_tokens=recipe.max_new_tokens or tasks.most_new_tokens(longest),
         lengths="estimated from characters" if tokenizer is None else "tokenised",
     )
-
-
-def _shots(recipe: Recipe) -> int:
-    return recipe.shots if isinstance(recipe, FewShotRecipe) else FewShotRecipe.shots
 
 
 def _asked(
