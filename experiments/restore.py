@@ -171,7 +171,7 @@ SAMPLED, PASSES = 16_384, 2
 TUNED_SAMPLED = tuple(Arm("lora", 0.01, PASSES, RATE, rate) for rate in (RATE_LORA, 1e-2))
 MORE = tuple(Arm("lora", share, PASSES, RATE, RATE_LORA) for share in (0.01, 0.05))
 BEST: tuple[Arm, Kind, int] = (MORE[0], "continued", SAMPLED)  # the best text for 1 % on chip 1
-# The arm that is best on chips 2 to 4, with as many steps as help.
+# Added after the main rows: the arm that is best on chips 2 to 4, with 1,024 steps; and another text for the best one.
 LONGER: tuple[Arm, Kind, int] = (Arm("low-rank", 0.01, PASSES), "continued", 4 * SAMPLED)
 PROMPTED: tuple[Arm, Kind, int] = (MORE[0], "prompts", SAMPLED)
 # The two best arms of the main rows of chip 1 that have 1 and 5 % of the numbers.
