@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .. import interrupts
 from .start import MALLOC as MALLOC
-from .start import keep_compiled, keep_memory
+from .start import keep_compiled, keep_memory, widen_vectors
 
 _PROGRAMS = ("lorafusion", "__main__.py")
 _COMPUTING = ("forecast", "fuse", "evaluate", "generate", "lm-eval", "restore", "crossbar")
@@ -54,6 +54,7 @@ def _subcommand(arguments: Sequence[str]) -> None:
         fresh = "jax" not in sys.modules  # otherwise another program calls the command
         if fresh:
             keep_compiled()
+            widen_vectors()
             gc.disable()  # looking for garbage in what imports make takes 15 % of the time of a short command
         command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
         if fresh:

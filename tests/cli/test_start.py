@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorafusion_jax.cli import MALLOC, keep_compiled
+from lorafusion_jax.cli.start import widen_vectors
 
 _PROGRAM = """
 import json, sys
@@ -200,3 +201,25 @@ def test_malloc_stays_as_it_is_if_it_is_set_on_accelerators_and_in_tests(tmp_pat
 def test_another_program_that_calls_commands_is_not_started_again(tmp_path):
     code = "from lorafusion_jax import cli; cli.main()"
     assert _malloc(tmp_path, "-c", code, *_GENERATE[2:]) is None
+
+
+@pytest.mark.parametrize(
+    ("features", "flags", "found"),
+    [
+        (["avx512f", "avx512_vpopcntdq"], "", "--xla_cpu_prefer_vector_width=512"),
+        (["avx512_vpopcntdq"], "--xla_dump_to=a", "--xla_dump_to=a --xla_cpu_prefer_vector_width=512"),
+        (["avx512_vpopcntdq"], "--xla_cpu_prefer_vector_width=256", "--xla_cpu_prefer_vector_width=256"),
+        (["avx2", "avx512f"], "", ""),
+    ],
+    ids=["wide", "other flags stay", "a width that is given stays", "older"],
+)
+def test_vectors_are_wide_where_the_processor_is_fast_with_them(monkeypatch, features, flags, found):
+    monkeypatch.setattr("lorafusion_jax.cli.start._features", lambda: features)
+    monkeypatch.delenv("PYTEST_VERSION")
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    widen_vectors()
+    assert os.environ["XLA_FLAGS"] == found
+
+
+def test_the_compiler_takes_the_width_on_every_processor():
+    assert _counts(XLA_FLAGS="--xla_cpu_prefer_vector_width=512") == [0, 1]
