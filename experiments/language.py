@@ -17,6 +17,7 @@ Results are rows of OUT/GROUP.jsonl; interrupted, the same command continues. Wr
 """
 
 import dataclasses
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -272,8 +273,7 @@ def pool_of(adapters: Path, kind: str = "") -> Path:
 def _link(name: str, to: Path) -> Path:
     """Link a file or folder into the experiment's own, and return the link."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    link, partial = FOLDER / name, FOLDER / f".{name}.partial"
-    partial.unlink(missing_ok=True)
+    link, partial = FOLDER / name, FOLDER / f".{name}.{os.getpid()}.partial"
     partial.symlink_to(to.resolve())
     return partial.replace(link)
 

@@ -71,11 +71,15 @@ def main(arguments: Sequence[str]) -> None:
     for option in given(arguments):
         if having(option) and option not in fields_of(entry):
             raise ValueError(f"--{option.replace('_', '-')} is {not_an_option(option, entry.name)}")
+    if {"adapters", "modules"} <= {*given(arguments)}:
+        raise ValueError("--adapters names the modules: leave it out, or --modules, which draws that many")
     recipe = recipe_of(entry.recipe, vars(PRESETS[asked.preset]))
     command = parse(_command(entry), arguments, "fuse", groups=groups_of(entry), defaults=vars(recipe))
     options = with_listed_modules(plain(command))
     if command.plan:
         print(describe_run(options, command.plan_for))
+        if options.arrays.crossbar is not None:
+            print(f"counted digitally: simulated arrays ({options.arrays.crossbar}) take more time and memory")
         return
     if command.plan_for is not None:
         raise ValueError(f"--for {command.plan_for} names the machine of a plan: add --plan, or leave it out")

@@ -31,7 +31,7 @@ from .program import Restored
 from .restored import load_restored
 
 # Options that, other than by default, are in the names of results, so that these do not replace each other.
-_IN_NAMES = ("task", "chip_key", "read_noise", "adc_bits", "norm", "lora_in")
+_IN_NAMES = ("task", "test_rows", "chip_key", "keep_digital", "read_noise", "adc_bits", "norm", "lora_in")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,8 +163,11 @@ def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
 def results_path(options: EvaluateOnChipsOptions, kind: str = "chips") -> Path:
     """Return the file that an evaluation on chips writes; its name begins with `kind`."""
     restored = "" if options.restore is None else f"-{Path(options.restore).name}"
-    changed = [name for name in _IN_NAMES if getattr(options, name) != getattr(EvaluateOnChipsOptions, name)]
-    others = "".join(f"-{name.replace('_', '-')}-{Path(str(getattr(options, name))).name}" for name in changed)
+    others = ""
+    for name in _IN_NAMES:
+        if (value := getattr(options, name)) != getattr(EvaluateOnChipsOptions, name):
+            text = "+".join(value) if isinstance(value, tuple) else str(value)
+            others += f"-{name.replace('_', '-')}-{Path(text).name}"
     return options.run / f"{kind}-{Path(options.crossbar or '').name}{restored}{others}.json"
 
 

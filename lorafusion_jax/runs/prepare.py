@@ -131,6 +131,10 @@ def check(options: FuseOptions) -> None:
     quantised, controlled, mesh = options.load_in != "full", options.control != "none", options.mesh is not None
     by_hand = (options.coordinator, options.processes, options.process)
     for wrong, message in (
+        (
+            options.name is not None and Path(options.name).name in ("", ".."),
+            f"--name {options.name!r} is not the name of a folder: give one such as snarks-fusion",
+        ),
         (method.pool and options.pool is None, f"the method {name} fuses a pool: give one with --pool"),
         (controlled and quantised, f"the {options.control} control is drawn in full precision: leave out --load-in"),
         (controlled and not method.pool, f"the method {name} has no pool to replace: leave out --control"),
@@ -393,8 +397,7 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
     if not there:
         return [], tuple(() for _ in options.seeds)
     if options.adapters:
-        names = positions(there, [int(a) if a.isdecimal() and a not in there else a for a in options.adapters])
-        drawn = tuple(tuple(there[i] for i in names) for _ in options.seeds)
+        drawn = tuple(named_modules(options, there) for _ in options.seeds)
     elif choice_of(options.recipe) != "draw":
         if not 1 <= (count := modules_of(options.recipe)) <= len(there):
             raise ValueError(f"{count} modules to be chosen from a pool of {len(there)}: give 1 to {len(there)}")
@@ -404,6 +407,12 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
         drawn = tuple(tasks.draw_modules(there, count, seed) for seed in options.seeds)
     used = {name for names in drawn for name in names}
     return [name for name in there if name in used], drawn
+
+
+def named_modules(options: FuseOptions, there: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the modules that `adapters` names; ValueError for one that is not there."""
+    names = [int(a) if a.isdecimal() and a not in there else a for a in options.adapters]
+    return tuple(there[i] for i in positions(there, names))
 
 
 def module_names(stored: ConvertedPool | AdapterFolders, options: FuseOptions) -> tuple[str, ...]:

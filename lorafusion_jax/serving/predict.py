@@ -93,6 +93,7 @@ def evaluate_runs(
     Runs are evaluated on their own tasks by default; arguments are options of `lorafusion evaluate`. Raises a
     ValueError for runs that cannot be served together, and for a task that cannot be used.
     """
+    at_least(0, train_rows=train_rows)
     at_least(1, test_rows=test_rows, eval_batch=eval_batch)
     found = _read(runs)
     service = Service(list(found.values()), capacity=sum(len(run.options.seeds) for run in found.values()))

@@ -75,6 +75,7 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
     chips = ["evaluate", "--run", str(run), "--crossbar", "isaac"]
     for arguments, message in [
         ([*fuse, "--seeds", "1", "1"], "a seed is given twice"),
+        ([*fuse, "--adapters", "0", "--modules", "3"], "--adapters names the modules: leave it out, or --modules"),
         (fuse, "give one with --pool"),
         (["export", "--out", str(tmp_path / "x")], "nothing to export: give --run"),
         (

@@ -64,4 +64,9 @@ def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
     main(["fuse", "--base", "flan-t5-large", "--pool", "none", *where[2:], "--preset", "reference", "--plan"])
     out = capsys.readouterr().out
     assert "148,416" in out and "lengths estimated from characters" in out
+    main(["fuse", "--base", str(_SMALL / "base"), *where, "--crossbar", "isaac", "--plan"])
+    assert "counted digitally: simulated arrays (isaac) take more" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["fuse", "--base", str(_SMALL / "base"), *where, "--adapters", "nobody", "--plan"])
+    assert "nobody" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

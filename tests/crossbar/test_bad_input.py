@@ -60,6 +60,8 @@ _FIELDS = [
     (DAC, "slice_bits", [0, 9, 1.5], "give 1 to 8 bits, or None for no slicing"),
     (DAC, "scaling", ["batch"], "choose fixed, calibrated or row"),
     (DAC, "limit", [0.0, np.float32(-1), INF, NAN], r"give the largest \|x\|, positive and finite"),
+    (DAC, "clip_share", [-0.1, 3.0], "give a share of inputs from 0 to 1"),
+    (ADC, "clip_share", [-0.1, 3.0], "give a share of conversions from 0 to 1"),
     (DAC, "quantile", [0.1], "give a share of inputs from 0.5 to 1"),
     (ADC, "bits", [0, 17], "give 2 to 16 bits, or adc=None for an ideal ADC"),
     (ADC, "range", ["widest"], "choose calibrated, max, granular or given"),

@@ -343,6 +343,8 @@ def test_results_on_other_chips_are_other_files(tmp_path):
     assert results_path(restored) == tmp_path / "chips-noisy-restored-scales.json"
     changed = dataclasses.replace(asked[0], task="tasks/odd_dash", adc_bits=4, read_noise=0.01)
     assert results_path(changed) == tmp_path / "chips-noisy-task-odd_dash-read-noise-0.01-adc-bits-4.json"
+    parts = dataclasses.replace(asked[0], test_rows=5, keep_digital=("head", "pool.*"))
+    assert results_path(parts) == tmp_path / "chips-noisy-test-rows-5-keep-digital-head+pool.*.json"
     assert report_path(restored) == tmp_path / "crossbar-noisy-restored-scales.json"
 
 

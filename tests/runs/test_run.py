@@ -385,6 +385,8 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
     ("changes", "message"),
     [
         ({"seeds": (1, 1)}, "given twice"),
+        ({"name": "."}, "--name '.' is not the name of a folder"),
+        ({"name": ""}, "--name '' is not the name of a folder"),
         ({"seeds": ()}, "no seeds"),
         ({"seeds": (1, 2**32)}, "seed is 4294967296: "),
         ({"pool": None}, "give one with --pool"),

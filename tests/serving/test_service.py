@@ -334,6 +334,8 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, 
     for other in (runs["mixed"], Path(), Path("final", "..")):
         with pytest.raises(ValueError, match="a run is given twice"):
             evaluate_runs((runs["mixed"], other))
+    with pytest.raises(ValueError, match="train_rows is -1: expected at least 0"):
+        evaluate_runs((runs["mixed"],), train_rows=-1)
     with pytest.raises(ValueError, match=f"names the run 'none': there are {runs['mixed'].name}"):
         generate_rows((Path(),), file=_file(tmp_path, [{"run": "none", "input": "a"}]))
     mixed = str(runs["mixed"])

@@ -110,6 +110,7 @@ class DAC:
         sliced = self.slice_bits is None or _is_whole(self.slice_bits, 1, self.bits)
         require(self, "slice_bits", sliced, f"give 1 to {self.bits} bits, or None for no slicing")
         require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of inputs from 0.5 to 1")
+        require(self, "clip_share", 0 <= self.clip_share <= 1, "give a share of inputs from 0 to 1")
         valid = not isinstance(self.limit, NUMBER) or 0 < self.limit < float("inf")
         require(self, "limit", bool(valid), "give the largest |x|, positive and finite")
 
@@ -162,6 +163,7 @@ class ADC:
         if (self.range == "given") != (self.limits is not None):
             raise ValueError("adc.limits go with adc.range='given', and only with it")
         require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of conversions from 0.5 to 1")
+        require(self, "clip_share", 0 <= self.clip_share <= 1, "give a share of conversions from 0 to 1")
         if isinstance(self.limits, list | tuple):
             object.__setattr__(self, "limits", tuples(self.limits))  # hashable
         remedy = f"choose {', '.join(ARCHITECTURES)}, or call register_adc before"
