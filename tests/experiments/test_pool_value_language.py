@@ -119,6 +119,9 @@ def test_a_pool_that_lacks_adapters_is_refused(llama, pool, tmp_path):
     (tmp_path / "past").mkdir()
     with pytest.raises(ValueError, match="lacks the adapters plural, comparative, .*--own-seeds trains them"):
         experiment.Lab(llama, tmp_path)
+    (tmp_path / "unknown").mkdir()
+    with pytest.raises(ValueError, match="has other adapters, unknown: expected only those of the design"):
+        experiment.Lab(llama, tmp_path)
 
 
 @pytest.mark.parametrize("least", [(0, 0), (2, -1), (-3, 3)])
@@ -201,6 +204,12 @@ def test_contrasts_are_over_tasks_and_the_seeds_that_both_arms_have():
     ]
     assert [float(row[5]) for row in found["by_task"][1:]] == pytest.approx(gain, abs=1e-4)
     assert experiment.tables(rows[:11], []) == {} == experiment.tables([], [])
+    # Another base has fewer targets.
+    fewer = [row for row in rows if row["task"] in _TARGETS[:6]]
+    assert experiment.tables(fewer, []) == {}
+    mean = np.mean([gain[:6], gain[:6], 95.0 - np.arange(6.0)])
+    lines = experiment.tables(fewer, [], 6)["contrasts"][1:]
+    assert [row[:5] for row in lines] == [["20", "rotated minus LoRAFusion", "3", "6", f"{mean:.3f}"]]
 
 
 def test_the_plan_counts_missing_cells_and_trials(capsys):
