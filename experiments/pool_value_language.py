@@ -55,6 +55,7 @@ from lorafusion_jax.runs.prepare import LoadedModel, Setup, Texts, encode_shown,
 from lorafusion_jax.runs.run import with_targets
 from lorafusion_jax.tasks import BETWEEN_EXAMPLES, Encoded, Split, Task, few_shot, load_task
 from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.training.compiled import make_room
 from lorafusion_jax.training.fit import fit, start
 
 DRAW = 20261128
@@ -283,6 +284,7 @@ class Lab:
         self, name: str, path: Path, rows: int, seed: int, rates: Mapping[str, float], *, answer: bool = True
     ) -> Row:
         """Train an arm on a seed's rows of a task, and return its row; without `answer` no test row is answered."""
+        make_room()
         arm, shots = ARMS[name], ARMS[name].recipe.get("shots", 0)
         model = self.model(name, seed if arm.pool == "rotated" else 0)
         setup = setup_of(model, load(path), rows, seed, shots)
