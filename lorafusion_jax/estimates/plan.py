@@ -155,8 +155,8 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
     where, recipe = machine(name), options.recipe
     k = basis_of(recipe) if options.control == "none" else None  # a control projects whole modules
     rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k)
-    if options.adapters and Path(options.pool or "").is_dir():
-        named_modules(options, module_names(open_pool(Path(options.pool or "")), options))
+    if options.adapters and options.pool and Path(options.pool).is_dir():
+        named_modules(options, module_names(open_pool(Path(options.pool)), options))
     modules = len(options.adapters) or min(modules_of(recipe), size)
     recipe = recipe_of(type(recipe), vars(recipe) | {"modules": modules})
     drawn = len(options.adapters) or min(len(options.seeds) * modules, size)

@@ -397,7 +397,7 @@ def _draw(options: FuseOptions, there: Sequence[str]) -> tuple[list[str], tuple[
     if not there:
         return [], tuple(() for _ in options.seeds)
     if options.adapters:
-        drawn = tuple(named_modules(options, there) for _ in options.seeds)
+        drawn = (named_modules(options, there),) * len(options.seeds)
     elif choice_of(options.recipe) != "draw":
         if not 1 <= (count := modules_of(options.recipe)) <= len(there):
             raise ValueError(f"{count} modules to be chosen from a pool of {len(there)}: give 1 to {len(there)}")
