@@ -198,6 +198,12 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
     there = min(len(task.train), options.train_rows)
     if isinstance(recipe, FewShotRecipe) and recipe.shots > there:
         raise ValueError(f"prompts of {recipe.shots} examples, but {there} training rows of {task.name}: lower --shots")
+    rows = None
+    if method.learns != "untrained" and (to_train or there > 0):
+        rows = tasks.split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
+        steps = recipe.epochs * -(-rows.train.shape[1] // recipe.batch_size)
+        if to_train and recipe.warmup > steps:
+            raise ValueError(f"a warm-up of {recipe.warmup} steps, but training has {steps}: lower --warmup")
     texts = load_texts(options)
     train = tasks.encode(texts.tokenizer, task.train, texts.text_format)
     longest = max((len(row) for row in train.labels), default=128)
@@ -207,9 +213,6 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
         for shown in shown_to_seeds(task, options):  # raises ValueError for a prompt that is too long
             encode_shown(texts, shown, len(test), new_tokens)
     fused = load_model(options, seed_mode, texts)
-    rows = None
-    if method.learns != "untrained" and (to_train or there > 0):
-        rows = tasks.split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
     return Setup(**vars(fused), task=task, train=train, test=test, split=rows, max_new_tokens=new_tokens)
 
 

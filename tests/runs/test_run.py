@@ -403,6 +403,7 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"test_rows": 0}, "test_rows is 0: "),
         ({"save_seconds": math.inf}, "save_seconds is inf: give a finite number"),
         ({"clip": -1.0}, "clip is -1.0: give a norm above 0"),
+        ({"warmup": 7}, "a warm-up of 7 steps, but training has 6: lower --warmup"),
         ({"epochs": 0}, "epochs is 0: "),
         ({"modules": 0}, "modules is 0: "),
         ({"prune": 1.5}, "prune is 1.5"),
