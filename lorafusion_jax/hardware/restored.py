@@ -36,7 +36,8 @@ from .restore import Method, Restoring, divergence, restore
 
 _WHAT = "a folder of corrections"
 _RANGES = ("limits", "input_limit")
-# Most tokens of a row of text; a last share of the batches is left out of the training, to measure on.
+# Most tokens of a row of text. One of so many windows or lines is left out of the training, to measure on: the last
+# windows, but lines from the whole text.
 WINDOW, _MEASURED = 128, 8
 _PROMPT = 16  # tokens of a text that a sample continues
 # Tokens that a causal model samples by default; lines in a batch of another model, and most tokens of its answers.
@@ -183,9 +184,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     missing = [number for number in keys if number not in made]
     if not missing:
         return {number: made[number] for number in keys}
-    batches = _read_text(loaded, options, content)
-    measured = max(1, len(batches) // _MEASURED)
-    train, left_out = batches[:-measured], batches[-measured:]
+    train, left_out = _read_text(loaded, options, content)
     setup = looped(loaded)
     graph, digital = setup.problem.graph, setup.problem.frozen
     run = logits_of_base(graph)
@@ -399,21 +398,23 @@ def _tokens(batches: Sequence[Batch]) -> int:
     return sum(int(np.sum(np.asarray(batch.labels) != IGNORED)) for batch in batches)
 
 
-def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> list[Batch]:
-    """Return the text, the content of its files or a sample, in two batches or more."""
+def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> tuple[list[Batch], list[Batch]]:
+    """Return batches of the text, the content of its files or a sample: those to train on, and those left out."""
     if not loaded.config.causal:
         lines = [line for line in content.splitlines() if line.strip()]
         if len(lines) <= _LINES or options.self_text or options.tokens:
             needed = f"more than {_LINES} lines with --text, without --self-text and --tokens"
             raise ValueError(f"{options.base} is not causal, and the text has {len(lines)} lines: give {needed}")
-        return answered(loaded, lines)
+        to_train = [line for place, line in enumerate(lines) if place % _MEASURED]
+        return answered(loaded, to_train), answered(loaded, lines[::_MEASURED])
     if options.text:
         ids = loaded.tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][: options.tokens]
     else:
         ids = sampled(loaded, options.self_text or _SAMPLED, options.seed)
     if len(batches := windows(loaded, ids)) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give at least two windows of {WINDOW}, better {_SAMPLED:,}")
-    return batches
+    measured = max(1, len(batches) // _MEASURED)
+    return batches[:-measured], batches[-measured:]
 
 
 def _to_save(weights: Any, corrections: dict[str, crossbar.Correction]) -> dict[str, dict[str, np.ndarray]]:
