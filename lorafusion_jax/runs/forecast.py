@@ -22,6 +22,7 @@ from .prepare import LoadedModel, check, load_model, tasks_of_seeds
 from .run import load_run
 
 _KEY = 0  # of the rotated copies
+_ALIKE = ("recipe", "seeds", "test_rows", "dtype", "load_in", "arrays")  # options of runs whose losses are compared
 _CALIBRATE = "give finished runs of a few tasks, with the pool and with `fuse --control rotated`, to --calibrate"
 
 
@@ -139,12 +140,12 @@ class _Measured:
 
     def __init__(self, draws: int):
         self.draws = draws
-        self.loaded: dict[tuple[str, str | None], tuple[LoadedModel, list[Problem]]] = {}
+        self.loaded: dict[tuple[str, str | None, bool], tuple[LoadedModel, list[Problem]]] = {}
 
     def on(self, options: FuseOptions) -> tuple[Descent, Task, tuple[str, ...]]:
         """Return the descent on the rows of a ranking, the task and the modules; ValueError if the descent is zero."""
         task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=("train",))
-        if (key := (options.base, options.pool)) not in self.loaded:
+        if (key := (options.base, options.pool, options.chat)) not in self.loaded:
             model = load_model(options)
             alone = model.problem.replace(index=model.problem.index[0])
             self.loaded[key] = model, with_copies(alone, jax.random.key(_KEY), self.draws)
@@ -190,6 +191,8 @@ def _pairs(folders: Sequence[Path], digest: str) -> list[tuple[_Run, float]]:
         for run in rotated:
             if run.modules != own[0].modules:
                 raise ValueError(f"{run.folder} fused other modules or seeds than {own[0].folder}: give the same ones")
+            if other := [name for name in _ALIKE if getattr(run.options, name) != getattr(own[0].options, name)]:
+                raise ValueError(f"{run.folder} has another {other[0]} than {own[0].folder}: only --control may differ")
         advantage = float(np.mean([run.loss for run in rotated])) - own[0].loss
         found.append((own[0], advantage))
     if folders and (count := len({run.task_sha256 for run, _ in found})) < FEWEST:

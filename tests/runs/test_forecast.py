@@ -224,14 +224,28 @@ def _with_rows(rows: int):
 
 def test_runs_without_their_control_and_too_few_tasks_are_refused(small, runs, tmp_path):
     own, rotated, _ = runs["odd_dash"]
+    other = _broken(rotated, tmp_path, _with_protocol)
     sizes = [_broken(run, tmp_path / str(rows), _with_rows(rows)) for rows in (5, 20, 95) for run in (own, rotated)]
     for given, message in (
         (tuple(sizes), "the runs are of 1 tasks: a calibration needs 3 or more"),
         ((own,), r"one or more with `--control rotated`, got 1 and 0"),
         ((own, rotated), "the runs are of 1 tasks: a calibration needs 3 or more"),
+        ((own, other), "has another recipe than .*odd_dash-own: only --control may differ"),
     ):
         with pytest.raises(ValueError, match=message):
             lf.forecast(_options(small, calibrate=given))
+
+
+def _with_chat(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["chat"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_calibration_uses_the_prompts_of_its_runs(small, runs, tmp_path):
+    copies = [_broken(run, tmp_path, _with_chat) for of_task in runs.values() for run in of_task[:2]]
+    with pytest.raises(ValueError, match="has no chat template"):  # which is looked up for these runs alone
+        lf.forecast(_options(small, calibrate=tuple(copies)))
 
 
 def _with_protocol(folder: Path) -> None:
