@@ -24,7 +24,7 @@ from ..progress import progress
 from .folders import new_folder
 from .hf import base_tensor, open_base, read_config
 from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter, read_config_file, resave
-from .peft.config import KnownBase
+from .peft.config import KnownBase, check_fields
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe
 from .pool.basis import FOLDER, save_basis
@@ -153,7 +153,7 @@ def _sources(options: ConvertOptions) -> list[str]:
         if not file.is_file():
             raise ValueError(f"{file}: no such file: expected a list of adapters, one a line, or lorahub for LoraHub's")
         with utf8(file):
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         sources += [source for line in lines if (source := line.partition("#")[0].strip())]
     if not sources and ((options.basis is None and options.basis_from is None) or options.out is None):
         raise ValueError("no adapters given: --adapters FOLDER_OR_HUB_ID ..., or --adapters-file LIST")
@@ -219,8 +219,9 @@ def _common_rank(sources: Sequence[str]) -> int:
         with contextlib.suppress(ValueError):  # reported when the adapter is read
             config = read_config_file(resolve(source, patterns=(CONFIG,)))[1]
             if config.get("peft_type") == "LORA":
+                check_fields(config)
                 ranks += [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
-    return max((rank for rank in ranks if isinstance(rank, int)), default=16)
+    return max(ranks, default=16)
 
 
 def _without_magnitudes(adapter: PeftAdapter, tensor: Callable[[str], np.ndarray]) -> PeftAdapter:

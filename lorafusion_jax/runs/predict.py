@@ -183,7 +183,7 @@ def stream_lines(options: GenerateOptions, load: Callable[[], Problem] | None = 
 
 def _lines(options: GenerateOptions) -> Iterator[str]:
     """Yield the lines of the text, blank ones too, as they arrive."""
-    source = contextlib.nullcontext(sys.stdin) if options.file is None else open(options.file, encoding="utf-8")
+    source = contextlib.nullcontext(sys.stdin) if options.file is None else open(options.file, encoding="utf-8-sig")
     empty, where = True, options.file or "standard input"
     with source as text, utf8(where):
         for line in text:  # U+2028 and its like end no line, as in files of rows

@@ -42,7 +42,7 @@ def generate_rows(
     names = {spelling: name for name in found for spelling in (name, str(found[name].folder))}
     where = file or "standard input"
     with utf8(where):
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
         # A text of JSON may hold U+2028 and its like, which end no line here.
         lines = enumerate(text.split("\n"), start=1)
         rows = [_row(line.encode(), f"{where}:{i}", names) for i, line in lines if line.strip()]

@@ -36,6 +36,7 @@ def test_streamed_text_is_the_printed_text_piece_by_piece(base, tmp_path, capsys
     assert printed.endswith("\n") and len(printed) > 20
     out = _Out()
     monkeypatch.setattr("sys.stdout", out)
+    (tmp_path / "lines").write_text("hot\nthe tall one\n", encoding="utf-8-sig")  # a mark that is no text
     cli.main([*command, "--stream"])
     assert out.getvalue() == printed
     assert all(later.startswith(earlier) for earlier, later in zip(out.flushed, out.flushed[1:], strict=False))
