@@ -154,7 +154,8 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
     check(options)
     where, recipe = machine(name), options.recipe
     k = basis_of(recipe) if options.control == "none" else None  # a control projects whole modules
-    rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k)
+    base = None if options.base in known_shapes() else options.base
+    rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k, base)
     if options.adapters and options.pool and Path(options.pool).is_dir():
         named_modules(options, module_names(open_pool(Path(options.pool)), options))
     modules = len(options.adapters) or min(modules_of(recipe), size)
@@ -177,7 +178,7 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
         task,
         recipe,
         packing=packing_of(config, on_cpu=where.device == "cpu"),
-        **({} if options.base in known_shapes() else load_texts(options)._asdict()),
+        **({} if base is None else load_texts(options)._asdict()),
         train_rows=options.train_rows,
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,
@@ -185,11 +186,11 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
     return describe(config, [options.method], {task.name: work}, settings, capacity=where.capacity)
 
 
-def pool_shape(folder: Path, k: int | None = None) -> PoolShape:
+def pool_shape(folder: Path, k: int | None = None, base: str | None = None) -> PoolShape:
     """Return the shape of a pool whose modules are fused whole or in k directions; LoraHub's without such a folder."""
     if not folder.is_dir():
         return PoolShape()
-    pool = open_pool(folder)
+    pool = open_pool(folder, base)
     names = pool.names if k is None else pool.basis_modules(k)
     return PoolShape(pool.largest_rank, len(names), pool.targets)
 

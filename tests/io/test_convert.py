@@ -275,6 +275,7 @@ def test_no_kind_of_bad_adapter_stops_the_others(base, adapter, tmp_path):
         "targets": json.dumps({"peft_type": "LORA", "r": 2, "target_modules": 5}),
         "alpha": json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 10**400}),
         "repeat": json.dumps({"peft_type": "LORA", "r": 2, "rank_pattern": {"q{99999999999}": 2}}),
+        "pattern": json.dumps({"peft_type": "LORA", "r": 2, "rank_pattern": ["q"]}),
         "reference": json.dumps({"peft_type": "LORA", "r": 2, "alpha_pattern": {r"\9q": 2}}),
         "bytes": b"\xff\xfe\x00{",
     }
@@ -469,7 +470,7 @@ def test_an_out_that_exists_is_refused_before_anything_is_read(tmp_path):
 def test_the_list_of_adapters(base, adapter, tmp_path):
     one, two = adapter("one"), adapter("two")
     listed = tmp_path / "list.txt"
-    listed.write_text(f"# mine\n\n  {two}  # the second\n")
+    listed.write_text(f"# mine\n\n  {two}  # the second\n", encoding="utf-8-sig")  # as Windows saves it
     manifest = _convert(base, [one], adapters_file=listed, dry_run=True)
     assert [entry["source"] for entry in manifest["adapters"]] == [one, two]
     _refused(r"no\.txt: no such file", base, [one], adapters_file=tmp_path / "no.txt", dry_run=True)
@@ -641,6 +642,17 @@ def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tm
         open_pool(folder).load()
     with pytest.raises(ValueError, match=r"nothing is not a pool: give one of `lorafusion convert`"):
         open_pool(tmp_path / "nothing")
+    q = linear_shapes(read_config(base))[_Q]
+    loha = {
+        f"base_model.model.{_Q}.hada_w{n}_{end}": np.ones((q[1], 2) if end == "a" else (2, q[0]), np.float32)
+        for n in (1, 2)
+        for end in "ab"
+    }
+    write_adapter(tmp_path / "other" / "loha", {"peft_type": "LOHA", "r": 2, "alpha": 2}, loha)
+    other = open_pool(tmp_path / "other", str(base))
+    assert (other.largest_rank, other.targets) == (other.load().A["encoder.self.q"].shape[3], ("q",))
+    shutil.copytree(folders[0], folder / ".new.partial")  # as a command that is killed leaves it
+    assert open_pool(folder).names == plain.names
     # An adapter behind a link has the name of the link.
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "mine").symlink_to(folders[0], target_is_directory=True)

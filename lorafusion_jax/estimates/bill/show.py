@@ -23,21 +23,10 @@ def quantity(value: Range, unit: str) -> str:
 
 def corrections_table(bill: CorrectionBill) -> list[list[str]]:
     """Return the lines of the cost of a chip's digital corrections."""
-    return [
-        [
-            "numbers",
-            "bytes",
-            "energy of a token",
-            "the base's reads of a token",
-            "computing them, once",
-            "writing all cells",
-        ],
-        [
-            f"{bill.numbers:,}",
-            f"{4 * bill.numbers:,}",
-            *(quantity(energy, "J") for energy in (bill.token, bill.base_token, bill.once, bill.rewriting.energy)),
-        ],
-    ]
+    of_energies = ("energy of a token", "the base's reads of a token", "computing them, once", "writing all cells")
+    energies = (bill.token, bill.base_token, bill.once, bill.rewriting.energy)
+    numbers = [f"{bill.numbers:,}", f"{4 * bill.numbers:,}", *(quantity(energy, "J") for energy in energies)]
+    return [["numbers", "bytes", *of_energies], numbers]
 
 
 def number(value: Range) -> str:

@@ -1,5 +1,6 @@
 """A pool on disk as one object, whose manifest is read and checked once."""
 
+import functools
 import hashlib
 import json
 import os
@@ -13,12 +14,12 @@ import msgspec
 from ...adapters.basis import SharedBasis
 from ...adapters.pool import LoraPool, positions
 from ...files import FileError, named, read_json, structured
-from ...models.architecture import Architecture
+from ...models.architecture import Architecture, linear_shapes
 from ...models.registry import recorded_config
 from ..folders import stored_by_orbax, write_json
 from ..hf import base_tensor, open_base, read_config
-from ..peft.adapter import PeftAdapter, read_adapter, read_config_file
-from ..peft.config import KnownBase, check_config
+from ..peft.adapter import PeftAdapter, read_adapter
+from ..peft.config import KnownBase
 from .adapter_files import Entry, check_entry, check_size, load_adapter
 from .basis import describe_basis, read_basis
 from .stack import Dtype, Stack, read_pool
@@ -147,7 +148,7 @@ class AdapterFolders:
 
     def __init__(self, folder: str | Path, base: str | None = None):
         self.folder, self.base = Path(folder), base
-        self.names = tuple(sorted(path.parent.name for path in self.folder.glob("*/adapter_config.json")))
+        self.names = tuple(sorted(path.parent.name for path in self.folder.glob("[!.]*/adapter_config.json")))
         if not self.names:
             raise ValueError(f"{folder} is not a pool: give one of `lorafusion convert`, or a folder of PEFT adapters")
 
@@ -158,20 +159,13 @@ class AdapterFolders:
 
     @property
     def largest_rank(self) -> int:
-        """The largest `r` of the adapters' configurations."""
-        ranks = []
-        for name in self.names:
-            _, config = read_config_file(self.folder / name)
-            with named(self.folder / name):
-                check_config(config, compare_saved=True)
-            ranks.append(config.get("r", 8))
-        return max(ranks)
+        """The largest rank that an adapter has anywhere; reads the adapters."""
+        return max(len(a) for adapter in self._adapters for a, _ in adapter.factors.values())
 
     @property
     def targets(self) -> tuple[str, ...]:
         """Last names of the linear maps that any adapter is on; reads the adapters."""
-        paths = [path for name in self.names for path in read_adapter(str(self.folder / name)).factors]
-        return tuple(sorted({path.rpartition(".")[2] for path in paths}))
+        return tuple(sorted({path.rpartition(".")[2] for adapter in self._adapters for path in adapter.factors}))
 
     def load(self, chosen: Sequence[str | int] | None = None, *, dtype: Dtype = "float32") -> LoraPool:
         """Read the adapters chosen by name or index, or all; raises `read_pool`'s errors."""
@@ -188,6 +182,12 @@ class AdapterFolders:
         """Raise a ValueError, as `basis` does."""
         self.basis(k)
         return {}
+
+    @functools.cached_property
+    def _adapters(self) -> list[PeftAdapter]:
+        # Kinds other than LoRA, and copies of base weights, need the base.
+        how = {"shapes": linear_shapes(self.config), "base_tensor": base_tensor(self._base)} if self.base else {}
+        return [read_adapter(str(self.folder / name), **how) for name in self.names]
 
     @property
     def _base(self) -> str:
