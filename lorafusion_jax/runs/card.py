@@ -46,12 +46,13 @@ def write_card(
     modules = recorded["modules"][options.seeds.index(seed)]
     task = f"{_code(_shown(options.task))} (SHA-256 {_text(recorded['task_sha256'])})"
     tested = "" if results is None else f", and {results['test_rows']:,} rows were tested"
+    control = "" if options.control == "none" else f", the control `{options.control}` instead of the pool itself,"
     what = "A model" if merged else "A LoRA adapter" if gguf else "A PEFT adapter"
     parts = [
         _front_matter(options, merged=merged, gguf=gguf),
         f"# {_text(Path(_shown(options.task)).stem)}, by {options.method}\n",
         f"{what}, made of {_code(_shown(options.base))} by lorafusion-jax {__version__} with the method "
-        f"`{options.method}` and the seed {seed}.\n",
+        f"`{options.method}`{control} and the seed {seed}.\n",
         _how_to_load(options, config, repository or "THIS_FOLDER", merged=merged, gguf=gguf),
         f"## Data\n\nThe task {task}: at most {options.train_rows:,} rows were used for training{tested}.\n",
     ]

@@ -77,13 +77,14 @@ def export(options: ExportOptions) -> str:
     if options.run is None and (flags := flags_given(options, ("seed", "format"))):
         fix = "`lorafusion merge` writes modules of a pool in other formats"
         raise ValueError(f"{flags}: only for a run, because an adapter of a pool is saved as it came: {fix}")
-    if options.push is not None:
-        make_repository(options.push, private=options.private)
     if options.run is not None:
         what = _export_run(options, options.run)
     else:
         assert options.pool is not None and options.adapter is not None
-        resave(ConvertedPool(options.pool).adapter(options.adapter), options.out)
+        adapter = ConvertedPool(options.pool).adapter(options.adapter)
+        if options.push is not None:
+            make_repository(options.push, private=options.private)
+        resave(adapter, options.out)
         what = f"adapter {options.adapter} of {options.pool}"
     return what if options.push is None else f"{what}\npushed to {upload(options.out, options.push)}"
 
@@ -97,6 +98,8 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     if "base" in method.groups and not merged:
         raise ValueError(f"{folder} fine-tuned all weights, not an adapter: export it with --format merged")
     check_format(options.format, fused.base)
+    if options.push is not None:  # before the weights are loaded, because the hub may refuse
+        make_repository(options.push, private=options.private)
     loaded = of_run(load_model(fused), fused, folder, config)
     problem = loaded.problem.replace(index=loaded.problem.index[place])
     fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)

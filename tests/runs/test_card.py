@@ -47,7 +47,9 @@ def test_names_in_a_model_card_are_text(tmp_path):
     assert (tmp_path / "coefficients.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_card_loads_the_revision_of_the_base(tmp_path):
-    card = _card(tmp_path, FuseOptions(base="org/base@v1.0", pool="pool", task="task.jsonl"), ["module"])
+def test_a_model_card_names_the_revision_of_the_base_and_a_control(tmp_path):
+    options = FuseOptions(base="org/base@v1.0", pool="pool", task="task.jsonl", control="rotated")
+    card = _card(tmp_path, options, ["module"])
+    assert "with the method `fusion`, the control `rotated` instead of the pool itself, and the seed 1" in card
     assert "\nbase_model: org/base\n" in card
     assert 'from_pretrained("org/base", revision="v1.0")' in card

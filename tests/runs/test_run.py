@@ -463,11 +463,16 @@ def test_an_export_is_pushed_with_its_card(fused, hub, tmp_path, monkeypatch):
     assert again.endswith("/me/fused")
 
 
-def test_a_push_that_is_refused_writes_nothing(fused, hub, tmp_path):
+def test_a_push_that_is_refused_writes_nothing(fused, hub, tmp_path, monkeypatch):
     of_run = ExportOptions(run=run_path(fused[0]), out=tmp_path / "out", push="me/fused")
     with pytest.raises(ValueError, match=r"the hub did not take me/fused: .*token by `hf auth login` or in HF_TOKEN"):
         export(of_run)
     assert not (tmp_path / "out").exists() and "me/fused" not in hub.repositories
+    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
+    for changes in ({"run": tmp_path / "gone"}, {"seed": 9}):  # found before a repository is made
+        with pytest.raises(ValueError, match="gone: not a run|has no seed 9"):
+            export(dataclasses.replace(of_run, **changes))
+    assert "me/fused" not in hub.repositories
     with pytest.raises(ValueError, match="--private needs a repository of the hub: name it with --push"):
         export(dataclasses.replace(of_run, push=None, private=True))
 
