@@ -40,8 +40,10 @@ def read_weights(source: Path) -> tuple[Weights, Digests | None] | None:
     """Return the weights in a JSON file, or in a folder that `merge` wrote with its digests; None for another folder.
 
     Raises:
-      FileError: the file is not such a list.
+      ValueError: there is no such file or folder, or the file is not such a list.
     """
+    if not source.exists():
+        raise ValueError(f"--from {source}: no such file or folder: give a run, a merged folder or a list of weights")
     if source.is_file():
         return read_json(source, Weights, "weights by module", own=False), None
     if not (source / RECORD).is_file():

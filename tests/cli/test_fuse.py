@@ -31,9 +31,9 @@ def asked(monkeypatch):
 
 def test_options_in_every_group_reach_the_run(asked):
     assert asked() == lf.FuseOptions(base="b", task="t")
-    options = asked("--method", "lora", "--lr-lora", "0.5", "--age", "1day", "--from", "run", "--seeds", "3", "4")
+    options = asked("--method", "lora", "--lr-lora", "0.5", "--age", "1day", "--from", "..", "--seeds", "3", "4")
     assert (options.method, options.recipe.lr_lora, options.arrays.age) == ("lora", 0.5, "1day")
-    assert (options.start_from, options.seeds) == (Path("run"), (3, 4))
+    assert (options.start_from, options.seeds) == (Path(".."), (3, 4))
 
 
 def test_a_preset_gives_the_numbers_that_the_other_options_do_not(asked):

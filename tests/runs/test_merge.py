@@ -130,6 +130,12 @@ def test_a_list_that_a_fusion_cannot_start_from_is_refused(small, listed, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_start_that_does_not_exist_is_refused_before_anything_is_loaded(tmp_path):
+    nothing = tmp_path / "base", tmp_path / "pool"
+    with pytest.raises(ValueError, match=r"--from .*gone\.json: no such file or folder: give a run"):
+        fuse(recipes.small_run(nothing, tmp_path, start_from=tmp_path / "gone.json"))
+
+
 @pytest.mark.parametrize(("part", "message"), [("base", "the base .* had the SHA-256 0"), ("modules", "of the pool")])
 def test_a_merged_list_of_another_base_or_pool_is_refused(small, listed, tmp_path, part, message):
     record = json.loads((listed[1] / "merge.json").read_text())
