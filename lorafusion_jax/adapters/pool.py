@@ -78,6 +78,8 @@ def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
 
     `layers` has the number of layers of each site, in the order of the computation.
     """
+    if any(pool.magnitude is not None for pool in pools):
+        raise ValueError("a DoRA adapter's magnitudes cannot join other modules: serve its runs apart from LoRAs")
     sites = [site for site in layers if any(site in pool.rank for pool in pools)]
 
     def put_together(site: str) -> tuple[Array, Array, Array]:

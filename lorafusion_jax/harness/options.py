@@ -83,6 +83,8 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
         raise ValueError("expected one model: give a fused run with --run, or a base model with --base")
     if options.crossbar is None:
         check_digital(options, CalibratedChipOptions.__dataclass_fields__)
+    if options.run is None and options.run_seed is not None:
+        raise ValueError("a base model has no seeds: leave out --run-seed")
     fused, params, config, place = _of_base(options), None, None, 0
     if options.run is not None:
         if flags := flags_given(options, _OF_BASES):

@@ -221,6 +221,7 @@ def test_results_are_returned_in_python(llama, tasks):
         ({"base": "BASE", "max_length": 200}, "max_length is 200: expected at most the model's context of 160"),
         ({"base": "BASE", "pretrained": "x"}, "no model argument pretrained: expected some of crossbar, chip_key"),
         ({"run": "RUN", "pool": "pool"}, "--pool: only for a base without a run"),
+        ({"base": "BASE", "run_seed": 2}, "a base model has no seeds: leave out --run-seed"),
         ({"run": "RUN", "run_seed": 9}, "has no seed 9: it has 1, 2"),
     ],
 )

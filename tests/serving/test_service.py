@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import cli
+from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.io import arrays
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.folder import RunFolder
@@ -119,6 +120,7 @@ def test_every_row_is_answered_as_by_its_run_alone(runs, alone, tmp_path, capsys
     folders = [str(folder) for folder in runs.values()]
     # Some marks end lines elsewhere, and not in a file of rows.
     file = _file(tmp_path, [*rows, {"input": _LINES[0]}, {"input": "a\u2028b\x85c"}])
+    file.write_text(file.read_text(), encoding="utf-8-sig")
     cli.main(["generate", "--runs", *folders, "--file", str(file), "--eval-batch", "4"])
     printed = capsys.readouterr().out.split("\n")
     assert printed[: len(asked)] == [alone[name][i] for name, i in asked] and len(printed) == len(asked) + 3
@@ -281,6 +283,8 @@ def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alon
     basis = lf.FusedRun.read(folder)._replace(options=dataclasses.replace(found["lora"].options, load_in="nf4"))
     with pytest.raises(ValueError, match="lora is of a LoRA, which joins whole modules in full precision"):
         lf.Service([basis], capacity=1)
+    with pytest.raises(ValueError, match="a DoRA adapter's magnitudes cannot join other modules: serve its runs apart"):
+        joined([dataclasses.replace(tiny.pool(1), magnitude={}), tiny.pool(2)], {})
 
 
 def test_a_control_is_served_as_it_answers_alone(write, answers, tmp_path):
