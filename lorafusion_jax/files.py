@@ -98,7 +98,7 @@ _OF_READING_TOO = {
     errno.EACCES: _FORBIDDEN,
     errno.EPERM: _FORBIDDEN,
     errno.ENOENT: _GONE,
-    errno.ENOTDIR: _GONE,
+    errno.ENOTDIR: ("a part of its path is a file", "move that file"),
     errno.ESTALE: _GONE,
     errno.EIO: ("its disk fails", "check the disk"),
 }

@@ -83,7 +83,7 @@ def _weights(options: MergeOptions) -> Weights:
         if name in weights:
             raise ValueError(f"{name} has two weights, one in --weights {shown(text)}: give one")
         try:
-            weights[name] = float(number)
+            weights[name] = float(number if name else "")
         except ValueError:
             raise ValueError(f"--weights {shown(text)}: expected name=number, such as sort_dash=0.7") from None
     if not weights:

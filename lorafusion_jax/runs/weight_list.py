@@ -4,7 +4,6 @@ It is a JSON file, or merge.json in a folder that `lorafusion merge` wrote.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -68,8 +67,8 @@ def coefficients_of(weights: Weights, pool: Pool, source: str | None) -> Float[A
         for block, weight in by_block.items():
             if block not in blocks:
                 raise ValueError(f"the weights of {name} name a block {shown(block)}: expected one of {some(blocks)}")
-            if not math.isfinite(weight):
-                raise ValueError(f"the weight of {name} is {shown(weight)}: expected a finite number")
+            if not abs(weight) <= float(np.finfo(np.float32).max):
+                raise ValueError(f"the weight of {name} is {shown(weight)}: expected a finite number of float32")
             found[row, blocks.index(block)] = weight
     return jnp.asarray(found)
 
@@ -111,6 +110,8 @@ def listed_params(setup: Setup, options: FuseOptions, weights: Weights, recorded
         check_digests(source, recorded, digests(setup, options), options)
     if missing := sorted(weights.keys() - {*setup.modules[0]}):
         raise ValueError(f"{options.pool} has no module {some(missing)}, which {source} names")
+    if options.control != "none":  # its modules are named after those that they replace
+        pool = dataclasses.replace(pool, names=tuple(name.removeprefix(f"{options.control} ") for name in pool.names))
     by_block = coefficients_of(weights, pool, options.pool)
     by_block = by_block[jnp.array([pool.names.index(name) for name in setup.modules[0]])]
     if method.granularity != "global":

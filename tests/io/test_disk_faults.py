@@ -180,6 +180,13 @@ def test_a_folder_that_vanishes(tmp_path):
             run.write_results({})
 
 
+def test_a_folder_inside_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="a part of its path is a file .*: move that file, or give another folder"):
+        with RunFolder(tmp_path / "file" / "run").locked():
+            pass
+
+
 def test_what_is_read_meanwhile_is_not_blamed_on_the_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter"):
         with new_folder(tmp_path / "pool"):

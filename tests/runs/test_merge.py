@@ -15,6 +15,7 @@ from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.models.architecture import kernels, places
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.merge import MergeOptions, merge
+from lorafusion_jax.runs.run import load_run
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 _BASE, _POOL = str(_SMALL / "base"), str(_SMALL / "adapters")
@@ -63,6 +64,8 @@ def test_a_file_gives_weights_by_block_and_a_merged_model_has_them(tmp_path):
         ({}, "no weights: give some with --weights name=0.7"),
         ({"weights": ("double_next",)}, "--weights 'double_next': expected name=number"),
         ({"weights": ("double_next=much",)}, "expected name=number"),
+        ({"weights": ("0.7",)}, "--weights '0.7': expected name=number"),
+        ({"weights": ("double_next=1e39",)}, "is 1e\\+39: expected a finite number of float32"),
         ({"weights": ("double_next=1", "double_next=2")}, "double_next has two weights, one in --weights"),
         ({"weights": ("double_next=1",), "file": {"double_next": 2}}, "double_next has two weights, one in --weights"),
         ({"weights": ("double_next=nan",)}, "the weight of double_next is nan: expected a finite number"),
@@ -128,6 +131,17 @@ def test_a_list_that_a_fusion_cannot_start_from_is_refused(small, listed, tmp_pa
     with pytest.raises(ValueError, match=message):
         fuse(recipes.small_run(small, tmp_path, name="run", start_from=file, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_control_starts_from_the_same_weights(small, listed, tmp_path):
+    still = {"method": "coefficients", "lr_coefficients": 0.0, "epochs": 1, "start_from": listed[0]}
+    found = []
+    for control in ("none", "rotated"):
+        options = recipes.small_run(small, tmp_path, name=control, control=control, **still)
+        fuse(options)
+        found.append(load_run(tmp_path / control)[1]["coefficients"])
+    np.testing.assert_array_equal(*found)
+    assert np.any(found[0])
 
 
 def test_a_start_that_does_not_exist_is_refused_before_anything_is_loaded(tmp_path):
