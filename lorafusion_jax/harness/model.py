@@ -234,7 +234,8 @@ class HarnessLM(TemplateLM):
         if self.backend == "causal" and new_tokens >= self.max_length:
             raise ValueError(f"max_gen_toks is {new_tokens}: expected less than the model's context, {self.max_length}")
         draws = given.pop("do_sample")
-        sampling = {name: given.pop(name) for name in _SAMPLING if name in given}
+        sampling: dict[str, Any] = {"temperature": 1.0}  # of a draw by default, as in `hf`
+        sampling |= {name: given.pop(name) for name in _SAMPLING if name in given}
         if other := [name for name, value in given.items() if _NEUTRAL.get(name) != value]:
             raise ValueError(
                 f"the task generates with {other[0]}, which is not supported: expected some of do_sample, "

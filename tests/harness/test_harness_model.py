@@ -109,6 +109,9 @@ def test_answers_are_greedy_and_end_before_their_stop_text(llama, log_probs):
     assert found == [wanted[0].partition(stop)[0]]
     drawn = {"until": ["\n\n"], "max_gen_toks": 9, "do_sample": True, "temperature": 3.0}
     assert llama.generate_until(_requests((prompts[0], drawn))) != wanted[:1]
+    by_default, at_one = ({"do_sample": True, "top_p": 0.99} | more for more in ({}, {"temperature": 1.0}))
+    found = [llama.generate_until(_requests((prompts[0], asked | how))) for how in (by_default, at_one)]
+    assert found[0] == found[1] != wanted[:1]
 
 
 def test_chat_templates_are_rendered_by_the_base(llama):
