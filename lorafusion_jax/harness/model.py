@@ -92,7 +92,8 @@ class HarnessLM(TemplateLM):
         if unknown := sorted(options.keys() - HarnessOptions.__dataclass_fields__.keys()):
             known = ", ".join(HarnessOptions.__dataclass_fields__)
             raise ValueError(f"no model argument {unknown[0]}: expected some of {known}, batch_size")
-        for name, value in options.items():  # as JSON has them
+        for name, value in options.items():  # JSON has lists, and `adapters=NAME` one text
+            value = [value] if isinstance(value, str) and isinstance(getattr(HarnessOptions, name), tuple) else value
             options[name] = tuple(value) if isinstance(value, list) else value
         if options.get("run") is not None:
             options["run"] = Path(options["run"])

@@ -176,7 +176,7 @@ def test_a_run_is_measured_with_its_numbers_as_its_merged_export_is(run, small, 
 def test_one_module_of_a_pool_is_measured_as_it_is_and_several_as_their_mean(small, tmp_path):
     base, pool = map(str, small)
     names = sorted(path.name for path in Path(pool).iterdir())[:2]
-    found = [_scores(base=base, pool=pool, adapters=chosen) for chosen in (names[:1], names[1:], ())]
+    found = [_scores(base=base, pool=pool, adapters=chosen) for chosen in (names[0], names[1:], ())]
     for number, chosen in enumerate((names[:1], names[1:], None)):
         model, modules = load_base(base), open_pool(pool, base).load(chosen)
         added = {site: jnp.einsum("lnir,lnro->lio", modules.A[site], modules.B[site]) for site in modules.A}
