@@ -47,8 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     command = parse(GenerateCommand, arguments, "generate", groups=GROUPS)
     shown = printable if sys.stdout.isatty() else str  # another program gets the text as it is
     if command.runs:
-        answers = generate_rows(**part_of(command, generate_rows, "--runs"))
-        for line in answers:
+        for line in generate_rows(**part_of(command, generate_rows, "--runs")):
             print(shown(line))
         return
     load = _on_chip(command)

@@ -22,8 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     program = load_optional("lm_eval.__main__", extra="lm-eval", needed_by="a benchmark")
     from ..harness import model  # noqa: F401  which registers it
 
-    of_all = ((field, getattr(options, field.name)) for field in dataclasses.fields(options))
-    given = {field.name: value for field, value in of_all if value != field.default}
+    given = {f.name: value for f in dataclasses.fields(options) if (value := getattr(options, f.name)) != f.default}
     typed = sys.argv
     sys.argv = ["lm-eval", "run", "--model", "lorafusion", "--model_args", json.dumps(given, default=str)]
     sys.argv += ["--batch_size", "auto", *others]

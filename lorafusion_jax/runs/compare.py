@@ -1,7 +1,7 @@
 """Comparison of runs on the same test rows: means with intervals, and differences from one of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -115,9 +115,5 @@ def _scores(names: dict[Path, str]) -> Scores:
 
 def _table(table: Table, caption: str) -> Table:
     """Return the table with another caption, and without the columns that need several tasks."""
-    kept = [place for place, column in enumerate(table.columns) if column.name not in _OVER_TASKS]
-
-    def some(cells: Sequence[Any]) -> list[Any]:
-        return [cells[place] for place in kept]
-
+    some = itemgetter(*(place for place, column in enumerate(table.columns) if column.name not in _OVER_TASKS))
     return Table(caption, some(table.columns), [some(line) for line in table.lines])

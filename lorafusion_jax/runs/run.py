@@ -188,9 +188,8 @@ def _located(folder: Path, config: RunConfig) -> FuseOptions:
 def _complete(
     run: RunFolder, hardware: HardwareSetup, options: FuseOptions, config: RunConfig, begin: dict[str, Any] | None
 ) -> dict[str, Any]:
-    began = time.perf_counter()
     setup = hardware.training
-    params, steps = train(run, setup, options, begin)
+    params, steps, seconds = train(run, setup, options, begin)
     trained = time.perf_counter()
     seeds, evaluation = evaluate_seeds(hardware.tested(params), options, params)
     evaluated = time.perf_counter()
@@ -211,7 +210,7 @@ def _complete(
         ],
         "test_rows": len(setup.test),
         "test_sha256": hashlib.sha256(tested.encode()).hexdigest(),
-        "seconds": {"train": trained - began, "evaluate": evaluated - trained},
+        "seconds": {"train": seconds, "evaluate": evaluated - trained},
         "environment": config["environment"],
     }
     run.write_results(results)

@@ -4,7 +4,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,10 @@ _BAD_STEPS = 20
 
 
 class FinalSteps(TypedDict):
-    """Metadata of the trained numbers: steps of each seed."""
+    """Metadata of the trained numbers: steps of each seed, and seconds of training. Early versions wrote no seconds."""
 
     steps: list[int]
+    seconds: NotRequired[float]
 
 
 class _Reached(TypedDict):
@@ -38,19 +39,21 @@ class _Reached(TypedDict):
 
     epochs: int
     step: int
+    seconds: NotRequired[float]
 
 
 def train(
     run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
-) -> tuple[dict[str, Any], list[int]]:
-    """Return the trained numbers and the steps of each seed; `begin` has numbers to start from."""
-    method = find(options.method)
+) -> tuple[dict[str, Any], list[int], float]:
+    """Return the trained numbers, each seed's steps, and all seconds of training; `begin` has numbers to start from."""
+    method, began = find(options.method), time.monotonic()
     if method.learns == "untrained":
-        return {}, [0] * len(options.seeds)
+        return {}, [0] * len(options.seeds), 0.0
     saved = arrays.load_sound(run.final, metadata=FinalSteps, what=FINAL, note=note)
     if saved is not None:
         params, metadata = saved
-        return on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True), metadata["steps"]
+        params = on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True)
+        return params, metadata["steps"], metadata.get("seconds", 0.0)
     if method.learns == "given":
         params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
     elif method.search is not None:
@@ -59,21 +62,23 @@ def train(
         params, taken = method.search(SearchJob(*of_all, record=run.append_metrics))
         steps = [taken] * len(options.seeds)
     else:
-        state = _fit(run, setup, options, begin)
+        state, began = _fit(run, setup, options, begin)
         params = state.best if options.recipe.stop_early else state.params
         steps = to_host(state.step).tolist()
-    arrays.save(run.final, to_host(params), {"steps": steps})
-    return on_mesh(params, setup.config, of_seeds=True), steps
+    numbers, seconds = to_host(params), time.monotonic() - began
+    arrays.save(run.final, numbers, {"steps": steps, "seconds": seconds})
+    return on_mesh(params, setup.config, of_seeds=True), steps, seconds
 
 
-def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> TrainState:
-    state, done, reached = start(setup.problem, options.seeds, begin), 0, 0
+def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> tuple[TrainState, float]:
+    """Return the last state, and the time at which training began or, after an interruption, would have begun."""
+    began, state, done, reached = time.monotonic(), start(setup.problem, options.seeds, begin), 0, 0
     steps = checkpoint.steps(run.checkpoints)
     saved = checkpoint.load_newest(steps, state, metadata=_Reached, note=note)
     if saved is not None:
         state, metadata = saved
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
-        done, reached = metadata["epochs"], metadata["step"]
+        done, reached, began = metadata["epochs"], metadata["step"], began - metadata.get("seconds", 0.0)
     if steps:
         note(f"{run.folder}: going on from step {reached}")
     run.cut_metrics(reached)
@@ -107,7 +112,8 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
             tracing.callback(_stop_trace)
 
     def save(epochs: int, step: int, state: TrainState) -> None:
-        checkpoint.save_step(run.checkpoints, step, state, {"epochs": epochs, "step": step}, keep=2)
+        metadata = {"epochs": epochs, "step": step, "seconds": time.monotonic() - began}
+        checkpoint.save_step(run.checkpoints, step, state, metadata, keep=2)
 
     def hold() -> None:
         when = "epoch" if by_epoch else "step"
@@ -153,7 +159,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         with tracing, interrupts.released():
             before_epoch(done + 1)
             state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
-    return state
+    return state, began
 
 
 def _stop_trace() -> None:

@@ -172,6 +172,10 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, copied, capsys):
     assert there == {"step_000004", "step_000006", "final"} | aside
     assert all(f"It is kept as {name}" in said for name in aside)
     reached = {"a step": 4, "training": None, "damage": 4}.get(killed_after, 6)
+    newest = folder / "final" if reached is None else folder / "checkpoints" / f"step_00000{reached}"
+    before = json.loads((newest / "manifest.json").read_text())["metadata"]["seconds"]
+    seconds = json.loads((folder / "results.json").read_text())["seconds"]["train"]
+    assert seconds == before == fused[1]["seconds"]["train"] if reached is None else seconds > before > 0
     assert said.count("going on from step") == (reached is not None)
     assert reached is None or f"{folder}: going on from step {reached}\n" in said
 
