@@ -180,6 +180,14 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, copied, capsys):
     assert reached is None or f"{folder}: going on from step {reached}\n" in said
 
 
+def test_a_run_that_is_resumed_may_be_evaluated_in_smaller_batches(fused, copied):
+    options, folder = copied
+    (folder / "results.json").unlink()
+    found = lf.fuse(dataclasses.replace(options, eval_batch=2, resume=True))
+    for seed, before in zip(found["seeds"], fused[1]["seeds"], strict=True):
+        assert seed["loss"] == pytest.approx(before["loss"], rel=1e-4)
+
+
 def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(fused, tmp_path, monkeypatch):
     def end(why: str) -> None:
         raise SystemExit(why)
