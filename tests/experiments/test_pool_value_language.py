@@ -10,6 +10,7 @@ import numpy as np
 import pool_value_language as experiment
 import pytest
 import small_llama
+from lab.common import read_lines
 from lab.language import MOST_SHARED, SOURCES, TUNING, load
 from lab.tuning import best_point, rates_at
 
@@ -226,3 +227,13 @@ def test_the_committed_tables_are_those_of_the_rows():
     rows, tuning = (experiment.read_lines(_RESULTS / f"language{kind}.jsonl") for kind in ("", "_tune"))
     for name, lines in experiment.tables(rows, tuning).items():
         assert list(csv.reader((_RESULTS / f"language_{name}.csv").read_text().splitlines())) == lines
+
+
+@pytest.mark.parametrize(("folder", "targets"), [(".", experiment.TARGETS), ("gemma", len(experiment.FIXED))])
+def test_the_page_has_the_tables_of_its_rows(folder, targets):
+    rows, tuning = (read_lines(_RESULTS / folder / f"{name}.jsonl") for name in ("language", "language_tune"))
+    page, found = (_RESULTS.parent / "pool_value.md").read_text(), experiment.tables(rows, tuning, targets)
+    for name, lines in found.items():
+        assert list(csv.reader((_RESULTS / folder / f"language_{name}.csv").read_text().splitlines())) == lines
+    shown = [*found["arms"][1:], *found["contrasts"][1:]]
+    assert [line for line in shown if f"| {' | '.join(line)} |" not in page] == []
