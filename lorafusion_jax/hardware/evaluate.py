@@ -31,7 +31,10 @@ from .program import Restored
 from .restored import load_restored
 
 # Options that, other than by default, are in the names of results, so that these do not replace each other.
-_IN_NAMES = "task train_rows test_rows calibration_rows chip_key keep_digital read_noise adc_bits norm lora_in".split()
+_IN_NAMES = (
+    *("task", "train_rows", "test_rows", "calibration_rows", "chips", "chip_key", "keep_digital", "ages", "compensate"),
+    *("read_noise", "adc_bits", "norm", "lora_in"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

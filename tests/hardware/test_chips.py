@@ -231,8 +231,10 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
 
 @pytest.mark.nightly
 def test_a_run_on_chips_of_a_folder(small, chips, fused):
-    found = _on_chips(fused, crossbar=str(chips / "two"), ages=("1s", "1year"), compensate="off")
-    assert json.loads(results_path(EvaluateOnChipsOptions(run=run_path(fused), crossbar="two")).read_text()) == found
+    changes = {"ages": ("1s", "1year"), "compensate": "off"}
+    found = _on_chips(fused, crossbar=str(chips / "two"), **changes)
+    where = results_path(EvaluateOnChipsOptions(run=run_path(fused), crossbar="two", **changes))
+    assert json.loads(where.read_text()) == found
     losses = {(r["age"], r["compensate"], r["chip"], r["seed"]): r["loss"] for r in found["rows"]}
     assert len(losses) == 2 * 2 * 2
     assert losses["1s", False, 0, 1] != losses["1s", False, 1, 1]
@@ -346,6 +348,8 @@ def test_results_on_other_chips_are_other_files(tmp_path):
     parts = dataclasses.replace(asked[0], test_rows=5, keep_digital=("head", "pool.*"))
     assert results_path(parts) == tmp_path / "chips-noisy-test-rows-5-keep-digital-head+pool.*.json"
     assert report_path(restored) == tmp_path / "crossbar-noisy-restored-scales.json"
+    aged = dataclasses.replace(asked[0], chips=2, ages=("1s", "1day"), compensate="both")
+    assert results_path(aged) == tmp_path / "chips-noisy-chips-2-ages-1s+1day-compensate-both.json"
 
 
 def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys):
