@@ -229,11 +229,25 @@ def test_the_committed_tables_are_those_of_the_rows():
         assert list(csv.reader((_RESULTS / f"language_{name}.csv").read_text().splitlines())) == lines
 
 
+def _page_has(lines):
+    page = (_RESULTS.parent / "pool_value.md").read_text()
+    return [line for line in lines if f"| {' | '.join(line)} |" not in page] == []
+
+
 @pytest.mark.parametrize(("folder", "targets"), [(".", experiment.TARGETS), ("gemma", len(experiment.FIXED))])
 def test_the_page_has_the_tables_of_its_rows(folder, targets):
     rows, tuning = (read_lines(_RESULTS / folder / f"{name}.jsonl") for name in ("language", "language_tune"))
-    page, found = (_RESULTS.parent / "pool_value.md").read_text(), experiment.tables(rows, tuning, targets)
+    found = experiment.tables(rows, tuning, targets)
     for name, lines in found.items():
         assert list(csv.reader((_RESULTS / folder / f"language_{name}.csv").read_text().splitlines())) == lines
-    shown = [*found["arms"][1:], *found["contrasts"][1:]]
-    assert [line for line in shown if f"| {' | '.join(line)} |" not in page] == []
+    assert _page_has(found["contrasts"][1:])
+    assert folder != "." or _page_has(found["arms"][1:])
+
+
+def test_the_page_compares_gemma_with_the_same_tasks_and_names_its_planned_test():
+    first = [row for row in read_lines(_RESULTS / "gemma" / "language.jsonl") if row["seed"] == 1]
+    rows = read_lines(_RESULTS / "language.jsonl")
+    same = [row for row in rows if row["task"] in experiment.FIXED and row["rows"] == 20]
+    for of_base in (first, same):
+        lines = experiment.tables(of_base, [], len(experiment.FIXED))["contrasts"]
+        assert _page_has([line for line in lines if line[1] == "rotated minus LoRAFusion"])
