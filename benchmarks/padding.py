@@ -63,7 +63,7 @@ _PRICES, _HALVINGS = (1e6, 1e12), 6  # of a token, in operations: so little and 
 # Real tokens, computed ones, shapes, tokens of batches that are no wider than needed, operations.
 Counts = tuple[int, int, int, int, float]
 _SMALL = ROOT / "examples/small"
-_TIMED, _ROUNDS = 5, 3
+_TIMED = 5
 
 
 def main() -> None:
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="model whose steps are counted")
     parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model")
     parser.add_argument("--time", action="store_true", help="time epochs instead of counting tokens")
+    parser.add_argument("--rounds", type=int, default=3, help="of --time")
     options = parser.parse_args()
     if options.time:
         _measure.launch(cores=1)
@@ -202,7 +203,7 @@ def _epochs(options: Any, tasks: Sequence[Task], tokenizer: Any, packing: Packin
     seconds = dict.fromkeys(("packed", "padded"), 0.0)
     ratios = {}
     for task in padded:
-        took = in_turns({"packed": partial(epoch, task, packing), "padded": partial(epoch, task, None)}, _ROUNDS)
+        took = in_turns({"packed": partial(epoch, task, packing), "padded": partial(epoch, task, None)}, options.rounds)
         ratios[task.name] = of_turns(took["packed"], took["padded"])
         seconds = {form: total + float(np.median(took[form])) for form, total in seconds.items()}
         print(task.name, took, file=sys.stderr)
