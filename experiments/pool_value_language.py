@@ -369,6 +369,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
     arms = [["arm", "numbers", "rows", "seeds", "test loss", "exact match, %"]]
     rates = [["arm", "rows", "rates", "mean test loss", "rates tried"]]
     contrasts = [["rows", "contrast", "seeds", "tasks", "nats", "95 % interval", "p"]]
+    by_seed = [["rows", "seed", "tasks", "nats", "95 % interval", "p"]]
     by_task = [["task", "rows", "seeds", ROTATED, FUSION, "advantage"]]
     for number, arm in itertools.product(EPOCHS, ARMS):
         if own := complete(rows, arm, number, targets):
@@ -390,18 +391,25 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
             continue
         a, b = (means({seed: own[seed] for seed in sorted(seeds)}) for own in (first, second))
         gain = {task: a[task] - b[task] for task in a}
-        interval = over_tasks([*gain.values()])
-        assert interval is not None
-        p: Any = scipy.stats.ttest_1samp([*gain.values()], 0.0)
-        ends = f"{interval.low:.3f} to {interval.high:.3f}"
-        numbers = [str(len(seeds)), str(len(gain)), f"{interval.mean:.3f}", ends, f"{p.pvalue:.2g}"]
-        contrasts.append([str(number), f"{arm} minus {other}", *numbers])
+        contrasts.append([str(number), f"{arm} minus {other}", str(len(seeds)), *_estimate([*gain.values()])])
         if (arm, other) == (ROTATED, FUSION):
+            for seed in sorted(seeds):
+                alone = [first[seed][task]["test_loss"] - second[seed][task]["test_loss"] for task in gain]
+                by_seed.append([str(number), str(seed), *_estimate(alone)])
             for task in gain:
                 losses = (f"{value:.4f}" for value in (a[task], b[task], gain[task]))
                 by_task.append([task, str(number), str(len(seeds)), *losses])
-    found = {"arms": arms, "contrasts": contrasts, "by_task": by_task, "rates": rates}
+    found = {"arms": arms, "contrasts": contrasts, "by_seed": by_seed, "by_task": by_task, "rates": rates}
     return {name: lines for name, lines in found.items() if len(lines) > 1}
+
+
+def _estimate(values: Sequence[float]) -> list[str]:
+    """Return the number of values, one for each task, their mean, its interval, and p of a t test."""
+    interval = over_tasks(values)
+    assert interval is not None
+    test: Any = scipy.stats.ttest_1samp(values, 0.0)
+    ends = f"{interval.low:.3f} to {interval.high:.3f}"
+    return [str(len(values)), f"{interval.mean:.3f}", ends, f"{test.pvalue:.2g}"]
 
 
 if __name__ == "__main__":
