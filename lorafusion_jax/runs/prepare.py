@@ -202,7 +202,7 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
     rows = None
     if method.learns != "untrained" and (to_train or there > 0):
         rows = tasks.split(len(task.train), options.seeds, protocol=recipe.protocol, limit=options.train_rows)
-        steps = recipe.epochs * -(-rows.train.shape[1] // recipe.batch_size)
+        steps = tasks.batch_orders(rows.train, batch_size=recipe.batch_size, epochs=recipe.epochs).shape[1]
         if to_train and recipe.warmup > steps:
             raise ValueError(f"a warm-up of {recipe.warmup} steps, but training has {steps}: lower --warmup")
     texts = load_texts(options)
