@@ -83,9 +83,11 @@ def _weights(options: MergeOptions) -> Weights:
         if name in weights:
             raise ValueError(f"{name} has two weights, one in --weights {shown(text)}: give one")
         try:
-            weights[name] = float(number if name else "")
+            weights[name] = float(number)
         except ValueError:
-            raise ValueError(f"--weights {shown(text)}: expected name=number, such as sort_dash=0.7") from None
+            name = ""
+        if not name:
+            raise ValueError(f"--weights {shown(text)}: expected name=number, such as sort_dash=0.7")
     if not weights:
         raise ValueError("no weights: give some with --weights name=0.7 or --weights-file")
     return weights

@@ -38,7 +38,6 @@ def number(value: Range) -> str:
 def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions) -> dict[str, list[list[str]]]:
     """Return the tables of a bill by caption: headings, then lines."""
     found = bills.values()
-    times = {b.method: [quantity(time, "s") for time in (b.latency_arrays, b.latency_digital)] for b in found}
     tokens = f"{options.tokens_per_task:,} tokens"
     return {
         "Written for one new task": [
@@ -58,7 +57,14 @@ def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOpt
         ],
         "Other costs of inference": [
             ["method", "one source token", "latency, arrays", "latency, digital", "adapters' arrays"],
-            *([b.method, quantity(b.source.total, "J"), *times[b.method], f"{b.adapter_arrays:,}"] for b in found),
+            *(
+                [
+                    *(b.method, quantity(b.source.total, "J")),
+                    *(quantity(time, "s") for time in (b.latency_arrays, b.latency_digital)),
+                    f"{b.adapter_arrays:,}",
+                ]
+                for b in found
+            ),
         ],
         "Written once, before any task": [
             ["what", "arrays", "cells", "pulses", "energy", "time", "words of tables", "their energy"],
