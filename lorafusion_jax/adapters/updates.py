@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from ..models.layers import widened
 from ..models.weights import SUM, Weight, dense, is_in_arrays, matmul, summed
 from .norms import column_norm, product
 
@@ -155,7 +156,10 @@ class InBasis:
 
 def _scaled(y: Array, scale: Array | None) -> Array:
     y = summed(y)
-    return y if scale is None else y * jnp.expand_dims(scale.astype(y.dtype), range(y.ndim - 1))
+    if scale is None:
+        return y
+    exact = widened(y)  # XLA is slow at sums of bfloat16 on a CPU, here those of the gradient of the scale
+    return (exact * jnp.expand_dims(scale.astype(exact.dtype), range(y.ndim - 1))).astype(y.dtype)
 
 
 def gather(weight: Weight, index: Array) -> Weight:

@@ -73,9 +73,8 @@ _read.defjvp(lambda primals, tangents: (_numbers(*primals), tangents[1]))
 
 
 def _kept(x: Array, name: str) -> Array:
-    """Return bfloat16 `x`, marked so that a policy of `jax.checkpoint` that saves `name` keeps its bits."""
-    bits = checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name)
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    """Return `x`, marked so that a policy of `jax.checkpoint` that saves `name` keeps it, or the bits of bfloat16."""
+    return unpack(checkpoint_name(pack(x), name))
 
 
 kept = jax.custom_jvp(_kept, nondiff_argnums=(1,))

@@ -63,9 +63,7 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
     if isinstance(weight, Unstacked):
         return _choose(weight, lambda matrix: matmul(x, matrix))
     plain = dense(weight, x.dtype)
-    if x.dtype == jnp.bfloat16 and for_cpu():
-        return kept(_bfloat16_dot(x, plain, 0), PRODUCT)
-    return jnp.dot(x, plain)
+    return kept(_dot(x, plain, 0), PRODUCT) if for_cpu() else jnp.dot(x, plain)
 
 
 def embed(embedding: Float[Array, "V D"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
@@ -79,38 +77,77 @@ def unembed(x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Floa
     if x.dtype != jnp.bfloat16 or not for_cpu():
         return jnp.einsum("...d,vd->...v", x, plain)
     if math.prod(x.shape[:-1]) > 1:
-        return _bfloat16_dot(x, plain, 1)
+        return _dot(x, plain, 1)
     # For a single row XLA has no kernel, and would convert the whole embedding.
-    of_two: Array = _bfloat16_dot(jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))), plain, 1)
+    of_two: Array = _dot(jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))), plain, 1)
     return of_two[:1].reshape(*x.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _bfloat16_dot(x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: int) -> Float[Array, "*batch d_out"]:
-    """Return the product of `x` with `w`, whose `axis` is d_in, by XLA's kernels for bfloat16 on a CPU.
+def heads_matmul(x: Float[Array, "B H T C"], y: Float[Array, "B H C S"]) -> Float[Array, "B H T S"]:
+    """Return `x @ y` of every head; of bfloat16 on a CPU in float32, the result of its kernels."""
+    if x.dtype != jnp.bfloat16 or not for_cpu():
+        return jnp.matmul(x, y)
+    # With two axes of a batch XLA would compute in float32, where one of them is transposed.
+    flat: Array = _heads_dot(*(a.reshape(-1, *a.shape[2:]) for a in (x, y)))
+    return flat.reshape(*x.shape[:3], -1)
 
-    These kernels give float32 results and need factors that are not transposed, forward and backward. XLA computes any
-    other bfloat16 product from float32 copies of its factors, which was measured to be two to eight times slower.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot(x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: int) -> Float[Array, "*batch d_out"]:
+    """Return the product of `x` with `w`, whose `axis` is d_in, by XLA's fast kernels on a CPU, forward and backward.
+
+    These need factors that are not transposed, and give float32 results of bfloat16. XLA computes other products of
+    bfloat16 from float32 copies, two to eight times slower, and the gradient of a narrow `w` nine times slower.
     """
-    last = x.ndim - 1
     if axis == 0:
-        y = jnp.dot(x, w, preferred_element_type=jnp.float32)
+        y = jnp.dot(x, w, preferred_element_type=_exact(x))
     else:  # in this order, or a loop over tokens would keep a transposed copy
-        y = jax.lax.dot_general(w, x, (((1,), (last,)), ((), ())), preferred_element_type=jnp.float32)
+        y = jax.lax.dot_general(w, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=_exact(x))
         y = jnp.moveaxis(y, 0, -1)
     return y.astype(x.dtype)
 
 
 def _backward(axis: int, factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = factors
-    batch = tuple(range(x.ndim - 1))
-    of_x = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1 - axis,)), ((), ())), preferred_element_type=jnp.float32)
-    first, second = (x, g) if axis == 0 else (g, x)
-    of_w = jax.lax.dot_general(first, second, ((batch, batch), ((), ())), preferred_element_type=jnp.float32)
-    return of_x.astype(x.dtype), of_w.astype(w.dtype)
+    of_x = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1 - axis,)), ((), ())), preferred_element_type=_exact(x))
+    first, second = (a.reshape(-1, a.shape[-1]) for a in ((x, g) if axis == 0 else (g, x)))
+    return of_x.astype(x.dtype), _transposed_matmul(first, second).astype(w.dtype)
 
 
-_bfloat16_dot.defvjp(lambda x, w, axis: (_bfloat16_dot(x, w, axis), (x, w)), _backward)
+_dot.defvjp(lambda x, w, axis: (_dot(x, w, axis), (x, w)), _backward)
+
+
+@jax.custom_vjp
+def _heads_dot(x: Float[Array, "N T C"], y: Float[Array, "N C S"]) -> Float[Array, "N T S"]:
+    return jnp.matmul(x, y, preferred_element_type=_exact(x))
+
+
+def _heads_backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, y = factors
+    g = g.astype(x.dtype)
+    of_x = jax.lax.dot_general(g, y, (((2,), (2,)), ((0,), (0,))), preferred_element_type=_exact(x))
+    return of_x.astype(x.dtype), _transposed_matmul(x, g).astype(y.dtype)
+
+
+_heads_dot.defvjp(lambda x, y: (_heads_dot(x, y), (x, y)), _heads_backward)
+
+
+def _transposed_matmul(x: Float[Array, "*N T C"], y: Float[Array, "*N T S"]) -> Float[Array, "*N C S"]:
+    """Return `x.T @ y`. The narrower factor is transposed in memory, because XLA is slow at transposed ones."""
+
+    def transposed(a: Array) -> Array:
+        turned = jnp.swapaxes(a, -2, -1)
+        return jax.lax.optimization_barrier(turned.reshape(-1, a.shape[-2])).reshape(turned.shape)
+
+    if x.shape[-1] <= y.shape[-1]:
+        return jnp.matmul(transposed(x), y, preferred_element_type=_exact(x))
+    other = jnp.matmul(transposed(y), x, preferred_element_type=_exact(x))
+    return jnp.swapaxes(jax.lax.optimization_barrier(other), -2, -1)
+
+
+def _exact(x: Array) -> Any:
+    """Return the dtype of sums of products of numbers like `x`."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def summed(y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:

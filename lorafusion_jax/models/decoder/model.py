@@ -36,7 +36,7 @@ from ..layers import (
     widened,
 )
 from ..narrow import pack, unpack
-from ..weights import SUM, embed, matmul, unembed
+from ..weights import SUM, embed, heads_matmul, matmul, unembed
 from .config import DecoderConfig
 from .rotary import Rotation, rotate, rotation
 
@@ -96,13 +96,13 @@ class SelfAttention(nnx.Module):
         # Head g of group h is head h G + g; the heads of a group share one product.
         grouped = queries.reshape(batch, length, c.num_kv_heads, -1, c.d_head).transpose(0, 2, 3, 1, 4)
         flat = grouped.reshape(batch, c.num_kv_heads, -1, c.d_head)
-        scores = widened(jnp.matmul(flat, cache.keys) * c.query_scale)
+        scores = widened(heads_matmul(flat, cache.keys)) * c.query_scale
         if c.attention_cap:
             scores = c.attention_cap * jnp.tanh(scores / c.attention_cap)
         scores = scores.reshape(*grouped.shape[:4], -1)
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype).reshape(*flat.shape[:3], -1)
-        mixed = jnp.matmul(weights, cache.values).reshape(grouped.shape)
+        mixed = heads_matmul(weights, cache.values).reshape(grouped.shape).astype(queries.dtype)
         return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1), adapters)
 
 
@@ -123,7 +123,8 @@ class MLP(nnx.Module):
             gate, up = jnp.split(self.gate_up_proj(x, adapters), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x, adapters), self.up_proj(x, adapters)
-        return self.down_proj(_ACTIVATIONS[self.config.activation](gate) * up, adapters)
+        activated = _ACTIVATIONS[self.config.activation](widened(gate)).astype(x.dtype)
+        return self.down_proj(activated * up, adapters)
 
 
 class Block(nnx.Module):

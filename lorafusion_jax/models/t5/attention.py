@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ...platform import for_cpu
 from ..layers import Adapters, Base, Linear, widened
+from ..weights import heads_matmul
 from .config import T5Config
 
 
@@ -44,8 +45,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attend from `x` to keys and values where `mask` holds; softmax in float32."""
         queries = self._split(self.q(x, adapters)).transpose(0, 2, 1, 3)
-        weights = _softmax(jnp.matmul(queries, keys), mask, bias)
-        mixed = jnp.matmul(weights, values).transpose(0, 2, 1, 3)
+        weights = _softmax(heads_matmul(queries, keys), mask, bias).astype(x.dtype)
+        mixed = heads_matmul(weights, values).transpose(0, 2, 1, 3).astype(x.dtype)
         return self.o(mixed.reshape(*x.shape[:2], -1), adapters)
 
     def cached(self, x: Float[Array, "B S D"], adapters: Adapters) -> tuple[Array, Array]:
@@ -74,7 +75,7 @@ class Attention(nnx.Module):
         # Matrix units take a row for each head, zero outside the head's own columns: zeros add nothing to a sum.
         own = jnp.repeat(jnp.eye(self.heads, dtype=bool), queries.shape[-1] // self.heads, axis=1)
         scores = jnp.einsum("bhi,bsi->bhs", jnp.where(own, queries, 0), keys)
-        weights = _softmax(scores[:, :, None], mask, bias)[:, :, 0]
+        weights = _softmax(scores[:, :, None], mask, bias)[:, :, 0].astype(x.dtype)
         mixed = jnp.einsum("bhs,bsi->bhi", weights, values)
         return self.o(jnp.sum(jnp.where(own, mixed, 0), axis=1, keepdims=True), adapters)
 
@@ -95,12 +96,12 @@ def positions_of_cache() -> tuple[int, int]:
 def _softmax(
     scores: Float[Array, "B H T S"], mask: Bool[Array, "#B 1 #T S"], bias: Float[Array, "1 H T S"] | None
 ) -> Float[Array, "B H T S"]:
-    """Return attention weights in the dtype of the scores, computed in float32 or wider."""
+    """Return attention weights in float32 or wider."""
     exact = widened(scores)
     if bias is not None:
         exact = exact + bias.astype(exact.dtype)
     exact = jnp.where(mask, exact, jnp.finfo(exact.dtype).min)
-    return jax.nn.softmax(exact, axis=-1).astype(scores.dtype)
+    return jax.nn.softmax(exact, axis=-1)
 
 
 class RelativeBias(nnx.Module):

@@ -28,6 +28,7 @@ from ..layers import (
     of_stack,
     same_row,
     scan_blocks,
+    widened,
 )
 from ..narrow import pack, unpack
 from ..weights import SUM, embed, matmul, unembed
@@ -66,7 +67,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Hidden, adapters: Adapters) -> Hidden:
         if self.gated:
-            hidden = jax.nn.gelu(self.wi_0(x, adapters), approximate=True) * self.wi_1(x, adapters)
+            gate = jax.nn.gelu(widened(self.wi_0(x, adapters)), approximate=True).astype(x.dtype)
+            hidden = gate * self.wi_1(x, adapters)
         else:
             hidden = jax.nn.relu(self.wi(x, adapters))
         return self.wo(hidden, adapters)
