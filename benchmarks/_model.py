@@ -4,6 +4,7 @@ Axis letters: B batch, S source, T target, L layer, P modules of the pool.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any, Literal
 from unittest import mock
@@ -28,7 +29,7 @@ from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.weights import dense, quantise
 from lorafusion_jax.runs.options import LoadIn
 from lorafusion_jax.runs.rows import generate_rows
-from lorafusion_jax.tasks import Batch, Encoded, Lanes
+from lorafusion_jax.tasks import Batch, Encoded, Rows
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.loss import cross_entropy
@@ -170,10 +171,13 @@ def arguments(
     *,
     seeds: int = 1,
     seed_mode: SeedMode = "sequential",
-    packed: bool = False,
+    groups: Sequence[tuple[int, int, int]] = (),
 ) -> tuple[TrainState, Batch, Problem, Rates]:
-    """Return the arguments of the step of some seeds as shapes; `size` is that of input ids, `packed` of BATCH rows."""
-    count, source = size
+    """Return the arguments of the step of some seeds as shapes.
+
+    `size` is that of input ids; a packed batch has `groups` of rows (`tasks.Rows.groups`).
+    """
+    (count, source), target = size, sum(rows * target for rows, _, target in groups) or TARGET
 
     def drawn(weights: Frozen) -> tuple[TrainState, Batch, Problem, Rates]:
         problem = Problem(
@@ -186,11 +190,14 @@ def arguments(
         batch = Batch(
             input_ids=jnp.zeros((seeds, count, source), jnp.int32),
             input_mask=jnp.zeros((seeds, count, source), bool),
-            labels=jnp.zeros((seeds, count, TARGET), jnp.int32),
-            row_mask=jnp.zeros((seeds, BATCH if packed else count), bool),
+            labels=jnp.zeros((seeds, count, target), jnp.int32),
+            row_mask=jnp.zeros((seeds, sum(rows for rows, *_ in groups) or count), bool),
         )
-        if packed:
-            batch = batch._replace(lanes=Lanes(batch.input_ids, batch.labels, batch.labels))
+        if groups:
+            sources, targets = (
+                tuple(jnp.zeros((seeds, group[0], group[part]), jnp.int32) for group in groups) for part in (1, 2)
+            )
+            batch = batch._replace(rows=Rows(sources, targets, batch.labels))
         of_seed = jax.vmap(lambda index, key: init_state(problem.replace(index=index), key))
         state = of_seed(problem.index, jax.random.split(jax.random.key(0), seeds))
         return state, batch, problem, recipe_rates(method, _RECIPES.get(type(method), _RECIPE), seeds)

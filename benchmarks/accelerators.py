@@ -34,7 +34,6 @@ from _model import (
     CHOICES,
     RANK,
     SOURCE,
-    TARGET,
     Composition,
     Dtype,
     arguments,
@@ -80,15 +79,15 @@ class _Program(NamedTuple):
     mesh: tuple[int, int] | None = None  # devices that share seeds, and matrices
     steps: int = 1  # in one call
     rows: int = BATCH
-    source: int = SOURCE  # tokens of a row, or of a lane
-    packed: bool = False
+    source: int = SOURCE  # tokens of a row
+    groups: tuple[tuple[int, int, int], ...] = ()  # of the rows of a packed batch
 
 
 _PROGRAMS = {
     "mix": _Program("mix"),
     "mix, 10 steps in one call": _Program("mix", steps=10),
     "mix, base and pool in NF4": _Program("mix", weights="nf4"),
-    "mix, rows packed into two lanes": _Program("mix", rows=2, source=320, packed=True),
+    "mix, packed rows": _Program("mix", rows=1, source=640, groups=((2, 192, 8), (2, 112, 8), (1, 32, 8))),
     "mix on a mesh of 4 x 2": _Program("mix", mesh=(4, 2)),
     "mix on a row of 4,096 tokens": _Program("mix", rows=1, source=4096),
     "sum": _Program("sum"),
@@ -222,7 +221,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
 
     `on(shapes, config, of_seeds=)` places shapes of arrays as `training.mesh.on_mesh` places arrays.
     """
-    composition, k, generates, dtype, _, steps, rows, source, packed = program
+    composition, k, generates, dtype, _, steps, rows, source, groups = program
     weights = shapes_of(config, dtype)
     method, recipe = Fusion(composition=composition, basis=k), FusionRecipe(composition=composition, basis=k)
     how: Any = {"seed_mode": "batched", "device": "accelerator", "load_in": held_in(dtype)}
@@ -230,7 +229,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     update, trainable = update_of("fusion", settings), trained_numbers(config, "fusion", settings)
     weights = weights if k is None else _in_basis(weights, k)
     weights = jax.eval_shape(partial(prepared, config, method), weights)
-    shaped: Any = {"seeds": seeds, "seed_mode": "batched", "packed": packed}
+    shaped: Any = {"seeds": seeds, "seed_mode": "batched", "groups": groups}
     state, batch, problem, rates = arguments(config, weights, method, (rows, source), **shaped)
     state, batch, rates = on(state, config, of_seeds=True), on(batch, of_seeds=True), on(rates, of_seeds=True)
     problem = problem.replace(frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True))
@@ -246,8 +245,9 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
         flops = generation_flops(config, shape, update) + _of_zeros(config, shape)
         held = 4 * trainable
     else:
-        work = step_bytes(config, Shape(rows, source, TARGET), trainable=trainable, **how)
-        flops = steps * step_flops(config, Shape(rows, source, TARGET), update, trainable=trainable)
+        shape = Shape(rows, source, batch.labels.shape[-1], groups)
+        work = step_bytes(config, shape, trainable=trainable, **how)
+        flops = steps * step_flops(config, shape, update, trainable=trainable)
         held = state_bytes(trainable)
     held = seeds * held + weights_bytes(config, settings.load_in) + pool_bytes(config, update, settings.load_in)
     return lowered, held + work, seeds * flops

@@ -21,7 +21,7 @@ from _model import CHOICES, MODULES, Step, batch_of, config_of, frozen
 from lorafusion_jax.models.architecture import step_operations
 from lorafusion_jax.training.fit import train_seeds
 
-# Lanes, and widths of source and target.
+# Rows, and widths of source and target.
 _SHAPES = (
     *((2, source, 16) for source in (64, 128, 256, 512)),
     (3, 256, 48),
@@ -49,10 +49,9 @@ def main() -> None:
     }
     seconds = np.array([np.median(took) for took in in_turns(runs, options.rounds, time.process_time).values()])
     operations = partial(step_operations, config)
-    # Scores are quadratic in the widths, products linear.
-    scores = np.array([lanes * (operations(1, 2 * s, 2 * t) / 2 - operations(1, s, t)) for lanes, s, t in _SHAPES])
-    products = np.array([operations(*shape) for shape in _SHAPES]) - scores
-    tokens = np.array([lanes * (s + t) for lanes, s, t in _SHAPES]) * operations(1, 1, 1) / 2
+    products = np.array([operations(rows * s, rows * t, []) for rows, s, t in _SHAPES])
+    scores = np.array([operations(0, 0, [shape]) for shape in _SHAPES])
+    tokens = np.array([rows * (s + t) for rows, s, t in _SHAPES]) * operations(1, 1, []) / 2
     terms = np.stack([products, scores, tokens, np.ones_like(products)], axis=1)
     weights, *_ = np.linalg.lstsq(terms / seconds[:, None], np.ones_like(seconds))
     of_products, of_scores, of_tokens, constant = (float(weight) for weight in weights)

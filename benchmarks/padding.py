@@ -4,12 +4,10 @@
 
 Training of one seed, and of five in turn or batched (95 rows, batches of 10, 20 epochs), and evaluation of every test
 row (batches of 64); each is one program for each shape. The bar is meant for BIG-Bench Hard, whose files --tasks takes,
-or a folder of JSON files; the embedded tasks are the default. Lanes and widths depend on --shape. Without a tokenizer
-lengths are estimated from characters. Also shares of other plans: if compilation took no time, with the fewest tokens,
-whatever they cost, and the cheapest, without the price of padding. Where less than is required is real, the cost
-(operations, and those of compilation) of a plan that reaches it, over the cost of the chosen one: a price on every
-token is raised until it does. --time trains the five most padded tasks for an epoch in either form, in turns, on one
-core, with random weights.
+or a folder of JSON files; the embedded tasks are the default. Widths depend on --shape. Without a tokenizer lengths are
+estimated from characters. Also shares of other plans: if compilation took no time, and with the fewest tokens, whatever
+they cost. --time trains the five most padded tasks for an epoch in either form, in turns, on one core, with random
+weights.
 """
 
 import sys
@@ -44,7 +42,7 @@ from lorafusion_jax.tasks import (
     split,
     train_step_batches,
 )
-from lorafusion_jax.tasks.packing import COMPILING, MOST_SHAPES
+from lorafusion_jax.tasks.packing import MOST_SHAPES
 from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
 from lorafusion_jax.training.problem import Problem
 from lorafusion_jax.training.seeds import default_seed_mode
@@ -59,9 +57,9 @@ _TRAININGS = {
     "padded training, 5 seeds": (5, False, False),
 }
 _EVAL_BATCH = 64
-_PRICES, _HALVINGS = (1e6, 1e12), 6  # of a token, in operations: so little and so much that nothing else counts
-# Real tokens, computed ones, shapes, tokens of batches that are no wider than needed, operations.
-Counts = tuple[int, int, int, int, float]
+_DEAR = 1e12  # price of a token in operations, so much that nothing else counts
+# Real tokens, computed ones, shapes, tokens of batches that are no wider than needed.
+Counts = tuple[int, int, int, int]
 _SMALL = ROOT / "examples/small"
 _TIMED = 5
 
@@ -87,7 +85,7 @@ def main() -> None:
 
     def counts(what: str, packing: Packing, **how: Any) -> dict[str, Counts]:
         parts = 1 if what == "evaluation" else 2  # generation reads no targets
-        return {task.name: _count(_batches(what, task, tokenizer, packing, **how), config, parts) for task in tasks}
+        return {task.name: _count(_batches(what, task, tokenizer, packing, **how), parts) for task in tasks}
 
     for what in (*_TRAININGS, "evaluation"):
         found = counts(what, packing)
@@ -98,7 +96,7 @@ def main() -> None:
         if what == "evaluation":
             other = {"if_compilation_is_free": _share(counts(what, packing, worth=0.0))}
         elif _TRAININGS[what][2]:
-            other = _other_plans(partial(counts, what), packing, found)
+            other = _other_plans(partial(counts, what), packing)
         cases.append(
             case(
                 f"{where} real tokens / computed ones",
@@ -128,38 +126,16 @@ def tasks_of(options: Any) -> tuple[list[Task], Any]:
     return tasks, load_tokenizer(source) if source else None
 
 
-def _other_plans(
-    counts: Callable[[Packing], dict[str, Counts]], packing: Packing, found: dict[str, Counts]
-) -> dict[str, float]:
-    """Return shares of plans other than the one found, and the cost of reaching the required share over its cost."""
+def _other_plans(counts: Callable[[Packing], dict[str, Counts]], packing: Packing) -> dict[str, float]:
+    """Return the shares of plans other than the one found."""
 
-    def priced(token: float) -> dict[str, Counts]:
-        def operations(lanes: int, source: Any, target: Any) -> Any:
-            return packing.operations(lanes, source, target) + token * lanes * (source + target)
+    def operations(source: Any, target: Any, rows: Any) -> Any:
+        return packing.operations(source, target, rows) + _DEAR * (source + target)
 
-        return counts(packing._replace(operations=operations))
-
-    low, high = _PRICES
-    fewest = priced(high)
-    cheapest = counts(packing._replace(padding=0.0))
-    other = {
+    return {
         "if_compilation_is_free": _share(counts(packing._replace(compiling=0.0))),
-        "in_fewest_tokens": _share(fewest),
-        "cheapest": _share(cheapest),
-        "cost_of_chosen_over_cheapest": _cost(found) / _cost(cheapest),
+        "in_fewest_tokens": _share(counts(packing._replace(operations=operations))),
     }
-    if _share(found) >= _REQUIRED or _share(fewest) < _REQUIRED:
-        return other
-    reached = fewest
-    for _ in range(_HALVINGS):
-        token = (low * high) ** 0.5
-        plan = priced(token)
-        low, high, reached = (low, token, plan) if _share(plan) >= _REQUIRED else (token, high, reached)
-    return other | {f"cost_of_{_REQUIRED:.0%}": _cost(reached) / _cost(found)}
-
-
-def _cost(found: dict[str, Counts]) -> float:
-    return sum(count[4] + COMPILING * count[2] for count in found.values())
 
 
 def _share(found: dict[str, Counts]) -> float:
@@ -178,9 +154,7 @@ def _batches(what: str, task: Task, tokenizer: Any, packing: Packing, **worth: f
 def _epochs(options: Any, tasks: Sequence[Task], tokenizer: Any, packing: Packing) -> dict[str, Any]:
     """Return the case of an epoch of the tasks with the most padding."""
     config = config_of(options.shape)
-    counted = {
-        task.name: _count(_batches("padded training, 1 seed", task, tokenizer, packing), config) for task in tasks
-    }
+    counted = {task.name: _count(_batches("padded training, 1 seed", task, tokenizer, packing)) for task in tasks}
     padded = sorted(tasks, key=lambda task: counted[task.name][0] / counted[task.name][1])[:_TIMED]
     recipe = PRESETS["default"]
     weights = jax.block_until_ready(frozen(config, "float32", MODULES))
@@ -246,21 +220,27 @@ def encoded(examples: Any, tokenizer: Any) -> Encoded:
     )
 
 
-def _count(batches: Iterable[Batch], config: Architecture, parts: int = 2) -> Counts:
+def operations_of(config: Architecture, batch: Batch) -> float:
+    """Return about how many operations a step takes; of the batch of one seed and step."""
+    lines, source = batch.input_ids.shape[-2:]
+    target = batch.labels.shape[-1]
+    groups = batch.rows.groups() if batch.rows else [(lines, source, target)]
+    return float(step_operations(config, lines * source, lines * target, groups))
+
+
+def _count(batches: Iterable[Batch], parts: int = 2) -> Counts:
     """Count batches; with one of two `parts` only tokens of sources count."""
     real = computed = exact = 0
-    operations, shapes = 0.0, set()
+    shapes = set()
     for batch in batches:
-        lanes, source = batch.input_ids.shape[-2:]
-        steps = batch.input_ids.size // (lanes * source)
-        operations += steps * step_operations(config, lanes, source, batch.labels.shape[-1])
+        shape = batch.input_ids.shape[-2:]
         for ids, is_real in ((batch.input_ids, batch.input_mask), (batch.labels, batch.labels != IGNORED))[:parts]:
             lengths = np.sum(is_real, axis=-1)
             real += int(np.sum(lengths))
             computed += ids.size
             exact += int(np.max(lengths)) * lengths.size
-        shapes.add((batch.input_ids.shape[-2:], batch.labels.shape[-2:]))
-    return real, computed, len(shapes), exact, operations
+        shapes.add((shape, batch.labels.shape[-1], *(group.shape[-2:] for group in jax.tree.leaves(batch.rows))))
+    return real, computed, len(shapes), exact
 
 
 if __name__ == "__main__":

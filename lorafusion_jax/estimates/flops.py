@@ -20,11 +20,19 @@ _OPTIMISER = 18
 
 
 class Shape(NamedTuple):
-    """Shape of a padded batch: B rows, S source and T target tokens."""
+    """Shape of a batch: B rows of S source and T target tokens.
+
+    A packed batch is one row. Attention computes it as the `groups`: a number of rows, and their S and T.
+    """
 
     rows: int
     source: int
     target: int
+    groups: tuple[tuple[int, int, int], ...] = ()
+
+    def apart(self) -> tuple["Shape", ...]:
+        """Return the shapes that attention computes."""
+        return tuple(Shape(*group) for group in self.groups) or (self,)
 
 
 def tokens(reads: Parts, shape: Shape) -> int:
@@ -70,7 +78,7 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
     prompt in the answer's own stack is read before there are positions of an answer, and the layers compute DoRA's
     norms again for every token.
     """
-    rows, source, target = shape
+    rows, source, target, _ = shape
     sites = [site for site in adapted(config, update).values() if "target" in site.reads]
     again = sum(site.layers * update.repeat(site) for site in sites)
     unread = 4 * sum(
@@ -105,7 +113,8 @@ def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable:
 
 def _attention(config: Architecture, shape: Shape) -> float:
     return 4.0 * sum(
-        stack.layers * tokens(stack.reads, shape) * row_tokens(attention, shape) * attention.heads * attention.d_head
+        stack.layers * tokens(stack.reads, rows) * row_tokens(attention, rows) * attention.heads * attention.d_head
+        for rows in shape.apart()
         for stack in config.stacks.values()
         for attention in stack.attentions
     )

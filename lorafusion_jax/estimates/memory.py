@@ -136,8 +136,12 @@ def _kept(config: Architecture, shape: Shape, update: Update) -> int:
     others = 0
     if config.remat == "none":
         for stack in stacks:
-            scores = sum(attention.heads * row_tokens(attention, shape) for attention in stack.attentions)
-            others += stack.layers * tokens(stack.reads, shape) * (scores + stack.elementwise)
+            scores = sum(
+                attention.heads * tokens(stack.reads, rows) * row_tokens(attention, rows)
+                for attention in stack.attentions
+                for rows in shape.apart()
+            )
+            others += stack.layers * (scores + tokens(stack.reads, shape) * stack.elementwise)
     return total * itemsize + others * _FLOAT32
 
 
@@ -145,10 +149,10 @@ def _work(config: Architecture, shape: Shape) -> int:
     """Return the bytes of the logits and their gradient, and of one layer's attention and feed-forward."""
     logits = 2 * shape.rows * shape.target * config.vocab_size
     stacks = config.stacks.values()
-    longest = max(row_tokens(stack, shape) for stack in stacks)
     heads = max((attention.heads for stack in stacks for attention in stack.attentions), default=0)
-    of_token = _FLOAT32 * heads * longest + _itemsize(config) * max(stack.d_ff for stack in stacks)
-    return _FLOAT32 * logits + 2 * shape.rows * longest * of_token
+    scores = heads * sum(max(tokens(s.reads, rows) * row_tokens(s, rows) for s in stacks) for rows in shape.apart())
+    hidden = max(tokens(stack.reads, shape) for stack in stacks) * max(stack.d_ff for stack in stacks)
+    return _FLOAT32 * (logits + 2 * scores) + 2 * _itemsize(config) * hidden
 
 
 def _fused(config: Architecture, update: Update) -> int:

@@ -197,9 +197,13 @@ def pool_shape(folder: Path, k: int | None = None, base: str | None = None) -> P
 
 def _batches(shapes: Shapes) -> str:
     """Return the number of batches and their range of sizes."""
-    sizes = (sorted(set(column)) for column in zip(*shapes, strict=True))
+    columns = ([getattr(shape, name) for shape in shapes] for name in ("rows", "source", "target"))
+    sizes = (sorted(set(column)) for column in columns)
     rows, source, target = (str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in sizes)
-    return f"{len(shapes):,} batches of {rows} rows, {source} source and {target} target tokens"
+    of_rows = (
+        f"{sum(count for count, *_ in shapes[0].groups)} packed rows, together" if shapes[0].groups else f"{rows} rows,"
+    )
+    return f"{len(shapes):,} batches of {of_rows} {source} source and {target} target tokens"
 
 
 def _flops(count: float | int) -> str:

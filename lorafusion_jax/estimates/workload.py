@@ -116,8 +116,11 @@ def _asked(
 
 
 def _shapes(batches: Iterable[tasks.Batch]) -> Shapes:
-    sizes = ((*batch.input_ids.shape[-2:], batch.labels.shape[-1]) for batch in batches)
-    return tuple(Shape(rows, source, target) for rows, source, target in sizes)
+    def shape(batch: tasks.Batch) -> Shape:
+        rows, source = batch.input_ids.shape[-2:]
+        return Shape(rows, source, batch.labels.shape[-1], batch.rows.groups() if batch.rows else ())
+
+    return tuple(map(shape, batches))
 
 
 def _encode(examples: Sequence[tasks.Example], tokenizer: Any, text_format: tasks.TextFormat) -> tasks.Encoded:

@@ -10,7 +10,7 @@ Axis letters: B batch, S source, T target, V vocabulary, D model width, L layer.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from .layers import Adapters, Base, Lanes, Logits, Mask, Source, Target
+from .layers import Adapters, Base, Logits, Mask, Rows, Source, Target
 from .weights import Weight
 
 # The tokens of a row: the input (source) and the model's answer (target).
@@ -169,12 +169,12 @@ class Model(Protocol):
         ...
 
     def label_logits(
-        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, lanes: Lanes | None = None
+        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, rows: Rows | None = None
     ) -> Logits:
         """Return the logits that predict each label, from the source and the labels before it.
 
-        A negative label is not a target: predictions at its position are ignored. With `lanes` (`tasks.Lanes`) rows lie
-        behind each other, and each has the logits that it has alone.
+        A negative label is not a target: predictions at its position are ignored. With `rows` (`tasks.Rows`) these lie
+        behind each other in one line, and each has the logits that it has alone.
         """
         ...
 
@@ -379,23 +379,27 @@ def linear_shapes(config: Architecture) -> dict[str, tuple[int, int]]:
     return {path: (config.sites[name].d_in, config.sites[name].d_out) for path, (name, _) in places(config).items()}
 
 
-def step_operations(config: Architecture, lanes: int, source: Any, target: Any) -> Any:
+def step_operations(config: Architecture, source: Any, target: Any, rows: Iterable[tuple[int, Any, Any]]) -> Any:
     """Return about how many operations a training step with frozen weights takes, to compare shapes of its batch.
 
-    `source` and `target` are widths of all lanes, numbers or arrays of them.
+    `source` and `target` are numbers of tokens. Attention computes `rows`: a number, source width and target width for
+    each group of rows. All but the first may be arrays.
     """
-    widths = {"source": source, "target": target}
-
-    def tokens(reads: Parts) -> Any:
-        return sum(widths[part] for part in reads)
-
-    products = sum(tokens(site.reads) * (site.layers * site.d_in * site.d_out) for site in config.sites.values())
+    products = target * math.prod(config.head) + sum(
+        _tokens(site.reads, source, target) * (site.layers * site.d_in * site.d_out) for site in config.sites.values()
+    )
     scores = sum(
-        tokens(stack.reads) * tokens(attention.reads) * (2 * stack.layers * attention.heads * attention.d_head)
+        count * _tokens(stack.reads, *widths) * _tokens(attention.reads, *widths)
+        * (2 * stack.layers * attention.heads * attention.d_head)
+        for count, *widths in rows
         for stack in config.stacks.values()
         for attention in stack.attentions
-    )
-    return 4.0 * lanes * (products + target * math.prod(config.head) + _SCORES * scores)
+    )  # fmt: skip
+    return 4.0 * (products + _SCORES * scores)
+
+
+def _tokens(reads: Parts, source: Any, target: Any) -> Any:
+    return sum({"source": source, "target": target}[part] for part in reads)
 
 
 def stack_of(site: str) -> str:

@@ -1,12 +1,12 @@
 """Parts that families share: frozen weights, linear maps that may have an adapter, RMS norm, the scan over layers."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..platform import for_cpu
 from .narrow import from_bits, to_bits
@@ -21,8 +21,9 @@ Mask = Bool[Array, "B S"]
 Target = Int[Array, "B T"]
 Hidden = Float[Array, "B T D"]
 Logits = Float[Array, "B T V"]
-# Number of each source token's row, that of each label's row, and the token before each label (`tasks.Lanes`).
-Lanes = tuple[Source, Target, Target]
+# The rows of a packed batch (`tasks.Rows`): by groups, the places of source tokens and of labels in the line of the
+# batch; and the token before each label.
+Rows = tuple[tuple[Array, ...], tuple[Array, ...], Target]
 
 _POLICIES = jax.checkpoint_policies
 # Keeps the products with weights and recomputes everything else, which is cheap: half the memory of saving everything,
@@ -131,6 +132,62 @@ def widened(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def same_row(rows: Int[Array, "B T"], others: Int[Array, "B S"]) -> Bool[Array, "B T S"]:
-    """Return which tokens of a lane belong to the same row, given the numbers of their rows."""
-    return rows[:, :, None] == others[:, None, :]
+class Line(NamedTuple):
+    """The places of a line's tokens in the rows that attention takes apart, and the other way round.
+
+    Attributes:
+      groups: for each group of rows, the place of every token in the line; behind its end where a row has none.
+      places: the place of each token among those of all groups; behind their end for padding.
+    """
+
+    groups: tuple[Int[Array, "_ _"], ...]
+    places: Int[Array, " T"]
+
+    def masks(self) -> list[Bool[Array, "_ _"]]:
+        """Return which places of the groups have tokens."""
+        return [group < len(self.places) for group in self.groups]
+
+
+def line_of(groups: Sequence[Int[Array, "_ _"]], width: int) -> Line:
+    """Return a line of so many tokens, from the places of each row's tokens; larger ones mean none."""
+    tokens = jnp.concatenate([jnp.ravel(group) for group in groups])
+    places = jnp.full(width, len(tokens), jnp.int32)
+    return Line(tuple(groups), places.at[tokens].set(jnp.arange(len(tokens), dtype=jnp.int32), mode="drop"))
+
+
+def folded(line: Shaped[Array, "1 T"]) -> Shaped[Array, "_ _"]:
+    """Return a line in halves, if it has any: XLA is slow at sums over a CPU's array whose first axis is 1."""
+    return line.reshape(2 - line.shape[1] % 2, -1)
+
+
+def apart(x: Float[Array, "B T D"], line: Line | None) -> list[Float[Array, "_ _ D"]]:
+    """Return the rows of a folded line by groups, zero where a row has no token; without a line the rows of `x`."""
+    if line is None:
+        return [x]
+    tokens = jnp.concatenate([jnp.ravel(group) for group in line.groups])
+    moved = _moved(x.reshape(-1, x.shape[-1]), tokens, line.places)
+    parts = jax.lax.split(moved, [group.size for group in line.groups])
+    return [part.reshape(*group.shape, -1) for part, group in zip(parts, line.groups, strict=True)]
+
+
+def together(
+    parts: Sequence[Float[Array, "_ _ D"]], line: Line | None, shape: tuple[int, ...]
+) -> Float[Array, "B T D"]:
+    """Return what `apart` divides, [B, T, ...] of this shape, zero for padding."""
+    if line is None:
+        return parts[0]
+    tokens = jnp.concatenate([jnp.ravel(group) for group in line.groups])
+    flat = jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
+    return _moved(flat, line.places, tokens).reshape(*shape[:2], -1)
+
+
+@jax.custom_vjp
+def _moved(x: Float[Array, "M D"], to: Int[Array, " N"], back: Int[Array, " M"]) -> Float[Array, "N D"]:
+    """Return row `to[n]` of `x` at n, or zero; `back` is the inverse, so that the gradient is no scatter either."""
+    return jnp.take(x, to, axis=0, mode="fill", fill_value=0)
+
+
+_moved.defvjp(
+    lambda x, to, back: (_moved(x, to, back), (to, back)),
+    lambda places, g: (_moved(g, places[1], places[0]), None, None),
+)

@@ -147,7 +147,7 @@ def _transposed_matmul(x: Float[Array, "*N T C"], y: Float[Array, "*N T S"]) -> 
 
 def _exact(x: Array) -> Any:
     """Return the dtype of sums of products of numbers like `x`."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return x.dtype if x.dtype == jnp.float64 else jnp.float32
 
 
 def summed(y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:

@@ -5,7 +5,7 @@
 from .batches import (
     IGNORED,
     Batch,
-    Lanes,
+    Rows,
     StepBatch,
     TrainingRows,
     bucket,

@@ -1,6 +1,6 @@
 """Padded and packed batches in few shapes, since every shape is one more program to compile.
 
-Axis letters: B batch, S source, T target. In packed batches B is the number of lanes, except in `row_mask`.
+Axis letters: B batch, S source, T target. In packed batches B is 1, except in `row_mask`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,28 +9,33 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from .packing import COMMON, FEWEST_TOKENS, MOST_SHAPES, Costs, Numbers, Packing, few_widths
+from .packing import COMMON, FEWEST_TOKENS, MOST_SHAPES, Costs, Numbers, Packing, few_widths, groups
 from .protocol import Split, batch_orders
 from .tokenizer import Encoded
 
 IGNORED = -100  # the label of a position without a target, as in Hugging Face's losses
+NOWHERE = np.iinfo(np.int32).max
 
 
-class Lanes(NamedTuple):
-    """The rows of a packed batch, which lie behind each other in lanes.
+class Rows(NamedTuple):
+    """The rows of a packed batch, which lie behind each other in one line. Attention takes them apart, in groups.
 
-    A row has all source tokens, and all labels, in one lane. The last source token of a causal model's row is not among
-    its source tokens, only in front of its first label.
+    The last source token of a causal model's row is not among its source tokens, only in front of its first label.
 
     Attributes:
-      sources: number of each source token's row; -1 for padding.
-      targets: number of each label's row; -1 for padding.
+      sources: for each group the places of its rows' source tokens in the line; NOWHERE behind the end of a row.
+      targets: the same of its rows' labels.
       before: the token in front of each label; -1 where the model's start token is.
     """
 
-    sources: Int32[Any, "*seeds B S"]
-    targets: Int32[Any, "*seeds B T"]
-    before: Int32[Any, "*seeds B T"]
+    sources: tuple[Int32[Any, "*seeds _ _"], ...]
+    targets: tuple[Int32[Any, "*seeds _ _"], ...]
+    before: Int32[Any, "*seeds 1 T"]
+
+    def groups(self) -> tuple[tuple[int, int, int], ...]:
+        """Return the number of rows, and the widths of sources and targets, of each group."""
+        parts = zip(self.sources, self.targets, strict=True)
+        return tuple((*of_source.shape[-2:], of_target.shape[-1]) for of_source, of_target in parts)
 
 
 class Batch(NamedTuple):
@@ -41,26 +46,29 @@ class Batch(NamedTuple):
       input_mask: True where a source token is real.
       labels: target tokens, IGNORED behind their end.
       row_mask: False for rows that only fill up the batch; they have no tokens.
-      lanes: the rows of a packed batch; None if every row has its own line.
+      rows: the rows of a packed batch; None if every row has its own line.
     """
 
     input_ids: Int32[Any, "*seeds B S"]
     input_mask: Bool[Any, "*seeds B S"]
     labels: Int32[Any, "*seeds B T"]
     row_mask: Bool[Any, "*seeds rows"]
-    lanes: Lanes | None = None
+    rows: Rows | None = None
 
-    def cut(self, source_width: int, target_width: int) -> "Batch":
-        """Return the batch without the tokens behind these widths, which are padding."""
-        lanes = self.lanes
-        if lanes is not None:
-            sources, *of_targets = lanes
-            lanes = Lanes(sources[..., :source_width], *(a[..., :target_width] for a in of_targets))
+    def cut(self, source_width: int, target_width: int, *of_rows: int) -> "Batch":
+        """Return the batch without the tokens behind these widths, and those of its rows by group: they are padding."""
+        rows = self.rows
+        if rows is not None:
+            sources, targets = (
+                tuple(group[..., :width] for group, width in zip(part, widths, strict=True))
+                for part, widths in zip(rows[:2], (of_rows[::2], of_rows[1::2]), strict=True)
+            )
+            rows = Rows(sources, targets, rows.before[..., :target_width])
         return self._replace(
             input_ids=self.input_ids[..., :source_width],
             input_mask=self.input_mask[..., :source_width],
             labels=self.labels[..., :target_width],
-            lanes=lanes,
+            rows=rows,
         )
 
 
@@ -69,12 +77,12 @@ class StepBatch(NamedTuple):
 
     Attributes:
       batches: leaves [seeds, steps, B, ...].
-      shapes: source and target widths that steps are cut to; empty where they are all as wide as the arrays.
+      shapes: widths that steps are cut to (see `Batch.cut`); empty where they are all as wide as the arrays.
       shape_of: the place of each step's widths in `shapes`, of each seed's own if seeds differ; or None.
     """
 
     batches: Batch
-    shapes: tuple[tuple[int, int], ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
     shape_of: Int32[np.ndarray, "*seeds steps"] | None = None
 
 
@@ -126,9 +134,12 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of all seeds, step by step: `[seeds, B, width]` (see `train_step_batches`)."""
     for batches, _, _ in train_step_batches(encoded, orders, pad_id=pad_id, packing=packing):
-        lanes = batches.lanes and Lanes(*(leaf[:, 0] for leaf in batches.lanes))
+        rows = batches.rows
+        if rows is not None:
+            sources, targets = (tuple(group[:, 0] for group in part) for part in rows[:2])
+            rows = Rows(sources, targets, rows.before[:, 0])
         row_mask = batches.row_mask[:, 0]
-        yield Batch(batches.input_ids[:, 0], batches.input_mask[:, 0], batches.labels[:, 0], row_mask, lanes)
+        yield Batch(batches.input_ids[:, 0], batches.input_mask[:, 0], batches.labels[:, 0], row_mask, rows)
 
 
 def train_step_batches(
@@ -143,7 +154,7 @@ def train_step_batches(
 ) -> Iterator[StepBatch]:
     """Yield the batches of all seeds, `length` steps at a time, from `first_step` on.
 
-    The width of a step holds the longest row that any seed has in it, or with `packing` the longest lane; only packed
+    The width of a step holds the longest row that any seed has in it, or with `packing` all its rows; only packed
     batches of seeds that need not be `alike` differ in width. The widths to choose from depend on all of
     `orders` (row numbers from `batch_orders`), so a resumed run, and every interval of a run, has the same shapes.
     Every interval but the first ends `length` steps after the one before it, or with the last step.
@@ -152,15 +163,14 @@ def train_step_batches(
     lengths = np.stack([table.input_lengths, table.label_lengths], axis=1)[orders]
     padded = np.array(_shapes(lengths.max(axis=(0, 2))))
     planned = None if packing is None else packing.plan(lengths, padded, alike=alike)
-    lane, of_step = (None, padded) if planned is None else planned
+    of_step = padded if planned is None else planned
 
-    def take(steps: slice, source_width: int, target_width: int) -> Batch:
-        if packing is None or lane is None:
-            return table.take(orders[:, steps], source_width, target_width)
-        size = (int(lane.max()) + 1, source_width, target_width)
-        return _in_lanes(encoded, orders[:, steps], lane[:, steps], size, pad_id=pad_id, causal=packing.causal)
+    def take(steps: slice, *widths: int) -> Batch:
+        if packing is None or planned is None:
+            return table.take(orders[:, steps], *widths)
+        return _packed(encoded, orders[:, steps], widths, pad_id=pad_id, causal=packing.causal)
 
-    found, number = np.unique(of_step.reshape(-1, 2), axis=0, return_inverse=True)
+    found, number = np.unique(of_step.reshape(-1, of_step.shape[-1]), axis=0, return_inverse=True)
     shapes, shape_of = tuple(map(tuple, found.tolist())), number.reshape(of_step.shape[:-1]).astype(np.int32)
     while first_step < orders.shape[1]:
         steps = slice(first_step, first_step - first_step % length + length)
@@ -237,35 +247,42 @@ def _table(encoded: Encoded, pad_id: int) -> _Table:
     )
 
 
-def _in_lanes(
-    encoded: Encoded,
-    rows: Int32[np.ndarray, "*leading B"],
-    lane: Int[np.ndarray, "*leading B"],
-    size: tuple[int, int, int],
-    *,
-    pad_id: int,
-    causal: bool,
+def _packed(
+    encoded: Encoded, rows: Int32[np.ndarray, "*leading B"], widths: Sequence[int], *, pad_id: int, causal: bool
 ) -> Batch:
-    """Return batches whose rows are in these lanes; `size` is their number, and the widths of sources and targets."""
-    count, *widths = size
-    (ids, sources), (labels, targets, before) = (
-        [np.full((*rows.shape[:-1], count, width), fill, np.int32) for fill in fills]
-        for width, fills in zip(widths, ((pad_id, -1), (IGNORED, -1, -1)), strict=True)
+    """Return batches whose rows lie behind each other, of the widths of `Packing.plan`."""
+    leading, (source_width, target_width, *of_rows) = rows.shape[:-1], widths
+    ids, labels, before = (
+        np.full((*leading, 1, width), fill, np.int32)
+        for width, fill in ((source_width, pad_id), (target_width, IGNORED), (target_width, -1))
     )
-    for batch in np.ndindex(rows.shape[:-1]):
-        used = np.zeros((count, 2), int)
-        for number, (row, place) in enumerate(zip(rows[batch], lane[batch], strict=True)):
+    sizes = [(len(source), len(target)) for source, target in zip(encoded.inputs, encoded.labels, strict=True)]
+    lengths = np.maximum(np.array([*sizes, (0, 0)]) - np.array([causal, 0]), 0)[rows]
+    members = groups(lengths)
+    sources, targets = (
+        tuple(
+            np.full((*leading, numbers.shape[-1], width), NOWHERE, np.int32)
+            for numbers, width in zip(members, part, strict=True)
+        )
+        for part in (of_rows[::2], of_rows[1::2])
+    )
+    for batch in np.ndindex(leading):
+        ends = np.cumsum(lengths[batch], axis=0)
+        places = np.stack([ends - lengths[batch], ends], axis=-1)
+        for row, of_row in zip(rows[batch], places, strict=True):
             if row < 0:
                 continue
             source, target = encoded.inputs[row], encoded.labels[row]
             first, source = (source[-1:], source[:-1]) if causal else ([-1], source)
-            begin, end = used[place], used[place] + (len(source), len(target))
-            at_source, at_target = ((*batch, place, slice(*ends)) for ends in zip(begin, end, strict=True))
-            ids[at_source], sources[at_source] = source, number
-            labels[at_target], targets[at_target] = target, number
+            at_source, at_target = ((*batch, 0, slice(*ends)) for ends in of_row)
+            ids[at_source], labels[at_target] = source, target
             before[at_target] = np.concatenate([first, target])[:-1]
-            used[place] = end
-    return Batch(ids, sources >= 0, labels, rows >= 0, Lanes(sources, targets, before))
+        for part, of_part in zip((sources, targets), places.swapaxes(0, 1), strict=True):
+            for group, numbers in zip(part, members, strict=True):
+                for line, (begin, end) in zip(group[batch], of_part[numbers[batch]], strict=True):
+                    line[: end - begin] = np.arange(begin, end)
+    real = np.arange(source_width) < lengths[..., 0].sum(axis=-1)[..., None, None]
+    return Batch(ids, real, labels, rows >= 0, Rows(sources, targets, before))
 
 
 def _shapes(longest: Int[np.ndarray, "steps 2"]) -> list[tuple[int, int]]:

@@ -1,9 +1,9 @@
-"""The lanes of packed batches, and the few shapes of all batches, chosen by what they cost.
+"""The few shapes of packed and padded batches, chosen by what they cost.
 
-Axis letters: B batch, S source, T target.
+Axis letters: B batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,21 +22,25 @@ Numbers = Int[np.ndarray, " n"]
 Costs = Float[np.ndarray, " n"]
 
 
+# Of attention: number, source width and target width of rows that are padded alike.
+Group = tuple[int, Any, Any]
+# More groups pad less, but take longer to compile.
+_GROUPS = 2
+
+
 class Packing(NamedTuple):
     """What packed batches depend on, other than rows.
 
     Attributes:
       causal: an answer continues its prompt, whose last token predicts the first label.
-      operations: function from a number of lanes, and widths of source and target, to operations of a training step.
+      operations: function from numbers of source and target tokens, and the groups of rows in which attention computes
+        them, to operations of a training step.
       compiling: operations that every compiled shape must save.
-      padding: price of a computed token beyond its operations, as a share of its products. At 0.9, 92 % of the tokens
-        of BIG-Bench Hard are real for one seed of FLAN-T5-small, at 1 % more operations (benchmarks/padding.py).
     """
 
     causal: bool
-    operations: Callable[[int, Any, Any], Any]
+    operations: Callable[[Any, Any, Sequence[Group]], Any]
     compiling: float = COMPILING
-    padding: float = 0.9
 
     def repeated(self, times: int) -> "Packing":
         """Return the rule for batches that are computed so many times."""
@@ -44,62 +48,54 @@ class Packing(NamedTuple):
 
     def evaluation_worth(self) -> float:
         """Return the number of tokens that one more shape of an evaluation must save."""
-        of_token = self.operations(1, 1, 1) / 4  # two tokens, of a step with a backward pass
+        of_token = self.operations(1, 1, [(1, 1, 1)]) / 4  # two tokens, of a step with a backward pass
         return max(FEWEST_TOKENS, _OF_EVALUATION * self.compiling / of_token)
 
     def plan(
         self, lengths: Int[np.ndarray, "seeds steps B 2"], padded: Int[np.ndarray, "steps 2"], *, alike: bool
-    ) -> tuple[Int[np.ndarray, "seeds steps B"], Int[np.ndarray, "*seeds steps 2"]] | None:
-        """Return the lane of every row, and the source and target width of every batch, from the tokens of its rows.
+    ) -> Int[np.ndarray, "*seeds steps widths"] | None:
+        """Return the widths of every batch, from the source and target tokens of its rows.
 
-        All batches have the same number of lanes. Lanes and widths are those that cost least, with their compilation.
-        Batches of one step have the same widths in all seeds if they have to be `alike`. None is returned where packing
-        saves less than its further shapes, or one, take to compile, because tasks share the widths of `padded` rows.
+        First the widths of all source and all target tokens, then those of the rows of each group (`groups`). Those
+        that cost least, with their compilation, are chosen. Batches of one step have the same widths in all seeds if
+        they have to be `alike`. None is returned where packing saves less than its further shapes, or one, take to
+        compile, because tasks share the widths of `padded` rows.
         """
         seeds, steps, rows, _ = lengths.shape
         together = seeds if alike else 1  # batches of so many seeds in one program
-        of_token = self.padding / 2 * self.operations(1, 1, 1)
-        batches = np.maximum(lengths - np.array([self.causal, 0]), 0).reshape(-1, rows, 2)
-        plans = []
-        for count in {-(-rows // each) for each in range(2, rows + 1)}:
+        packed = np.maximum(lengths - np.array([self.causal, 0]), 0)
+        members = groups(packed)
+        of_groups = [np.take_along_axis(packed, numbers[..., None], axis=2).max(axis=2) for numbers in members]
+        widths = np.concatenate([packed.sum(axis=2), *of_groups], axis=2)
+        widths = widths.max(axis=0) if alike else widths
+        counts = [numbers.shape[-1] for numbers in members]
 
-            def cost(number: Any, source: Any, target: Any, count: int = count) -> Any:
-                operations = self.operations(count, source, target) + of_token * count * (source + target)
-                return together * number * operations
+        def cost(number: Any, source: Any, target: Any, *of_rows: Any) -> Any:
+            apart = list(zip(counts, of_rows[::2], of_rows[1::2], strict=True))
+            return together * number * self.operations(source, target, apart)
 
-            lane, widths = _fill(batches, count)
-            widths = widths.reshape(seeds, steps, 2)
-            widths = widths.max(axis=0) if alike else widths
-            few = few_widths(widths.reshape(-1, 2), cost, worth=self.compiling)
-            plans.append((np.sum(cost(1, *few.T)), len(np.unique(few, axis=0)), lane, few.reshape(widths.shape)))
-        if not plans:
+        few = few_widths(widths.reshape(-1, widths.shape[-1]), cost, worth=self.compiling)
+        further = max(len(np.unique(few, axis=0)) - len(np.unique(padded, axis=0)), 1)
+        sources, targets = padded.T
+        padding = seeds * np.sum(self.operations(rows * sources, rows * targets, [(rows, sources, targets)]))
+        if np.sum(cost(1, *few.T)) + self.compiling * further >= padding:
             return None
-        costs, shapes, lane, few = min(plans, key=lambda plan: plan[0] + self.compiling * plan[1])
-        padding = self.operations(rows, *padded.T) + of_token * rows * np.sum(padded, axis=1)
-        further = max(shapes - len(np.unique(padded, axis=0)), 1)
-        if costs + self.compiling * further >= seeds * np.sum(padding):
-            return None
-        return lane.reshape(seeds, steps, rows), few
+        return few.reshape(widths.shape)
 
 
-def _fill(lengths: Int[np.ndarray, "n B 2"], count: int) -> tuple[Int[np.ndarray, "n B"], Int[np.ndarray, "n 2"]]:
-    """Put the longest row that is left into the emptiest lane, until every row has one."""
-    batches, lane = np.arange(len(lengths)), np.zeros(lengths.shape[:2], int)
-    used = np.zeros((len(lengths), count, 2), int)
-    for rows in np.argsort(-lengths.sum(axis=2), axis=1, kind="stable").T:
-        emptiest = used.sum(axis=2).argmin(axis=1)
-        lane[batches, rows] = emptiest
-        used[batches, emptiest] += lengths[batches, rows]
-    return lane, used.max(axis=1)
+def groups(lengths: Int[np.ndarray, "*leading B 2"]) -> list[Int[np.ndarray, "*leading _"]]:
+    """Return the numbers of the rows that attention pads alike: those of the longer half, and those of the shorter."""
+    ranked = np.argsort(-lengths.sum(axis=-1), axis=-1, kind="stable")
+    return np.array_split(ranked, min(_GROUPS, ranked.shape[-1]), axis=-1)
 
 
 def few_widths(
-    widths: Int[np.ndarray, "n 2"], cost: Callable[[Numbers, Numbers, Numbers], Costs], *, worth: float
-) -> Int[np.ndarray, "n 2"]:
-    """Return a source and a target width for each given pair, neither smaller, at most MOST_SHAPES different pairs.
+    widths: Int[np.ndarray, "n widths"], cost: Callable[..., Costs], *, worth: float
+) -> Int[np.ndarray, "n widths"]:
+    """Return widths for each given list of them, none smaller, at most MOST_SHAPES different lists.
 
-    They cost the least together, given the cost of so many items of two widths, and `worth` for each pair.
-    Widths above 32 are multiples of 4. All are multiples of 16, or of 4, if that costs little.
+    They cost the least together, given the cost of so many items (first argument) of some widths, and `worth` for each
+    list. Widths above 32 are multiples of 4. All are multiples of 16, or of 4, if that costs little.
     """
     exact = np.where(widths > 32, -(-widths // 4) * 4, np.maximum(widths, 1))
     least, few = _grouped(exact, cost, worth)
@@ -111,16 +107,16 @@ def few_widths(
 
 
 def _grouped(
-    widths: Int[np.ndarray, "n 2"], cost: Callable[[Numbers, Numbers, Numbers], Costs], worth: float
-) -> tuple[float, Int[np.ndarray, "n 2"]]:
-    """Return the cost of the pairs of `few_widths`, and the pairs."""
+    widths: Int[np.ndarray, "n widths"], cost: Callable[..., Costs], worth: float
+) -> tuple[float, Int[np.ndarray, "n widths"]]:
+    """Return the cost of the lists of `few_widths`, and the lists."""
     sources, place, counts = np.unique(widths[:, 0], return_inverse=True, return_counts=True)
-    targets = np.zeros_like(sources)
-    np.maximum.at(targets, place, widths[:, 1])
+    least = np.zeros((len(sources), widths.shape[1]), int)
+    np.maximum.at(least, place, widths)
     # Cost of a group of consecutive sources, from number i to number j.
     costs = np.full((len(sources), len(sources)), np.inf)
     for i in range(len(sources)):
-        costs[i, i:] = cost(np.cumsum(counts[i:]), sources[i:], np.maximum.accumulate(targets[i:]))
+        costs[i, i:] = cost(np.cumsum(counts[i:]), *np.maximum.accumulate(least[i:]).T)
     # Of groups up to j: their cost, and where the last one begins, for each number of groups.
     best, begins = [costs[0]], [np.zeros(len(sources), int)]
     while len(best) < min(MOST_SHAPES, len(sources)):
@@ -132,5 +128,5 @@ def _grouped(
     end = len(sources)
     for begin in reversed(begins[: number + 1]):
         group = slice(int(begin[end - 1]), end)
-        sources[group], targets[group], end = sources[end - 1], targets[group].max(), group.start
-    return float(totals[number]), np.stack([sources, targets], axis=1)[place]
+        least[group], end = least[group].max(axis=0), group.start
+    return float(totals[number]), least[place]

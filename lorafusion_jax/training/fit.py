@@ -169,7 +169,7 @@ def train_seeds(
     shape_of: Int[Array, "*seeds steps"] | None = None,
     *,
     optimisation: Optimisation,
-    shapes: tuple[tuple[int, int], ...] = (),
+    shapes: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[TrainState, dict[str, Array]]:
     """Take the fusion steps of an interval with every seed, each on its own batches and at its own rates.
 

@@ -48,7 +48,7 @@ def objective(
 def batch_logits(params: Params, batch: Batch, problem: Problem) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
     """Return the logits of teacher forcing, and the method's metrics."""
     model, adapters, metrics = problem.adapted_model(params)
-    return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters, batch.lanes), metrics
+    return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters, batch.rows), metrics
 
 
 @per_seed

@@ -60,7 +60,7 @@ class _Tanh(nnx.Module):
     def variables(self):
         return {"only.up": self.blocks.up.kernel, "only.down": self.blocks.down.kernel}
 
-    def label_logits(self, input_ids, input_mask, labels, adapters, lanes=None):
+    def label_logits(self, input_ids, input_mask, labels, adapters, rows=None):
         def block(layer, x, of_layer):
             return x + layer.down(jnp.tanh(layer.up(x, of_layer)), of_layer), None
 

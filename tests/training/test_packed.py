@@ -22,6 +22,7 @@ from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.architecture import kernels, set_matrices, step_operations
 from lorafusion_jax.models.decoder import FAMILY, Decoder
+from lorafusion_jax.models.layers import line_of
 from lorafusion_jax.models.t5 import T5
 from lorafusion_jax.models.weights import quantise
 from lorafusion_jax.tasks import Encoded, Packing, Split, TrainingRows, train_batches
@@ -56,21 +57,16 @@ def _rows(config, count=8):
     ))  # fmt: skip
 
 
-def _packing(config, lanes=2):
-    """Rows are packed into so many lanes, as others cost more, and every width that saves tokens is worth a program."""
-
-    def operations(count, source, target):
-        others = 0.0 if count == lanes or np.all(source == 1) else 1e30  # widths of 1: what a token costs
-        return 1e9 * step_operations(config, count, source, target) + others
-
-    return Packing(config.causal, operations)
+def _packing(config):
+    """Every width that saves tokens is worth a program."""
+    return Packing(config.causal, lambda *shape: 1e9 * step_operations(config, *shape))
 
 
 def _both(config, order=(0, 1, 2, 3, 4, 5, -1, -1)):
     """Return a padded batch of one seed, and the packed one of the same rows."""
     orders, encoded = np.array([[order]], np.int32), _rows(config)
     padded, packed = (next(train_batches(encoded, orders, pad_id=0, packing=p)) for p in (None, _packing(config)))
-    assert packed.lanes is not None and packed.input_ids.shape[1] == 2
+    assert packed.rows is not None and packed.input_ids.shape[1] == 1
     return [jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), batch) for batch in (padded, packed)]
 
 
@@ -102,7 +98,7 @@ def test_models_have_the_loss_and_gradients_of_padded_rows(name):
                 model = nnx.merge(graph, base)
                 object.__setattr__(model.config, "dtype", "float64")
                 tokens = batch.input_ids, batch.input_mask, batch.labels
-                return cross_entropy(model.label_logits(*tokens, {}, batch.lanes), batch.labels)
+                return cross_entropy(model.label_logits(*tokens, {}, batch.rows), batch.labels)
 
             return jax.value_and_grad(loss)(base)
 
@@ -206,14 +202,16 @@ def test_few_tokens_meet_other_codes_on_chips_without_read_noise():
 
     @jax.jit
     def encode(batch):
-        return nnx.merge(graph, base).encode(batch.input_ids, batch.input_mask, {}, batch.lanes)
+        line = batch.rows and line_of(batch.rows.sources, batch.input_ids.shape[1])
+        return nnx.merge(graph, base).encode(batch.input_ids, batch.input_mask, {}, line)
 
     moved = []
     for seed in range(4):
         padded, packed = _both(_CONFIG, tuple(np.random.default_rng(seed).permutation(8).tolist()))
         alone, together = encode(padded), encode(packed)
+        ends = np.cumsum(np.sum(padded.input_mask, axis=1))
         for row, real in enumerate(padded.input_mask):
-            off = jnp.abs(alone[row][real] - together[packed.lanes.sources == row])
+            off = jnp.abs(alone[row][real] - together[0, ends[row] - np.sum(real) : ends[row]])
             moved += np.max(off, axis=1).tolist()
     assert len(moved) == 4 * sum(source for source, _ in _LENGTHS)
     many = np.sum(np.array(moved) > 1e-4)

@@ -7,7 +7,7 @@ Axis letters: B batch, S source, T target, C columns of the cache, L layer, H he
 queries for each of them, K head width, D model width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,16 +23,20 @@ from ..layers import (
     Adapters,
     Base,
     Hidden,
-    Lanes,
+    Line,
     Linear,
     Logits,
     Mask,
     RMSNorm,
+    Rows,
     Source,
     Target,
+    apart,
+    folded,
+    line_of,
     of_stack,
-    same_row,
     scan_blocks,
+    together,
     widened,
 )
 from ..narrow import pack, unpack
@@ -71,28 +75,44 @@ class SelfAttention(nnx.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (_norm(config, config.d_head) for _ in "qk")
 
-    def project(self, x: Hidden, by: Rotation, adapters: Adapters) -> tuple[Float[Array, "B T HG K"], Cache]:
+    def __call__(
+        self,
+        x: Hidden,
+        contexts: Sequence[Context],
+        adapters: Adapters,
+        line: Line | None,
+        into: Callable[[Cache], Cache],
+    ) -> tuple[Hidden, Cache]:
+        """Attend within the rows of `x`, group by group of the line; also return the keys and values of the last one.
+
+        `into` puts new keys and values among those to attend to.
+        """
         c = self.config
         if c.fused:
             inner, kv = c.num_heads * c.d_head, c.num_kv_heads * c.d_head
             parts = jnp.split(self.qkv_proj(x, adapters), [inner, inner + kv], axis=-1)
         else:
             parts = [linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj)]
-        queries, keys, values = (part.reshape(*x.shape[:2], -1, c.d_head) for part in parts)
-        if c.qk_norm:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = rotate(queries, by), rotate(keys, by)
-        return queries, Cache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3))
+        mixed, cache = [], None
+        for *of_rows, context in zip(*(apart(part, line) for part in parts), contexts, strict=True):
+            queries, keys, values = (part.reshape(*part.shape[:2], -1, c.d_head) for part in of_rows)
+            if c.qk_norm:
+                queries, keys = self.q_norm(queries), self.k_norm(keys)
+            queries, keys = rotate(queries, context.rotation), rotate(keys, context.rotation)
+            cache = into(Cache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)))
+            mixed.append(self._mix(queries, cache, context.mask))
+        assert cache is not None
+        return self.o_proj(together(mixed, line, x.shape), adapters), cache
 
-    def attend(
-        self, queries: Float[Array, "B T HG K"], cache: Cache, mask: Bool[Array, "B T C"], adapters: Adapters
-    ) -> Hidden:
+    def _mix(
+        self, queries: Float[Array, "B T HG K"], cache: Cache, mask: Bool[Array, "B T C"]
+    ) -> Float[Array, "B T HGK"]:
         c, (batch, length) = self.config, queries.shape[:2]
         if length > 1 and not c.attention_cap and not for_cpu():
             # For long sequences: it takes half of a TPU's cycles and of the memory for scores.
             keys, values = cache.keys.transpose(0, 3, 1, 2), cache.values.transpose(0, 2, 1, 3)
             mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None], scale=c.query_scale)
-            return self.o_proj(mixed.reshape(batch, length, -1), adapters)
+            return mixed.reshape(batch, length, -1)
         # Head g of group h is head h G + g; the heads of a group share one product.
         grouped = queries.reshape(batch, length, c.num_kv_heads, -1, c.d_head).transpose(0, 2, 3, 1, 4)
         flat = grouped.reshape(batch, c.num_kv_heads, -1, c.d_head)
@@ -103,7 +123,7 @@ class SelfAttention(nnx.Module):
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype).reshape(*flat.shape[:3], -1)
         mixed = heads_matmul(weights, cache.values).reshape(grouped.shape).astype(queries.dtype)
-        return self.o_proj(mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1), adapters)
+        return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
 
 
 class MLP(nnx.Module):
@@ -139,12 +159,15 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rngs=rngs)
 
     def __call__(
-        self, x: Hidden, context: Context, adapters: Adapters, into: Callable[[Cache], Cache] = lambda new: new
+        self,
+        x: Hidden,
+        contexts: Sequence[Context],
+        adapters: Adapters,
+        line: Line | None = None,
+        into: Callable[[Cache], Cache] = lambda new: new,
     ) -> tuple[Hidden, Cache]:
-        """Run one layer; `into` puts the new keys and values among those to attend to."""
-        queries, new = self.self_attn.project(self.input_norm(x), context.rotation, adapters)
-        cache = into(new)
-        heard = self.self_attn.attend(queries, cache, context.mask, adapters)
+        """Run one layer; see `SelfAttention`."""
+        heard, cache = self.self_attn(self.input_norm(x), contexts, adapters, line, into)
         x = checkpoint_name(x + (self.attention_post_norm(heard) if self.post_norms else heard), SUM)
         made = self.mlp(self.mlp_norm(x), adapters)
         return x + (self.mlp_post_norm(made) if self.post_norms else made), cache
@@ -163,7 +186,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, ids: Target, mask: Bool[Array, "B T"], adapters: Adapters | None = None) -> Logits:
         """Return the logits that follow every token, padded on either side; those of padding have no meaning."""
-        return self._logits(self._run(ids, self._of_rows(mask), adapters or {})[0])
+        return self._logits(self._run(ids, [self._of_rows(mask)], adapters or {})[0])
 
     @property
     def structure(self) -> DecoderConfig:
@@ -178,24 +201,32 @@ class Decoder(nnx.Module):
         return found if self.config.tied else found | {"head": self.head}
 
     def label_logits(
-        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, lanes: Lanes | None = None
+        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, rows: Rows | None = None
     ) -> Logits:
-        if lanes is not None:
-            sources, targets, before = lanes
+        width = input_ids.shape[1]
+        if rows is not None:
+            sources, targets, before = rows
             ids = jnp.concatenate([input_ids, jnp.maximum(before, 0)], axis=1)
-            x, _ = self._run(ids, self._of_lanes(jnp.concatenate([sources, targets], axis=1)), adapters)
-            return self._logits(x[:, input_ids.shape[1] :])
+            # Labels lie behind the source, in the line and in every row. A row's text is without its last token.
+            targets = [jnp.where(group < labels.shape[1], width + group, group) for group in targets]
+            sources = [to_the_right(group, group < width) for group in sources]
+            line = line_of(
+                [jnp.concatenate(parts, axis=1) for parts in zip(sources, targets, strict=True)], ids.shape[1]
+            )
+            contexts = [self._of_rows(mask, jnp.sum(mask, axis=1, keepdims=True) + 1) for mask in line.masks()]
+            x, _ = self._run(folded(ids), contexts, adapters, line)
+            return self._logits(x.reshape(*ids.shape, -1)[:, width:])
         ids = jnp.concatenate([to_the_right(input_ids, input_mask), jnp.maximum(labels[:, :-1], 0)], axis=1)
         mask = jnp.concatenate([to_the_right(input_mask, input_mask), labels[:, :-1] >= 0], axis=1)
         # The last label counts, as in transformers' loss, whether or not the width of the batch lets it be an input.
         lengths = jnp.sum(input_mask, axis=1, keepdims=True) + jnp.sum(labels >= 0, axis=1, keepdims=True)
-        x, _ = self._run(ids, self._of_rows(mask, lengths), adapters)
-        return self._logits(x[:, input_ids.shape[1] - 1 :])
+        x, _ = self._run(ids, [self._of_rows(mask, lengths)], adapters)
+        return self._logits(x[:, width - 1 :])
 
     def prompt(self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters) -> tuple[Array, Cache]:
         """Return the logits that follow the prompt, and a cache with room for all but the last of `length` tokens."""
         ids, mask = to_the_right(input_ids, input_mask), to_the_right(input_mask, input_mask)
-        x, cache = self._run(ids, self._of_rows(mask), adapters)
+        x, cache = self._run(ids, [self._of_rows(mask)], adapters)
         room = [(0, 0)] * 4 + [(0, length - 1)]
         keys, values = jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
         return self._logits(x[:, -1:])[:, 0], Cache(pack(keys), pack(values))
@@ -230,7 +261,7 @@ class Decoder(nnx.Module):
                 cache = Cache(keys, values)
                 return Cache(*(unpack(jax.lax.dynamic_index_in_dim(a, number, keepdims=False)) for a in cache))
 
-            x, _ = layer(x, contexts(local), adapters, into)
+            x, _ = layer(x, [contexts(local)], adapters, into=into)
             return (x, cache), None
 
         numbers = jnp.arange(self.structure.num_layers)
@@ -244,13 +275,17 @@ class Decoder(nnx.Module):
         return Cache(keys, values)
 
     def _run(
-        self, ids: Target, contexts: Callable[[Bool[Array, ""] | None], Context], adapters: Adapters
+        self,
+        ids: Target,
+        contexts: Sequence[Callable[[Bool[Array, ""] | None], Context]],
+        adapters: Adapters,
+        line: Line | None = None,
     ) -> tuple[Hidden, Cache]:
         """Run all tokens at once; return the last block's outputs, and keys and values of all layers."""
 
         def block(layer: Block, x: Array, of_layer: tuple[Adapters, Array | None, None]) -> tuple[Array, Cache]:
             adapters, local, _ = of_layer
-            return layer(x, contexts(local), adapters)
+            return layer(x, [context(local) for context in contexts], adapters, line)
 
         return self._scan(block, self._embed(ids), adapters, None)
 
@@ -263,13 +298,6 @@ class Decoder(nnx.Module):
         seen = mask[:, None, :] & (columns[:, None, :] <= columns[:, :, None])
         lengths = jnp.sum(mask, axis=1, keepdims=True) if lengths is None else lengths
         return self._contexts(positions, lengths, seen, columns, columns)
-
-    def _of_lanes(self, rows: Target) -> Callable[[Bool[Array, ""] | None], Context]:
-        """Return the contexts of tokens of these rows, given in the order of each row's text without its last token."""
-        columns, same = jnp.arange(rows.shape[1])[None], same_row(rows, rows)
-        seen = same & (columns[:, None, :] <= columns[:, :, None])
-        positions = jnp.sum(seen, axis=2) - 1
-        return self._contexts(positions, jnp.sum(same, axis=2) + 1, seen, positions, positions)
 
     def _contexts(
         self,

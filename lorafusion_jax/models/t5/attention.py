@@ -3,13 +3,15 @@
 Axis letters: B batch, T target, S source, H heads, K head width, D model width.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ...platform import for_cpu
-from ..layers import Adapters, Base, Linear, widened
+from ..layers import Adapters, Base, Line, Linear, apart, together, widened
 from ..weights import heads_matmul
 from .config import T5Config
 
@@ -26,38 +28,36 @@ class Attention(nnx.Module):
         self.v = Linear(f"{name}.v", layers, d_model, inner, scale=d_model**-0.5, rngs=rngs)
         self.o = Linear(f"{name}.o", layers, inner, d_model, scale=inner**-0.5, rngs=rngs)
 
-    def keys_values(
-        self, x: Float[Array, "B S D"], adapters: Adapters
-    ) -> tuple[Float[Array, "B H K S"], Float[Array, "B H S K"]]:
-        """Return keys and values of `x`, in the layouts that the two products need."""
-        keys = self._split(self.k(x, adapters)).transpose(0, 2, 3, 1)
-        values = self._split(self.v(x, adapters)).transpose(0, 2, 1, 3)
-        return keys, values
-
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        keys: Float[Array, "B H K S"],
-        values: Float[Array, "B H S K"],
-        mask: Bool[Array, "#B 1 #T S"],
-        bias: Float[Array, "1 H T S"] | None,
+        source: Float[Array, "_ S D"],
+        masks: Sequence[Bool[Array, "_ 1 _ _"]],
+        bias: Float[Array, "1 H _ _"] | None,
         adapters: Adapters,
+        line: Line | None,
+        of_source: Line | None,
     ) -> Float[Array, "B T D"]:
-        """Attend from `x` to keys and values where `mask` holds; softmax in float32."""
-        queries = self._split(self.q(x, adapters)).transpose(0, 2, 1, 3)
-        weights = _softmax(heads_matmul(queries, keys), mask, bias).astype(x.dtype)
-        mixed = heads_matmul(weights, values).transpose(0, 2, 1, 3).astype(x.dtype)
-        return self.o(mixed.reshape(*x.shape[:2], -1), adapters)
+        """Attend from the rows of `x` to those of `source`, group by group of the lines, where its mask holds.
+
+        Rows have the `bias` of their first positions. Softmax is in float32.
+        """
+        parts = (apart(self.q(x, adapters), line), apart(self.k(source, adapters), of_source))
+        values = apart(self.v(source, adapters), of_source)
+        mixed = [
+            self._mix(queries, *self._layouts(keys, values), mask, bias)
+            for queries, keys, values, mask in zip(*parts, values, masks, strict=True)
+        ]
+        return self.o(together(mixed, line, x.shape), adapters)
 
     def cached(self, x: Float[Array, "B S D"], adapters: Adapters) -> tuple[Array, Array]:
         """Return keys and values of `x` in the layouts of a cache, which `attend_once` reads.
 
-        The layouts are those of `keys_values` where heads are apart, else [B, S, H K]: an accelerator's tiles would pad
+        The layouts are those of `_layouts` where heads are apart, else [B, S, H K]: an accelerator's tiles would pad
         single heads and few positions to several times their size.
         """
-        if heads_apart():
-            return self.keys_values(x, adapters)
-        return self.k(x, adapters), self.v(x, adapters)
+        keys, values = self.k(x, adapters), self.v(x, adapters)
+        return self._layouts(keys, values) if heads_apart() else (keys, values)
 
     def attend_once(
         self,
@@ -70,7 +70,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B 1 D"]:
         """Attend from one position to the keys and values of a cache."""
         if heads_apart():
-            return self(x, keys, values, mask, bias, adapters)
+            return self.o(self._mix(self.q(x, adapters), keys, values, mask, bias), adapters)
         queries = self.q(x, adapters)
         # Matrix units take a row for each head, zero outside the head's own columns: zeros add nothing to a sum.
         own = jnp.repeat(jnp.eye(self.heads, dtype=bool), queries.shape[-1] // self.heads, axis=1)
@@ -78,6 +78,26 @@ class Attention(nnx.Module):
         weights = _softmax(scores[:, :, None], mask, bias)[:, :, 0].astype(x.dtype)
         mixed = jnp.einsum("bhs,bsi->bhi", weights, values)
         return self.o(jnp.sum(jnp.where(own, mixed, 0), axis=1, keepdims=True), adapters)
+
+    def _layouts(
+        self, keys: Float[Array, "B S HK"], values: Float[Array, "B S HK"]
+    ) -> tuple[Float[Array, "B H K S"], Float[Array, "B H S K"]]:
+        """Return keys and values in the layouts that the two products need."""
+        return self._split(keys).transpose(0, 2, 3, 1), self._split(values).transpose(0, 2, 1, 3)
+
+    def _mix(
+        self,
+        queries: Float[Array, "B T HK"],
+        keys: Float[Array, "B H K S"],
+        values: Float[Array, "B H S K"],
+        mask: Bool[Array, "#B 1 #T S"],
+        bias: Float[Array, "1 H _ _"] | None,
+    ) -> Float[Array, "B T HK"]:
+        scores = heads_matmul(self._split(queries).transpose(0, 2, 1, 3), keys)
+        bias = None if bias is None else bias[..., : scores.shape[-2], : scores.shape[-1]]
+        weights = _softmax(scores, mask, bias).astype(queries.dtype)
+        mixed = heads_matmul(weights, values).transpose(0, 2, 1, 3).astype(queries.dtype)
+        return mixed.reshape(queries.shape)
 
     def _split(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H K"]:
         return x.reshape(*x.shape[:2], self.heads, -1)

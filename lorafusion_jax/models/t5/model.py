@@ -3,7 +3,7 @@
 Axis letters: B batch, T target, S source, L layer, D model width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,15 +18,17 @@ from ..layers import (
     Adapters,
     Base,
     Hidden,
-    Lanes,
+    Line,
     Linear,
     Logits,
     Mask,
     RMSNorm,
+    Rows,
     Source,
     Target,
+    folded,
+    line_of,
     of_stack,
-    same_row,
     scan_blocks,
     widened,
 )
@@ -35,7 +37,7 @@ from ..weights import SUM, embed, matmul, unembed
 from .attention import Attention, RelativeBias, positions_of_cache
 from .config import T5Config
 
-Encoded = Float[Array, "B S D"]
+Encoded = Float[Array, "_ S D"]  # a packed source may be folded where the target is not
 
 
 class Cache(NamedTuple):
@@ -88,19 +90,21 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Hidden,
-        mask: Bool[Array, "#B 1 #T T"],
-        bias: Float[Array, "1 H T T"],
+        masks: Sequence[Bool[Array, "_ 1 _ _"]],
+        bias: Float[Array, "1 H _ _"],
         adapters: Adapters,
+        line: Line | None,
         encoded: Encoded | None = None,
-        cross_mask: Bool[Array, "B 1 #T S"] | None = None,
+        cross_masks: Sequence[Bool[Array, "_ 1 1 _"]] = (),
+        of_source: Line | None = None,
     ) -> Hidden:
         """Run one layer of the source, or of the target (teacher forcing), which attends to the encoded source."""
         normed = self.self_norm(x)
-        own = self.self_attention.keys_values(normed, adapters)
-        x = checkpoint_name(x + self.self_attention(normed, *own, mask, bias, adapters), SUM)
-        if encoded is not None and cross_mask is not None:
-            cross = self.cross_attention.keys_values(encoded, adapters)
-            x = checkpoint_name(x + self.cross_attention(self.cross_norm(x), *cross, cross_mask, None, adapters), SUM)
+        x = checkpoint_name(x + self.self_attention(normed, normed, masks, bias, adapters, line, line), SUM)
+        if encoded is not None:
+            normed = self.cross_norm(x)
+            heard = self.cross_attention(normed, encoded, cross_masks, None, adapters, line, of_source)
+            x = checkpoint_name(x + heard, SUM)
         return x + self.ff(self.ff_norm(x), adapters)
 
     def decode_token(
@@ -154,14 +158,19 @@ class T5(nnx.Module):
         return found if self.config.tied else found | {"head": self.head}
 
     def label_logits(
-        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, lanes: Lanes | None = None
+        self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, rows: Rows | None = None
     ) -> Logits:
-        if lanes is None:
+        if rows is None:
             start = decoder_inputs(labels, start_id=self.start_id, pad_id=self.config.pad_id)
-        else:
-            start = jnp.where(lanes[2] < 0, self.start_id, lanes[2])
-        encoded = self.encode(input_ids, input_mask, adapters, lanes)
-        return self.decode(start, encoded, input_mask, adapters, lanes)
+            return self(input_ids, input_mask, start, adapters)
+        sources, targets, before = rows
+        of_source, line = line_of(sources, input_ids.shape[1]), line_of(targets, labels.shape[1])
+        input_ids, input_mask, start = map(
+            folded, (input_ids, input_mask, jnp.where(before < 0, self.start_id, before))
+        )
+        encoded = self.encode(input_ids, input_mask, adapters, of_source)
+        logits = self.decode(start, encoded, input_mask, adapters, line, of_source)
+        return logits.reshape(*labels.shape, -1)
 
     def prompt(self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters) -> tuple[Array, Cache]:
         """Encode the source; return the start token and a cache for `length` target positions."""
@@ -169,32 +178,37 @@ class T5(nnx.Module):
         start = jnp.full(input_ids.shape[0], self.start_id, jnp.int32)
         return start, self.start_cache(encoded, length, adapters)
 
-    def encode(self, input_ids: Source, input_mask: Mask, adapters: Adapters, lanes: Lanes | None = None) -> Encoded:
+    def encode(self, input_ids: Source, input_mask: Mask, adapters: Adapters, line: Line | None = None) -> Encoded:
         """Return the encoder's output. Padding is not attended to, and its outputs have no meaning."""
-        positions = jnp.arange(input_ids.shape[1])  # distances within a row are those within its lane
+        masks = _keys(input_mask, line)
+        positions = jnp.arange(max(mask.shape[-1] for mask in masks))
         bias = self.encoder_bias(positions, positions)
-        mask = input_mask[:, None, None, :] if lanes is None else same_row(lanes[0], lanes[0])[:, None]
 
         def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
-            return layer(x, mask, bias, adapters), None
+            return layer(x, masks, bias, adapters, line), None
 
         x, _ = self._scan(block, self.encoder, self._embed(input_ids), of_stack(adapters, "encoder"))
         return self.encoder_norm(x)
 
     def decode(
-        self, decoder_ids: Target, encoded: Encoded, input_mask: Mask, adapters: Adapters, lanes: Lanes | None = None
+        self,
+        decoder_ids: Target,
+        encoded: Encoded,
+        input_mask: Bool[Array, "_ S"],
+        adapters: Adapters,
+        line: Line | None = None,
+        of_source: Line | None = None,
     ) -> Logits:
         """Return the logits of every position of `decoder_ids`, each seeing those before it."""
-        positions = jnp.arange(decoder_ids.shape[1])
+        widths = [decoder_ids.shape[1]] if line is None else [group.shape[1] for group in line.groups]
+        positions = jnp.arange(max(widths))
         bias = self.decoder_bias(positions, positions)
-        mask = (positions[None, :] <= positions[:, None])[None, None]
-        cross_mask = input_mask[:, None, None, :]
-        if lanes is not None:
-            sources, targets, _ = lanes
-            mask, cross_mask = mask & same_row(targets, targets)[:, None], same_row(targets, sources)[:, None]
+        seen = (positions[None, :] <= positions[:, None])[None, None]
+        masks = [seen[..., :width, :width] for width in widths]
+        cross_masks = _keys(input_mask, of_source)
 
         def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
-            return layer(x, mask, bias, adapters, encoded, cross_mask), None
+            return layer(x, masks, bias, adapters, line, encoded, cross_masks, of_source), None
 
         x, _ = self._scan(block, self.decoder, self._embed(decoder_ids), of_stack(adapters, "decoder"))
         return self._logits(x)
@@ -279,6 +293,11 @@ class T5(nnx.Module):
 
     def _scan(self, block: Callable[..., tuple[Any, Any]], stacked: nnx.Module, carry: Any, xs: Any) -> tuple[Any, Any]:
         return scan_blocks(block, stacked, carry, xs, remat=self.config.remat, unroll=self.config.unroll)
+
+
+def _keys(input_mask: Mask, line: Line | None) -> list[Bool[Array, "_ 1 1 _"]]:
+    """Return the masks of the source for each group of rows."""
+    return [mask[:, None, None, :] for mask in ([input_mask] if line is None else line.masks())]
 
 
 def decoder_inputs(labels: Int[Array, "B T"], *, start_id: int, pad_id: int) -> Int[Array, "B T"]:
