@@ -32,7 +32,7 @@ from lorafusion_jax.models.registry import abstract_model
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.runs.rows import SeedModels, advance_rows, begin_rows
-from lorafusion_jax.tasks import Batch, Example, Task
+from lorafusion_jax.tasks import Batch, Example, Rows, Task
 from lorafusion_jax.training.fit import recipe_rates, train_seeds
 
 _S = jax.ShapeDtypeStruct
@@ -48,6 +48,7 @@ _SCANNED_DECODER = dataclasses.replace(_DECODER, num_layers=9, unroll=False)
 _UNROLLED = {"unroll": True, "remat": "none"}
 _BFLOAT16 = {"dtype": "bfloat16"}
 _SHAPE = Shape(4, 32, 8)
+_PACKED = Shape(1, 96, 24, ((2, 32, 8), (2, 16, 8)))
 _TASK = str(one_block.SMALL / "tasks" / "double_digit")
 
 
@@ -124,8 +125,14 @@ def _held_in(load_in: str, graph: nnx.GraphDef, frozen: lf.Frozen) -> lf.Frozen:
 
 
 def _batch(shape: Shape, *lead: int) -> Batch:
-    source, target = ((*lead, shape.rows, width) for width in shape[1:])
-    return Batch(_S(source, jnp.int32), _S(source, bool), _S(target, jnp.int32), _S(source[:-1], bool))
+    source, target = ((*lead, shape.rows, width) for width in (shape.source, shape.target))
+    batch = Batch(_S(source, jnp.int32), _S(source, bool), _S(target, jnp.int32), _S(source[:-1], bool))
+    if not shape.groups:
+        return batch
+    parts = (tuple(_S((group[0], group[part]), jnp.int32) for group in shape.groups) for part in (1, 2))
+    return batch._replace(
+        row_mask=_S((sum(group[0] for group in shape.groups),), bool), rows=Rows(*parts, batch.labels)
+    )
 
 
 def _state(name: str, config: Architecture, settings: Settings, seeds: int):
@@ -175,7 +182,7 @@ def _bytes(compiled) -> int:
     return found.argument_size_in_bytes + found.temp_size_in_bytes + returned
 
 
-def _step(name: str, config: Architecture, settings: Settings):
+def _step(name: str, config: Architecture, settings: Settings, shape: Shape = _SHAPE):
     """Return the real step of one seed, compiled."""
     _, frozen = _frozen(name, config, settings)
     state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
@@ -184,7 +191,7 @@ def _step(name: str, config: Architecture, settings: Settings):
     def step(state, batch, index, frozen, rates):
         return lf.fusion_step(state, batch, problem(frozen, index), rates, optimisation=optimisation)
 
-    return _compiled(step, state, _batch(_SHAPE), index, frozen, _of_one(_rates(name, config, 1)))
+    return _compiled(step, state, _batch(shape), index, frozen, _of_one(_rates(name, config, 1)))
 
 
 _LONG = pytest.mark.long
@@ -217,6 +224,17 @@ def test_flops_of_a_step(name, config, changes, tolerance):
         _, frozen = _frozen(name, config, settings)
         arrays = jax.tree.leaves((frozen.pool.A, frozen.pool.B, frozen.gram))
         assert pool_bytes(config, update) == sum(a.nbytes for a in arrays)
+
+
+@pytest.mark.parametrize("config", [_SMALL, pytest.param(_DECODER, marks=_LONG)])
+def test_flops_of_a_packed_step(config):
+    """Attention within each row alone makes the difference: the whole line has three times as many scores."""
+    method, chosen = _planned("fusion", _SETTINGS)
+    how = {"update": update_of(method, chosen), "trainable": trained_numbers(config, method, chosen)}
+    found, in_one = (step_flops(config, shape, **how) for shape in (_PACKED, _PACKED._replace(groups=())))
+    counted = _flops(_step("fusion", config, _SETTINGS, _PACKED))
+    np.testing.assert_allclose(found, counted, rtol=0.1)
+    assert in_one > 1.05 * found
 
 
 def test_pair_terms_are_planned_where_a_run_prepares_them():
