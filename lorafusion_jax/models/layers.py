@@ -137,10 +137,12 @@ class Line(NamedTuple):
 
     Attributes:
       groups: for each group of rows, the place of every token in the line; behind its end where a row has none.
-      places: the place of each token among those of all groups; behind their end for padding.
+      tokens: those of all groups.
+      places: the reverse: the place of each token of the line in `tokens`; behind their end for padding.
     """
 
     groups: tuple[Int[Array, "_ _"], ...]
+    tokens: Int[Array, " N"]
     places: Int[Array, " T"]
 
     def masks(self) -> list[Bool[Array, "_ _"]]:
@@ -152,7 +154,7 @@ def line_of(groups: Sequence[Int[Array, "_ _"]], width: int) -> Line:
     """Return a line of so many tokens, from the places of each row's tokens; larger ones mean none."""
     tokens = jnp.concatenate([jnp.ravel(group) for group in groups])
     places = jnp.full(width, len(tokens), jnp.int32)
-    return Line(tuple(groups), places.at[tokens].set(jnp.arange(len(tokens), dtype=jnp.int32), mode="drop"))
+    return Line(tuple(groups), tokens, places.at[tokens].set(jnp.arange(len(tokens), dtype=jnp.int32), mode="drop"))
 
 
 def folded(line: Shaped[Array, "1 T"]) -> Shaped[Array, "_ _"]:
@@ -164,8 +166,7 @@ def apart(x: Float[Array, "B T D"], line: Line | None) -> list[Float[Array, "_ _
     """Return the rows of a folded line by groups, zero where a row has no token; without a line the rows of `x`."""
     if line is None:
         return [x]
-    tokens = jnp.concatenate([jnp.ravel(group) for group in line.groups])
-    moved = _moved(x.reshape(-1, x.shape[-1]), tokens, line.places)
+    moved = _moved(x.reshape(-1, x.shape[-1]), line.tokens, line.places)
     parts = jax.lax.split(moved, [group.size for group in line.groups])
     return [part.reshape(*group.shape, -1) for part, group in zip(parts, line.groups, strict=True)]
 
@@ -176,9 +177,8 @@ def together(
     """Return what `apart` divides, [B, T, ...] of this shape, zero for padding."""
     if line is None:
         return parts[0]
-    tokens = jnp.concatenate([jnp.ravel(group) for group in line.groups])
     flat = jnp.concatenate([part.reshape(-1, part.shape[-1]) for part in parts])
-    return _moved(flat, line.places, tokens).reshape(*shape[:2], -1)
+    return _moved(flat, line.places, line.tokens).reshape(*shape[:2], -1)
 
 
 @jax.custom_vjp

@@ -119,13 +119,13 @@ _dot.defvjp(lambda x, w, axis: (_dot(x, w, axis), (x, w)), _backward)
 
 @jax.custom_vjp
 def _heads_dot(x: Float[Array, "N T C"], y: Float[Array, "N C S"]) -> Float[Array, "N T S"]:
-    return jnp.matmul(x, y, preferred_element_type=_exact(x))
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 def _heads_backward(factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, y = factors
     g = g.astype(x.dtype)
-    of_x = jax.lax.dot_general(g, y, (((2,), (2,)), ((0,), (0,))), preferred_element_type=_exact(x))
+    of_x = jax.lax.dot_general(g, y, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32)
     return of_x.astype(x.dtype), _transposed_matmul(x, g).astype(y.dtype)
 
 
@@ -136,7 +136,7 @@ def _transposed_matmul(x: Float[Array, "*N T C"], y: Float[Array, "*N T S"]) -> 
     """Return `x.T @ y`. The narrower factor is transposed in memory, because XLA is slow at transposed ones."""
 
     def transposed(a: Array) -> Array:
-        turned = jnp.swapaxes(a, -2, -1)
+        turned = jnp.swapaxes(a, -2, -1)  # below one matrix, because XLA would not write out several ones transposed
         return jax.lax.optimization_barrier(turned.reshape(-1, a.shape[-2])).reshape(turned.shape)
 
     if x.shape[-1] <= y.shape[-1]:

@@ -1,4 +1,4 @@
-"""Products in bfloat16, whose gradients are written out, and from separate arrays: against NumPy and stacks."""
+"""Products whose gradients are written out, and from separate arrays: against NumPy and stacks."""
 
 import dataclasses
 
@@ -10,14 +10,16 @@ import tiny
 from flax import nnx
 
 from lorafusion_jax.models.architecture import kernels, set_matrices
-from lorafusion_jax.models.weights import Unstacked, dense, embed, matmul, quantise, unembed, unstacked
+from lorafusion_jax.models.weights import Unstacked, dense, embed, heads_matmul, matmul, quantise, unembed, unstacked
 
 
-def test_bfloat16_products_and_their_gradients():
+@pytest.mark.parametrize("d_out", [4, 6])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_and_their_gradients(dtype, d_out):
     rng = np.random.default_rng(0)
     # Small integers: exact in bfloat16, and so are their sums.
-    x, w, g = (rng.integers(-3, 4, shape) for shape in ((2, 3, 5), (5, 4), (2, 3, 4)))
-    given = [jnp.asarray(a, jnp.bfloat16) for a in (x, w, g)]
+    x, w, g = (rng.integers(-3, 4, shape) for shape in ((2, 3, 5), (5, d_out), (2, 3, d_out)))
+    given = [jnp.asarray(a, dtype) for a in (x, w, g)]
 
     def product(x, w, g):
         y, back = jax.vjp(matmul, x, w)
@@ -25,12 +27,29 @@ def test_bfloat16_products_and_their_gradients():
 
     found = jax.jit(product)(*given)
     for ours, wanted in zip(found, (x @ w, g @ w.T, np.einsum("bti,bto->io", x, g)), strict=True):
-        assert ours.dtype == jnp.bfloat16
+        assert ours.dtype == dtype
         np.testing.assert_array_equal(np.asarray(ours, np.float64), wanted)
     mapped = jax.vmap(product, in_axes=(0, None, 0))(*given)
     np.testing.assert_array_equal(np.asarray(mapped[0], np.float64), x @ w)
     np.testing.assert_array_equal(np.asarray(mapped[1], np.float64), g @ w.T)
     np.testing.assert_array_equal(np.asarray(mapped[2], np.float64), np.einsum("bti,bto->bio", x, g))
+
+
+@pytest.mark.parametrize("width", [3, 7])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_heads_and_their_gradients(dtype, width):
+    rng = np.random.default_rng(0)
+    x, y, g = (rng.integers(-3, 4, shape) for shape in ((2, 3, 4, 5), (2, 3, 5, width), (2, 3, 4, width)))
+
+    @jax.jit
+    def product(x, y, g):
+        z, back = jax.vjp(heads_matmul, x, y)
+        return z, *back(g.astype(z.dtype))
+
+    found = product(*(jnp.asarray(a, dtype) for a in (x, y, g)))
+    assert [a.dtype for a in found] == ["float32", dtype, dtype]
+    for ours, wanted in zip(found, (x @ y, g @ y.swapaxes(2, 3), x.swapaxes(2, 3) @ g), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours, np.float64), wanted)
 
 
 @pytest.mark.parametrize("batch", [(2, 3), (1, 1), (1,)])

@@ -17,7 +17,7 @@ from .config import T5Config
 
 
 class Attention(nnx.Module):
-    """One attention layer: queries are computed from `x`, keys and values of any text by `keys_values`."""
+    """One attention layer: queries are computed from `x`, keys and values from any text or its cache."""
 
     def __init__(self, name: str, layers: int, config: T5Config, *, rngs: nnx.Rngs):
         self.heads = config.num_heads
@@ -42,11 +42,11 @@ class Attention(nnx.Module):
 
         Rows have the `bias` of their first positions. Softmax is in float32.
         """
-        parts = (apart(self.q(x, adapters), line), apart(self.k(source, adapters), of_source))
-        values = apart(self.v(source, adapters), of_source)
+        of_x, *of_text = self.q(x, adapters), self.k(source, adapters), self.v(source, adapters)
+        parts = (apart(of_x, line), *(apart(part, of_source) for part in of_text), masks)
         mixed = [
             self._mix(queries, *self._layouts(keys, values), mask, bias)
-            for queries, keys, values, mask in zip(*parts, values, masks, strict=True)
+            for queries, keys, values, mask in zip(*parts, strict=True)
         ]
         return self.o(together(mixed, line, x.shape), adapters)
 
