@@ -27,7 +27,7 @@ from _model import CHOICES, MODULES, config_of, frozen, graph_of
 from lorafusion_jax.estimates.workload import CHARACTERS_PER_TOKEN
 from lorafusion_jax.io.hf import load_tokenizer
 from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.models.architecture import Architecture, step_operations
+from lorafusion_jax.models.architecture import step_operations
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
@@ -218,14 +218,6 @@ def encoded(examples: Any, tokenizer: Any) -> Encoded:
         inputs=tuple(stand_in(example.input) for example in examples),
         labels=tuple(stand_in(example.target) for example in examples),
     )
-
-
-def operations_of(config: Architecture, batch: Batch) -> float:
-    """Return about how many operations a step takes; of the batch of one seed and step."""
-    lines, source = batch.input_ids.shape[-2:]
-    target = batch.labels.shape[-1]
-    groups = batch.rows.groups() if batch.rows else [(lines, source, target)]
-    return float(step_operations(config, lines * source, lines * target, groups))
 
 
 def _count(batches: Iterable[Batch], parts: int = 2) -> Counts:

@@ -37,7 +37,7 @@ import numpy as np
 from _measure import MALLOC, ROOT, case, features, has_peft, of_turns, processor, product_rates
 from _model import CHOICES, MODULES, Dtype, Step, config_of, frozen, unrolled
 from _peer import Peer, lines_of
-from padding import encoded, operations_of, tasks_of
+from padding import encoded, tasks_of
 
 from lorafusion_jax.files import write_text
 from lorafusion_jax.methods.fusion import PRESETS
@@ -315,12 +315,14 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
     def size(batch: Any) -> tuple[int, float]:
         """Return the computed tokens and operations of a batch."""
         if isinstance(batch, Batch):
-            batch = jax.tree.map(lambda a: a[0, 0], batch)
-            return batch.input_ids.size + batch.labels.size, operations_of(config, batch)
-        (rows, source), target = batch["input_ids"].shape, batch["labels"].shape[1]
-        source = 0 if config.causal else source  # one text, whose tokens all have logits
-        operations = step_operations(config, rows * source, rows * target, [(rows, source, target)])
-        return rows * (source + target), float(operations)
+            (lines, source), target = batch.input_ids.shape[2:], batch.labels.shape[-1]
+            groups = batch.rows.groups() if batch.rows else [(lines, source, target)]
+        else:
+            (lines, source), target = batch["input_ids"].shape, batch["labels"].shape[1]
+            source = 0 if config.causal else source  # one text, whose tokens all have logits
+            groups = [(lines, source, target)]
+        operations = step_operations(config, lines * source, lines * target, groups)
+        return lines * (source + target), float(operations)
 
     sizes = {form: np.array([size(batch) for batch in of_form]) for form, of_form in batches.items()}
 
