@@ -93,7 +93,7 @@ def _compared(what: str, planned: int, allocated: int) -> dict[str, Any]:
 
 def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     config, load_in, rows, new = config_of(shape, dtype), held_in(dtype), 10, 32
-    update, trainable = update_of("lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
+    update, trainable = update_of(config, "lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
     needed = evaluation_bytes(
         config, Shape(rows, SOURCE, TARGET), new, update, seeds=1, seed_mode="sequential", device="cpu", load_in=load_in
     )
@@ -115,7 +115,7 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
 
 def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:
     config, load_in = config_of(shape, dtype), held_in(dtype)
-    update, trainable = update_of(name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
+    update, trainable = update_of(config, name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
     batch = Shape(rows, SOURCE, TARGET)
     needed = step_bytes(
         config, batch, update, trainable=trainable, seeds=1, seed_mode="sequential", device="cpu", load_in=load_in

@@ -6,10 +6,10 @@ One definition, with W [d_in, d_out] a base kernel, A_n, B_n the pool (scaling f
     sum:  dW = sum_n c_n A_n B_n                      linear in c
     y = x (W + dW), with magnitudes  y = m / ||W + dW|| * x (W + dW)   (norm over d_in, DoRA's rule)
 
-`mix` is evaluated in the weights (`LowRank`), and `sum` as one product of rank N r (`Modules`) or, where N r reaches
-d_in, as a matrix (`Dense`). Modules in arrays are evaluated in the outputs (`Outputs`), and a sum in a shared basis is
-one update of rank k. Norms are digital: those of the quantised or programmed weights, unless `Gram.modules` holds the
-modules to use.
+`mix` is evaluated in the weights (`LowRank`), and `sum` as one product of rank N r (`Modules`) or as a matrix
+(`Dense`): where N r reaches d_in, and on a CPU for many tokens, if the norms need that matrix anyway. Modules in arrays
+are evaluated in the outputs (`Outputs`), and a sum in a shared basis is one update of rank k. Norms are digital: those
+of the quantised or programmed weights, unless `Gram.modules` holds the modules to use.
 
 Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank, k directions of a basis.
 """
@@ -23,9 +23,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..models.weights import dense, is_in_arrays, map_layers
-from ..platform import is_traced
+from ..platform import for_cpu, is_traced
 from .basis import SharedBasis
-from .norms import Gram, PairTerms, column_norm, norm_of_sum, product, squared_columns
+from .norms import Gram, PairTerms, column_norm, norm_of_sum, product, product_is_smaller, squared_columns
 from .pool import LoraPool
 from .updates import Composition, Dense, InBasis, LowRank, Modules, Outputs, gather
 
@@ -86,7 +86,7 @@ def compose(
             "weights with the fusion that is trained, or use gram(pool, kernels)"
         )
 
-    def of_layer(layer: tuple) -> tuple[LowRank | Dense | None, Array | None, Array]:
+    def of_layer(layer: tuple) -> tuple[LowRank | Array | None, Array | None, Array]:
         A, B, c, squared, cross, m = layer
         if m is None and in_arrays:
             return None, None, jnp.int32(0)
@@ -102,14 +102,15 @@ def compose(
             left = dense(gather(A, index), jnp.float32)
             left = left.transpose(1, 0, 2).reshape(left.shape[1], -1)
             right = _merged(dense(gather(B, index), jnp.float32) * c[:, :, None])
-            # The N r columns of A reach the width of x, so that the sum is not of low rank.
-            update = Dense(product(left, right)) if left.shape[1] >= left.shape[0] else None
+            (d_in, k), d_out = left.shape, right.shape[1]
+            needed = m is not None and for_cpu() and product_is_smaller(d_in, k, d_out)
+            update = product(left, right) if k >= d_in or needed else None
             if m is not None:
                 cross = _merged(jnp.take(cross, index, axis=0))
         if m is None:
             return update, None, jnp.int32(0)
-        if isinstance(update, Dense):
-            of_update = jnp.sum(jnp.square(update.delta), axis=0)
+        if isinstance(update, Array):
+            of_update = jnp.sum(jnp.square(update), axis=0)
         else:
             of_update = squared_columns(left, right)
         norm, floored = column_norm(squared, 2 * jnp.sum(cross * right, axis=0), of_update)
@@ -136,14 +137,15 @@ def compose(
         of_layers = jax.checkpoint(of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM))
         update, scale, floored = map_layers(of_layers, layers, batch_size=4)
         scale, total = scale if of_pairs is None else of_pairs, total + jnp.sum(floored, dtype=jnp.int32)
-        if update is not None:
+        per_layer = jnp.broadcast_to(index[None], (c.shape[0], *index.shape))
+        if isinstance(update, LowRank):
             adapters[site] = dataclasses.replace(update, scale=scale)
+        elif in_arrays:
+            adapters[site] = Outputs(A, B, per_layer, c, composition, scale)
+        elif update is not None and len(index) * A.shape[-1] >= A.shape[-2]:  # not of low rank
+            adapters[site] = Dense(update, scale)
         else:
-            per_layer = jnp.broadcast_to(index[None], (c.shape[0], *index.shape))
-            if in_arrays:
-                adapters[site] = Outputs(A, B, per_layer, c, composition, scale)
-            else:
-                adapters[site] = Modules(A, B, per_layer, c, scale)
+            adapters[site] = Modules(A, B, per_layer, c, scale, update)
     return adapters, total
 
 

@@ -147,9 +147,14 @@ def norm_of_sum(
     return column_norm(squared, 2 * weighted(c, cross), weighted(of_pairs, pairs))
 
 
+def product_is_smaller(d_in: int, k: int, d_out: int) -> bool:
+    """Return whether a product of rank k has fewer numbers than its factors, which decides how norms are computed."""
+    return d_in * d_out < k * (d_in + d_out)
+
+
 def squared_columns(left: Float[Array, "d_in k"], right: Float[Array, "k d_out"]) -> Float[Array, " d_out"]:
     """Return ||left right||^2 of every column, by the order of products that takes fewer operations."""
     (d_in, k), d_out = left.shape, right.shape[1]
-    if d_in * d_out < k * (d_in + d_out):
+    if product_is_smaller(d_in, k, d_out):
         return jnp.sum(jnp.square(product(left, right)), axis=0)
     return jnp.sum(right * product(product(left.T, left), right), axis=0)

@@ -73,7 +73,7 @@ class WeightDecomposed:
 class Dense:
     """One update as a whole matrix: `x (W + dW) * scale`.
 
-    Used only where N r >= d_in: dW, which is formed for all layers, is then not larger than the modules' factors.
+    dW is formed for all layers, so it is used only where it is not larger than the modules' factors.
     """
 
     delta: Float[Array, "*L d_in d_out"]
@@ -83,6 +83,11 @@ class Dense:
         if is_in_arrays(kernel):
             return _scaled(matmul(x, kernel) + matmul(x, self.delta), self.scale)
         return _scaled(matmul(x, dense(kernel, jnp.float32) + self.delta), self.scale)
+
+
+def matrix_is_faster(tokens: int, d_in: int, k: int, d_out: int) -> bool:
+    """Return whether a step takes fewer operations with a sum that is formed already than with products of rank k."""
+    return (tokens + k) * d_in * d_out < 2 * tokens * k * (d_in + d_out)
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +103,7 @@ class Modules:
       B: [P, r, d_out].
       index: positions of the modules.
       coefficients: [N, 1], or [N, r] to weigh every rank separately.
+      delta: the sum as a matrix, which replaces the products where these would take more operations.
     """
 
     A: Weight
@@ -105,8 +111,14 @@ class Modules:
     index: Int[Array, "*L N"]
     coefficients: Float[Array, "*L N k"]
     scale: Array | None = None
+    delta: Float[Array, "*L d_in d_out"] | None = None
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        # Added to weights in bfloat16, a small update would be rounded away.
+        if self.delta is not None and x.dtype == jnp.float32 and not is_in_arrays(kernel):
+            d_in, d_out = self.delta.shape
+            if matrix_is_faster(x.size // d_in, d_in, self.index.size * self.A.shape[-1], d_out):
+                return Dense(self.delta, self.scale)(x, kernel)
         A, B = (dense(gather(w, self.index), x.dtype) for w in (self.A, self.B))
         reads = checkpoint_name(jnp.einsum("...i,nir->...nr", x, A), SUM)
         mixed = reads * jnp.expand_dims(self.coefficients.astype(x.dtype), range(x.ndim - 1))

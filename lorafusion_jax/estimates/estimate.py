@@ -33,9 +33,11 @@ class Settings:
     device: Device = "cpu"
     load_in: LoadIn = "full"  # precision of base and pool
 
-    def fused(self, recipe: Recipe) -> PlannedPool:
+    def fused(self, config: Architecture, recipe: Recipe) -> PlannedPool:
         """Return the modules that a method with this recipe fuses."""
-        return PlannedPool(self.rank, self.pool or modules_of(recipe), self.targets, self.device == "accelerator")
+        forms = self.device == "cpu" and config.dtype == "float32"
+        pool = self.pool or modules_of(recipe)
+        return PlannedPool(self.rank, pool, self.targets, self.device == "accelerator", forms)
 
 
 class Cost(NamedTuple):
@@ -65,13 +67,13 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
       ValueError: an unknown method or target, a number below its least, or too few rows for a few-shot prompt.
     """
     entry, recipe = _checked(method, settings)
-    update, trainable = update_of(method, settings), trained_numbers(config, method, settings)
+    update, trainable = update_of(config, method, settings), trained_numbers(config, method, settings)
     if entry.answers == "nothing":
         return Cost()
     asked = work.few_shot if entry.answers == "examples" else work.test
     if asked is None:
         raise ValueError(f"the task has too few training rows for {recipe.shots} examples in a prompt: lower shots")
-    ranking, seeds, state = _ranking(entry, recipe, settings), seeds_of(method, settings), 0
+    ranking, seeds, state = _ranking(config, entry, recipe, settings), seeds_of(method, settings), 0
     how: Any = {"seed_mode": settings.seed_mode, "device": settings.device, "load_in": settings.load_in}
     step = partial(step_bytes, config, seeds=seeds, **how)
 
@@ -90,7 +92,7 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
         if ranking is not None:
             training += sum(step_flops(config, shape, ranking, trainable=0) for shape in work.search)
             whole = pool_bytes(config, ranking, settings.load_in) if type(ranking) is not type(update) else 0
-            of_pass = partial(step, update=ranking, trainable=settings.fused(recipe).pool)
+            of_pass = partial(step, update=ranking, trainable=settings.fused(config, recipe).pool)
             activations += [whole + of_pass(shape) for shape in set(work.search)]
         training += work.epochs * forward_flops(config, work.validation, update)
     else:
@@ -130,16 +132,16 @@ def seeds_of(method: str, settings: Settings) -> int:
     return settings.seeds if _of(method, settings)[0].seeded else 1
 
 
-def update_of(method: str, settings: Settings) -> Update:
+def update_of(config: Architecture, method: str, settings: Settings) -> Update:
     """Return the arithmetic of a method at the adapted matrices."""
     entry, recipe = _of(method, settings)
-    return entry.update(recipe, settings.fused(recipe))
+    return entry.update(recipe, settings.fused(config, recipe))
 
 
 def trained_numbers(config: Architecture, method: str, settings: Settings) -> int:
     """Return the number of numbers that a method trains or searches for one seed."""
     entry, recipe = _of(method, settings)
-    return sum(trainable_count(entry, config, recipe, settings.fused(recipe)).values())
+    return sum(trainable_count(entry, config, recipe, settings.fused(config, recipe)).values())
 
 
 def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
@@ -148,9 +150,9 @@ def _of(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
     return entry, recipe_of(entry.recipe, vars(settings.recipe))
 
 
-def _ranking(entry: MethodEntry, recipe: Recipe, settings: Settings) -> Update | None:
+def _ranking(config: Architecture, entry: MethodEntry, recipe: Recipe, settings: Settings) -> Update | None:
     """Return the arithmetic of the pass that ranks all modules in memory, whole or in a basis; None without one."""
     if choice_of(recipe) == "draw" or "coefficients" not in entry.groups:
         return None
-    basis, modules = None if choice_of(recipe) == "gradient" else basis_of(recipe), settings.fused(recipe)
+    basis, modules = None if choice_of(recipe) == "gradient" else basis_of(recipe), settings.fused(config, recipe)
     return entry.update(recipe_of(entry.recipe, vars(recipe) | {"basis": basis, "modules": modules.pool}), modules)

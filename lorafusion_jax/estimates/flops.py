@@ -67,8 +67,11 @@ def last_sites(config: Architecture) -> dict[str, Site]:
 
 def forward_flops(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of making the adapters and running the model once."""
-    plain = products(config.sites.values(), shape) + head_flops(config, shape)
-    return plain + _attention(config, shape) + _updates(config, shape, update)
+    return _base(config, shape) + _updates(config, shape, update)
+
+
+def _base(config: Architecture, shape: Shape) -> float:
+    return products(config.sites.values(), shape) + head_flops(config, shape) + _attention(config, shape)
 
 
 def generation_flops(config: Architecture, shape: Shape, update: Update) -> float:
@@ -87,7 +90,9 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
         for attention in stack.attentions
         if "source" in stack.reads and "target" in attention.reads
     )
-    return forward_flops(config, shape, update) + float(again * max(target - 1, 0) - unread)
+    read, answers = shape._replace(target=0), Shape(rows, 0, 1)
+    updates = _updates(config, read, update) + target * _updates(config, answers, update, prepare=False)
+    return _base(config, shape) + updates + float(again * max(target - 1, 0) - unread)
 
 
 def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable: int) -> float:
@@ -133,7 +138,8 @@ def _updates(config: Architecture, shape: Shape, update: Update, *, prepare: boo
     """Return the FLOPs of the updates of all sites, forward."""
     total = 0
     for site in adapted(config, update).values():
-        of_token = update.width(site) * (site.d_in + site.d_out) + update.core(site)
-        total += site.layers * 2 * tokens(site.reads, shape) * of_token
+        count = tokens(site.reads, shape)
+        of_token = update.width(site, count) * (site.d_in + site.d_out) + update.core(site)
+        total += site.layers * 2 * count * of_token
         total += site.layers * update.prepare(site) if prepare else 0
     return float(total)

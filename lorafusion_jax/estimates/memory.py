@@ -131,8 +131,9 @@ def _kept(config: Architecture, shape: Shape, update: Update) -> int:
     last = last_sites(config).values()
     total += sum(tokens(s.reads, shape) * s.layers * s.d_out for s in config.sites.values() if s not in last)
     for site in adapted(config, update).values():
-        width = update.width(site)
-        total += tokens(site.reads, shape) * site.layers * (width + site.d_out if width else 0)
+        count = tokens(site.reads, shape)
+        width = update.width(site, count)
+        total += count * site.layers * (width + site.d_out if width else 0)
     others = 0
     if config.remat == "none":
         for stack in stacks:

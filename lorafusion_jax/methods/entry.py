@@ -36,8 +36,8 @@ class Update:
     in_arrays: bool = False
     trains_base: bool = False
 
-    def width(self, site: Site) -> int:
-        """Return the number of values per token between the two products of the update; 0 if it has no products."""
+    def width(self, site: Site, tokens: int) -> int:
+        """Return the number of values per token, of so many, between the update's two products; 0 if it has none."""
         return 0
 
     def core(self, site: Site) -> int:
@@ -127,12 +127,14 @@ class PlannedPool(NamedTuple):
       pool: P, the number of modules in memory.
       targets: the linear maps that they adapt.
       accelerator: the plan is for an accelerator.
+      forms: norms form sums as matrices, and products may use these: in float32 on a CPU.
     """
 
     rank: int
     pool: int
     targets: tuple[str, ...] | None
     accelerator: bool = False
+    forms: bool = False
 
 
 class Billed(NamedTuple):

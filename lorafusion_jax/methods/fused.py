@@ -7,8 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ..adapters.norms import pairs_are_smaller
-from ..adapters.updates import Composition
+from ..adapters.norms import pairs_are_smaller, product_is_smaller
+from ..adapters.updates import Composition, matrix_is_faster
 from ..models.architecture import Site
 from .entry import PlannedPool, Update
 from .recipes import PoolRecipe, basis_of
@@ -32,7 +32,7 @@ class FusedUpdate(Update):
     pool: int = 1
     magnitudes: bool = False
 
-    def width(self, site: Site) -> int:
+    def width(self, site: Site, tokens: int) -> int:
         return self.rank
 
     def frozen_width(self) -> int:
@@ -67,18 +67,29 @@ class SumUpdate(FusedUpdate):
     """Update by sum c A B.
 
     Attributes:
+      forms: norms form the sum as a matrix where it is smaller than its factors, and products may use it.
       pair_terms: number of inner products for each column that the norms come from (`adapters.norms.PairTerms`); 0 if
         they come from the modules.
     """
 
+    forms: bool = False
     pair_terms: int = 0
 
-    def width(self, site: Site) -> int:
-        return 0 if self.is_dense(site) else self.rank * self.modules
+    def width(self, site: Site, tokens: int) -> int:
+        return 0 if self._multiplies(site, tokens) else self.rank * self.modules
 
     def is_dense(self, site: Site) -> bool:
         """Return whether the sum is formed as a whole matrix (see `adapters.updates.Dense`), never in arrays."""
         return not self.in_arrays and self.modules * self.rank >= site.d_in
+
+    def _forms(self, site: Site) -> bool:
+        needed = self.forms and self.magnitudes and not self.in_arrays
+        return self.is_dense(site) or needed and product_is_smaller(site.d_in, self.modules * self.rank, site.d_out)
+
+    def _multiplies(self, site: Site, tokens: int) -> bool:
+        """Return whether tokens are multiplied by the sum as a matrix."""
+        faster = matrix_is_faster(tokens, site.d_in, self.modules * self.rank, site.d_out)
+        return self.is_dense(site) or faster and self._forms(site)
 
     def prepare(self, site: Site) -> int:
         k, of_pairs = self.modules * self.rank, 2 * self.pair_terms * site.d_out
@@ -90,11 +101,12 @@ class SumUpdate(FusedUpdate):
 
     def gradients(self, site: Site, tokens: int) -> int:
         # The gradients of narrow products are a part of backpropagation.
-        return 2 * (tokens + self.modules * self.rank) * site.d_in * site.d_out if self.is_dense(site) else 0
+        of_matrix = 2 * (tokens + self.modules * self.rank) * site.d_in * site.d_out
+        return of_matrix if self._multiplies(site, tokens) else 0
 
     def working_numbers(self, sites: Sequence[Site]) -> int:
         read = [s for s in sites if not self.pair_terms or self.is_dense(s)]
-        whole = sum(s.layers * s.d_in * s.d_out for s in sites if self.is_dense(s))
+        whole = sum(s.layers * s.d_in * s.d_out for s in sites if self._forms(s))
         return _group(read, self.modules * self.rank) + whole
 
     def _terms(self) -> int:
@@ -155,4 +167,5 @@ def fused(
     if (k := basis_of(recipe)) is not None:
         return BasisUpdate(rank=k, **shared)
     in_pairs = modules.accelerator and magnitudes and alike and pairs_are_smaller(P, modules.rank)
-    return SumUpdate(rank=modules.rank, **shared, pair_terms=P * (P + 1) // 2 + P if in_pairs else 0)
+    pair_terms = P * (P + 1) // 2 + P if in_pairs else 0
+    return SumUpdate(rank=modules.rank, **shared, forms=modules.forms, pair_terms=pair_terms)

@@ -53,7 +53,7 @@ class LowRankUpdate(Update):
 
     rank: int = 16
 
-    def width(self, site: Site) -> int:
+    def width(self, site: Site, tokens: int) -> int:
         return self.rank
 
     def gradients(self, site: Site, tokens: int) -> int:

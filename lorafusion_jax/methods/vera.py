@@ -44,7 +44,7 @@ class SharedUpdate(Update):
 
     rank: int = 128
 
-    def width(self, site: Site) -> int:
+    def width(self, site: Site, tokens: int) -> int:
         return self.rank
 
     def frozen_numbers(self, sites: Sequence[Site]) -> int:

@@ -102,6 +102,32 @@ def test_adapters_are_the_definition(composition, granularity, ranks, kind):
         _close(matrices[site][layer], _kernel(site, layer) + update)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "used"), [(40, "float32", True), (4, "float32", False), (40, "bfloat16", False)]
+)
+def test_a_sum_that_norms_form_is_multiplied_by_many_tokens_in_float32(tokens, dtype, used):
+    pool, site = tiny.pool(4, lambda n, site, layer: 4), "encoder.self.q"
+    terms = _gram(pool)
+    c = tiny.coefficients(shape(pool, len(_INDEX), "block"))
+    x, weights = (np.random.default_rng(n).normal(size=(tokens, size)) for n, size in enumerate((16, 12)))
+    x, weights = jnp.asarray(x, dtype), jnp.asarray(weights, dtype)
+
+    @functools.partial(jax.jit, static_argnames="changed")
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def value(c, changed=lambda adapter: adapter):
+        adapters, _ = _fuse(c, pool, "block", "sum", terms, lf.column_norms(terms))
+        of_layer = _layer(changed(adapters[site]), 1)
+        y = of_layer(x, _KERNELS[site][1].astype(dtype))
+        return jnp.sum((y * weights).astype(jnp.float32)), y
+
+    (_, y), gradient = value(c)
+    (_, of_factors), from_factors = value(c, lambda adapter: dataclasses.replace(adapter, delta=None))
+    _close(y, of_factors)
+    _close(gradient, from_factors, 1e-4)
+    (_, without), _ = value(c, lambda adapter: dataclasses.replace(adapter, delta=jnp.zeros_like(adapter.delta)))
+    assert np.array_equal(y, without) == (not used)
+
+
 @pytest.mark.parametrize("granularity", ["block", "rank"])
 @pytest.mark.parametrize("composition", ["mix", "sum"])
 def test_orders_of_evaluation_are_equal(composition, granularity):

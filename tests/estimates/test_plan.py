@@ -203,8 +203,9 @@ _LONG = pytest.mark.long
         *(pytest.param(name, _SMALL, {}, 0.1, marks=_LONG) for name in ("fusion", "fusion-mix", "lora", "full")),
         *(pytest.param(name, _DECODER, {}, 0.1, marks=_LONG) for name in ("fusion", "full")),
         ("fusion", _SMALL, {"recipe": dataclasses.replace(_RECIPE, basis=32)}, 0.02),
-        # A sum that is formed as a matrix.
+        # A sum that is formed as a matrix, which multiplies all tokens, or those of the source.
         ("fusion", _SMALL, {"rank": 32}, 0.1),
+        ("fusion", _SMALL, {"rank": 16}, 0.05),
         # Norms from pair terms, as accelerators compute them.
         ("fusion", _SMALL, {"device": "accelerator"}, 0.03),
         pytest.param("fusion", _SMALL, {"device": "accelerator", "rank": 32}, 0.1, marks=_LONG),
@@ -213,13 +214,16 @@ _LONG = pytest.mark.long
 def test_flops_of_a_step(name, config, changes, tolerance):
     settings = dataclasses.replace(_SETTINGS, **changes)
     method, chosen = _planned(name, settings)
-    update, trainable = update_of(method, chosen), trained_numbers(config, method, chosen)
+    update, trainable = update_of(config, method, chosen), trained_numbers(config, method, chosen)
     found = step_flops(config, _SHAPE, update, trainable=trainable)
     np.testing.assert_allclose(found, _flops(_step(name, config, settings)), rtol=tolerance)
     if "recipe" in changes:
-        assert isinstance(update, BasisUpdate) and update.width(config.sites["encoder.self.q"]) == 32
+        assert isinstance(update, BasisUpdate) and update.width(config.sites["encoder.self.q"], 1) == 32
     elif "rank" in changes:
-        assert all(update.is_dense(site) for site in targeted(config, ("q", "v")).values())
+        sites = targeted(config, ("q", "v"))
+        assert all(update.is_dense(site) == (changes["rank"] == 32) for site in sites.values())
+        widths = {update.width(site, 128) for site in sites.values()}
+        assert widths == {0} and update.width(sites["decoder.self.q"], 32) == (0 if changes["rank"] == 32 else 80)
     if "device" in changes:
         _, frozen = _frozen(name, config, settings)
         arrays = jax.tree.leaves((frozen.pool.A, frozen.pool.B, frozen.gram))
@@ -230,7 +234,7 @@ def test_flops_of_a_step(name, config, changes, tolerance):
 def test_flops_of_a_packed_step(config):
     """Attention within each row alone makes the difference: the whole line has three times as many scores."""
     method, chosen = _planned("fusion", _SETTINGS)
-    how = {"update": update_of(method, chosen), "trainable": trained_numbers(config, method, chosen)}
+    how = {"update": update_of(config, method, chosen), "trainable": trained_numbers(config, method, chosen)}
     found, in_one = (step_flops(config, shape, **how) for shape in (_PACKED, _PACKED._replace(groups=())))
     counted = _flops(_step("fusion", config, _SETTINGS, _PACKED))
     np.testing.assert_allclose(found, counted, rtol=0.1)
@@ -240,9 +244,9 @@ def test_flops_of_a_packed_step(config):
 def test_pair_terms_are_planned_where_a_run_prepares_them():
     settings = dataclasses.replace(_SETTINGS, device="accelerator")
     by_rank = dataclasses.replace(settings, recipe=dataclasses.replace(_RECIPE, granularity="rank"))
-    assert update_of("fusion", settings).pair_terms == 7 * 8 // 2 + 7
-    assert update_of("mean-fusion", settings).pair_terms == 7 * 8 // 2 + 7
-    assert update_of("fusion", dataclasses.replace(settings, pool=13)).pair_terms == 13 * 8
+    assert update_of(_SMALL, "fusion", settings).pair_terms == 7 * 8 // 2 + 7
+    assert update_of(_SMALL, "mean-fusion", settings).pair_terms == 7 * 8 // 2 + 7
+    assert update_of(_SMALL, "fusion", dataclasses.replace(settings, pool=13)).pair_terms == 13 * 8
     for name, others in (
         ("fusion", _SETTINGS),
         _planned("fusion-mix", settings),
@@ -251,7 +255,7 @@ def test_pair_terms_are_planned_where_a_run_prepares_them():
         ("mean-fusion", by_rank),
         ("mean-fusion", dataclasses.replace(_IN_BASIS, device="accelerator")),
     ):
-        assert getattr(update_of(name, others), "pair_terms", 0) == 0, name
+        assert getattr(update_of(_SMALL, name, others), "pair_terms", 0) == 0, name
 
 
 def test_flops_by_hand():
@@ -312,7 +316,7 @@ def test_flops_of_generation(name, config, counted_as):
         return lf.generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=6)
 
     # Counted once by XLA: the source, and the body of the loop over tokens.
-    update = update_of(name, _SETTINGS)
+    update = update_of(config, name, _SETTINGS)
     source, whole = (generation_flops(counted_as, Shape(4, 32, tokens), update) for tokens in (0, 6))
     counted = _flops(_compiled(run, state.params, _batch(_SHAPE), index, frozen))
     np.testing.assert_allclose(source + (whole - source) / 6, counted, rtol=0.1)
@@ -328,6 +332,7 @@ def test_flops_of_generation(name, config, counted_as):
             pytest.param(*case, marks=_LONG)
             for case in (
                 ("fusion", "sequential", _SCANNED, "full", {}),
+                ("fusion-formed", "sequential", _SCANNED, "full", {}),
                 ("fusion-mix", "sequential", _SCANNED, "nf4", {}),
                 ("fusion-basis", "sequential", _SCANNED, "full", {}),
                 ("fusion-basis", "sequential", _SCANNED, "int8", {}),
@@ -343,6 +348,8 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
     config, shape, seeds, settings = dataclasses.replace(config, **structure), Shape(8, 64, 8), 2, _SETTINGS
     if name == "fusion-basis":
         name, settings = "fusion", Settings(recipe=dataclasses.replace(_RECIPE, basis=48, modules=20), pool=60)
+    elif name == "fusion-formed":
+        name, settings = "fusion", dataclasses.replace(_SETTINGS, rank=16)
     graph, frozen = _frozen(name, config, settings)
     frozen = _held_in(load_in, graph, frozen)
     state, index = _state(name, config, settings, seeds)
@@ -355,7 +362,7 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
     rates = _rates(name, config, seeds)
     compiled = _compiled(step, state, _batch(shape, seeds), index, frozen, rates, donate=True)
     method, chosen = _planned(name, settings)
-    update, trainable = update_of(method, chosen), trained_numbers(config, method, chosen)
+    update, trainable = update_of(config, method, chosen), trained_numbers(config, method, chosen)
     held = pool_bytes(config, update, load_in) + seeds * state_bytes(trainable)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
     held += 0 if name == "full" else weights_bytes(config, load_in)
@@ -400,7 +407,7 @@ def test_memory_of_generation(config, dtype, load_in):
     arguments = (state.params, index, frozen, numbers)
     parts = jax.eval_shape(leaves, *arguments, _batch(shape))
     compiled = [_compiled(begun, *arguments, _batch(shape)), _compiled(advanced, *parts, *arguments, donate=True)]
-    update, trainable = update_of("lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
+    update, trainable = update_of(config, "lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
     how = {"seeds": seeds, "seed_mode": "batched", "device": "cpu", "load_in": load_in}
     needed = evaluation_bytes(config, shape, tokens, update, **how)
     held = weights_bytes(config, load_in) + seeds * trainable * 4

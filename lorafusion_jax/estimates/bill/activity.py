@@ -158,7 +158,8 @@ def _passes(
                 base_flops -= n * head_flops(config, shape)
             if method.trains_in == "arrays":
                 update_reads += _read(sites, method.matrices, crossbar, shape) * n
-                update_flops -= 2 * n * _of_tokens(sites, lambda s: update.width(s) * (s.d_in + s.d_out), shape)
+                in_arrays = _of_tokens(sites, lambda s: update.width(s, 1) * (s.d_in + s.d_out), shape)
+                update_flops -= 2 * n * in_arrays
     macs = update_flops / 2
     if method.evaluations:  # the arrays' outputs are mixed, where `estimates.flops` counts mixing the weights
         macs = float(sum(n * _of_tokens(sites, method.macs, shape) for shape, n in forward.items()))
