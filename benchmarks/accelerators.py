@@ -55,7 +55,7 @@ from lorafusion_jax.estimates.flops import Shape, generation_flops, row_tokens, 
 from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
 from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.models.architecture import Architecture, targeted
-from lorafusion_jax.models.generate import generate
+from lorafusion_jax.models.generate import advance, begin
 from lorafusion_jax.tasks import Batch
 from lorafusion_jax.training.frozen import Frozen
 from lorafusion_jax.training.mesh import AXES, shardings
@@ -226,7 +226,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     method, recipe = Fusion(composition=composition, basis=k), FusionRecipe(composition=composition, basis=k)
     how: Any = {"seed_mode": "batched", "device": "accelerator", "load_in": held_in(dtype)}
     settings = Settings(recipe=recipe, rank=RANK, seeds=seeds, **how)
-    update, trainable = update_of("fusion", settings), trained_numbers(config, "fusion", settings)
+    update, trainable = update_of(config, "fusion", settings), trained_numbers(config, "fusion", settings)
     weights = weights if k is None else _in_basis(weights, k)
     weights = jax.eval_shape(partial(prepared, config, method), weights)
     shaped: Any = {"seeds": seeds, "seed_mode": "batched", "groups": groups}
@@ -235,7 +235,8 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     problem = problem.replace(frozen=on(problem.frozen, config), index=on(problem.index, of_seeds=True))
     if generates:
         one = on(jax.eval_shape(lambda batch: jax.tree.map(lambda a: a[0], batch), batch))
-        lowered: Any = jax.jit(_generate).lower(state.params, one, problem)
+        ended = jax.ShapeDtypeStruct((), jnp.int32, sharding=one.row_mask.sharding)
+        lowered: Any = jax.jit(_generate).lower(state.params, one, problem, ended)
     else:
         lowered = step_of((state, batch, problem, rates), steps)
     how |= {"update": update, "seeds": seeds}
@@ -253,13 +254,18 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     return lowered, held + work, seeds * flops
 
 
-def _generate(params: Params, batch: Batch, problem: Problem) -> Array:
-    """Return the ids of all seeds: what `runs.rows` computes for one batch in several calls, as one program."""
+def _generate(params: Params, batch: Batch, problem: Problem, ended: Array) -> Array:
+    """Return the ids of all seeds: what `runs.rows` computes for one batch in several calls, as one program.
+
+    It ends once `ended` rows have ended, whose number is an argument so that the loop's one constant is its steps.
+    """
 
     def of_seed(one: Problem, params: Params, batch: Batch) -> Array:
         model, adapters, _ = one.adapted_model(params)
-        how: Any = {"max_new_tokens": _NEW, "row_mask": batch.row_mask, "axis": AXIS}
-        return generate(model, batch.input_ids, batch.input_mask, adapters, **how)
+        how: Any = {"max_new_tokens": _NEW, "row_mask": batch.row_mask}
+        state = begin(model, batch.input_ids, batch.input_mask, adapters, **how)
+        limits: Any = {"ended": ended, "most_steps": jnp.int32(_NEW)}
+        return advance(model, state, adapters, **limits, axis=AXIS).tokens
 
     problem = problem.replace(frozen=problem.frozen.unstacked())
     return problem.over_seeds(of_seed, (params,), (batch,))
