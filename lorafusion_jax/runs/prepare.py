@@ -50,8 +50,9 @@ _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
 # A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
 _SHALLOW = 8
 _UNCUT = 2**30  # tokens
-# Operations of an accelerator for one of a core: 5e13 a second, by the compiler's cycles for a TPU v5e.
-_ACCELERATED = 500
+# Of an accelerator, by the compiler's cycles for a TPU v5e (docs/results/accelerators.md): operations for one of a
+# core, which are 5e13 a second, and what moving the rows of packed batches costs.
+_ACCELERATED, _MOVING = 500, 1.5
 
 
 class Texts(NamedTuple):
@@ -101,8 +102,8 @@ class Setup(LoadedModel):
 
 def packing_of(config: Architecture, *, on_cpu: bool) -> tasks.Packing:
     """Return the rule for packed batches of a model."""
-    compiling = tasks.COMPILING if on_cpu else _ACCELERATED * tasks.COMPILING
-    return tasks.Packing(config.causal, functools.partial(step_operations, config), compiling)
+    packing = tasks.Packing(config.causal, functools.partial(step_operations, config))
+    return packing if on_cpu else packing._replace(compiling=_ACCELERATED * packing.compiling, moving=_MOVING)
 
 
 def evaluation_worth(config: Architecture) -> float:

@@ -19,7 +19,7 @@ from .bbh import BBH_DATA, LORAHUB_DATA, write_lorahub_split
 from .data import BETWEEN_EXAMPLES, Example, Task, few_shot, fill, load_task
 from .metrics import constant_answer, exact_match
 from .options import answer_options
-from .packing import COMPILING, Packing
+from .packing import Packing
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
 from .readers import is_bbh, without_revision
 from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, stream_text

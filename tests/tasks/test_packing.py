@@ -131,3 +131,10 @@ def test_every_shape_has_to_save_what_its_compilation_costs():
     assert shapes(3e9) == {((1, 124), True)}
     assert shapes(3e9, seeds=2) == shapes(1e10)  # seeds in one program share its compilation
     assert shapes(5e8) == {((4, 40), False)}
+
+
+def test_packing_has_to_save_what_moving_the_rows_costs():
+    rows = [(40, 4), (40, 4), (24, 4), (24, 4)]  # 144 real tokens of 176
+    for moving, packed in ((1.0, True), (1.1, True), (1.5, False)):
+        packing = _packing(False)._replace(compiling=0.0, moving=moving)
+        assert {was for _, was in _shapes(rows, 4, packing)} == {packed}
