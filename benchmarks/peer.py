@@ -187,8 +187,7 @@ def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
         for _ in range(missing):
             turn = {}
             for name in names:
-                print(file=workers[name].stdin, flush=True)
-                turn[name] = _answer(workers[name])
+                turn[name] = _next_pass(name, workers[name])
             _same_losses(turn)
             found |= {"turns": [*found["turns"], turn], "date": datetime.date.today().isoformat()}
             options.out.mkdir(parents=True, exist_ok=True)
@@ -224,6 +223,20 @@ def _answer(worker: subprocess.Popen[str]) -> Any:
     assert worker.stdout is not None
     line = worker.stdout.readline()
     return json.loads(line) if line else None
+
+
+def _next_pass(name: str, worker: subprocess.Popen[str]) -> Any:
+    try:
+        print(file=worker.stdin, flush=True)
+        found = _answer(worker)
+    except BrokenPipeError:
+        found = None
+    if found is None:
+        sys.exit(
+            f"the process of {name!r} ended with status {worker.wait()} (-9 if memory ran out): measure fewer "
+            "--candidates at once; rounds that were finished are kept"
+        )
+    return found
 
 
 def _work(options: argparse.Namespace) -> None:

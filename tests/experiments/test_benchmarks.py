@@ -1,5 +1,6 @@
 """The benchmarks: cases of one form, a table of them, and programs that compute what they are compared with."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -11,6 +12,7 @@ import _model
 import jax
 import numpy as np
 import padding
+import peer
 import pytest
 import table
 import tiny
@@ -148,6 +150,16 @@ def test_the_peer_trains_alike_and_kept_results_are_not_measured_again(tmp_path)
     losses = [turn[name][form]["losses"] for name, form in (("ours", "packed"), ("eager", "in file order"))]
     assert len(losses[0]) == 2
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_a_process_of_the_peer_that_was_killed_is_named():
+    command = [sys.executable, "-c", "input(); import os; os.kill(os.getpid(), 9)"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    # A closed pipe keeps what could not be written to it.
+    with contextlib.suppress(BrokenPipeError), subprocess.Popen(command, text=True, **pipes) as worker:
+        for _ in range(2):  # during a pass, and before one
+            with pytest.raises(SystemExit, match=r"'ours' ended with status -9 .* fewer --candidates"):
+                peer._next_pass("ours", worker)
 
 
 # The model of a step's time against sums by hand.
