@@ -147,8 +147,8 @@ def _operations(options: Any, composition: Any, structure: str) -> float:
     config = unrolled(config_of(options.shape)) if structure == "unrolled" else config_of(options.shape)
     batch = Shape(BATCH, SOURCE, TARGET)
     rank = options.basis if composition == "basis" else RANK
-    kind = MixUpdate if composition == "mix" else SumUpdate
-    update = kind(rank=rank, modules=MODULES, pool=options.pool, magnitudes=True)
+    how: Any = {"rank": rank, "modules": MODULES, "pool": options.pool, "magnitudes": True}
+    update = MixUpdate(**how) if composition == "mix" else SumUpdate(**how, forms=True)
     base = step_flops(unrolled(config_of(options.shape)), batch, Update(), trainable=0)
     return step_flops(config, batch, update, trainable=0) / base
 
