@@ -30,7 +30,8 @@ def keep_memory() -> None:
     """
     if sys.platform != "linux" or {"GLIBC_TUNABLES", "PYTEST_VERSION"} & os.environ.keys():
         return
-    if os.environ.get("JAX_PLATFORMS", "cpu") != "cpu" or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu"))):
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms != "cpu" and (platforms or any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))):
         return
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": MALLOC})
 

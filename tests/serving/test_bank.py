@@ -1,6 +1,7 @@
 """Batches of mixed tasks: each row as its task alone would compute it, and no program is compiled for new tasks."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -151,7 +152,8 @@ def test_each_row_has_the_tokens_of_its_task(bank, alone):
 
 
 @pytest.mark.parametrize("magnitudes", [pytest.param(False, marks=pytest.mark.long), True])
-def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes):
+def test_a_sum_of_the_banks_own_modules_is_that_of_the_run_alone(magnitudes):
+    """With magnitudes the run multiplies by the sum as a matrix, because its norms need it; else bits are equal."""
     method = lf.Fusion(magnitudes=magnitudes)
     pool = tiny.pool(3)
     params = _params(method, 1, range(3), pool)
@@ -162,8 +164,9 @@ def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes
     batch = tiny.batch()
     wanted = _alone(params, batch, problem)
     got = bank.logits(batch, _numbers(1, -1, 1))
-    np.testing.assert_array_equal(got[0], wanted[0])
-    np.testing.assert_array_equal(got[2], wanted[2])
+    same = functools.partial(_close, tolerance=1e-6) if magnitudes else np.testing.assert_array_equal
+    same(got[0], wanted[0])
+    same(got[2], wanted[2])
 
 
 def test_tasks_come_and_go_without_a_compilation(bank, caplog):
