@@ -86,8 +86,8 @@ def compose(
             "weights with the fusion that is trained, or use gram(pool, kernels)"
         )
 
-    def of_layer(layer: tuple) -> tuple[LowRank | Array | None, Array | None, Array]:
-        A, B, c, squared, cross, m = layer
+    def of_layer(layer: tuple) -> tuple[LowRank | Dense | Array | None, Array | None, Array]:
+        (A, B, c, squared, cross, m), delta = layer, None
         if m is None and in_arrays:
             return None, None, jnp.int32(0)
         if composition == "mix":
@@ -104,15 +104,14 @@ def compose(
             right = _merged(dense(gather(B, index), jnp.float32) * c[:, :, None])
             (d_in, k), d_out = left.shape, right.shape[1]
             needed = m is not None and for_cpu() and product_is_smaller(d_in, k, d_out)
-            update = product(left, right) if k >= d_in or needed else None
+            delta = product(left, right) if k >= d_in or needed else None
+            # The N r columns of A reach the width of x, so that the sum is not of low rank.
+            update = Dense(delta) if delta is not None and k >= d_in else delta
             if m is not None:
                 cross = _merged(jnp.take(cross, index, axis=0))
         if m is None:
             return update, None, jnp.int32(0)
-        if isinstance(update, Array):
-            of_update = jnp.sum(jnp.square(update), axis=0)
-        else:
-            of_update = squared_columns(left, right)
+        of_update = squared_columns(left, right) if delta is None else jnp.sum(jnp.square(delta), axis=0)
         norm, floored = column_norm(squared, 2 * jnp.sum(cross * right, axis=0), of_update)
         return None if in_arrays else update, _scale(m, norm, differentiate_norm), floored
 
@@ -138,12 +137,10 @@ def compose(
         update, scale, floored = map_layers(of_layers, layers, batch_size=4)
         scale, total = scale if of_pairs is None else of_pairs, total + jnp.sum(floored, dtype=jnp.int32)
         per_layer = jnp.broadcast_to(index[None], (c.shape[0], *index.shape))
-        if isinstance(update, LowRank):
+        if isinstance(update, LowRank | Dense):
             adapters[site] = dataclasses.replace(update, scale=scale)
         elif in_arrays:
             adapters[site] = Outputs(A, B, per_layer, c, composition, scale)
-        elif update is not None and len(index) * A.shape[-1] >= A.shape[-2]:  # not of low rank
-            adapters[site] = Dense(update, scale)
         else:
             adapters[site] = Modules(A, B, per_layer, c, scale, update)
     return adapters, total

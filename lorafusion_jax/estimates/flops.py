@@ -77,9 +77,9 @@ def _base(config: Architecture, shape: Shape) -> float:
 def generation_flops(config: Architecture, shape: Shape, update: Update) -> float:
     """Return the FLOPs of generating T tokens for B rows.
 
-    They are those of a forward pass, because every token attends to every position of the cache, with two exceptions: a
-    prompt in the answer's own stack is read before there are positions of an answer, and the layers compute DoRA's
-    norms again for every token.
+    They are those of a forward pass, because every token attends to every position of the cache, with three exceptions:
+    a prompt in the answer's own stack is read before there are positions of an answer, the layers compute DoRA's norms
+    again for every token, and an update may have another form for the few tokens of a step than for a prompt.
     """
     rows, source, target, _ = shape
     sites = [site for site in adapted(config, update).values() if "target" in site.reads]

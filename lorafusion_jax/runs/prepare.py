@@ -50,9 +50,10 @@ _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
 # A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
 _SHALLOW = 8
 _UNCUT = 2**30  # tokens
-# Of an accelerator, by the compiler's cycles for a TPU v5e (docs/results/accelerators.md): operations for one of a
-# core, which are 5e13 a second, and what moving the rows of packed batches costs.
-_ACCELERATED, _MOVING = 500, 1.5
+# By the compiler's cycles for a TPU v5e (docs/results/accelerators.md): operations of an accelerator for one of a core,
+# 5e13 a second; and the time of a packed step over that of a padded one.
+_ACCELERATED = 500
+_MOVING = 1.5
 
 
 class Texts(NamedTuple):
