@@ -198,6 +198,14 @@ def test_malloc_stays_as_it_is_if_it_is_set_on_accelerators_and_in_tests(tmp_pat
     assert _malloc(tmp_path, *_GENERATE, **variables) == malloc
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+@pytest.mark.parametrize(("platforms", "malloc"), [("cpu", MALLOC), ("", None)])
+def test_a_plugin_for_another_platform_counts_unless_a_cpu_is_asked_for(tmp_path, platforms, malloc):
+    (tmp_path / "libtpu.py").touch()
+    found = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "JAX_PLATFORMS": platforms}
+    assert _malloc(tmp_path / "cache", *_GENERATE, **found) == malloc
+
+
 def test_another_program_that_calls_commands_is_not_started_again(tmp_path):
     code = "from lorafusion_jax import cli; cli.main()"
     assert _malloc(tmp_path, "-c", code, *_GENERATE[2:]) is None

@@ -299,16 +299,19 @@ def test_flops_of_a_decoder_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "counted_as"),
+    ("name", "config", "counted_as", "rank"),
     [
-        ("fusion", _SMALL, _SMALL),
+        ("fusion", _SMALL, _SMALL, 8),
+        # A sum that is formed as a matrix, which multiplies the prompts alone.
+        pytest.param("fusion", _SMALL, _SMALL, 16, marks=_LONG),
         # Its layers are a loop: unrolled, XLA drops most of the last one's pass over the prompt.
-        ("zero-shot", _SCANNED_DECODER, dataclasses.replace(_DECODER, num_layers=1)),
+        ("zero-shot", _SCANNED_DECODER, dataclasses.replace(_DECODER, num_layers=1), 8),
     ],
 )
-def test_flops_of_generation(name, config, counted_as):
-    graph, frozen = _frozen(name, config, _SETTINGS)
-    state, index = (_of_one(tree) for tree in _state(name, config, _SETTINGS, 1))
+def test_flops_of_generation(name, config, counted_as, rank):
+    settings = dataclasses.replace(_SETTINGS, rank=rank)
+    graph, frozen = _frozen(name, config, settings)
+    state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
 
     def run(params, batch, index, frozen):
         adapters, _ = _method(name, config).adapters(params, frozen, index)
@@ -316,7 +319,7 @@ def test_flops_of_generation(name, config, counted_as):
         return lf.generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=6)
 
     # Counted once by XLA: the source, and the body of the loop over tokens.
-    update = update_of(config, name, _SETTINGS)
+    update = update_of(config, name, settings)
     source, whole = (generation_flops(counted_as, Shape(4, 32, tokens), update) for tokens in (0, 6))
     counted = _flops(_compiled(run, state.params, _batch(_SHAPE), index, frozen))
     np.testing.assert_allclose(source + (whole - source) / 6, counted, rtol=0.1)
