@@ -12,6 +12,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import qwix
 from _measure import ROOT
 from flax import nnx
 
@@ -26,7 +27,7 @@ from lorafusion_jax.models.architecture import Architecture, kernels, matrices, 
 from lorafusion_jax.models.decoder import DecoderConfig
 from lorafusion_jax.models.registry import abstract_model, family_of, known_shapes
 from lorafusion_jax.models.t5 import T5Config
-from lorafusion_jax.models.weights import dense, quantise
+from lorafusion_jax.models.weights import Unstacked, dense, quantise
 from lorafusion_jax.runs.options import LoadIn
 from lorafusion_jax.runs.rows import generate_rows
 from lorafusion_jax.tasks import Batch, Encoded, Rows
@@ -155,6 +156,18 @@ def shapes_of(config: Architecture, dtype: Dtype, modules: int = MODULES) -> Fro
     return jax.eval_shape(partial(frozen, config, dtype, modules))
 
 
+def apart(weights: Frozen) -> Frozen:
+    """Return shapes with layers in separate arrays, as loops on a CPU read them (`Frozen.unstacked`)."""
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, qwix.QArray) or len(leaf.shape) != 3:
+            return leaf
+        return Unstacked((jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype),) * leaf.shape[0])
+
+    base = jax.tree.map(of_leaf, weights.base, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray))
+    return dataclasses.replace(weights, base=base)
+
+
 def answers(params: Params, batch: Batch, problem: Problem, new_tokens: int) -> np.ndarray:
     """Return the ids that every seed generates for the rows of a batch, as runs generate them."""
     ids, mask = np.asarray(batch.input_ids), np.asarray(batch.input_mask)
@@ -243,7 +256,7 @@ class Step:
             frozen=weights,
             index=jnp.tile(jnp.arange(MODULES), (seeds, 1)),
             seed_mode=default_seed_mode(),
-        )
+        ).unstacked()
         self.batches = jax.tree.map(lambda a: a[:, None], batch_of(config, seeds=seeds))  # of one step
         self.optimisation = recipe.optimisation(steps=1000)
         self.rates = recipe_rates(self.problem.method, recipe, seeds)
@@ -283,12 +296,14 @@ class Floor:
         # Gradients with respect to what is added to the embedded tokens are those of the first activations.
         widths = (SOURCE + TARGET - 1,) if config.causal else (SOURCE, TARGET)
         shifts = {width: jnp.zeros((BATCH, width, config.d_model), config.dtype) for width in widths}
-        self._arguments = (shifts, weights.base, batch)
-        self._program = jax.jit(jax.value_and_grad(loss)).lower(*self._arguments).compile()
+        base = weights.base if config.unroll else weights.unstacked().base
+        self._leaves, tree = jax.tree.flatten((shifts, base, batch))
+        gradient = jax.value_and_grad(loss)
+        self._program = jax.jit(lambda leaves: gradient(*tree.unflatten(leaves))).lower(self._leaves).compile()
         memory = self._program.memory_analysis()
         assert memory is not None
         self.temporaries = memory.temp_size_in_bytes
 
     def __call__(self) -> Any:
         """Return the loss and its gradient, once they are computed."""
-        return jax.block_until_ready(self._program(*self._arguments))
+        return jax.block_until_ready(self._program(self._leaves))

@@ -14,7 +14,21 @@ import _measure
 import jax
 import jax.numpy as jnp
 from _measure import case
-from _model import CHOICES, MODULES, RANK, SOURCE, TARGET, Dtype, arguments, config_of, held_in, lowered, shapes_of
+from _model import (
+    CHOICES,
+    MODULES,
+    RANK,
+    SOURCE,
+    TARGET,
+    Composition,
+    Dtype,
+    apart,
+    arguments,
+    config_of,
+    held_in,
+    lowered,
+    shapes_of,
+)
 
 from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_of
 from lorafusion_jax.estimates.flops import Shape
@@ -30,6 +44,7 @@ from lorafusion_jax.training.method import Method
 
 _SETTINGS = Settings()
 assert (FusionRecipe.modules, _SETTINGS.rank) == (MODULES, RANK)
+_COMPOSITIONS: dict[str, Composition] = {"fusion-sum": "sum", "fusion-mix": "mix"}
 _METHODS = {
     "fusion-sum": "LoRAFusion",
     "fusion-mix": "LoRAFusion, mix",
@@ -98,12 +113,11 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
         config, Shape(rows, SOURCE, TARGET), new, update, seeds=1, seed_mode="sequential", device="cpu", load_in=load_in
     )
     planned = weights_bytes(config, load_in) + 4 * trainable + needed
-    base = Frozen(shapes_of(config, dtype).base)
+    base = apart(Frozen(shapes_of(config, dtype).base))
     state, batch, problem, _ = arguments(config, base, _method("lora", config), (rows, SOURCE))
     of_rows = [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (batch.input_ids, batch.input_mask, batch.row_mask)]
     whole, number = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
     limits = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    problem = problem.replace(frozen=jax.eval_shape(Frozen.unstacked, problem.frozen))
     how: Any = {"max_new_tokens": new, "sampling": GREEDY}
     models: Any = SeedModels(state.params, problem, number)
     beginning = begin_rows.lower(models, *of_rows, limits, None, **how)
@@ -114,9 +128,11 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
 
 
 def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:
-    config, load_in = config_of(shape, dtype), held_in(dtype)
-    update, trainable = update_of(config, name, _SETTINGS), trained_numbers(config, name, _SETTINGS)
-    batch = Shape(rows, SOURCE, TARGET)
+    config, load_in, batch = config_of(shape, dtype), held_in(dtype), Shape(rows, SOURCE, TARGET)
+    method, settings = name, _SETTINGS
+    if name in _COMPOSITIONS:
+        method, settings = "fusion", Settings(recipe=FusionRecipe(composition=_COMPOSITIONS[name]))
+    update, trainable = update_of(config, method, settings), trained_numbers(config, method, settings)
     needed = step_bytes(
         config, batch, update, trainable=trainable, seeds=1, seed_mode="sequential", device="cpu", load_in=load_in
     )
@@ -129,7 +145,8 @@ def _allocated(name: str, shape: str, dtype: Dtype, rows: int, *, seeds: int = 1
     """Return the bytes of arguments, temporaries and results of the compiled step."""
     config = config_of(shape, dtype)
     weights = shapes_of(config, dtype)
-    weights = weights if name.startswith("fusion") else Frozen(weights.base)
+    weights = weights if name in _COMPOSITIONS else Frozen(weights.base)
+    weights = weights if name == "full" else apart(weights)
     return _bytes(lowered(config, weights, _method(name, config), rows, seeds=seeds))
 
 
@@ -145,7 +162,7 @@ def _method(name: str, config: Architecture) -> Method:
         return FullFineTuning()
     if name == "lora":
         return LoRA(sites=tuple(targeted(config, None).items()), rank=RANK)
-    return Fusion(composition="mix" if name.endswith("mix") else "sum")
+    return Fusion(composition=_COMPOSITIONS[name])
 
 
 if __name__ == "__main__":

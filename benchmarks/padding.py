@@ -161,7 +161,7 @@ def _epochs(options: Any, tasks: Sequence[Task], tokenizer: Any, packing: Packin
     index = jnp.arange(MODULES)[None]
     problem = Problem(
         graph=graph_of(config), method=Fusion(), frozen=weights, index=index, seed_mode=default_seed_mode()
-    )
+    ).unstacked()
     rates = recipe_rates(problem.method, recipe, 1)
 
     def epoch(task: Task, form: Packing | None) -> None:

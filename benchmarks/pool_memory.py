@@ -119,6 +119,7 @@ def _point(name: str, modules: str, what: str) -> dict[str, Any]:
     del model, pool, used
     method = Fusion(composition="mix")
     problem = Problem(graph=graph, method=method, frozen=frozen, index=jnp.arange(count)[None], seed_mode="sequential")
+    problem = problem.unstacked()
     recipe = dataclasses.replace(PRESETS["default"], schedule="constant")
     state, rates = start(problem, (0,)), recipe_rates(method, recipe, 1)
     losses = []

@@ -1,7 +1,7 @@
 """Bytes that a run holds: weights, pool, training state, and the working memory of a step or a generation.
 
 The formulas follow XLA's allocations for the programs of `fit.train_seeds` and `runs.rows` on a CPU; the tests compare
-them with XLA's own report. On a CPU a loop over layers keeps a copy of the bits of bfloat16 weights
+them with XLA's own report. On a CPU a loop over stacked layers keeps a copy of the bits of bfloat16 weights
 (`narrow.py`). On an accelerator this copy is left out; no such device was measured.
 """
 
@@ -67,7 +67,7 @@ def step_bytes(
     kept = _kept(config, shape, update)
     batched = seeds if seed_mode == "batched" else 1
     needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update))
-    needed += _copies(config, device, load_in)
+    needed += _copies(config, device, load_in, stacked=update.trains_base)
     if update.trains_base:
         needed = max(needed, int(_UPDATING * batched * gradients))
     return needed + (seeds * state_bytes(trainable) if seed_mode == "sequential" and seeds > 1 else 0)
@@ -161,11 +161,11 @@ def _fused(config: Architecture, update: Update) -> int:
     return _FLOAT32 * 2 * update.working_numbers(tuple(adapted(config, update).values()))
 
 
-def _copies(config: Architecture, device: Device, load_in: LoadIn) -> int:
+def _copies(config: Architecture, device: Device, load_in: LoadIn, *, stacked: bool = True) -> int:
     """Return the bytes of second copies of weights.
 
-    A CPU holds the bits of a bfloat16 or NF4 model, and unrolled layers. Of weights in few bits one matrix at a time is
-    dequantised; NF4's codes are copied twice on the way.
+    A CPU holds unrolled layers, and the bits of an NF4 model or of `stacked` layers in bfloat16. Of weights in few bits
+    one matrix at a time is dequantised; NF4's codes are copied twice on the way.
     """
     numbers = sum(s.layers * s.d_in * s.d_out for s in config.sites.values())
     itemsize = _itemsize(config)
@@ -174,7 +174,8 @@ def _copies(config: Architecture, device: Device, load_in: LoadIn) -> int:
         of_codes = numbers // 2 if device == "cpu" and load_in == "nf4" else 0
         head = 0 if config.tied else math.prod(config.head)
         return max(of_number * head, of_codes + of_number * max(s.d_in * s.d_out for s in config.sites.values()))
-    return itemsize * numbers if device == "cpu" and (config.unroll or config.dtype == "bfloat16") else 0
+    copied = config.unroll or (stacked and config.dtype == "bfloat16")
+    return itemsize * numbers if device == "cpu" and copied else 0
 
 
 def _bytes(columns: int, length: int, itemsize: int, load_in: LoadIn) -> int:

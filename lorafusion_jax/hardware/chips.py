@@ -77,6 +77,10 @@ class Redrawn(Frozen):
         """Return the weights of one seed, which draws its own chips."""
         return dataclasses.replace(reads(self, number), key=jax.random.fold_in(self.key, number))
 
+    def unstacked(self) -> Frozen:
+        """Return the weights unchanged: steps choose between stacks of this chip and of another one."""
+        return self
+
     def of_step(self, step: Int[Array, ""], graph: nnx.GraphDef) -> Frozen:
         """Return the chip of one training step: the present one, or a new one with the same converters."""
         here = reads(_plain(self), step)

@@ -61,7 +61,8 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
     if isinstance(weight, Chip):
         return crossbar.matmul(x, weight)
     if isinstance(weight, Unstacked):
-        return _choose(weight, lambda matrix: matmul(x, matrix))
+        assert weight.layer is not None
+        return kept(_layer_dot(x, weight.matrices, weight.layer), PRODUCT)
     plain = dense(weight, x.dtype)
     return kept(_dot(x, plain, 0), PRODUCT) if for_cpu() else jnp.dot(x, plain)
 
@@ -109,12 +110,46 @@ def _dot(x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: int) -> F
 
 def _backward(axis: int, factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = factors
-    of_x = jax.lax.dot_general(g, w, (((g.ndim - 1,), (1 - axis,)), ((), ())), preferred_element_type=_exact(x))
     first, second = (a.reshape(-1, a.shape[-1]) for a in ((x, g) if axis == 0 else (g, x)))
-    return of_x.astype(x.dtype), _transposed_matmul(first, second).astype(w.dtype)
+    return _gradient_of_x(g, w, 1 - axis), _transposed_matmul(first, second).astype(w.dtype)
+
+
+def _gradient_of_x(g: Array, w: Array, axis: int) -> Array:
+    of_x = jax.lax.dot_general(g, w, (((g.ndim - 1,), (axis,)), ((), ())), preferred_element_type=_exact(g))
+    return of_x.astype(g.dtype)
 
 
 _dot.defvjp(lambda x, w, axis: (_dot(x, w, axis), (x, w)), _backward)
+
+
+@jax.custom_vjp
+def _layer_dot(
+    x: Float[Array, "*batch d_in"], matrices: tuple[Array, ...], layer: Int[Array, ""]
+) -> Float[Array, "*batch d_out"]:
+    """Return the product of `x` with one of the matrices, which are frozen: they have no gradient."""
+    return _choose(matrices, layer, _product, x)
+
+
+def _layer_backward(factors: tuple[tuple[Array, ...], Array], g: Array) -> tuple[Array, None, None]:
+    return _choose(*factors, _gradient, g), None, None
+
+
+def _converted(x: Array, w: Array) -> Array:
+    return w.astype(x.dtype)
+
+
+def _product(x: Array, w: Array) -> Array:
+    return jnp.dot(x, w.astype(x.dtype), preferred_element_type=_exact(x)).astype(x.dtype)
+
+
+def _gradient(g: Array, w: Array) -> Array:
+    return _gradient_of_x(g, w.astype(g.dtype), 1)
+
+
+_layer_dot.defvjp(
+    lambda x, matrices, layer: (_layer_dot(x, matrices, layer), (matrices, layer)),
+    _layer_backward,
+)
 
 
 @jax.custom_vjp
@@ -162,7 +197,8 @@ def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:
     if isinstance(weight, Segments):
         return jnp.concatenate([dense(part, dtype) for part in weight.parts])
     if isinstance(weight, Unstacked):
-        return _choose(weight, lambda matrix: matrix.astype(dtype))
+        assert weight.layer is not None
+        return _choose(weight.matrices, weight.layer, _converted, jnp.zeros((), dtype))
     if isinstance(weight, qwix.QArray):
         weight = _dequantised(weight)
     elif isinstance(weight, Chip):
@@ -211,9 +247,14 @@ def is_unstacked(leaf: Any) -> bool:
     return isinstance(leaf, Unstacked)
 
 
-def _choose(weight: Unstacked, fn: Callable[[Array], Array]) -> Array:
-    assert weight.layer is not None
-    return jax.lax.switch(weight.layer, [functools.partial(fn, matrix) for matrix in weight.matrices])
+def _choose(matrices: tuple[Array, ...], layer: Int[Array, ""], fn: Callable[[Array, Array], Array], x: Array) -> Array:
+    """Return `fn(x, matrix of a layer)`."""
+    return jax.lax.switch(layer, [_branch(fn, number) for number in range(len(matrices))], x, matrices)
+
+
+@functools.cache  # so that JAX traces one branch for all sites of one shape
+def _branch(fn: Callable[[Array, Array], Array], layer: int) -> Callable[[Array, tuple[Array, ...]], Array]:
+    return lambda x, matrices: fn(x, matrices[layer])
 
 
 def is_in_arrays(weights: Any) -> bool:

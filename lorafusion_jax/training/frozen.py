@@ -37,7 +37,7 @@ class Frozen:
     prepared: Any = None
 
     def unstacked(self) -> "Frozen":
-        """Return the weights with the base model's layers as generation reads them fastest (`weights.unstacked`)."""
+        """Return the weights with the base model's layers in separate arrays (`weights.unstacked`)."""
         return dataclasses.replace(self, base=unstacked(self.base))
 
     def of_seed(self, number: Int[Array, ""]) -> "Frozen":

@@ -49,6 +49,10 @@ class Problem:
         """Return the problem with other fields."""
         return dataclasses.replace(self, **changes)
 
+    def unstacked(self) -> "Problem":
+        """Return the problem with frozen layers in separate arrays, if a loop would copy them out of their stacks."""
+        return self if self.config.unroll else self.replace(frozen=self.frozen.unstacked())
+
     def read(self, purpose: int, number: int) -> "Problem":
         """Return the problem whose crossbar arrays are read with the noise of this purpose and number."""
         return self.replace(frozen=reads(self.frozen, purpose, number))

@@ -355,6 +355,8 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
         name, settings = "fusion", dataclasses.replace(_SETTINGS, rank=16)
     graph, frozen = _frozen(name, config, settings)
     frozen = _held_in(load_in, graph, frozen)
+    if name != "full" and not config.unroll:
+        frozen = frozen.unstacked()
     state, index = _state(name, config, settings, seeds)
     problem, optimisation = _problem(name, config, settings, seed_mode), lf.Optimisation(steps=9, clip=1.0)
 
@@ -387,14 +389,14 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
 def test_memory_of_generation(config, dtype, load_in):
     config, shape, seeds, tokens = dataclasses.replace(config, dtype=dtype), Shape(32, 96, 8), 2, 8
     graph, frozen = _frozen("lora", config, _SETTINGS)
-    frozen = _held_in(load_in, graph, frozen)
+    frozen = _held_in(load_in, graph, frozen).unstacked()
     state, index = _state("lora", config, _SETTINGS, seeds)
     problem, numbers, trees = _problem("lora", config, _SETTINGS), _S((seeds,), jnp.int32), []
 
     def begun(params, index, frozen, numbers, batch):
         rows = (batch.input_ids, batch.input_mask, batch.row_mask, jnp.full(shape.rows, tokens), None)
         how = {"max_new_tokens": tokens, "sampling": GREEDY}
-        return begin_rows(SeedModels(params, problem(frozen.unstacked(), index), numbers), *rows, **how)
+        return begin_rows(SeedModels(params, problem(frozen, index), numbers), *rows, **how)
 
     def leaves(*arguments):
         found, of_parts = zip(*map(jax.tree.flatten, begun(*arguments)), strict=True)
@@ -404,7 +406,7 @@ def test_memory_of_generation(config, dtype, load_in):
     def advanced(generation, adapters, params, index, frozen, numbers):
         generation, adapters = (tree.unflatten(part) for tree, part in zip(trees, (generation, adapters), strict=True))
         limits = (jnp.int32(shape.rows), jnp.int32(tokens))
-        models = SeedModels(params, problem(frozen.unstacked(), index), numbers)
+        models = SeedModels(params, problem(frozen, index), numbers)
         return advance_rows(models, generation, adapters, limits, sampling=GREEDY)[0]
 
     arguments = (state.params, index, frozen, numbers)

@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
+from lorafusion_jax.methods.full import FullFineTuning, FullRecipe
 from lorafusion_jax.methods.fusion import PRESETS, Fusion
+from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.models.weights import Unstacked
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.fit import Epoch, fit, recipe_rates, start
@@ -142,6 +146,40 @@ def _without_programs(patch):
     patch.setattr(fit_lib, "seed_entropies", validate)
     patch.setattr(Problem, "read", lambda problem, *number: read.append(number) or problem)
     return trained, validated, read
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_with_layers_in_separate_arrays(dtype):
+    config = dataclasses.replace(tiny.CONFIG, dtype=dtype)
+    frozen = tiny.frozen(tiny.t5(config), tiny.pool(3, config=config))
+    frozen = dataclasses.replace(frozen, base=jax.tree.map(lambda a: a.astype(dtype), frozen.base))
+    stacked = tiny.problem(Fusion(), frozen, config=config)
+    params = stacked.init(jax.random.key(0))
+    found = [jax.jit(jax.value_and_grad(tiny.loss))(params, of) for of in (stacked, stacked.unstacked())]
+    assert set(found[0][1]) == {"coefficients", "magnitudes"}
+    for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
+        assert np.any(ours != 0)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe", "unroll", "apart"),
+    [
+        (Fusion(), _RECIPE, False, True),
+        (Fusion(), _RECIPE, True, False),
+        (FullFineTuning(), FullRecipe(epochs=1), False, False),
+    ],
+    ids=["fusion", "unrolled", "full"],
+)
+def test_a_loop_over_frozen_layers_is_given_separate_arrays(monkeypatch, method, recipe, unroll, apart):
+    config, found = dataclasses.replace(_CONFIG, unroll=unroll), []
+    frozen = tiny.frozen(tiny.t5(config), tiny.pool(3, config=config))
+    problem = tiny.problem(method, frozen, [[0, 1], [2, 1]], config)
+    _without_programs(monkeypatch)
+    monkeypatch.setattr(Problem, "read", lambda problem, *number: found.append(problem) or problem)
+    fit(problem, _rows(), start(problem, _SEEDS), recipe, _SEEDS)
+    kernel = kernels(nnx.merge(found[0].graph, found[0].frozen.base))["decoder.ff.wo"]
+    assert isinstance(kernel, Unstacked) == apart
 
 
 def test_each_seed_learns_at_the_rates_that_are_given_for_it(problem, by_step):
