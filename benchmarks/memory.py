@@ -112,7 +112,7 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     needed = evaluation_bytes(
         config, Shape(rows, SOURCE, TARGET), new, update, seeds=1, seed_mode="sequential", device="cpu", load_in=load_in
     )
-    planned = weights_bytes(config, load_in) + 4 * trainable + needed
+    held = weights_bytes(config, load_in) + 4 * trainable  # each program is given only those that it reads
     base = apart(Frozen(shapes_of(config, dtype).base))
     state, batch, problem, _ = arguments(config, base, _method("lora", config), (rows, SOURCE))
     of_rows = [jax.ShapeDtypeStruct(a.shape[1:], a.dtype) for a in (batch.input_ids, batch.input_mask, batch.row_mask)]
@@ -123,8 +123,9 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     beginning = begin_rows.lower(models, *of_rows, limits, None, **how)
     generation = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), beginning.out_info)
     advancing = advance_rows.lower(models, *generation, (whole, whole), sampling=GREEDY)
-    allocated = max(map(_bytes, (beginning, advancing)))
-    return _compared(f"{shape}, LoRA, {dtype}, generation for {rows} rows", planned, allocated)
+    given = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(generation))
+    used = max(_used(beginning.compile()), given + _used(advancing.compile()))
+    return _compared(f"{shape}, LoRA, {dtype}, generation for {rows} rows", held + needed, held + used)
 
 
 def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:
@@ -147,14 +148,14 @@ def _allocated(name: str, shape: str, dtype: Dtype, rows: int, *, seeds: int = 1
     weights = shapes_of(config, dtype)
     weights = weights if name in _COMPOSITIONS else Frozen(weights.base)
     weights = weights if name == "full" else apart(weights)
-    return _bytes(lowered(config, weights, _method(name, config), rows, seeds=seeds))
+    program = lowered(config, weights, _method(name, config), rows, seeds=seeds).compile()
+    return program.memory_analysis().argument_size_in_bytes + _used(program)
 
 
-def _bytes(program: Any) -> int:
-    found = program.compile().memory_analysis()
-    assert found is not None
-    returned = found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.argument_size_in_bytes + found.temp_size_in_bytes + returned
+def _used(program: Any) -> int:
+    """Return the bytes that a compiled program needs in addition to its arguments."""
+    found = program.memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 def _method(name: str, config: Architecture) -> Method:

@@ -96,7 +96,8 @@ def evaluation_bytes(
         cache = _cache(config, shape._replace(target=new_tokens), device) * _itemsize(config)
         needed = max(needed, cache + _work(config, shape._replace(target=1)))
     bits = 2 * math.prod(config.head) if device == "cpu" and config.dtype == "bfloat16" else 0
-    return batched * (needed + _fused(config, update)) + bits + _copies(config, device, load_in)
+    stacked = update.trains_base or not new_tokens
+    return batched * (needed + _fused(config, update)) + bits + _copies(config, device, load_in, stacked=stacked)
 
 
 def _cache(config: Architecture, shape: Shape, device: Device) -> int:
@@ -161,7 +162,7 @@ def _fused(config: Architecture, update: Update) -> int:
     return _FLOAT32 * 2 * update.working_numbers(tuple(adapted(config, update).values()))
 
 
-def _copies(config: Architecture, device: Device, load_in: LoadIn, *, stacked: bool = True) -> int:
+def _copies(config: Architecture, device: Device, load_in: LoadIn, *, stacked: bool) -> int:
     """Return the bytes of second copies of weights.
 
     A CPU holds unrolled layers, and the bits of an NF4 model or of `stacked` layers in bfloat16. Of weights in few bits
