@@ -30,7 +30,7 @@ from .narrow import from_bits, kept, to_bits
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unstacked:
-    """A stack of plain matrices as one array for each layer (see `unstacked`).
+    """A stack of plain matrices as one array for each layer (see `unstacked`), frozen: products give them no gradient.
 
     Attributes:
       layer: number of the layer to multiply by, in a loop over layers, which slices it from those of all; None outside.
@@ -126,7 +126,7 @@ _dot.defvjp(lambda x, w, axis: (_dot(x, w, axis), (x, w)), _backward)
 def _layer_dot(
     x: Float[Array, "*batch d_in"], matrices: tuple[Array, ...], layer: Int[Array, ""]
 ) -> Float[Array, "*batch d_out"]:
-    """Return the product of `x` with one of the matrices, which are frozen: they have no gradient."""
+    """Return the product of `x` with the matrix of a layer."""
     return _choose(matrices, layer, _product, x)
 
 

@@ -111,7 +111,7 @@ def fit(
     held_out = next(train_batches(rows.tokens, order, pad_id=rows.pad_id, packing=of_epochs))
     held_out = on_mesh(held_out, of_seeds=True)
     rates = on_mesh(rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True)
-    if "base" not in state.params:
+    if "base" not in state.params:  # otherwise those of a seed replace the frozen ones
         problem = problem.unstacked()
     first_step = max(steps_done, epochs_done * per_epoch)
     length = per_epoch if whole_epochs() else 1
