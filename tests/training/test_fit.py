@@ -148,7 +148,7 @@ def _without_programs(patch):
     return trained, validated, read
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 def test_gradients_with_layers_in_separate_arrays(dtype):
     config = dataclasses.replace(tiny.CONFIG, dtype=dtype)
     frozen = tiny.frozen(tiny.t5(config), tiny.pool(3, config=config))
