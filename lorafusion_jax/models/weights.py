@@ -101,11 +101,10 @@ def _dot(x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: int) -> F
     bfloat16 from float32 copies, two to eight times slower, and the gradient of a narrow `w` nine times slower.
     """
     if axis == 0:
-        y = jnp.dot(x, w, preferred_element_type=_exact(x))
-    else:  # in this order, or a loop over tokens would keep a transposed copy
-        y = jax.lax.dot_general(w, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=_exact(x))
-        y = jnp.moveaxis(y, 0, -1)
-    return y.astype(x.dtype)
+        return _product(x, w)
+    # In this order, or a loop over tokens would keep a transposed copy.
+    y = jax.lax.dot_general(w, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=_exact(x))
+    return jnp.moveaxis(y, 0, -1).astype(x.dtype)
 
 
 def _backward(axis: int, factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -114,9 +113,17 @@ def _backward(axis: int, factors: tuple[Array, Array], g: Array) -> tuple[Array,
     return _gradient_of_x(g, w, 1 - axis), _transposed_matmul(first, second).astype(w.dtype)
 
 
-def _gradient_of_x(g: Array, w: Array, axis: int) -> Array:
-    of_x = jax.lax.dot_general(g, w, (((g.ndim - 1,), (axis,)), ((), ())), preferred_element_type=_exact(g))
-    return of_x.astype(g.dtype)
+def _converted(x: Array, w: Array) -> Array:
+    return w.astype(x.dtype)
+
+
+def _product(x: Array, w: Array) -> Array:
+    return jnp.dot(x, _converted(x, w), preferred_element_type=_exact(x)).astype(x.dtype)
+
+
+def _gradient_of_x(g: Array, w: Array, axis: int = 1) -> Array:
+    contracted = (((g.ndim - 1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(g, _converted(g, w), contracted, preferred_element_type=_exact(g)).astype(g.dtype)
 
 
 _dot.defvjp(lambda x, w, axis: (_dot(x, w, axis), (x, w)), _backward)
@@ -131,19 +138,7 @@ def _layer_dot(
 
 
 def _layer_backward(factors: tuple[tuple[Array, ...], Array], g: Array) -> tuple[Array, None, None]:
-    return _choose(*factors, _gradient, g), None, None
-
-
-def _converted(x: Array, w: Array) -> Array:
-    return w.astype(x.dtype)
-
-
-def _product(x: Array, w: Array) -> Array:
-    return jnp.dot(x, w.astype(x.dtype), preferred_element_type=_exact(x)).astype(x.dtype)
-
-
-def _gradient(g: Array, w: Array) -> Array:
-    return _gradient_of_x(g, w.astype(g.dtype), 1)
+    return _choose(*factors, _gradient_of_x, g), None, None
 
 
 _layer_dot.defvjp(
