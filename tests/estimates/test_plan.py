@@ -377,17 +377,19 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
 
 @pytest.mark.usefixtures("fusion_emitters")
 @pytest.mark.parametrize(
-    ("config", "dtype", "load_in"),
+    ("config", "dtype", "load_in", "rows"),
     [
-        (_SCANNED_DECODER, "float32", "nf4"),
-        pytest.param(_SCANNED_DECODER, "bfloat16", "full", marks=_LONG),
-        pytest.param(_SCANNED, "float32", "full", marks=_LONG),
-        pytest.param(_SCANNED, "bfloat16", "int8", marks=_LONG),
-        pytest.param(_SCANNED_DECODER, "float32", "full", marks=_LONG),
+        (_SCANNED_DECODER, "float32", "nf4", 32),
+        pytest.param(_SCANNED_DECODER, "bfloat16", "full", 32, marks=_LONG),
+        # Mostly weights, so that a second copy of them would be noticed.
+        pytest.param(_SCANNED_DECODER, "bfloat16", "full", 1, marks=_LONG),
+        pytest.param(_SCANNED, "float32", "full", 32, marks=_LONG),
+        pytest.param(_SCANNED, "bfloat16", "int8", 32, marks=_LONG),
+        pytest.param(_SCANNED_DECODER, "float32", "full", 32, marks=_LONG),
     ],
 )
-def test_memory_of_generation(config, dtype, load_in):
-    config, shape, seeds, tokens = dataclasses.replace(config, dtype=dtype), Shape(32, 96, 8), 2, 8
+def test_memory_of_generation(config, dtype, load_in, rows):
+    config, shape, seeds, tokens = dataclasses.replace(config, dtype=dtype), Shape(rows, 96, 8), 2, 8
     graph, frozen = _frozen("lora", config, _SETTINGS)
     frozen = _held_in(load_in, graph, frozen).unstacked()
     state, index = _state("lora", config, _SETTINGS, seeds)
