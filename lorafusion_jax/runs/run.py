@@ -231,6 +231,7 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
             f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {here['seeds']}): "
             "give the same --seeds, --pool, --modules"
         )
+    check_digests(options.start_from, config.get("digests"), digests(setup, options), options)
     fresh = start(setup.problem, options.seeds).params
     if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
         raise ValueError(

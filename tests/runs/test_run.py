@@ -248,7 +248,7 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(waits_at, whole,
 # Use of a run.
 
 
-def test_a_run_starts_from_the_numbers_of_another_one(fused, tmp_path):
+def test_a_run_starts_from_the_numbers_of_another_one(fused, small, tmp_path):
     options, _ = fused
     more = dataclasses.replace(options, start_from=run_path(options), out=tmp_path)
     lf.fuse(more)
@@ -258,6 +258,9 @@ def test_a_run_starts_from_the_numbers_of_another_one(fused, tmp_path):
         lf.fuse(dataclasses.replace(more, seeds=(5,), name="other"))
     with pytest.raises(ValueError, match="trained with the method fusion"):
         lf.fuse(dataclasses.replace(more, method="coefficients", name="other"))
+    doubled = _with_base(small[0], tmp_path / "doubled", 2)
+    with pytest.raises(ValueError, match="whole was fused with other weights: the base"):
+        lf.fuse(dataclasses.replace(more, base=str(doubled), name="other"))
 
 
 def test_evaluate_and_generate_agree_with_the_run(fused, copied):
