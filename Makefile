@@ -95,7 +95,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going --fresh-env --quiet --builder html docs build/docs
 	@echo "Written to build/docs/index.html"
 
-# One table of ratios and bars: 25 minutes, a minute, hours; none runs beside other work.
+# One table of ratios and bars: half an hour, a minute, hours; none runs beside other work.
 bench: $(VENV)/.installed-plots $(VENV)/.installed-peft
 	$(BIN)/python benchmarks/table.py bench
 

@@ -3,7 +3,7 @@
     python benchmarks/table.py bench [--out docs/results/speed]
 
 `fast`: the embedded small shape and padding, in less than a minute. `bench`: what has a bar of FLAN-T5-small, and of
-FLAN-T5-large with one seed, in 25 minutes on two cores. `full`: every shape, pool, number of seeds and
+FLAN-T5-large with one seed, in about 30 minutes on two cores. `full`: every shape, pool, number of seeds and
 precision, adapters and crossbars too. A missed bar is only printed; a script that fails is an error. Parts that need
 more cores than there are, or the `peft` extra, are left out.
 """
