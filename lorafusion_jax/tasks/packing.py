@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 MOST_SHAPES = 6
-# Operations that a core of a CPU computes while a step is compiled: 5 s (docs/results/speed.md) of 1e11 each.
+# Operations that a core of a CPU computes while a step is compiled: about 5 s of 1e11 each.
 COMPILING = 5e11
 # Programs of evaluation are smaller: one more shape must save so much of it, but at least so many tokens.
 _OF_EVALUATION, FEWEST_TOKENS = 0.05, 400.0
