@@ -108,7 +108,7 @@ class FuseOptions:
       process: number of this one, from 0.
       seed_mode: mode of the seeds: batched, or one after the other (sequential); by default the faster one here.
       resume: continue a run that was interrupted.
-      start_from: start from the saved fusion of another run (same seeds, modules and method), or from weights of
+      start_from: start from the saved fusion of another run (same base, modules, seeds and method), or from weights of
         modules: a folder that `lorafusion merge` wrote, or the JSON file of its --weights-file.
       save_seconds: time between checkpoints, which are written at the end of an epoch.
       profile: write a trace of one epoch's training to this folder, the second if there are several, as the first
