@@ -94,8 +94,8 @@ def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
     setup = prepare(options, seed_mode=recorded["environment"]["seed_mode"] if recorded else None)
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
-    begin = _start_params(setup, options)
     found = digests(setup, options)
+    begin = _start_params(setup, options, found)
     config = _config(options, setup, found)
     hardware = HardwareSetup(setup, lambda params: setup)
     if set_up is not None:
@@ -217,12 +217,12 @@ def _complete(
     return results
 
 
-def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
-    """Return the numbers of the run to start from; ValueError if they do not fit this one."""
+def _start_params(setup: Setup, options: FuseOptions, found: Digests) -> dict[str, Any] | None:
+    """Return the numbers of the run to start from; ValueError if they do not fit this one, whose digests are given."""
     if options.start_from is None:
         return None
-    if (found := read_weights(options.start_from)) is not None:
-        return listed_params(setup, options, *found)
+    if (listed := read_weights(options.start_from)) is not None:
+        return listed_params(setup, options, found, *listed)
     other, params, config = load_run(options.start_from)
     here = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
     got = {"seeds": list(other.seeds), "modules": config["modules"]}
@@ -231,7 +231,7 @@ def _start_params(setup: Setup, options: FuseOptions) -> dict[str, Any] | None:
             f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {here['seeds']}): "
             "give the same --seeds, --pool, --modules"
         )
-    check_digests(options.start_from, config.get("digests"), digests(setup, options), options)
+    check_digests(options.start_from, config.get("digests"), found, options)
     fresh = start(setup.problem, options.seeds).params
     if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
         raise ValueError(

@@ -21,7 +21,7 @@ from ..methods import find
 from ..methods.fusion import CoefficientsRecipe, Fusion, choice_of
 from ..methods.recipes import basis_of
 from .options import FuseOptions
-from .prepare import Setup, check_digests, digests
+from .prepare import Setup, check_digests
 
 Weights = dict[str, float | dict[str, float]]
 """Weight of every module, or its weights by block, named STACK.LAYER."""
@@ -99,15 +99,17 @@ def with_listed_modules(options: FuseOptions) -> FuseOptions:
     return dataclasses.replace(options, adapters=names)
 
 
-def listed_params(setup: Setup, options: FuseOptions, weights: Weights, recorded: Digests | None) -> dict[str, Any]:
-    """Return the numbers of all seeds that give the model of a list of weights."""
+def listed_params(
+    setup: Setup, options: FuseOptions, found: Digests, weights: Weights, recorded: Digests | None
+) -> dict[str, Any]:
+    """Return the numbers of all seeds that give the model of a list of weights, from the digests of both sides."""
     problem, source = setup.problem, options.start_from
     method, pool = problem.method, problem.frozen.pool
     assert isinstance(method, Fusion) and pool is not None and source is not None
     if recorded is not None:
         if basis_of(options.recipe) is not None:  # modules in a basis have digests of other arrays
             recorded = {"base": recorded["base"], "modules": {}}
-        check_digests(source, recorded, digests(setup, options), options)
+        check_digests(source, recorded, found, options)
     if missing := sorted(weights.keys() - {*setup.modules[0]}):
         raise ValueError(f"{options.pool} has no module {some(missing)}, which {source} names")
     if options.control != "none":  # its modules are named after those that they replace
