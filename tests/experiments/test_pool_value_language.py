@@ -177,6 +177,8 @@ def test_a_tuning_continues_and_ends_at_the_best_rate(tmp_path):
     # Powers -1 to 3 of 3, two tasks and two seeds.
     assert len(first.asked) + len(second.asked) == 5 * 2 * 2 == len(file.read_text().splitlines())
     assert experiment.tune(third, "zero-shot", 20, paths, file) == {}
+    fixed = {"lr_coefficients": 0.01, "lr_magnitudes": 0.0333}
+    assert experiment.tune(third, "rotated, magnitudes at 0.0333", 20, paths, file) == fixed
 
 
 def _rows(arm, loss, seeds=(1, 2, 3)):
@@ -218,8 +220,9 @@ def test_the_plan_counts_missing_cells_and_trials(capsys):
     rows = _rows("LoRAFusion", lambda place, seed: 1.0)
     tuning = [{"arm": "LoRAFusion", "rows": 20}]
     experiment.print_plan(experiment.STAGES, _TARGETS, rows, tuning, tune_only=False)
-    first, *_, last, total = capsys.readouterr().out.splitlines()
+    first, *_, last, fixed, total = capsys.readouterr().out.splitlines()
     assert ": 32 trials, 72 cells, " in first and ": 32 trials, 60 cells, " in last and "CPU minutes" in total
+    assert ": 0 trials, 36 cells, " in fixed
     experiment.print_plan(experiment.STAGES[:1], _TARGETS, [], [], tune_only=True)
     assert ": 52 trials, 0 cells, " in capsys.readouterr().out
 
