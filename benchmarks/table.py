@@ -1,6 +1,6 @@
 """Run the benchmarks, each in a process of its own, and print one table of ratios and bars.
 
-    python benchmarks/table.py bench [--out docs/results/speed]
+    python benchmarks/table.py bench [--out results/speed]
 
 `fast`: the embedded small shape and padding, in less than a minute. `bench`: what has a bar of FLAN-T5-small, and of
 FLAN-T5-large with one seed, in about 30 minutes on two cores. `full`: every shape, pool, number of seeds and

@@ -61,7 +61,7 @@ class BasisOptions(SmallPoolOptions):
 
     groups: tuple[Group, ...] = get_args(Group)
     main: tuple[Path, ...] = tuple(
-        ROOT / "docs" / "results" / of / "results.jsonl" for of in ("small_pool", "small_pool_5")
+        ROOT / "results" / of / "results.jsonl" for of in ("small_pool", "small_pool_5")
     )
     out: Path = ROOT / "runs" / "basis"
 

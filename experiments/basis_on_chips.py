@@ -52,7 +52,7 @@ class Options(ChipsOptions):
     sizes: tuple[int | Literal["whole"], ...] = ("whole", 32, 16)
     cases: tuple[Case, ...] = get_args(Case)
     age: str = "1month"
-    earlier: tuple[Path, ...] = (ROOT / "docs" / "results" / "hardware" / "rows.csv",)
+    earlier: tuple[Path, ...] = (ROOT / "results" / "hardware" / "rows.csv",)
     out: Path = ROOT / "runs" / "basis_on_chips"
 
 

@@ -34,7 +34,7 @@ BASE = CrossbarConfig(adc=ADC())  # 8-bit weights in four 2-bit slices, 8-bit in
 
 def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "docs" / "images")
+    parser.add_argument("--out", type=Path, default=Path("runs/crossbar_pictures"))
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     style: dict[Any, Any] = {

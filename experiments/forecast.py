@@ -66,9 +66,9 @@ class Options:
     """
 
     rows: tuple[int, ...] = (20,)
-    measured: Path = ROOT / "docs" / "results" / "pool_value"
+    measured: Path = ROOT / "results" / "pool_value"
     pools: Path = ROOT / "runs" / "pool_value" / "pools"
-    out: Path = ROOT / "docs" / "results" / "forecast"
+    out: Path = ROOT / "results" / "forecast"
     tasks: Path | None = None
     language_pool: Path = ROOT / "runs" / "language_own" / "adapters"
     package: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

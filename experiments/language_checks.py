@@ -1,7 +1,7 @@
 """Check what the page on real language rests on: leaked test pairs, the random pool, and differences between tasks.
 
     python experiments/language_checks.py --tasks FOLDER
-    python experiments/language_checks.py --tasks FOLDER --rows docs/results/language/main.jsonl --out runs/clean
+    python experiments/language_checks.py --tasks FOLDER --rows results/language/main.jsonl --out runs/clean
 
 Printed: the pairs of each task that something was trained on; the updates of the pool's modules next to those of random
 ones; and with --rows, how two methods differ on each task, with and without those pairs. Without them, the report of

@@ -245,7 +245,7 @@ def _print_plan(todo: dict[str, Path], options: Options, rows: Sequence[dict[str
         total += seconds
         trained = rows_of_task.split.train.shape[1]
         print(f"{name:24} {trained:4} rows x {run.recipe.epochs}  {count:7,} tokens  {seconds / 60:5.1f} min")
-    where = f"of {len(rows)} finished tasks" if rows else "of the machine that made docs/results/language"
+    where = f"of {len(rows)} finished tasks" if rows else "of the machine that made results/language"
     print(f"{len(todo)} tasks, {total / 60:.0f} minutes at {rate:.0f} tokens a second, the rate {where}")
 
 

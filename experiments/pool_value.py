@@ -69,7 +69,7 @@ class Options:
 
     rows: tuple[Literal[5, 10, 20, 95], ...] = (20, 5, 95, 10)
     arms: tuple[str, ...] = tuple(ARMS)
-    out: Path = ROOT / "docs" / "results" / "pool_value"
+    out: Path = ROOT / "results" / "pool_value"
     pools: Path = ROOT / "runs" / "pool_value" / "pools"
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 

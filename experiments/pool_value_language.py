@@ -147,7 +147,7 @@ class Options:
     pool: Path = ROOT / "runs" / "language_own" / "adapters"
     rows: tuple[Literal[20, 95], ...] = (20, 95)
     tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    out: Path = ROOT / "docs" / "results" / "pool_value"
+    out: Path = ROOT / "results" / "pool_value"
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 

@@ -249,7 +249,7 @@ class Options:
     tasks: Path | None = None
     unseen: tuple[str, ...] = ("sentiment", "person-sport")
     runs: Path = ROOT / "runs" / "restore"
-    out: Path = ROOT / "docs" / "results" / "restore"
+    out: Path = ROOT / "results" / "restore"
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 

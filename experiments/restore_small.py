@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def trained_there(options: Options) -> dict[str, np.ndarray]:
     """Return exact match of fusions that experiments/hardware.py trained on each chip [C], by task."""
-    with (ROOT / "docs" / "results" / "hardware" / "rows.csv").open() as file:
+    with (ROOT / "results" / "hardware" / "rows.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["case"] == "its chip" and not row["age"]]
 
     def of_chip(task: str, chip: int) -> float:

@@ -93,7 +93,7 @@ def test_the_table_shows_which_bars_are_met():
 
 def test_the_committed_table_can_be_made_again():
     """From its cases, also those in an older form."""
-    folder = _ROOT / "docs/results/speed"
+    folder = _ROOT / "results/speed"
     cases = json.loads((folder / "cases.json").read_text())["cases"]
     assert table.csv_of(cases) == (folder / "table.csv").read_text()
 

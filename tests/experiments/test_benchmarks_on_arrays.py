@@ -7,7 +7,7 @@ import benchmarks_on_arrays as experiment
 import pytest
 from lab.common import read_lines
 
-_RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+_RESULTS = Path(__file__).resolve().parents[2] / "results"
 
 
 def test_values_and_differences_of_items():
@@ -28,7 +28,7 @@ def test_values_and_differences_of_items():
     "rows", sorted((_RESULTS / "benchmarks_on_arrays").rglob("rows.jsonl")), ids=lambda path: path.parent.name
 )
 def test_the_page_has_the_tables_of_its_rows(rows):
-    page = (_RESULTS / "benchmarks_on_arrays.md").read_text()
+    page = (_RESULTS.parent / "docs" / "results" / "benchmarks_on_arrays.md").read_text()
     for name, lines in experiment.tables(read_lines(rows)).items():
         with (rows.parent / f"{name}.csv").open() as file:
             assert list(csv.reader(file)) == lines

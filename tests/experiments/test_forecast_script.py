@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from lab.common import read_lines
 
-_PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "forecast.md"
-_FOLDER = _PAGE.parent / "forecast"
+_ROOT = Path(__file__).resolve().parents[2]
+_PAGE = _ROOT / "docs" / "results" / "forecast.md"
+_FOLDER = _ROOT / "results" / "forecast"
 
 
 def _losses(task, arm, seed, draw, loss):

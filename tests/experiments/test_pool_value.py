@@ -13,7 +13,8 @@ from lab import pool_cells, string_pools
 from shuffle_labels import main as write_shuffled
 from string_tasks import split
 
-_RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "pool_value"
+_ROOT = Path(__file__).resolve().parents[2]
+_RESULTS = _ROOT / "results" / "pool_value"
 _TARGETS = [target for target in string_pools.design().targets if target.pool != "tuning"]
 
 
@@ -151,7 +152,7 @@ def test_an_unknown_arm_is_refused_with_all_arms():
 
 def test_the_page_has_the_tables_of_its_rows():
     rows = [row for file in sorted(_RESULTS.glob("rows_*.jsonl")) for row in experiment.read_lines(file)]
-    page = (_RESULTS.parent / "pool_value.md").read_text()
+    page = (_ROOT / "docs" / "results" / "pool_value.md").read_text()
     for name, lines in experiment.tables(rows, experiment.read_lines(_RESULTS / "tune.jsonl")).items():
         assert list(csv.reader((_RESULTS / f"{name}.csv").read_text().splitlines())) == lines
         lines = [line for line in lines if name != "contrasts" or experiment.ROTATED in line or "all" in line]

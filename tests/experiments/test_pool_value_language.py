@@ -19,7 +19,8 @@ from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.io.peft.adapter import write_adapter
 
-_RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results" / "pool_value"
+_ROOT = Path(__file__).resolve().parents[2]
+_RESULTS = _ROOT / "results" / "pool_value"
 _NAMES = [name for family in SOURCES.values() for name in family]
 _TARGETS = [f"task {place}" for place in range(experiment.TARGETS)]
 
@@ -228,7 +229,7 @@ def test_the_plan_counts_missing_cells_and_trials(capsys):
 
 
 def _page_has(lines):
-    page = (_RESULTS.parent / "pool_value.md").read_text()
+    page = (_ROOT / "docs" / "results" / "pool_value.md").read_text()
     return [line for line in lines if f"| {' | '.join(line)} |" not in page] == []
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import restore as experiment
 from lab.common import read_lines
 
-_PAGE = Path(__file__).resolve().parents[2] / "docs" / "results" / "restore.md"
+_ROOT = Path(__file__).resolve().parents[2]
+_PAGE = _ROOT / "docs" / "results" / "restore.md"
 
 
 def _row(chip, arm, loss):
@@ -80,9 +81,9 @@ def test_matches_of_fusions_are_means_over_chips():
 
 
 def test_the_page_has_the_tables_of_its_rows():
-    rows = read_lines(_PAGE.parent / "restore" / "rows.jsonl")
+    rows = read_lines(_ROOT / "results" / "restore" / "rows.jsonl")
     for part, lines in experiment.tables(rows).items():
-        with (_PAGE.parent / "restore" / f"{part}.csv").open() as file:
+        with (_ROOT / "results" / "restore" / f"{part}.csv").open() as file:
             assert list(csv.reader(file)) == lines
         assert [line for line in lines[1:] if f"| {' | '.join(line)} |" not in _PAGE.read_text()] == []
 

@@ -68,7 +68,7 @@ def test_old_rows_have_the_settings_of_their_methods_alone():
 
 
 def test_every_committed_row_can_be_read():
-    files = sorted((_TESTS.parent / "docs" / "results").glob("**/results.jsonl"))
+    files = sorted((_TESTS.parent / "results").glob("**/results.jsonl"))
     configs = {json.dumps(json.loads(line)["config"]) for file in files for line in file.read_text().splitlines()}
     assert len(configs) > 100
     for config in configs:
