@@ -23,6 +23,8 @@ from typing import Any
 
 from _measure import MALLOC, PRODUCT, ROOT, features, has_peft, met, processor
 
+from lorafusion_jax.files import write_text
+
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")
 _BENCH = (
@@ -169,12 +171,10 @@ def _today() -> str:
 
 
 def _write(folder: Path, found: Mapping[str, Any]) -> None:
-    """Write the table and what it is computed from, each under its name only when it is whole."""
+    """Write the table and what it is computed from, each complete or absent."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("table.csv", csv_of(found["cases"])), ("cases.json", json.dumps(found, indent=1) + "\n")):
-        partial = folder / f".{name}.partial"
-        partial.write_text(text)
-        partial.replace(folder / name)
+        write_text(folder / name, text)
 
 
 if __name__ == "__main__":

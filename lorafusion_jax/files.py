@@ -9,12 +9,13 @@ import errno
 import os
 import re
 import reprlib
+import secrets
 import types
 import typing
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 import msgspec
 
@@ -354,18 +355,18 @@ def check_no_link(path: Path) -> None:
         raise FileError(path, got=got, fix="copy it to a new file, and give that its name")
 
 
-def write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Let a function write a file under a temporary name, and rename the file once it is complete.
+def write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
+    """Let a function write a file under a fresh name, and rename the file once it is complete.
 
     Raises a FileError for a folder, and a WriteError if the disk is full, read-only or gone; the file is unchanged.
     """
     if path.is_dir():
         raise FileError(path, got="a folder", fix="give a file")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another one for each process
+    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     with writing(path.parent):
         try:
-            partial.unlink(missing_ok=True)  # a link would be followed
-            writer(partial)
+            with partial.open("xb") as file:  # never a link or a pipe that is already there
+                writer(file)
             partial.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -375,7 +376,8 @@ def write(path: Path, writer: Callable[[Path], Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, in UTF-8, that is complete or absent."""
-    write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    content = text.encode()
+    write(path, lambda file: file.write(content))
 
 
 def check_lfs(path: Path) -> None:

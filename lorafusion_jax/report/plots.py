@@ -56,7 +56,7 @@ def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]
         figure = Figure(size, dpi=150, layout="constrained")
         draw(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, lambda partial: figure.savefig(partial, format="png"))
+        write(path, lambda file: figure.savefig(file, format="png"))
 
 
 def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:

@@ -75,7 +75,7 @@ def write_lorahub_split(
     for path in missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = contents[path]
-        write(path, lambda partial, content=content: partial.write_bytes(content))
+        write(path, lambda file, content=content: file.write(content))
     return [out / name for name in chosen]
 
 

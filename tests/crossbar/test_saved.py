@@ -12,7 +12,6 @@ import pytest
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, load_chip, matmul, program, save_chip, with_read_key
-from lorafusion_jax.files import write_text
 
 _KEY = jax.random.key(0)
 _CONFIGS = {
@@ -202,26 +201,3 @@ def test_arrays_are_as_large_as_their_bytes(tmp_path):
     path.write_bytes(b"PK")
     with pytest.raises(ValueError, match=f"^{path} is damaged"):
         load_chip(path)
-
-
-@pytest.mark.parametrize(
-    "save",
-    [
-        lambda path: crossbar.save_config(CrossbarConfig(), path),
-        crossbar.save_constants,
-        lambda path: write_text(path, 20 * "x"),
-    ],
-)
-def test_a_table_that_is_cut_off_leaves_what_was_there(save, tmp_path, monkeypatch):
-    path = tmp_path / "table.yaml"
-    path.write_text("before")
-    whole = Path.write_text
-
-    def cut_off(self, text, **how):
-        whole(self, text[:10], **how)
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_text", cut_off)
-    with pytest.raises(OSError, match="no space"):
-        save(path)
-    assert path.read_text() == "before"

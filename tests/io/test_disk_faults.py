@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import made_up_rows
 import numpy as np
@@ -207,13 +208,23 @@ def test_errors_of_safetensors_and_commands_name_the_disk(tmp_path, capsys):
     assert re.fullmatch(r"error: .* cannot be written: the disk is full .*\n", capsys.readouterr().err)
 
 
-def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
     """The second writes the whole file while the first is at it."""
-    monkeypatch.setattr(os, "getpid", iter((1, 2)).__next__)
 
-    def first(partial: Path) -> None:
-        partial.write_text("first")
+    def first(file: BinaryIO) -> None:
+        file.write(b"first")
         write_text(tmp_path / "file", "second")
 
     write(tmp_path / "file", first)
     assert (tmp_path / "file").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_is_cut_off_leaves_what_was_there(tmp_path):
+    def cut_off(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(WriteError, match="the disk is full"):
+        write(tmp_path / "file", cut_off)
+    assert (tmp_path / "file").read_text() == "before" and len(list(tmp_path.iterdir())) == 1

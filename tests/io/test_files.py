@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import datasets
+import jax.numpy as jnp
 import pytest
 import tokenizers
 import transformers
@@ -16,6 +17,7 @@ from lab.rows import append_rows, read_rows
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
+from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import load_chip
 from lorafusion_jax.files import FileError, printable, read_json, structured, write_text
 from lorafusion_jax.io import safetensors
@@ -182,10 +184,25 @@ def test_links_that_replace_files_to_write_are_not_followed(tmp_path):
     (tmp_path / ".new.partial").symlink_to(outside)
     with new_folder(tmp_path / "new") as partial:
         (partial / "file").write_text("new")
-    (tmp_path / f".x.{os.getpid()}.partial").symlink_to(outside / "file")
-    write_text(tmp_path / "x", "new")
-    assert (outside / "file").read_text() == "kept" and not (tmp_path / "x").is_symlink()
-    assert (tmp_path / "new" / "file").read_text() == (tmp_path / "x").read_text() == "new"
+    assert (outside / "file").read_text() == "kept" and (tmp_path / "new" / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda path: path.symlink_to(path.parents[1] / "kept")])
+def test_neither_a_link_nor_a_pipe_in_the_way_is_written_to(put, tmp_path):
+    (tmp_path / "kept").write_text("kept")
+    (folder := tmp_path / "folder").mkdir()
+    chip = crossbar.program(jnp.ones((4, 2)), crossbar.CrossbarConfig())
+    for name, write in {
+        "x.json": lambda path: write_text(path, "{}"),
+        "config.yaml": lambda path: crossbar.save_config(crossbar.CrossbarConfig(), path),
+        "constants.yaml": crossbar.save_constants,
+        "chip.npz": lambda path: crossbar.save_chip(chip, path),
+    }.items():
+        for taken in (f".{name}.partial", f".{name}.{os.getpid()}.partial", name):
+            put(folder / taken)
+        write(folder / name)
+        assert not (folder / name).is_symlink() and (folder / name).is_file()
+    assert (tmp_path / "kept").read_text() == "kept"
 
 
 @pytest.mark.parametrize(

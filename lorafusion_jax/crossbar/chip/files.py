@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ...files import write
 from ..config.files import config_hash, from_json, has_hash, to_json
 from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
@@ -50,10 +51,7 @@ def save_chip(chip: Chip, path: str | Path) -> None:
     meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
     meta |= {"name": chip.name, "first": chip.first}
     arrays[_META] = np.array(json.dumps(meta | {"plan": dataclasses.asdict(chip.plan)}))
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
-    temporary.replace(path)
+    write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
 
 
 def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import yaml
 
+from ...files import shown, write_text
 from ..devices.device import Sinh
 from ..devices.drift import PCM_DRIFT, RERAM_CMO_DRIFT, PowerLaw, Relaxation
 from ..devices.write_error import (
@@ -36,7 +37,7 @@ from ..devices.write_error import (
 )
 from .presets import PRESETS
 from .schema import ADC, DAC, CrossbarConfig, tuples
-from .tables import kind_of, read_table, shown, write_text
+from .tables import kind_of, read_table
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
 _MODELS: dict[str, tuple[type, ...]] = {
@@ -69,6 +70,7 @@ def save_config(config: CrossbarConfig, path: str | Path) -> None:
     path = Path(path)
     is_json, fields = kind_of(path, _WHAT) == "json", _plain(config, "", _refuse)
     yaml_layout: dict[str, Any] = {"sort_keys": False, "default_flow_style": None}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(fields, indent=2) + "\n" if is_json else yaml.safe_dump(fields, **yaml_layout))
 
 

@@ -1,7 +1,6 @@
 """YAML and JSON files of settings as plain tables, within bounds on their size and depth."""
 
 import json
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,11 +8,11 @@ from typing import Any
 
 import yaml
 
+from ...files import shown
+
 _LARGEST = 1 << 20  # bytes
 _MOST_VALUES, _DEEPEST = 100_000, 20
 _LONGEST_INTEGER = 100  # characters: reading one takes time that grows by the square of its length
-_SPELL = reprlib.Repr()
-_SPELL.maxlevel, _SPELL.maxstring, _SPELL.maxlong, _SPELL.maxother = 3, 120, 120, 120
 
 
 def kind_of(path: Path, what: str) -> str:
@@ -46,19 +45,6 @@ def read_table(path: Path, kind: str) -> Any:
         return loader.construct_document(node)
     except Exception as error:  # YAML tags that do not fit their values raise errors of many kinds
         raise ValueError(f"{path} cannot be read as {kind.upper()}: {error}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, and its folder if there is none: under a temporary name, so that it is complete or what it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def shown(value: Any) -> str:
-    """Return a value of a file as text for a message, shortened."""
-    return _SPELL.repr(value)
 
 
 def _check(root: Any, inside: Callable[[Any], Iterable[Any]]) -> None:

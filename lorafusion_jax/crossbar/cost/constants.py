@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ..config.tables import kind_of, read_table, shown, write_text
+from ...files import shown, write_text
+from ..config.tables import kind_of, read_table
 from ..mapping.adc.architectures import ARCHITECTURES
 from .ranges import Constant, Range
 
@@ -55,6 +56,7 @@ def save_constants(path: Path, constants: Constants = CONSTANTS) -> None:
     write = json.dumps if kind_of(path, _WHAT) == "json" else yaml.safe_dump
     layout: dict[str, Any] = {"indent": 2} if kind_of(path, _WHAT) == "json" else {"sort_keys": False, "width": 120}
     table = {name: {field: getattr(c, field) for field in _FIELDS} for name, c in constants.table.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, write(table, **layout).rstrip() + "\n")
 
 
