@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Collection, Mapping
@@ -42,6 +43,11 @@ class Example:
     history: tuple[tuple[str, str], ...] = ()
     row: str = dataclasses.field(default="", compare=False)
 
+    @property
+    def input_sha256(self) -> str:
+        """SHA-256 of the input and the messages before it."""
+        return hashlib.sha256(json.dumps([self.input, *self.history]).encode()).hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -80,8 +86,7 @@ def load_task(
       stands in the line before the input or alone;
     * one such file; a JSONL, CSV or Parquet file of any other name;
     * a BIG-Bench Hard file, `{"examples": [{"input": ..., "target": ...}]}`;
-    * a JSON list, `[{"input": ..., "output": ...}]`, as the function-vector data sets are (Todd et al., ICLR 2024); of
-      rows with equal inputs the first;
+    * a JSON list, `[{"input": ..., "output": ...}]`, as the function-vector data sets are (Todd et al., ICLR 2024);
     * a `datasets` folder (`save_to_disk`) or hub id, `owner/name`, `owner/name@revision`, `owner/name:config` or
       `owner/name@revision:config`, with those columns and the splits train and test (or validation).
 
@@ -89,8 +94,9 @@ def load_task(
     `{"conversations": [{"from": ..., "value": ...}, ...]}`, which end with the user's message and the assistant's
     answer.
 
-    A file of another name, and a data set of one split, are one list. It is shuffled by `random.Random(42)`; then the
-    first `train_rows` are used for training and the others for testing, whatever `need` is.
+    A file of another name, and a data set of one split, are one list. Of rows that give equal inputs only the first is
+    used. The list is shuffled by `random.Random(42)`; then the first `train_rows` are used for training and the others
+    for testing, whatever `need` is.
 
     Args:
       source: path or hub id.
@@ -213,8 +219,9 @@ def as_example(
 
 
 def _is_text(value: Any, *, named: bool) -> bool:
-    """Return whether a value is a text, or a number in a column that the user named."""
-    return isinstance(value, str) or (named and isinstance(value, int | float) and not isinstance(value, bool))
+    """Return whether a value is a text, or a finite number in a column that the user named."""
+    number = isinstance(value, int) if not isinstance(value, float) else math.isfinite(value)
+    return isinstance(value, str) or (named and number and not isinstance(value, bool))
 
 
 def _columns(prompt: str | None) -> set[str]:
@@ -225,8 +232,8 @@ def _columns(prompt: str | None) -> set[str]:
 def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
     if isinstance(messages, list) and all(isinstance(message, dict) and "from" in message for message in messages):
         messages = [
-            {"role": _SPEAKERS.get(message["from"], message["from"]), "content": message.get("value")}
-            for message in messages
+            {"role": _SPEAKERS.get(who, who) if isinstance(who, str) else who, "content": message.get("value")}
+            for message, who in ((message, message["from"]) for message in messages)
         ]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f'{where}: its messages are not a list of {{"role": ..., "content": ...}}')
@@ -248,10 +255,14 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
 
 
 def _divide(rows: list[Example], train_rows: int, source: str | Path) -> dict[str, list[Example]]:
+    different: dict[str, Example] = {}  # inputs, because a test row must not be a training row too
+    for row in rows:
+        different.setdefault(row.input_sha256, row)
+    rows = list(different.values())
     if not 0 <= train_rows < len(rows):
         raise ValueError(
-            f"{source} is one list of {len(rows)} rows, and {train_rows} to train would leave none to test: "
-            "use fewer (--train-rows), or give a folder with train.jsonl and test.jsonl"
+            f"{source} is one list of {len(rows)} rows with different inputs, and {train_rows} to train would leave "
+            "none to test: use fewer (--train-rows), or give a folder with train.jsonl and test.jsonl"
         )
     order = [rows[i] for i in shuffled(len(rows), REFERENCE_SEED)]
     return {"train": order[:train_rows], "test": order[train_rows:]}

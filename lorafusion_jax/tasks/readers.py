@@ -3,7 +3,7 @@
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ Rows = Iterator[tuple[str, Row]]  # each with its place, for messages
 
 # The plain names and LoraHub's.
 _PARTS = {"train.jsonl": "train", "example.jsonl": "train", "test.jsonl": "test", "zero_shot.jsonl": "test"}
+# In CSV, where a number has no quotes to tell it from a text.
+_NOT_FINITE = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
 _HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?(?::([\w.-]+))?")
 
 
@@ -80,7 +82,7 @@ def _json_rows(path: Path) -> Rows:
         text = path.read_text(encoding="utf-8-sig")
     content = _parse(text, path) if text.strip() else []
     if isinstance(content, list):
-        yield from _first_of_each_input((f"{path}, row {n}", row) for n, row in enumerate(content, start=1))
+        yield from ((f"{path}, row {n}", row) for n, row in enumerate(content, start=1))
         return
     rows = content.get("examples") if isinstance(content, dict) else None
     if not isinstance(rows, list):
@@ -95,11 +97,12 @@ def _csv_rows(path: Path) -> Rows:
     with utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, strict=True)
         try:
+            _check_columns(rows.fieldnames or (), path)
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
                 if None in row or None in row.values():
                     raise ValueError(f"{where} has more or fewer columns than the header {some(rows.fieldnames or [])}")
-                yield where, row
+                yield where, {name: float(cell) if _NOT_FINITE.fullmatch(cell) else cell for name, cell in row.items()}
         except csv.Error as error:
             fix = "quote texts that contain commas, quotes or line breaks"
             raise FileError(f"{path}, line {rows.line_num + 1}", got=f"not CSV: {error}", fix=fix) from error
@@ -111,10 +114,18 @@ def _parquet_rows(path: Path) -> Rows:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow.names, path)
             batches = (batch for batch in file.iter_batches(1000))
             yield from ((f"{path}, row {n}", row) for n, row in enumerate(r for b in batches for r in b.to_pylist()))
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also of single texts and dates
+    except FileError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also of texts and dates
         raise FileError(path, got=f"not Parquet: {error}", fix="write the file again") from error
+
+
+def _check_columns(names: Sequence[str], path: Path) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise FileError(path, got=f"two columns named {some(twice)}", fix="rename one of them")
 
 
 def is_bbh(source: str | Path) -> bool:
@@ -124,17 +135,6 @@ def is_bbh(source: str | Path) -> bool:
         return False
     with path.open("rb") as file:
         return bool(re.match(rb'\s*\{[^[]*"examples"\s*:', file.read(10_000)))
-
-
-def _first_of_each_input(rows: Rows) -> Rows:
-    """Leave out rows with an earlier row's input: a list is divided, and a test row must not be a training row too."""
-    seen = set()
-    for where, row in rows:
-        asked = {key: row[key] for key in ("instruction", "input") if row.get(key)} if isinstance(row, dict) else None
-        text = json.dumps(asked or row)
-        if text not in seen:
-            yield where, row
-        seen.add(text)
 
 
 def _parse(text: str, path: Path, line: int = 1) -> Row:

@@ -117,7 +117,8 @@ def test_files_of_big_bench_hard_are_read(tmp_path):
     for name, (_, rows) in bbh_rows.TASKS.items():
         task = load_task(folder / f"{name}.json", train_rows=bbh_rows.TRAIN_ROWS)
         assert (task.name, len(task.train)) == (name, bbh_rows.TRAIN_ROWS)
-        assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(rows)
+        first_of_each_input = dict(reversed(rows)).items()
+        assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(first_of_each_input)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_folders_that_are_no_tasks_are_refused(tmp_path, make, message):
 def test_other_sources_that_are_no_tasks_are_refused(tmp_path):
     path = _write(tmp_path / "all.jsonl", _rows(60))
     for train_rows in (100, 60):
-        message = f"one list of 60 rows, and {train_rows} to train would leave none to test: use fewer"
+        message = f"one list of 60 rows .*, and {train_rows} to train would leave none to test: use fewer"
         with pytest.raises(ValueError, match=message):
             load_task(path, train_rows=train_rows)
     for source in ("/no/such/folder", "no_such.jsonl", "./owner/name", "a/b/c"):
