@@ -373,7 +373,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
     """Return the tables of all arms and contrasts with at least one seed with which all targets have rows."""
     arms = [["arm", "numbers", "rows", "seeds", "test loss", "exact match, %"]]
     rates = [["arm", "rows", "rates", "mean test loss", "rates tried"]]
-    contrasts = [["rows", "contrast", "seeds", "tasks", "nats", "95 % interval", "p"]]
+    contrasts = [["rows", "contrast", "seeds", "tasks", "nats", "95 % interval", "p", "points", "95 % of points"]]
     by_seed = [["rows", "seed", "tasks", "nats", "95 % interval", "p"]]
     by_task = [["task", "rows", "seeds", ROTATED, FUSION, "advantage"]]
     for number, arm in itertools.product(EPOCHS, ARMS):
@@ -394,9 +394,13 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
         first, second = complete(rows, arm, number, targets), complete(rows, other, number, targets)
         if not (seeds := first.keys() & second.keys()):
             continue
-        a, b = (means({seed: own[seed] for seed in sorted(seeds)}) for own in (first, second))
+        of_both = [{seed: own[seed] for seed in sorted(seeds)} for own in (first, second)]
+        a, b = (means(own) for own in of_both)
         gain = {task: a[task] - b[task] for task in a}
-        contrasts.append([str(number), f"{arm} minus {other}", str(len(seeds)), *_estimate([*gain.values()])])
+        match, of_other = (means(own, "exact_match") for own in of_both)
+        points = _mean([match[task] - of_other[task] for task in gain], 1)
+        label = [str(number), f"{arm} minus {other}", str(len(seeds))]
+        contrasts.append([*label, *_estimate([*gain.values()]), *points])
         if (arm, other) == (ROTATED, FUSION):
             for seed in sorted(seeds):
                 alone = [first[seed][task]["test_loss"] - second[seed][task]["test_loss"] for task in gain]
@@ -410,11 +414,15 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
 
 def _estimate(values: Sequence[float]) -> list[str]:
     """Return the number of values, one for each task, their mean, its interval, and p of a t test."""
+    test: Any = scipy.stats.ttest_1samp(values, 0.0)
+    return [str(len(values)), *_mean(values, 3), f"{test.pvalue:.2g}"]
+
+
+def _mean(values: Sequence[float], places: int) -> list[str]:
+    """Return the mean of values, one for each task, and its interval."""
     interval = over_tasks(values)
     assert interval is not None
-    test: Any = scipy.stats.ttest_1samp(values, 0.0)
-    ends = f"{interval.low:.3f} to {interval.high:.3f}"
-    return [str(len(values)), f"{interval.mean:.3f}", ends, f"{test.pvalue:.2g}"]
+    return [f"{interval.mean:.{places}f}", f"{interval.low:.{places}f} to {interval.high:.{places}f}"]
 
 
 if __name__ == "__main__":
