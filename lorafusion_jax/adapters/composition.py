@@ -26,7 +26,7 @@ from ..models.weights import dense, is_in_arrays, map_layers
 from ..platform import for_cpu, is_traced
 from .basis import SharedBasis
 from .norms import Gram, PairTerms, column_norm, norm_of_sum, product, product_is_smaller, squared_columns
-from .pool import LoraPool
+from .pool import LoraPool, in_pool
 from .updates import Composition, Dense, InBasis, LowRank, Modules, Outputs, gather
 
 _NORM = "norm"  # its name in the checkpoint policy
@@ -65,7 +65,8 @@ def compose(
 
     Args:
       pool: P adapters.
-      index: positions of the N adapters that this fusion mixes.
+      index: positions of the N adapters that this fusion mixes. Inside a compiled function, one outside of the pool
+        makes the adapters NaN.
       coefficients: site -> per layer and module, k = 1, or per rank too, k = r (see `coefficients.expand`).
       composition: `mix` or `sum`.
       gram: needed with magnitudes; pair terms only of a sum with k = 1 that is not in arrays.
@@ -73,9 +74,11 @@ def compose(
       differentiate_norm: let gradients flow through ||W + dW||; PEFT's DoRA rule treats it as constant.
 
     Raises:
-      ValueError: as `check_mix` does; magnitudes without Gram terms; pair terms of another fusion.
+      ValueError: as `check_mix` does; magnitudes without Gram terms; pair terms of another fusion; an index outside of
+        the pool.
     """
     _check_gram("pool", gram, magnitudes)
+    factor = in_pool(len(pool), index)
     if composition == "mix":
         check_mix(pool, index)
     in_arrays = is_in_arrays((pool.A, pool.B))
@@ -93,7 +96,7 @@ def compose(
         if composition == "mix":
             A, B = dense(A, jnp.float32), dense(B, jnp.float32)
             # Weights scattered over the whole pool read it in place; gathering would copy the chosen modules.
-            spread = jnp.zeros((A.shape[0], c.shape[1]), c.dtype).at[index].set(c)
+            spread = jnp.zeros((A.shape[0], c.shape[1]), c.dtype).at[index].set(c, mode="clip")
             left, right = _weighted(A, spread[:, None, :]), _weighted(B, spread[:, :, None])
             update = LowRank(left, right)
             if m is not None:
@@ -117,6 +120,7 @@ def compose(
 
     adapters, total = {}, jnp.int32(0)
     for site, c in coefficients.items():
+        c = c * factor
         terms, of_pairs = (None, None, None), None
         if magnitudes is not None and isinstance(gram, PairTerms):
             norm, floored = norm_of_sum(gram.squared[site], gram.cross[site], gram.pairs[site], index, c[:, :, 0])
@@ -128,7 +132,7 @@ def compose(
         if in_arrays:
             # Ranks that a module lacks have no cells: padding must not add cell noise.
             real = jnp.arange(A.shape[-1])[None, None, :] < pool.rank[site][:, index][:, :, None]
-            c = jnp.where(real, c, jnp.zeros_like(c))
+            c = c * real.astype(c.dtype)
         of = gram.modules if isinstance(gram, Gram) and gram.modules is not None else pool
         assert isinstance(of, LoraPool)
         layers = (of.A[site], of.B[site], c, *terms)
@@ -164,10 +168,11 @@ def compose_in_basis(
     in_arrays = is_in_arrays((basis.U, basis.V))
     of = basis if gram is None or gram.modules is None else gram.modules
     assert isinstance(of, SharedBasis)
+    factor = in_pool(len(basis), index)
     adapters, total = {}, jnp.int32(0)
     for site, c in coefficients.items():
-        S = jnp.take(basis.S[site], index, axis=1)
-        mixed = jnp.einsum("ln,lnij->lij", c[:, :, 0], S, precision="highest")
+        S = jnp.take(basis.S[site], index, axis=1, mode="clip")
+        mixed = jnp.einsum("ln,lnij->lij", c[:, :, 0] * factor, S, precision="highest")
         if core is not None:
             mixed = mixed + core[site]
         U, V = basis.U[site], basis.V[site]

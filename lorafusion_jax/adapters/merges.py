@@ -33,7 +33,7 @@ from ..models.weights import Weight, dense, map_layers
 from ..platform import is_traced
 from .composition import compose
 from .norms import product
-from .pool import LoraPool
+from .pool import LoraPool, in_pool
 from .updates import Dense, LowRank, Modules, Outputs
 
 _OnFactors = Literal["linear", "magnitude_prune", "dare_linear", "ties", "dare_ties"]
@@ -68,7 +68,7 @@ def merge(
 
     Args:
       pool: P adapters; if their scalings are unknown, they count as equal.
-      index: positions of the modules; a single one is only weighted, as in PEFT.
+      index: positions of the modules, as for `compose`; a single one is only weighted, as in PEFT.
       weights: one for each module, of either sign.
       kind: the rule; `cat` gives what `compose` does, the others a `LowRank`.
       density: share of the entries that pruning keeps.
@@ -76,7 +76,7 @@ def merge(
         layer.
 
     Raises:
-      ValueError: as `check_merge` does; a dare without a key.
+      ValueError: as `check_merge` does; a dare without a key; an index outside of the pool.
     """
     check_merge(pool, kind)
     if kind == "cat":
@@ -84,6 +84,7 @@ def merge(
         return compose(pool, index, {s: one * weights[None, :, None] for s, one in ones.items()}, "sum")[0]
     if kind.startswith("dare") and key is None:
         raise ValueError(f"{kind} keeps random entries: give a key")
+    factor = in_pool(len(pool), index)
     rule = "linear" if index.shape[0] == 1 else kind.removesuffix("_svd")
     width = max(A.shape[-1] for A in pool.A.values())
 
@@ -112,7 +113,8 @@ def merge(
     for site, ranks in pool.rank.items():
         scaling = jnp.ones(ranks.shape) if pool.scaling is None else pool.scaling[site]
         layers = (jnp.arange(ranks.shape[0]), pool.A[site], pool.B[site], scaling)
-        merged[site] = LowRank(*map_layers(partial(of_layer, site), layers))
+        A, B = map_layers(partial(of_layer, site), layers)
+        merged[site] = LowRank(A, B * factor)
     return merged
 
 

@@ -124,6 +124,21 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     return found
 
 
+def in_pool(modules: int, index: Int[Array, "..."]) -> Array | float:
+    """Return the factor 1, or NaN if a compiled function got a position outside of a pool of so many modules.
+
+    Raises a ValueError for such a position where the values are known.
+    """
+    if is_traced(index):
+        return jnp.where(jnp.all((index >= 0) & (index < modules)), 1.0, jnp.nan)
+    # No process has all values of an array that a mesh of several splits.
+    if not isinstance(index, jax.Array) or index.is_fully_addressable:
+        known = np.asarray(index)
+        if np.any((known < 0) | (known >= modules)):
+            raise ValueError(f"expected index from 0 to {modules - 1}, for a pool of {modules}, got {known.tolist()}")
+    return 1.0
+
+
 def random_pool(pool: LoraPool, key: Array) -> LoraPool:
     """Return a control: a pool of Gaussian matrices, each with the Frobenius norm of the one it replaces.
 

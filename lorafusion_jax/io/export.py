@@ -19,7 +19,7 @@ from ..adapters.composition import check_mix
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition, LowRank, WeightDecomposed
 from ..models.architecture import Architecture, Model, kernels, set_matrices
-from ..models.layers import Adapter
+from ..models.layers import Adapter, check_sites
 from ..models.registry import family_of
 from ..models.weights import Weight, dense
 from .source import split_revision
@@ -93,7 +93,11 @@ def lora_adapter(
 
 
 def merged_base(model: Model, adapters: Mapping[str, Adapter]) -> Model:
-    """Return a copy of a model with adapters merged into its kernels, W' = (W + dW) * scale, in float32."""
+    """Return a copy of a model with adapters merged into its kernels, W' = (W + dW) * scale, in float32.
+
+    Raises a ValueError for an adapter at a site that the model lacks.
+    """
+    check_sites(adapters, model.config.sites)
     merged = nnx.clone(model)
     adapted = {site: _merge(adapters[site], kernel) for site, kernel in kernels(model).items() if site in adapters}
     set_matrices(merged, adapted)

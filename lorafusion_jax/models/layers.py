@@ -1,6 +1,6 @@
 """Parts that families share: frozen weights, linear maps that may have an adapter, RMS norm, the scan over layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -122,9 +122,19 @@ def scan_blocks(
     return from_bits(scan_layers(body, *to_bits((x, (sliced, xs))), unroll=unroll))
 
 
-def of_stack(adapters: Adapters, stack: str) -> Mapping[str, Any]:
-    """Return the adapters of one stack, by their sites' names without the stack's."""
+def of_stack(adapters: Adapters, stack: str, sites: Collection[str]) -> Mapping[str, Any]:
+    """Return the adapters of one stack, by their sites' names without the stack's.
+
+    Raises a ValueError for an adapter at none of the model's `sites`.
+    """
+    check_sites(adapters, sites)
     return {site.partition(".")[2]: adapter for site, adapter in adapters.items() if site.partition(".")[0] == stack}
+
+
+def check_sites(adapters: Adapters, sites: Collection[str]) -> None:
+    """Raise ValueError for an adapter at a site that the model lacks."""
+    if foreign := sorted(adapters.keys() - {*sites}):
+        raise ValueError(f"the model lacks the site {foreign[0]!r} of an adapter: its sites are {', '.join(sites)}")
 
 
 def widened(x: Float[Array, "*B"]) -> Float[Array, "*B"]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from ..adapters.pool import in_pool
 from ..models.architecture import Architecture, Model
 from ..models.weights import reads
 from .frozen import Frozen
@@ -30,7 +32,8 @@ class Problem:
       graph: structure of the model, from `nnx.split(model)`.
       method: trained method.
       frozen: weights that are not trained.
-      index: [N], modules of the pool that are fused; for several seeds [seeds, N].
+      index: [N], modules of the pool that are fused; for several seeds [seeds, N]. Those outside of the pool raise a
+        ValueError; inside a compiled function, where they have no values, they make a fusion NaN.
       seed_mode: mode of several seeds.
     """
 
@@ -39,6 +42,11 @@ class Problem:
     frozen: Frozen
     index: Int[Array, "*seeds N"]
     seed_mode: SeedMode = dataclasses.field(default="batched", metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        # Transformations also fill the fields with other objects than arrays.
+        if isinstance(self.index, np.ndarray | jax.Array) and self.frozen.pool is not None:
+            in_pool(len(self.frozen.pool), self.index)
 
     @property
     def config(self) -> Architecture:

@@ -15,6 +15,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import column_names, expand, initial, present, shape
 from lorafusion_jax.adapters.composition import compose_in_basis
+from lorafusion_jax.adapters.merges import merge
 from lorafusion_jax.adapters.norms import PairTerms, pair_terms, pairs_are_smaller
 from lorafusion_jax.adapters.updates import Dense, Outputs
 from lorafusion_jax.io.export import fused_adapter
@@ -386,6 +387,22 @@ def test_fusions_that_cannot_be_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             refused()
+
+
+@pytest.mark.parametrize("index", [(0, 4), (0, -1), (7, 9)])
+@pytest.mark.parametrize("kind", ["sum", "mix", "basis", "ties_svd"])
+def test_no_module_stands_for_one_outside_of_the_pool(kind, index):
+    pool = tiny.pool(4, names="q")
+    ones, basis = expand(jnp.ones(2), pool, "global"), lf.shared_basis(pool, 4)
+
+    def fuse(index):
+        if kind == "basis":
+            return compose_in_basis(basis, index, ones)[0]
+        return merge(pool, index, jnp.ones(2), kind) if "ties" in kind else lf.compose(pool, index, ones, kind)[0]
+
+    with pytest.raises(ValueError, match=rf"index from 0 to 3, for a pool of 4, got \[{index[0]}, {index[1]}\]"):
+        fuse(jnp.array(index))
+    assert all(np.isnan(matrix).all() for matrix in _matrices(jax.jit(fuse)(jnp.array(index))).values())
 
 
 # Modules that are not everywhere, and ranks that differ.

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from flax import nnx
 
+import lorafusion_jax as lf
 from lorafusion_jax.models.architecture import kernels, set_matrices
 from lorafusion_jax.models.weights import Unstacked, dense, embed, heads_matmul, matmul, quantise, unembed, unstacked
 
@@ -131,3 +132,16 @@ def test_a_model_whose_weights_are_separate_arrays(dtype):
     taken = {name for name, kernel in kernels(nnx.merge(graph, apart)).items() if isinstance(kernel, Unstacked)}
     assert taken == tiny.CONFIG.sites.keys() - {site}
     np.testing.assert_allclose(*(logits(a).astype(jnp.float32) for a in (apart, base)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("site", ["encoder.self.z", "self.q", "decoder.self_attn.q_proj"])
+def test_an_adapter_at_a_site_that_the_model_lacks_is_refused(site):
+    model, adapters = tiny.t5(), {site: lf.LowRank(jnp.ones((3, 16, 1)), jnp.ones((3, 1, 12)))}
+    ids = jnp.ones((1, 2), jnp.int32)
+    for use in (
+        lambda: model(ids, ids > 0, ids, adapters),
+        lambda: jax.jit(lambda ids: lf.generate(model, ids, ids > 0, adapters, max_new_tokens=1))(ids),
+        lambda: lf.merged_base(model, adapters),
+    ):
+        with pytest.raises(ValueError, match=f"lacks the site '{site}' of an adapter: its sites are encoder.self.q, "):
+            use()

@@ -68,7 +68,8 @@ class _Tanh(nnx.Module):
         read = jnp.sum(self.embedding[...][input_ids] * real, axis=1) / jnp.sum(real, axis=1)
         before = jnp.pad(jnp.maximum(labels[:, :-1], 0), ((0, 0), (1, 0)))
         x = self.embedding[...][before] + read[:, None]
-        x, _ = scan_blocks(block, self.blocks, x, of_stack(adapters, "only"), remat="none", unroll=True)
+        adapters = of_stack(adapters, "only", self.config.sites)
+        x, _ = scan_blocks(block, self.blocks, x, adapters, remat="none", unroll=True)
         return x @ self.head[...]
 
     prompt = decode_token = moved = label_logits  # parts of the protocol that no test calls

@@ -111,6 +111,14 @@ def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start
             Optimisation(steps=6, **numbers)
 
 
+@pytest.mark.parametrize("index", [(0, 3), (0, -1)])
+def test_no_module_stands_for_one_outside_of_the_pool(frozen, problem, start, index):
+    with pytest.raises(ValueError, match="expected index from 0 to 2, for a pool of 3"):
+        tiny.problem(Fusion(), frozen, index)
+    loss = jax.jit(lambda index: tiny.loss(start.params, problem.replace(index=index)))
+    assert np.isnan(loss(jnp.array(index))) and np.isfinite(loss(_INDEX))
+
+
 def _random_like(params, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)

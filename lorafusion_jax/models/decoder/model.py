@@ -346,7 +346,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Any, Any]:
         sliding = self.structure.sliding
         local = jnp.array(sliding) if any(sliding) and not all(sliding) else None
-        xs = (of_stack(adapters, "decoder"), local, numbers)
+        xs = (of_stack(adapters, "decoder", self.config.sites), local, numbers)
         return scan_blocks(block, self.decoder, carry, xs, remat=self.config.remat, unroll=self.config.unroll)
 
 

@@ -187,7 +187,7 @@ class T5(nnx.Module):
         def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
             return layer(x, masks, bias, adapters, line), None
 
-        x, _ = self._scan(block, self.encoder, self._embed(input_ids), of_stack(adapters, "encoder"))
+        x, _ = self._scan(block, self.encoder, self._embed(input_ids), of_stack(adapters, "encoder", self.config.sites))
         return self.encoder_norm(x)
 
     def decode(
@@ -210,7 +210,9 @@ class T5(nnx.Module):
         def block(layer: Block, x: Array, adapters: Adapters) -> tuple[Array, None]:
             return layer(x, masks, bias, adapters, line, encoded, cross_masks, of_source), None
 
-        x, _ = self._scan(block, self.decoder, self._embed(decoder_ids), of_stack(adapters, "decoder"))
+        x, _ = self._scan(
+            block, self.decoder, self._embed(decoder_ids), of_stack(adapters, "decoder", self.config.sites)
+        )
         return self._logits(x)
 
     def start_cache(self, encoded: Encoded, length: int, adapters: Adapters) -> Cache:
@@ -224,7 +226,7 @@ class T5(nnx.Module):
             shape[axis] = length
             return pack(jnp.zeros(shape, encoded.dtype))
 
-        _, cross = self._scan(block, self.decoder, encoded, of_stack(adapters, "decoder"))
+        _, cross = self._scan(block, self.decoder, encoded, of_stack(adapters, "decoder", self.config.sites))
         return Cache(*map(empty, cross, positions_of_cache()), *cross)
 
     def decode_token(
@@ -265,7 +267,7 @@ class T5(nnx.Module):
             return (x, keys, values), None
 
         numbers = jnp.arange(cache.keys.shape[0])
-        xs = (of_stack(adapters, "decoder"), (cache.cross_keys, cache.cross_values), numbers)
+        xs = (of_stack(adapters, "decoder", self.config.sites), (cache.cross_keys, cache.cross_values), numbers)
         carry = (self._embed(token[:, None]), cache.keys, cache.values)
         (x, keys, values), _ = self._scan(block, self.decoder, carry, xs)
         return self._logits(x)[:, 0], cache._replace(keys=keys, values=values)
