@@ -119,6 +119,7 @@ _OF_PARTS = [
     (lambda: Encoding(kind="offset", flip=True), "set unit_column=True"),
     (lambda: ADC(range="given"), "adc.limits go with adc.range='given'"),
     (lambda: ADC(limits=FOUR), "adc.limits go with adc.range='given'"),
+    (lambda: untyped(ADC, architecture=["sar"]), r"adc.architecture = \['sar'\]: choose sar, ramp"),
     (lambda: crossbar.StuckAt(low=0.7, high=0.7), r"StuckAt: low \+ high = 1.4: together at most all cells"),
     (lambda: Device(write_verify=crossbar.WriteVerify(0.1)), "Device.write_verify .* give programming too"),
     (lambda: crossbar.LogLinear(0.1, 0.0, 0.2, 0.1), "LogLinear: low = 0.2 is above high = 0.1"),

@@ -190,6 +190,16 @@ def test_the_range_of_inputs_comes_first_then_that_of_sums():
     assert share == pytest.approx(np.mean(np.abs(x) > float(chip.input_limit)), abs=1e-3)
 
 
+def test_inputs_that_are_nan_are_refused():
+    x = normal(8, 40).at[3, 2].set(np.nan)
+    chip = crossbar.program_tree({"head": normal(40, 6)}, {"*": CrossbarConfig(adc=ADC(bits=6))}, KEY)
+    run = lambda weights, x: matmul(x, weights["head"])  # noqa: E731
+    seen = crossbar.observe(run, chip, [x])
+    for refused in (lambda: crossbar.calibrate_tree(run, chip, [x]), lambda: crossbar.site_errors(chip, seen)):
+        with pytest.raises(ValueError, match="inputs or outputs of head are NaN or infinite: give batches whose"):
+            refused()
+
+
 @pytest.mark.parametrize("size", [np.inf, 1e-50])
 def test_inputs_without_a_full_scale_are_refused(size):
     with jax.enable_x64(True):

@@ -1,5 +1,6 @@
 """Digital corrections of chips: closed forms against NumPy's least squares, and what they may be put on."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -62,6 +63,10 @@ def _seen_by_layers():
         x = x + found[-1][1]
     found.append((x, x @ np.asarray(_WEIGHTS["head"]), x @ programmed["head"]))
     return [(x, y, z, 1 / np.mean(np.square(y), axis=1)) for x, y, z in found]
+
+
+def _with_head(**parts):
+    return crossbar.with_corrections(_chips(), {"head": Correction(**parts)})
 
 
 def _of_layer(corrections, layer):
@@ -203,10 +208,57 @@ def test_fewer_vectors_than_inputs_warn_of_the_ridge():
         _fit(batches=[_BATCHES[0][:4]])
 
 
+def test_offsets_are_part_of_the_reference_of_corrected_chips():
+    """Ideal converters: what is left of an error is rounding, as without offsets."""
+    chip = crossbar.program(_WEIGHTS["head"], _PERFECT)
+    offset = Correction(scale=jnp.full(5, 1.1), offset=jnp.arange(5.0))
+    _, found = crossbar.probe(_BATCHES[0], dataclasses.replace(chip, correction=offset))
+    assert float(found.sqnr) > 100
+
+
+def test_chips_are_corrected_by_names_of_their_own():
+    nameless = [crossbar.program(_WEIGHTS["layers"][n], _NOISY, jax.random.key(n)) for n in range(2)]
+    split = [dataclasses.replace(nameless[0], name="a.1"), dataclasses.replace(nameless[1], name="a", first=1)]
+    for chips, name in ((nameless, "''"), (split, "'a.1'")):
+        with pytest.raises(ValueError, match=f"2 chips have the name {name}, .*: set other names with"):
+            crossbar.fit_corrections(_run, chips, [chip.codes for chip in chips], _BATCHES)
+        with pytest.raises(ValueError, match=f"2 chips have the name {name}"):
+            crossbar.with_corrections(chips, {name.strip("'"): Correction(scale=jnp.ones(8))})
+    with pytest.raises(ValueError, match="1 chips for a tree with 2: give one for each"):
+        crossbar.with_chips(nameless, nameless[:1])
+
+
+def test_a_saved_correction_of_another_width_is_refused(tmp_path):
+    chip = crossbar.program(_WEIGHTS["head"], _PERFECT)
+    wide = dataclasses.replace(chip, name="head", correction=Correction(scale=jnp.ones(1)))
+    crossbar.save_chip(wide, tmp_path / "chip.npz")
+    with pytest.raises(ValueError, match=r"chip\.npz: the scale of the correction of 'head' has shape \(1,\)"):
+        crossbar.load_chip(tmp_path / "chip.npz")
+
+
+_NAN = [_BATCHES[0].at[3, 2].set(jnp.nan)]
+_CONV = jnp.ones((3, 3, 1, 8))
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
         (lambda: _fit(batches=[]), "there are no batches"),
+        (lambda: _fit(batches=_NAN), "inputs or outputs of head are NaN or infinite: give batches whose"),
+        (lambda: _fit(batches=_NAN, numbers=90), "inputs or outputs of head are NaN"),
+        (lambda: _fit(ridge=-0.1), r"ridge = -0\.1: give a finite share, above 0 with numbers"),
+        (lambda: _fit(ridge=float("nan")), "ridge = nan"),
+        (lambda: _fit(numbers=90, ridge=0.0), r"ridge = 0\.0: give a finite share, above 0 with numbers"),
+        (lambda: _fit(numbers=-3), "numbers = -3: give a whole number of at least 0"),
+        (lambda: _fit(batches=[0 * _BATCHES[0]], numbers=90, ridge=1e-300), "do not determine its matrix of low rank"),
+        (lambda: Correction(U=jnp.ones((8, 2))), "U and V are the factors of one matrix: give both or neither"),
+        (
+            lambda: crossbar.fit_corrections(
+                _run, {"conv": crossbar.program(_CONV.reshape(9, 8), _PERFECT)}, [_CONV], _BATCHES
+            ),
+            r"\(3, 3, 1, 8\): expected \(9, 8\)\. .* kernel of \(3, 3, 1\) inputs in this order, give "
+            r"kernel\.reshape\(-1, 8\)",
+        ),
         (
             lambda: crossbar.fit_corrections(_run, _chips(), [_WEIGHTS["head"]], _BATCHES),
             "1 matrices for 2 chips: expected one for each",
@@ -221,7 +273,7 @@ def test_fewer_vectors_than_inputs_warn_of_the_ridge():
             "a correction of 'tail': expected one of the chips head, layers",
         ),
         (
-            lambda: crossbar.with_corrections(_chips(), {"head": Correction(scale=jnp.ones(4))}),
+            lambda: _with_head(scale=jnp.ones(4)),
             r"the scale of the correction of 'head' has shape \(4,\): expected \(5,\)",
         ),
     ],

@@ -1,6 +1,7 @@
 """The cost model against sums by hand, the cells that programming really makes, and properties that any cost has."""
 
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -128,6 +129,13 @@ def test_latency_by_hand():
     # NeuRRAM converts once, after all three slices.
     once = crossbar.read_latency((256, 256), PRESETS["neurram"])
     assert once.typical == _exactly(3 * 100e-9 + 128 * 0.78e-9)
+
+
+@pytest.mark.parametrize("cost", [counts, crossbar.read_latency])
+@pytest.mark.parametrize("shape", [(0, 3), (2.5, 4), (3, -1), (3,)])
+def test_shapes_that_no_matrix_has_are_refused(cost, shape):
+    with pytest.raises(ValueError, match=r"a matrix of shape \(.*\): give two whole numbers above 0, \(d_in, d_out\)"):
+        inspect.unwrap(cost)(shape, _UNIT)
 
 
 def test_an_array_of_puma_takes_what_its_simulator_says():

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ..chip.chip import Chip, columns_of, over_stack, programmed_weights, reconfigured
+from ..chip.correction import place
 from ..chip.plan import choose
 from ..devices.physical import is_traced, varying_as
 from ..mapping import encoding
@@ -41,7 +42,7 @@ class Statistics:
       errors: [K, STEPS] squared errors of integer sums that are read in steps of 1, 2, 4, ... levels.
       clipped: [K] conversions beyond the range, and `clipped_inputs` inputs beyond the DAC's.
       inputs: [INPUT_BINS] inputs by log2 |x|, negative ones of an unsigned DAC as zeros; empty for an ideal DAC.
-      signal: sum of squares of x @ W, and `error` that of y - x @ W.
+      signal: sum of squares of x @ W, and `error` that of y - x @ W; offsets of a correction belong to x @ W.
     """
 
     histogram: Float[Array, "*N K bins"]
@@ -92,6 +93,8 @@ def probe(
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     held = programmed_weights(chip) if weights is None else weights.astype(batch.dtype)
     reference = batch @ held
+    if weights is None and chip.correction is not None and chip.correction.offset is not None:
+        reference = reference + chip.correction.offset.astype(batch.dtype)[None]
     signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
     unnamed = dataclasses.replace(chip, name="", first=0)
     histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(batch, unnamed)
@@ -108,8 +111,9 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     enough for all inputs turns the read into one product, which later calibrations do not change.
 
     Raises:
-      ValueError: the statistics contain no conversion, or inputs too large for a range.
+      ValueError: the statistics contain no conversion, NaN, or inputs too large for a range.
     """
+    check_numbers(chip, statistics.signal)
     if chip.values and chip.codes.ndim > 2:  # swept values differ from matrix to matrix
         return over_stack(calibrated, chip.shape[:-2])(chip, statistics)
     geometry, config = chip.geometry, chip.config
@@ -145,6 +149,13 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     if all(plan.path == "product" for plan in plans) and chip.plan.path != "definition":
         return dataclasses.replace(chip, plan=plans[0], columns=None, cells=None)
     return chip
+
+
+def check_numbers(chip: Chip, sums: Array | np.ndarray) -> None:
+    """Raise a ValueError if sums over the reads of a chip are NaN; tracers pass."""
+    if not is_traced(sums) and np.isnan(sums).any():
+        name = place(chip) or "the chip"
+        raise ValueError(f"inputs or outputs of {name} are NaN or infinite: give batches whose activations are finite")
 
 
 def _input_limit(inputs: Float[Array, "*N bins"], quantile: float) -> Float[Array, "*N"]:

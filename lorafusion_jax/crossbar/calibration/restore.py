@@ -18,8 +18,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..chip.chip import Chip, chips_in
-from ..chip.correction import Correction, numbers_per_rank, place
+from ..chip.correction import Correction, by_place, numbers_per_rank, place
 from ..read.matmul import matmul
+from .one_chip import check_numbers
 from .whole_model import Run, summed
 
 # More singular directions than so many times the mean rank are not considered for one matrix.
@@ -91,24 +92,33 @@ def fit_corrections(
     Args:
       run: function from weights and a batch to an array that depends on every product, such as logits.
       weights: tree with calibrated chips.
-      matrices: digital matrices of the chips, in the order of `chips_in`.
+      matrices: digital matrices of the chips, in the order of `chips_in`: a kernel of `nnx.Conv` as
+        `kernel.reshape(-1, kernel.shape[-1])`.
       batches: inputs, without labels.
       offsets: fit an offset of each column, next to its factor.
       numbers: numbers that matrices of low rank may have in all. They go to the directions that remove the most of the
         remaining error, relative to the outputs, for their numbers (reduced-rank regression).
       ridge: pulls scales towards 1 and matrices towards 0, but not offsets: share of the mean power that is added to
-        each column or direction.
+        each column or direction; above 0 with `numbers`.
 
     Raises:
-      ValueError: there are no batches, they do not read one of the chips, or a matrix has another shape than its chip.
+      ValueError: there are no batches, they do not read one of the chips or bring NaN, chips share a name, a matrix
+        has another shape than its chip, or `numbers` or `ridge` is out of its range.
     """
     chips = chips_in(weights)
+    of_places = by_place(chips)
+    if type(numbers) is not int or numbers < 0:
+        raise ValueError(f"numbers = {numbers!r}: give a whole number of at least 0")
+    if not 0 <= ridge < math.inf or (numbers and not ridge):
+        raise ValueError(f"ridge = {ridge}: give a finite share, above 0 with numbers and else at least 0")
     if offsets and numbers:
         raise ValueError("offsets are fitted without matrices of low rank: leave out one of them")
     if len(matrices) != len(chips):
         raise ValueError(f"{len(matrices)} matrices for {len(chips)} chips: expected one for each, in their order")
-    if shapes := [(place(c), c.shape, m.shape) for c, m in zip(chips, matrices, strict=True) if c.shape != m.shape]:
-        raise ValueError("the matrix of {0} has the shape {2}: expected {1}".format(*shapes[0]))
+    for chip, matrix in zip(chips, matrices, strict=True):
+        if chip.shape != matrix.shape:
+            wrong = f"the matrix of {place(chip)} has the shape {matrix.shape}: expected {chip.shape}"
+            raise ValueError(wrong + _reshaped(chip, matrix))
     zeros = [_zeros(chip, numbers > 0) for chip in chips]
     total = summed(run, weights, batches, _READS[numbers > 0], zeros, [(matrix,) for matrix in matrices])
     del zeros  # as large as the moments
@@ -119,6 +129,7 @@ def fit_corrections(
         lead = chip.shape[:-2]
         if not np.all(seen.count > 0):
             raise ValueError(f"{place(chip)} was read by none of the batches: give batches that use all chips")
+        check_numbers(chip, seen.yz)
         scale, offset = _blend(seen.yz, seen.zz, ridge), None
         if offsets:
             one = np.where(seen.one > 0, seen.one, 1)[..., None]
@@ -134,10 +145,24 @@ def fit_corrections(
                 )
             for index in np.ndindex(lead):
                 one = jax.tree.map(lambda leaf, index=index: leaf[index], seen)
-                found = _low_rank(one, np.asarray(matrix[index], float), scale[index].astype(float), ridge, most)
+                try:
+                    found = _low_rank(one, np.asarray(matrix[index], float), scale[index].astype(float), ridge, most)
+                except np.linalg.LinAlgError:
+                    raise ValueError(
+                        f"the inputs of {place(chip)} do not determine its matrix of low rank: give more text, or a "
+                        f"larger ridge than {ridge:g}"
+                    ) from None
                 directions.append((place(chip), index, *found))
         corrections[place(chip)] = Correction(**jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset}))
-    return _with_low_rank(corrections, directions, {place(chip): chip for chip in chips}, numbers)
+    return _with_low_rank(corrections, directions, of_places, numbers)
+
+
+def _reshaped(chip: Chip, matrix: Array) -> str:
+    """Return the way from a layer's kernel to the matrix of its chip, for a message."""
+    d_out = matrix.shape[-1] if matrix.ndim else 0
+    if matrix.size and chip.shape == (matrix.size // d_out, d_out):
+        return f". If it is a kernel of {matrix.shape[:-1]} inputs in this order, give kernel.reshape(-1, {d_out})"
+    return ""
 
 
 def _blend(product: np.ndarray, power: np.ndarray, ridge: float) -> np.ndarray:

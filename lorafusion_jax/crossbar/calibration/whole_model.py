@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from ..chip.chip import Chip, chips_in, reads, with_chips
 from ..devices.physical import is_traced
-from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated, probe
+from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated, check_numbers, probe
 
 Run = Callable[[Any, Any], Array]  # (weights, batch) -> an array that depends on every product, such as logits
 _NAMED = 5  # sites that a warning names
@@ -174,6 +174,7 @@ def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
 
 def _rows(leaf: Chip, seen: Statistics) -> Iterator[dict[str, Any]]:
     """Yield a row for every matrix that was read."""
+    check_numbers(leaf, seen.signal)
     sqnr, signal = np.asarray(seen.sqnr), np.asarray(seen.signal)
     clipped, inputs = np.max(np.asarray(seen.clip_share), axis=-1), np.asarray(seen.clip_share_of_inputs)
     for place in np.ndindex(sqnr.shape):

@@ -15,7 +15,7 @@ from ..config.structure import Structure, check_same, split_config
 from ..mapping import decoding, encoding
 from ..mapping.bit_fields import Packed
 from ..mapping.geometry import Geometry
-from .correction import Correction, Corrections, place
+from .correction import Correction, Corrections, by_place, check_correction
 from .plan import Plan
 
 
@@ -187,7 +187,9 @@ def chips_in(weights: Any) -> list[Chip]:
 
 
 def with_chips(weights: Any, chips: Sequence[Chip]) -> Any:
-    """Return the tree with other chips, in the order of `chips_in`."""
+    """Return the tree with other chips, in the order of `chips_in`; raises a ValueError for another number of them."""
+    if len(chips) != (count := len(chips_in(weights))):
+        raise ValueError(f"{len(chips)} chips for a tree with {count}: give one for each of chips_in(weights)")
     following = iter(chips)
     return jax.tree.map(lambda leaf: next(following) if is_chip(leaf) else leaf, weights, is_leaf=is_chip)
 
@@ -196,21 +198,13 @@ def with_corrections(weights: Any, corrections: Corrections) -> Any:
     """Return a tree of weights whose chips have these corrections; the others keep theirs.
 
     Raises:
-      ValueError: a correction is of no chip, or of a chip of another shape.
+      ValueError: chips share a name, or a correction is of no chip, or of a chip of another shape.
     """
-    chips = {place(chip): chip for chip in chips_in(weights)}
+    chips = by_place(chips_in(weights))
     for name, correction in corrections.items():
         if name not in chips:
             raise ValueError(f"a correction of {name!r}: expected one of the chips {', '.join(chips)}")
-        *lead, d_in, d_out = chips[name].shape
-        rank = 0 if correction.U is None else correction.U.shape[-1]
-        shapes = {"scale": (d_out,), "offset": (d_out,), "U": (d_in, rank), "V": (rank, d_out)}
-        for part, of_one in shapes.items():
-            values = getattr(correction, part)
-            if values is not None and values.shape != (*lead, *of_one):
-                raise ValueError(
-                    f"the {part} of the correction of {name!r} has shape {values.shape}: expected {(*lead, *of_one)}"
-                )
+        check_correction(correction, name, chips[name].shape)
     corrected = {name: dataclasses.replace(chips[name], correction=of_chip) for name, of_chip in corrections.items()}
     return with_chips(weights, list((chips | corrected).values()))
 

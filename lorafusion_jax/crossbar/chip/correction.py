@@ -27,6 +27,10 @@ class Correction:
     U: Float[Array, "*N d_in r"] | None = None
     V: Float[Array, "*N r d_out"] | None = None
 
+    def __post_init__(self):
+        if (self.U is None) != (self.V is None):
+            raise ValueError("Correction: U and V are the factors of one matrix: give both or neither")
+
     def __call__(self, x: Float[Array, "*B d_in"], y: Float[Array, "*B d_out"]) -> Float[Array, "*B d_out"]:
         """Return the corrected outputs, given the inputs and outputs of one matrix."""
         lead = range(y.ndim - 1)
@@ -55,6 +59,30 @@ class Correction:
 def numbers_per_rank(chips: Sequence[Any]) -> int:
     """Return how many numbers matrices of rank 1 have, one for each matrix of the chips."""
     return sum(math.prod(chip.shape[:-2]) * sum(chip.matrix_shape) for chip in chips)
+
+
+def check_correction(correction: Correction, name: str, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if a part of a correction does not fit the chip of this name and shape."""
+    *lead, d_in, d_out = shape
+    rank = () if correction.U is None else correction.U.shape[-1:]
+    for part, of_one in {"scale": (d_out,), "offset": (d_out,), "U": (d_in, *rank), "V": (*rank, d_out)}.items():
+        values = getattr(correction, part)
+        if values is not None and values.shape != (*lead, *of_one):
+            raise ValueError(
+                f"the {part} of the correction of {name!r} has shape {values.shape}: expected {(*lead, *of_one)}"
+            )
+
+
+def by_place(chips: Sequence[Any]) -> dict[str, Any]:
+    """Return chips by their names; raises a ValueError if two share one."""
+    found = {place(chip): chip for chip in chips}
+    for name in found if len(found) < len(chips) else ():
+        if (count := sum(place(chip) == name for chip in chips)) > 1:
+            raise ValueError(
+                f"{count} chips have the name {name!r}, by which corrections are given: set other names with "
+                "dataclasses.replace(chip, name=...)"
+            )
+    return found
 
 
 # The corrections of a model, by the names of its chips (`place`).

@@ -19,7 +19,7 @@ from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
 from ..mapping.geometry import Geometry
 from .chip import Chip, reconfigured
-from .correction import Correction
+from .correction import Correction, check_correction
 from .plan import Path as PathOfRead
 from .plan import Plan
 
@@ -99,6 +99,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         fields["columns"] = Packed(**packed)
     if parts := {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("correction.")}:
         fields["correction"] = Correction(**parts)
+        check_correction(fields["correction"], meta.get("name", ""), stored["codes"].shape)
     geometry, plan = Geometry.of(stored["codes"].shape[-2:], config), dict(meta["plan"])
     if "ties" not in plan:
         raise ValueError("it was written by an early version, some of whose chips are wrong: program the weights again")

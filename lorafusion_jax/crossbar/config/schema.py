@@ -167,7 +167,7 @@ class ADC:
         if isinstance(self.limits, list | tuple):
             object.__setattr__(self, "limits", tuples(self.limits))  # hashable
         remedy = f"choose {', '.join(ARCHITECTURES)}, or call register_adc before"
-        require(self, "architecture", self.architecture in ARCHITECTURES, remedy)
+        require(self, "architecture", self.architecture in tuple(ARCHITECTURES), remedy)
         for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
             valid = not isinstance(value, NUMBER) or value >= 0

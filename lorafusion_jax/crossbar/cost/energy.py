@@ -5,7 +5,9 @@ docs/concepts/cost.md has the formulas, and lists effects that are not modelled.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..config.schema import ADC, DAC, CrossbarConfig
 from ..mapping.adc.architectures import ARCHITECTURES
@@ -50,7 +52,8 @@ class Counts:
 
 def counts(shape: tuple[int, int], config: CrossbarConfig) -> Counts:
     """Return the counts of a [d_in, d_out] matrix; there are no conversions without an ADC."""
-    (d_in, d_out), geometry = shape, Geometry.of(shape, config)
+    geometry = _geometry(shape, config)
+    d_in, d_out = shape
     rows, cols, slices = geometry.rows, geometry.cols, len(config.weight_slices)
     each = slices * geometry.polarities
     columns = d_out + (len(cols) if config.encoding.unit_column else 0)
@@ -146,10 +149,16 @@ def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Cons
     While the sums of an input slice are converted, the next slice is read; `adc.convert="sum"` waits for the last one.
     """
     dac, adc = _converters(config)
-    columns = max(Geometry.of(shape, config).cols) + config.encoding.unit_column
+    columns = max(_geometry(shape, config).cols) + config.encoding.unit_column
     conversion = ARCHITECTURES[adc.architecture].time(adc.bits, columns, constants) * (2 if config.converts_each else 1)
     read, slices = constants["array_read_time"], len(dac.slices)
     return read * slices + conversion if adc.convert == "sum" else longest([read, conversion]) * slices
+
+
+def _geometry(shape: Any, config: CrossbarConfig) -> Geometry:
+    if len(shape) != 2 or not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
+        raise ValueError(f"a matrix of shape {shape}: give two whole numbers above 0, (d_in, d_out)")
+    return Geometry.of(tuple(shape), config)
 
 
 def _converters(config: CrossbarConfig) -> tuple[DAC, ADC]:
