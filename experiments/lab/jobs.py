@@ -17,7 +17,6 @@ import jax
 from lorafusion_jax.files import printable, read_lines
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.folder import RunFolder, read_options
-from lorafusion_jax.runs.old_names import RENAMED, new_options
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json, run_path, with_targets
 
@@ -98,7 +97,7 @@ def run_jobs(
             where = f"{file}: {', '.join(of)}, seed {seed}"
             check_same(row["config"], job.options, where, root=root, drawn=drawn)
     failures = file.with_name("failed.jsonl")
-    failed = [] if retry_failed or not failures.exists() else [_renamed(f) for f in read_lines(failures, _Failed)]
+    failed = [] if retry_failed or not failures.exists() else [dict(f) | {"error": ""} for f in read_lines(failures, _Failed)]
     began = time.perf_counter()
     left_out = 0
     for number, job in enumerate(todo, start=1):
@@ -138,11 +137,6 @@ def _failure(job: Job, root: Path | None) -> dict[str, Any]:
     return {"task": job.task, "method": job.method, "league": job.league, **shared}
 
 
-def _renamed(failure: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded failure as `_failure` does, by the names of this version."""
-    return dict(failure) | {"config": new_options(failure["config"]), "error": ""}
-
-
 def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any]:
     """Return, as JSON, all settings of a result other than its seed; paths inside the root are relative to it."""
     values = options_to_json(with_targets(options))
@@ -170,7 +164,7 @@ def check_same(
       drawn: options that may differ, as each seed draws them.
       more: settings of a row other than its options.
     """
-    known = {field.name for field in dataclasses.fields(FuseOptions)} | RENAMED.keys()
+    known = {field.name for field in dataclasses.fields(FuseOptions)}
     before = read_options({name: value for name, value in was.items() if name in known}, where)
     old, new = (values | values.pop("recipe") for values in (settings_of(options, root) for options in (before, now)))
     old, new = old | {name: was.get(name) for name in more}, new | more

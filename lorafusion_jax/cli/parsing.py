@@ -2,14 +2,12 @@
 
 import dataclasses
 import inspect
-import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from ..checks import flags_given
-from ..runs.old_names import RENAMED, VALUES
 
 Options = TypeVar("Options")
 
@@ -34,8 +32,6 @@ def parse(
     """
     import tyro
 
-    if others is None:
-        _refuse_old_names(arguments, [field for field, _, _ in flat_fields(options)])
     groups = {title: names for title, names in (groups or {}).items() if names}
     shown = _shown(options, groups, defaults or {})
     description = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
@@ -63,20 +59,6 @@ def given(arguments: Sequence[str]) -> list[str]:
     """Return the names of the options that arguments give, as names of fields."""
     names = [argument[2:].partition("=")[0] for argument in arguments if argument.startswith("--")]
     return [name.replace("-", "_") for name in names]
-
-
-def _refuse_old_names(arguments: Sequence[str], options: Sequence[str]) -> None:
-    """Raise ValueError for the old spelling of an option, with the new one."""
-    for name in given(arguments):
-        new = RENAMED.get(name, name)
-        if name not in options and new in options:
-            values = ", ".join(f"{old} is {now}" for old, now in VALUES.get(new, {}).items())
-            raise ValueError(f"--{name} is now --{new.replace('_', '-')}" + (f" ({values})" if values else ""))
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    for name, old in itertools.pairwise(words):
-        field = name.removeprefix("--").replace("-", "_")
-        if name.startswith("--") and field in options and old in VALUES.get(field, {}):
-            raise ValueError(f"{name} {old} is now {name} {VALUES[field][old]}")
 
 
 def part_of(command: Any, use: Callable[..., Any], flag: str) -> dict[str, Any]:

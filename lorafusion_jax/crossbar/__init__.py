@@ -33,7 +33,7 @@ from .chip.plan import Plan
 from .chip.program import is_random, program
 from .chip.segments import Segments, map_layers, scan_layers
 from .chip.tree import Rules, program_tree
-from .config.files import config_hash, has_hash, load_config, save_config
+from .config.files import config_hash, load_config, save_config
 from .config.presets import PRESETS
 from .config.schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile, deterministic
 from .config.structure import Structure, split_config

@@ -169,7 +169,7 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
     if digital or key:
         raise ValueError(f"{folder} has its own key and digital weights: leave out these options")
     config = crossbar.load_config(folder / CONFIG)
-    if not crossbar.has_hash(config, manifest["config_sha256"]):
+    if crossbar.config_hash(config) != manifest["config_sha256"]:
         raise FileError(
             folder / CONFIG, got="not the configuration that the chips were programmed with", fix="restore it"
         )

@@ -19,8 +19,6 @@ from ..files import FileError, T, read_json, structured, write_text, writing
 from . import processes
 from .source import inside, sha256
 
-# The last commit that reads pools and trained numbers stored by orbax.
-_LAST_WITH_ORBAX = "49e672b"
 MANIFEST = "manifest.json"
 RESTORE = "restore it from a copy"
 
@@ -32,12 +30,6 @@ class Manifest(TypedDict):
     files: dict[str, str]
     versions: NotRequired[dict[str, str]]
     arrays: NotRequired[dict[str, str]]  # of a state: "float32[2, 3]" by the path in the tree
-
-
-def stored_by_orbax(path: Path, export: str) -> FileError:
-    """Return the error for a folder of an older version; `export` are options of that `lorafusion export`."""
-    fix = f"the last version that reads it is commit {_LAST_WITH_ORBAX}, whose `lorafusion export {export}` writes it"
-    return FileError(path, got="stored by orbax, as older versions did", fix=f"{fix} as an adapter of PEFT")
 
 
 @contextlib.contextmanager

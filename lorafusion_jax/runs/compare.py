@@ -3,7 +3,7 @@
 import dataclasses
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 
@@ -29,19 +29,6 @@ class CompareOptions:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     reference: Path | None = None
     plot: Path | None = None
-
-
-class _TestRows(NamedTuple):
-    """Rows that a run was evaluated on: the digest that it recorded, and the texts without the prompt."""
-
-    sha256: str | None
-    inputs: list[str]
-    targets: list[str]
-
-    def equal(self, other: "_TestRows") -> bool:
-        """Return whether the rows are the same; runs of early versions have no digest, only their inputs."""
-        same = self.sha256 is not None and self.sha256 == other.sha256
-        return self.targets == other.targets and (same or self.inputs == other.inputs)
 
 
 def compare(options: CompareOptions) -> list[Table]:
@@ -74,18 +61,16 @@ def compare(options: CompareOptions) -> list[Table]:
 
 def _scores(names: dict[Path, str]) -> Scores:
     """Return the scores of runs, if all were evaluated on the same rows."""
-    rows, tested = list[Any](), dict[Path, _TestRows]()
+    rows, tested = list[Any](), dict[Path, tuple[str, list[str]]]()
     for folder, name in names.items():
         run = RunFolder(folder)
-        options, results = run.config()["options"], run.results()
+        results = run.results()
         if results is None:
             raise ValueError(f"{folder} is not complete: continue it with `lorafusion fuse --resume`")
-        before, _, after = (options.prompt or "{input}").partition("{input}")
         predictions = run.predictions()
         for seed in results["seeds"]:
             of_seed = sorted((row for row in predictions if row["seed"] == seed["seed"]), key=lambda row: row["row"])
-            inputs = [row["input"].removeprefix(before).removesuffix(after) for row in of_seed]
-            tested[folder] = _TestRows(results.get("test_sha256"), inputs, [row["target"] for row in of_seed])
+            tested[folder] = results["test_sha256"], [row["target"] for row in of_seed]
             marks: dict[str, str | None] = {}
             for key in ("correct", "option_correct"):
                 of_rows = [row[key] for row in of_seed]
@@ -104,11 +89,10 @@ def _scores(names: dict[Path, str]) -> Scores:
             )
     (first, same), *others = tested.items()
     for folder, found in others:
-        if not found.equal(same):
+        if found != same:
             raise ValueError(
                 f"{folder} was evaluated on other test rows than {first}: evaluate both on the same task, with the "
-                "same --train-rows, --test-rows and --target, and, where a run of an earlier version is one of them, "
-                "the same columns in --prompt"
+                "same --train-rows, --test-rows and --target"
             )
     return scores([row | {"task": rows[0]["task"]} for row in rows])[0]  # a task's file may have got another name
 

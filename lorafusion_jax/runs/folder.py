@@ -29,7 +29,6 @@ from ..io.folders import remove_partial
 from ..methods import METHODS
 from ..training.recipe import Recipe
 from ..training.seeds import SeedMode
-from .old_names import new_options, new_record
 from .options import FuseOptions, options_with, plain
 
 _CONFIG = "config.json"
@@ -57,15 +56,15 @@ class Folders(TypedDict, total=False):
 
 
 class RunConfig(TypedDict):
-    """Contents of `config.json`. Early versions wrote no digests and folders."""
+    """Contents of `config.json`."""
 
     options: FuseOptions
     modules: list[list[str]]  # of each seed
     task_sha256: str
     max_new_tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
     environment: Environment
-    digests: NotRequired[Digests]
-    folders: NotRequired[Folders]
+    digests: Digests
+    folders: Folders
 
 
 class SeedResults(TypedDict):
@@ -86,14 +85,14 @@ class Results(TypedDict):
 
     task: str
     method: str
-    control: NotRequired[str]
+    control: str
     trainable: int
     trainable_by_group: dict[str, int]
     exact_match: float
     exact_match_std: float | None
     seeds: list[SeedResults]
     test_rows: int
-    test_sha256: NotRequired[str]  # of all columns of the test rows; early versions wrote none
+    test_sha256: str  # of all columns of the test rows
     seconds: dict[str, float]
     environment: Environment
 
@@ -164,7 +163,7 @@ class RunFolder:
     def config(self) -> RunConfig:
         """Return the recorded configuration; FileError if the folder is not a run or the file is damaged or newer."""
         path = self.folder / _CONFIG
-        raw = new_record(read_json(path, dict[str, Any], "a run"))
+        raw = read_json(path, dict[str, Any], "a run")
         kind = _options_class(raw.get("options"), path, "options.")
         fields: Any = get_type_hints(RunConfig, include_extras=True) | {"options": kind}
         config: RunConfig = structured(raw, _typed_dict("RunConfig", fields), path)
@@ -179,7 +178,7 @@ class RunFolder:
         path = self.folder / _RESULTS
         if not path.is_file():
             return None
-        return structured(new_record(read_json(path, dict[str, Any], "a complete run")), Results, path, own=False)
+        return read_json(path, Results, "a complete run", own=False)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all lines of the metrics, except a last line that a killed process left unfinished."""
@@ -220,8 +219,7 @@ class RunFolder:
 
 
 def read_options(raw: Any, where: str | Path) -> FuseOptions:
-    """Return the options of a run from JSON of this version or an earlier one; FileError if they are wrong."""
-    raw = new_options(raw)
+    """Return the options of a run from JSON; FileError if they are wrong."""
     return plain(structured(raw, _options_class(raw, where), where))
 
 

@@ -210,7 +210,7 @@ def _read(folder: Path, digest: str) -> _Run:
         got = options.method if control == "none" else f"{options.method} with --control {control}"
         raise ValueError(f"{folder} is a run of {got}: a calibration needs fusions of whole modules, own or rotated")
     check_sum(recipe.composition)
-    if config.get("digests", {}).get("base") != digest:
+    if config["digests"]["base"] != digest:
         raise ValueError(f"{folder} has another base than the forecast: give runs of the same base")
     task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=("train",))
     if task.sha256 != config["task_sha256"]:

@@ -349,14 +349,8 @@ def digests(loaded: LoadedModel, options: FuseOptions) -> Digests:
     return {"base": base_digest(options.base), "modules": of_used, "basis": basis}
 
 
-def check_digests(folder: Path, recorded: Digests | None, now: Digests, options: FuseOptions) -> None:
-    """Raise a ValueError if a run was fused with other tensors than those that were loaded to use it.
-
-    Runs of older versions recorded no digests, which is noted.
-    """
-    if recorded is None:
-        _note_unrecorded(folder)
-        return
+def check_digests(folder: Path, recorded: Digests, now: Digests, options: FuseOptions) -> None:
+    """Raise a ValueError if a run was fused with other tensors than those that were loaded to use it."""
     of_pool = f"the pool {options.pool}"
     pairs: list[tuple[str, str, str | None]] = [(f"the base {options.base}", recorded["base"], now["base"])]
     if basis := recorded.get("basis"):
@@ -375,16 +369,8 @@ def check_digests(folder: Path, recorded: Digests | None, now: Digests, options:
 def of_run(loaded: AnyLoaded, options: FuseOptions, folder: Path, config: RunConfig) -> AnyLoaded:
     """Return the loaded model with the modules of a run; ValueError if base or pool are not those of the run."""
     found = with_modules(loaded, options, config["modules"])
-    check_digests(folder, config.get("digests"), digests(found, options), options)
+    check_digests(folder, config["digests"], digests(found, options), options)
     return found
-
-
-@functools.cache
-def _note_unrecorded(folder: Path) -> None:
-    note(
-        f"note: {folder} is of an older version and has no digests of its base and pool, so changed weights would not "
-        "be noticed"
-    )
 
 
 def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:

@@ -17,9 +17,7 @@ import numpy as np
 from .. import __version__
 from ..io import arrays, processes
 from ..io.digests import Digests
-from ..io.folders import stored_by_orbax
 from ..io.hf import read_config
-from ..io.source import is_hub_id
 from ..methods import find
 from ..methods.fusion import choice_of
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
@@ -108,7 +106,7 @@ def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
-            check_digests(run.folder, recorded.get("digests"), found, options)
+            check_digests(run.folder, recorded["digests"], found, options)
         return _complete(run, hardware, options, config, begin)
 
 
@@ -144,12 +142,10 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     """Return the options, the trained numbers (leaves with an axis of seeds) and the config of a run."""
     run = RunFolder(Path(folder))
     config = run.config()
-    options = _located(Path(folder), config)
+    options = _located(config)
     if find(options.method).learns == "untrained":
         return options, {}, config
     if not run.final.is_dir():
-        if (run.checkpoints / "final").is_dir():
-            raise stored_by_orbax(run.checkpoints / "final", f"--run {folder}")
         raise ValueError(f"{folder} has not been trained to its end: resume it with --resume")
     params, _ = arrays.load(run.final, metadata=FinalSteps, what=FINAL)
     return options, jax.tree.map(jnp.asarray, params), config
@@ -169,15 +165,10 @@ def seed_place(folder: Path, options: FuseOptions, seed: int | None) -> int:
     return 0 if seed is None else options.seeds.index(seed)
 
 
-def _located(folder: Path, config: RunConfig) -> FuseOptions:
+def _located(config: RunConfig) -> FuseOptions:
     """Return the options of a run with absolute paths instead of relative ones."""
-    options, folders = config["options"], config.get("folders")
-    if folders is None and is_hub_id(options.base):
-        note(
-            f"note: {folder} is of an older version, and there is no folder {options.base} here: its base is taken for "
-            "one of the hub. If it was a folder, change to the folder that its path starts from"
-        )
-    for name, path in (folders or {}).items():
+    options = config["options"]
+    for name, path in config["folders"].items():
         given = Path(getattr(options, name) or "").expanduser()
         # In a project that was moved as a whole, only the relative paths lead to the files.
         if not given.is_absolute() and (Path(str(path)).exists() or not given.exists()):
@@ -231,7 +222,7 @@ def _start_params(setup: Setup, options: FuseOptions, found: Digests) -> dict[st
             f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {here['seeds']}): "
             "give the same --seeds, --pool, --modules"
         )
-    check_digests(options.start_from, config.get("digests"), found, options)
+    check_digests(options.start_from, config["digests"], found, options)
     fresh = start(setup.problem, options.seeds).params
     if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
         raise ValueError(

@@ -48,7 +48,7 @@ class FusedRun(NamedTuple):
       params: its trained numbers, leaves with a leading axis of seeds.
       modules: names of the modules that each seed fused.
       max_new_tokens: most tokens of an answer.
-      digests: digests of its base and modules; None in runs of older versions.
+      digests: digests of its base and modules.
     """
 
     folder: Path
@@ -56,7 +56,7 @@ class FusedRun(NamedTuple):
     params: Params
     modules: tuple[tuple[str, ...], ...]
     max_new_tokens: int
-    digests: Digests | None
+    digests: Digests
 
     @classmethod
     def read(cls, folder: str | Path) -> "FusedRun":
@@ -75,7 +75,7 @@ class FusedRun(NamedTuple):
         modules = tuple(map(tuple, config["modules"]))
         if "lora" in params:
             modules = tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds)
-        return cls(Path(folder), options, params, modules, config["max_new_tokens"], config.get("digests"))
+        return cls(Path(folder), options, params, modules, config["max_new_tokens"], config["digests"])
 
     def loras(self, config: Architecture) -> LoraPool:
         """Return the LoRAs of a LoRA run's seeds as a pool."""

@@ -79,21 +79,12 @@ def test_fuse_shows_the_options_of_the_chosen_method(method):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("fuse --path map", "--path is now --seed-mode (vmap is batched, map is sequential)"),
-        ("fuse --noise=chip", "--noise is now --train-chip"),
-        ("fuse --core", "--core is now --train-core"),
-        ("fuse --control random", "--control random is now --control random-factors"),
-        ("fuse --control=random", "--control random is now --control random-factors"),
-        ("cost --core", "--core is now --train-core"),
-        ("fuse --digital head", "--digital is now --keep-digital"),
-        ("evaluate --digital head", "--digital is now --keep-digital"),
-        ("crossbar program --digital head", "--digital is now --keep-digital"),
         ("fuse --base b --task t --lora-rank 4", "--lora-rank is an option of the methods lora, dora, not of fusion"),
         ("fuse --base b --task t --preset best", "invalid choice 'best' for argument '--preset'. Expected one of ("),
         ("crossbar --run run", "`lorafusion crossbar` has one action, program"),
     ],
 )
-def test_options_of_old_versions_other_methods_and_other_values_are_refused(command, message, capsys):
+def test_options_of_other_methods_and_other_values_are_refused(command, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(command.split())
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -1,8 +1,6 @@
 """Runs compared with each other: the same test rows, paired seeds, and what is refused."""
 
-import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,18 +43,6 @@ def test_means_and_paired_differences_are_those_of_the_runs(runs, tmp_path, caps
     assert (tmp_path / "new" / "means.png").stat().st_size
     cli.main(["compare", *map(str, folders), "--reference", str(folders[1])])
     assert re.search(r"base minus each other run.*\n(.*\n)*\| mean +\|", capsys.readouterr().out)
-
-
-def test_runs_of_an_early_version_are_compared_by_their_inputs_without_the_prompt(runs, tmp_path):
-    mean, base = (runs[name][0] for name in ("mean", "base"))
-    shutil.copytree(base, early := tmp_path / "early")
-    results = json.loads((early / "results.json").read_text())
-    del results["test_sha256"]
-    (early / "results.json").write_text(json.dumps(results))
-    _, differences = compare(CompareOptions(runs=(base, early)))
-    assert differences.lines[-1][0] == "early"
-    with pytest.raises(ValueError, match="other test rows .* run of an earlier version .* same columns in --prompt"):
-        compare(CompareOptions(runs=(mean, early)))
 
 
 def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):

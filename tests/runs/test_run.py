@@ -351,14 +351,6 @@ def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, ca
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_without_digests_is_used_with_a_note(moved, capsys):
-    run, _ = moved
-    _change_config(run, digests=None, folders=None)
-    service = lf.Service([lf.FusedRun.read(run)], capacity=1)
-    service.add("one", lf.FusedRun.read(run))
-    assert capsys.readouterr().err.count(f"note: {run} is of an older version and has no digests of its base") == 1
-
-
 def test_a_base_with_a_relative_path_is_found_from_another_folder(fused, small, tmp_path, monkeypatch, capsys):
     options, _ = fused
     there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
@@ -377,9 +369,6 @@ def test_a_base_with_a_relative_path_is_found_from_another_folder(fused, small, 
     evaluate_run(EvaluateOptions(run=Path("runs/whole")))
     monkeypatch.chdir(elsewhere)
     assert capsys.readouterr().err == ""
-    _change_config(tmp_path / "moved" / "runs" / "whole", folders=None)  # as in older versions
-    assert lf.load_run(tmp_path / "moved" / "runs" / "whole")[0].base == "owner/name"
-    assert "there is no folder owner/name here: its base is taken for one of the hub" in capsys.readouterr().err
 
 
 def test_two_processes_cannot_write_one_run(copied, tmp_path):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...files import write
-from ..config.files import config_hash, from_json, has_hash, to_json
+from ..config.files import config_hash, from_json, to_json
 from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
@@ -59,12 +59,11 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
 
     Args:
       path: a file that `save_chip` wrote.
-      config: the configuration that it was programmed with. None for the one in the file, which is missing if an
-        earlier version wrote the file or if the configuration holds arrays or functions.
+      config: the configuration that it was programmed with. None for the one in the file, which is missing if
+        the configuration holds arrays or functions.
 
     Raises:
-      ValueError: the file cannot be read, or the chip has another configuration, float64 that JAX lacks, or was
-        written by an early version.
+      ValueError: the file cannot be read, or the chip has another configuration, or float64 that JAX lacks.
     """
     try:
         return _load(Path(path), config)
@@ -88,7 +87,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         if meta.get("fields") is None:
             raise ValueError("it does not hold its configuration: give the one that it was programmed with")
         config = from_json(meta["fields"])
-    elif not has_hash(config, meta["config"]):
+    elif config_hash(config) != meta["config"]:
         raise ValueError(
             f"it was programmed with another configuration ({meta['config'][:12]}, this one is "
             f"{config_hash(config)[:12]}): load it with its own, or program the weights again"
@@ -101,8 +100,6 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         fields["correction"] = Correction(**parts)
         check_correction(fields["correction"], meta.get("name", ""), stored["codes"].shape)
     geometry, plan = Geometry.of(stored["codes"].shape[-2:], config), dict(meta["plan"])
-    if "ties" not in plan:
-        raise ValueError("it was written by an early version, some of whose chips are wrong: program the weights again")
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
@@ -110,8 +107,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     for name, choices in known.items():
         if plan[name] not in choices:
             raise ValueError(f"{name} of its plan is {plan[name]!r}, not one of {choices}: program the weights again")
-    # Earlier versions left out the name and the number of the first layer.
-    name, first = meta.get("name", ""), meta.get("first", 0)
+    name, first = meta["name"], meta["first"]
     if not isinstance(name, str) or type(first) is not int:
         raise ValueError(f"its name is {name!r:.40} and its first layer {first!r:.40}: program the weights again")
     structure, values = split_config(config)

@@ -45,7 +45,6 @@ _MODELS: dict[str, tuple[type, ...]] = {
     "drift": (PowerLaw, Relaxation),
     "iv": (Sinh,),
 }
-_LATER = {"adc": ("noise", "architecture"), "dac": ("quantile", "clip_share", "rounding")}
 _WHAT = "a configuration is"
 _UNIONS = (typing.Union, types.UnionType)
 _PUBLISHED: dict[str, dict[str, Any]] = {
@@ -98,24 +97,12 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
 def config_hash(config: CrossbarConfig) -> str:
     """Return the SHA-256 of a configuration, the same in every process, without settings that only warn (`clip_share`).
 
-    Fields that were added later enter only if they are set, so that chips saved earlier still match.
+    Fields at their default do not enter, so a field that is added later changes no digest.
     """
     adc = config.adc and dataclasses.replace(config.adc, clip_share=ADC.clip_share)
     dac = config.dac and dataclasses.replace(config.dac, clip_share=DAC.clip_share)
-    return _hash(dataclasses.replace(config, adc=adc, dac=dac))
-
-
-def has_hash(config: CrossbarConfig, digest: str) -> bool:
-    """Return whether a digest belongs to a configuration, by `config_hash` now or before it left warnings out."""
-    return digest in (config_hash(config), _hash(config))
-
-
-def _hash(config: CrossbarConfig) -> str:
-    fields = _plain(config, "", lambda function, _: f"{function.__module__}.{function.__qualname__}")
-    for part, cls in (("adc", ADC), ("dac", DAC)):
-        for name in _LATER[part]:
-            if fields[part] is not None and fields[part][name] == getattr(cls, name):
-                del fields[part][name]
+    config = dataclasses.replace(config, adc=adc, dac=dac)
+    fields = _plain(config, "", lambda function, _: f"{function.__module__}.{function.__qualname__}", defaults=False)
     same = json.loads(json.dumps(fields), parse_int=float)  # 1 and 1.0 are equal
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
@@ -142,8 +129,8 @@ def _refuse(function: Callable[..., Any], where: str) -> str:
     )
 
 
-def _plain(value: Any, where: str, of_function: Callable[[Callable, str], str]) -> Any:
-    """Return a value as tables, lists, numbers and texts."""
+def _plain(value: Any, where: str, of_function: Callable[[Callable, str], str], *, defaults: bool = True) -> Any:
+    """Return a value as tables, lists, numbers and texts, with or without the fields that have their defaults."""
     if isinstance(value, jax.tree_util.Partial):
         return of_function(value.func, where)
     if dataclasses.is_dataclass(value):
@@ -152,10 +139,14 @@ def _plain(value: Any, where: str, of_function: Callable[[Callable, str], str]) 
             return of_function(type(value), where)
         fields = {"model": type(value).__name__} if name in _MODELS else {}
         for field in dataclasses.fields(value):
-            fields[field.name] = _plain(getattr(value, field.name), f"{where}.{field.name}".lstrip("."), of_function)
+            place = f"{where}.{field.name}".lstrip(".")
+            plain = _plain(getattr(value, field.name), place, of_function, defaults=defaults)
+            needed = defaults or field.default is dataclasses.MISSING
+            if needed or plain != _plain(field.default, place, of_function, defaults=False):
+                fields[field.name] = plain
         return fields
     if isinstance(value, tuple | list):
-        return [_plain(each, where, of_function) for each in value]
+        return [_plain(each, where, of_function, defaults=defaults) for each in value]
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         return value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
@@ -168,8 +159,6 @@ def _build(cls: type, fields: Any, where: str) -> Any:
     names = [field.name for field in dataclasses.fields(cls)]
     if not isinstance(fields, dict):
         raise ValueError(f"{where or 'the file'} is {shown(fields)}: give a table with any of {', '.join(names)}")
-    if cls is ADC:  # earlier versions wrote a field that is gone, usually without effect
-        fields = {name: value for name, value in fields.items() if (name, value) != ("retries", 0)}
     for name in fields:
         if name not in names:
             path = f"{where}.{name}".lstrip(".")
