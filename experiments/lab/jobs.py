@@ -97,7 +97,8 @@ def run_jobs(
             where = f"{file}: {', '.join(of)}, seed {seed}"
             check_same(row["config"], job.options, where, root=root, drawn=drawn)
     failures = file.with_name("failed.jsonl")
-    failed = [] if retry_failed or not failures.exists() else [dict(f) | {"error": ""} for f in read_lines(failures, _Failed)]
+    before = [] if retry_failed or not failures.exists() else read_lines(failures, _Failed)
+    failed = [dict(failure) | {"error": ""} for failure in before]
     began = time.perf_counter()
     left_out = 0
     for number, job in enumerate(todo, start=1):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from lab import matrix, methods
 from lab.rows import append_rows, done, read_rows
 from made_up_rows import row as made_up_row
 
-_OLD = Path(__file__).resolve().parents[1] / "old_version" / "results.jsonl"
+_COMMITTED = Path(__file__).resolve().parents[2] / "results" / "small_pool" / "results.jsonl"
 _ENTRIES = {
     name: dataclasses.replace(methods.METHODS[name], recipe={"batch_size": 48, "max_new_tokens": 8})
     for name in ("zero-shot", "constant answer", "coefficients only")
@@ -85,13 +84,13 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(opt
     assert not ran and file.read_bytes() == before
 
 
-def test_rows_of_an_old_version_are_a_part_of_the_matrix(tmp_path, ran):
-    """They have numbers of all methods in one recipe, and old names of options."""
-    shutil.copy(_OLD, tmp_path)
+def test_committed_rows_are_a_part_of_the_matrix(tmp_path, ran):
+    rows = [line for line in _COMMITTED.read_text().splitlines(keepends=True) if '"task": "swapends_prev"' in line]
+    (tmp_path / "results.jsonl").write_text("".join(rows))
     task = str(small_pool.SMALL / "tasks" / "swapends_prev")
     chosen = small_pool.SmallPoolOptions(tasks=(task,), methods=("LoRA", "LoRAFusion"), seeds=(1,), out=tmp_path)
     matrix.run_matrix(chosen, small_pool.METHODS)
-    assert not ran and (tmp_path / "results.jsonl").read_bytes() == _OLD.read_bytes()
+    assert not ran and (tmp_path / "results.jsonl").read_text() == "".join(rows)
     fewer = dataclasses.replace(chosen, modules=5)
     with pytest.raises(ValueError, match=r"LoRAFusion, 95\+5, seed 1 .* \(modules was 20, is 5\)"):
         matrix.run_matrix(fewer, small_pool.METHODS)
