@@ -329,13 +329,14 @@ def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
     seed = {"seed": 1, "exact_match": 50.0, "loss": 0.5, "steps": 3, "modules": ["a"]}
     with run.locked():
         written = {"options": options_to_json(options), "modules": [["a"], ["b"]], "task_sha256": "0"}
+        written |= {"digests": {"base": "0", "modules": {"a": "0"}, "basis": None}, "folders": {}}
         run.write_config(written | {"max_new_tokens": 8, "environment": environment})
         run.append_metrics({"step": n, "epoch": 1, "seed": 1, "loss": 0.5} for n in range(3))
         row = {"seed": 1, "row": 0, "input": "a", "target": "b", "prediction": "b", "correct": True}
         row |= {"option_correct": None}
         run.write_predictions([row, row])
         results = {"task": "task", "method": "fusion", "trainable": 3, "trainable_by_group": {"coefficients": 3}}
-        results |= {"exact_match": 50.0, "exact_match_std": None, "seeds": [seed], "test_rows": 2}
+        results |= {"control": "none", "test_sha256": "0", "exact_match": 50.0, "exact_match_std": None, "seeds": [seed], "test_rows": 2}
         run.write_results(results | {"seconds": {"train": 1.0}, "environment": environment})
     (run.folder / ".lock").unlink()
     arrays.save(run.final, {"coefficients": np.ones((2, 3), np.float32)}, {"steps": [3, 3]})

@@ -25,6 +25,7 @@ from lorafusion_jax.io import arrays
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
+from lorafusion_jax.runs.prepare import digests, load_model
 from lorafusion_jax.runs.rows import Rows
 from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.serving.bank import TaskModels
@@ -51,6 +52,7 @@ def write(small, tmp_path_factory):
         environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}}
         config = {"options": options_to_json(options), "modules": drawn, "task_sha256": "", "environment": environment}
         config["max_new_tokens"] = options.recipe.max_new_tokens or 8
+        config |= {"digests": digests(load_model(options), options), "folders": {}}
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
         RunFolder(folder).write_config(config)
@@ -238,8 +240,9 @@ def test_a_run_whose_modules_were_not_loaded_needs_them_from_the_start(runs, sma
 def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_path):
     mixed, scaled = lf.FusedRun.read(runs["mixed"]), lf.FusedRun.read(runs["scaled"])
     shutil.copytree(small[0], tmp_path / "base")
+    shutil.copytree(small[1], tmp_path / "pool")
     one = {"coefficients": np.ones((1, 2, 2), np.float32)}
-    changes = {"base": str(tmp_path / "base"), "pool": str(tmp_path), "control": "random-factors", "load_in": "nf4"}
+    changes = {"base": str(tmp_path / "base"), "pool": str(tmp_path / "pool"), "control": "random-factors", "load_in": "nf4"}
     for field, value in changes.items():
         other = lf.FusedRun.read(write(f"other_{field}", one, (_OTHER,), method="coefficients", **{field: value}))
         with pytest.raises(ValueError, match=f"has the {field} {value}, and .*mixed has .*Serve them apart"):
