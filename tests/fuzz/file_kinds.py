@@ -336,7 +336,8 @@ def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
         row |= {"option_correct": None}
         run.write_predictions([row, row])
         results = {"task": "task", "method": "fusion", "trainable": 3, "trainable_by_group": {"coefficients": 3}}
-        results |= {"control": "none", "test_sha256": "0", "exact_match": 50.0, "exact_match_std": None, "seeds": [seed], "test_rows": 2}
+        results |= {"exact_match": 50.0, "exact_match_std": None, "seeds": [seed], "test_rows": 2}
+        results |= {"control": "none", "test_sha256": "0"}
         run.write_results(results | {"seconds": {"train": 1.0}, "environment": environment})
     (run.folder / ".lock").unlink()
     arrays.save(run.final, {"coefficients": np.ones((2, 3), np.float32)}, {"steps": [3, 3]})

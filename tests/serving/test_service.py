@@ -242,7 +242,8 @@ def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_
     shutil.copytree(small[0], tmp_path / "base")
     shutil.copytree(small[1], tmp_path / "pool")
     one = {"coefficients": np.ones((1, 2, 2), np.float32)}
-    changes = {"base": str(tmp_path / "base"), "pool": str(tmp_path / "pool"), "control": "random-factors", "load_in": "nf4"}
+    changes = {name: str(tmp_path / name) for name in ("base", "pool")}
+    changes |= {"control": "random-factors", "load_in": "nf4"}
     for field, value in changes.items():
         other = lf.FusedRun.read(write(f"other_{field}", one, (_OTHER,), method="coefficients", **{field: value}))
         with pytest.raises(ValueError, match=f"has the {field} {value}, and .*mixed has .*Serve them apart"):
