@@ -365,7 +365,7 @@ def write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     with writing(path.parent):
         try:
-            with partial.open("xb") as file:  # never a link or a pipe that is already there
+            with partial.open("xb") as file:  # not an existing link or pipe, which others may have put there
                 writer(file)
             partial.replace(path)
         except BaseException:

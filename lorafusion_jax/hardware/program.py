@@ -4,6 +4,7 @@ Embeddings, norms, softmax, coefficients, magnitudes and S of a basis stay digit
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax
@@ -32,6 +33,14 @@ class Restored:
 
     def on(self, weights: Any) -> Any:
         """Return a tree of weights with these corrections and ranges on its chips; other chips keep theirs."""
+        for chip in chips_in(weights):
+            for part, values in self.ranges.get(place(chip), {}).items():
+                lead = chip.shape[:-2]
+                if values.shape[: len(lead)] != lead or values.ndim != len(lead) + (3 if part == "limits" else 0):
+                    raise ValueError(
+                        f"{part} of {place(chip)!r} in the corrections has the shape {values.shape}, not that of "
+                        f"{math.prod(lead)} matrices: run `lorafusion restore` again"
+                    )
         weights = with_corrections(weights, self.corrections)
         ranged = [dataclasses.replace(chip, **self.ranges.get(place(chip), {})) for chip in chips_in(weights)]
         return with_chips(weights, ranged)

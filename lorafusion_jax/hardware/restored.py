@@ -19,9 +19,9 @@ from jaxtyping import Array, Float
 
 from .. import crossbar
 from ..checks import at_least, check_uint32, flags_given
-from ..files import utf8
+from ..files import FileError, check_no_link, shown, utf8
 from ..io import arrays
-from ..io.folders import read_manifest
+from ..io.folders import locked, read_manifest
 from ..models.architecture import Model, matrices
 from ..models.generate import Sampling, generate
 from ..models.weights import dense
@@ -36,6 +36,7 @@ from .restore import Method, Restoring, divergence, restore
 
 _WHAT = "a folder of corrections"
 _RANGES = ("limits", "input_limit")
+_PARTS = ("scale", "offset", "U", "V", *_RANGES)
 # Most tokens of a row of text. One of so many windows or lines is left out of the training, to measure on: the last
 # windows, but lines from the whole text.
 WINDOW, _MEASURED = 128, 8
@@ -67,12 +68,14 @@ class Manifest(TypedDict):
     """Metadata of the corrections of one chip.
 
     Attributes:
+      chip: number of the chip.
       settings: base, chips, text and training that they were computed with.
       numbers: digital numbers, and `share` the same as a share of the weights in arrays.
       tokens: tokens that they were trained on.
       divergence: from the digital model before and after, in nats per token of text that was left out.
     """
 
+    chip: int
     settings: Settings
     numbers: int
     share: float
@@ -137,8 +140,8 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     """Write the corrections of some chips to a folder, and return their metadata by the chips' numbers.
 
     Raises:
-      ValueError: before anything is programmed: the folder has corrections with other settings, the text is shorter
-        than two windows, or a base, chips or a number cannot be used.
+      ValueError: before anything is programmed: the folder has corrections with other settings, or another process
+        writes it, the text is shorter than two windows, or a base, chips or a number cannot be used.
     """
     at_least(1, chips=len(options.chip), tokens=options.tokens, self_text=options.self_text)
     check_uint32(seed=options.seed)
@@ -180,9 +183,9 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     out = options.out or Path(options.crossbar) / f"restored-{options.method}"
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder with --out")
-    made = {number: _kept(out / f"chip_{number}", settings) for number in _numbers(out)}
-    missing = [number for number in keys if number not in made]
-    if not missing:
+    if out.parent.resolve() == Path(options.crossbar).resolve():
+        check_no_link(out)
+    if not keys.keys() - (made := _all_kept(out, settings)):
         return {number: made[number] for number in keys}
     train, left_out = _read_text(loaded, options, content)
     setup = looped(loaded)
@@ -190,8 +193,9 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     run = logits_of_base(graph)
     logits = jax.jit(run)
     count = _tokens(left_out)
-    with progress("chips", len(missing)) as bar:
-        for number in missing:
+    with locked(out, "another --out"):
+        made = _all_kept(out, settings)
+        for number in progress("chips", [number for number in keys if number not in made]):
             chip = program(graph, digital, chips.rules(config), keys[number])
             weights = crossbar.calibrate_tree(run, chip.base, train)
             held = digital_matrices(setup, weights)
@@ -205,6 +209,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
             ]
             numbers = sum(correction.numbers() for correction in corrections.values())
             made[number] = {
+                "chip": number,
                 "settings": settings,
                 "numbers": numbers,
                 "share": numbers / sum(matrix.size for matrix in held),
@@ -212,7 +217,6 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
                 "divergence": before_and_after,
             }
             arrays.save(out / f"chip_{number}", _to_save(weights, corrections), made[number])
-            bar.update()
     return {number: made[number] for number in keys}
 
 
@@ -239,18 +243,26 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
       base_sha256: digest of the base model.
 
     Raises:
-      ValueError: the corrections are of another base, of other chips, or of other numbers of these.
+      ValueError: the corrections are of another base, of other chips, or of other numbers of these, they were computed
+        with different settings, or their arrays are not corrections.
     """
     inside = Path(chips.name) / name
     folder = inside if inside.is_dir() else Path(name)
     now = _of_chips(chips, base_sha256)
     names = {"base_sha256": "base model", "config_sha256": "configuration", "key": "key", "digital": "digital weights"}
-    there, found = _corrected(folder), []
+    there, found, first = _corrected(folder), [], None
     for number in numbers:
         if number not in there:
             named = ", ".join(map(str, there))
             raise ValueError(f"{folder} corrects {named}, not chip {number}: run `lorafusion restore` on it too")
-        tree, manifest = arrays.load(folder / f"chip_{number}", metadata=Manifest, what=_WHAT)
+        of_chip = folder / f"chip_{number}"
+        tree, manifest = arrays.load(of_chip, metadata=Manifest, what=_WHAT)
+        _check_number(of_chip, manifest, number)
+        _check_parts(of_chip, tree)
+        first = first or (tree.keys(), manifest["settings"])
+        if first != (tree.keys(), manifest["settings"]):
+            fix = "run `lorafusion restore` on all of them with another --out"
+            raise FileError(of_chip, got=f"computed with other settings than chip {numbers[0]}", fix=fix)
         for field, what in names.items():
             if manifest["settings"][field] != now[field]:
                 raise ValueError(
@@ -260,6 +272,21 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
         found.append(tree)
     _of_one_rank(found)
     return [_restored(tree) for tree in found]
+
+
+def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
+    """Raise a FileError if the arrays of a chip are not the parts of corrections; their shapes are checked on it."""
+    for site, parts in tree.items():
+        parts = parts if isinstance(parts, dict) else {"": parts}
+        shapes = {part: getattr(values, "shape", None) for part, values in parts.items()}
+        u, v = (shapes.get(part, (0, 0)) or () for part in ("U", "V"))
+        for part, values in parts.items():
+            known = part in _PARTS and getattr(values, "dtype", None) == np.float32
+            if not known or np.isnan(values).any() or len(u) < 2 or len(v) < 2 or u[-1] != v[-2] or u[:-2] != v[:-2]:
+                got = f"{getattr(values, 'dtype', 'a folder')}{list(shapes[part] or ())}"
+                wanted = f"float32 without NaN in {', '.join(_PARTS)}, and U [d_in, r] with V [r, d_out]"
+                fix = "run `lorafusion restore` again with another --out"
+                raise FileError(folder, field=shown(f"{site}/{part}"), got=got, expected=wanted, fix=fix)
 
 
 def read_corrections(folder: Path) -> Manifest:
@@ -382,16 +409,25 @@ def _corrected(folder: Path) -> list[int]:
     return numbers
 
 
-def _kept(folder: Path, settings: Settings) -> Manifest:
-    """Return the metadata of a chip's corrections; ValueError if they were computed from other settings."""
-    manifest = read_manifest(folder, Manifest, _WHAT)[1]
-    for name, now in settings.items():
-        if (then := manifest["settings"][name]) != now:
-            raise ValueError(
-                f"{folder} has corrections with another {name} ({_short(then)}, now {_short(now)}): give another "
-                "--out; corrections are never overwritten, and all in a folder have the same settings"
-            )
-    return manifest
+def _all_kept(out: Path, settings: Settings) -> dict[int, Manifest]:
+    """Return the metadata of a folder's corrections by chip; ValueError if one was computed from other settings."""
+    made = {}
+    for number in _numbers(out):
+        folder = out / f"chip_{number}"
+        made[number] = manifest = read_manifest(folder, Manifest, _WHAT)[1]
+        _check_number(folder, manifest, number)
+        for name, now in settings.items():
+            if (then := manifest["settings"][name]) != now:
+                raise ValueError(
+                    f"{folder} has corrections with another {name} ({_short(then)}, now {_short(now)}): give another "
+                    "--out; corrections are never overwritten, and all in a folder have the same settings"
+                )
+    return made
+
+
+def _check_number(folder: Path, manifest: Manifest, number: int) -> None:
+    if (chip := manifest["chip"]) != number:
+        raise FileError(folder, field="chip", got=str(chip), expected=str(number), fix=f"rename it to chip_{chip}")
 
 
 def _tokens(batches: Sequence[Batch]) -> int:

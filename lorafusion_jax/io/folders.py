@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from .. import __version__, interrupts
-from ..files import FileError, T, read_json, structured, write_text, writing
+from ..files import FileError, T, check_no_link, read_json, structured, write_text, writing
 from . import processes
 from .source import inside, sha256
 
@@ -78,6 +78,31 @@ def _claimed(partial: Path) -> Iterator[None]:
             raise
     finally:
         os.close(lock)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, option: str) -> Iterator[None]:
+    """Make a folder, keep other processes out of it, and remove files that a killed process left unfinished there.
+
+    Raises a ValueError if another process holds the lock, or if it is a link; `option` gives another folder.
+    """
+    with contextlib.ExitStack() as stack:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            check_no_link(folder / ".lock")
+            lock = stack.enter_context(open(folder / ".lock", "a+"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise ValueError(
+                    f"{folder} is in use by process {lock.read().strip() or 'unknown'}: wait for it, or give {option}"
+                ) from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+            remove_partial(folder)
+        yield
 
 
 def remove_partial(folder: Path) -> None:

@@ -11,21 +11,19 @@ A folder is locked while a process writes to it. If a run has several processes,
 """
 
 import contextlib
-import fcntl
 import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TextIO, TypedDict, get_type_hints
+from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 import msgspec
 
 from ..files import FileError, check_no_link, read_json, read_lines, shown, structured, write_text, writing
 from ..io import processes
 from ..io.digests import Digests
-from ..io.folders import remove_partial
+from ..io.folders import locked, remove_partial
 from ..methods import METHODS
 from ..training.recipe import Recipe
 from ..training.seeds import SeedMode
@@ -132,29 +130,12 @@ class RunFolder:
         if not processes.first():
             yield
             return
-        with contextlib.ExitStack() as stack:
+        with locked(self.folder, "this run another --name"):
+            for path in (self.folder / _METRICS, self.checkpoints):
+                check_no_link(path)
             with writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                for path in (self.folder / ".lock", self.folder / _METRICS, self.checkpoints):
-                    check_no_link(path)
-                lock = stack.enter_context(open(self.folder / ".lock", "a+"))
-                self._lock(lock)
-                for folder in (self.folder, self.checkpoints):
-                    remove_partial(folder)
+                remove_partial(self.checkpoints)
             yield
-
-    def _lock(self, file: TextIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise ValueError(
-                f"{self.folder} is in use by process {file.read().strip() or 'unknown'}: wait for it, or "
-                "give this run another --name"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
 
     def exists(self) -> bool:
         """Return whether a run was begun here."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import one_block
 import pytest
 import small_llama
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar
@@ -18,6 +21,7 @@ from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
 from lorafusion_jax.estimates.bill import CostOptions
 from lorafusion_jax.estimates.bill.methods import base_matrices
 from lorafusion_jax.estimates.params import shape_config
+from lorafusion_jax.files import FileError
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.restore import Restoring, divergence, restore
@@ -32,7 +36,9 @@ from lorafusion_jax.hardware.restored import (
     sampled,
     windows,
 )
+from lorafusion_jax.io.folders import locked
 from lorafusion_jax.io.hf import base_digest
+from lorafusion_jax.io.source import sha256
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import load_model
 from lorafusion_jax.tasks import IGNORED, decode
@@ -214,7 +220,7 @@ def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
         changed = {"text": tuple(tmp_path / name for name in changed["text"])}
     with pytest.raises(ValueError, match=message):
         restore_chips(_options(home, **{"out": tmp_path / "restored"} | changed))
-    assert not (tmp_path / "restored").exists()
+    assert not list((tmp_path / "restored").glob("chip_*"))
 
 
 def test_an_unknown_kind_of_corrections_is_refused():
@@ -246,6 +252,74 @@ def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
     assert both[0] == alone[0]
     with pytest.raises(ValueError, match=r"chip_0 has corrections with another method \(scales, now offsets\)"):
         restore_chips(_options(home, chip=(2,), method="offsets", **given))
+
+
+def test_two_processes_do_not_write_into_one_folder(home, tmp_path):
+    with locked(out := tmp_path / "restored", "another --out"):
+        with pytest.raises(ValueError, match=f"restored is in use by process {os.getpid()}: wait for it, or give"):
+            restore_chips(_options(home, out=out))
+    assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+def test_a_linked_folder_next_to_the_chips_is_not_written_through(home, tmp_path):
+    (outside := tmp_path / "outside").mkdir()
+    (chips := tmp_path / "chips").mkdir()
+    manifest = dict.fromkeys(("base", "base_sha256", "config", "config_sha256"), "") | {"digital": [], "key": 0}
+    manifest |= {"pool": None, "modules": {}, "basis_sha256": None, "chips": 1}
+    counts = dict.fromkeys(("arrays", "cells", "utilisation"), 1) | dict.fromkeys(("pulses", "joules", "seconds"), [])
+    save_config(config := crossbar.load_config(str(home / "noisy.yaml")), chips / "config.yaml")
+    manifest |= {"base_sha256": base_digest(str(home / "base")), "config_sha256": crossbar.config_hash(config)}
+    (chips / "manifest.json").write_text(json.dumps(manifest | {"one_chip": counts | {"simulated_pulses": None}}))
+    (chips / "restored-scales").symlink_to(outside)
+    with pytest.raises(FileError, match="restored-scales: a link, which could lead out of its folder"):
+        restore_chips(_options(home, crossbar=str(chips)))
+    assert not list(outside.iterdir())
+
+
+def _scale(arrays):
+    return next(name for name in arrays if name.endswith("/scale"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {"loose": a[_scale(a)]}, r"'loose/' is float32\[.*: expected float32 without NaN in scale, offset"),
+        (lambda a: a | {_scale(a): a[_scale(a)] * np.nan}, "expected float32 without NaN"),
+        (lambda a: a | {_scale(a): a[_scale(a)].astype(int)}, r"/scale' is int64\[.*expected float32"),
+        (lambda a: a | {_scale(a) + "/deeper": a[_scale(a)]}, "not the path of an array in a tree"),
+        (lambda a: {n: x for n, x in a.items() if not n.endswith("/V")}, r"U \[d_in, r\] with V \[r, d_out\]"),
+        (lambda a: {n: x[:-1] if n.endswith("/V") else x for n, x in a.items()}, "expected float32"),
+        (lambda a: {_scale(a): a[_scale(a)][..., :3]}, r"has shape \(1, 3\): expected \(1, "),
+        (lambda a: {_scale(a): a[_scale(a)], _scale(a)[:-5] + "limits": np.ones(3, np.float32)}, "limits of .* shape"),
+        (lambda a: {"elsewhere/scale": a[_scale(a)]}, "a correction of 'elsewhere': expected one of the chips"),
+    ],
+)
+def test_other_arrays_under_a_right_digest_are_refused(home, tmp_path, change, message):
+    folder = shutil.copytree(home / "restored" / "chip_0", tmp_path / "restored" / "chip_0")
+    save_file(change(load_file(folder / "arrays.safetensors")), folder / "arrays.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["arrays.safetensors"] = sha256(folder / "arrays.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
+    weights = program(loaded.problem.graph, loaded.problem.frozen, chips.rules(), chips.chip_key(0)).base
+    with pytest.raises(ValueError, match=message):
+        load_restored(str(tmp_path / "restored"), chips, [0], base_digest(str(home / "base")))[0].on(weights)
+
+
+def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, tmp_path):
+    for number, other in ((0, 2), (2, 0)):
+        shutil.copytree(home / "restored" / f"chip_{number}", tmp_path / "exchanged" / f"chip_{other}")
+    chips, base = load_chips(str(home / "noisy.yaml")), base_digest(str(home / "base"))
+    message = r"chip_0: chip is 2: expected 0; rename it to chip_2"
+    with pytest.raises(FileError, match=message):
+        load_restored(str(tmp_path / "exchanged"), chips, [0, 2], base)
+    with pytest.raises(FileError, match=message):
+        restore_chips(_options(home, out=tmp_path / "exchanged"))
+    shutil.copytree(home / "restored", tmp_path / "mixed")
+    file = tmp_path / "mixed" / "chip_2" / "manifest.json"
+    file.write_text(file.read_text().replace('"epochs": 2', '"epochs": 3'))
+    with pytest.raises(FileError, match="chip_2: computed with other settings than chip 0: run `lorafusion restore`"):
+        load_restored(str(tmp_path / "mixed"), chips, [0, 2], base)
 
 
 def test_chips_whose_pool_stays_digital_are_restored(home, tmp_path):
