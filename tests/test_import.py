@@ -18,14 +18,13 @@ _PACKAGE = "lorafusion_jax"
 _HEAVY = set("datasets huggingface_hub matplotlib orbax peft torch tqdm transformers".split())
 
 # Helpers without imports of their own, which every part may import.
-_ANYWHERE = {"checks", "files", "hub_answers", "interrupts", "platform", "progress", "text_tables"}
+_ANYWHERE = {"checks", "files", "interrupts", "platform", "progress", "text_tables"}
 # What each room may import besides itself and `_ANYWHERE`; later rooms stand on earlier ones.
 _MAY_IMPORT = {
     "text_tables": set(),
     "platform": set(),
     "files": set(),
     "checks": set(),
-    "hub_answers": set(),
     "interrupts": set(),
     "progress": set(),
     "crossbar": set(),

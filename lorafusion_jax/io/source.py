@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .. import hub_answers
 from ..files import FileError, check_lfs, shown
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes of a file's name, characters of its path below a folder
 _LONGEST_REASON = 1000  # characters of an error, whose text a hub may write
+_SHA256 = re.compile("[0-9a-f]{64}")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(.+))?")
 
 
@@ -49,15 +49,32 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
         raise ValueError(f"{shown(source)} cannot be a folder: {error.strerror}") from None
     if not is_hub_id(source):
         raise ValueError(f"{source!r} is neither a folder here nor a hub id: give a path, owner/name or owner/name@rev")
-    import huggingface_hub
-
     name, revision = split_revision(source)
     try:
-        with hub_answers.checked():
-            files = list(patterns) if patterns else None
-            return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+        return _fetched(name, revision, patterns)
+    except FileError:
+        raise
     except Exception as error:  # the HTTP library, and answers that the hub's library does not expect, raise others
         raise ValueError(f"{source!r} is not a folder here, and the hub did not give it: {_reason(error)}") from error
+
+
+def _fetched(name: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
+    """Return the folder of a hub's repository in the cache; FileError if its files are elsewhere or damaged."""
+    from huggingface_hub import constants, snapshot_download
+
+    cache = Path(constants.HF_HUB_CACHE).resolve()
+    blobs = cache / f"models--{name.replace('/', '--')}" / "blobs"
+    before = {*blobs.iterdir()} if blobs.is_dir() else set[Path]()
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns) if patterns else None))
+    for path in (folder, *folder.rglob("*")):
+        stored = path.resolve()
+        if not stored.is_relative_to(cache):
+            raise FileError(path, got="outside of the hub's cache", expected=f"a file in {cache}", fix="remove it")
+        # Large files are stored under their SHA-256. The library checks sizes.
+        if stored not in before and _SHA256.fullmatch(stored.name) and sha256(stored) != stored.name:
+            stored.unlink()
+            raise FileError(path, got="damaged, its SHA-256 is not the one that the hub states", fix="fetch it again")
+    return folder
 
 
 def _reason(error: Exception) -> str:
