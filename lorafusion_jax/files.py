@@ -6,6 +6,7 @@ The types are dataclasses and TypedDicts. msgspec decodes them: it is imported i
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import re
 import reprlib
@@ -13,6 +14,7 @@ import secrets
 import types
 import typing
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, TypeVar
@@ -139,9 +141,30 @@ def decode(
         raise _pointer(where)
     try:
         raw = msgspec.json.decode(content)
+        parse_json(content)  # msgspec takes the last of equal keys
     except (ValueError, RecursionError) as error:  # msgspec's own errors are ValueErrors
         raise FileError(where, got=f"not JSON ({error})", fix=fix) from None
     return structured(raw, kind, where, own=own, fix=fix)
+
+
+def parse_json(content: bytes | str, *, parse_int: Callable[[str], Any] = int) -> Any:
+    """Return any JSON, also with NaN and infinity; raises a ValueError or RecursionError.
+
+    A key that an object has twice is an error too: other programs may take the value that this one would ignore.
+    """
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        check_once([key for key, _ in pairs])
+        return dict(pairs)
+
+    return json.loads(content, parse_int=parse_int, object_pairs_hook=fields)
+
+
+def check_once(keys: Sequence[str]) -> None:
+    """Raise a ValueError for a key that is given twice."""
+    if len(set(keys)) < len(keys):
+        ((twice, _),) = Counter(keys).most_common(1)
+        raise ValueError(f"{shown(twice)} is given twice: keep one")
 
 
 def structured(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, check_lfs, check_regular, shown, some, utf8
+from ..files import FileError, check_lfs, check_regular, parse_json, shown, some, utf8
 
 Row = Any  # any JSON: checked where rows become examples
 Rows = Iterator[tuple[str, Row]]  # each with its place, for messages
@@ -139,7 +139,7 @@ def is_bbh(source: str | Path) -> bool:
 def _parse(text: str, path: Path, line: int = 1) -> Row:
     # Python's reader gives the line of an error, but lets half characters pass, which no text can hold.
     try:
-        row = json.loads(text)
+        row = parse_json(text)
         if "\\u" in text:
             json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -161,6 +161,8 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
             for path in Path(source).rglob("*"):
                 if not path.is_dir():
                     check_regular(path)
+                if path.suffix == ".json":
+                    _parse(path.read_text(encoding="utf-8"), path)
             found = datasets.load_from_disk(source)
             loaded: Any = {"all": found} if isinstance(found, datasets.Dataset) else found
             for part in loaded.values():

@@ -5,11 +5,14 @@ import io
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any, TypedDict
 
 import datasets
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -22,10 +25,12 @@ from lorafusion_jax.crossbar import load_chip
 from lorafusion_jax.files import FileError, printable, read_json, structured, write_text
 from lorafusion_jax.io import safetensors
 from lorafusion_jax.io.folders import new_folder
+from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.runs.folder import RunConfig, RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import GenerateOptions, generate_lines
 from lorafusion_jax.runs.run import options_to_json
+from lorafusion_jax.runs.weight_list import read_weights
 from lorafusion_jax.tasks import Example, encode, load_task
 
 _OPTIONS = options_to_json(FuseOptions(base="base", task="task"))
@@ -55,6 +60,7 @@ class _Outer:
         ('{"inner": {"sizes": {"a": [1], "b": [1, "x"]}}}', r"inner\.sizes\.b\[1\] is 'x': expected an integer"),
         ('{"inner": {"sizes": []}}', r"inner\.sizes is \[\]: expected an object"),
         ('{"inner": {"sizes": {}, "colour": 1}}', r"inner\.colour is unknown: remove it, or restore"),
+        ('{"inner": {"sizes": {"a": [], "a": []}}}', r"not JSON \('a' is given twice: keep one\): restore"),
         ("", r"not JSON \(.*\): restore"),
         ('{"inner": {"sizes": {"a": [NaN]}}}', r"not JSON \(.*\): restore"),
         ('{"name": "\\ud800", "inner": {"sizes": {}}}', r"not JSON \(.*\): restore"),
@@ -76,6 +82,44 @@ def test_a_sound_file_is_its_type(tmp_path):
         read_json(tmp_path / "y.json", _Outer, "a thing")
     with pytest.raises(FileError, match=r"^x\.json: not UTF-8 text \(.*surrogates not allowed\)"):
         structured("\ud800", _Outer, "x.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "read"),
+    [
+        ("weights.json", '{"a": 1, "a": 2}', read_weights),
+        ("merge.json", '{"weights": {"a": {"x": 1, "x": 2}}, "digests": {}}', lambda path: read_weights(path.parent)),
+        ("adapter_config.json", '{"r": 8, "r": 9}', lambda path: read_adapter(str(path.parent))),
+        ("metrics.jsonl", '{"step": 1, "step": 2}\n', lambda path: RunFolder(path.parent).metrics()),
+        ("task.jsonl", '{"input": "x", "input": "y", "target": "z"}\n', load_task),
+        ("task.json", '[{"input": "x", "output": "y", "output": "z"}]', load_task),
+        ("state.json", '{"a": 1, "a": 2}', lambda path: load_task(path.parent)),
+        ("crossbar.json", '{"cell": {"bits": [4], "bits": [8]}}', crossbar.load_config),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(tmp_path, name, content, read):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*'\w+' is given twice: keep one"):
+        read(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_array_or_a_key_that_a_chip_has_twice_is_refused(tmp_path):
+    chip = crossbar.program(jnp.ones((2, 2)), crossbar.CrossbarConfig(), jax.random.key(0))
+    crossbar.save_chip(chip, tmp_path / "x.npz")
+    with zipfile.ZipFile(tmp_path / "x.npz") as file:
+        arrays = {name: file.read(name) for name in file.namelist()}
+    meta = str(np.load(io.BytesIO(arrays["meta_json.npy"])))
+    np.save(twice := io.BytesIO(), np.array(meta.replace('"first"', '"first": 1, "first"')))
+    for changed, message in (
+        ([*arrays.items()] * 2, "is there twice"),
+        ((arrays | {"meta_json.npy": twice.getvalue()}).items(), "'first' is given twice"),
+    ):
+        with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
+            for name, content in changed:
+                file.writestr(name, content)
+        with pytest.raises(ValueError, match=f"{tmp_path}/x.npz.*{message}"):
+            crossbar.load_chip(tmp_path / "x.npz")
 
 
 def test_an_option_of_a_newer_version_says_which():

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...files import write
+from ...files import parse_json, write
 from ..config.files import config_hash, from_json, to_json
 from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
@@ -79,7 +79,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     arrays = _arrays(path)
     if _META not in arrays:
         raise ValueError("it does not hold programmed arrays: give a file that save_chip wrote")
-    meta = json.loads(str(arrays.pop(_META)))
+    meta = parse_json(str(arrays.pop(_META)))
     if "codes" in arrays and arrays["codes"].dtype != (held := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)):
         raise ValueError(f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set jax_enable_x64 first")
     stored = {name: jnp.asarray(array) for name, array in arrays.items()}
@@ -125,8 +125,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             name, left = entry.filename.removesuffix(".npy"), left - entry.file_size
-            if entry.compress_type != zipfile.ZIP_STORED or left < 0:
-                raise ValueError(f"{name} is compressed or shares its bytes: program the weights again")
+            if entry.compress_type != zipfile.ZIP_STORED or left < 0 or name in found:
+                raise ValueError(f"{name} is compressed, shares its bytes or is there twice: program the weights again")
             content = io.BytesIO(archive.read(entry))
             version = np.lib.format.read_magic(content)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

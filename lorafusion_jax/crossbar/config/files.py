@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import yaml
 
-from ...files import shown, write_text
+from ...files import parse_json, shown, write_text
 from ..devices.device import Sinh
 from ..devices.drift import PCM_DRIFT, RERAM_CMO_DRIFT, PowerLaw, Relaxation
 from ..devices.write_error import (
@@ -119,7 +119,7 @@ def to_json(config: CrossbarConfig) -> str | None:
 
 def from_json(text: str) -> CrossbarConfig:
     """Return the configuration that `to_json` wrote."""
-    return _build(CrossbarConfig, json.loads(text), "")
+    return _build(CrossbarConfig, parse_json(text), "")
 
 
 def _refuse(function: Callable[..., Any], where: str) -> str:

@@ -1,14 +1,12 @@
 """YAML and JSON files of settings as plain tables, within bounds on their size and depth."""
 
-import json
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ...files import shown
+from ...files import check_once, parse_json
 
 _LARGEST = 1 << 20  # bytes
 _MOST_VALUES, _DEEPEST = 100_000, 20
@@ -34,7 +32,7 @@ def read_table(path: Path, kind: str) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
         if kind == "json":
-            found = json.loads(text, parse_int=_integer, object_pairs_hook=_object)
+            found = parse_json(text, parse_int=_integer)
             _check(found, _values)
             return found
         loader = _Loader(text)
@@ -64,20 +62,9 @@ def _values(value: Any) -> Iterable[Any]:
 
 def _nodes(node: yaml.Node) -> Iterable[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
-        _check_keys([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        check_once([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         return [each for _, each in node.value]
     return node.value if isinstance(node, yaml.SequenceNode) else ()
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _check_keys([key for key, _ in pairs])
-    return dict(pairs)
-
-
-def _check_keys(keys: list[str]) -> None:
-    if len(set(keys)) < len(keys):
-        ((twice, _),) = Counter(keys).most_common(1)
-        raise ValueError(f"{shown(twice)} is given twice")
 
 
 def _integer(text: str, parse: Callable[[str], int] = int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import FileError, check_name, named, structured
+from ...files import FileError, check_name, named, parse_json, structured
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
 from ..folders import new_folder
@@ -193,7 +193,7 @@ def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
         raise AdapterError(f"{path}: has {len(data):,} bytes: expected at most {_MAX_CONFIG:,}")
     text = bytes(data)
     try:
-        content = json.loads(text)  # PEFT writes NaN and infinity, which JSON does not have
+        content = parse_json(text)  # PEFT writes NaN and infinity, which JSON does not have
     except (ValueError, RecursionError) as error:
         raise FileError(path, got=f"not JSON ({error})", fix=_AGAIN) from None
     return text, structured(content, dict[str, Any], path, own=False, fix=_AGAIN)
