@@ -1,9 +1,10 @@
 """Checks of numbers, names and options that users give, and of the libraries that these need."""
 
+import contextlib
 import dataclasses
 import importlib
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -50,3 +51,14 @@ def load_optional(name: str, *, extra: str, needed_by: str) -> ModuleType:
             f"{needed_by} needs {str(error.name).partition('.')[0]}, which is not installed: "
             f"pip install -e '.[{extra}]'"
         ) from error
+
+
+@contextlib.contextmanager
+def panics() -> Iterator[None]:
+    """Raise a ValueError for a panic of Rust code in the block, which is no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"it panics: {error}") from error

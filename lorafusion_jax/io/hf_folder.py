@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 import numpy as np
 
-from ..files import FileError, named, read_json, structured
+from ..checks import panics
+from ..files import FileError, read_json, structured
 from ..models.registry import family_of_json
 from . import safetensors as safetensors_map
 from . import tokenizer_bounds, torch_pickle
@@ -104,9 +105,10 @@ class FolderBase:
 
         try:
             folder = resolve(self._source, patterns=_TEXTS)
-            tokenizer_bounds.check_added(folder)
+            tokenizer_bounds.check_files(folder)
             # By default, transformers may offer on a terminal to run the repository's code.
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            with panics():
+                tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
             tokenizer_bounds.check_growth(tokenizer)
             if not isinstance(longest := tokenizer.model_max_length, int | float):
                 raise ValueError(f"model_max_length is {longest!r}: expected a number")
@@ -138,19 +140,17 @@ class FolderBase:
             return self.tokenizer()
         if not file.is_file() or any((folder / name).is_file() for name in _FURTHER):
             return self.tokenizer()
-        tokenizer_bounds.check_added(folder)
+        tokenizer_bounds.check_files(folder)
         try:
-            backend = Tokenizer.from_file(str(file))
+            with panics():
+                backend = Tokenizer.from_file(str(file))
         except Exception as error:  # it raises bare ones
             fix = "give a base with a sound tokenizer"
             raise FileError(file, got=f"not a tokenizer ({error})", fix=fix) from error
         if backend.truncation or backend.get_vocab_size() > _UNCHANGED:
             return self.tokenizer()
         special = {name: str(text) for name, text in settings.items() if name.endswith("_token")}
-        tokenizer = FastTokenizer(backend, special, None, self._source, self.tokenizer)
-        with named(file):
-            tokenizer_bounds.check_growth(tokenizer)
-        return tokenizer
+        return FastTokenizer(backend, special, None, self._source, self.tokenizer)
 
     def save_texts(self, folder: Path) -> None:
         """Copy config.json and the files of the tokenizer."""

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Int, Int32
 
+from ..checks import panics
 from ..files import shown
 from . import chat_template
 from .data import Example
@@ -188,11 +189,9 @@ def _chat(tokenizer: Tokenizer, said: list[tuple[str, str]], *, add_generation_p
 
 def _tokens(tokenizer: Tokenizer, texts: str | list[str], **how: Any) -> Any:
     try:
-        return tokenizer(texts, **how)
-    except BaseException as error:
-        # tokenizers raises a bare Exception, such as for a missing unknown token; a Rust panic is not even one.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        with panics():
+            return tokenizer(texts, **how)
+    except Exception as error:  # tokenizers raises a bare one, such as for a missing unknown token
         raise ValueError(
             f"the tokenizer of {tokenizer.name_or_path} rejects a text ({error}): give a base with a sound tokenizer"
         ) from error

@@ -9,7 +9,22 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 
 from lorafusion_jax.files import FileError
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
-from lorafusion_jax.io.hf import load_tokenizer
+from lorafusion_jax.io.hf import load_fast_tokenizer, load_tokenizer
+
+
+def _charsmap(text):
+    """Return a map without characters, and with a text that is as long as what they could become."""
+    return (1024).to_bytes(4, "little") + bytes(1024) + text + b"\0"
+
+
+def _prefixed(second):
+    """Return a model of byte pairs whose tokens within a word begin with x."""
+    merges = {"vocab": {"a": 0, second: 1, f"a{second}": 2}, "merges": [f"a {second}"]}
+    return {"type": "BPE", "continuing_subword_prefix": "x", **merges}
+
+
+_LONG_TOKEN = {"id": "x", "ids": [0] * 2000, "tokens": ["a"] * 2000}
+_with_a_long_token = processors.TemplateProcessing("x $A", "$A $B", [_LONG_TOKEN])
 
 
 @pytest.fixture
@@ -55,14 +70,53 @@ def test_a_gguf_file_with_too_many_special_tokens_is_refused():
         ("normalizer", normalizers.Sequence([normalizers.Prepend("x")] * 1000)),
         ("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(use_regex=False)] * 28)),
         ("decoder", decoders.Sequence([decoders.Replace("a", "aa")] * 28)),
+        ("normalizer", normalizers.Sequence([normalizers.Replace("ا", "ﷺ"), normalizers.NFKD()] * 5)),
+        ("normalizer", normalizers.Sequence([normalizers.NFD(), normalizers.Replace("α", "ΐ")] * 9)),
+        ("normalizer", normalizers.Sequence([normalizers.Prepend("x" * 50)] * 2)),
+        ("normalizer", normalizers.Precompiled(_charsmap(b"x" * 4000))),
+        ("pre_tokenizer", pre_tokenizers.Sequence([pre_tokenizers.Metaspace()] * 5)),
+        ("decoder", decoders.Sequence([decoders.BPEDecoder(suffix="")] * 10)),
+        ("decoder", decoders.Sequence([decoders.CTC(word_delimiter_token="")] * 10)),
+        ("decoder", decoders.Sequence([decoders.WordPiece()] * 10)),
         ("post_processor", processors.TemplateProcessing(single=["$A"] * 1000, pair="$A $B", special_tokens=[])),
+        ("post_processor", processors.TemplateProcessing(pair=["$A", "$B"] * 1000, special_tokens=[])),
+        ("post_processor", _with_a_long_token),
+        ("post_processor", processors.Sequence([processors.TemplateProcessing(["$A"] * 9, "$A $B", [])] * 3)),
     ],
 )
 def test_steps_that_lengthen_texts_without_a_bound_are_refused(base, part, of_part):
+    """Before the file is loaded, because loading normalises the added tokens."""
     raw = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     setattr(raw, part, of_part)
     raw.save(str(base / "tokenizer.json"))
-    with pytest.raises(ValueError, match=f"{base} gives no tokenizer: .* its {part[:5]}.* has .* steps"):
+    for load in (load_tokenizer, load_fast_tokenizer):
+        with pytest.raises(ValueError, match=f"{base}/tokenizer.json: .*its {part} has .* steps"):
+            load(base)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        # tokenizers 0.23 panics on the first four, and the second and third end the process.
+        ({"decoder": {"type": "Strip", "content": " ", "start": 0, "stop": 2**40}}, "expected a stop of 0"),
+        ({"model": _prefixed("é")}, "a merge with 'é', which lacks the model's continuing_subword_prefix"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}}, "4 bytes, and claims 4,294,967"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAA=="}}, "it panics: index out of bounds"),
+        ({"model": {"max_input_chars_per_word": 2**40}}, "max_input_chars_per_word is 1,099,511,627,776: .* 1,000"),
+        ({"normalizer": {"type": "Replace"}}, "not a tokenizer .*content"),
+    ],
+)
+def test_a_tokenizer_that_fails_or_takes_long_is_refused(base, fields, message):
+    content = json.loads((base / "tokenizer.json").read_text()) | fields
+    (base / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{base}.*{message}"):
+        load_tokenizer(base)
+
+
+def test_a_key_that_a_tokenizer_has_twice_is_refused(base):
+    text = (base / "tokenizer.json").read_text()
+    (base / "tokenizer.json").write_text(text.replace('"decoder"', '"normalizer": null, "decoder"'))
+    with pytest.raises(FileError, match=f"{base}/tokenizer.json: not a tokenizer .'normalizer' is given twice"):
         load_tokenizer(base)
 
 
