@@ -4,6 +4,7 @@ import gc
 import importlib
 import os
 import select
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from .start import keep_compiled, keep_memory, widen_vectors
 _PROGRAMS = ("lorafusion", "__main__.py")
 _COMPUTING = ("forecast", "fuse", "evaluate", "generate", "lm-eval", "restore", "crossbar")
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
+_NARROW = 40  # columns; in a few, tyro would take minutes to lay out a help text
 # Each subcommand is a module of this folder.
 COMMANDS = {
     "convert": "PEFT adapters -> a pool on disk",
@@ -76,6 +78,8 @@ def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = 
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
     interrupts.watch()
+    if shutil.get_terminal_size().columns < _NARROW:
+        os.environ["COLUMNS"] = str(_NARROW)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         try:
@@ -91,6 +95,25 @@ def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = 
             sys.exit(_BROKEN_PIPE)
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except (RuntimeError, AssertionError):
+        if (why := _lacks_backend()) is None:
+            raise
+        print(f"error: {printable(why)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _lacks_backend() -> str | None:
+    """Return a message if JAX starts none of the platforms in its variable. It fails a bare assertion for some."""
+    if not (platforms := os.environ.get("JAX_PLATFORMS")):
+        return None
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        why = f" ({error})" if str(error) else ""
+        return f"JAX cannot start JAX_PLATFORMS={platforms}{why}: give one of this machine, such as cpu, or unset it"
+    return None
 
 
 def _reader_is_gone() -> bool:

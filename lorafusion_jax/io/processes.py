@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ import numpy as np
 
 # Seconds between two heartbeats, and the longest time without one.
 _BEAT, _LOST = 5, 15
+ARRIVAL = 300  # seconds in which all processes have to start
 _DAY = 24 * 3600
 _numbers = itertools.count()
 
@@ -53,38 +55,50 @@ def joined(coordinator: str | None = None, processes: int | None = None, process
     """Join the other processes of a run, which Slurm, Open MPI, GKE, a TPU or the arguments describe.
 
     Call it before JAX initialises its backend; it does nothing after `jax.distributed.initialize`. If another process
-    is lost, or if only this one fails, it ends within 20 s with a message and the exit code EX_TEMPFAIL (75). Raises
-    ValueError if JAX finds no cluster here, or it cannot be reached.
+    is lost, or if only this one fails, it ends within 20 s with a message and the exit code EX_TEMPFAIL (75), and after
+    `ARRIVAL` seconds if one never starts. Raises ValueError if JAX finds no cluster here, or the address has no port.
     """
     if not jax.distributed.is_initialized():
+        address = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+        if address and not ((port := re.fullmatch(r".+:(\d{1,5})", address)) and 0 < int(port[1]) < 2**16):
+            raise ValueError(f"--coordinator: expected host:port, such as host0:12345, got {address!r}")
         jax.config.update("jax_enable_preemption_service", False)  # it would only record a SIGTERM
         try:
-            jax.distributed.initialize(coordinator, processes, process)
+            with _on_abort(f"not all processes of this run started within {ARRIVAL} s"):
+                jax.distributed.initialize(coordinator, processes, process, initialization_timeout=ARRIVAL)
         except (ValueError, RuntimeError) as error:
             raise ValueError(
                 f"--distributed: JAX cannot join other processes here ({error}): start them with Slurm, Open MPI or "
                 "GKE, on a TPU slice, or by hand with --coordinator, --processes and --process"
             ) from None
     over = threading.Event()
-    # JAX's client aborts at once when process 0, its coordinator, is lost.
-    aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: end("process 0 of this run is lost"))
-    ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
     heart = threading.Thread(target=_beat, args=(over,), daemon=True)
-    heart.start()
+    with _on_abort("process 0 of this run is lost"):
+        heart.start()
+        try:
+            yield
+            _wait("the end", _DAY)
+        except BaseException as error:
+            # After a failed collective, the heartbeats show whether a process is lost. If not, the others may fail for
+            # the same reason, for example bad options; then all raise the error.
+            heart.join(_BEAT + _LOST if isinstance(error, jax.errors.JaxRuntimeError) else 0)
+            try:
+                _wait("the end", _LOST)
+            except jax.errors.JaxRuntimeError:
+                end(f"{error}\nerror: the other processes have not failed")
+            raise
+        finally:
+            over.set()
+
+
+@contextlib.contextmanager
+def _on_abort(why: str) -> Iterator[None]:
+    """End this process as `end` does where JAX's client aborts it, for missing processes or a lost coordinator."""
+    aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: end(why))
+    ctypes.CDLL(None).signal(signal.SIGABRT, aborted)
     try:
         yield
-        _wait("the end", _DAY)
-    except BaseException as error:
-        # After a failed collective, the heartbeats show whether a process is lost. If not, the others may fail for the
-        # same reason, for example bad options; then all raise the error.
-        heart.join(_BEAT + _LOST if isinstance(error, jax.errors.JaxRuntimeError) else 0)
-        try:
-            _wait("the end", _LOST)
-        except jax.errors.JaxRuntimeError:
-            end(f"{error}\nerror: the other processes have not failed")
-        raise
     finally:
-        over.set()
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -231,3 +232,13 @@ def test_vectors_are_wide_where_the_processor_is_fast_with_them(monkeypatch, fea
 
 def test_the_compiler_takes_the_width_on_every_processor():
     assert _counts(XLA_FLAGS="--xla_cpu_prefer_vector_width=512") == [0, 1]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "abacus"])
+def test_a_platform_that_jax_lacks_is_one_message(platform):
+    command, environment = ["params", "--shape", "flan-t5-small"], os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafusion_jax.cli", *command], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(f"error: JAX cannot start JAX_PLATFORMS={platform}.*, such as cpu, or unset it\n", done.stderr)

@@ -143,6 +143,13 @@ def test_the_other_process_ends_plainly_when_process_0_is_lost():
     assert "error: process 0 of this run is lost: start all processes again with --resume" in said
 
 
+def test_a_process_ends_plainly_when_another_one_never_starts():
+    alone = _JOINED.replace("with processes", "processes.ARRIVAL = 1\nwith processes")
+    done = subprocess.run([sys.executable, "-c", alone], env=_environment(2, 0, _free_port()), capture_output=True)
+    assert done.returncode == os.EX_TEMPFAIL
+    assert b"error: not all processes of this run started within 1 s: start all processes again" in done.stderr
+
+
 @pytest.mark.long
 def test_processes_that_are_started_by_hand_make_one_run(small, alone, tmp_path):
     command = _command(small, tmp_path, "--distributed", "--mesh", "seed=4")
@@ -169,6 +176,13 @@ def test_options_of_processes_that_contradict_each_other_are_refused(small, tmp_
         (["--coordinator", "localhost:1"], "give all three, with --distributed"),
         ([*_MESH, "--processes", "2", "--process", "0"], "give all three"),
         ([*_BY_HAND, "0"], "give all three, with --distributed"),
+        *(
+            (
+                [*_MESH, "--coordinator", address, *_BY_HAND[2:], "0"],
+                f"expected host:port, such as host0:12345, got {address!r}",
+            )
+            for address in ("host0", "host0:", "host0:http", "host0:99999", ":12345")
+        ),
         ([*_MESH, *_BY_HAND, "2"], "--process 2 of --processes 2: give 0 to 1"),
     ):
         with pytest.raises(SystemExit, match="2"):
