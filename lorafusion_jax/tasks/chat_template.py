@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MOST_SECONDS = 5  # of CPU time of one rendering
 MOST_MEMORY = 1 << 30  # bytes that the renderings may take
-LONGEST = 1 << 26  # characters of a rendered text
+LONGEST = 1 << 20  # characters of a rendered text
 
 _lock = threading.Lock()
 _process: subprocess.Popen[str] | None = None
@@ -100,7 +100,8 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
             rendered: Any = render_jinja_template(**json.loads(line))
             text = str(rendered[0][0])
             if len(text) > LONGEST:
-                raise ValueError(f"it renders {len(text):,} characters: expected at most {LONGEST:,}")
+                fix = "shorten the row, or leave out --chat"
+                raise ValueError(f"it renders {len(text):,} characters: expected at most {LONGEST:,}: {fix}")
             answer = {"text": text}
         except MemoryError:
             answer = {"error": f"it takes more than {MOST_MEMORY >> 30} GiB to render"}

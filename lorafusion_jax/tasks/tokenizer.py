@@ -16,8 +16,8 @@ from .data import Example
 Tokenizer: TypeAlias = Any
 
 LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
-# Characters of a row's texts, where each token takes up to 300 bytes.
-LONGEST_ROW = 1 << 20
+# Characters of a row's texts, also as a chat template renders them: each token takes up to 300 bytes.
+LONGEST_ROW = chat_template.LONGEST
 _SHOWN = 40  # characters of a text in a message
 _NO_TOKENS = "the tokenizer makes no tokens of {text!r}: take the row out"
 
