@@ -1,17 +1,21 @@
 """`lorafusion generate`: print the answers of fused runs, or of a base model, to new text."""
 
 import dataclasses
+import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..files import printable
+from ..files import one_line
 from ..harness.options import CalibratedChipOptions, HarnessOptions, load_measured
 from ..runs.options import check_digital
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
 from ..serving.predict import generate_rows
 from ..training.problem import Problem
 from .parsing import parse, part_of
+
+_BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,15 +32,17 @@ class GenerateCommand(GenerateOptions, CalibratedChipOptions):
       runs: folders of several runs on one base and pool, instead of --run, which answer in batches of mixed tasks.
         Each line is then a JSON object such as {"run": "snarks-fusion", "input": "some text"}; the base model answers
         a line without a run.
+      json: print each answer as a JSON string; by default only its line breaks are escaped.
     """
 
     runs: tuple[Path, ...] = ()
+    json: bool = False
 
 
 GROUPS = {
     "data and base": ("run", "runs", "base", "chat", "file", "seed"),
     "generation": (
-        "max_new_tokens", "stream", "temperature", "top_k", "top_p", "sampling_seed", "eval_batch",
+        "max_new_tokens", "stream", "json", "temperature", "top_k", "top_p", "sampling_seed", "eval_batch",
     ),
     "hardware": ("crossbar", "chip", "chip_key", "keep_digital", "age", "norm", "restore", "calibration_task"),
 }  # fmt: skip
@@ -45,20 +51,26 @@ GROUPS = {
 def main(arguments: Sequence[str]) -> None:
     """Print an answer to each line of text."""
     command = parse(GenerateCommand, arguments, "generate", groups=GROUPS)
-    shown = printable if sys.stdout.isatty() else str  # another program gets the text as it is
     if command.runs:
-        for line in generate_rows(**part_of(command, generate_rows, "--runs")):
-            print(shown(line))
-        return
-    load = _on_chip(command)
-    if command.stream:
-        for answer in stream_lines(command, load):
-            for piece in answer:
-                print(shown(piece), end="", flush=True)
-            print()
-        return
-    for line in generate_lines(command, load):
-        print(shown(line))
+        options = dataclasses.replace(command, json=False)
+        answers = generate_rows(**part_of(options, generate_rows, "--runs"))
+    else:
+        answers = (stream_lines if command.stream else generate_lines)(command, _on_chip(command))
+    quote, shown = ('"', _in_json) if command.json else ("", one_line if sys.stdout.isatty() else _without_breaks)
+    for answer in answers:
+        print(quote, end="")
+        for piece in [answer] if isinstance(answer, str) else answer:
+            print(shown(piece), end="", flush=command.stream)
+        print(quote)
+
+
+def _in_json(text: str) -> str:
+    return json.dumps(text)[1:-1]
+
+
+def _without_breaks(text: str) -> str:
+    """Return a text with escapes for all that ends a line anywhere; another program gets the others as they are."""
+    return _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _on_chip(command: GenerateCommand) -> Callable[[], Problem] | None:

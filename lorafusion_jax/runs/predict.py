@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +12,22 @@ import numpy as np
 import tyro
 
 from ..checks import at_least, check_uint32
+from ..files import decode as decode_json
 from ..files import utf8
 from ..methods import find
 from ..models.generate import GREEDY, Sampling
-from ..tasks import Batch, Encoded, Example, decode, encode, eval_batches, fill, stream_text
+from ..tasks import (
+    Batch,
+    Encoded,
+    Example,
+    as_input,
+    columns,
+    decode,
+    encode,
+    eval_batches,
+    row_example,
+    stream_text,
+)
 from ..training.method import Params
 from ..training.problem import Problem
 from .evaluate import evaluate_seeds, seed_rows
@@ -52,11 +64,13 @@ class EvaluateOptions:
 class GenerateOptions:
     """Let a fused run, or a base model as it is, answer new text: one line in, one answer out.
 
+    If the run's prompt names other columns than `input`, a line is a JSON object with these columns.
+
     Attributes:
       run: folder of the run; it has its own base, prompt and chat template.
       base: base model without a run, as in `lorafusion fuse`.
       chat: put each line into the base model's own chat template, as the user's message.
-      file: text file with a line for each answer; by default standard input.
+      file: file with a line for each answer; by default standard input.
       seed: seed of the run that answers; by default its first.
       max_new_tokens: most tokens of an answer; by default as in the run, and 256 without one.
       eval_batch: number of lines in a batch of generation.
@@ -87,8 +101,13 @@ class _Answering:
     place: int  # of the seed among those of the run
     new_tokens: int
 
-    def encode(self, texts: Texts, lines: Sequence[str]) -> Encoded:
-        examples = [Example(fill(self.fused.prompt, {"input": line}, "a line of text"), "") for line in lines]
+    def encode(self, texts: Texts, lines: Mapping[int, str]) -> Encoded:
+        """Tokenise lines, given by their places in the text."""
+        prompt, rows = self.fused.prompt, {f"line {place + 1}": line for place, line in lines.items()}
+        if columns(prompt) - {"input"}:
+            fix = f"give a row such as {row_example(prompt)}"
+            rows = {of: decode_json(row.encode(), dict[str, Any], of, own=False, fix=fix) for of, row in rows.items()}
+        examples = [Example(as_input(row, of, prompt, input=self.fused.input), "") for of, row in rows.items()]
         return encode(texts.tokenizer, examples, texts.text_format, new_tokens=self.new_tokens)
 
     def problem(self, texts: Texts) -> Problem:
@@ -127,8 +146,8 @@ def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None 
     answering = _answering(options)
     lines = list(_lines(options))
     texts = load_texts(answering.fused)
-    places = np.array([place for place, line in enumerate(lines) if line.strip()])
-    encoded = answering.encode(texts, [lines[place] for place in places])
+    asked = {place: line for place, line in enumerate(lines) if line.strip()}
+    encoded, places = answering.encode(texts, asked), np.array([*asked])
     problem = load() if load else answering.problem(texts)
     params, problem = jax.tree.map(lambda p: p[None], answering.params), problem.replace(index=problem.index[None])
     answers = [""] * len(lines)
@@ -177,7 +196,7 @@ def stream_lines(options: GenerateOptions, load: Callable[[], Problem] | None = 
         if not line.strip():
             yield iter(())
             continue
-        ((_, batch),) = eval_batches(answering.encode(texts, [line]), 1, pad_id=tokenizer.pad_token_id)
+        ((_, batch),) = eval_batches(answering.encode(texts, {number: line}), 1, pad_id=tokenizer.pad_token_id)
         yield stream_text(tokenizer, tokens(number, batch), texts.text_format)
 
 

@@ -1,22 +1,21 @@
 """Use of several fused runs at once: `lorafusion evaluate --runs`, `lorafusion generate --runs`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from jaxtyping import Int
 
 from ..checks import at_least
 from ..files import decode as decode_json
-from ..files import utf8
+from ..files import shown, utf8
 from ..models.generate import GREEDY, Sampling
 from ..runs.evaluate import Evaluation, likeliest_correct, seed_rows, with_options
 from ..runs.options import row_format
 from ..tasks import Encoded, Task, answer_options, decode, exact_match, load_task
-from .service import FusedRun, Service
+from .service import FusedRun, Service, run_input
 
 _EXAMPLE = '{"run": "a-run", "input": "some text"}'
 
@@ -33,9 +32,9 @@ def generate_rows(
 ) -> list[str]:
     """Return the answers of runs on one base and pool to the rows of a JSONL file, or of standard input.
 
-    A row is {"run": NAME, "input": TEXT}, where NAME is a folder of the runs or its last part. The base model answers
-    rows without a run. Other arguments are options of `lorafusion generate`. Raises a ValueError for a row of another
-    form or run, and for runs that cannot be served together.
+    A row is {"run": NAME, "input": TEXT}, or has the columns of the run's prompt. NAME is a folder of the runs or its
+    last part. The base model answers rows without a run. Other arguments are options of `lorafusion generate`. Raises a
+    ValueError for a row of another form or run, and for runs that cannot be served together.
     """
     at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
     found = _read(runs)
@@ -45,7 +44,7 @@ def generate_rows(
         text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
         # A text of JSON may hold U+2028 and its like, which end no line here.
         lines = enumerate(text.split("\n"), start=1)
-        rows = [_row(line.encode(), f"{where}:{i}", names) for i, line in lines if line.strip()]
+        rows = [_row(line.encode(), f"{where}:{i}", names, found) for i, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}")
     service = Service(list(found.values()), capacity=len(found))
@@ -56,18 +55,17 @@ def generate_rows(
     return service.generate(texts, asked, max_new_tokens=max_new_tokens, eval_batch=eval_batch, **how)
 
 
-def _row(line: bytes, where: str, names: dict[str, str]) -> tuple[str, str | None]:
-    """Return the text of a row and the name of the run that answers it."""
-    row = decode_json(line, _Row, where, own=False, fix=f"give a row such as {_EXAMPLE}")
-    run = row.get("run")
-    if run is not None and run not in names:
-        raise ValueError(f"{where} names the run {run!r}: there are {', '.join(dict.fromkeys(names.values()))}")
-    return row["input"], run and names[run]
-
-
-class _Row(TypedDict):
-    input: Annotated[str, msgspec.Meta(pattern=r"\S", description="a text")]
-    run: NotRequired[str | None]
+def _row(
+    line: bytes, where: str, names: Mapping[str, str], runs: Mapping[str, FusedRun]
+) -> tuple[dict[str, Any], str | None]:
+    """Return the columns of a row and the name of the run that answers it."""
+    row = decode_json(line, dict[str, Any], where, own=False, fix=f"give a row such as {_EXAMPLE}")
+    run = row.pop("run", None)
+    if run is not None and run not in [*names]:  # JSON of any type
+        raise ValueError(f"{where} names the run {shown(run)}: there are {', '.join(dict.fromkeys(names.values()))}")
+    name = None if run is None else names[run]
+    run_input(row, where, None if name is None else runs[name])  # raises ValueError before anything is loaded
+    return row, name
 
 
 class _TestRows(NamedTuple):

@@ -4,7 +4,7 @@ Axis letters: B rows of a batch.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ from ..runs.options import FuseOptions
 from ..runs.prepare import check_digests, digests, evaluation_worth, load_model, module_names
 from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
-from ..tasks import Encoded, Example, TextFormat, decode, encode, eval_batches, fill
+from ..tasks import Encoded, Example, TextFormat, as_input, decode, encode, eval_batches
 from ..training.method import Method, Params
 from .bank import TaskBank, TaskModels
 
@@ -222,7 +222,7 @@ class Service:
 
     def generate(
         self,
-        texts: Sequence[str],
+        texts: Sequence[str | Mapping[str, Any]],
         names: Sequence[str | None],
         *,
         max_new_tokens: int | None = None,
@@ -233,7 +233,7 @@ class Service:
         """Return an answer to each text.
 
         Args:
-          texts: inputs, which a run's prompt or chat template is put around.
+          texts: inputs, which a run's prompt or chat template is put around, or rows with the columns of the prompt.
           names: name of the task that answers each of them; None for the plain base, which gets the text as it is.
           max_new_tokens: most tokens of an answer; by default as in the run, for the plain base the most of all tasks.
           eval_batch: most rows in a batch.
@@ -254,8 +254,7 @@ class Service:
         inputs: dict[int, Int[np.ndarray, " _"]] = {}
         for name, run in runs.items():
             rows = [row for row, of_row in enumerate(names) if of_row == name]
-            prompt = run.options.prompt if run else None
-            examples = [Example(fill(prompt, {"input": texts[row]}, "a text"), "") for row in rows]
+            examples = [Example(run_input(texts[row], f"text {row + 1}", run), "") for row in rows]
             inputs |= zip(rows, self.encode(examples, run, limits[name]).inputs, strict=True)
         encoded = Encoded(tuple(inputs[row] for row in range(len(texts))), (np.zeros(0, np.int32),) * len(texts))
         numbers = np.array([-1 if name is None else self.tasks[name].number for name in names], np.int32)
@@ -352,6 +351,12 @@ class Service:
                     f"{run.folder} has the {field} {here}, and {first.folder} has {there}: one bank has one {field}. "
                     "Serve them apart, or fuse one of them again with the other's"
                 )
+
+
+def run_input(row: str | Mapping[str, Any], where: str, run: FusedRun | None) -> str:
+    """Return the model's input for a text or row of a run, None for the plain base (see `tasks.as_input`)."""
+    prompt, input = (run.options.prompt, run.options.input) if run else (None, None)
+    return as_input(row, where, prompt, input=input)
 
 
 def _resolved(value: str | int | None) -> str | int | None:

@@ -16,7 +16,7 @@ from .batches import (
     train_step_batches,
 )
 from .bbh import BBH_DATA, LORAHUB_DATA, write_lorahub_split
-from .data import BETWEEN_EXAMPLES, Example, Task, few_shot, fill, load_task
+from .data import BETWEEN_EXAMPLES, Example, Task, as_input, columns, few_shot, load_task, row_example
 from .metrics import constant_answer, exact_match
 from .options import answer_options
 from .packing import Packing

@@ -113,7 +113,7 @@ def load_task(
       ValueError: on a source that does not exist or has another layout, a row without its keys or without text (naming
         file and line), a file without rows, a needed part that is missing.
     """
-    if prompt is not None and not _columns(prompt):
+    if prompt is not None and not columns(prompt):
         raise ValueError(f"the prompt {prompt!r} has no {{input}} or other column: write it where its text belongs")
     parts = {
         part: [
@@ -158,6 +158,11 @@ def few_shot(task: Task, shots: int, seed: int) -> Task:
     return dataclasses.replace(task, test=test)
 
 
+def columns(prompt: str | None) -> set[str]:
+    """Return the columns that a template names."""
+    return {name for _, name in _FIELD.findall(prompt or "{input}") if name}
+
+
 def fill(prompt: str | None, row: Mapping[str, Any], where: str) -> str:
     """Return a template of the model's input with the texts and numbers of a row's columns, by default its input."""
 
@@ -188,7 +193,7 @@ def as_example(
     for option, name in (("--input", input), ("--target", target)):
         if name is not None and name not in row:
             raise ValueError(f"{where} has {some([*row]) or 'no columns'}: expected {name} ({option})")
-    own = _columns(prompt) - {"input"}
+    own = columns(prompt) - {"input"}
     pairs = [(input or key, target or answer) for key, answer in _KEYS]
     keys = next((keys for keys in pairs if row.keys() >= set(keys)), None)
     if keys is None and (own or (row.get("instruction") is not None and not row.keys() & {"input", "context"})):
@@ -201,32 +206,47 @@ def as_example(
         return Example(fill(prompt, row | {"input": asked}, where), answer, tuple(history))
     if keys is None:
         raise ValueError(f"{where} has {some([*row]) or 'no keys'}: expected {_LAYOUT}")
-    asked, answer = row.get(keys[0]), row[keys[1]]
-    if not own:
-        parts = {keys[0]: asked} if input is not None else {"instruction": row.get("instruction"), keys[0]: asked}
-        parts = {key: text for key, text in parts.items() if text is not None}
-        for key, text in parts.items():
-            if not _is_text(text, named=input is not None):
-                raise ValueError(f"{where}: its {key} is {shown(text)}: give it a text, or take the row out")
-        asked = "\n".join(str(text) for text in parts.values() if str(text).strip())
-        if not asked:
-            got = ", and its ".join(f"{key} is {shown(text)}" for key, text in parts.items()) or f"{keys[0]} is None"
-            raise ValueError(f"{where}: its {got}: give it a text, or take the row out")
-    filled = fill(prompt, row if asked is None else row | {"input": asked}, where)
+    filled, answer = _filled(row, where, prompt, keys[0], named=input is not None), row[keys[1]]
     if not _is_text(answer, named=target is not None) or not str(answer).strip():
         raise ValueError(f"{where}: its {keys[1]} is {shown(answer)}: give it a text, or take the row out")
     return Example(filled, str(answer))
+
+
+def as_input(row: Row | str, where: str, prompt: str | None = None, *, input: str | None = None) -> str:
+    """Return the model's input for a row without its answer, or for a text, where the prompt names no other column."""
+    if not isinstance(row, str):
+        key = next((key for key in (input, "input", "context") if key is not None and key in row), input or "input")
+        return _filled(row, where, prompt, key, named=input is not None)
+    if columns(prompt) - {"input"}:
+        raise ValueError(f"{where} is a text: the prompt needs a row such as {row_example(prompt)}")
+    return fill(prompt, {"input": row}, where)
+
+
+def row_example(prompt: str | None) -> str:
+    """Return JSON of a row with the columns that a template names, for messages."""
+    return json.dumps(dict.fromkeys(sorted(columns(prompt)), "some text"))
+
+
+def _filled(row: Row, where: str, prompt: str | None, key: str, *, named: bool) -> str:
+    """Return the prompt around a row's column `key`; `named` if the user named it."""
+    asked = row.get(key)
+    if not columns(prompt) - {"input"}:
+        parts = {key: asked} if named else {"instruction": row.get("instruction"), key: asked}
+        parts = {key: text for key, text in parts.items() if text is not None}
+        for key, text in parts.items():
+            if not _is_text(text, named=named):
+                raise ValueError(f"{where}: its {key} is {shown(text)}: give it a text, or take the row out")
+        asked = "\n".join(str(text) for text in parts.values() if str(text).strip())
+        if not asked:
+            got = ", and its ".join(f"{key} is {shown(text)}" for key, text in parts.items()) or f"{key} is None"
+            raise ValueError(f"{where}: its {got}: give it a text, or take the row out")
+    return fill(prompt, row if asked is None else {**row, "input": asked}, where)
 
 
 def _is_text(value: Any, *, named: bool) -> bool:
     """Return whether a value is a text, or a finite number in a column that the user named."""
     number = isinstance(value, int) if not isinstance(value, float) else math.isfinite(value)
     return isinstance(value, str) or (named and number and not isinstance(value, bool))
-
-
-def _columns(prompt: str | None) -> set[str]:
-    """Return the columns that a template names."""
-    return {name for _, name in _FIELD.findall(prompt or "{input}") if name}
 
 
 def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:

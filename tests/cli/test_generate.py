@@ -1,6 +1,8 @@
 """`lorafusion generate` as it is typed: a base model without a run, and drawn tokens that are printed as they come."""
 
+import functools
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import small_llama
 
 from lorafusion_jax import cli
+from lorafusion_jax.cli import generate
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,19 @@ def test_streamed_text_is_the_printed_text_piece_by_piece(base, tmp_path, capsys
     assert out.getvalue() == printed
     assert all(later.startswith(earlier) for earlier, later in zip(out.flushed, out.flushed[1:], strict=False))
     assert len(out.flushed) > 8
+
+
+@pytest.mark.parametrize("how", [["--base"], ["--base", "--stream"], ["--runs"]])
+def test_every_answer_is_one_line_and_a_json_string_has_its_text(how, tmp_path, capsys, monkeypatch):
+    said = ["a\nb", "c\r\u2028d\te\x1b é"]
+    monkeypatch.setattr(generate, "stream_lines", lambda *_: (iter(answer) for answer in said))
+    monkeypatch.setattr(generate, "generate_lines", lambda *_: said)
+    rows = functools.wraps(generate.generate_rows)(lambda **_: said)
+    monkeypatch.setattr(generate, "generate_rows", rows)
+    cli.main(["generate", how[0], "b", *how[1:]])
+    assert capsys.readouterr().out == "a\\nb\nc\\r\\u2028d\te\x1b é\n"
+    cli.main(["generate", how[0], "b", *how[1:], "--json"])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == said
 
 
 @pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])

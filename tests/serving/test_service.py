@@ -24,7 +24,7 @@ from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.io import arrays
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
+from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines, stream_lines
 from lorafusion_jax.runs.prepare import digests, load_model
 from lorafusion_jax.runs.rows import Rows
 from lorafusion_jax.runs.run import options_to_json
@@ -147,6 +147,31 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
     said = generate_rows(folders, file=_file(tmp_path, rows))
     assert said == [answer for of_run in alone for answer in of_run]
     assert len(set(said)) == len(said)
+
+
+def test_a_run_whose_prompt_names_columns_answers_rows_with_them(write, small, answers, tmp_path):
+    """As another run answers the filled prompts: in `generate --run`, `generate --runs` and a service."""
+    params = {"coefficients": np.asarray(tiny.coefficients((1, 2, 2)))}
+    how = {"method": "coefficients", "max_new_tokens": 6}
+    plain = write("plain", params, (_MIXED,), **how)
+    named = write("named", params, (_MIXED,), prompt="{how} : {letters}{mark}", target="said", **how)
+    texts = [line.split(" : ") for line in _LINES]
+    rows = [{"how": way, "letters": letters, "mark": ""} for way, letters in texts]
+    alone = GenerateOptions(run=named, file=_file(tmp_path, rows))
+    assert generate_lines(alone)[:-1] == ["".join(said) for said in stream_lines(alone)][:-1] == answers(plain)
+    run = lf.FusedRun.read(named)
+    service = lf.Service([run], capacity=1)
+    service.add("named", run)
+    assert service.generate(rows, ["named"] * 3) == answers(plain)
+    for row, message in (("a b", 'is a text: .*{"how": "some text", "let'), ({}, "has no column how")):
+        with pytest.raises(ValueError, match=f"^text 1 {message}"):
+            service.generate([row], ["named"])
+    assert generate_rows((named,), file=_file(tmp_path, [{"run": "named"} | row for row in rows])) == answers(plain)
+    for row, message in (('{"run": "named", "how": "a"}', "no column letters"), ("a b", "not JSON"), ("[]", "a list")):
+        alone.file.write_text(row)
+        for generate in (lambda: generate_lines(alone), lambda: generate_rows((named,), file=alone.file)):
+            with pytest.raises(ValueError, match=f"(line 1|rows.jsonl:1).*{message}"):
+                generate()
 
 
 def test_each_seed_of_a_run_is_scored_with_its_own_numbers(runs):
@@ -326,8 +351,9 @@ def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity
 def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, capsys, monkeypatch):
     for row, message in (
         ({"run": "nobody", "input": "a"}, "names the run 'nobody': there are fused, mixed, scaled"),
-        ({"run": "fused"}, ": input is missing.*a text; give a row such as"),
-        ({"run": "fused", "input": " "}, ": input is ' '.*a text; give a row such as"),
+        ({"run": ["fused"], "input": "a"}, r"names the run \['fused'\]: there are fused, mixed, scaled"),
+        ({"run": "fused"}, ": its input is None: give it a text"),
+        ({"run": "fused", "input": " "}, ": its input is ' ': give it a text"),
         ([], ": holds a list, not an object: give a row such as"),
     ):
         with pytest.raises(ValueError, match=f"rows.jsonl:1.*{message}"):
