@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import inspect
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import qwix
 from flax import linen as nn
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -251,9 +253,9 @@ def test_reads_of_a_layer_without_a_gradient_are_not_taken_for_none():
         count_reads(convert(Classes(nnx.Rngs(0)), {"*": _IDEAL}, _KEY), _normal(2, 4))
 
 
-def test_a_layer_of_a_layer_goes_onto_arrays_without_its_adapter():
-    adapted = nnx.LoRALinear(6, 7, lora_rank=2, rngs=nnx.Rngs(0))
-    on_arrays = convert(adapted, {"lora*": None, "*": _IDEAL}, _KEY)
+def test_a_layer_goes_onto_arrays_without_its_adapter():
+    adapted = nnx.LoRALinear(6, 7, lora_rank=2, b_initializer=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    on_arrays = convert(adapted, {"*": _IDEAL}, _KEY)
     assert isinstance(on_arrays.kernel, InArrays) and isinstance(on_arrays.lora.lora_a, nnx.LoRAParam)
     np.testing.assert_allclose(on_arrays(_X), adapted(_X), rtol=1e-5, atol=1e-6)
 
@@ -315,6 +317,55 @@ def _twice(layer, *x):
     return _on_arrays(_on_arrays(layer, "*", *x), "*", *x)
 
 
+class _Frozen(nnx.Variable):
+    pass
+
+
+class _Extra(nnx.Linear):
+    def __init__(self, **extra):
+        super().__init__(6, 7, rngs=nnx.Rngs(0))
+        for name, value in extra.items():
+            setattr(self, name, value)
+
+
+class _LinenFrozen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(7)(x) @ self.variable("frozen", "square", jnp.ones, (7, 7)).value
+
+
+def _of_qwix(layer, provider=None):
+    provider = provider or qwix.PtqProvider([qwix.QuantizationRule(weight_qtype="int8")])
+    with warnings.catch_warnings(action="ignore"):  # of what qwix calls in Flax
+        if isinstance(layer, nn.Module):
+            return _bound(qwix.quantize_model(layer, provider))
+        return qwix.quantize_model(layer, provider, _X, rngs=nnx.Rngs(0))
+
+
+class _Tied(nnx.Module):
+    def __init__(self):
+        self.embed = nnx.Embed(9, 6, rngs=nnx.Rngs(0))
+
+    def __call__(self, tokens):
+        return self.embed(tokens).astype(self.embed.embedding.dtype) @ self.embed.embedding.T
+
+
+class _LinenTied(nn.Module):
+    @nn.compact
+    def __call__(self, tokens, head=True):
+        embed = nn.Embed(9, 6, name="embed")
+        return embed.attend(embed(tokens)), embed(tokens) @ embed.embedding.T if head else embed.embedding.shape
+
+
+class _Normed(nn.Module):
+    norm: type
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"update_stats": False} if self.norm is nn.SpectralNorm else {}
+        return self.norm(nn.Dense(7))(x, **options)
+
+
 def _second_axis():
     return nnx.vmap(lambda rngs: nnx.Linear(6, 7, rngs=rngs), in_axes=0, out_axes=1)(nnx.Rngs(0).split(3))
 
@@ -332,12 +383,26 @@ def _calibrated_inside(key):
     return calibrate(convert(layer, {"*": dataclasses.replace(_CALIBRATED, device=device)}, key), [_X])
 
 
+def _small():
+    return nnx.Linear(6, 7, rngs=nnx.Rngs(0))
+
+
+def _tied_later():
+    on_arrays = convert(_bound(_LinenTied(), _TOKENS), {"*": _IDEAL}, _KEY, _TOKENS, head=False)
+    assert on_arrays(_TOKENS, head=False)[1] == (9, 6)
+    return on_arrays
+
+
+_SQUARE = jnp.ones((7, 7))
+_NNX_NORMS, _LINEN_NORMS = ((of.WeightNorm, of.SpectralNorm) for of in (nnx, nn))
 _FREE = [inspect.unwrap(put) for put in (convert, crossbar.program_tree)]  # of the tests' type checks
 _NO_RULE = r"'decoder' matches no weight: .*, blocks.down, blocks.norm, blocks.up, embed"
 _ONE_ARRAY = r"batches is one array of shape \(3, 4, 5, 6\): give a list"
 _IN_ONE = "stack of layers that are scanned as one"
 _NO_TABLE = r"rules of type CrossbarConfig: give a table .*\{'\*': config\}"
 _OUTSIDE = r"calibrate outside of them, .*jnp.stack\(leaves\), \*models\)"
+_OTHER = r"square cannot .*: it is a parameter of shape \(7, 7\), and no layer's kernel.*{'square': None"
+_NOT_ATTENDED = r"embedding of embed is used by other code .* embed.attend\(x\).*{'embed': None"
 _NO_FORM = "transposed cannot be put on arrays: ConvTranspose has no form on arrays"
 _REFUSED = [
     (lambda: _on_arrays(_language("nnx"), "decoder"), _NO_RULE),
@@ -352,6 +417,23 @@ _REFUSED = [
     (lambda: _unable("odd"), "odd .*: the kernel of 'td,dfg->tf' has an axis"),
     (lambda: _on_arrays(_bound(_LinenUnable()), "trans*", _X), _NO_FORM),
     (lambda: _on_arrays(_bound(_LinenUnable()), "twice", _X), "twice .*: it is called with several equations"),
+    (lambda: _on_arrays(_Extra(square=_Frozen(_SQUARE))), _OTHER),
+    (lambda: _on_arrays(_Extra(square=_SQUARE)), _OTHER),
+    (lambda: _on_arrays(_Extra(square=nnx.Param(_SQUARE))), _OTHER),
+    (lambda: _on_arrays(_Extra(square=nnx.Param(_SQUARE[None])), "square[0:]"), "square cannot .*no layer's kernel"),
+    (lambda: _on_arrays(_bound(_LinenFrozen()), "*", _X), _OTHER),
+    (lambda: _on_arrays(_Tied(), "*", _TOKENS), _NOT_ATTENDED),
+    (lambda: _on_arrays(_Tied())(_TOKENS), _NOT_ATTENDED),
+    (lambda: _on_arrays(_bound(_LinenTied(), _TOKENS), "*", _TOKENS), _NOT_ATTENDED),
+    (lambda: _tied_later()(_TOKENS), _NOT_ATTENDED),
+    *((lambda of=of: _on_arrays(of(_small(), rngs=nnx.Rngs(0))), f"{of.__name__} computes its") for of in _NNX_NORMS),
+    *((lambda of=of: _on_arrays(_bound(_Normed(of)), "*", _X), f"{of.__name__} computes its") for of in _LINEN_NORMS),
+    (lambda: _on_arrays(_of_qwix(_small())), "comes from qwix"),
+    (lambda: _on_arrays(_of_qwix(_small(), qwix.LoraProvider(rank=2, alpha=2))), "comes from qwix.*nnx.LoRA"),
+    (lambda: _on_arrays(_of_qwix(nn.Dense(7)), "*", _X), "comes from qwix"),
+    (lambda: _on_arrays(_of_qwix(_mlp()).layers[0]), "its kernel is a WithAux instead of an array"),
+    (lambda: _of_qwix(_on_arrays()), "dot_general has been replaced, as by a model of qwix"),
+    (lambda: _on_arrays(nnx.Linear(0, 3, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))), r"\(0, 3\) is empty"),
     *((lambda put=put: put(_mlp(), {"*": "isaac"}, _KEY), r"'\*' gives 'isaac': .*\('isaac'\)") for put in _FREE),
     *((lambda put=put: put(_mlp(), _COARSE, _KEY), _NO_TABLE) for put in _FREE),
     *((lambda put=put: put(_mlp(), {"*": _IDEAL}, 3), "the key is 3: give one PRNG key, such as") for put in _FREE),
@@ -380,6 +462,8 @@ def test_what_cannot_be_put_on_arrays_or_read_there_is_refused_with_advice(act, 
 
 
 def test_what_is_close_to_a_refusal_goes_onto_arrays():
+    frozen = _on_arrays(_Extra(kernel=_Frozen(_normal(6, 7))))
+    assert isinstance(frozen.kernel, InArrays)
     _on_arrays(_mlp(), {"layers.0": None, "layers.2": None, "*": _COARSE})  # a rule for the rest may have none
     assert _scanned(nnx.Param, InArrays).shape == (2, 8)
     looked_up = _on_arrays(_Looked(nnx.Rngs(0)), "*", _TOKENS, config=_CALIBRATED)
@@ -510,6 +594,20 @@ def test_training_leaves_arrays_alone_and_passes_gradients_through_them():
     slope = jax.grad(lambda x: jnp.sum(layer(x)))(_X[0, 0])
     wanted = jnp.broadcast_to(jnp.sum(crossbar.programmed_weights(layer.kernel[...].chip), axis=1), slope.shape)
     np.testing.assert_allclose(slope, wanted, rtol=1e-5)
+
+
+def test_the_table_of_a_head_on_arrays_is_trained():
+    model = convert(_Language(nnx.Rngs(1)), _DIGITAL | {"embed": _IDEAL}, _KEY)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(_TOKENS) ** 2))(model))
+
+    before = nnx.state(model, nnx.Param)["embed"]["embedding"][...]
+    step(model, optimizer)
+    assert not np.array_equal(before, nnx.state(model, nnx.Param)["embed"]["embedding"][...])
+    np.testing.assert_array_equal(model.embed(jnp.arange(9)), nnx.state(model, nnx.Param)["embed"]["embedding"][...])
 
 
 def test_a_linen_model_has_gradients_to_what_stays_digital():

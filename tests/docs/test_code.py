@@ -17,6 +17,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,6 +154,22 @@ def test_the_code_of_a_page_runs(page, examples, request, tmp_path, monkeypatch)
     (tmp_path / "experiments").symlink_to(_ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     _run_page(page, monkeypatch)
+
+
+@pytest.mark.long
+def test_the_code_of_pages_about_flax_has_types(tmp_path):
+    # The types of `convert`: an `Any` accepts all that the pages do with it.
+    for name, last in {
+        "flax.md": "assert_type(crossbar_flax.convert(module, {}, jax.random.key(0), x), crossbar_flax.OnArrays)",
+        "flax_training.md": "assert_type(crossbar_flax.convert(model, {}, jax.random.key(0)), nnx.Sequential)",
+    }.items():
+        page = (_ROOT / "docs/guides" / name).read_text()
+        code = [block.text for block in _blocks(page) if block.language == "python" and not block.skipped]
+        (tmp_path / f"page_{Path(name).stem}.py").write_text("".join([*code, "from typing import assert_type\n", last]))
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "standard"}')
+    command = [Path(sys.executable).with_name("basedpyright"), "--pythonpath", sys.executable]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("page", [_README, *_PAGES], ids=lambda page: page.relative_to(_ROOT).as_posix())

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from ..mapping.bit_fields import Packed
 from ..mapping.geometry import Geometry
 from .correction import Correction, Corrections, by_place, check_correction
 from .plan import Plan
+
+Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -186,7 +188,7 @@ def chips_in(weights: Any) -> list[Chip]:
     return [leaf for leaf in jax.tree.leaves(weights, is_leaf=is_chip) if is_chip(leaf)]
 
 
-def with_chips(weights: Any, chips: Sequence[Chip]) -> Any:
+def with_chips(weights: Tree, chips: Sequence[Chip]) -> Tree:
     """Return the tree with other chips, in the order of `chips_in`; raises a ValueError for another number of them."""
     if len(chips) != (count := len(chips_in(weights))):
         raise ValueError(f"{len(chips)} chips for a tree with {count}: give one for each of chips_in(weights)")

@@ -13,7 +13,7 @@ import functools
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,11 +28,17 @@ from ..chip.tree import Rules, check_rules, one_key
 from . import linen_models, nnx_models
 from .kernel import Kernel
 from .linen_models import OnArrays
-from .nnx_models import InArrays
+from .nnx_models import InArrays, Model
 
 __all__ = ["InArrays", "Kernel", "OnArrays", "calibrate", "convert", "count_reads", "site_errors", "with_read_key"]
 
+AnyModel = TypeVar("AnyModel")
 
+
+@overload
+def convert(model: Model, rules: Rules, key: Array, *inputs: Any, **options: Any) -> Model: ...
+@overload
+def convert(model: nn.Module, rules: Rules, key: Array, *inputs: Any, **options: Any) -> OnArrays: ...
 def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) -> Any:
     """Return a copy of a model that multiplies on arrays.
 
@@ -54,7 +60,8 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
       options: keyword arguments of the model in this example.
 
     Raises:
-      ValueError: a rule matches nothing, or something that cannot be put on arrays, or never decides.
+      ValueError: a rule matches nothing, or something that cannot be put on arrays, or never decides; an `Embed` that a
+        rule matches is multiplied by without `attend` (without inputs: when the result is called); qwix made the model.
     """
     check_rules(rules)
     key = one_key(key)
@@ -62,6 +69,11 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
         if config is not None and config.device.drift is not None and config.device.time is None:
             still = "has a device.drift, but its device.time is None: nothing drifts. Give the seconds"
             warnings.warn(f"the rule {pattern!r} {still} since programming", stacklevel=2)
+    if hasattr(type(model), "_unquantized_type"):
+        raise ValueError(
+            "the model comes from qwix.quantize_model or apply_lora_to_model, which would quantise the reads of arrays "
+            "as well, or lose its LoRA: give the model without qwix; a LoRA next to arrays is nnx.LoRA or LoRALinear"
+        )
     if isinstance(model, nnx.Module):
         return nnx_models.convert(model, rules, key, inputs, options)
     if isinstance(model, nn.Module):
@@ -71,7 +83,7 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
     raise ValueError(f"a model of type {type(model).__name__}: give an NNX module, or a Linen module.bind(variables)")
 
 
-def calibrate(model: Any, batches: Sequence[Any], **options: Any) -> Any:
+def calibrate(model: AnyModel, batches: Sequence[Any], **options: Any) -> AnyModel:
     """Return a model from `convert` with the ranges of its converters set from data.
 
     Args:
@@ -127,7 +139,7 @@ def _counted(x: Float[Array, "*B d_in"], chip: chips.Chip) -> tuple[Float[Array,
     return y, jnp.float32(x.size // max(x.shape[-1], 1))
 
 
-def with_read_key(model: Any, key: Array) -> Any:
+def with_read_key(model: AnyModel, key: Array) -> AnyModel:
     """Return the model with new noise for its next reads.
 
     The same key gives the same noise, so every step needs another one. Layers differ by path; a layer that is called

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array
@@ -22,6 +23,8 @@ _CONV = (nnx.Conv, nn.Conv)
 EMBED = (nnx.Embed, nn.Embed)
 LAYERS = (nnx.Linear, nn.Dense, *_GENERAL, *_EINSUM, *_CONV, *EMBED)
 UNABLE = (nnx.ConvTranspose, nn.ConvTranspose, nn.ConvLocal)
+# Their calls change the parameters of the layers in them.
+WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm, nn.WeightNorm, nn.SpectralNorm)
 # Their parameters are vectors, although a stack of vectors has the shape of a matrix.
 _NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
 NORMS = tuple(getattr(module, name) for module in (nnx, nn) for name in _NORMS)
@@ -55,13 +58,36 @@ class Found(NamedTuple):
     equation: str | None = None
 
 
-def found_layer(layer: Any, kernel: Array | Kernel, shape: tuple[int, ...], equation: str | None = None) -> Found:
+class Table:
+    """Shape and dtype of an embedding whose head is on arrays; its values are for the layer's own code."""
+
+    def __init__(self, path: str, table: Any):
+        self._path, self.shape, self.dtype = path, table.shape, table.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(
+            f"the embedding of {self._path or 'the model'} is used by other code than its layer's, which would stay "
+            "digital: replace x @ embed.embedding.T by embed.attend(x), which reads arrays, or leave the layer digital "
+            f"with a rule before the one that matches it: {{{self._path!r}: None, ...}}"
+        )
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.__getattr__("values")
+
+
+def found_layer(
+    layer: Any, kernel: Any, shape: tuple[int, ...], equation: str | None = None, wrapper: str | None = None
+) -> Found:
     """Return a layer as its matrix, given its parameter with the axes of stacked layers in front.
 
-    The equation is that of an `Einsum`; None where it has several.
+    The equation is that of an `Einsum`; None where it has several. `wrapper` names the one of `WRAPPERS` around it.
     """
     if isinstance(kernel, Kernel):
         return Found(kernel.chip.codes, "it is on arrays already, so give `convert` the digital model with all rules")
+    if not _is_array(kernel):  # as those that qwix quantises
+        return Found(jnp.zeros((0, 0)), f"its kernel is a {type(kernel).__name__} instead of an array")
+    if wrapper is not None:
+        return Found(kernel, f"{wrapper} computes its kernel anew in every call")
     if (obstacle := _obstacle(layer, kernel, shape, equation)) is not None:
         return Found(kernel, obstacle)
     mask = getattr(layer, "mask", None)
@@ -83,7 +109,16 @@ def found_digital(parameter: Array) -> Found:
     return Found(parameter[(0,) * (parameter.ndim - 1)])
 
 
-def found_parameter(parameter: Array) -> Found:
+def is_matrix(value: Any) -> bool:
+    """Return whether a value that is no parameter could be multiplied with as one."""
+    return _is_array(value) and value.ndim > 1 and jnp.issubdtype(value.dtype, jnp.floating)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def found_parameter(parameter: Any) -> Found:
     """Return the entry of a parameter that does not belong to a layer of Flax."""
     obstacle = f"it is a parameter of shape {parameter.shape}, and no layer's kernel"
     return Found(parameter, None if parameter.ndim < 2 else obstacle)
@@ -92,7 +127,7 @@ def found_parameter(parameter: Array) -> Found:
 def kernels(found: Mapping[str, Found], rules: Rules, key: Array) -> dict[str, Kernel]:
     """Return the kernels that rules put on arrays, by path; raises a ValueError where that is impossible."""
     for path, each in found.items():
-        if each.obstacle is not None and first_match(path, None, rules) is not None:
+        if each.obstacle is not None and _is_placed(path, each.weight.shape, rules):
             raise ValueError(
                 f"{path or 'the model'} cannot be put on arrays: {each.obstacle}. Leave it digital with a rule before "
                 f"the one that matches it: {{{path!r}: None, ...}}"
@@ -107,6 +142,12 @@ def kernels(found: Mapping[str, Found], rules: Rules, key: Array) -> dict[str, K
         for path, leaf in placed.items()
         if is_chip(leaf)
     }
+
+
+def _is_placed(path: str, shape: tuple[int, ...], rules: Rules) -> bool:
+    """Return whether rules put a matrix, or a layer of a stack, on arrays."""
+    layers = [(number, shape[0]) for number in range(shape[0])] if len(shape) > 2 else [None]
+    return any(first_match(path, layer, rules) is not None for layer in layers)
 
 
 def dotted(path: Iterable[Any]) -> str:
@@ -133,6 +174,8 @@ def _obstacle(layer: Any, kernel: Array, shape: tuple[int, ...], equation: str |
     """Return the reason why a layer cannot be put on arrays, or None."""
     if isinstance(layer, UNABLE):
         return f"{type(layer).__name__} has no form on arrays"
+    if 0 in kernel.shape:
+        return f"its kernel of shape {kernel.shape} is empty"
     for name, usual in _PRODUCTS.items():
         if not any(getattr(layer, name, usual[0]) is each for each in usual):
             return f"its {name} is not that of JAX"

@@ -31,6 +31,8 @@ from .definition import definition
 
 # Powers of two within which factors are multiplied as they are: sums have up to 2^44 in addition.
 _USUAL = 32
+# JAX's product and its code: qwix replaces one of them while its models run.
+_PRODUCT = jax.lax.dot_general, jax.lax.dot_general.__code__
 
 
 def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
@@ -41,8 +43,14 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
 
     Raises:
       ValueError: the inputs have another width, a key is missing, an ADC has not been calibrated, or these arrays
-        cannot be read with its ranges.
+        cannot be read with its ranges, or another library has replaced JAX's products, as qwix does.
     """
+    if (jax.lax.dot_general, jax.lax.dot_general.__code__) != _PRODUCT:
+        # The read would be compiled with that product, and used by later reads of its shape.
+        raise ValueError(
+            "jax.lax.dot_general has been replaced, as by a model of qwix.quantize_model while it runs: read arrays "
+            "outside of such a model"
+        )
     if chip.tap is not None:
         return chip.tap.collect(x, dataclasses.replace(chip, tap=None))
     check_inputs(x, chip)
