@@ -383,18 +383,33 @@ def write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
 
     Raises a FileError for a folder, and a WriteError if the disk is full, read-only or gone; the file is unchanged.
     """
+    with _fresh(path) as file:
+        writer(file)
+        file.flush()
+        Path(file.name).replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Make a file's folder, and raise what `write` would raise there, before anything is computed for the file."""
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with _fresh(path):
+        pass
+
+
+@contextlib.contextmanager
+def _fresh(path: Path) -> Iterator[BinaryIO]:
+    """Yield a new file next to a path, which is removed at the end of the block unless it was renamed."""
     if path.is_dir():
         raise FileError(path, got="a folder", fix="give a file")
     partial = path.with_name(f".{secrets.token_hex(8)}.partial")
     with writing(path.parent):
         try:
             with partial.open("xb") as file:  # not an existing link or pipe, which others may have put there
-                writer(file)
-            partial.replace(path)
-        except BaseException:
+                yield file
+        finally:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
-            raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..files import one_line, write_text
+from ..files import check_writable, one_line, write_text
 from ..report import load_matplotlib, plot_descent
 from ..runs.advantage import LEVEL
 from ..runs.forecast import Forecast, ForecastOptions, forecast
@@ -24,10 +24,12 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(ForecastOptions, arguments, "forecast", groups=GROUPS)
     if options.plot is not None:
         load_matplotlib()
+    for path in (options.plot, options.json):
+        if path is not None:
+            check_writable(path)
     found = forecast(options)
     print(report(found))
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         descent, prediction = found.descent, found.prediction
         content = {
             "task": found.task,

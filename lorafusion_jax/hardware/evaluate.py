@@ -1,6 +1,9 @@
 """A run on several chips, at several ages, in one program."""
 
 import dataclasses
+import hashlib
+import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +15,7 @@ from jaxtyping import Array, Int
 from ..adapters.norms import gram
 from ..checks import at_least
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
+from ..files import check_writable
 from ..io.folders import write_json
 from ..methods import find
 from ..methods.fusion import PLAIN_SUM
@@ -30,11 +34,7 @@ from .on_arrays import check, module_numbers, without_merged_pool
 from .program import Restored
 from .restored import load_restored
 
-# Options that, other than by default, are in the names of results, so that these do not replace each other.
-_IN_NAMES = (
-    *("task", "train_rows", "test_rows", "calibration_rows", "chips", "chip_key", "keep_digital", "ages", "compensate"),
-    *("read_noise", "adc_bits", "norm", "lora_in"),
-)
+_LONGEST_NAME = 40  # characters of the chips' name in that of a file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +118,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
       ValueError: a run with examples in its prompts; and as `asked` does.
     """
     on = asked(options)
+    check_writable(results_path(options))
     if find(on.fused.method).answers == "examples":
         raise ValueError(
             f"{on.fused.method} has other examples in its prompts for every seed, but all chips of a program get the "
@@ -158,20 +159,25 @@ def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return the settings of an evaluation that results record."""
     return {
         "method": method,
+        "options": _given(options),
         **{name: getattr(options, name) for name in ("read_noise", "adc_bits", "norm", "restore")},
         "lora_in": options.lora_in if method == "lora" else None,
     }
 
 
 def results_path(options: EvaluateOnChipsOptions, kind: str = "chips") -> Path:
-    """Return the file that an evaluation on chips writes; its name begins with `kind`."""
-    restored = "" if options.restore is None else f"-{Path(options.restore).name}"
-    others = ""
-    for name in _IN_NAMES:
-        if (value := getattr(options, name)) != getattr(EvaluateOnChipsOptions, name):
-            text = "+".join(value) if isinstance(value, tuple) else str(value)
-            others += f"-{name.replace('_', '-')}-{Path(text).name}"
-    return options.run / f"{kind}-{Path(options.crossbar or '').name}{restored}{others}.json"
+    """Return the file that an evaluation on chips writes: the options that change its content are in its digest."""
+    digest = hashlib.sha256(json.dumps(_given(options)).encode()).hexdigest()[:12]
+    return options.run / f"{kind}-{Path(options.crossbar or '').name[:_LONGEST_NAME]}-{digest}.json"
+
+
+def _given(options: EvaluateOnChipsOptions) -> dict[str, Any]:
+    """Return the options of an evaluation that are not at their defaults, with absolute paths of files."""
+    found = {name: value for name, value in vars(options).items() if name not in ("run", "eval_batch", "report")}
+    found = {name: value for name, value in found.items() if value != getattr(EvaluateOnChipsOptions, name)}
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    paths = {name: found[name] for name in ("crossbar", "task", "restore") if os.path.exists(found.get(name, ""))}
+    return found | {name: str(Path(path).resolve()) for name, path in paths.items()}
 
 
 def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:

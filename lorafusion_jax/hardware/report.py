@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..crossbar import calibrate_tree, chips_in, config_hash, explain, observe, site_errors
+from ..files import check_writable
 from ..io.folders import write_json
 from ..progress import progress
 from ..runs.evaluate import evaluate_seeds, seed_rows
@@ -29,6 +30,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     if len(cases(options)) > 1:
         raise ValueError("a report is of one age, compensated or not: give one of --ages, and not --compensate both")
     on = asked(options)
+    check_writable(report_path(options))
     (((age, compensate), config),) = on.configs.items()
     params, chips = on.params, on.chips
     digital = seed_rows(*evaluate_seeds(on.setup, on.fused, params))

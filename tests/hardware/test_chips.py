@@ -19,6 +19,7 @@ from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Independent, Mapping, PowerLaw, load_chip, save_config
+from lorafusion_jax.files import FileError
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.chips import Redrawn, limits_of, redrawn, stack_chips
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
@@ -233,7 +234,7 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
 def test_a_run_on_chips_of_a_folder(small, chips, fused):
     changes = {"ages": ("1s", "1year"), "compensate": "off"}
     found = _on_chips(fused, crossbar=str(chips / "two"), **changes)
-    where = results_path(EvaluateOnChipsOptions(run=run_path(fused), crossbar="two", **changes))
+    where = results_path(EvaluateOnChipsOptions(run=run_path(fused), crossbar=str(chips / "two"), **changes))
     assert json.loads(where.read_text()) == found
     losses = {(r["age"], r["compensate"], r["chip"], r["seed"]): r["loss"] for r in found["rows"]}
     assert len(losses) == 2 * 2 * 2
@@ -336,20 +337,29 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small, chips):
     assert noisy["sram"] != noisy["cells"]
 
 
-def test_results_on_other_chips_are_other_files(tmp_path):
-    chips = ("noisy", "noisy.yaml", "chips/error-0.01", "chips/error-0.03")
-    asked = [EvaluateOnChipsOptions(run=tmp_path, crossbar=name) for name in chips]
-    assert len({path(options) for options in asked for path in (results_path, report_path)}) == 8
-    assert results_path(asked[0]) == tmp_path / "chips-noisy.json"
-    restored = dataclasses.replace(asked[0], restore="folder/restored-scales")
-    assert results_path(restored) == tmp_path / "chips-noisy-restored-scales.json"
-    changed = dataclasses.replace(asked[0], task="tasks/odd_dash", adc_bits=4, read_noise=0.01)
-    assert results_path(changed) == tmp_path / "chips-noisy-task-odd_dash-read-noise-0.01-adc-bits-4.json"
-    parts = dataclasses.replace(asked[0], test_rows=5, keep_digital=("head", "pool.*"))
-    assert results_path(parts) == tmp_path / "chips-noisy-test-rows-5-keep-digital-head+pool.*.json"
-    assert report_path(restored) == tmp_path / "crossbar-noisy-restored-scales.json"
-    aged = dataclasses.replace(asked[0], chips=2, ages=("1s", "1day"), compensate="both")
-    assert results_path(aged) == tmp_path / "chips-noisy-chips-2-ages-1s+1day-compensate-both.json"
+def test_results_of_other_options_are_other_files(tmp_path, monkeypatch):
+    first = EvaluateOnChipsOptions(run=tmp_path, crossbar="a/noisy.yaml")
+    changed = [{}, *({"crossbar": name} for name in ("b/noisy.yaml", "noisy.yaml", "isaac", "x" * 300))]
+    changed += [{name: value} for name in ("task", "restore") for value in ("a/one", "b/one")]
+    changed += [{"ages": tuple(f"{n}day" for n in range(45))}, {"ages": ("1s",)}, {"keep_digital": ("a/b",)}]
+    asked = [dataclasses.replace(first, **change) for change in changed]
+    paths = {path(options) for options in asked for path in (results_path, report_path)}
+    for folder in ("c", "d"):  # the same name in two folders
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "noisy.yaml").touch()
+        monkeypatch.chdir(tmp_path / folder)
+        paths.add(results_path(dataclasses.replace(first, crossbar="noisy.yaml")))
+    assert len(paths) == 2 * len(asked) + 2 and {path.parent for path in paths} == {tmp_path}
+    assert max(len(path.name) for path in paths) < 80
+    assert results_path(dataclasses.replace(first, eval_batch=2)) == results_path(first)
+
+
+def test_a_file_of_results_that_cannot_be_written_is_named_before_anything_is_computed(chips, fused, monkeypatch):
+    options = EvaluateOnChipsOptions(run=run_path(fused), crossbar=str(chips / "two"), calibration_rows=7)
+    monkeypatch.setattr("lorafusion_jax.hardware.evaluate.on_every_chip", pytest.fail)
+    results_path(options).mkdir()
+    with pytest.raises(FileError, match="chips-two-.*: a folder: give a file"):
+        evaluate_on_chips(options)
 
 
 def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys):
