@@ -1,9 +1,10 @@
-"""The platform that functions are traced for, and whether a value is traced."""
+"""The platform and mesh that functions are traced for, and whether a value is traced."""
 
 from typing import Any
 
 import jax
 import jax.core
+from jax.sharding import AxisType
 
 
 def for_cpu() -> bool:
@@ -19,3 +20,17 @@ def for_cpu() -> bool:
 def is_traced(tree: Any) -> bool:
     """Return whether any leaf is a tracer of a transformation."""
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def check_mesh(tree: Any) -> None:
+    """Raise ValueError for a mesh with explicit axes, ambient or of an array, which `jax.make_mesh` makes by default.
+
+    With them JAX requires a layout for each lookup and product that is ambiguous.
+    """
+    arrays = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    for mesh in (jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)):
+        if AxisType.Explicit in mesh.axis_types:
+            raise ValueError(
+                f"expected a mesh whose axes are Auto, got {dict(zip(mesh.axis_names, mesh.axis_types, strict=True))}: "
+                "make it with jax.make_mesh(..., axis_types=(AxisType.Auto,) * number of axes)"
+            )

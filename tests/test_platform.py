@@ -5,8 +5,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
+import lorafusion_jax as lf
 from lorafusion_jax.models.narrow import to_bits
 from lorafusion_jax.models.weights import dense, matmul, quantise
 from lorafusion_jax.platform import for_cpu
@@ -43,3 +46,17 @@ def test_the_devices_of_a_mesh_say_it(monkeypatch):
     assert not for_cpu()
     with jax.set_mesh(jax.make_mesh((2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)):
         assert for_cpu()
+
+
+def test_a_mesh_with_explicit_axes_is_refused():
+    mesh = jax.make_mesh((2,), ("data",))
+    model, ids = tiny.t5(), jax.device_put(jnp.ones((2, 3), jnp.int32), NamedSharding(mesh, PartitionSpec("data")))
+    frozen = jax.device_put(tiny.frozen(model), NamedSharding(mesh, PartitionSpec()))
+
+    def with_mesh():
+        with jax.set_mesh(mesh):
+            tiny.problem(lf.Fusion(), tiny.frozen(model))
+
+    for refused in (lambda: tiny.problem(lf.Fusion(), frozen), with_mesh, lambda: model(ids, ids > 0, ids)):
+        with pytest.raises(ValueError, match=r"axes are Auto, got \{'data': Explicit\}: make it with"):
+            refused()

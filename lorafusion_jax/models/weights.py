@@ -23,7 +23,7 @@ from ..crossbar import Chip, Segments, is_chip, programmed_weights
 from ..crossbar import map_layers as map_layers
 from ..crossbar import reads as reads
 from ..crossbar import scan_layers as scan_layers
-from ..platform import for_cpu, is_traced
+from ..platform import check_mesh, for_cpu, is_traced
 from .narrow import from_bits, kept, to_bits
 
 
@@ -69,6 +69,7 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
 
 def embed(embedding: Float[Array, "V D"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
     """Return the rows of an embedding. On a CPU, XLA would make a float32 copy of one in bfloat16 to take them from."""
+    check_mesh((embedding, ids))
     return from_bits(jax.tree.map(lambda table: jnp.take(table, ids, axis=0), to_bits(embedding)))
 
 

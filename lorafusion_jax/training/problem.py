@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from ..adapters.pool import in_pool
 from ..models.architecture import Architecture, Model
 from ..models.weights import reads
+from ..platform import check_mesh
 from .frozen import Frozen
 from .method import Method, Params
 from .seeds import SeedMode, over_seeds
@@ -44,6 +45,7 @@ class Problem:
     seed_mode: SeedMode = dataclasses.field(default="batched", metadata={"static": True})
 
     def __post_init__(self) -> None:
+        check_mesh((self.frozen, self.index))
         # Transformations also fill the fields with other objects than arrays.
         if isinstance(self.index, np.ndarray | jax.Array) and self.frozen.pool is not None:
             in_pool(len(self.frozen.pool), self.index)
