@@ -40,6 +40,8 @@ _CONFIG: dict[str, Any] = {
     "task_sha256": "",
     "max_new_tokens": 8,
     "environment": {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}},
+    "digests": {"base": "", "modules": {}},
+    "folders": {},
 }
 
 

@@ -137,8 +137,8 @@ def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
     rows = (batch.input_ids, batch.input_mask, batch.row_mask, np.full(5, 4, np.int32), None)
     state = begin_rows(models, *rows, max_new_tokens=4, sampling=GREEDY)
     program = jax.make_jaxpr(partial(advance_rows, sampling=GREEDY))(models, *state, (np.int32(10), np.int32(4)))
-    (generation,) = (equation.params["jaxpr"] for equation in program.eqns if "jaxpr" in equation.params)
-    (loop,) = (equation for equation in generation.eqns if equation.primitive.name == "while")
+    inner = [equation.params["jaxpr"].eqns for equation in program.eqns if "jaxpr" in equation.params]
+    (loop,) = (equation for equations in inner for equation in equations if equation.primitive.name == "while")
     column, token, *_ = loop.outvars
     # With a column for each seed, every token would select among all entries of all caches.
     assert (column.aval.shape, token.aval.shape) == ((), (2, 5))
