@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from _model import RANK, hf_config
 
-from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.models.architecture import Architecture, linear_shapes
-from lorafusion_jax.models.registry import family_of
+from lorafusion_jax import Architecture
+from lorafusion_jax.parts import family_of, linear_shapes, write_adapter
 
 _DIFFERENT = 20
 

@@ -156,7 +156,7 @@ def product_rates(dtypes: Iterable[str], rounds: int = 5) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from lorafusion_jax.models.weights import matmul
+    from lorafusion_jax import matmul
 
     rng, product = np.random.default_rng(0), jax.jit(matmul)
     x, w = (rng.standard_normal((PRODUCT, PRODUCT), np.float32) for _ in range(2))

@@ -16,29 +16,49 @@ import qwix
 from _measure import ROOT
 from flax import nnx
 
-from lorafusion_jax.adapters.basis import shared_basis
-from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.methods.full import FullFineTuning, FullRecipe
-from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.methods.lora import LoRA, LoRARecipe
-from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
-from lorafusion_jax.models.decoder import DecoderConfig
-from lorafusion_jax.models.registry import abstract_model, family_of, known_shapes
-from lorafusion_jax.models.t5 import T5Config
-from lorafusion_jax.models.weights import Unstacked, dense, quantise
-from lorafusion_jax.runs.options import LoadIn
-from lorafusion_jax.runs.rows import generate_rows
+from lorafusion_jax import (
+    PRESETS,
+    Architecture,
+    Frozen,
+    FullRecipe,
+    Fusion,
+    LoRA,
+    LoraPool,
+    LoRARecipe,
+    Method,
+    Problem,
+    Rates,
+    TrainState,
+    gram,
+    init_state,
+    kernels,
+    quantise,
+    read_config,
+    shared_basis,
+)
+from lorafusion_jax.parts import (
+    DecoderConfig,
+    FullFineTuning,
+    LoadIn,
+    Params,
+    SeedMode,
+    T5Config,
+    Unstacked,
+    abstract_model,
+    cross_entropy,
+    default_seed_mode,
+    dense,
+    family_of,
+    generate_rows,
+    known_shapes,
+    matrices,
+    recipe_rates,
+    set_matrices,
+    start,
+    targeted,
+    train_seeds,
+)
 from lorafusion_jax.tasks import Batch, Encoded, Rows
-from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.method import Method, Params
-from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.recipe import Rates
-from lorafusion_jax.training.seeds import SeedMode, default_seed_mode
-from lorafusion_jax.training.step import TrainState, init_state
 
 BATCH, SOURCE, TARGET = 5, 128, 8
 MODULES, RANK = 20, 16

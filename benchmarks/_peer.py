@@ -14,14 +14,9 @@ import numpy as np
 from _model import MODULES, RANK, Dtype, graph_of, hf_config
 from flax import nnx
 
-from lorafusion_jax.adapters.coefficients import column_names
-from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.methods.fusion import PRESETS
-from lorafusion_jax.models.architecture import Architecture, Model, stack_of
-from lorafusion_jax.models.registry import family_of
-from lorafusion_jax.models.weights import dense
+from lorafusion_jax import PRESETS, Architecture, Frozen, LoraPool
+from lorafusion_jax.parts import Model, column_names, dense, family_of, stack_of
 from lorafusion_jax.tasks import IGNORED, Batch
-from lorafusion_jax.training.frozen import Frozen
 
 _FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 

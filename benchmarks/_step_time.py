@@ -10,9 +10,8 @@ and another one in the backward pass. Work that is not split (norms and the fusi
 
 import dataclasses
 
-from lorafusion_jax.estimates.flops import Shape, step_flops, tokens
-from lorafusion_jax.methods.entry import Update
-from lorafusion_jax.models.architecture import Architecture
+from lorafusion_jax import Architecture, Update
+from lorafusion_jax.parts import Shape, step_flops, tokens
 
 _ITEM = {"float32": 4, "bfloat16": 2}
 

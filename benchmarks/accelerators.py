@@ -46,22 +46,30 @@ from _model import (
 from jax import Array
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding, use_abstract_mesh
 
-from lorafusion_jax import FusionRecipe, crossbar
-from lorafusion_jax.adapters.basis import SharedBasis
-from lorafusion_jax.adapters.pool import LoraPool
+from lorafusion_jax import Architecture, Frozen, Fusion, FusionRecipe, LoraPool, Problem, SharedBasis, crossbar
 from lorafusion_jax.crossbar.read import definition
-from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_of
-from lorafusion_jax.estimates.flops import Shape, generation_flops, row_tokens, step_flops
-from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import Architecture, targeted
-from lorafusion_jax.models.generate import advance, begin
+from lorafusion_jax.parts import (
+    AXES,
+    AXIS,
+    Params,
+    Settings,
+    Shape,
+    advance,
+    begin,
+    evaluation_bytes,
+    generation_flops,
+    pool_bytes,
+    row_tokens,
+    shardings,
+    state_bytes,
+    step_bytes,
+    step_flops,
+    targeted,
+    trained_numbers,
+    update_of,
+    weights_bytes,
+)
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.mesh import AXES, shardings
-from lorafusion_jax.training.method import Params
-from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.seeds import AXIS
 
 _GIB, _K = 2**30, 32
 _NEW = 32  # tokens that are generated

@@ -21,10 +21,8 @@ from _measure import case
 from _model import config_of
 from flax import nnx
 
-from lorafusion_jax.io.hf import load_base
-from lorafusion_jax.models.architecture import Architecture
-from lorafusion_jax.models.decoder import DecoderConfig
-from lorafusion_jax.models.registry import abstract_model, family_of
+from lorafusion_jax import Architecture, load_base
+from lorafusion_jax.parts import DecoderConfig, abstract_model, family_of
 
 _PAGE = 4096
 _KINDS = ("float32", "nf4", "int8")

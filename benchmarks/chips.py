@@ -18,15 +18,20 @@ import jax
 import jax.numpy as jnp
 from _measure import ROOT, case, in_turns, of_turns
 
-from lorafusion_jax.hardware.calibration import looped
-from lorafusion_jax.hardware.chips import on_every_chip
-from lorafusion_jax.hardware.folder import load_chips
-from lorafusion_jax.methods.fusion import FusionRecipe
-from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.prepare import Setup, prepare
+from lorafusion_jax import FuseOptions, FusionRecipe
+from lorafusion_jax.parts import (
+    Setup,
+    load_chips,
+    looped,
+    make_mesh,
+    on_every_chip,
+    on_mesh,
+    prepare,
+    recipe_rates,
+    start,
+    train_seeds,
+)
 from lorafusion_jax.tasks import batch_orders, train_step_batches
-from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
-from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _SMALL = ROOT / "examples" / "small"
 _BAR = 0.9

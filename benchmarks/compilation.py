@@ -23,7 +23,7 @@ _REQUIRED = {"cold": 60.0, "from the persistent cache": 10.0}  # seconds
 _COMPILE = """
 import sys, time
 from _model import apart, config_of, lowered, shapes_of
-from lorafusion_jax.methods.fusion import Fusion
+from lorafusion_jax import Fusion
 shape, composition = sys.argv[1:]
 config = config_of(shape)
 weights = apart(shapes_of(config, "float32"))

@@ -23,8 +23,7 @@ from _adapters import write_adapters, write_config
 from _measure import ROOT, case
 from _model import config_of, hf_config
 
-from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.models.architecture import places
+from lorafusion_jax import places, read_pool
 
 _SHAPE = config_of("flan-t5-large")
 _ADAPTERS = 20
@@ -35,7 +34,7 @@ _REPEATS = 7
 _CONVERT = """
 import pathlib, sys, time
 import tqdm
-from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.parts import ConvertOptions, convert
 
 def memory(field):
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()

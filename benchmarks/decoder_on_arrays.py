@@ -23,9 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from _measure import ROOT, case, in_turns, of_turns
 
-from lorafusion_jax import crossbar
-from lorafusion_jax.models.registry import known_shapes
-from lorafusion_jax.models.weights import matmul
+from lorafusion_jax import crossbar, matmul
+from lorafusion_jax.parts import known_shapes
 
 _SHAPE = "smollm2-135m"
 _CONFIG = ROOT / "examples" / "smollm2" / "chip.yaml"

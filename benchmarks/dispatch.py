@@ -21,9 +21,9 @@ from _measure import case
 from _model import BATCH, CHOICES, MODULES, SOURCE, TARGET, Step, config_of, frozen
 
 from lorafusion_jax import FusionRecipe
+from lorafusion_jax.parts import Epoch, fit, start, train_seeds
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
 from lorafusion_jax.training import fit as fit_lib
-from lorafusion_jax.training.fit import Epoch, fit, start, train_seeds
 
 _EPOCHS = 30
 _METRICS = ("loss", "cross_entropy", "l1", "nonfinite_gradients", "gradient_norm", "floored_columns")

@@ -31,8 +31,8 @@ from _model import (
     unrolled,
 )
 
-from lorafusion_jax.estimates.flops import Shape, Update, step_flops
-from lorafusion_jax.methods.fused import MixUpdate, SumUpdate
+from lorafusion_jax import Update
+from lorafusion_jax.parts import MixUpdate, Shape, SumUpdate, step_flops
 
 _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
 # (required, ambition) by composition and structure; a sum's depend on the shape, for want of others those of small.

@@ -25,13 +25,8 @@ from _model import CHOICES, MODULES, SOURCE, TARGET, Dtype, answers, batch_of, c
 from _peer import Peer
 from flax import nnx
 
-from lorafusion_jax.io.export import merged_base
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.methods.untrained import ZeroShot
+from lorafusion_jax import Frozen, Fusion, Method, Problem, ZeroShot, merged_base
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.method import Method
-from lorafusion_jax.training.problem import Problem
 
 _NEW = 32
 _DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")

@@ -24,12 +24,9 @@ import numpy as np
 from _measure import case
 from _model import answers, config_of, frozen, graph_of
 
-from lorafusion_jax.methods.untrained import ZeroShot
-from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.prepare import load_model
-from lorafusion_jax.runs.rows import generate_rows
+from lorafusion_jax import FuseOptions, Problem, ZeroShot
+from lorafusion_jax.parts import generate_rows, load_model
 from lorafusion_jax.tasks import Encoded, Example, encode, eval_batches
-from lorafusion_jax.training.problem import Problem
 
 _NEW = 64
 _BAR = 1.1

@@ -30,17 +30,24 @@ from _model import (
     shapes_of,
 )
 
-from lorafusion_jax.estimates.estimate import Settings, trained_numbers, update_of
-from lorafusion_jax.estimates.flops import Shape
-from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
-from lorafusion_jax.methods.full import FullFineTuning
-from lorafusion_jax.methods.fusion import Fusion, FusionRecipe
-from lorafusion_jax.methods.lora import LoRA
-from lorafusion_jax.models.architecture import Architecture, targeted
-from lorafusion_jax.models.generate import GREEDY
-from lorafusion_jax.runs.rows import SeedModels, advance_rows, begin_rows
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.method import Method
+from lorafusion_jax import Architecture, Frozen, Fusion, FusionRecipe, LoRA, Method
+from lorafusion_jax.parts import (
+    GREEDY,
+    FullFineTuning,
+    SeedModels,
+    Settings,
+    Shape,
+    advance_rows,
+    begin_rows,
+    evaluation_bytes,
+    pool_bytes,
+    state_bytes,
+    step_bytes,
+    targeted,
+    trained_numbers,
+    update_of,
+    weights_bytes,
+)
 
 _SETTINGS = Settings()
 assert (FusionRecipe.modules, _SETTINGS.rank) == (MODULES, RANK)

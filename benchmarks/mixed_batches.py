@@ -24,12 +24,9 @@ from _measure import case, has_peft, in_turns, of_turns, product_rates
 from _model import CHOICES, MODULES, answers, batch_of, config_of, frozen, graph_of, in_basis, shapes_of
 from _peer import mixed_batch
 
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.serving.bank import TaskBank
+from lorafusion_jax import Frozen, Fusion, Problem, TaskBank
+from lorafusion_jax.parts import Params
 from lorafusion_jax.tasks import Batch
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.method import Params
-from lorafusion_jax.training.problem import Problem
 
 _SOURCE, _NEW = 16, 16
 _BATCHES = (64, 256)

@@ -41,12 +41,9 @@ from _model import (
 )
 from _peer import Peer, lines_of
 
-from lorafusion_jax import crossbar
-from lorafusion_jax.estimates.flops import Shape, step_flops
-from lorafusion_jax.files import write_text
-from lorafusion_jax.methods.fused import MixUpdate
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.text_tables import markdown
+from lorafusion_jax import Fusion, crossbar
+from lorafusion_jax.parts import MixUpdate, Shape, markdown, step_flops
+from lorafusion_jax.report import write_text
 
 _K = 32  # directions of the shared basis
 _ROWS, _NEW = 10, 32  # of generation

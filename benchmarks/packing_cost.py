@@ -18,8 +18,7 @@ import numpy as np
 from _measure import case, in_turns
 from _model import CHOICES, MODULES, Step, batch_of, config_of, frozen
 
-from lorafusion_jax.models.architecture import step_operations
-from lorafusion_jax.training.fit import train_seeds
+from lorafusion_jax.parts import step_operations, train_seeds
 
 # Rows, and widths of source and target.
 _SHAPES = (

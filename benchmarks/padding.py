@@ -24,10 +24,15 @@ import numpy as np
 from _measure import ROOT, case, in_turns, of_turns
 from _model import CHOICES, MODULES, config_of, frozen, graph_of
 
-from lorafusion_jax.estimates.workload import CHARACTERS_PER_TOKEN
-from lorafusion_jax.io.hf import load_tokenizer
-from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.models.architecture import step_operations
+from lorafusion_jax import PRESETS, Fusion, Problem, load_tokenizer
+from lorafusion_jax.parts import (
+    CHARACTERS_PER_TOKEN,
+    default_seed_mode,
+    recipe_rates,
+    start,
+    step_operations,
+    train_seeds,
+)
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
@@ -43,9 +48,6 @@ from lorafusion_jax.tasks import (
     train_step_batches,
 )
 from lorafusion_jax.tasks.packing import MOST_SHAPES
-from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
-from lorafusion_jax.training.problem import Problem
-from lorafusion_jax.training.seeds import default_seed_mode
 
 _REQUIRED = 0.92
 # Name -> seeds, whether they are batched, and whether rows are packed.

@@ -39,14 +39,10 @@ from _model import CHOICES, MODULES, Dtype, Step, config_of, frozen, unrolled
 from _peer import Peer, lines_of
 from padding import encoded, tasks_of
 
-from lorafusion_jax.files import write_text
-from lorafusion_jax.methods.fusion import PRESETS
-from lorafusion_jax.models.architecture import Architecture, step_operations
-from lorafusion_jax.runs.prepare import packing_of, shallow_unrolled
+from lorafusion_jax import PRESETS, Architecture, Frozen
+from lorafusion_jax.parts import markdown, packing_of, shallow_unrolled, start, step_operations
+from lorafusion_jax.report import write_text
 from lorafusion_jax.tasks import Batch, Encoded, batch_orders, split, train_step_batches
-from lorafusion_jax.text_tables import markdown
-from lorafusion_jax.training.fit import start
-from lorafusion_jax.training.frozen import Frozen
 
 
 class _Candidate(NamedTuple):

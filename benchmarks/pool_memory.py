@@ -29,16 +29,17 @@ from _measure import case
 from _model import BATCH, SOURCE, TARGET, batch_of, config_of
 from flax import nnx
 
-from lorafusion_jax.adapters.norms import gram
-from lorafusion_jax.io.convert import ConvertOptions, add_basis, convert
-from lorafusion_jax.io.hf import load_base, save_base
-from lorafusion_jax.io.pool import load_basis, load_pool
-from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.models.registry import family_of, known_shapes
-from lorafusion_jax.training.fit import recipe_rates, start, train_seeds
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.problem import Problem
+from lorafusion_jax import PRESETS, Frozen, Fusion, Problem, gram, kernels, load_base, load_basis, load_pool, save_base
+from lorafusion_jax.parts import (
+    ConvertOptions,
+    add_basis,
+    convert,
+    family_of,
+    known_shapes,
+    recipe_rates,
+    start,
+    train_seeds,
+)
 
 _BAR = 8 * 2**30
 # Of a basis of FLAN-T5-large: seconds on two cores and bytes to make it, bytes of it in memory.

@@ -28,10 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import FusionRecipe
-from lorafusion_jax.estimates.estimate import Settings, trained_numbers
-from lorafusion_jax.estimates.flops import Shape, step_flops
-from lorafusion_jax.methods.fused import MixUpdate
-from lorafusion_jax.training.mesh import make_mesh, on_mesh
+from lorafusion_jax.parts import MixUpdate, Settings, Shape, make_mesh, on_mesh, step_flops, trained_numbers
 
 _REQUIRED, _AMBITION = 1.25, 1.1  # measured / predicted, either way
 _UPDATE = MixUpdate(rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 from _measure import MALLOC, PRODUCT, ROOT, features, has_peft, met, processor
 
-from lorafusion_jax.files import write_text
+from lorafusion_jax.report import write_text
 
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
 _FAST = ("fusion_step.py --shape small-pool --rounds 5", "padding.py")

@@ -64,7 +64,8 @@ def _as_text(_app, what: str, _name: str, _object, _options, lines: list[str]) -
         lines[0] = lines[0].replace(": ", ", ")
     for i, line in enumerate(lines):
         line = re.sub(r"(`[^`]*`)|([*|])(?! )", lambda found: found[1] or "\\" + found[2], line)
-        lines[i] = re.sub(r"^(Examples?):$", r"\1::", line)
+        lines[i] = re.sub(r"^(Examples?):$", r"\1::\n", line)
+    lines[:] = "\n".join(lines).split("\n")
 
 
 def _skipped(_app, _what: str, _name: str, member: object, _skip: bool, _options) -> bool | None:

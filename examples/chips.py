@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lorafusion_jax as lf
-from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
-from lorafusion_jax.hardware.write import ProgramOptions, write_chips
-from lorafusion_jax.runs.options import OnArrays
+from lorafusion_jax.parts import EvaluateOnChipsOptions, OnArrays, ProgramOptions, evaluate_on_chips, write_chips
 
 EXAMPLES = Path(__file__).parent
 SMALL = EXAMPLES / "small"

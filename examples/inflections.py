@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from lorafusion_jax.files import write_text
+from lorafusion_jax.report import write_text
 
 # An irregular form stands behind a slash. A plus says that the final consonant is doubled.
 VERBS = """

@@ -26,17 +26,18 @@ from jaxtyping import Array
 from safetensors.numpy import load_file, save_file
 from string_tasks import CHARACTER_OPS, LETTERS, MAX_LETTERS, MAX_OUTPUT, POSITION_OPS, Task, draw, split
 
-from lorafusion_jax.adapters.updates import LowRank
-from lorafusion_jax.io.folders import new_folder
-from lorafusion_jax.io.hf import save_base
-from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.models.generate import generate
-from lorafusion_jax.models.t5 import T5, T5Config
-from lorafusion_jax.models.t5.model import decoder_inputs
-from lorafusion_jax.progress import progress
-from lorafusion_jax.tasks.batches import IGNORED
-from lorafusion_jax.training import loss
-from lorafusion_jax.training.step import standard_promotion
+from lorafusion_jax import LowRank, generate, save_base
+from lorafusion_jax.parts import (
+    T5,
+    T5Config,
+    decoder_inputs,
+    new_folder,
+    progress,
+    standard_promotion,
+    write_adapter,
+)
+from lorafusion_jax.parts import cross_entropy as of_logits
+from lorafusion_jax.tasks import IGNORED
 
 WORDS = ["<pad>", "</s>", "<unk>", ":", "then", *POSITION_OPS, *CHARACTER_OPS, *LETTERS, *"0123456789*-"]
 CONFIG = T5Config(
@@ -220,7 +221,7 @@ def cross_entropy(model: T5, lora: dict[str, Factors] | None, batch: Batches) ->
     labels = jnp.where(batch.target == pad_id, IGNORED, batch.target)
     decoder_ids = decoder_inputs(labels, start_id=CONFIG.start_id, pad_id=pad_id)
     logits = model(batch.source, batch.source != pad_id, decoder_ids, adapters(lora))
-    return loss.cross_entropy(logits, labels)
+    return of_logits(logits, labels)
 
 
 def adapters(lora: dict[str, Factors] | None) -> dict[str, LowRank]:

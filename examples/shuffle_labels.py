@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from lorafusion_jax.files import write_text
+from lorafusion_jax.report import write_text
 
 ANSWERS = ("completion", "target", "output", "answer")
 

@@ -23,7 +23,7 @@ from lab.planning import print_matrix_plan
 from results_page import main as report
 from small_pool import SmallPoolOptions
 
-from lorafusion_jax.adapters.merges import MergeKind
+from lorafusion_jax.parts import MergeKind
 
 Group = Literal["modules", "examples", "granularity", "composition", "start", "bits", "pruning", "controls", "merges"]
 

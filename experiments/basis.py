@@ -30,10 +30,8 @@ from lab.planning import print_matrix_plan
 from lab.rows import merge, read_rows
 from small_pool import SmallPoolOptions
 
-from lorafusion_jax.adapters.basis import SharedBasis
-from lorafusion_jax.io.pool import load_basis
-from lorafusion_jax.report import Scores, main_tables, scores
-from lorafusion_jax.report.plots import colour, plot
+from lorafusion_jax import SharedBasis, load_basis
+from lorafusion_jax.report import Scores, colour, main_tables, plot, scores
 
 Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls", "mean"]
 
@@ -60,9 +58,7 @@ class BasisOptions(SmallPoolOptions):
     """
 
     groups: tuple[Group, ...] = get_args(Group)
-    main: tuple[Path, ...] = tuple(
-        ROOT / "results" / of / "results.jsonl" for of in ("small_pool", "small_pool_5")
-    )
+    main: tuple[Path, ...] = tuple(ROOT / "results" / of / "results.jsonl" for of in ("small_pool", "small_pool_5"))
     out: Path = ROOT / "runs" / "basis"
 
 

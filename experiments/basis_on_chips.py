@@ -30,9 +30,7 @@ from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, slu
 from lab.methods import IN_BASIS, METHODS, Entry
 
 from lorafusion_jax.crossbar import CrossbarConfig
-from lorafusion_jax.hardware.folder import aged, load_chips
-from lorafusion_jax.text_tables import markdown
-from lorafusion_jax.training.method import Params
+from lorafusion_jax.parts import Params, aged, load_chips, markdown
 
 Case = Literal["digital", "untouched", "fresh noise", "its chip", "its chip, all rows", "prepared"]
 _WHOLE = "whole modules"

@@ -32,10 +32,8 @@ from scipy.special import stdtrit
 
 from lorafusion_jax import CrossbarConfig, read_config
 from lorafusion_jax.crossbar import load_config, save_config
-from lorafusion_jax.estimates.bill import CostOptions, bills
-from lorafusion_jax.runs.run import environment
+from lorafusion_jax.parts import CostOptions, bills, environment, markdown
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.text_tables import markdown
 
 SHOTS, CHOICES, PAIRS = 2, 4, 8
 CALIBRATION = 4  # prompts

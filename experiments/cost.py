@@ -17,20 +17,22 @@ import tyro
 from lab.common import write_csv
 
 from lorafusion_jax.crossbar import CONSTANTS, Range, WriteCost, load_config, load_constants
-from lorafusion_jax.estimates.bill import (
+from lorafusion_jax.parts import (
     Bill,
     Comparison,
     CostOptions,
     Once,
     activities,
+    bill_markdown,
     comparisons,
     installed_once,
+    known_shapes,
+    number,
     price,
     price_once,
+    quantity,
 )
-from lorafusion_jax.estimates.bill.show import markdown, number, quantity
-from lorafusion_jax.models.registry import known_shapes
-from lorafusion_jax.report.plots import colour, plot
+from lorafusion_jax.report import colour, plot
 
 _PARTS = {"putting it in place": "install", "its update": "update", "the base's passes": "base"}
 
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     write_csv(options.out / "table.csv", table(found))
     for shape in options.shapes:
         draw([b for b in found if b.options.shape == shape], options.out / f"{shape}.png")
-    print(f"{markdown({of_all: summary(found)})}\nwritten to {options.out}")
+    print(f"{bill_markdown({of_all: summary(found)})}\nwritten to {options.out}")
 
 
 def summary(found: Sequence[Billed]) -> list[list[str]]:

@@ -21,8 +21,7 @@ from jaxtyping import Array
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Independent, PowerLaw, Proportional, ReadNoise
-from lorafusion_jax.crossbar.mapping.encoding import input_codes, pulses
-from lorafusion_jax.files import write
+from lorafusion_jax.parts import input_codes, pulses, write
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -17,9 +17,8 @@ from lab.demo_report import markdown_table, plot_accuracy, plot_learning_curves
 from lab.methods import METHODS
 
 from lorafusion_jax import PRESETS, load_pool, load_run
-from lorafusion_jax.adapters.coefficients import column_names
+from lorafusion_jax.parts import RunFolder, column_names
 from lorafusion_jax.report import plot_coefficients, write_text
-from lorafusion_jax.runs.folder import RunFolder
 
 FOLDER = ROOT / "runs" / "demo"
 SEEDS = (1, 2, 3)

@@ -19,8 +19,8 @@ from lab.language import MAIN, PROMPT, options_of
 from lab.smollm2 import EXAMPLES, base
 
 from lorafusion_jax import fuse
+from lorafusion_jax.parts import RunFolder
 from lorafusion_jax.report import write_text
-from lorafusion_jax.runs.folder import RunFolder
 
 FOLDER = ROOT / "runs" / "demo-llm"
 TITLE = "the -ing form of verbs"

@@ -32,15 +32,22 @@ from pool_value_language import SEEDS as LANGUAGE_SEEDS
 from pool_value_language import draw, setup_of
 
 import lorafusion_jax as lf
-from lorafusion_jax.files import write_text
-from lorafusion_jax.io.hf import base_digest
-from lorafusion_jax.report.plots import colour, plot
-from lorafusion_jax.runs.advantage import FEATURES, Case, Feature, Prediction, fit
-from lorafusion_jax.runs.descent import descent_of, with_copies
-from lorafusion_jax.runs.prepare import LoadedModel, load_model
+from lorafusion_jax import Problem
+from lorafusion_jax.parts import (
+    FEATURES,
+    Case,
+    Feature,
+    LoadedModel,
+    Prediction,
+    base_digest,
+    descent_of,
+    fit_advantage,
+    load_model,
+    markdown,
+    with_copies,
+)
+from lorafusion_jax.report import colour, plot, write_text
 from lorafusion_jax.tasks import Encoded, Example, encode, eval_batches
-from lorafusion_jax.text_tables import markdown
-from lorafusion_jax.training.problem import Problem
 
 SEED, DRAWS, BATCH, RESAMPLES = 20261128, 3, 10, 10_000
 LANGUAGE_ROWS = 20
@@ -195,7 +202,7 @@ def evaluated(cases: Sequence[Case]) -> list[list[str]]:
     mean = float(np.mean([case["advantage"] for case in parts["fit"]]))
     table = [["model", "half", "tasks", *JUDGED]]
     for name, features in MODELS.items():
-        model = fit(parts["fit"], features)
+        model = fit_advantage(parts["fit"], features)
         for half, own in parts.items():
             found = [model.predict(case["log_ratio"], case["loss"], case["rows"]) for case in own]
             table.append([name, half, str(len({case["task"] for case in own})), *judged(own, found, [mean] * len(own))])
@@ -205,7 +212,7 @@ def evaluated(cases: Sequence[Case]) -> list[list[str]]:
 def of_language(cases: Sequence[Case], language: Sequence[Case]) -> list[list[str]]:
     """Return a table of the fit's forecasts on language, as they are and after a calibration on the other tasks."""
     fitted = halves(cases)[0]
-    model, mean = fit(fitted), float(np.mean([case["advantage"] for case in fitted]))
+    model, mean = fit_advantage(fitted), float(np.mean([case["advantage"] for case in fitted]))
     table = [["forecast", "tasks", *JUDGED]]
     plain, calibrated, means = [], [], []
     for case in language:
@@ -275,7 +282,7 @@ def rank_correlation(
 def plot_cases(cases: Sequence[Case], path: Path) -> None:
     """Draw predicted and measured advantages of both halves."""
     parts = halves(cases)
-    model = fit(parts[0])
+    model = fit_advantage(parts[0])
 
     def on(figure: Any) -> None:
         axes = figure.subplots()

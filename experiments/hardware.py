@@ -26,10 +26,8 @@ from lab.common import ROOT, with_spread, write_csv
 from lab.hardware import ChipsOptions, Row, Store, again, as_lines, slug, subject
 from lab.methods import METHODS
 
-from lorafusion_jax.hardware.folder import aged, load_chips
-from lorafusion_jax.report.plots import colour, plot
-from lorafusion_jax.runs.options import OnArrays
-from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.parts import OnArrays, aged, load_chips, markdown
+from lorafusion_jax.report import colour, plot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,11 +30,8 @@ from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, slu
 from lab.methods import METHODS
 
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, load_config
-from lorafusion_jax.estimates.bill import CostOptions, bills
-from lorafusion_jax.estimates.params import shape_config
-from lorafusion_jax.hardware.folder import aged
-from lorafusion_jax.report.plots import colour, plot
-from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.parts import CostOptions, aged, bills, markdown, shape_config
+from lorafusion_jax.report import colour, plot
 
 Sweep = Literal["noise", "adc", "cell", "age"]
 

@@ -49,16 +49,10 @@ from lab.rows import done, read_rows
 from lab.smollm2 import EXAMPLES, HUB_ID, base
 from results_page import main as report
 
-from lorafusion_jax import fuse, read_config
-from lorafusion_jax.adapters.pool import random_pool
-from lorafusion_jax.adapters.updates import LowRank
-from lorafusion_jax.io.export import lora_adapter
-from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.io.pool import open_pool
+from lorafusion_jax import LowRank, fuse, random_pool, read_config
 from lorafusion_jax.methods import find as find_method
-from lorafusion_jax.models.weights import dense
-from lorafusion_jax.report import Scores, scores
-from lorafusion_jax.report.plots import colour, plot
+from lorafusion_jax.parts import dense, lora_adapter, open_pool, write_adapter
+from lorafusion_jax.report import Scores, colour, plot, scores
 
 Group = Literal["main", "more", "five", "twenty", "relevance", "more-relevance"]
 

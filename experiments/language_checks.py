@@ -24,12 +24,10 @@ from lab.rows import append_rows, merge
 from language import LanguageOptions, make_pools, pool_of
 from results_page import main as report
 
-from lorafusion_jax.adapters.pool import LoraPool, random_pool
-from lorafusion_jax.io.pool import open_pool
-from lorafusion_jax.models.weights import dense
+from lorafusion_jax import LoraPool, random_pool
+from lorafusion_jax.parts import dense, markdown, open_pool
 from lorafusion_jax.report import Row, scores
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.text_tables import markdown
 
 # Tasks of earlier rows that a source has too many pairs of.
 _SEEN = ("lowercase_last_letter", "alphabetically_first_3")

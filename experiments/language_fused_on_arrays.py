@@ -30,9 +30,7 @@ from language_on_arrays import DIGITAL, Setting, config_of
 
 from lorafusion_jax import fuse
 from lorafusion_jax.crossbar import save_config
-from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
-from lorafusion_jax.runs.options import OnArrays
-from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.parts import EvaluateOnChipsOptions, OnArrays, evaluate_on_chips, markdown
 
 ADAPTERS = EXAMPLES / "adapters"
 Case = Literal["digitally", "on another chip", "on the chip"]

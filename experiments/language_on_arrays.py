@@ -41,12 +41,8 @@ from lorafusion_jax.crossbar import (
     observe,
     with_chips,
 )
-from lorafusion_jax.hardware.program import program
-from lorafusion_jax.report.plots import colour, plot
-from lorafusion_jax.runs.prepare import LoadedModel, load_model
-from lorafusion_jax.runs.run import environment
-from lorafusion_jax.text_tables import markdown
-from lorafusion_jax.training.loss import log_likelihood
+from lorafusion_jax.parts import LoadedModel, environment, load_model, log_likelihood, markdown, program_on_arrays
+from lorafusion_jax.report import colour, plot
 
 TEXTS, CALIBRATION = EXAMPLES / "text", "calibration.txt"
 WINDOW, BATCH = 128, 8
@@ -191,7 +187,7 @@ def measured(loaded: LoadedModel, text: Text, settings: Sequence[Setting], chip_
         weights, arrays = frozen.base, {}
         if setting != DIGITAL:
             config = config_of(setting, jnp.float32)
-            weights = program(graph, frozen, {"*": config}, key).base
+            weights = program_on_arrays(graph, frozen, {"*": config}, key).base
             if config.adc is not None:
                 if setting.error not in seen:
                     seen = {setting.error: observe(logits, weights, [jnp.asarray(text.calibration)])}

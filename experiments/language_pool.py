@@ -30,15 +30,24 @@ from lab.language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS,
 from lab.smollm2 import HUB_ID, base
 
 from lorafusion_jax import FuseOptions, LoRARecipe, read_config
-from lorafusion_jax.io.export import lora_adapter
-from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.platform import for_cpu
-from lorafusion_jax.runs.evaluate import evaluate, seed_rows
-from lorafusion_jax.runs.prepare import Setup, load_texts, packing_of, prepare
-from lorafusion_jax.runs.run import environment, with_targets
+from lorafusion_jax.parts import (
+    Epoch,
+    Setup,
+    environment,
+    evaluate,
+    fit,
+    for_cpu,
+    load_texts,
+    lora_adapter,
+    make_room,
+    packing_of,
+    prepare,
+    seed_rows,
+    start,
+    with_targets,
+    write_adapter,
+)
 from lorafusion_jax.tasks import TrainingRows, answer_options, batch_orders, encode, split, train_batches
-from lorafusion_jax.training.compiled import make_room
-from lorafusion_jax.training.fit import Epoch, fit, start
 
 SEED, BATCH = 1, 16
 # Tokens, padding included, that a training step takes in a second, and seconds of a task for compiling and evaluating.

@@ -24,11 +24,8 @@ from lab.language import MAIN, MORE, TUNING, find, options_of, test_losses
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 from tune import TRIALS as SMALL_TRIALS
 
-from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import with_targets
+from lorafusion_jax.parts import fit, make_room, prepare, recipe_rates, start, with_targets
 from lorafusion_jax.tasks import Split
-from lorafusion_jax.training.compiled import make_room
-from lorafusion_jax.training.fit import fit, recipe_rates, start
 
 # On the embedded pool coefficients are tuned at 0.3 instead of 0.01.
 _PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.01, 0.03, 0.1)]

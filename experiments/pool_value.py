@@ -43,9 +43,8 @@ from lab.pool_cells import (
 from lab.string_pools import CLASSES, design, write_pools
 from lab.tuning import Point, best_point, rates_at
 
-from lorafusion_jax.report.plots import colour, plot
-from lorafusion_jax.report.statistics import holm, over_tasks
-from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.parts import markdown
+from lorafusion_jax.report import colour, holm, over_tasks, plot
 
 TUNING_SEEDS = (1, 2, 3)
 EQUIVALENT = 0.05  # nats: the bound of "no advantage"

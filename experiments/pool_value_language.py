@@ -48,15 +48,23 @@ from lab.tuning import Point, best_point, rates_at
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find as find_method
-from lorafusion_jax.methods.recipes import recipe_of
-from lorafusion_jax.report.statistics import over_tasks
-from lorafusion_jax.runs.evaluate import evaluate
-from lorafusion_jax.runs.prepare import LoadedModel, Setup, Texts, encode_shown, load_model, trainable_count
-from lorafusion_jax.runs.run import with_targets
+from lorafusion_jax.methods import recipe_of
+from lorafusion_jax.parts import (
+    LoadedModel,
+    Setup,
+    Texts,
+    encode_shown,
+    evaluate,
+    fit,
+    load_model,
+    make_room,
+    markdown,
+    start,
+    trainable_count,
+    with_targets,
+)
+from lorafusion_jax.report import over_tasks
 from lorafusion_jax.tasks import BETWEEN_EXAMPLES, Encoded, Split, Task, few_shot, load_task
-from lorafusion_jax.text_tables import markdown
-from lorafusion_jax.training.compiled import make_room
-from lorafusion_jax.training.fit import fit, start
 
 DRAW = 20261128
 FIXED = ("english-spanish", "prev_item", "country-currency", "person-sport", "sentiment", "synonym")

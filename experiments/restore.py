@@ -35,7 +35,7 @@ from lab.language import SOURCES as POOL
 from lab.smollm2 import EXAMPLES, SMOLLM2, base
 from language import link_tasks, unseen_tasks
 
-from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax import FuseOptions, Restoring, fuse, restore
 from lorafusion_jax.crossbar import (
     PCM_DRIFT,
     Correction,
@@ -52,25 +52,37 @@ from lorafusion_jax.crossbar import (
     save_config,
     with_corrections,
 )
-from lorafusion_jax.files import read_json
-from lorafusion_jax.hardware.calibration import looped
-from lorafusion_jax.hardware.chips import on_every_chip
-from lorafusion_jax.hardware.folder import Chips
-from lorafusion_jax.hardware.on_arrays import module_numbers, without_merged_pool
-from lorafusion_jax.hardware.program import Restored, program
-from lorafusion_jax.hardware.restore import Restoring, distil, divergence, restore
-from lorafusion_jax.hardware.restored import Outputs, digital_matrices, logits_of_base, prepared, sampled, windows
-from lorafusion_jax.io import arrays
-from lorafusion_jax.report.plots import colour, plot
-from lorafusion_jax.report.statistics import holm, over_tasks
-from lorafusion_jax.runs.evaluate import evaluate
-from lorafusion_jax.runs.options import OnArrays
-from lorafusion_jax.runs.predict import EvaluateOptions, load_to_evaluate
-from lorafusion_jax.runs.prepare import LoadedModel, load_model
-from lorafusion_jax.runs.run import environment
+from lorafusion_jax.parts import (
+    Chips,
+    EvaluateOptions,
+    LoadedModel,
+    OnArrays,
+    Outputs,
+    Restored,
+    digital_matrices,
+    distil,
+    divergence,
+    environment,
+    evaluate,
+    load_arrays,
+    load_model,
+    load_to_evaluate,
+    log_likelihood,
+    logits_of_base,
+    looped,
+    markdown,
+    module_numbers,
+    on_every_chip,
+    prepared,
+    program_on_arrays,
+    read_json,
+    sampled,
+    save_arrays,
+    windows,
+    without_merged_pool,
+)
+from lorafusion_jax.report import colour, holm, over_tasks, plot
 from lorafusion_jax.tasks import Batch, load_task
-from lorafusion_jax.text_tables import markdown
-from lorafusion_jax.training.loss import log_likelihood
 
 WINDOW, HELD_OUT, CALIBRATION, ADC_CALIBRATION = 128, 1024, 3072, 256
 # Adam's rates, chosen on chip 0 and on calibration text alone.
@@ -361,7 +373,7 @@ class Bench:
             self.programmed = None
             key = jax.random.fold_in(jax.random.key(0), number)
             graph, frozen = self.loaded.problem.graph, self.loaded.problem.frozen
-            programmed = program(graph, frozen, {"*": config}, key).base
+            programmed = program_on_arrays(graph, frozen, {"*": config}, key).base
             self.programmed = calibrate_tree(self.run, programmed, windows(self.loaded, self.texts.adc))
             self.at = at
         return self.programmed
@@ -387,7 +399,7 @@ class Bench:
         wanted = hashlib.sha256(repr((*of_text, job.arm)).encode()).hexdigest()[:16]
         folder = self.corrected / wanted
         if folder.exists():
-            tree, _ = arrays.load(folder, what="corrections")
+            tree, _ = load_arrays(folder, what="corrections")
             return {site: Correction(**jax.tree.map(jnp.asarray, parts)) for site, parts in tree.items()}
         weights, batches = self.chip(config, job.chip), self.text(job)
         held, targets = digital_matrices(self.loaded, weights), Outputs(self.logits, self.digital, batches)
@@ -406,7 +418,7 @@ class Bench:
             if job.arm.epochs:
                 found = distil(self.run, weights, found, batches, targets, arm)
         parts = {site: {name: part for name, part in vars(c).items() if part is not None} for site, c in found.items()}
-        arrays.save(folder, parts, {"job": repr(job)})
+        save_arrays(folder, parts, {"job": repr(job)})
         return found
 
     def held_out(self, weights: Any) -> list[float]:

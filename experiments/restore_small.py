@@ -23,12 +23,15 @@ from lab.hardware import ChipsOptions, subject
 from lab.methods import METHODS
 from lab.string_pools import draw, split
 
-from lorafusion_jax.files import write_text
-from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips
-from lorafusion_jax.hardware.restore import Method
-from lorafusion_jax.hardware.restored import RestoreOptions, restore_chips
-from lorafusion_jax.report.statistics import over_tasks
-from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.parts import (
+    EvaluateOnChipsOptions,
+    RestoreMethod,
+    RestoreOptions,
+    evaluate_on_chips,
+    markdown,
+    restore_chips,
+)
+from lorafusion_jax.report import over_tasks, write_text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class Options(ChipsOptions):
       prompts: number of unlabelled prompts of each of the pool's tasks.
     """
 
-    methods: tuple[Method, ...] = ("scales", "low-rank")
+    methods: tuple[RestoreMethod, ...] = ("scales", "low-rank")
     prompts: int = 10
     chips: int = 4
     out: Path = ROOT / "runs" / "restore-small"

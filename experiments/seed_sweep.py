@@ -23,12 +23,9 @@ from lab.common import ROOT, SMALL, recipe_of, with_spread
 from lab.methods import METHODS
 
 from lorafusion_jax import FuseOptions
-from lorafusion_jax.report import write_text
-from lorafusion_jax.report.plots import plot
-from lorafusion_jax.runs.evaluate import evaluate
-from lorafusion_jax.runs.prepare import Setup, prepare
+from lorafusion_jax.parts import Setup, evaluate, fit, prepare, recipe_rates, start
+from lorafusion_jax.report import plot, write_text
 from lorafusion_jax.tasks import Split
-from lorafusion_jax.training.fit import fit, recipe_rates, start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import _script
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
 from lorafusion_jax.cli.fuse import report
-from lorafusion_jax.runs.run import run_path
+from lorafusion_jax.parts import run_path
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
 _REFERENCE = PRESETS["reference"]

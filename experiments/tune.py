@@ -21,8 +21,8 @@ import _script
 from lab.common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small, small_pool_in_basis, write_csv
 from lab.methods import COEFFICIENTS, IN_BASIS, METHODS
 
+from lorafusion_jax.parts import markdown
 from lorafusion_jax.report import write_text
-from lorafusion_jax.text_tables import markdown
 
 FOLDER = ROOT / "runs" / "tune"
 TASKS = ("reverse_starcon", "rotr_next")

@@ -41,6 +41,7 @@ _MAY_IMPORT = {
     "estimates": {"crossbar", "models", "adapters", "io", "tasks", "report", "training", "methods", "runs"},
     "_fuse": {"runs", "hardware"},
     "harness": {"models", "io", "tasks", "training", "methods", "runs", "hardware"},
+    "parts": set("crossbar models adapters io tasks report training methods runs hardware estimates".split()),
     "cli": set("_fuse crossbar io report training methods runs serving hardware estimates harness".split()),
 }
 
@@ -185,3 +186,34 @@ def test_imports_form_no_cycle():
                 graph[name].add(target)
                 target = target.rpartition(".")[0]
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
+
+
+# Namespaces that scripts may import from.
+_PUBLIC = {_PACKAGE, *(f"{_PACKAGE}.{name}" for name in ("crossbar", "tasks", "methods", "report", "parts"))}
+_PUBLIC.add(f"{_PACKAGE}.crossbar.flax")
+# All other names that experiments and benchmarks import, each with its reason.
+_INTERNAL = {
+    "lorafusion_jax.interrupts": "a script handles Ctrl-C before the public names are loaded",
+    "lorafusion_jax.cli.run": "the same",
+    "lorafusion_jax.cli.MALLOC": "benchmarks measure processes with the settings of commands",
+    "lorafusion_jax.cli.fuse.report": "a script prints what `lorafusion fuse` prints",
+    "lorafusion_jax.harness.model.HarnessLM": "needs lm-evaluation-harness, an extra",
+    "lorafusion_jax.crossbar.read.definition": "the oracle of the read paths, which fast paths are measured against",
+    "lorafusion_jax.crossbar.devices.normal_draws.normal": "a kernel is compiled alone",
+    "lorafusion_jax.tasks.packing.MOST_SHAPES": "the bar of a benchmark",
+    "lorafusion_jax.training.fit": "a benchmark counts the calls inside of the loop",
+}
+
+
+def test_experiments_and_benchmarks_import_public_names():
+    files = [path for folder in ("experiments", "benchmarks", "examples") for path in (_ROOT / folder).rglob("*.py")]
+    modules = _modules().keys() - _PUBLIC
+    attributes = {name for path in files for name in re.findall(r"\blf\.(\w+)\.", path.read_text())}
+    found = modules & {f"{_PACKAGE}.{name}" for name in attributes}
+    imported = {target for path in files for target in _imports(path.stem, path)}
+    own = {target for target in imported if target.partition(".")[0] == _PACKAGE}
+    for name in own - _PUBLIC:
+        namespace = name.rpartition(".")[0]
+        if namespace not in _PUBLIC or (namespace == _PACKAGE and name in modules):
+            found.add(name)
+    assert sorted(found) == sorted(_INTERNAL)

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
-from lorafusion_jax.files import check_regular, is_object, write_text
 from lorafusion_jax.methods import find
-from lorafusion_jax.methods.recipes import recipe_of as recipe_with
-from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.methods import recipe_of as recipe_with
+from lorafusion_jax.parts import RunFolder, check_regular, is_object
+from lorafusion_jax.report import write_text
 
 from .methods import Entry
 from .rows import League, append_lines

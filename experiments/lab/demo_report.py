@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafusion_jax.report.formats import EMPTY, counts, spread
-from lorafusion_jax.report.plots import colour, literal, plot
-from lorafusion_jax.text_tables import escaped, markdown
+from lorafusion_jax.parts import escaped, markdown
+from lorafusion_jax.report import EMPTY, colour, counts, literal, plot, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,23 +16,34 @@ import numpy as np
 from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
-from lorafusion_jax.checks import at_least
 from lorafusion_jax.crossbar import CrossbarConfig, config_hash
-from lorafusion_jax.hardware.calibration import calibrate, looped
-from lorafusion_jax.hardware.chips import for_every_chip, on_every_chip, redrawn
-from lorafusion_jax.hardware.evaluate import lora_in_cells
-from lorafusion_jax.hardware.folder import STEP_CHIPS, Chips, load_chips
-from lorafusion_jax.hardware.on_arrays import CALIBRATION_ROWS, module_numbers
-from lorafusion_jax.hardware.program import program
-from lorafusion_jax.io import arrays
-from lorafusion_jax.io.folders import write_json
 from lorafusion_jax.methods import find
-from lorafusion_jax.runs.evaluate import evaluate
-from lorafusion_jax.runs.predict import EvaluateOptions, load_to_evaluate
-from lorafusion_jax.runs.prepare import Setup
+from lorafusion_jax.parts import (
+    CALIBRATION_ROWS,
+    STEP_CHIPS,
+    Chips,
+    EvaluateOptions,
+    Params,
+    Setup,
+    at_least,
+    calibrate,
+    evaluate,
+    fit,
+    for_every_chip,
+    load_arrays,
+    load_chips,
+    load_to_evaluate,
+    looped,
+    lora_in_cells,
+    module_numbers,
+    on_every_chip,
+    program_on_arrays,
+    redrawn,
+    save_arrays,
+    start,
+    write_json,
+)
 from lorafusion_jax.tasks import split
-from lorafusion_jax.training.fit import fit, start
-from lorafusion_jax.training.method import Params
 
 from .common import ROOT, SMALL, TRAIN_ROWS, convert_small_pool, recipe_of, small_pool_in_basis
 from .methods import Entry
@@ -115,8 +126,8 @@ class Store:
         """Return trained numbers by name, computed only once."""
         folder = self.folder / "numbers" / name
         if not folder.exists():
-            arrays.save(folder, compute(), {})
-        return jax.tree.map(jnp.asarray, arrays.load(folder, what="trained numbers")[0])
+            save_arrays(folder, compute(), {})
+        return jax.tree.map(jnp.asarray, load_arrays(folder, what="trained numbers")[0])
 
     def pool(self) -> Path:
         """Return the embedded pool, converted only once."""
@@ -176,7 +187,7 @@ class Subject:
         """Return the setup of all seeds on another chip at every step, none of them one of the chips."""
         problem, rules = self.setup.problem, self.chips.rules(config)
         modules = module_numbers(self.setup, self.options, self.chips)
-        chip = program(problem.graph, problem.frozen, rules, self.keys[0], modules=modules, norm="ideal")
+        chip = program_on_arrays(problem.graph, problem.frozen, rules, self.keys[0], modules=modules, norm="ideal")
         begin = start(problem, self.options.seeds).params
         chip = calibrate(self.setup, begin, chip, rows=CALIBRATION_ROWS)
         key = jax.random.fold_in(self.chips.key, STEP_CHIPS)

@@ -14,11 +14,9 @@ from typing import Any, NamedTuple, TypedDict
 
 import jax
 
-from lorafusion_jax.files import printable, read_lines
+from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find
-from lorafusion_jax.runs.folder import RunFolder, read_options
-from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.run import options_to_json, run_path, with_targets
+from lorafusion_jax.parts import RunFolder, options_to_json, printable, read_lines, read_options, run_path, with_targets
 
 from .rows import append_lines, append_rows, done, read_rows
 

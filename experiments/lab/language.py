@@ -14,13 +14,10 @@ import jax
 import numpy as np
 
 from lorafusion_jax import FuseOptions
-from lorafusion_jax.files import write_text
 from lorafusion_jax.methods import find as find_method
-from lorafusion_jax.runs.prepare import Setup
+from lorafusion_jax.parts import LOSS, Params, Setup, seed_entropies
+from lorafusion_jax.report import write_text
 from lorafusion_jax.tasks import Example, Task, batch_orders, load_task, train_batches
-from lorafusion_jax.training.frozen import LOSS
-from lorafusion_jax.training.loss import seed_entropies
-from lorafusion_jax.training.method import Params
 
 from .common import recipe_of
 from .methods import IN_BASIS, METHODS, Entry

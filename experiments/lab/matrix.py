@@ -11,10 +11,8 @@ from typing import Annotated, Literal
 import tyro
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse
-from lorafusion_jax.estimates.plan import MachineName
-from lorafusion_jax.io.pool import open_pool
 from lorafusion_jax.methods import find
-from lorafusion_jax.runs.options import LoadIn
+from lorafusion_jax.parts import LoadIn, MachineName, open_pool
 
 from .common import ROOT, TRAIN_ROWS, League, recipe_of
 from .jobs import Job, run_jobs

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from lorafusion_jax.runs.options import LoadIn
+from lorafusion_jax.parts import LoadIn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

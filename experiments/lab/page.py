@@ -7,9 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorafusion_jax.report.plots import plot_means
-from lorafusion_jax.report.scores import Scores, scores
-from lorafusion_jax.report.tables import best_method, league_name, main_tables, paired_table
+from lorafusion_jax.report import Scores, best_method, league_name, main_tables, paired_table, plot_means, scores
 
 from .formats import html_table
 from .provenance import config_tables, origin_tables

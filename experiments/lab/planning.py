@@ -5,18 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafusion_jax.estimates.estimate import Settings
-from lorafusion_jax.estimates.params import shape_config
-from lorafusion_jax.estimates.plan import describe, machine, pool_shape
-from lorafusion_jax.estimates.workload import workload
-from lorafusion_jax.methods.entry import WITH_CORE
-from lorafusion_jax.methods.fusion import CoefficientsRecipe, choice_of
-from lorafusion_jax.methods.recipes import basis_of, modules_of
-from lorafusion_jax.methods.untrained import FewShotRecipe
-from lorafusion_jax.models.registry import known_shapes
-from lorafusion_jax.runs.prepare import load_texts, packing_of
+from lorafusion_jax import CoefficientsRecipe, FewShotRecipe, Recipe
+from lorafusion_jax.methods import WITH_CORE, basis_of, choice_of, modules_of
+from lorafusion_jax.parts import (
+    Settings,
+    describe,
+    known_shapes,
+    load_texts,
+    machine,
+    packing_of,
+    pool_shape,
+    shape_config,
+    workload,
+)
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.training.recipe import Recipe
 
 from .common import TRAIN_ROWS
 from .jobs import Job

@@ -13,11 +13,8 @@ import numpy as np
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.io.pool import open_pool
-from lorafusion_jax.methods import find
-from lorafusion_jax.methods.entry import Built
-from lorafusion_jax.methods.recipes import recipe_of
-from lorafusion_jax.runs.rows import generate_rows
+from lorafusion_jax.methods import Built, find, recipe_of
+from lorafusion_jax.parts import fit, generate_rows, open_pool, seed_entropies, start
 from lorafusion_jax.tasks import (
     IGNORED,
     SEPARATE_TEXTS,
@@ -34,8 +31,6 @@ from lorafusion_jax.tasks import (
     exact_match,
     pad,
 )
-from lorafusion_jax.training.fit import fit, start
-from lorafusion_jax.training.loss import seed_entropies
 
 from .common import SMALL
 from .string_pools import TRAIN_ROWS, VALIDATION_ROWS, Rows, Target, design, pool_folder, test_rows, train_rows

@@ -4,8 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lorafusion_jax.report.formats import Column, Table
-from lorafusion_jax.report.tables import league_name
+from lorafusion_jax.report import Column, Table, league_name
 
 from .rows import Row
 

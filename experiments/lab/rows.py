@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal, TypedDict, cast
 
 import msgspec
 
-from lorafusion_jax.files import FileError, check_no_link, is_object, read_lines, structured, writing
-from lorafusion_jax.report.scores import key, name
+from lorafusion_jax import FileError
+from lorafusion_jax.parts import check_no_link, is_object, read_lines, structured, writing
+from lorafusion_jax.report import key, name
 
 League = Literal["95+5", "5"]
 Key = tuple[str, str, str, int]

@@ -3,8 +3,14 @@
 import dataclasses
 
 from . import cma, full, fusion, lora, lorahub, magnitudes, mean, merge, untrained, vera
+from .entry import WITH_CORE as WITH_CORE
+from .entry import Built as Built
 from .entry import MethodEntry
+from .fusion import choice_of as choice_of
 from .recipes import PoolRecipe
+from .recipes import basis_of as basis_of
+from .recipes import modules_of as modules_of
+from .recipes import recipe_of as recipe_of
 
 METHODS: dict[str, MethodEntry] = {}
 

@@ -3,8 +3,8 @@
 # ruff: noqa: F401 (the imports are the public names)
 
 from ..files import write_text
-from .formats import Column, Table, markdown
-from .plots import load_matplotlib, plot_coefficients, plot_descent, plot_means
-from .scores import Row, Scores, scores
+from .formats import EMPTY, Column, Table, counts, markdown, spread
+from .plots import colour, literal, load_matplotlib, plot, plot_coefficients, plot_descent, plot_means
+from .scores import Row, Scores, key, name, scores
 from .statistics import OverTasks, Paired, Summary, holm, over_tasks, paired, summary
-from .tables import best_method, main_tables, paired_table
+from .tables import best_method, league_name, main_tables, paired_table
