@@ -52,6 +52,7 @@ from .devices.write_error import (
     Independent,
     Polynomial,
     Proportional,
+    Table,
     WriteVerify,
 )
 from .mapping.adc.architectures import Architecture, register_adc

@@ -33,7 +33,7 @@ class ProgramOptions:
       base: the base model: a Hugging Face folder, a hub id or a GGUF file.
       pool: a converted pool, or a folder of PEFT adapter folders; all its modules are written.
       out: folder to write, which must not exist.
-      crossbar: a preset (ideal, isaac, puma, raella, neurram) or a .yaml or .json file.
+      crossbar: a preset (ideal, isaac, puma, raella, neurram, aihwkit, crosssim) or a .yaml or .json file.
       basis: write the first so many directions of the pool's shared basis instead of its modules.
       chips: number of chips.
       chip_key: key from which they are drawn.

@@ -125,7 +125,11 @@ _OF_PARTS = [
     (lambda: crossbar.LogLinear(0.1, 0.0, 0.2, 0.1), "LogLinear: low = 0.2 is above high = 0.1"),
     (lambda: crossbar.Polynomial(((0.1,), (0.2,))), r"Polynomial.deviation = .* for each of seconds = \(1.0,\)"),
     (lambda: crossbar.Polynomial(((0.1,),), shift=((0.1,), (0.2,))), "Polynomial.shift = "),
-    (lambda: crossbar.Polynomial(((),)), r"Polynomial.deviation = \(\(\),\): give one tuple of coefficients"),
+    (lambda: crossbar.Polynomial(((),)), r"Polynomial.deviation = \(\(\),\): give one tuple of numbers"),
+    (lambda: crossbar.Polynomial(((0.1,),), extrapolate=True), r"extrapolate needs two times or more: .* \(1.0,\)"),
+    (lambda: crossbar.Table((0.5, 0.1), ((0.1, 0.2),)), r"Table.targets = \(0.5, 0.1\): give rising shares of Gmax"),
+    (lambda: crossbar.Table((0.1, 0.5), ((0.1, 0.2),)), "rising shares of Gmax, the last of which is 1"),
+    (lambda: crossbar.Table((0.1, 1.0), ((0.1,),)), r"\(0.1,\) at 2 targets: give one number for each target"),
     (
         lambda: crossbar.Polynomial(((0.1,), (0.2,)), seconds=(5.0, 1.0)),
         "Polynomial.seconds = .*: give rising positive",
@@ -140,6 +144,10 @@ _OF_CONFIGS = [
     (
         {"cell": Cell(bits=None), "mapping": Mapping(weight_bits=None), "encoding": FLIP},
         r"encoding.flip inverts digits: give cell.bits and mapping.weight_bits",
+    ),
+    (
+        {"device": Device(programming=crossbar.Table((0.1, 1.0), ((0.1, 0.2),)))},
+        r"measured from 0.1 of Gmax on, but the cells' Gmin is 0: .* give cell.on_off_ratio = 10",
     ),
     ({"encoding": OFFSET, "device": Device(compensate=True)}, r"device.compensate .* needs kind='differential'"),
     ({"encoding": OFFSET, "adc": ADC(separate=True)}, r"adc.separate .* needs kind='differential'"),

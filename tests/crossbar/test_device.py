@@ -83,12 +83,38 @@ def test_two_independent_fits_of_the_same_measurement_agree():
 
 def test_polynomial_in_time_interpolates_and_shifts():
     model = Polynomial(((0.02,), (0.06,)), shift=((0.0,), (0.1,)), seconds=(1.0, 100.0))
-    for time, deviation, shift in [(None, 0.02, 0.0), (0.0, 0.02, 0.0), (10.0, 0.04, 0.05), (1e6, 0.06, 0.1)]:
+    for time, deviation, shift in [(None, 0.02, 0.0), (0.0, 0.02, 0.0), (10.0, 0.04, 0.05), (100.0, 0.06, 0.1)]:
         assert_normal(model(cells(0.5), KEY, time), [0.5 + shift], [deviation])
+    further = dataclasses.replace(model, extrapolate=True)
+    assert_normal(further(cells(0.5), KEY, 1000.0), [0.5 + 0.15], [0.08])
     half = dataclasses.replace(model, scale=0.5)
     assert_normal(half(cells(0.5), KEY, 10.0), [0.525], [0.02])
     # A fit that dips below zero is no noise, and not noise of the other sign.
     np.testing.assert_array_equal(Polynomial(((-0.1, 0.1),))(cells(0.5), KEY), cells(0.5))
+
+
+def test_a_table_interpolates_between_measured_targets():
+    """NumPy's interpolation, in G and in the logarithm of time."""
+    targets, deviation, shift = (0.1, 0.4, 1.0), ((0.01, 0.04, 0.02), (0.03, 0.06, 0.02)), ((0.0, 0.1, 0.0),) * 2
+    table = crossbar.Table(targets, deviation, shift, seconds=(1.0, 100.0))
+    G = np.array([0.1, 0.2, 0.4, 0.85])
+    half = np.interp(G, targets, np.mean(deviation, axis=0))
+    assert_normal(table(cells(*G), KEY, 10.0), G + np.interp(G, targets, shift[0]), half)
+    line = crossbar.Table((0.0, 1.0), ((0.02, 0.05),))  # a line is a polynomial too
+    np.testing.assert_allclose(line(cells(*G), KEY), Polynomial(((0.02, 0.03),))(cells(*G), KEY), rtol=1e-5)
+
+
+def test_ages_beyond_the_last_measurement_are_refused_or_nan():
+    wan = crossbar.RERAM_WAN_2022
+    for time in (200_000, 31_536_000.0, jnp.float32(2e5), np.array([1.0, 2e5])):
+        with pytest.raises(ValueError, match=r"last measurement .* is at 172800 seconds: .* set extrapolate=True"):
+            Device(programming=wan, time=time)
+    Device(programming=wan, time=172_800), Device(programming=wan, time=jnp.float32(172_800))
+    Device(programming=wan, time=1e9, write_verify=crossbar.WriteVerify(0.1))  # the error is that of the first row
+    Device(programming=crossbar.PCM_JOSHI_2020, time=1e9)  # its drift is another model
+    aged = jax.jit(lambda time: wan(cells(0.5), KEY, time))
+    assert jnp.isfinite(aged(172_800.0)).all() and jnp.isnan(aged(200_000.0)).all()
+    assert jnp.isfinite(dataclasses.replace(wan, extrapolate=True)(cells(0.5), KEY, 200_000.0)).all()
 
 
 def test_zero_cells_get_half_normal_noise():
@@ -226,6 +252,15 @@ def test_drift_compensation_restores_the_mean():
     signed = jnp.asarray([[1.0, -3.0]])
     assert float(crossbar.drift_compensation(signed, signed / 2)) == 2
     assert float(crossbar.drift_compensation(jnp.zeros(4), jnp.zeros(4))) == 1
+
+
+def test_compensation_is_of_weights_whatever_both_cells_of_a_pair_share():
+    """A shift of every cell moves no weight: the factor is 1, although all conductances fall."""
+    device = Device(drift=lambda G, key, time: G - 0.05, time=1.0, compensate=True)
+    config = CrossbarConfig(cell=crossbar.Cell(on_off_ratio=5.0), device=device)
+    fresh = dataclasses.replace(config, device=Device())
+    scales = [program(jax.random.normal(KEY, (6, 5)), each, KEY).scale for each in (config, fresh)]
+    np.testing.assert_allclose(*scales, rtol=1e-5)
 
 
 def test_compensation_is_of_the_cells_that_hold_weights():

@@ -1,5 +1,8 @@
 """Outputs of CrossSim, of its loop in NumPy for further configurations, and of aihwkit."""
 
+import dataclasses
+import json
+
 import crossbar_cases
 import jax
 import jax.numpy as jnp
@@ -122,6 +125,7 @@ CASES = {
         encoding=_UNIT,
         mapping=Mapping(weight_bits=16),
     ),
+    "defaults": crossbar.PRESETS["crosssim"],
     "unsliced": _config([7.77], **_REAL),
     "unsliced, separate conversion at MAX": _config([55], adc={"separate": True}, **_REAL),
     "unsliced, cell levels": _config([7.77], cell=Cell(bits=(4,), on_off_ratio=7.3), mapping=Mapping(weight_bits=5)),
@@ -139,7 +143,7 @@ _GAINS = {"unsliced, unit column, cell levels": 30 / 31}
 def test_products_of_further_configurations_are_those_of_crosssim(goldens, name):
     rng = np.random.default_rng(5)
     W, x = rng.normal(size=(12, 55)), rng.uniform(-1, 1, (55, 4))
-    x = x if CASES[name].dac.signed else np.abs(x)
+    x = x if CASES[name].signed_inputs else np.abs(x)
     with np.load(goldens / "crossbar" / "further.npz") as found:
         theirs = found[name.replace("/", " ")]
     with jax.enable_x64(True):
@@ -178,6 +182,55 @@ def test_programming_errors_are_those_of_crosssim(goldens, name, model):
     assert np.abs(score).max() < 4.9
     assert abs(np.sqrt(np.mean(score**2)) - 1) < 0.15
     np.testing.assert_allclose(np.mean(error.std(0) / z["err_std"]), 1, atol=0.02)
+
+
+_PAIRS = {"cell": Cell(bits=None), "mapping": Mapping(weight_bits=None), "tile": Tile(rows=512, cols=512), "dac": None}
+_CMO = {"programming": crossbar.RERAM_CMO_2025, "drift": crossbar.RERAM_CMO_DRIFT, "clip": "range"}
+_TECHNOLOGIES = {
+    "pcm": (None, {"programming": crossbar.PCM_JOSHI_2020, "drift": crossbar.PCM_DRIFT}),
+    "reram": (None, {"programming": crossbar.RERAM_WAN_2022}),
+    "cmo": (88.19 / 9, _CMO),
+}
+
+
+@pytest.mark.parametrize("name", _TECHNOLOGIES)
+def test_drift_and_its_compensation_are_those_of_aihwkit(goldens, name):
+    """Factor of the compensation, and error of the weights without and with it, at three ages."""
+    theirs = json.loads((goldens / "aihwkit" / "drift.json").read_text())[name]
+    with np.load(goldens / "aihwkit" / "torch_inference_8b.npz") as z:
+        W = jnp.asarray(z["W"].T)
+    ratio, effects = _TECHNOLOGIES[name]
+
+    @jax.jit
+    @jax.vmap
+    def errors(key, time):
+        device = crossbar.Device(**effects, time=time, compensate=True)
+        config = CrossbarConfig(**_PAIRS | {"cell": Cell(bits=None, on_off_ratio=ratio)}, device=device)
+        chip = program(W, config, key)
+        factor, held = chip.scale[0, 0] / jnp.max(jnp.abs(W)), crossbar.programmed_weights(chip)
+        return factor, *(jnp.linalg.norm(each - W) / jnp.linalg.norm(W) for each in (held / factor, held))
+
+    ages, chips = jnp.asarray([float(age) for age in theirs]), 8
+    found = errors(jax.random.split(jax.random.key(0), len(ages) * chips), jnp.repeat(ages, chips))
+    factors, plain, compensated = np.asarray(found).reshape(3, len(ages), chips).mean(axis=2)
+    np.testing.assert_allclose(factors, [row["factor"] for row in theirs.values()], rtol=0.004)
+    np.testing.assert_allclose(plain, [row["error"] for row in theirs.values()], rtol=0.02)
+    np.testing.assert_allclose(compensated, [row["compensated"] for row in theirs.values()], rtol=0.02)
+
+
+def test_the_preset_aihwkit_is_its_default_configuration(goldens):
+    """Products without output noise, and the noise of an input that is read 200 times."""
+    with np.load(goldens / "aihwkit" / "torch_inference_8b.npz") as z:
+        W, x = z["W"].T / np.abs(z["W"]).max(), z["x"]
+    with np.load(goldens / "aihwkit" / "default.npz") as z:
+        y, spread = z["y"], z["spread"]
+    noisy = dataclasses.replace(crossbar.PRESETS["aihwkit"], device=crossbar.Device())
+    quiet = dataclasses.replace(noisy, adc=dataclasses.replace(noisy.adc, noise=None))
+    np.testing.assert_allclose(product(quiet, W.T, x.T, np.float32, None).T, y, atol=1e-5 * np.abs(y).max())
+    chip = program(jnp.asarray(W), noisy)
+    read = jax.jit(jax.vmap(lambda key: matmul(jnp.asarray(x[0]), crossbar.with_read_key(chip, key))))
+    ours = np.asarray(read(jax.random.split(jax.random.key(0), 200))) - y[0]
+    np.testing.assert_allclose(ours.std(axis=0).mean(), spread.mean(), rtol=0.03)
 
 
 def test_a_tile_is_that_of_aihwkit(goldens):

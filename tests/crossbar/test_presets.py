@@ -63,8 +63,10 @@ ANALOGUE = CrossbarConfig(
     mapping=crossbar.Mapping(weight_bits=None),
     dac=None,
 )
+TABLE = crossbar.Table((0.25, 1.0), ((0.02, 0.05), (0.03, 0.06)), seconds=(1.0, 60.0), extrapolate=True)
+MEASURED = CrossbarConfig(cell=Cell(on_off_ratio=4.0), device=Device(programming=TABLE, time=3600.0))
 NESTED = CrossbarConfig(device=Device(drift=crossbar.PowerLaw(0.05, 0.01), time=10.0))
-SAVED = {**PRESETS, "everything": FULL, "analogue": ANALOGUE, "nested": NESTED}
+SAVED = {**PRESETS, "everything": FULL, "analogue": ANALOGUE, "nested": NESTED, "measured": MEASURED}
 
 
 @pytest.mark.parametrize("config", SAVED.values(), ids=SAVED)
@@ -140,6 +142,7 @@ def test_the_hash_tells_configurations_apart():
         ("adc: {separate: 1}", r"adc\.separate = 1: give true or false"),
         ("tile: {wire: {row: 1}}", r"tile\.wire\.row is unknown: choose from row_resistance"),
         ("encoding: null", r"encoding is None: give a table with any of kind, two_sided"),
+        ("device: {programming: RERAM_WAN_2022, time: 31536000}", "last measurement .* at 172800 seconds: give an age"),
         ("device: {programming: noisy}", r"device\.programming = 'noisy': choose from PCM_JOSHI_2020, .*\{model: "),
         ("device: {programming: {model: Independent}}", r"device\.programming lacks sigma"),
         ("device: {programming: {model: Independent, sigma: 1e-3}}", r"sigma = '1e-3': .*like 1\.0e-3"),

@@ -77,12 +77,16 @@ def program(
         cells, flipped = encoding.to_arrays(slices, geometry, config)
     if not perfect:
         assert cells is not None
-        cells, factor, pulses = _write(cells, geometry, config, key, conductances)
-        scale, ratio, held = scale * factor, config.cell.on_off_ratio, config
+        cells, fresh, pulses = _write(cells, geometry, config, key, conductances)
+        ratio, held = config.cell.on_off_ratio, config
         if plan.path != "product" and is_traced(ratio):  # such reads remove Gmin, so codes get no gradient of it
             cell = dataclasses.replace(config.cell, on_off_ratio=jax.lax.stop_gradient(ratio))
             held = dataclasses.replace(config, cell=cell)
         codes = decoding.programmed_codes(cells, flipped, geometry, held)
+        if fresh is not None:
+            each = encoding.per_weight(scale, geometry)
+            before = decoding.programmed_codes(fresh, flipped, geometry, held)
+            scale = scale * drift_compensation(before * each, codes * each)
     gain, offset = _mismatch(cells, geometry, config, key)
     laid = lay_out(cells, slices, flipped, gain, geometry, config, plan)
     occupied = None
@@ -111,9 +115,9 @@ def program(
 
 def _write(
     targets: Cells, geometry: Geometry, config: CrossbarConfig, key: Array | None, conductances: Array | None
-) -> tuple[Cells, Array | float, Array | None]:
-    """Return cells at the time of the read, modelled or measured, compensation of drift, and mean pulses per cell."""
-    factor, pulses, device, g_min = 1.0, None, config.device, like(config.g_min, targets)
+) -> tuple[Cells, Cells | None, Array | None]:
+    """Return cells at the time of the read, modelled or measured, fresh ones to compensate drift, and mean pulses."""
+    fresh, pulses, device, g_min = None, None, config.device, like(config.g_min, targets)
     top = jnp.asarray(geometry.levels, targets.dtype)[:, None, None, None, None, None]
     if conductances is None:
         wanted = g_min + targets / top * (1 - g_min)
@@ -123,14 +127,13 @@ def _write(
             pulses = jnp.mean(counts[..., : used.shape[-1]], where=used, dtype=targets.dtype)
         if device.compensate and device.time is not None:
             fresh, _ = realise(wanted, dataclasses.replace(device, time=None), key, g_min=g_min)
-            # A tile that is smaller than others has cells that no input drives: they are in no current.
-            factor = drift_compensation(*(jnp.where(used, G, 0) for G in (fresh, conductances)))
+            fresh = (fresh - g_min) / (1 - g_min) * top
     elif conductances.shape != targets.shape:
         raise ValueError(
             f"conductances of shape {conductances.shape}: this matrix takes {targets.shape} "
             "[weight slices, polarities, row tiles, column tiles, rows, columns]"
         )
-    return (conductances.astype(targets.dtype) - g_min) / (1 - g_min) * top, factor, pulses
+    return (conductances.astype(targets.dtype) - g_min) / (1 - g_min) * top, fresh, pulses
 
 
 def _mismatch(

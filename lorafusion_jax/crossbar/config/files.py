@@ -34,6 +34,7 @@ from ..devices.write_error import (
     Independent,
     Polynomial,
     Proportional,
+    Table,
 )
 from .presets import PRESETS
 from .schema import ADC, DAC, CrossbarConfig, tuples
@@ -41,7 +42,7 @@ from .tables import kind_of, read_table
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
 _MODELS: dict[str, tuple[type, ...]] = {
-    "programming": (Independent, Proportional, Polynomial),
+    "programming": (Independent, Proportional, Polynomial, Table),
     "drift": (PowerLaw, Relaxation),
     "iv": (Sinh,),
 }

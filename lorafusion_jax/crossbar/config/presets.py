@@ -7,7 +7,8 @@ scale is each input vector's largest |x|. An array holds one weight slice.
 from types import MappingProxyType
 
 from ..devices.device import Device
-from ..devices.write_error import RERAM_WAN_2022
+from ..devices.drift import PCM_DRIFT
+from ..devices.write_error import PCM_JOSHI_2020, RERAM_WAN_2022
 from .schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile
 
 # Real-valued weights in perfect cells, no converters: `x @ W`.
@@ -68,5 +69,38 @@ _neurram = CrossbarConfig(
     device=Device(programming=RERAM_WAN_2022, time=86_400.0),
 )
 
-PRESETS = MappingProxyType({"ideal": _ideal, "isaac": _isaac, "puma": _puma, "raella": _raella, "neurram": _neurram})
+# aihwkit's `InferenceRPUConfig()` after `drift_analog_weights(time)` [S]: 512 x 512 tiles, phase-change memory, inputs
+# in 126 steps from -1 to 1 after division by the largest, outputs in 510 steps from -12 to 12.
+# * The largest weight of a matrix is full scale, as with `weight_scaling_omega=1`. By default weights are not scaled
+#   there: for a largest weight of M, the bound and the noise of the output are 12 / M and 0.06 / M.
+# * Not modelled: bound management (clipped rows are read again), and a scale of the inputs of every tile.
+_aihwkit = CrossbarConfig(
+    cell=Cell(bits=None),
+    mapping=Mapping(weight_bits=None),
+    tile=Tile(rows=512, cols=512),
+    dac=DAC(bits=7, slice_bits=None),
+    adc=ADC(bits=9, range="given", limits=((-12.0, 12.0),), noise=0.06),
+    device=Device(programming=PCM_JOSHI_2020, drift=PCM_DRIFT, time=0.0, compensate=True),
+)
+
+# CrossSim 3's `CrossSimParameters()` [S]: real-valued weights in one pair of cells, one of which is at Gmin, an on/off
+# ratio of 10, arrays of 1024 x 1024, ideal converters and no errors.
+_crosssim = CrossbarConfig(
+    cell=Cell(bits=None, on_off_ratio=10.0),
+    mapping=Mapping(weight_bits=None),
+    tile=Tile(rows=1024, cols=1024),
+    dac=None,
+)
+
+PRESETS = MappingProxyType(
+    {
+        "ideal": _ideal,
+        "isaac": _isaac,
+        "puma": _puma,
+        "raella": _raella,
+        "neurram": _neurram,
+        "aihwkit": _aihwkit,
+        "crosssim": _crosssim,
+    }
+)
 """Configurations by name."""

@@ -17,6 +17,7 @@ import numpy as np
 from ..devices.device import Device
 from ..devices.physical import NUMBER, Physical, is_traced, model, require
 from ..devices.wires import Wire
+from ..devices.write_error import Table
 from ..mapping.adc.architectures import ARCHITECTURES
 
 _MOST_SLICES = 16  # as weights have at most 16 bits
@@ -256,6 +257,12 @@ class CrossbarConfig:
             raise ValueError("encoding.flip inverts digits: give cell.bits and mapping.weight_bits")
         if self.device.compensate and self.encoding.kind != "differential":
             raise ValueError("device.compensate scales what is left after subtraction: it needs kind='differential'")
+        measured = self.device.programming
+        if isinstance(measured, Table) and isinstance(self.g_min, NUMBER) and measured.targets[0] > self.g_min + 1e-6:
+            raise ValueError(
+                f"device.programming is measured from {measured.targets[0]:g} of Gmax on, but the cells' Gmin is "
+                f"{self.g_min:g}: measure that too, or give cell.on_off_ratio = {1 / measured.targets[0]:g}"
+            )
         adc = self.adc
         if isinstance(adc, ADC):
             if adc.separate and self.encoding.kind != "differential":

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .physical import NUMBER, Physical, check_bounds, for_each_cell, like, model, noise, without_gradient
-from .write_error import Independent, Polynomial, Proportional, WriteVerify
+from .write_error import Independent, Measured, Proportional, WriteVerify
 
 
 @model()
@@ -101,7 +101,7 @@ class Device:
       write_verify: program until within a tolerance, counting pulses; needs `programming`.
       stuck: shares of cells that cannot be programmed.
       drift: (G, key, time) -> G, of programmed conductances: a model of `drift`, or a function.
-      time: seconds since programming; None: read at once, without drift.
+      time: seconds since programming, within those of a measured `programming`; None: read at once, without drift.
       compensate: multiply a matrix's outputs by one factor that undoes its mean drift (`drift_compensation`).
       read_noise: noise that is drawn again for each read.
       iv: (v, G) -> current of a cell at v of the read voltage: `Sinh`, or a function.
@@ -126,6 +126,8 @@ class Device:
         check_bounds(self, "time", 0)
         if self.write_verify is not None and self.programming is None:
             raise ValueError("Device.write_verify repeats a programming error until it is small: give programming too")
+        if isinstance(self.programming, Measured) and self.write_verify is None:
+            self.programming.check_age(self.time)
         for name in ("programming", "drift", "iv"):
             function = getattr(self, name)
             # A plain function is not a pytree: wrapped, it is structure, compared by identity.
@@ -136,7 +138,7 @@ class Device:
 def depends_on_time(device: Device) -> bool:
     """Return whether the cells depend on the time since programming; functions of users are taken to."""
     programming = device.programming
-    if isinstance(programming, Polynomial):
+    if isinstance(programming, Measured):
         return device.drift is not None or len(programming.seconds) > 1
     return device.drift is not None or not (programming is None or isinstance(programming, Independent | Proportional))
 

@@ -125,8 +125,8 @@ RERAM_CMO_DRIFT = Relaxation(shift=-0.08900206 / 88.19, spread=0.41183342 / 88.1
 def drift_compensation(reference: Float[Array, "..."], now: Float[Array, "..."]) -> Float[Array, ""]:
     """Return the one factor by which a matrix's outputs are multiplied digitally to undo its mean drift.
 
-    Global drift compensation (Joshi et al. 2020): the summed magnitude of the currents of a calibration read just
-    after programming, over that of the same read now; 1 without any current.
+    Global drift compensation (Joshi et al. 2020) as in aihwkit: the mean absolute weight just after programming, which
+    reads of one-hot inputs measure, over that now; 1 where all weights are zero.
     """
     before, after = jnp.sum(jnp.abs(reference)), jnp.sum(jnp.abs(now))
     return jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)

@@ -9,9 +9,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .physical import Physical, like, model, noise, varying_as, without_gradient
+from .physical import NUMBER, Physical, is_traced, like, model, noise, varying_as, without_gradient
+
+_KNOWN = NUMBER | np.ndarray | jax.Array  # tracers too
+_ROUNDED = 1 + 1e-6  # an age in float32
 
 
 @model(at_least_0=("sigma",))
@@ -36,51 +40,119 @@ class Proportional:
         return G * (1 + like(self.sigma, G) * noise(key, G))
 
 
-@model("deviation", "shift", "seconds", at_least_0=("scale",))
-class Polynomial:
-    """A measured error, its standard deviation and mean fitted as polynomials of the target conductance.
+class Measured:
+    """A measured error: G + scale (shift(G) + deviation(G) z), from rows of numbers at some times.
 
     A cell keeps its draw: at a later time the same deviation is larger.
+    """
+
+    deviation: tuple[tuple[float, ...], ...]
+    shift: tuple[tuple[float, ...], ...] | None
+    seconds: tuple[float, ...]
+    scale: Physical
+    extrapolate: bool
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if not self.seconds or self.seconds[0] <= 0 or list(self.seconds) != sorted(set(self.seconds)):
+            raise ValueError(f"{name}.seconds = {self.seconds}: give rising positive times")
+        if self.extrapolate and len(self.seconds) < 2:
+            raise ValueError(f"{name}.extrapolate needs two times or more: seconds = {self.seconds}")
+        for field, rows in {"deviation": self.deviation, "shift": self.shift}.items():
+            if rows is not None and (len(rows) != len(self.seconds) or not rows[0] or len({*map(len, rows)}) != 1):
+                raise ValueError(
+                    f"{name}.{field} = {rows}: give one tuple of numbers, all of one length, for each of "
+                    f"seconds = {self.seconds}"
+                )
+
+    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
+        """Return the conductances at `time`; NaN beyond the last of `seconds`, unless `extrapolate` is set."""
+        error = jnp.maximum(self._of_cells(self._row(self.deviation, G, time), G), 0) * noise(key, G)
+        if self.shift is not None:
+            error = error + self._of_cells(self._row(self.shift, G, time), G)
+        return G + like(self.scale, G) * error
+
+    def _of_cells(self, row: Float[Array, " n"], G: Array) -> Array:
+        """Return what a row says of every cell."""
+        raise NotImplementedError
+
+    def check_age(self, time: Physical) -> None:
+        """Raise a ValueError for a known age beyond the last measurement; tracers become NaN when they are used."""
+        last = self.seconds[-1]
+        if len(self.seconds) < 2 or self.extrapolate or not isinstance(time, _KNOWN) or is_traced(time):
+            return
+        if (oldest := float(np.max(time))) > last * _ROUNDED:
+            raise ValueError(
+                f"device.time = {oldest:g}, but the last measurement of device.programming is at {last:g} seconds: "
+                "give an age up to it, or set extrapolate=True"
+            )
+
+    def _row(self, rows: tuple[tuple[float, ...], ...], G: Array, time: Physical) -> Float[Array, " n"]:
+        """Return the row at a time, interpolated in log time."""
+        table = like(rows, G)
+        if time is None or len(rows) < 2:
+            return table[0]
+        knots, time = jnp.log(like(self.seconds, G)), like(time, G)
+        now = jnp.log(jnp.maximum(time, self.seconds[0]))
+        after = jnp.clip(jnp.searchsorted(knots, now), 1, len(rows) - 1)
+        share = (now - knots[after - 1]) / (knots[after] - knots[after - 1])
+        row = table[after - 1] + share * (table[after] - table[after - 1])
+        return row if self.extrapolate else jnp.where(time <= self.seconds[-1] * _ROUNDED, row, jnp.nan)
+
+
+@model("deviation", "shift", "seconds", "extrapolate", at_least_0=("scale",))
+class Polynomial(Measured):
+    """A measured error, its standard deviation and mean fitted as polynomials of the target conductance.
 
     Attributes:
       deviation: coefficients of the standard deviation of Gmax, lowest power of G / Gmax first: one tuple for
         each of `seconds`. A fit that dips below zero counts as zero.
       shift: coefficients of the mean error in the same form; None for none.
-      seconds: since programming, rising; between them coefficients are interpolated in log time, beyond them held.
+      seconds: since programming, rising; between them coefficients are interpolated in log time. Earlier cells have
+        those of the first. One time stands for every age: the cells' change is in `device.drift`.
       scale: multiplies shift and deviation.
+      extrapolate: follow the last two times beyond the last; otherwise such ages are refused.
     """
 
     deviation: tuple[tuple[float, ...], ...]
     shift: tuple[tuple[float, ...], ...] | None = None
     seconds: tuple[float, ...] = (1.0,)
     scale: Physical = 1.0
+    extrapolate: bool = False
+
+    def _of_cells(self, row: Float[Array, " n"], G: Array) -> Array:
+        return jnp.polyval(row[::-1], G)
+
+
+@model("targets", "deviation", "shift", "seconds", "extrapolate", at_least_0=("scale",))
+class Table(Measured):
+    """A measured error at some target conductances, with linear interpolation between them.
+
+    Attributes:
+      targets: measured targets, rising shares of Gmax, from Gmin to Gmax.
+      deviation: standard deviation of Gmax at each target: one tuple for each of `seconds`.
+      shift: mean error in the same form; None for none.
+      seconds: times as in `Polynomial`, and so are `scale` and `extrapolate`.
+    """
+
+    targets: tuple[float, ...]
+    deviation: tuple[tuple[float, ...], ...]
+    shift: tuple[tuple[float, ...], ...] | None = None
+    seconds: tuple[float, ...] = (1.0,)
+    scale: Physical = 1.0
+    extrapolate: bool = False
 
     def __post_init__(self):
-        for name in ("deviation", "shift"):
-            rows = getattr(self, name)
-            if rows is not None and (len(rows) != len(self.seconds) or not rows[0] or len({*map(len, rows)}) != 1):
-                raise ValueError(
-                    f"Polynomial.{name} = {rows}: give one tuple of coefficients, all of one length, for each of "
-                    f"seconds = {self.seconds}"
-                )
-        if not self.seconds or self.seconds[0] <= 0 or list(self.seconds) != sorted(set(self.seconds)):
-            raise ValueError(f"Polynomial.seconds = {self.seconds}: give rising positive times")
+        super().__post_init__()
+        at = self.targets
+        if len(at) < 2 or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] != 1:
+            raise ValueError(f"Table.targets = {at}: give rising shares of Gmax, the last of which is 1")
+        for row in (*self.deviation, *(self.shift or ())):
+            if len(row) != len(self.targets):
+                raise ValueError(f"Table: {row} at {len(self.targets)} targets: give one number for each target")
 
-    def __call__(self, G: Float[Array, "..."], key: Array, time: Physical = None) -> Float[Array, "..."]:
-        """Return G + shift(G) + deviation(G) z at `time`."""
-        error = jnp.maximum(self._at(self.deviation, G, time), 0) * noise(key, G)
-        if self.shift is not None:
-            error = error + self._at(self.shift, G, time)
-        return G + like(self.scale, G) * error
-
-    def _at(self, rows: tuple[tuple[float, ...], ...], G: Array, time: Physical) -> Array:
-        if time is None:
-            coefficients = [like(c, G) for c in rows[0]]
-        else:
-            now = jnp.log(jnp.maximum(like(time, G), self.seconds[0]))
-            knots = jnp.log(like(self.seconds, G))
-            coefficients = [jnp.interp(now, knots, like(column, G)) for column in zip(*rows, strict=True)]
-        return jnp.polyval(jnp.stack(coefficients[::-1]), G)
+    def _of_cells(self, row: Float[Array, " n"], G: Array) -> Array:
+        return jnp.interp(G, like(self.targets, G), row)
 
 
 def _microsiemens(g_max: float, *rows: tuple[float, ...]) -> tuple[tuple[float, ...], ...]:
