@@ -128,7 +128,7 @@ _OF_PARTS = [
     (lambda: crossbar.Polynomial(((),)), r"Polynomial.deviation = \(\(\),\): give one tuple of numbers"),
     (lambda: crossbar.Polynomial(((0.1,),), extrapolate=True), r"extrapolate needs two times or more: .* \(1.0,\)"),
     (lambda: crossbar.Table((0.5, 0.1), ((0.1, 0.2),)), r"Table.targets = \(0.5, 0.1\): give rising shares of Gmax"),
-    (lambda: crossbar.Table((0.1, 0.5), ((0.1, 0.2),)), "rising shares of Gmax, the last of which is 1"),
+    (lambda: crossbar.Table((0.1, 0.5), ((0.1, 0.2),)), "rising shares of Gmax that end in 1"),
     (lambda: crossbar.Table((0.1, 1.0), ((0.1,),)), r"\(0.1,\) at 2 targets: give one number for each target"),
     (
         lambda: crossbar.Polynomial(((0.1,), (0.2,)), seconds=(5.0, 1.0)),

@@ -83,8 +83,8 @@ _aihwkit = CrossbarConfig(
     device=Device(programming=PCM_JOSHI_2020, drift=PCM_DRIFT, time=0.0, compensate=True),
 )
 
-# CrossSim 3's `CrossSimParameters()` [S]: real-valued weights in one pair of cells, one of which is at Gmin, an on/off
-# ratio of 10, arrays of 1024 x 1024, ideal converters and no errors.
+# CrossSim 3's `CrossSimParameters()` [S]: real-valued weights in pairs of cells with an on/off ratio of 10, arrays of
+# 1024 x 1024, ideal converters and no errors.
 _crosssim = CrossbarConfig(
     cell=Cell(bits=None, on_off_ratio=10.0),
     mapping=Mapping(weight_bits=None),

@@ -73,7 +73,7 @@ class Measured:
         return G + like(self.scale, G) * error
 
     def _of_cells(self, row: Float[Array, " n"], G: Array) -> Array:
-        """Return what a row says of every cell."""
+        """Return the values of a row's polynomial or table at every cell."""
         raise NotImplementedError
 
     def check_age(self, time: Physical) -> None:
@@ -146,7 +146,7 @@ class Table(Measured):
         super().__post_init__()
         at = self.targets
         if len(at) < 2 or list(at) != sorted(set(at)) or at[0] < 0 or at[-1] != 1:
-            raise ValueError(f"Table.targets = {at}: give rising shares of Gmax, the last of which is 1")
+            raise ValueError(f"Table.targets = {at}: give rising shares of Gmax that end in 1")
         for row in (*self.deviation, *(self.shift or ())):
             if len(row) != len(self.targets):
                 raise ValueError(f"Table: {row} at {len(self.targets)} targets: give one number for each target")
