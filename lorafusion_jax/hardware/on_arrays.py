@@ -29,7 +29,7 @@ def check(setup: Setup, options: FuseOptions) -> None:
     if "base" in method.groups or method.answers == "nothing":
         raise ValueError(f"the method {options.method} leaves no frozen model to program: leave out --crossbar")
     if not len(setup.train):
-        raise ValueError(f"{setup.task.name} has no training rows to calibrate on: give a task with training rows")
+        raise ValueError(f"{setup.task.name} has no training rows to calibrate on: set some apart (--train-rows)")
 
 
 def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSetup:

@@ -12,7 +12,7 @@ from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..methods import find
 from ..runs.options import ChipOptions, FuseOptions, LoadIn, OnArrays, check_digital
-from ..runs.prepare import LoadedModel, Setup, load_model, of_run, prepare
+from ..runs.prepare import LoadedModel, Setup, load_model, of_run, own_task, prepare
 from ..runs.run import load_run, seed_place
 from ..training.method import Params
 
@@ -101,7 +101,10 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
         task = options.calibration_task or fused.task
         fused = dataclasses.replace(fused, task=task, test_rows=1, arrays=arrays)
         if task:
-            loaded = prepare(fused, to_train=False)
+            own = None
+            if options.run is not None and config is not None and options.calibration_task is None:
+                own = own_task(fused, options.run, config)
+            loaded = prepare(fused, to_train=False, task=own)
         elif options.restore is not None and options.pool is None:
             loaded = load_model(fused)
             loaded = looped(loaded).with_problem(frozen=restored_base(loaded, fused))

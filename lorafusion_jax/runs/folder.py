@@ -59,6 +59,7 @@ class RunConfig(TypedDict):
     options: FuseOptions
     modules: list[list[str]]  # of each seed
     task_sha256: str
+    trained_sha256: list[str]  # of the inputs that any seed was trained or validated on (`Example.input_sha256`)
     max_new_tokens: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
     environment: Environment
     digests: Digests

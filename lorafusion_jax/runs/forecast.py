@@ -18,7 +18,7 @@ from .advantage import FEWEST, WORTH, Case, Model, Prediction, fit, packaged
 from .descent import Descent, check_sum, descent_of, with_copies
 from .folder import RunFolder
 from .options import FuseOptions, row_format
-from .prepare import LoadedModel, check, load_model, tasks_of_seeds
+from .prepare import LoadedModel, check, load_model, own_task, tasks_of_seeds
 from .run import load_run
 
 _KEY = 0  # of the rotated copies
@@ -212,9 +212,7 @@ def _read(folder: Path, digest: str) -> _Run:
     check_sum(recipe.composition)
     if config["digests"]["base"] != digest:
         raise ValueError(f"{folder} has another base than the forecast: give runs of the same base")
-    task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=("train",))
-    if task.sha256 != config["task_sha256"]:
-        raise ValueError(f"{options.task} has other rows than {folder} was fused on: restore them, or fuse anew")
+    own_task(options, folder, config)
     losses = [seed["loss"] for seed in results["seeds"] if seed["loss"] is not None]
     if len(losses) < len(results["seeds"]):
         raise ValueError(f"{folder} has a test loss that is not finite: leave out the runs of its task")

@@ -20,20 +20,22 @@ from ..tasks import (
     Batch,
     Encoded,
     Example,
+    Task,
     as_input,
     columns,
     decode,
     encode,
     eval_batches,
+    load_task,
     row_example,
     stream_text,
 )
 from ..training.method import Params
 from ..training.problem import Problem
 from .evaluate import evaluate_seeds, seed_rows
-from .folder import RunConfig
-from .options import FuseOptions
-from .prepare import Setup, Texts, load_model, load_texts, of_run, prepare
+from .folder import RunConfig, note
+from .options import FuseOptions, row_format
+from .prepare import Setup, Texts, load_model, load_texts, of_run, own_task, prepare
 from .rows import SeedModels, advance_rows, begin_rows, draw_keys, generate_rows
 from .run import load_run, load_seed
 
@@ -46,9 +48,10 @@ class EvaluateOptions:
 
     Attributes:
       run: folder of the run.
-      task: task to evaluate on, as in `lorafusion fuse`; by default the run's own.
-      train_rows: number of rows of an unsplit task that are left out, because the run may have been trained on them; by
-        default as in the run. Give 0 to score every row of a file that the run has not seen.
+      task: task to evaluate on, as in `lorafusion fuse`, without rows whose inputs the run was trained on; by default
+        the run's own task, which must be unchanged.
+      train_rows: number of rows of an unsplit `task` that are not scored, but show which answers there are and
+        calibrate chips; by default 0, and as in the run for a method that needs examples.
       test_rows: evaluate on the first rows of the test set only.
       eval_batch: number of rows in a batch of generation.
     """
@@ -127,14 +130,42 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     """Return the setup of a run, its options updated by those of the evaluation, and its trained numbers."""
     at_least(1, test_rows=options.test_rows)
     fused, params, config = load_run(options.run)
-    if options.task is not None:
-        fused = dataclasses.replace(fused, task=options.task)
+    task = task_to_evaluate(fused, options.run, config, options.task, options.train_rows)
+    recipe = dataclasses.replace(fused.recipe, max_new_tokens=config["max_new_tokens"])
     train_rows = fused.train_rows if options.train_rows is None else options.train_rows
     test_rows = options.test_rows or fused.test_rows
-    recipe = dataclasses.replace(fused.recipe, max_new_tokens=config["max_new_tokens"])
     rows = {"train_rows": train_rows, "test_rows": test_rows, "eval_batch": options.eval_batch}
-    fused = dataclasses.replace(fused, recipe=recipe, **rows)
-    return of_run(prepare(fused, to_train=False), fused, options.run, config), fused, params
+    fused = dataclasses.replace(fused, task=task.source, recipe=recipe, **rows)
+    return of_run(prepare(fused, to_train=False, task=task), fused, options.run, config), fused, params
+
+
+def task_to_evaluate(
+    fused: FuseOptions, folder: Path, config: RunConfig, task: str | None, train_rows: int | None
+) -> Task:
+    """Return the task of a run, or another one without the rows that the run was trained on.
+
+    `task` and `train_rows` are the options of `lorafusion evaluate`. Raises a ValueError for a run's own task that has
+    changed, and for one without other rows.
+    """
+    at_least(0, train_rows=train_rows)
+    if task is None:
+        if train_rows is not None:
+            raise ValueError("--train-rows divides another task: name it with --task, or leave it out")
+        return own_task(fused, folder, config)
+    needed = find(fused.method).answers != "model"
+    if train_rows is None:
+        train_rows = fused.train_rows if needed else 0
+    need = ("train", "test") if needed else ("test",)
+    found = load_task(task, **row_format(fused), train_rows=train_rows, need=need)
+    trained = {*config["trained_sha256"]}
+    parts: dict[bool, list[Example]] = {True: [], False: []}
+    for row in found.test:
+        parts[row.input_sha256 in trained].append(row)
+    if parts[True]:
+        note(f"note: {len(parts[True])} rows of {task} are left out, because {folder} was trained on their inputs")
+    if not parts[False]:
+        raise ValueError(f"{folder} was trained on the inputs of all rows of {task}: give others with --task")
+    return dataclasses.replace(found, train=(*found.train, *parts[True]), test=tuple(parts[False]))
 
 
 def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None = None) -> list[str]:

@@ -177,11 +177,13 @@ def check(options: FuseOptions) -> None:
         check_digital(options.arrays, OnArrays.__dataclass_fields__)
 
 
-def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train: bool = True) -> Setup:
+def prepare(
+    options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train: bool = True, task: tasks.Task | None = None
+) -> Setup:
     """Load the base, pool and task of the options, and make each seed's draws.
 
     `seed_mode` is that of a run that is resumed; by default the options' own. With `to_train` the task must have
-    training rows for a method that trains.
+    training rows for a method that trains. `task` is the task of the options, if it has been read.
     """
     check(options)
     recipe, method = options.recipe, find(options.method)
@@ -192,7 +194,7 @@ def prepare(options: FuseOptions, seed_mode: SeedMode | None = None, *, to_train
             "experiments/bbh.py"
         )
     needs_training_rows = (to_train and method.learns != "untrained") or method.answers != "model"
-    task = tasks.load_task(
+    task = task or tasks.load_task(
         options.task,
         **row_format(options),
         train_rows=options.train_rows,
@@ -371,6 +373,17 @@ def of_run(loaded: AnyLoaded, options: FuseOptions, folder: Path, config: RunCon
     found = with_modules(loaded, options, config["modules"])
     check_digests(folder, config["digests"], digests(found, options), options)
     return found
+
+
+def own_task(options: FuseOptions, folder: Path, config: RunConfig) -> tasks.Task:
+    """Return the task of a run; ValueError if it has other rows than the run was fused on."""
+    task = tasks.load_task(options.task, **row_format(options), train_rows=options.train_rows, need=())
+    if task.sha256 != config["task_sha256"]:
+        raise ValueError(
+            f"{options.task} has other rows than {folder} was fused on: restore them, fuse the run again, or evaluate "
+            "it on other rows with --task, which leaves out those that it was trained on"
+        )
+    return task
 
 
 def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:

@@ -30,7 +30,17 @@ from .descent import gradient_at_zero
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
-from .prepare import Setup, check, check_digests, digests, prepare, trainable_count, with_modules, with_whole_modules
+from .prepare import (
+    Setup,
+    check,
+    check_digests,
+    digests,
+    prepare,
+    tasks_of_seeds,
+    trainable_count,
+    with_modules,
+    with_whole_modules,
+)
 from .train import FINAL, FinalSteps, train
 from .weight_list import listed_params, read_weights, with_listed_modules
 
@@ -262,6 +272,7 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
 
 
 def _config(options: FuseOptions, setup: Setup, found: Digests) -> RunConfig:
+    trained = [] if setup.split is None else tasks_of_seeds(setup.task, options)
     folders = Folders()
     for name in ("base", "pool", "task"):
         given = getattr(options, name)
@@ -271,6 +282,7 @@ def _config(options: FuseOptions, setup: Setup, found: Digests) -> RunConfig:
         "options": options,
         "modules": [list(modules) for modules in setup.modules],
         "task_sha256": setup.task.sha256,
+        "trained_sha256": sorted({row.input_sha256 for of_seed in trained for row in of_seed.train}),
         "max_new_tokens": setup.max_new_tokens,
         "environment": Environment(seed_mode=setup.problem.seed_mode, dtype=options.dtype, **environment()),
         "digests": found,

@@ -13,8 +13,9 @@ from ..files import decode as decode_json
 from ..files import shown, utf8
 from ..models.generate import GREEDY, Sampling
 from ..runs.evaluate import Evaluation, likeliest_correct, seed_rows, with_options
-from ..runs.options import row_format
-from ..tasks import Encoded, Task, answer_options, decode, exact_match, load_task
+from ..runs.folder import RunFolder
+from ..runs.predict import task_to_evaluate
+from ..tasks import Encoded, Task, answer_options, decode, exact_match
 from .service import FusedRun, Service, run_input
 
 _EXAMPLE = '{"run": "a-run", "input": "some text"}'
@@ -91,19 +92,20 @@ def evaluate_runs(
     Runs are evaluated on their own tasks by default; arguments are options of `lorafusion evaluate`. Raises a
     ValueError for runs that cannot be served together, and for a task that cannot be used.
     """
-    at_least(0, train_rows=train_rows)
     at_least(1, test_rows=test_rows, eval_batch=eval_batch)
     found = _read(runs)
+    of_runs = {
+        name: task_to_evaluate(run.options, run.folder, RunFolder(run.folder).config(), task, train_rows)
+        for name, run in found.items()
+    }
     service = Service(list(found.values()), capacity=sum(len(run.options.seeds) for run in found.values()))
     asked = {}
     for name, run in found.items():
         of_seeds = {f"{name}, seed {seed}": seed for seed in run.options.seeds}
         for title, seed in of_seeds.items():
             service.add(title, run, seed)
-        fused = run.options
-        rows = fused.train_rows if train_rows is None else train_rows
-        of = load_task(task or fused.task, **row_format(fused), train_rows=rows, need=("test",))
-        test = service.encode(of.test[: test_rows or fused.test_rows], run, run.max_new_tokens)
+        of = of_runs[name]
+        test = service.encode(of.test[: test_rows or run.options.test_rows], run, run.max_new_tokens)
         closed = answer_options(of)
         numbers = [service.tasks[title].number for title in of_seeds]
         asked[name] = _TestRows(run, numbers, of, test, closed and closed[: len(test)])

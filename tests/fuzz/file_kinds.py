@@ -329,6 +329,7 @@ def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
     seed = {"seed": 1, "exact_match": 50.0, "loss": 0.5, "steps": 3, "modules": ["a"]}
     with run.locked():
         written = {"options": options_to_json(options), "modules": [["a"], ["b"]], "task_sha256": "0"}
+        written |= {"trained_sha256": ["0"]}
         written |= {"digests": {"base": "0", "modules": {"a": "0"}, "basis": None}, "folders": {}}
         run.write_config(written | {"max_new_tokens": 8, "environment": environment})
         run.append_metrics({"step": n, "epoch": 1, "seed": 1, "loss": 0.5} for n in range(3))

@@ -38,6 +38,7 @@ _CONFIG: dict[str, Any] = {
     "options": _OPTIONS,
     "modules": [[]],
     "task_sha256": "",
+    "trained_sha256": [],
     "max_new_tokens": 8,
     "environment": {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}},
     "digests": {"base": "", "modules": {}},

@@ -18,7 +18,7 @@ def _card(folder, options, modules, coefficients=None):
     run = RunFolder(folder / "run")
     environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2, "versions": {}}
     recorded = {"modules": [modules], "task_sha256": _HOSTILE, "max_new_tokens": 8, "environment": environment}
-    recorded |= {"digests": {"base": "0", "modules": {}, "basis": None}, "folders": {}}
+    recorded |= {"trained_sha256": [], "digests": {"base": "0", "modules": {}, "basis": None}, "folders": {}}
     with run.locked():
         run.write_config({"options": options, **recorded})
     config = lf.read_config(one_block.SMALL / "base")

@@ -203,7 +203,7 @@ def _no_loss(folder: Path) -> None:
     [
         (lambda folder: (folder / "results.json").unlink(), "is not complete: continue it"),
         (_other_base, "has another base than the forecast"),
-        (_other_rows, "odd_dash has other rows than .* was fused on: restore them, or fuse anew"),
+        (_other_rows, "odd_dash has other rows than .* was fused on: restore them, fuse the run again"),
         (_no_loss, "a test loss that is not finite"),
     ],
 )

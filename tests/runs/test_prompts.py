@@ -30,6 +30,7 @@ from lorafusion_jax.runs.predict import (
 )
 from lorafusion_jax.runs.prepare import evaluation_worth, load_texts, prepare
 from lorafusion_jax.runs.run import run_path
+from lorafusion_jax.serving.predict import evaluate_runs
 from lorafusion_jax.tasks import Example, encode, eval_batches
 
 _ANSWERS = {"hot": "cold", "tall": "short", "bold": "old", "gold": "the gold"}
@@ -88,6 +89,29 @@ def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(cha
     asked = GenerateOptions(run=folder, file=tmp_path / "lines", seed=2, eval_batch=3)
     assert generate_lines(asked) == [row["prediction"] for row in said]
     assert ["".join(answer) for answer in stream_lines(asked)] == [row["prediction"] for row in said]
+
+
+def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another(base, tmp_path):
+    """Sorted, the same rows are divided otherwise by their numbers."""
+    rows = [json.dumps({"input": f"the {a} {b}", "target": _ANSWERS[b]}) for a in _ANSWERS for b in _ANSWERS]
+    file = tmp_path / "all.jsonl"
+    file.write_text("\n".join(rows))
+    options = _options(base, file, tmp_path, train_rows=8)
+    lf.fuse(options)
+    folder = run_path(options)
+    tested = {row["input"] for row in RunFolder(folder).predictions()}
+    own = evaluate_run(EvaluateOptions(run=folder))
+    file.write_text("\n".join(sorted(rows)))
+    for changed in (lambda: evaluate_run(EvaluateOptions(run=folder)), lambda: evaluate_runs((folder,))):
+        with pytest.raises(ValueError, match="all.jsonl has other rows than .* was fused on: restore them, .* --task"):
+            changed()
+    other = EvaluateOptions(run=folder, task=str(file))
+    assert {row.input for row in load_to_evaluate(other)[0].task.test} == tested and len(tested) == 8
+    for row, of_own in zip(evaluate_run(other), own, strict=True):
+        assert row == of_own | {"loss": pytest.approx(of_own["loss"], rel=1e-5)}
+    file.write_text("\n".join(row for row in rows if json.loads(row)["input"] not in tested))
+    with pytest.raises(ValueError, match="was trained on the inputs of all rows of .*all.jsonl: give others"):
+        evaluate_run(other)
 
 
 def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):

@@ -269,8 +269,8 @@ def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     assert lf.load_run(str(folder))[2] == RunFolder(folder).config()
     rows = evaluate_run(EvaluateOptions(run=folder))
     assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
-    # A task's own test set is all that is scored, whatever its training rows are.
-    assert evaluate_run(EvaluateOptions(run=folder, train_rows=0)) == rows
+    with pytest.raises(ValueError, match="--train-rows divides another task: name it with --task"):
+        evaluate_run(EvaluateOptions(run=folder, train_rows=0))
     with pytest.raises(ValueError, match="test_rows is 0: "):
         evaluate_run(EvaluateOptions(run=folder, test_rows=0))
     _change_config(folder, task=str(folder / "gone.jsonl"))  # generating needs no task

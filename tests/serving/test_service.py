@@ -24,13 +24,13 @@ from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.io import arrays
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.runs.options import options_to_json, row_format
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines, stream_lines
 from lorafusion_jax.runs.prepare import digests, load_model
 from lorafusion_jax.runs.rows import Rows
-from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.serving.bank import TaskModels
 from lorafusion_jax.serving.predict import evaluate_runs, generate_rows
-from lorafusion_jax.tasks import Example, draw_modules, eval_batches
+from lorafusion_jax.tasks import Example, draw_modules, eval_batches, load_task
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
 _SITES = ("encoder.self.q", "encoder.self.v", "decoder.self.q", "decoder.self.v", "decoder.cross.q", "decoder.cross.v")
@@ -50,7 +50,9 @@ def write(small, tmp_path_factory):
         fuses = find(options.method).pool
         drawn = [(options.adapters or draw_modules(names, 2, seed)) if fuses else () for seed in seeds]
         environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}}
-        config = {"options": options_to_json(options), "modules": drawn, "task_sha256": "", "environment": environment}
+        task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=())
+        config = {"options": options_to_json(options), "modules": drawn, "environment": environment}
+        config |= {"task_sha256": task.sha256, "trained_sha256": []}
         config["max_new_tokens"] = options.recipe.max_new_tokens or 8
         config |= {"digests": digests(load_model(options), options), "folders": {}}
         folder = tmp_path_factory.mktemp("runs") / name
