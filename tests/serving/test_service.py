@@ -156,9 +156,10 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(write, small, a
     params = {"coefficients": np.asarray(tiny.coefficients((1, 2, 2)))}
     how = {"method": "coefficients", "max_new_tokens": 6}
     plain = write("plain", params, (_MIXED,), **how)
-    named = write("named", params, (_MIXED,), prompt="{how} : {letters}{mark}", target="said", **how)
     texts = [line.split(" : ") for line in _LINES]
     rows = [{"how": way, "letters": letters, "mark": ""} for way, letters in texts]
+    how |= {"task": str(_file(tmp_path, [row | {"target": "a"} for row in rows])), "train_rows": 1}
+    named = write("named", params, (_MIXED,), prompt="{how} : {letters}{mark}", **how)
     alone = GenerateOptions(run=named, file=_file(tmp_path, rows))
     assert generate_lines(alone)[:-1] == ["".join(said) for said in stream_lines(alone)][:-1] == answers(plain)
     run = lf.FusedRun.read(named)
