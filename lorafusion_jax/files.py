@@ -234,6 +234,11 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
+def show(text: str, *, end: str = "\n", file: Any = None) -> None:
+    """Print text that may hold names from files as `printable` returns it, by default on standard output."""
+    print(printable(text), end=end, file=file)
+
+
 @contextlib.contextmanager
 def utf8(where: str | Path) -> Iterator[None]:
     """Raise a FileError of `where` if text in the block is not UTF-8."""

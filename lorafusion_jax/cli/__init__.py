@@ -71,7 +71,7 @@ def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = 
     If the reader of its output ends first, so does the command, without a message. Ctrl-C and SIGTERM end the process
     (see `interrupts`).
     """
-    from ..files import check_name, printable
+    from ..files import check_name, show
 
     # Otherwise the next file that is opened would get the number of a closed stream.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -93,12 +93,12 @@ def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = 
             # As `| head` is, so that there is nobody to tell. What is left in the buffer goes nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(_BROKEN_PIPE)
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        show(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, AssertionError):
         if (why := _lacks_backend()) is None:
             raise
-        print(f"error: {printable(why)}", file=sys.stderr)
+        show(f"error: {why}", file=sys.stderr)
         sys.exit(2)
 
 

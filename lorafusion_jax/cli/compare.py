@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..files import show
 from ..report import markdown
 from ..runs.compare import CompareOptions, compare
 from .parsing import parse
@@ -10,6 +11,6 @@ from .parsing import parse
 def main(arguments: Sequence[str]) -> None:
     """Print two Markdown tables."""
     options = parse(CompareOptions, arguments, "compare")
-    print("\n\n".join(markdown(table).strip() for table in compare(options)))
+    show("\n\n".join(markdown(table).strip() for table in compare(options)))
     if options.plot is not None:
-        print(f"written to {options.plot}")
+        show(f"written to {options.plot}")

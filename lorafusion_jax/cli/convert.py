@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import one_line
+from ..files import one_line, show
 from ..io.convert import ConvertOptions, convert
 from ..io.pool import ConvertedPool
 from ..text_tables import plain
@@ -19,13 +19,13 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(ConvertOptions, arguments, "convert")
     manifest = convert(options)
     if options.adapters or options.adapters_file:
-        print(report(manifest))
+        show(report(manifest))
         totals = manifest["totals"]
         done = "would be written (dry run)" if options.dry_run else f"written to {options.out}"
-        print(f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}")
+        show(f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}")
     if options.basis is not None or options.basis_from is not None:
         assert options.out is not None
-        print(basis_report(options.out))
+        show(basis_report(options.out))
 
 
 def report(manifest: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from ..estimates.bill.methods import base_matrices
 from ..estimates.bill.show import comparison_table, constants_table, corrections_table, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
-from ..files import write_text, writing
+from ..files import show, write_text, writing
 from ..hardware.restored import read_corrections
 from .parsing import parse
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
         }
         write_text(options.json, json.dumps(_plain(content), indent=2) + "\n")
 
-    print(
+    show(
         f"One new task on {options.shape}, {options.modules} modules of rank {options.rank}, in arrays like "
         f"{options.crossbar}; {options.train_rows} rows of {options.source} + {options.target} tokens, "
         f"{options.epochs} epochs.\nEvery range is low / typical / high.\n"
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str]) -> None:
         shown[f"Digital corrections of {options.restore}"] = corrections_table(corrections)
     shown["LoRA in cells and LoRAFusion"] = comparison_table(against)
     shown["Constants"] = constants_table(constants)
-    print(captioned(shown), end="")
+    show(captioned(shown), end="")
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..files import show
 from ..hardware.write import ProgramOptions, write_chips
 from ..text_tables import plain
 from .parsing import parse
@@ -25,8 +26,8 @@ def main(arguments: Sequence[str]) -> None:
             "`lorafusion evaluate --crossbar`"
         )
     options = parse(ProgramOptions, rest, "crossbar program", groups=GROUPS)
-    print(programmed_report(write_chips(options)))
-    print(f"written to {options.out}")
+    show(programmed_report(write_chips(options)))
+    show(f"written to {options.out}")
 
 
 def programmed_report(manifest: Mapping[str, Any]) -> str:

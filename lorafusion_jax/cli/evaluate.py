@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import show
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips, report_path
 from ..runs.options import check_digital
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     command = parse(EvaluateCommand, arguments, "evaluate", groups=GROUPS)
     if command.runs:
         rows = evaluate_runs(**part_of(command, evaluate_runs, "--runs"))
-        print(plain(score_lines(rows, "run", "task", "seed"), left=(0, 1, 2, 4)))
+        show(plain(score_lines(rows, "run", "task", "seed"), left=(0, 1, 2, 4)))
         return
     if command.run is None:
         raise ValueError("nothing to evaluate: give one run with --run, or several with --runs")
@@ -61,12 +62,12 @@ def main(arguments: Sequence[str]) -> None:
     if options.crossbar is None:
         every, digital = (kind.__dataclass_fields__ for kind in (EvaluateOnChipsOptions, EvaluateOptions))
         check_digital(options, [name for name in every if name not in digital])
-        print(score_table(evaluate_run(options)))
+        show(score_table(evaluate_run(options)))
     elif options.report:
         results = report_on_chips(options)
-        print(f"{site_table(results)}\n{chip_table(results)}\nwritten to {report_path(options)}")
+        show(f"{site_table(results)}\n{chip_table(results)}\nwritten to {report_path(options)}")
     else:
-        print(f"{age_table(evaluate_on_chips(options))}\nwritten to {results_path(options)}")
+        show(f"{age_table(evaluate_on_chips(options))}\nwritten to {results_path(options)}")
 
 
 def age_table(results: Mapping[str, Any]) -> str:

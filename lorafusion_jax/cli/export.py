@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..files import show
 from ..runs.export import ExportOptions, export
 from .parsing import parse
 
@@ -9,4 +10,4 @@ from .parsing import parse
 def main(arguments: Sequence[str]) -> None:
     """Write the export that the options describe, and print what was written."""
     options = parse(ExportOptions, arguments, "export")
-    print(f"{export(options)}\nwritten to {options.out}")
+    show(f"{export(options)}\nwritten to {options.out}")

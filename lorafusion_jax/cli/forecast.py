@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..files import check_writable, one_line, write_text
+from ..files import check_writable, one_line, show, write_text
 from ..report import load_matplotlib, plot_descent
 from ..runs.advantage import LEVEL
 from ..runs.forecast import Forecast, ForecastOptions, forecast
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
         if path is not None:
             check_writable(path)
     found = forecast(options)
-    print(report(found))
+    show(report(found))
     if options.json is not None:
         descent, prediction = found.descent, found.prediction
         content = {
@@ -42,10 +42,10 @@ def main(arguments: Sequence[str]) -> None:
             "verdict": found.verdict,
         }
         write_text(options.json, json.dumps(content, indent=1) + "\n")
-        print(f"written to {options.json}")
+        show(f"written to {options.json}")
     if options.plot is not None:
         plot_descent(found.modules, found.descent.modules, found.descent.rotated, options.plot, title=found.task)
-        print(f"written to {options.plot}")
+        show(f"written to {options.plot}")
 
 
 def report(found: Forecast) -> str:

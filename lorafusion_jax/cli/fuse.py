@@ -9,7 +9,7 @@ import tyro
 
 from .._fuse import fuse
 from ..estimates.plan import MachineName, describe_run
-from ..files import one_line
+from ..files import one_line, show
 from ..io import processes
 from ..methods import METHODS, fields_of, find, having
 from ..methods.entry import MethodEntry
@@ -77,15 +77,15 @@ def main(arguments: Sequence[str]) -> None:
     command = parse(_command(entry), arguments, "fuse", groups=groups_of(entry), defaults=vars(recipe))
     options = with_listed_modules(plain(command))
     if command.plan:
-        print(describe_run(options, command.plan_for))
+        show(describe_run(options, command.plan_for))
         if options.arrays.crossbar is not None:
-            print(f"counted digitally: simulated arrays ({options.arrays.crossbar}) take more time and memory")
+            show(f"counted digitally: simulated arrays ({options.arrays.crossbar}) take more time and memory")
         return
     if command.plan_for is not None:
         raise ValueError(f"--for {command.plan_for} names the machine of a plan: add --plan, or leave it out")
     results = fuse(options)
     if processes.first():
-        print(report(results, run_path(options)))
+        show(report(results, run_path(options)))
 
 
 def _command(entry: MethodEntry) -> type[FuseCommand]:

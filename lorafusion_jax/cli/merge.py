@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..files import show
 from ..runs.merge import MergeOptions, merge
 from .parsing import parse
 
@@ -9,4 +10,4 @@ from .parsing import parse
 def main(arguments: Sequence[str]) -> None:
     """Write the combination that the options describe, and print what was written."""
     options = parse(MergeOptions, arguments, "merge")
-    print(f"{merge(options)}\nwritten to {options.out}")
+    show(f"{merge(options)}\nwritten to {options.out}")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..estimates.params import counts, shape_config
+from ..files import show
 from ..text_tables import markdown
 from .parsing import parse
 
@@ -40,4 +41,4 @@ def main(arguments: Sequence[str]) -> None:
     found = counts(shape_config(options.shape), **numbers)
     full = found["full fine-tuning"]
     lines = [[method, f"{count:,}", f"{100 * count / full:.4g} %"] for method, count in found.items()]
-    print(markdown([["method", "trainable numbers", f"of {options.shape}"], *lines]), end="")
+    show(markdown([["method", "trainable numbers", f"of {options.shape}"], *lines]), end="")

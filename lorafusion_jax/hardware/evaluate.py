@@ -175,7 +175,7 @@ def _given(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return the options of an evaluation that are not at their defaults, with absolute paths of files."""
     found = {name: value for name, value in vars(options).items() if name not in ("run", "eval_batch", "report")}
     found = {name: value for name, value in found.items() if value != getattr(EvaluateOnChipsOptions, name)}
-    found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+    found: dict[str, Any] = {n: list(value) if isinstance(value, tuple) else value for n, value in found.items()}
     paths = {name: found[name] for name in ("crossbar", "task", "restore") if os.path.exists(found.get(name, ""))}
     return found | {name: str(Path(path).resolve()) for name, path in paths.items()}
 

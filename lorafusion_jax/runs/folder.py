@@ -20,7 +20,7 @@ from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 import msgspec
 
-from ..files import FileError, check_no_link, read_json, read_lines, shown, structured, write_text, writing
+from ..files import FileError, check_no_link, read_json, read_lines, show, shown, structured, write_text, writing
 from ..io import processes
 from ..io.digests import Digests
 from ..io.folders import locked, remove_partial
@@ -217,7 +217,7 @@ def _options_class(raw: Any, where: str | Path, prefix: str = "") -> type[FuseOp
 def note(text: str) -> None:
     """Print a note on stderr, in the first process."""
     if processes.first():
-        print(text, file=sys.stderr)
+        show(text, file=sys.stderr)
 
 
 def _finite(value: Any) -> Any:
