@@ -118,6 +118,7 @@ def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -
     """
     if not path.is_file():
         raise FileError(path.parent, got=f"not {what}", fix=f"it has no {path.name}")
+    check_regular(path)
     if (size := path.stat().st_size) > _LARGEST:
         raise FileError(path, got=f"has {size:,} bytes", expected=f"at most {_LARGEST:,}", fix="restore it from a copy")
     return decode(path.read_bytes(), kind, path, own=own)
@@ -369,9 +370,13 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 def check_regular(path: Path) -> None:
-    """Raise a FileError for a pipe, a device or a folder, because reading one may never end."""
+    """Raise a FileError for a pipe, a device, a folder or a file of the kernel, because reading one may never end."""
     if path.exists() and not path.is_file():
         raise FileError(path, got="a pipe, a device or a folder, not a file", fix="give a file")
+    if path.is_file() and path.stat().st_size == 0:
+        with path.open("rb") as file:
+            if file.read(1):
+                raise FileError(path, got="a file of the kernel, which has no size", fix="give a file on a disk")
 
 
 def check_no_link(path: Path) -> None:

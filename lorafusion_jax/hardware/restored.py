@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from .. import crossbar
 from ..checks import at_least, check_uint32, flags_given
-from ..files import FileError, check_no_link, shown, utf8
+from ..files import FileError, check_no_link, check_regular, shown, utf8
 from ..io import arrays
 from ..io.folders import locked, read_manifest
 from ..models.architecture import Model, matrices
@@ -165,6 +165,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         raise ValueError("--tokens shortens the text of --text: give text, or the length of a sample with --self-text")
     texts = []
     for path in options.text:
+        check_regular(path)
         with utf8(path):
             texts.append(path.read_text(encoding="utf-8"))
     content = "\n".join(texts)

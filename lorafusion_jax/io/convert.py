@@ -18,7 +18,7 @@ import numpy as np
 from .. import __version__
 from ..adapters.basis import check_size, directions, extended, in_directions
 from ..checks import flags_given
-from ..files import check_name, utf8
+from ..files import check_name, check_regular, utf8
 from ..models.architecture import linear_shapes
 from ..progress import progress
 from .folders import new_folder
@@ -152,6 +152,7 @@ def _sources(options: ConvertOptions) -> list[str]:
             file = Path(__file__).with_name("lorahub_adapters.txt")
         if not file.is_file():
             raise ValueError(f"{file}: no such file: expected a list of adapters, one a line, or lorahub for LoraHub's")
+        check_regular(file)
         with utf8(file):
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         sources += [source for line in lines if (source := line.partition("#")[0].strip())]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 import numpy as np
 
 from ..checks import panics
-from ..files import FileError, read_json, structured
+from ..files import FileError, check_regular, read_json, structured
 from ..models.registry import family_of_json
 from . import safetensors as safetensors_map
 from . import tokenizer_bounds, torch_pickle
@@ -104,7 +104,7 @@ class FolderBase:
         from transformers import AutoTokenizer
 
         try:
-            folder = resolve(self._source, patterns=_TEXTS)
+            folder = self._texts()
             tokenizer_bounds.check_files(folder)
             # By default, transformers may offer on a terminal to run the repository's code.
             with panics():
@@ -132,7 +132,7 @@ class FolderBase:
         raw = self.config()
         if family_of_json(raw).read_config(raw).causal:
             return self.tokenizer()
-        folder = resolve(self._source, patterns=_TEXTS)
+        folder = self._texts()
         file = folder / _TOKENIZER
         try:
             settings = read_json(folder / _TOKENIZER_CONFIG, _Plain, "a Hugging Face tokenizer")
@@ -152,15 +152,22 @@ class FolderBase:
         special = {name: str(text) for name, text in settings.items() if name.endswith("_token")}
         return FastTokenizer(backend, special, None, self._source, self.tokenizer)
 
+    def _texts(self) -> Path:
+        """Return the folder with the configuration and the tokenizer, each a file that can be read to its end."""
+        folder = resolve(self._source, patterns=_TEXTS)
+        for name in _TEXTS:
+            check_regular(folder / name)
+        return folder
+
     def save_texts(self, folder: Path) -> None:
         """Copy config.json and the files of the tokenizer."""
-        origin = resolve(self._source, patterns=_TEXTS)
+        origin = self._texts()
         # In the hub's cache, files are links to a folder next to the one that has the snapshots.
         own = origin.resolve().parents[1] if origin.parent.name == "snapshots" else origin.resolve()
         for name in _TEXTS:
             if (path := origin / name).is_file():
-                if not path.resolve().is_relative_to(own):
-                    raise FileError(path, got="a link out of its folder", fix="put the file itself there")
+                if not path.resolve().is_relative_to(own) or path.stat().st_nlink > 1:
+                    raise FileError(path, got="a link out of its folder", fix="put a copy of the file itself there")
                 shutil.copyfile(path, folder / name)
 
 

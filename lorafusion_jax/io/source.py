@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..files import FileError, check_lfs, shown
+from ..files import FileError, check_lfs, check_regular, shown
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes of a file's name, characters of its path below a folder
 _LONGEST_REASON = 1000  # characters of an error, whose text a hub may write
@@ -147,5 +147,6 @@ def map_file(path: Path) -> mmap.mmap:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

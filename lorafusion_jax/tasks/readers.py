@@ -60,6 +60,7 @@ def _file_rows(path: Path) -> Rows:
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
         raise ValueError(f"{path} ends in {path.suffix or 'no suffix'}: expected one of {', '.join(readers)}")
+    check_regular(path)
     check_lfs(path)
     return _some(readers[path.suffix](path), path)
 

@@ -24,8 +24,10 @@ from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import load_chip
 from lorafusion_jax.files import FileError, printable, read_json, structured, write_text
 from lorafusion_jax.io import safetensors
+from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.folders import new_folder
 from lorafusion_jax.io.peft.adapter import read_adapter
+from lorafusion_jax.io.source import sha256
 from lorafusion_jax.runs.folder import RunConfig, RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import GenerateOptions, generate_lines
@@ -295,6 +297,28 @@ def test_what_is_no_file_is_not_read(read, kind, tmp_path):
         path.mkdir()
     with pytest.raises(ValueError, match=f"{path}: .*a pipe, a device or a folder"):
         read(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux only")
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        *((f"rows{suffix}", load_task) for suffix in (".jsonl", ".json", ".csv", ".parquet")),
+        *((f"config{suffix}", crossbar.load_config) for suffix in (".yaml", ".json")),
+        ("config.json", lambda path: read_json(path, dict[str, Any], "a run")),
+        ("weights.safetensors", sha256),
+        ("adapters.txt", lambda path: convert(ConvertOptions(adapters_file=path, out=path.parent / "pool"))),
+        ("tokenizer.json", lambda path: lf.load_tokenizer(path.parent)),
+        ("merges.txt", lambda path: lf.load_tokenizer(path.parent)),
+    ],
+)
+def test_a_file_of_the_kernel_behind_a_link_is_not_read(name, read, tmp_path):
+    """As /proc/self/pagemap, which has no size and no end."""
+    (tmp_path / name).symlink_to("/proc/self/status")
+    with pytest.raises(
+        FileError, match=f"{tmp_path / name}: a file of the kernel, which has no size: give a file on a"
+    ):
+        read(tmp_path / name)
 
 
 def test_a_saved_data_set_with_a_pipe_is_not_read(tmp_path):

@@ -400,6 +400,9 @@ def test_texts_that_are_links_out_of_a_base_are_not_copied(tmp_path, snapshot):
     base = open_base(str(folder))
     base.save_texts(out)
     assert (out / "config.json").read_text() == "{}" and not (out / "config.json").is_symlink()
-    (folder / "merges.txt").symlink_to(tmp_path / "key")
-    with pytest.raises(ValueError, match=f"{folder}/merges.txt: a link out of its folder"):
-        base.save_texts(out)
+    for link in (Path.symlink_to, Path.hardlink_to):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        link(folder / "chat_template.jinja", tmp_path / "key")
+        with pytest.raises(ValueError, match=f"{folder}/chat_template.jinja: a link out of its folder"):
+            base.save_texts(out)
+    assert not (out / "chat_template.jinja").exists()

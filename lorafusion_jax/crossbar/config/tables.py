@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ...files import check_once, parse_json
+from ...files import check_once, check_regular, parse_json
 
 _LARGEST = 1 << 20  # bytes
 _MOST_VALUES, _DEEPEST = 100_000, 20
@@ -29,6 +29,7 @@ def read_table(path: Path, kind: str) -> Any:
     """
     if (size := path.stat().st_size) > _LARGEST:
         raise ValueError(f"{path} has {size:,} bytes: give a file of at most {_LARGEST:,}")
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8")
         if kind == "json":
