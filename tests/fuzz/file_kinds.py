@@ -1,6 +1,8 @@
 """Every kind of file that is read: a real one, and what reads it; and what may come of a damaged one."""
 
+import base64
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,17 +28,20 @@ from made_up_rows import made_up
 import lorafusion_jax as lf
 from lorafusion_jax.crossbar import load_chip, load_config, save_chip, save_config
 from lorafusion_jax.crossbar.cost.constants import load_constants, save_constants
-from lorafusion_jax.hardware.folder import load_chips
+from lorafusion_jax.files import named
+from lorafusion_jax.hardware.folder import Chips, load_chips
+from lorafusion_jax.hardware.restored import load_restored
 from lorafusion_jax.io import arrays
 from lorafusion_jax.io.convert import ConvertOptions, convert
+from lorafusion_jax.io.hf import load_fast_tokenizer
 from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
 from lorafusion_jax.models.registry import abstract_model
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json
-from lorafusion_jax.runs.weight_list import read_weights
-from lorafusion_jax.tasks import load_task, write_lorahub_split
+from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
+from lorafusion_jax.tasks import SEPARATE_TEXTS, Example, decode, encode, load_task, write_lorahub_split
 
 SECONDS = 5.0  # of CPU time for one file
 _SLACK = 128 << 20  # bytes of memory that no file is charged for: JAX's programs, the base, the interpreter
@@ -94,6 +99,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
     split = _written(folder / "split.json", {"task": _split(bbh)})
     saved, table = folder / "saved", datasets.Dataset.from_list(json.loads(task.read_text()))
     table.save_to_disk(saved)
+    said = [{"from": who, "value": "a"} for who in ("system", "human", "gpt")]
+    rows = [{"conversations": [*said, {"from": "human", "value": f"{n}"}, said[-1]]} for n in range(4)]
+    sharegpt, messages = _written(folder / "sharegpt.json", rows), folder / "messages.jsonl"
+    said = [[{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}] for n in range(4)]
+    messages.write_text("".join(json.dumps({"messages": each}) + "\n" for each in said))
     csv_file, parquet_file = folder / "task.csv", folder / "task.parquet"
     table.to_csv(csv_file)
     table.to_parquet(parquet_file)
@@ -139,6 +149,23 @@ def kinds(folder: Path) -> dict[str, Kind]:
     merged = _written(
         folder / "merged" / "merge.json", {"weights": {"a": 1, "b": {"x.0": 2}}, "digests": digests}
     ).parent
+    weights_file = _written(folder / "weights.json", {entry["name"]: {"encoder.0": 2.5, "decoder.0": 1}})
+
+    def weights() -> None:
+        found = read_weights(weights_file)
+        assert found is not None
+        with named(weights_file):
+            coefficients_of(found[0], ConvertedPool(pool).load([*found[0]]), None)
+
+    restored = folder / "restored" / "chip_0"
+    one_chip = load_chips(str(chips))
+    _write_corrections(restored, one_chip)
+
+    def corrections() -> None:
+        (found,) = load_restored(str(restored.parent), one_chip, [0], "0")
+        with named(restored):
+            found.on({"q": load_chip(chips / "chip_0" / "q.npz")})
+
     query = "encoder.block.0.layer.0.SelfAttention.q"
     checked = {"shapes": {query: (96, 96)}, "base_tensor": lf.base_tensor(base)}
 
@@ -171,8 +198,12 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: read_adapter(str(pickled))),
         **{f"{kind} config": other(kind, "adapter_config.json") for kind in _OTHER_KINDS},
         **{f"{kind} weights": other(kind, "adapter_model.safetensors") for kind in _OTHER_KINDS},
+        "weights file": Kind(weights_file, weights),
+        "corrections manifest": Kind(restored / "manifest.json", corrections),
+        "corrections arrays": Kind(restored / "arrays.safetensors", corrections, lambda: stored(restored)),
         "merged list": Kind(merged / "merge.json", lambda: read_weights(merged)),
         "tokenizer": Kind(base / "tokenizer.json", lambda: lf.load_tokenizer(base)),
+        **{f"tokenizer, {name}": _tokenizer(folder, base, name) for name in _TOKENIZERS},
         "tokenizer config": Kind(base / "tokenizer_config.json", lambda: lf.load_tokenizer(base)),
         "GGUF, byte level": Kind(bytes_file, lambda: gguf_base(bytes_file)),
         "GGUF, pieces": Kind(pieces_file, lambda: gguf_base(pieces_file)),
@@ -188,6 +219,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "result rows": Kind(folder / "rows.jsonl", lambda: read_rows(folder / "rows.jsonl")),
         "task list": Kind(task, lambda: load_task(task, train_rows=2)),
         "task rows": Kind(folder / "task.jsonl", lambda: load_task(folder / "task.jsonl", train_rows=2)),
+        "ShareGPT": Kind(sharegpt, lambda: load_task(sharegpt, train_rows=2, chat=True)),
+        "messages": Kind(messages, lambda: load_task(messages, train_rows=2, chat=True)),
         "task CSV": Kind(csv_file, lambda: load_task(csv_file, train_rows=2)),
         "task Parquet": Kind(parquet_file, lambda: load_task(parquet_file, train_rows=2)),
         "bbh task": Kind(bbh, lambda: load_task(bbh, train_rows=2)),
@@ -210,6 +243,7 @@ def outcome(kind: Kind, root: Path, draw: random.Random) -> str:
     sealed = {path: path.read_bytes() for path in before if path.name == "manifest.json"}
     kind.file.write_bytes(hostile)
     kind.seal()
+    twins = damage.has_twins(kind.file.read_bytes(), kind.file.suffix)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
     memory, began, said = _kibibytes("VmRSS"), time.process_time(), "read"
     try:
@@ -219,12 +253,16 @@ def outcome(kind: Kind, root: Path, draw: random.Random) -> str:
         said = "refused"
         if not any(name in str(error) for name in (str(root), kind.file.name)):
             raise Fault(f"no file is named: {error!r:.300} of {hostile!r:.500}") from error
-    except (TooLong, Exception) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also a panic of Rust code
         raise Fault(f"{type(error).__name__}: {error!s:.300} of {hostile!r:.500}") from error
     finally:
         kind.file.write_bytes(content)
         for path, text in sealed.items():
             path.write_bytes(text)
+    if twins and said == "read":
+        raise Fault(f"a key that is given twice was read: {hostile!r:.500}")
     seconds, grown = time.process_time() - began, _kibibytes("VmHWM") - memory
     if seconds > SECONDS or grown * 1024 > 4 * len(hostile) + _SLACK or _files(root) != before:
         new = sorted(map(str, _files(root) ^ before))
@@ -349,7 +387,7 @@ def _write_chips(folder: Path) -> Path:
     config = load_config("isaac")
     save_config(config, folder / "config.yaml")
     chip = lf.program(jax.random.normal(jax.random.key(0), (8, 4), jnp.float32), config, jax.random.key(1))
-    save_chip(chip, folder / "chip_0" / "q.npz")
+    save_chip(dataclasses.replace(chip, name="q"), folder / "chip_0" / "q.npz")
     one = {"arrays": 1, "cells": 8, "utilisation": 0.5, "simulated_pulses": None}
     one |= {name: [1.0, 2.0, 3.0] for name in ("pulses", "joules", "seconds")}
     manifest = {"base": "base", "base_sha256": "0", "pool": "pool", "modules": {"a": "0"}, "basis_sha256": None}
@@ -357,6 +395,36 @@ def _write_chips(folder: Path) -> Path:
     manifest |= {"chips": 1, "one_chip": one}
     _written(folder / "manifest.json", manifest)
     return folder
+
+
+def _write_corrections(folder: Path, chips: Chips) -> None:
+    """Write corrections of a made-up chip, as `lorafusion restore` does."""
+    key = np.asarray(jax.random.key_data(chips.key)).tolist()
+    settings = {"base_sha256": "0", "config_sha256": lf.crossbar.config_hash(chips.config), "key": key, "digital": []}
+    settings |= {"age": None, "prepared": False, "method": "low-rank", "rank": 1.0, "epochs": 1, "rate": 0.1}
+    settings |= {"rate_low_rank": 0.1, "text": "sampled", "tokens": 3, "seed": 0}
+    metadata = {"chip": 0, "settings": settings, "numbers": 20, "share": 0.6, "tokens": 3, "divergence": [1.0, 0.5]}
+    shapes = {"scale": (4,), "offset": (4,), "U": (8, 1), "V": (1, 4)}
+    arrays.save(folder, {"q": {part: np.ones(shape, np.float32) for part, shape in shapes.items()}}, metadata)
+
+
+def _tokenizer(folder: Path, base: Path, name: str) -> Kind:
+    """Write a tokenizer of a model of `tokenizers`, with every kind of step around it; return what uses all of it."""
+    at, parts = folder / "tokenizers" / name, _TOKENIZERS[name]
+    shutil.copytree(base, at, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
+    _written(at / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
+    added = dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | {"normalized": True, "special": False}
+    end = {"id": 1, "content": "</s>"} | added | {"special": True}
+    content = {"version": "1.0", "truncation": None, "padding": None}
+    content |= {"added_tokens": [end, {"id": 2, "content": "ﷺ"} | added]} | parts
+
+    def use() -> None:
+        tokenizer = load_fast_tokenizer(at)
+        with named(at):
+            rows = encode(tokenizer, [Example("abb ﷺ Ａ\r\n", "a" * 300)])
+            decode(tokenizer, [row.tolist() for row in (*rows.inputs, *rows.labels)] + [[]], SEPARATE_TEXTS)
+
+    return Kind(_written(at / "tokenizer.json", content), use)
 
 
 # Fields and shapes of tensors of adapters that are converted to LoRA.
@@ -369,6 +437,91 @@ _OTHER_KINDS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {"r": 0, "oft_block_size": 4, "coft": True, "eps": 0.1, "num_cayley_neumann_terms": 5},
         {"oft_R.weight": (24, 6)},
     ),
+}
+_VOCABULARY = {token: n for n, token in enumerate(["<unk>", "</s>", "ﷺ", "a", "b", "ab", "▁", "Ġ", "##b"])}
+_TOKENIZERS: dict[str, dict[str, Any]] = {
+    "BPE": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                *({"type": kind} for kind in ("Nmt", "NFKD", "Lowercase", "StripAccents")),
+                {"type": "Strip", "strip_left": True, "strip_right": False},
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "x"},
+            ],
+        },
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": "Isolated", "invert": False},
+                *({"type": kind} for kind in ("WhitespaceSplit", "Whitespace", "UnicodeScripts")),
+                *({"type": "Digits", "individual_digits": True}, {"type": "Punctuation", "behavior": "Removed"}),
+                *({"type": "FixedLength", "length": 200}, {"type": "CharDelimiterSplit", "delimiter": "c"}),
+                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True},
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                *({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}),
+                *({"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}),
+            ],
+        },
+        "model": {
+            **{"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None},
+            **{"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
+            **{"vocab": _VOCABULARY, "merges": [["a", "b"]]},
+        },
+    },
+    "WordPiece": {
+        "normalizer": {
+            **{"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True},
+            **{"strip_accents": None, "lowercase": True},
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "BertProcessing", "sep": ["</s>", 1], "cls": ["<unk>", 0]},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            **{"type": "WordPiece", "unk_token": "<unk>", "continuing_subword_prefix": "##"},
+            **{"max_input_chars_per_word": 100, "vocab": _VOCABULARY},
+        },
+    },
+    "Unigram": {
+        "normalizer": {
+            "type": "Precompiled",
+            "precompiled_charsmap": base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + b"x\0").decode(),
+        },
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "post_processor": {
+            "type": "Sequence",
+            "processors": [
+                {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
+                {
+                    **{"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<unk>", 0]},
+                    **{"trim_offsets": True, "add_prefix_space": True},
+                },
+            ],
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                *({"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},),
+                *({"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},),
+                {"type": "BPEDecoder", "suffix": "</w>"},
+            ],
+        },
+        "model": {
+            **{"type": "Unigram", "unk_id": 0, "byte_fallback": False},
+            "vocab": [[token, -float(n)] for token, n in _VOCABULARY.items()],
+        },
+    },
 }
 _BYTE_LEVEL = {
     "model": "gpt2",
