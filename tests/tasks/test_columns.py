@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -26,6 +27,11 @@ def _file(tmp_path, suffix, rows=_ROWS):
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return file
+
+
+def _repeated(text, rows):
+    """Return a column that a file holds as one text and its number of rows."""
+    return pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), pyarrow.array([text]))
 
 
 def _parquet(names=None, **columns):
@@ -122,6 +128,12 @@ def test_columns_that_rows_lack_are_refused_with_those_that_they_have(tmp_path, 
             "a.parquet",
             _parquet(input=pyarrow.array([0], pyarrow.timestamp("s", "No/Where"))),
             "a.parquet: not Parquet: .*No/Where",
+        ),
+        ("a.parquet", _parquet(input=pyarrow.nulls(300_000)), "rows of over 76,.* bytes: expected at most 67,108,864"),
+        (
+            "a.parquet",
+            _parquet(input=_repeated("x" * 1_000_000, 3000), target=_repeated("y", 3000)),
+            "rows of over .*, 64 times its size or 64 MiB",
         ),
     ],
 )
