@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import __main__
-from lorafusion_jax import interrupts
 from lorafusion_jax.cli import run
+from lorafusion_jax.support import interrupts
 
 __all__ = ["run"]
 

@@ -21,7 +21,6 @@ from .crossbar import CrossbarConfig as CrossbarConfig
 from .crossbar import program as program
 from .crossbar import program_tree as program_tree
 from .crossbar import with_read_key as with_read_key
-from .files import FileError as FileError
 from .hardware.restore import Restoring as Restoring
 from .hardware.restore import restore as restore
 from .io.export import merged_base as merged_base
@@ -75,6 +74,7 @@ from .runs.run import load_run as load_run
 from .serving.bank import TaskBank as TaskBank
 from .serving.service import FusedRun as FusedRun
 from .serving.service import Service as Service
+from .support.reading import FileError as FileError
 from .tasks import Batch as Batch
 from .training.frozen import Frozen as Frozen
 from .training.loss import objective as objective

@@ -6,7 +6,6 @@ The parts of a run: load a model, prepare a task, train, evaluate, put weights o
 
 from .adapters.coefficients import column_names as column_names
 from .adapters.merges import MergeKind as MergeKind
-from .checks import at_least as at_least
 from .crossbar.mapping.encoding import input_codes as input_codes
 from .crossbar.mapping.encoding import pulses as pulses
 from .estimates.bill import Bill as Bill
@@ -42,15 +41,6 @@ from .estimates.plan import machine as machine
 from .estimates.plan import pool_shape as pool_shape
 from .estimates.workload import CHARACTERS_PER_TOKEN as CHARACTERS_PER_TOKEN
 from .estimates.workload import workload as workload
-from .files import check_no_link as check_no_link
-from .files import check_regular as check_regular
-from .files import is_object as is_object
-from .files import printable as printable
-from .files import read_json as read_json
-from .files import read_lines as read_lines
-from .files import structured as structured
-from .files import write as write
-from .files import writing as writing
 from .hardware.calibration import calibrate as calibrate
 from .hardware.calibration import looped as looped
 from .hardware.chips import for_every_chip as for_every_chip
@@ -114,8 +104,6 @@ from .models.t5 import T5Config as T5Config
 from .models.t5.model import decoder_inputs as decoder_inputs
 from .models.weights import Unstacked as Unstacked
 from .models.weights import dense as dense
-from .platform import for_cpu as for_cpu
-from .progress import progress as progress
 from .runs.advantage import FEATURES as FEATURES
 from .runs.advantage import Case as Case
 from .runs.advantage import Feature as Feature
@@ -149,8 +137,20 @@ from .runs.run import environment as environment
 from .runs.run import options_to_json as options_to_json
 from .runs.run import run_path as run_path
 from .runs.run import with_targets as with_targets
-from .text_tables import escaped as escaped
-from .text_tables import markdown as markdown
+from .support.checks import at_least as at_least
+from .support.platform import for_cpu as for_cpu
+from .support.progress import progress as progress
+from .support.reading import check_regular as check_regular
+from .support.reading import is_object as is_object
+from .support.reading import read_json as read_json
+from .support.reading import read_lines as read_lines
+from .support.reading import structured as structured
+from .support.text import printable as printable
+from .support.text_tables import escaped as escaped
+from .support.text_tables import markdown as markdown
+from .support.writing import check_no_link as check_no_link
+from .support.writing import write as write
+from .support.writing import writing as writing
 from .training.compiled import make_room as make_room
 from .training.fit import Epoch as Epoch
 from .training.fit import fit as fit

@@ -121,7 +121,7 @@ if _IS_0_10:
         # At zlib's usual level, 300 compiled functions took 0.4 s instead of 0.15, for a quarter less space.
         compilation_cache.compress_executable = functools.partial(zlib.compress, level=1)
 
-from lorafusion_jax import interrupts  # noqa: E402
+from lorafusion_jax.support import interrupts  # noqa: E402
 
 interrupts.watch = lambda: None  # signals are pytest's, also while a test runs a command
 

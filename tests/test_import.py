@@ -17,16 +17,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGE = "lorafusion_jax"
 _HEAVY = set("datasets huggingface_hub matplotlib orbax peft torch tqdm transformers".split())
 
-# Helpers without imports of their own, which every part may import.
-_ANYWHERE = {"checks", "files", "interrupts", "platform", "progress", "text_tables"}
+# What every part may import.
+_ANYWHERE = {"_version", "support"}
 # What each room may import besides itself and `_ANYWHERE`; later rooms stand on earlier ones.
 _MAY_IMPORT = {
-    "text_tables": set(),
-    "platform": set(),
-    "files": set(),
-    "checks": set(),
-    "interrupts": set(),
-    "progress": set(),
+    "_version": set(),
+    "support": set(),
     "crossbar": set(),
     "tasks": set(),
     "report": set(),
@@ -108,7 +104,7 @@ def _is_deferred(node: ast.AST) -> bool:
 def _own_modules(imported: Iterator[str], modules: dict[str, Path]) -> Iterator[str]:
     """Keeps imports of the package itself, cut back to the module that holds the imported name."""
     for target in imported:
-        if target.partition(".")[0] == _PACKAGE and target != f"{_PACKAGE}.__version__":
+        if target.partition(".")[0] == _PACKAGE:
             while target not in modules:
                 target = target.rpartition(".")[0]
             yield target
@@ -123,7 +119,7 @@ def test_no_module_starts_a_backend_or_loads_heavy_libraries():
 
 
 def test_a_command_handles_signals_before_it_loads_anything_heavy():
-    code = "import sys; import lorafusion_jax.cli, lorafusion_jax.interrupts; print(*sys.modules)"
+    code = "import sys; import lorafusion_jax.cli, lorafusion_jax.support.interrupts; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"jax", "numpy", "scipy", "yaml", "tyro", *_HEAVY} & set(loaded.split())
 
@@ -193,7 +189,7 @@ _PUBLIC = {_PACKAGE, *(f"{_PACKAGE}.{name}" for name in ("crossbar", "tasks", "m
 _PUBLIC.add(f"{_PACKAGE}.crossbar.flax")
 # All other names that experiments and benchmarks import, each with its reason.
 _INTERNAL = {
-    "lorafusion_jax.interrupts": "a script handles Ctrl-C before the public names are loaded",
+    "lorafusion_jax.support.interrupts": "a script handles Ctrl-C before the public names are loaded",
     "lorafusion_jax.cli.run": "the same",
     "lorafusion_jax.cli.MALLOC": "benchmarks measure processes with the settings of commands",
     "lorafusion_jax.cli.fuse.report": "a script prints what `lorafusion fuse` prints",

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from ..models.weights import dense, is_in_arrays, map_layers
-from ..platform import for_cpu, is_traced
+from ..support.platform import for_cpu, is_traced
 from .basis import SharedBasis
 from .norms import Gram, PairTerms, column_norm, norm_of_sum, product, product_is_smaller, squared_columns
 from .pool import LoraPool, in_pool

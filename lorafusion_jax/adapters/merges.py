@@ -30,7 +30,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ..models.weights import Weight, dense, map_layers
-from ..platform import is_traced
+from ..support.platform import is_traced
 from .composition import compose
 from .norms import product
 from .pool import LoraPool, in_pool

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ..models.architecture import stack_of
 from ..models.weights import Weight, dense, quantise
-from ..platform import is_traced
+from ..support.platform import is_traced
 
 
 @jax.tree_util.register_dataclass

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .. import interrupts
+from ..support import interrupts
 from .start import MALLOC as MALLOC
 from .start import keep_compiled, keep_memory, widen_vectors
 
@@ -71,7 +71,7 @@ def run(command: Callable[[list[str]], None], arguments: Sequence[str] | None = 
     If the reader of its output ends first, so does the command, without a message. Ctrl-C and SIGTERM end the process
     (see `interrupts`).
     """
-    from ..files import check_name, show
+    from ..support.reading import check_name, show
 
     # Otherwise the next file that is opened would get the number of a closed stream.
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from ..files import show
 from ..report import markdown
 from ..runs.compare import CompareOptions, compare
+from ..support.reading import show
 from .parsing import parse
 
 

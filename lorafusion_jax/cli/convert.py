@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..files import one_line, show
 from ..io.convert import ConvertOptions, convert
 from ..io.pool import ConvertedPool
-from ..text_tables import plain
+from ..support.reading import show
+from ..support.text import one_line
+from ..support.text_tables import plain
 from .parsing import parse
 
 

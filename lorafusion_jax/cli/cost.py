@@ -13,8 +13,9 @@ from ..estimates.bill.methods import base_matrices
 from ..estimates.bill.show import comparison_table, constants_table, corrections_table, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
-from ..files import show, write_text, writing
 from ..hardware.restored import read_corrections
+from ..support.reading import show
+from ..support.writing import write_text, writing
 from .parsing import parse
 
 

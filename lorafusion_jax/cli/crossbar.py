@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..files import show
 from ..hardware.write import ProgramOptions, write_chips
-from ..text_tables import plain
+from ..support.reading import show
+from ..support.text_tables import plain
 from .parsing import parse
 
 GROUPS = {

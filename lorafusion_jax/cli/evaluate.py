@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from ..files import show
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips, report_path
 from ..runs.options import check_digital
 from ..runs.predict import EvaluateOptions, evaluate_run
 from ..serving.predict import evaluate_runs
-from ..text_tables import plain
+from ..support.reading import show
+from ..support.text_tables import plain
 from .parsing import parse, part_of
 from .scores import loss, score_lines, score_table
 

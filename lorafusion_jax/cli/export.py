@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from ..files import show
 from ..runs.export import ExportOptions, export
+from ..support.reading import show
 from .parsing import parse
 
 

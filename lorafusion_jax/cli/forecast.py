@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..files import check_writable, one_line, show, write_text
 from ..report import load_matplotlib, plot_descent
 from ..runs.advantage import LEVEL
 from ..runs.forecast import Forecast, ForecastOptions, forecast
-from ..text_tables import plain
+from ..support.reading import show
+from ..support.text import one_line
+from ..support.text_tables import plain
+from ..support.writing import check_writable, write_text
 from .parsing import parse
 
 GROUPS = {

@@ -9,8 +9,6 @@ import tyro
 
 from .._fuse import fuse
 from ..estimates.plan import MachineName, describe_run
-from ..files import one_line, show
-from ..io import processes
 from ..methods import METHODS, fields_of, find, having
 from ..methods.entry import MethodEntry
 from ..methods.fusion import PRESETS
@@ -18,6 +16,9 @@ from ..methods.recipes import recipe_of
 from ..runs.options import FuseOptions, not_an_option, options_with, plain
 from ..runs.run import run_path
 from ..runs.weight_list import with_listed_modules
+from ..support import processes
+from ..support.reading import show
+from ..support.text import one_line
 from ..training.recipe import Recipe
 from .parsing import given, parse, peek
 from .scores import score_table

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..files import one_line
 from ..harness.options import CalibratedChipOptions, HarnessOptions, load_measured
 from ..runs.options import check_digital
 from ..runs.predict import GenerateOptions, generate_lines, stream_lines
 from ..serving.predict import generate_rows
+from ..support.text import one_line
 from ..training.problem import Problem
 from .parsing import parse, part_of
 

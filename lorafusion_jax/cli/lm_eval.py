@@ -5,8 +5,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from ..checks import load_optional
 from ..harness.options import HarnessOptions
+from ..support.checks import load_optional
 from .parsing import parse
 
 GROUPS = {

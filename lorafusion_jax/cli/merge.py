@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from ..files import show
 from ..runs.merge import MergeOptions, merge
+from ..support.reading import show
 from .parsing import parse
 
 

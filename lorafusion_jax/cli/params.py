@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from ..estimates.params import counts, shape_config
-from ..files import show
-from ..text_tables import markdown
+from ..support.reading import show
+from ..support.text_tables import markdown
 from .parsing import parse
 
 

@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-from ..checks import flags_given
+from ..support.checks import flags_given
 
 Options = TypeVar("Options")
 

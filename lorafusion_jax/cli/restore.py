@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..files import show
 from ..hardware.restored import RestoreOptions, restore_chips
-from ..text_tables import plain
+from ..support.reading import show
+from ..support.text_tables import plain
 from .parsing import parse
 
 GROUPS = {

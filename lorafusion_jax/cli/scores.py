@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..text_tables import plain
+from ..support.text_tables import plain
 
 
 def score_lines(rows: Sequence[Mapping[str, Any]], *names: str) -> list[list[str]]:

@@ -12,13 +12,13 @@ from flax import nnx
 
 from ..adapters.basis import Pool, SharedBasis, check_width
 from ..adapters.pool import LoraPool
-from ..checks import at_least
 from ..io.hf import read_config
 from ..methods import METHODS
 from ..methods.entry import WITH_CORE, Built, MethodEntry, PlannedPool
 from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture, targeted
 from ..models.registry import abstract_model, known_shapes
+from ..support.checks import at_least
 from ..training.frozen import Frozen
 from ..training.recipe import Recipe
 

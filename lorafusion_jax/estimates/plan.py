@@ -10,11 +10,11 @@ from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes
-from ..platform import for_cpu
 from ..runs.options import FuseOptions, row_format
 from ..runs.prepare import check, load_texts, module_names, named_modules, packing_of
+from ..support.platform import for_cpu
+from ..support.text_tables import markdown
 from ..tasks import load_task
-from ..text_tables import markdown
 from ..training.recipe import Recipe
 from ..training.seeds import SeedMode, default_seed_mode
 from .estimate import Cost, Settings, estimate, seeds_of

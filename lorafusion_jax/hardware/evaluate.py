@@ -13,19 +13,19 @@ from flax import nnx
 from jaxtyping import Array, Int
 
 from ..adapters.norms import gram
-from ..checks import at_least
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
-from ..files import check_writable
 from ..io.folders import write_json
 from ..methods import find
 from ..methods.fusion import PLAIN_SUM
 from ..methods.lora import LoRA, as_pool
 from ..models.architecture import kernels
-from ..progress import progress
 from ..runs.evaluate import evaluate, seed_rows
 from ..runs.options import ChipsOptions, FuseOptions
 from ..runs.predict import EvaluateOptions, load_to_evaluate
 from ..runs.prepare import Setup, digests
+from ..support.checks import at_least
+from ..support.progress import progress
+from ..support.writing import check_writable
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, looped
 from .chips import for_every_chip, on_every_chip

@@ -20,12 +20,12 @@ from flax import nnx
 from jaxtyping import Array
 
 from .. import crossbar
-from ..checks import check_uint32
-from ..files import FileError, read_json
 from ..models.architecture import matrices
 from ..models.weights import dense
 from ..runs.options import FuseOptions
 from ..runs.prepare import LoadedModel, digests
+from ..support.checks import check_uint32
+from ..support.reading import FileError, read_json
 
 MANIFEST, CONFIG = "manifest.json", "config.yaml"
 # Number from which the keys of training steps are made; all chips have smaller numbers.

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from ..crossbar import calibrate_tree, chips_in, config_hash, explain, observe, site_errors
-from ..files import check_writable
 from ..io.folders import write_json
-from ..progress import progress
 from ..runs.evaluate import evaluate_seeds, seed_rows
+from ..support.progress import progress
+from ..support.writing import check_writable
 from ..training.frozen import Frozen
 from .calibration import calibration_batches, logits_of, looped
 from .evaluate import EvaluateOnChipsOptions, asked, cases, results_path, settings

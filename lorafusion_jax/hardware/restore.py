@@ -17,8 +17,8 @@ import optax
 from jaxtyping import Array, Float
 
 from .. import crossbar
-from ..checks import at_least, one_of
-from ..progress import progress
+from ..support.checks import at_least, one_of
+from ..support.progress import progress
 from ..training.step import standard_promotion
 
 # (weights, batch) -> logits. Use one function for all calls, because each function is compiled once.

@@ -18,16 +18,18 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .. import crossbar
-from ..checks import at_least, check_uint32, flags_given
-from ..files import FileError, check_no_link, check_regular, shown, utf8
 from ..io import arrays
 from ..io.folders import locked, read_manifest
 from ..models.architecture import Model, matrices
 from ..models.generate import Sampling, generate
 from ..models.weights import dense
-from ..progress import progress
 from ..runs.options import FuseOptions
 from ..runs.prepare import LoadedModel, digests, load_model
+from ..support.checks import at_least, check_uint32, flags_given
+from ..support.progress import progress
+from ..support.reading import FileError, check_regular, utf8
+from ..support.text import shown
+from ..support.writing import check_no_link
 from ..tasks import IGNORED, Batch, Example, encode, eval_batches
 from .calibration import looped
 from .folder import Chips, aged, load_chips

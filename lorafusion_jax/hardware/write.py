@@ -6,14 +6,15 @@ from pathlib import Path
 
 import jax
 
-from .. import __version__, crossbar
-from ..checks import at_least, check_uint32
+from .. import crossbar
+from .._version import __version__
 from ..io.folders import new_folder, write_json
 from ..io.pool import open_pool
 from ..methods.fusion import FusionRecipe
-from ..progress import progress
 from ..runs.options import FuseOptions
 from ..runs.prepare import digests, load_model
+from ..support.checks import at_least, check_uint32
+from ..support.progress import progress
 from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip
 from .program import program
 

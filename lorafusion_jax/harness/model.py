@@ -32,11 +32,11 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from ..checks import at_least
 from ..io.hf import open_base
 from ..models.generate import GREEDY, Sampling
-from ..progress import progress
 from ..runs.rows import draw_keys, generate_rows
+from ..support.checks import at_least
+from ..support.progress import progress
 from ..tasks import IGNORED, Batch, Encoded, decode, eval_batches
 from ..tasks.chat_template import render
 from ..training.frozen import GENERATION, OPTIONS

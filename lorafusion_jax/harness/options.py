@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from ..checks import flags_given
 from ..hardware.calibration import looped
 from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
@@ -14,6 +13,7 @@ from ..methods import find
 from ..runs.options import ChipOptions, FuseOptions, LoadIn, OnArrays, check_digital
 from ..runs.prepare import LoadedModel, Setup, load_model, of_run, own_task, prepare
 from ..runs.run import load_run, seed_place
+from ..support.checks import flags_given
 from ..training.method import Params
 
 _OF_BASES = ("pool", "adapters", "dtype", "load_in")

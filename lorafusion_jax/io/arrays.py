@@ -12,8 +12,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from ..files import FileError, T, shown, some
-from . import processes, safetensors
+from ..support import processes
+from ..support.reading import FileError, T
+from ..support.text import shown, some
+from . import safetensors
 from .folders import RESTORE, Manifest, check_files, newest_sound, read_manifest, sealed_folder
 
 _FILE = "arrays.safetensors"

@@ -17,8 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..files import T, writing
-from . import processes
+from ..support import processes
+from ..support.reading import T
+from ..support.writing import writing
 from .arrays import check_signature, signature
 from .folders import newest_sound, sealed_folder
 

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .. import __version__
+from .._version import __version__
 from ..adapters.basis import check_size, directions, extended, in_directions
-from ..checks import flags_given
-from ..files import check_name, check_regular, utf8
 from ..models.architecture import linear_shapes
-from ..progress import progress
+from ..support.checks import flags_given
+from ..support.progress import progress
+from ..support.reading import check_name, check_regular, utf8
 from .folders import new_folder
 from .hf import base_tensor, open_base, read_config
 from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter, read_config_file, resave

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from .. import __version__, interrupts
-from ..files import FileError, T, check_no_link, read_json, structured, write_text, writing
-from . import processes
+from .._version import __version__
+from ..support import interrupts, processes
+from ..support.reading import FileError, T, read_json, structured
+from ..support.writing import check_no_link, write_text, writing
 from .source import inside, sha256
 
 MANIFEST = "manifest.json"

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 
-from ..files import named, read_json, shown, some, write_text
 from ..models import weights as linear
 from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
 from ..models.registry import family_of_json
+from ..support.reading import named, read_json
+from ..support.text import shown, some
+from ..support.writing import write_text
 from . import safetensors
 from .buffers import Tensor, aligned_zeros, copy_transposed, release
 from .digests import tensor_digest

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 import numpy as np
 
-from ..checks import panics
-from ..files import FileError, check_regular, read_json, structured
 from ..models.registry import family_of_json
+from ..support.checks import panics
+from ..support.reading import FileError, check_regular, read_json, structured
 from . import safetensors as safetensors_map
 from . import tokenizer_bounds, torch_pickle
 from .fast_tokenizer import FastTokenizer

@@ -7,7 +7,8 @@ import ml_dtypes  # noqa: F401 (registers bfloat16 and float8 with NumPy)
 import numpy as np
 from jaxtyping import ArrayLike
 
-from ..files import FileError, shown
+from ..support.reading import FileError
+from ..support.text import shown
 from .source import map_file
 
 _AGAIN = "fetch the file again"

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..files import FileError, check_lfs, check_regular, shown
+from ..support.reading import FileError, check_lfs, check_regular
+from ..support.text import shown
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 1000  # bytes of a file's name, characters of its path below a folder
 _LONGEST_REASON = 1000  # characters of an error, whose text a hub may write

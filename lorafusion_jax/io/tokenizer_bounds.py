@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checks import panics
-from ..files import FileError, named, parse_json, shown
+from ..support.checks import panics
+from ..support.reading import FileError, named, parse_json
+from ..support.text import shown
 
 if TYPE_CHECKING:
     import transformers

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ..checks import at_least, load_optional
-from ..progress import progress
+from ..support.checks import at_least, load_optional
+from ..support.progress import progress
 from ..training.method import Params
 from ..training.step import standard_promotion
 from .entry import MethodEntry, SearchJob

@@ -19,9 +19,9 @@ from ..adapters.composition import check_mix, compose, compose_in_basis
 from ..adapters.norms import Gram, PairTerms, column_norms, gram, pair_terms, pairs_are_smaller
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition
-from ..checks import one_of
 from ..models.weights import Weight, is_in_arrays
-from ..platform import for_cpu
+from ..support.checks import one_of
+from ..support.platform import for_cpu
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
 from ..training.recipe import Optimisation, Recipe

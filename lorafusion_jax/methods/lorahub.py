@@ -24,9 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ..checks import load_optional
 from ..models.weights import reads
-from ..progress import progress
+from ..support.checks import load_optional
+from ..support.progress import progress
 from ..tasks import Batch
 from ..training.frozen import SEARCH
 from ..training.loss import seed_entropies

@@ -12,7 +12,7 @@ from ..adapters.coefficients import expand
 from ..adapters.merges import MergeKind, check_merge, merge
 from ..adapters.pool import LoraPool
 from ..adapters.updates import Composition, LowRank
-from ..checks import one_of
+from ..support.checks import one_of
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
 from .entry import Built, MethodEntry

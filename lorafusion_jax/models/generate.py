@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ..checks import at_least
+from ..support.checks import at_least
 from .architecture import Model
 from .layers import Adapters
 from .weights import reads

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from ..platform import for_cpu
+from ..support.platform import for_cpu
 from .narrow import from_bits, to_bits
 from .weights import PRODUCT, SUM, Unstacked, is_unstacked, matmul, scan_layers, summed
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from ..platform import for_cpu
+from ..support.platform import for_cpu
 
 _HALF_BYTES = (jnp.int4, jnp.uint4)
 

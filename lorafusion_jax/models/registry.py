@@ -4,7 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..files import FileError, shown, structured
+from ..support.reading import FileError, structured
+from ..support.text import shown
 from . import decoder, t5
 from .architecture import Architecture, Family, GGUFLayout, Model
 

@@ -23,7 +23,7 @@ from ..crossbar import Chip, Segments, is_chip, programmed_weights
 from ..crossbar import map_layers as map_layers
 from ..crossbar import reads as reads
 from ..crossbar import scan_layers as scan_layers
-from ..platform import check_mesh, for_cpu, is_traced
+from ..support.platform import check_mesh, for_cpu, is_traced
 from .narrow import from_bits, kept, to_bits
 
 

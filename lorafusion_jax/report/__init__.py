@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401 (the imports are the public names)
 
-from ..files import write_text
+from ..support.writing import write_text
 from .formats import EMPTY, Column, Table, counts, markdown, spread
 from .plots import colour, literal, load_matplotlib, plot, plot_coefficients, plot_descent, plot_means
 from .scores import Row, Scores, key, name, scores

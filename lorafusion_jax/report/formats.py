@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from .. import text_tables
+from ..support import text_tables
 
 EMPTY = "–"
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from ..checks import load_optional
-from ..files import printable, write
+from ..support.checks import load_optional
+from ..support.text import printable
+from ..support.writing import write
 from .scores import Scores
 
 if TYPE_CHECKING:

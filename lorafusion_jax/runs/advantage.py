@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import stdtrit
 
-from ..files import read_json
+from ..support.reading import read_json
 
 Feature = Literal["log_ratio", "loss", "log_rows"]
 FEATURES: tuple[Feature, ...] = ("log_ratio", "loss", "log_rows")

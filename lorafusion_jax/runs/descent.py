@@ -17,9 +17,9 @@ from jaxtyping import Array, Float
 
 from ..adapters.pool import LoraPool, rotated_pool
 from ..adapters.updates import Composition
-from ..checks import at_least
 from ..methods.fusion import Fusion
-from ..progress import progress
+from ..support.checks import at_least
+from ..support.progress import progress
 from ..tasks import IGNORED, Batch
 from ..training.fit import start
 from ..training.frozen import SEARCH

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..methods import find
-from ..progress import progress
+from ..support.progress import progress
 from ..tasks import (
     BETWEEN_EXAMPLES,
     Batch,

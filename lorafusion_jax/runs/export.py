@@ -11,7 +11,6 @@ import numpy as np
 
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
-from ..checks import flags_given
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.gguf.write import write_lora, write_merged
@@ -22,6 +21,7 @@ from ..io.source import make_repository, upload
 from ..methods import find
 from ..models.architecture import Model
 from ..models.registry import gguf_layout
+from ..support.checks import flags_given
 from ..training.method import Params
 from ..training.problem import Problem
 from .card import write_card

@@ -20,11 +20,13 @@ from typing import Annotated, Any, NotRequired, TypedDict, get_type_hints
 
 import msgspec
 
-from ..files import FileError, check_no_link, read_json, read_lines, show, shown, structured, write_text, writing
-from ..io import processes
 from ..io.digests import Digests
 from ..io.folders import locked, remove_partial
 from ..methods import METHODS
+from ..support import processes
+from ..support.reading import FileError, read_json, read_lines, show, structured
+from ..support.text import shown
+from ..support.writing import check_no_link, write_text, writing
 from ..training.recipe import Recipe
 from ..training.seeds import SeedMode
 from .options import FuseOptions, options_with, plain

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..checks import at_least
 from ..io.hf import base_digest
 from ..methods.fusion import CoefficientsRecipe
+from ..support.checks import at_least
 from ..tasks import Task, encode, eval_batches, load_task
 from ..tasks.protocol import Protocol
 from ..training.problem import Problem

@@ -8,12 +8,14 @@ import jax.numpy as jnp
 
 from ..adapters.coefficients import expand
 from ..adapters.composition import compose
-from ..files import read_json, shown, some, write_text
 from ..io.digests import Digests, pool_digests
 from ..io.export import fused_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.hf import base_digest, load_base, read_config
 from ..io.pool import open_pool
+from ..support.reading import read_json
+from ..support.text import shown, some
+from ..support.writing import write_text
 from .export import MERGED, Format, check_format, put_as, put_merged
 from .weight_list import RECORD, Merged, Weights, coefficients_of
 

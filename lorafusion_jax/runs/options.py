@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 import tyro
 
-from ..checks import flags_given
 from ..methods import METHODS, fields_of, having
 from ..methods.entry import MethodEntry
 from ..methods.recipes import recipe_of
+from ..support.checks import flags_given
 from ..training.recipe import Recipe
 
 # What base and pool are held in: whole, or in 4 or 8 bits.

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import tyro
 
-from ..checks import at_least, check_uint32
-from ..files import decode as decode_json
-from ..files import utf8
 from ..methods import find
 from ..models.generate import GREEDY, Sampling
+from ..support.checks import at_least, check_uint32
+from ..support.reading import decode as decode_json
+from ..support.reading import utf8
 from ..tasks import (
     Batch,
     Encoded,

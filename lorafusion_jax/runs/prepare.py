@@ -17,7 +17,6 @@ from jaxtyping import Array, Int
 from .. import tasks
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
 from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuffled_pool
-from ..checks import at_least, check_uint32, one_of
 from ..io.digests import Digests, PoolDigests, pool_digests
 from ..io.hf import base_digest, load_base, load_fast_tokenizer, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
@@ -28,7 +27,8 @@ from ..methods.recipes import basis_of, modules_of
 from ..methods.untrained import FewShotRecipe
 from ..models.architecture import Architecture, Model, kernels, step_operations
 from ..models.weights import Weight
-from ..platform import for_cpu
+from ..support.checks import at_least, check_uint32, one_of
+from ..support.platform import for_cpu
 from ..training import mesh as sharding
 from ..training.frozen import Frozen
 from ..training.mesh import on_mesh

@@ -17,7 +17,7 @@ from ..models.architecture import Architecture, Model
 from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows, refill, widened
 from ..models.layers import Adapters
 from ..models.weights import read_at_random
-from ..platform import for_cpu
+from ..support.platform import for_cpu
 from ..tasks import Batch, Encoded, eval_batches, pad
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params

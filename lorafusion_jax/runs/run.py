@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import __version__
-from ..io import arrays, processes
+from .._version import __version__
+from ..io import arrays
 from ..io.digests import Digests
 from ..io.hf import read_config
 from ..methods import find
 from ..methods.fusion import choice_of
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
+from ..support import processes
 from ..tasks import without_revision
 from ..training.compiled import make_room
 from ..training.fit import start

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import interrupts
-from ..files import writing
-from ..io import arrays, checkpoint, processes
+from ..io import arrays, checkpoint
 from ..methods import find
 from ..methods.entry import SearchJob
+from ..support import interrupts, processes
+from ..support.writing import writing
 from ..training.fit import Epoch, fit, joined, start, whole_epochs
 from ..training.mesh import on_mesh, to_host
 from ..training.step import TrainState

@@ -15,11 +15,12 @@ from jaxtyping import Array, Float
 
 from ..adapters.basis import Pool
 from ..adapters.coefficients import column_names, refined
-from ..files import read_json, shown, some
 from ..io.digests import Digests
 from ..methods import find
 from ..methods.fusion import CoefficientsRecipe, Fusion, choice_of
 from ..methods.recipes import basis_of
+from ..support.reading import read_json
+from ..support.text import shown, some
 from .options import FuseOptions
 from .prepare import Setup, check_digests
 

@@ -31,13 +31,13 @@ from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES, Granularity
 from ..adapters.norms import Gram, gram
 from ..adapters.pool import LoraPool
-from ..checks import at_least
 from ..methods.fusion import Fusion
 from ..methods.magnitudes import Magnitudes, with_norms
 from ..models.architecture import kernels
 from ..models.generate import GREEDY, Sampling, generate
 from ..models.layers import Adapters
 from ..models.weights import Weight, is_in_arrays
+from ..support.checks import at_least
 from ..tasks import Batch
 from ..training.frozen import Frozen
 from ..training.loss import log_likelihood

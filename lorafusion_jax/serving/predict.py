@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from ..checks import at_least
-from ..files import decode as decode_json
-from ..files import shown, utf8
 from ..models.generate import GREEDY, Sampling
 from ..runs.evaluate import Evaluation, likeliest_correct, seed_rows, with_options
 from ..runs.folder import RunFolder
 from ..runs.predict import task_to_evaluate
+from ..support.checks import at_least
+from ..support.reading import decode as decode_json
+from ..support.reading import utf8
+from ..support.text import shown
 from ..tasks import Encoded, Task, answer_options, decode, exact_match
 from .service import FusedRun, Service, run_input
 

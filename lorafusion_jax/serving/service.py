@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
 from ..adapters.pool import LoraPool, joined
-from ..checks import at_least, check_uint32
 from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..methods import find
@@ -31,6 +30,7 @@ from ..runs.options import FuseOptions
 from ..runs.prepare import check_digests, digests, evaluation_worth, load_model, module_names
 from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
+from ..support.checks import at_least, check_uint32
 from ..tasks import Encoded, Example, TextFormat, as_input, decode, encode, eval_batches
 from ..training.method import Method, Params
 from .bank import TaskBank, TaskModels

@@ -14,7 +14,9 @@ from typing import Annotated, Literal, TypedDict
 
 import msgspec
 
-from ..files import FileError, read_json, shown, write
+from ..support.reading import FileError, read_json
+from ..support.text import shown
+from ..support.writing import write
 from .data import as_example
 from .readers import Row, read_rows
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import shown, some
+from ..support.text import shown, some
 from .protocol import REFERENCE_SEED, shuffled
 from .readers import Row, read_rows, without_revision
 

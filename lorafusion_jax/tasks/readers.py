@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import FileError, check_lfs, check_regular, parse_json, shown, some, utf8
+from ..support.reading import FileError, check_lfs, check_regular, parse_json, utf8
+from ..support.text import shown, some
 
 Row = Any  # any JSON: checked where rows become examples
 Rows = Iterator[tuple[str, Row]]  # each with its place, for messages

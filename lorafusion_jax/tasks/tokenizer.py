@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Int, Int32
 
-from ..checks import panics
-from ..files import shown
+from ..support.checks import panics
+from ..support.text import shown
 from . import chat_template
 from .data import Example
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from ..platform import for_cpu
-from ..progress import progress
+from ..support.platform import for_cpu
+from ..support.progress import progress
 from ..tasks import Batch, StepBatch, TrainingRows, batch_orders, train_batches, train_step_batches
 from .frozen import VALIDATION
 from .loss import seed_entropies

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..models.architecture import Architecture, Split
 from ..models.registry import abstract_model
-from ..platform import for_cpu
+from ..support.platform import for_cpu
 
 _Tree = TypeVar("_Tree")
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from ..adapters.pool import in_pool
 from ..models.architecture import Architecture, Model
 from ..models.weights import reads
-from ..platform import check_mesh
+from ..support.platform import check_mesh
 from .frozen import Frozen
 from .method import Method, Params
 from .seeds import SeedMode, over_seeds

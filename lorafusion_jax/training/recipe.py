@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 from jaxtyping import Array, Float
 
-from ..checks import at_least, one_of
+from ..support.checks import at_least, one_of
 from ..tasks.protocol import Protocol
 
 Schedule = Literal["constant", "cosine"]

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import PartitionSpec
 
-from ..platform import for_cpu
+from ..support.platform import for_cpu
 
 SeedMode = Literal["batched", "sequential"]
 AXIS = "seeds_of_a_device"  # of the batched mode, for collectives of a device's seeds

@@ -25,7 +25,7 @@ from lorafusion_jax.methods.fused import SumUpdate
 from lorafusion_jax.methods.lora import LowRankUpdate
 from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.text_tables import markdown
+from lorafusion_jax.support.text_tables import markdown
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LARGE, _ISAAC = SHAPES["flan-t5-large"], PRESETS["isaac"]

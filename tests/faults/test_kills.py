@@ -8,7 +8,7 @@ import pytest
 # Work of a tenth of a second in small pieces.
 _WORK = """
 import pathlib, sys, time
-from lorafusion_jax import interrupts
+from lorafusion_jax.support import interrupts
 %s
 file = pathlib.Path(sys.argv[1]) / "file"
 for number in range(20):
@@ -20,7 +20,7 @@ for number in range(20):
 _SOUND = _WORK % (
     "interrupts.watch()",
     "pass",
-    "from lorafusion_jax.files import write_text; write_text(file, 'x' * 20)",
+    "from lorafusion_jax.support.writing import write_text; write_text(file, 'x' * 20)",
 )
 # It ends without a line where it is told to stop, and whoever begins again finds what was written.
 _UNSOUND = _WORK % ("", "file.open('a').write('x')", "")

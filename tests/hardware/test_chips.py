@@ -19,7 +19,6 @@ from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Independent, Mapping, PowerLaw, load_chip, save_config
-from lorafusion_jax.files import FileError
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.chips import Redrawn, limits_of, redrawn, stack_chips
 from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
@@ -38,6 +37,7 @@ from lorafusion_jax.runs.options import OnArrays
 from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
 from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.runs.run import load_run, run_path
+from lorafusion_jax.support.reading import FileError
 from lorafusion_jax.training.frozen import Frozen
 
 _ANALOGUE = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)

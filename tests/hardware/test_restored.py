@@ -21,7 +21,6 @@ from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
 from lorafusion_jax.estimates.bill import CostOptions
 from lorafusion_jax.estimates.bill.methods import base_matrices
 from lorafusion_jax.estimates.params import shape_config
-from lorafusion_jax.files import FileError
 from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.restore import Restoring, divergence, restore
@@ -41,6 +40,7 @@ from lorafusion_jax.io.hf import base_digest
 from lorafusion_jax.io.source import sha256
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.prepare import load_model
+from lorafusion_jax.support.reading import FileError
 from lorafusion_jax.tasks import IGNORED, decode
 
 _TEXT = "the cold bold gold is old and the tall wall is small. " * 60

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafusion_jax as lf
-from lorafusion_jax.files import FileError
 from lorafusion_jax.io.hf import load_fast_tokenizer
+from lorafusion_jax.support.reading import FileError
 
 _BASE = one_block.SMALL / "base"
 _TEXTS = st.text() | st.text("abc :<>/s|im_endtard\n\t", max_size=40) | st.just("<|im_start|>a</s><pad> b<|im_end|>")

@@ -7,9 +7,9 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from lorafusion_jax.files import FileError
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.hf import load_fast_tokenizer, load_tokenizer
+from lorafusion_jax.support.reading import FileError
 
 
 def _charsmap(text):

@@ -123,9 +123,9 @@ def test_a_signal_to_one_process_saves_the_step_of_all(small, alone, tmp_path):
 
 _JOINED = """
 import time
-from lorafusion_jax import interrupts
+from lorafusion_jax.support import interrupts
 interrupts.watch()
-from lorafusion_jax.io import processes
+from lorafusion_jax.support import processes
 with processes.joined():
     print(processes.first(), flush=True)
     time.sleep(60)

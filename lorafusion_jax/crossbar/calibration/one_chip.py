@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ...support.platform import is_traced
 from ..chip.chip import Chip, columns_of, over_stack, programmed_weights, reconfigured
 from ..chip.correction import place
 from ..chip.plan import choose
-from ..devices.physical import is_traced, varying_as
+from ..devices.physical import varying_as
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, stacked_units
 from ..read.definition import BUDGET, all_sums, input_bytes, with_mismatch, with_noise

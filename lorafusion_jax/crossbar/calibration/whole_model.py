@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ...support.platform import is_traced
 from ..chip.chip import Chip, chips_in, reads, with_chips
-from ..devices.physical import is_traced
 from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated, check_numbers, probe
 
 Run = Callable[[Any, Any], Array]  # (weights, batch) -> an array that depends on every product, such as logits

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ...support.platform import is_traced
 from ..config.schema import CrossbarConfig
-from ..devices.physical import is_traced, like
+from ..devices.physical import like
 from ..mapping import decoding, encoding
 from ..mapping.bit_fields import FLOAT_BITS, INT_BITS, Packed, certify, over_rows, pack
 from ..mapping.geometry import Cells, Columns, Flipped, Gains, Geometry

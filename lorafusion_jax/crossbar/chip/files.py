@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...files import parse_json, write
+from ...support.reading import parse_json
+from ...support.writing import write
 from ..config.files import config_hash, from_json, to_json
 from ..config.schema import CrossbarConfig
 from ..config.structure import split_config

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ...support.platform import for_cpu, for_one_tpu, is_traced
 from ..config.schema import CrossbarConfig
-from ..devices.physical import is_traced
 from ..mapping.adc.quantiser import Ties, are_power_steps, level_units
 from ..mapping.bit_fields import Packing
 from ..mapping.geometry import Geometry
-from ..platform import for_cpu, for_one_tpu
 
 Path = Literal["definition", "product", "loop", "lookup", "tables", "planes", "packed", "mosaic"]
 

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from ...support.platform import is_traced
 from ..config.schema import CrossbarConfig, check_limits
 from ..config.structure import split_config
 from ..devices.device import Device, depends_on_time, realise
 from ..devices.drift import drift_compensation
 from ..devices.normal_draws import normal
-from ..devices.physical import NUMBER, is_traced, like
+from ..devices.physical import NUMBER, like
 from ..mapping import decoding, encoding
 from ..mapping.adc.quantiser import fixed_limits, stacked_units
 from ..mapping.geometry import Cells, Gains, Geometry

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ...support.platform import is_traced
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
-from ..devices.physical import is_traced
 from .chip import Chip, stacked_keys, typed_key
 from .plan import in_models
 from .program import program

@@ -23,7 +23,9 @@ import jax
 import numpy as np
 import yaml
 
-from ...files import parse_json, shown, write_text
+from ...support.reading import parse_json
+from ...support.text import shown
+from ...support.writing import write_text
 from ..devices.device import Sinh
 from ..devices.drift import PCM_DRIFT, RERAM_CMO_DRIFT, PowerLaw, Relaxation
 from ..devices.write_error import (

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from ...support.platform import is_traced
 from ..devices.device import Device
-from ..devices.physical import NUMBER, Physical, is_traced, model, require
+from ..devices.physical import NUMBER, Physical, model, require
 from ..devices.wires import Wire
 from ..devices.write_error import Table
 from ..mapping.adc.architectures import ARCHITECTURES

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from ...files import check_once, check_regular, parse_json
+from ...support.reading import check_once, check_regular, parse_json
 
 _LARGEST = 1 << 20  # bytes
 _MOST_VALUES, _DEEPEST = 100_000, 20

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ...files import shown, write_text
+from ...support.text import shown
+from ...support.writing import write_text
 from ..config.tables import kind_of, read_table
 from ..mapping.adc.architectures import ARCHITECTURES
 from .ranges import Constant, Range

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .physical import NUMBER, Physical, is_traced, like, model, noise, varying_as, without_gradient
+from ...support.platform import is_traced
+from .physical import NUMBER, Physical, like, model, noise, varying_as, without_gradient
 
 _KNOWN = NUMBER | np.ndarray | jax.Array  # tracers too
 _ROUNDED = 1 + 1e-6  # an age in float32

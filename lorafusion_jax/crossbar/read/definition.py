@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ...support.platform import for_cpu
 from ..chip.chip import Chip
 from ..config.schema import CrossbarConfig
 from ..devices.normal_draws import normal
@@ -21,7 +22,6 @@ from ..mapping import encoding
 from ..mapping.adc.quantiser import Converter
 from ..mapping.decoding import finish
 from ..mapping.geometry import Cells, Geometry
-from ..platform import for_cpu
 from .conversion_noise import of_conversions
 
 BUDGET = 256 * 2**20  # bytes that the temporaries of one read may take

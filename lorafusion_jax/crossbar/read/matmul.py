@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ...support.platform import is_traced
 from ..chip.chip import Chip
 from ..chip.plan import loses_nothing
 from ..config.schema import CrossbarConfig
 from ..devices.normal_draws import normal
-from ..devices.physical import is_moved, is_traced, like
+from ..devices.physical import is_moved, like
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, level_units
 from .by_kernel import convert_tiles

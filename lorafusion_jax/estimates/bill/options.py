@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from ...checks import at_least
 from ...methods.lorahub import LoraHubRecipe
 from ...methods.vera import VeRARecipe
+from ...support.checks import at_least
 from ...training.recipe import Recipe
 
 

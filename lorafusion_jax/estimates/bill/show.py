@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from ... import text_tables
 from ...crossbar import Constants, Range, WriteCost
 from ...report.formats import EMPTY
+from ...support import text_tables
 from .bill import Bill, Once
 from .comparison import Comparison
 from .corrections import CorrectionBill

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...files import named, write_text
 from ...models.architecture import Stored
 from ...models.registry import gguf_layout
+from ...support.reading import named
+from ...support.writing import write_text
 from ..fast_tokenizer import FastTokenizer
 from .reader import StoredTensor, read_gguf
 from .tokenizer import build_tokenizer

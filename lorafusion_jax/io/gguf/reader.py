@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from msgspec import Meta
 
-from ...files import structured
+from ...support.reading import structured
 from ..source import map_file
 
 _MAGIC = b"GGUF"

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...files import shown
+from ...support.text import shown
 from ..fast_tokenizer import FastTokenizer
 from ..tokenizer_bounds import MOST_ADDED
 

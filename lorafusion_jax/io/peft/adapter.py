@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import FileError, check_name, named, parse_json, structured
+from ...support.reading import FileError, check_name, named, parse_json, structured
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
 from ..folders import new_folder

@@ -15,8 +15,9 @@ import numpy as np
 import regex
 from msgspec import Meta
 
-from ...files import shown, some, structured
 from ...models.registry import last_part, types_of_name
+from ...support.reading import structured
+from ...support.text import shown, some
 from .patterns import Clock, PatternError, check, compiled
 
 # The regular expressions by which PEFT matches a module to a key of a pattern: since 0.15, and up to 0.13.

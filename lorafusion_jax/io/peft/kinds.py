@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ...files import shown, some
+from ...support.text import shown, some
 from .config import check_fields, configured
 
 _MOST_TERMS = 100  # of a series; PEFT's default is 5

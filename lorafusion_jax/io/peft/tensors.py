@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ...files import shown, some
 from ...models.registry import family_with
+from ...support.text import shown, some
 from .patterns import Clock, PatternError, compiled
 
 # <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.

@@ -6,8 +6,9 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from ...files import FileError, shown
 from ...models.architecture import Architecture, linear_shapes
+from ...support.reading import FileError
+from ...support.text import shown
 from ..folders import check_files
 from ..peft.adapter import CONFIG, WEIGHTS, PeftAdapter, read_adapter
 from ..source import inside, sha256

@@ -16,8 +16,8 @@ import msgspec
 import numpy as np
 
 from ...adapters.basis import SharedBasis
-from ...files import FileError
 from ...models.architecture import Architecture
+from ...support.reading import FileError
 from .. import arrays
 from ..folders import MANIFEST, RESTORE, read_manifest
 

@@ -13,9 +13,9 @@ import msgspec
 
 from ...adapters.basis import SharedBasis
 from ...adapters.pool import LoraPool, positions
-from ...files import FileError, named, read_json, structured
 from ...models.architecture import Architecture, linear_shapes
 from ...models.registry import recorded_config
+from ...support.reading import FileError, named, read_json, structured
 from ..folders import write_json
 from ..hf import base_tensor, open_base, read_config
 from ..peft.adapter import PeftAdapter, read_adapter

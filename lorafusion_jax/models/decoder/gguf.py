@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import shown
+from ...support.text import shown
 from ..architecture import GGUFLayout, Stored
 from .config import DecoderConfig
 

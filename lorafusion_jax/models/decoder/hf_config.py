@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Required, TypedDict
 
 import msgspec
 
-from ...files import shown, structured
+from ...support.reading import structured
+from ...support.text import shown
 from ..architecture import Layers, Size
 from .config import DecoderConfig, Rope
 

@@ -17,7 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from ...platform import for_cpu
+from ...support.platform import for_cpu
 from ..architecture import Architecture
 from ..layers import (
     Adapters,

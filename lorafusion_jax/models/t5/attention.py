@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ...platform import for_cpu
+from ...support.platform import for_cpu
 from ..layers import Adapters, Base, Line, Linear, apart, together, widened
 from ..weights import heads_matmul
 from .config import T5Config

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from ...files import structured
+from ...support.reading import structured
 from ..architecture import Architecture, Attention, Layers, Parts, Site, Size, Split, Stack
 
 _MODULES = {

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ....support.platform import is_traced
 from ...config.schema import CrossbarConfig
-from ...devices.physical import is_traced
 from ..geometry import Geometry
 from .architectures import ARCHITECTURES
 

@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int8
 
+from ....support.platform import for_one_tpu
 from ...mapping.adc.quantiser import Converter
-from ...platform import for_one_tpu
 
 # Inputs and columns of a block; and rows of one product, which are inputs times input slices.
 _BATCH, _COLUMNS, _PRODUCT = 256, 512, 512

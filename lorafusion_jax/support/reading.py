@@ -1,35 +1,28 @@
-"""Files in and out: JSON is read as the type that it must have, and written files are complete or absent.
+"""Files in: JSON is read as the type that it must have.
 
 The types are dataclasses and TypedDicts. msgspec decodes them: it is imported in 5 ms, pydantic in 47.
 """
 
 import contextlib
 import dataclasses
-import errno
 import json
-import os
-import re
-import reprlib
-import secrets
 import types
 import typing
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from . import __version__
+from .._version import __version__
+from .text import _SPELL, printable, shown
 
 T = TypeVar("T")
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _LARGEST = 1 << 28  # bytes of a file that is read whole
-_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # marks that reorder text
 _MISSING = object()
-_SPELL = reprlib.Repr()
 _SPELL.maxlevel, _SPELL.maxstring, _SPELL.maxlong, _SPELL.maxother = 3, 120, 120, 120
 _KINDS = {
     int: "an integer",
@@ -67,44 +60,6 @@ class FileError(ValueError):
     def at(self, file: str | Path) -> "FileError":
         """Return the same fault of this file."""
         return FileError(file, **{name: value for name, value in vars(self).items() if name != "file"})
-
-
-class WriteError(OSError):
-    """A folder cannot be written to; its files are unchanged."""
-
-    def __init__(self, folder: Path, number: int):
-        super().__init__(number, os.strerror(number))
-        self.folder = folder
-
-    def __str__(self) -> str:
-        assert self.errno is not None
-        why, fix = (_OF_WRITING | _OF_READING_TOO)[self.errno]
-        return (
-            f"{self.folder} cannot be written: {why} ({self.strerror}): {fix}, or give another folder. "
-            "Files that were saved before are unchanged"
-        )
-
-
-_NO_LOCKS = "its file system has no locks, which keep two processes apart", "mount it with locks"
-_FORBIDDEN = "that is not permitted", "change its owner or mode"
-_GONE = "it is gone", "make or mount it again"
-# Cause and remedy of the operating system's errors. Reading does not raise these ...
-_OF_WRITING = {
-    errno.ENOSPC: ("the disk is full", "free some of it"),
-    errno.EDQUOT: ("the quota is used up", "remove files there, or raise the quota"),
-    errno.EROFS: ("its file system is read-only", "mount it for writing"),
-    errno.EFBIG: ("a file would be larger than allowed", "raise the limit (ulimit -f)"),
-    errno.ENOLCK: _NO_LOCKS,
-}
-# ... but it raises these, perhaps for another folder.
-_OF_READING_TOO = {
-    errno.EACCES: _FORBIDDEN,
-    errno.EPERM: _FORBIDDEN,
-    errno.ENOENT: _GONE,
-    errno.ENOTDIR: ("a part of its path is a file", "move that file"),
-    errno.ESTALE: _GONE,
-    errno.EIO: ("its disk fails", "check the disk"),
-}
 
 
 def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -> T:
@@ -208,31 +163,6 @@ def is_object(line: bytes) -> bool:
         return isinstance(msgspec.json.decode(line), dict)
     except (ValueError, RecursionError):
         return False
-
-
-def shown(value: Any) -> str:
-    """Return a value of a file as text for a message, shortened."""
-    return _SPELL.repr(value)
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first 20 of a file's names as text for a message."""
-    first = [name if name.isprintable() and len(name) <= 120 else shown(name) for name in names[:20]]
-    return ", ".join(first) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-
-
-def printable(text: str) -> str:
-    """Return a text with escapes for the characters that control a terminal or turn its direction."""
-
-    def shows(c: str) -> bool:
-        return c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") and c not in _TURNING
-
-    return "".join(c if shows(c) else c.encode("unicode_escape").decode() for c in text)
-
-
-def one_line(text: str) -> str:
-    """Return a text as `printable` does, with line breaks escaped too."""
-    return printable(text).replace("\n", "\\n")
 
 
 def show(text: str, *, end: str = "\n", file: Any = None) -> None:
@@ -347,28 +277,6 @@ def _other_version(raw: Any) -> str:
     return "" if written == __version__ else shown(written)
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Raise faults of the disk, while a block writes into a folder, as a WriteError.
-
-    tensorstore and safetensors raise other errors, whose messages contain the system's code.
-    """
-    try:
-        yield
-    except WriteError:
-        raise
-    except Exception as error:
-        found = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
-        code = getattr(error, "errno", None) or (int(found[1] or found[2]) if found else None)
-        name = getattr(error, "filename", None)
-        here = not folder.exists() or (
-            name is not None and Path(os.fsdecode(name)).absolute().is_relative_to(folder.absolute())
-        )
-        if code in _OF_WRITING or (code in _OF_READING_TOO and here):
-            raise WriteError(folder, code) from error
-        raise
-
-
 def check_regular(path: Path) -> None:
     """Raise a FileError for a pipe, a device, a folder or a file of the kernel, because reading one may never end."""
     if path.exists() and not path.is_file():
@@ -377,55 +285,6 @@ def check_regular(path: Path) -> None:
         with path.open("rb") as file:
             if file.read(1):
                 raise FileError(path, got="a file of the kernel, which has no size", fix="give a file on a disk")
-
-
-def check_no_link(path: Path) -> None:
-    """Raise a FileError for a link or a special file where a file is written in place."""
-    if os.path.lexists(path) and (path.is_symlink() or not (path.is_file() or path.is_dir())):
-        raise FileError(path, got="a link, which could lead out of its folder, or a special file", fix="remove it")
-    if path.is_file() and path.stat().st_nlink > 1:
-        got = "a hard link, so writing to it would change a file elsewhere"
-        raise FileError(path, got=got, fix="copy it to a new file, and give that its name")
-
-
-def write(path: Path, writer: Callable[[BinaryIO], Any]) -> None:
-    """Let a function write a file under a fresh name, and rename the file once it is complete.
-
-    Raises a FileError for a folder, and a WriteError if the disk is full, read-only or gone; the file is unchanged.
-    """
-    with _fresh(path) as file:
-        writer(file)
-        file.flush()
-        Path(file.name).replace(path)
-
-
-def check_writable(path: Path) -> None:
-    """Make a file's folder, and raise what `write` would raise there, before anything is computed for the file."""
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with _fresh(path):
-        pass
-
-
-@contextlib.contextmanager
-def _fresh(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file next to a path, which is removed at the end of the block unless it was renamed."""
-    if path.is_dir():
-        raise FileError(path, got="a folder", fix="give a file")
-    partial = path.with_name(f".{secrets.token_hex(8)}.partial")
-    with writing(path.parent):
-        try:
-            with partial.open("xb") as file:  # not an existing link or pipe, which others may have put there
-                yield file
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, in UTF-8, that is complete or absent."""
-    content = text.encode()
-    write(path, lambda file: file.write(content))
 
 
 def check_lfs(path: Path) -> None:

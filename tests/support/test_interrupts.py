@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 _READY = """
 import ctypes, sys, threading, time
 from pathlib import Path
-from lorafusion_jax import interrupts
+from lorafusion_jax.support import interrupts
 interrupts.watch()
 folder = Path(sys.argv[1])
 def ready():

@@ -22,7 +22,6 @@ from made_up_rows import made_up
 import lorafusion_jax as lf
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import load_chip
-from lorafusion_jax.files import FileError, printable, read_json, structured, write_text
 from lorafusion_jax.io import safetensors
 from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.folders import new_folder
@@ -33,6 +32,9 @@ from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.predict import GenerateOptions, generate_lines
 from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.runs.weight_list import read_weights
+from lorafusion_jax.support.reading import FileError, read_json, structured
+from lorafusion_jax.support.text import printable
+from lorafusion_jax.support.writing import write_text
 from lorafusion_jax.tasks import Example, encode, load_task
 
 _OPTIONS = options_to_json(FuseOptions(base="base", task="task"))

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Sequence
 
-from .files import one_line
+from .text import one_line
 
 # Characters that end a line or a cell, or start emphasis, code, a link or a tag.
 _BREAKS, _MARKUP = re.compile(r"[\n\r\v\f\x85\u2028\u2029]"), re.compile(r"[\\|*`\[]|<(?=\S)")
