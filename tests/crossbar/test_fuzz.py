@@ -755,7 +755,7 @@ def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
         run = jit(loss)
         ends = [run(jnp.asarray(at * f), *arrays_of(W, x)) for f in (1 - 1e-6, 1 + 1e-6)]
         wanted = (ends[1] - ends[0]) / (2e-6 * at)
-    size = abs(float(y)) / at + np.abs(C).sum() * np.abs(W).max()
+    size = abs(float(y) / at) + np.abs(C).sum() * np.abs(W).max()
     np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6 * size, err_msg=leaf)
 
 
