@@ -28,7 +28,6 @@ from made_up_rows import made_up
 import lorafusion_jax as lf
 from lorafusion_jax.crossbar import load_chip, load_config, save_chip, save_config
 from lorafusion_jax.crossbar.cost.constants import load_constants, save_constants
-from lorafusion_jax.files import named
 from lorafusion_jax.hardware.folder import Chips, load_chips
 from lorafusion_jax.hardware.restored import load_restored
 from lorafusion_jax.io import arrays
@@ -41,6 +40,7 @@ from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import FuseOptions
 from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
+from lorafusion_jax.support.reading import named
 from lorafusion_jax.tasks import SEPARATE_TEXTS, Example, decode, encode, load_task, write_lorahub_split
 
 SECONDS = 5.0  # of CPU time for one file
