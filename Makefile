@@ -84,7 +84,7 @@ fuzz: $(VENV)/.installed-test
 
 # The properties of tests/crossbar/test_fuzz.py with new draws, for as long as SECONDS says.
 fuzz-crossbar: $(VENV)/.installed-test
-	$(BIN)/python tests/crossbar/fuzz_crossbar.py --seconds $(SECONDS)
+	PYTHONPATH=.:tests:tests/goldens $(BIN)/python tests/crossbar/fuzz_crossbar.py --seconds $(SECONDS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check

@@ -8,6 +8,7 @@ same shape, which count as one. Here the draws are the same in every run; `make 
 import collections
 import contextlib
 import dataclasses
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,7 +24,19 @@ from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import CrossbarConfig, calibrated, matmul, probe, program, with_config, with_read_key
+from lorafusion_jax.crossbar import (
+    Correction,
+    CrossbarConfig,
+    calibrated,
+    load_chip,
+    matmul,
+    probe,
+    program,
+    save_chip,
+    with_config,
+    with_corrections,
+    with_read_key,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:adc.range='granular' with convert='sum'")
 
@@ -582,6 +595,31 @@ def test_gradients_are_those_of_the_programmed_weights(case: Case, negative: boo
 
 
 GIVEN = {"adc": st.sampled_from(["given", "given by row"]), "nonlinear": st.none(), "float64": st.just(True)}
+
+
+@cases(
+    8,
+    case=reads("loop", "lookup", "tables", "packed", "definition", adc=st.sampled_from(["max", "granular", "given"]))
+    | reads("product"),
+    parts=st.sets(st.sampled_from(["scale", "offset", "low rank"]), min_size=1),
+)
+def test_a_corrected_chip_reads_what_numpy_corrects(case: Case, parts: set[str]):
+    """y = s * read(x) + o + x U V of the loops' read, from a chip that was saved and loaded."""
+    (d_in, d_out), rng = case.W.shape, np.random.default_rng(case.c["seed"])
+    shapes = {"scale": d_out, "offset": d_out, "U": (d_in, 2), "V": (2, d_out)}
+    drawn = {part: rng.normal(size=shape).astype(case.W.dtype) for part, shape in shapes.items()}
+    given = [part for part in drawn if part in parts or (part in "UV" and "low rank" in parts)]
+    chip = jit(lambda W: program(W, case.config, case.key, path=case.path))(jnp.asarray(case.W))
+    corrections = {chip.name: Correction(**{part: jnp.asarray(drawn[part]) for part in given})}
+    with tempfile.TemporaryDirectory() as folder:
+        save_chip(with_corrections(chip, corrections), f"{folder}/chip.npz")
+        loaded = load_chip(f"{folder}/chip.npz", case.config)
+    s, o, U, V = (drawn[part] if part in given else np.float64(part == "scale") for part in shapes)
+    low_rank = (case.x @ U @ V, np.abs(case.x) @ np.abs(U) @ np.abs(V)) if "U" in given else (0, 0)
+    plain = oracle.read(programmed_chip(case), case.x, case.config, limits_of(loaded))
+    magnitude = np.abs(s) * plain.magnitude + np.abs(o) + low_rank[1]
+    wanted = plain._replace(y=s * plain.y + o + low_rank[0], slack=np.abs(s) * plain.slack, magnitude=magnitude)
+    assert_within(jit(matmul)(jnp.asarray(case.x), loaded), wanted, case, "corrected")
 
 
 @cases(
