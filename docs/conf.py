@@ -38,7 +38,8 @@ shutil.copytree(_HERE / "../examples/notebooks", _HERE / "notebooks", dirs_exist
 
 default_role = "code"  # docstrings have single backticks
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signatures keep theirs
+autodoc_typehints = "signature"
+python_maximum_signature_line_length = 100
 napoleon_use_ivar = True
 napoleon_attr_annotations = False
 
@@ -73,6 +74,10 @@ def _skipped(_app, _what: str, _name: str, member: object, _skip: bool, _options
     return True if type(member).__name__ == "_tuplegetter" else None
 
 
+def _short(_app, _what, _name, _object, _options, *texts: str | None) -> tuple[str | None, ...]:
+    return tuple(text and text.replace("jaxlib._jax.", "") for text in texts)  # jaxtyping writes modules out
+
+
 def _to_copies(_app, name: str, source: list[str]) -> None:
     source[0] = source[0].replace("../../examples/notebooks/", "../notebooks/")
     if name.startswith("notebooks/"):  # two folders deep in the repository
@@ -82,5 +87,6 @@ def _to_copies(_app, name: str, source: list[str]) -> None:
 def setup(app) -> None:
     app.connect("source-read", _to_copies)
     app.connect("autodoc-skip-member", _skipped)
+    app.connect("autodoc-process-signature", _short)
     app.connect("autodoc-process-docstring", _as_text, priority=400)  # before napoleon
     app.add_directive("help", Help)

@@ -14,10 +14,11 @@ import pytest
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax import crossbar
+from lorafusion_jax import crossbar, tasks
 from lorafusion_jax.crossbar import flax as crossbar_flax
 
-_API_PAGES = Path(__file__).resolve().parent.parent / "docs" / "reference" / "api"
+_ROOT = Path(__file__).resolve().parent.parent
+_API_PAGES = _ROOT / "docs" / "reference" / "api"
 
 
 def test_every_public_name_exists_once_and_is_documented():
@@ -39,11 +40,18 @@ def test_every_public_name_is_on_one_api_page():
                 module = name
             elif directive != "module":  # `parts` is described whole
                 found[f"{module}.{name}"] += 1
-    names = [f"{module.__name__}.{name}" for module in (crossbar, crossbar_flax) for name in module.__all__]
+    names = [f"{module.__name__}.{name}" for module in (crossbar, crossbar_flax, tasks) for name in module.__all__]
     # The names that the package takes from its crossbar library are described there.
     own = (name for name in lf.__all__ if name != "crossbar")
     names += [f"{lf.__name__}.{name}" for name in own if getattr(crossbar, name, None) is not getattr(lf, name)]
     assert found == collections.Counter(names)
+
+
+def test_names_of_tasks_that_pages_and_examples_use_are_exported():
+    """Type checkers refuse other names of a typed package."""
+    files = [*_ROOT.glob("docs/**/*.md"), *_ROOT.glob("examples/*.py")]
+    used = {name for file in files for name in re.findall(r"\btasks\.(\w+)\(", file.read_text())}
+    assert {"load_task", "pad"} <= used <= {*tasks.__all__}
 
 
 def test_no_submodule_replaces_a_public_name():

@@ -23,3 +23,18 @@ from .packing import Packing
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
 from .readers import is_bbh, without_revision
 from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, stream_text
+
+# The names for other programs; the package itself uses the others too.
+__all__ = [
+    "Encoded",
+    "Example",
+    "Task",
+    "TextFormat",
+    "batch_orders",
+    "encode",
+    "exact_match",
+    "load_task",
+    "pad",
+    "train_batches",
+    "write_lorahub_split",
+]
