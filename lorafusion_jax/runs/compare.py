@@ -66,10 +66,16 @@ def _scores(names: dict[Path, str]) -> Scores:
         run = RunFolder(folder)
         results = run.results()
         if results is None:
-            raise ValueError(f"{folder} is not complete: continue it with `lorafusion fuse --resume`")
+            what = "is not complete: continue it with `lorafusion fuse --resume`"
+            raise ValueError(f"{folder} {what if run.exists() else 'is not the folder of a run'}")
         predictions = run.predictions()
         for seed in results["seeds"]:
             of_seed = sorted((row for row in predictions if row["seed"] == seed["seed"]), key=lambda row: row["row"])
+            if len({row["row"] for row in of_seed}) != len(of_seed) or len(of_seed) != results["test_rows"]:
+                raise ValueError(
+                    f"{folder / 'predictions.jsonl'} holds {len(of_seed)} rows of seed {seed['seed']}: expected each "
+                    f"of the {results['test_rows']} test rows once; restore it from a copy"
+                )
             tested[folder] = results["test_sha256"], [row["target"] for row in of_seed]
             marks: dict[str, str | None] = {}
             for key in ("correct", "option_correct"):

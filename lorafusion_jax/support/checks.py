@@ -49,7 +49,7 @@ def load_optional(name: str, *, extra: str, needed_by: str) -> ModuleType:
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{needed_by} needs {str(error.name).partition('.')[0]}, which is not installed: "
-            f"pip install -e '.[{extra}]'"
+            f'pip install "lorafusion-jax[{extra}]"'
         ) from error
 
 

@@ -104,6 +104,16 @@ def test_weights_that_are_no_numbers_are_refused_by_name():
 # Chips.
 
 
+def test_a_single_weight_is_named_in_messages():
+    for weight, rule, message in (
+        (jnp.ones((3, 4)), "head", "matches no weight: there are a single layer, which has no name and matches"),
+        (jnp.ones(3), "*", "matches the model of shape"),
+        (jnp.full((3, 4), jnp.nan), "*", "the model holds weights that are NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            program_tree(weight, {rule: _IDEAL}, _KEY)
+
+
 def test_a_raw_key_is_the_typed_one():
     x, weights = jnp.ones((2, 6)), {"stack": _weights()["encoder.self.q"]}
     raw = jax.random.PRNGKey(3)

@@ -459,8 +459,9 @@ def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, fol
         # The weights are multiples of 1 / 64 below 8, which float16 has; a step of Q8_0 is at most 8 / 127.
         tolerance = 0 if kind == "F16" else 8 / 127 / 2 + 2**-8
         np.testing.assert_allclose(ours[path].get_value(), -weight.get_value(), 0, tolerance, err_msg=str(path))
-    kinds = {tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "merged.gguf").tensors}
-    assert kinds == {kind, "F32"}
+    reader = gguf.GGUFReader(tmp_path / "merged.gguf")
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {kind, "F32"}
+    assert reader.fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
 
 
 @pytest.mark.parametrize("name", _MODELS)
@@ -506,6 +507,12 @@ def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, fo
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"would hold rope .* convert the folder with llama.cpp's"):
         write_merged(tmp_path / "model.gguf", open_base(tmp_path), tensors, "F16")
+    config = json.loads((folders["gemma3"] / "config.json").read_text()) | {"query_pre_attn_scalar": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"would hold query_scale .*: no GGUF file holds it; use --format merged$"):
+        write_merged(
+            tmp_path / "model.gguf", open_base(tmp_path), load_file(folders["gemma3"] / "model.safetensors"), "F16"
+        )
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"not one of byte-pair merges .* convert the folder with llama.cpp's"):

@@ -434,6 +434,7 @@ def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
     _refused(write(tensors), message)
     llama = _factors(path="model.layers.0.self_attn.q_proj") | _factors(path="model.layers.0.self_attn.v_proj")
     _refused(write(llama), "wrong base.* 2 of 2 modules do not fit.*trained on, 'google/flan-t5-large'")
+    _refused(write(_TENSORS | _factors(path="lm_head")), "lm_head.* LoRA on the head, and only modules of blocks")
     _refused(write(_TENSORS), "wrong base.* 2 of 2", shapes={_Q: (8, 8), _V: (8, 8)})
     classifier = _factors(path="transformer.encoder.block.0.layer.0.SelfAttention.q")
     message = "safetensors: 1 of 1 modules .*task_type SEQ_CLS names a model with another head: retrain"

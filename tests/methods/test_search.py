@@ -253,7 +253,7 @@ def test_an_interrupted_search_leaves_no_thread_that_keeps_python_alive():
 def test_a_missing_library_is_named_with_the_command(module, method, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     name = module.partition(".")[0]
-    with pytest.raises(ValueError, match=rf"needs {name}, .* pip install -e '\.\[(lorahub|cma)\]'"):
+    with pytest.raises(ValueError, match=rf'needs {name}, .* pip install "lorafusion-jax\[(lorahub|cma)\]"'):
         _found(method, lambda number, weights: weights[:, 0], (1,))
 
 

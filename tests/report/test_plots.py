@@ -47,6 +47,6 @@ def test_plots_without_names_or_matplotlib_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"column of \[2, 4\], got \[3, 4\]"):
         report.plot_coefficients(np.zeros((2, 4)), *names, path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"a plot needs matplotlib, .* pip install -e '\.\[plots\]'"):
+    with pytest.raises(ValueError, match=r'a plot needs matplotlib, .* pip install "lorafusion-jax\[plots\]"'):
         report.plot_coefficients(np.zeros((3, 4)), *names, path)
     assert not list(tmp_path.iterdir())

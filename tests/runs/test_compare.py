@@ -1,6 +1,7 @@
 """Runs compared with each other: the same test rows, paired seeds, and what is refused."""
 
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,16 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
     mean, base, fewer = (runs[name][0] for name in ("mean", "base", "fewer"))
     with pytest.raises(ValueError, match="fewer was evaluated on other test rows than .*mean"):
         compare(CompareOptions(runs=(mean, fewer)))
+    damaged = Path(shutil.copytree(mean, tmp_path / "damaged"))
+    predictions = (mean / "predictions.jsonl").read_text().splitlines(keepends=True)
+    for rows, count in ((predictions[1:], 11), ([*predictions, predictions[0]], 13), ([], 0)):
+        (damaged / "predictions.jsonl").write_text("".join(rows))
+        with pytest.raises(
+            ValueError, match=rf"damaged/predictions.jsonl holds {count} rows of seed .*: expected each of"
+        ):
+            compare(CompareOptions(runs=(base, damaged)))
+    with pytest.raises(ValueError, match="nothing is not the folder of a run"):
+        compare(CompareOptions(runs=(mean, tmp_path / "nothing")))
     for given in ((), (mean,), (mean, mean)):
         with pytest.raises(ValueError, match="expected two or more different runs"):
             compare(CompareOptions(runs=given))

@@ -190,4 +190,4 @@ def _names(leaf: Chip, place: tuple[int, ...]) -> dict[str, Any]:
 
 def _said(names: dict[str, Any]) -> str:
     numbers = [f"{axis} {names[axis]}" for axis in ("layer", "module") if names[axis] is not None]
-    return ", ".join([names["site"], *numbers])
+    return ", ".join([names["site"] or "the model", *numbers])

@@ -68,7 +68,7 @@ def _place(
     if weight.ndim < 2:
         return weight
     if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
-        raise ValueError(f"{path} holds weights that are NaN or infinite: give finite weights")
+        raise ValueError(f"{path or 'the model'} holds weights that are NaN or infinite: give finite weights")
     number = np.uint32(zlib.crc32(path.encode()))
     if weight.ndim == 2:
         config = first_match(path, None, rules)
@@ -178,11 +178,13 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
         ]
         matched = [path for path, _ in places]
         if not matched:
-            raise ValueError(f"the rule {pattern!r} matches no weight: there are {', '.join(weights)}")
+            there = ", ".join(weights) or "a single layer, which has no name and matches '*'"
+            raise ValueError(f"the rule {pattern!r} matches no weight: there are {there}")
         if config is not None and all(weights[path].ndim < 2 for path in matched):
             raise ValueError(
-                f"the rule {pattern!r} matches {', '.join(matched)} of shape {weights[matched[0]].shape}, but arrays "
-                "hold matrices: leave the rule out, or name a matrix or a stack of them"
+                f"the rule {pattern!r} matches {', '.join(matched) or 'the model'} of shape "
+                f"{weights[matched[0]].shape}, but arrays hold matrices: leave the rule out, or name a matrix or a "
+                "stack of them"
             )
         for other, covered in earlier.items():
             # The rule for all others may be left with nothing.

@@ -83,7 +83,8 @@ def dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any
 def einsum(equation: str, x: Array, kernel: Kernel, precision: Any = None, **result: Any) -> Array:
     """Return `jnp.einsum(equation, x, kernel, ...)`, of the equation that the kernel was programmed for."""
     if equation != kernel.equation:
-        raise ValueError(f"{kernel.chip.name} is on arrays for {kernel.equation!r}, not {equation!r}: leave it digital")
+        name = kernel.chip.name or "the model"
+        raise ValueError(f"{name} is on arrays for {kernel.equation!r}, not {equation!r}: leave it digital")
     of_x, of_kernel, of_y = operands(equation)
     groups, inputs = ("".join(of_kernel[axis] for axis in axes) for axes in einsum_axes(equation))
     outputs = "".join(letter for letter in of_kernel if letter not in groups + inputs)

@@ -135,7 +135,8 @@ def kernels(found: Mapping[str, Found], rules: Rules, key: Array) -> dict[str, K
     placed = program_tree({path: each.weight for path, each in found.items()}, rules, key)
     for path, leaf in placed.items():
         if isinstance(leaf, Segments):
-            raise ValueError(f"{path} is a stack of layers that are scanned as one: give all of them the same rule")
+            what = f"{path or 'the model'} is a stack of layers that are scanned as one"
+            raise ValueError(f"{what}: give all of them the same rule")
     return {
         # Without the key of `program_tree`: that would give every step the same noise.
         path: Kernel(dataclasses.replace(leaf, key=None), found[path].shape, found[path].dtype, found[path].equation)

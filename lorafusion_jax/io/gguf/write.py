@@ -20,6 +20,8 @@ from .tokenizer import tokenizer_metadata
 
 # Fields that a file may give another value: a Mistral without a window is a Llama, and ends of turns end answers too.
 _UNLIKE = {"model_type", "tied", "pad_id", "eos_id"}
+# Keys of every file that is written, whatever its base has.
+_OWN = ("general.architecture", "general.file_type", "general.quantization_version")
 _CONVERTER = "use --format merged, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
 
 
@@ -65,14 +67,14 @@ def write_merged(
     Raises:
       ValueError: the base is a folder whose configuration or tokenizer a GGUF file cannot describe.
     """
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+    from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
     from gguf.quants import quantize
 
     if isinstance(base, GGUFBase):
         fields = GGUFReader(base.place).fields
         writer = GGUFWriter(file, fields["general.architecture"].contents())
         for key, field in fields.items():
-            if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
+            if not key.startswith("GGUF.") and key not in _OWN:
                 sub = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
                 writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
         stored = [*base.stored()]
@@ -83,6 +85,7 @@ def write_merged(
             unsigned = type(value) is int  # what llama.cpp expects
             writer.add_key_value(key, value, GGUFValueType.UINT32 if unsigned else GGUFValueType.get_type(value))
     writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
     for name, place, own in stored:
         array = np.asarray(own if place is None else tensors[place.name], np.float32)
         if place is not None:
@@ -117,7 +120,9 @@ def _described(
     )
     for name in given.keys() - _UNLIKE:
         if found[name] != given[name]:
-            raise ValueError(f"{base.place}: GGUF would hold {name} {found[name]}, not {given[name]}: {_CONVERTER}")
+            # llama.cpp's converter would lose it too.
+            fix = "no GGUF file holds it; use --format merged" if name == "query_scale" else _CONVERTER
+            raise ValueError(f"{base.place}: GGUF would hold {name} {found[name]}, not {given[name]}: {fix}")
     return metadata, stored
 
 

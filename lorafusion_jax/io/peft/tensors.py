@@ -179,6 +179,8 @@ def _check_shapes(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int
         return
     path = misfits[0]
     (key_a, a), (key_b, b) = parts[path]["lora_A"], parts[path]["lora_B"]
+    if path.rpartition(".")[2] == "lm_head":
+        raise ValueError(f"{key_a} is LoRA on the head, and only modules of blocks can be mixed: retrain without it")
     if path in shapes:
         d_in, d_out = shapes[path]
         got = f"{key_a} {list(a.shape)} and {key_b} {list(b.shape)}: expected [r, {d_in}] and [{d_out}, r]"
