@@ -32,7 +32,7 @@ _README = _ROOT / "README.md"
 _PAGES = [_ROOT / "CONTRIBUTING.md", *sorted((_ROOT / "docs").rglob("*.md"))]
 _AFTER_README = "after the README"
 # Other tests cover what these pages show.
-_NIGHTLY = ("flax.md", "flax_training.md", "python.md", "decoders.md", "serving.md")
+_NIGHTLY = ("flax.md", "flax_chips.md", "flax_training.md", "python.md", "decoders.md", "serving.md")
 _LONG = ("cost.md", "crossbar.md", "crossbar_devices.md", "own_mesh.md")
 
 
