@@ -1,6 +1,8 @@
 """A Hugging Face folder, or a hub id, as an opened base model."""
 
 import functools
+import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +26,14 @@ _GENERATION = "generation_config.json"
 _SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_FURTHER = ("added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
+_TEMPLATE = "chat_template.jinja"
+_FURTHER = ("added_tokens.json", "special_tokens_map.json", _TEMPLATE)
 _UNCHANGED = 100_000  # transformers looks for faults of known models in larger vocabularies
 _TEXTS = (
     *(_CONFIG, _GENERATION, _TOKENIZER, _TOKENIZER_CONFIG, *_FURTHER),
     *("merges.txt", "spiece.model", "tokenizer.model", "vocab.json"),
 )
+_TOKENIZER_FILES = [name for name in _TEXTS if name not in (_CONFIG, _GENERATION, _TEMPLATE)]
 
 
 class _Plain(TypedDict, total=False):
@@ -91,6 +95,19 @@ class FolderBase:
     def config_sha256(self) -> str:
         """Return the SHA-256 of config.json."""
         return sha256(self.config_place)
+
+    def tokenizer_sha256(self) -> str:
+        """Return the SHA-256 of the tokenizer's files, without chat templates and whatever the order of settings."""
+        folder, found = resolve(self._source, patterns=_TEXTS), hashlib.sha256()
+        for name in _TOKENIZER_FILES:
+            if (path := folder / name).is_file():
+                content = path.read_bytes()
+                if name == _TOKENIZER_CONFIG:
+                    settings = read_json(path, dict[str, Any], "a Hugging Face tokenizer", own=False)
+                    settings.pop("chat_template", None)
+                    content = json.dumps(settings, sort_keys=True).encode()
+                found.update(f"{name} {len(content)}\n".encode() + content)
+        return found.hexdigest()
 
     def tensors(self) -> Mapping[str, np.ndarray]:
         """Return the weights by name, [d_out, d_in]; a .bin is fetched from the hub only without safetensors."""

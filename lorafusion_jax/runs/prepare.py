@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from .. import tasks
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
 from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuffled_pool
 from ..io.digests import Digests, PoolDigests, pool_digests
-from ..io.hf import base_digest, load_base, load_fast_tokenizer, read_config
+from ..io.hf import base_digest, load_base, load_fast_tokenizer, open_base, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods import find
 from ..methods.entry import Built
@@ -344,28 +345,38 @@ def with_modules(loaded: AnyLoaded, options: FuseOptions, of_seeds: Sequence[Seq
 
 
 def digests(loaded: LoadedModel, options: FuseOptions) -> Digests:
-    """Return the digests of base and modules of a run, as they are on the disk."""
+    """Return the digests of base, modules, tokenizer and chat template of a run, as they are on the disk."""
     modules, basis = loaded.pool_digests
     used = {name for names in loaded.modules for name in names}
     of_used = {name: digest for name, digest in modules.items() if name in used}
-    return {"base": base_digest(options.base), "modules": of_used, "basis": basis}
+    found: Digests = {"base": base_digest(options.base), "modules": of_used, "basis": basis}
+    found["tokenizer"] = open_base(options.base).tokenizer_sha256()
+    if (template := loaded.tokenizer.chat_template) is not None:
+        found["chat_template"] = hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()
+    return found
 
 
 def check_digests(folder: Path, recorded: Digests, now: Digests, options: FuseOptions) -> None:
-    """Raise a ValueError if a run was fused with other tensors than those that were loaded to use it."""
+    """Raise a ValueError if a run was fused with other tensors or texts than those that were loaded to use it."""
     of_pool = f"the pool {options.pool}"
     pairs: list[tuple[str, str, str | None]] = [(f"the base {options.base}", recorded["base"], now["base"])]
     if basis := recorded.get("basis"):
         pairs.append((f"the shared basis of {of_pool}", basis, now.get("basis")))
     for name, digest in recorded["modules"].items():
         pairs.append((f"{name} of {of_pool}", digest, now["modules"].get(name)))
-    for what, was, is_ in pairs:
-        if was != is_:
-            here = f"has {is_[:12]}" if is_ else "was not read"
-            raise ValueError(
-                f"{folder} was fused with other weights: {what} had the SHA-256 {was[:12]} then, and {here} now. "
-                "Restore those weights, or fuse the run again with these"
-            )
+    texts: list[tuple[str, str, str | None]] = []
+    if "tokenizer" in recorded:
+        texts.append((f"the tokenizer of {options.base}", recorded["tokenizer"], now.get("tokenizer")))
+    if options.chat and "chat_template" in recorded:
+        texts.append((f"the chat template of {options.base}", recorded["chat_template"], now.get("chat_template")))
+    for kind, of_kind in (("weights", pairs), ("texts", texts)):
+        for what, was, is_ in of_kind:
+            if was != is_:
+                here = f"has {is_[:12]}" if is_ else "was not read"
+                raise ValueError(
+                    f"{folder} was fused with other {kind}: {what} had the SHA-256 {was[:12]} then, and {here} now. "
+                    f"Restore those {kind}, or fuse the run again with these"
+                )
 
 
 def of_run(loaded: AnyLoaded, options: FuseOptions, folder: Path, config: RunConfig) -> AnyLoaded:

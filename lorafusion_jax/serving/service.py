@@ -149,7 +149,7 @@ class Service:
         fused = load_model(options)
         self._digests = digests(fused, options)
         for run in runs:
-            check_digests(run.folder, run.digests, self._digests, options)
+            check_digests(run.folder, run.digests, self._digests, run.options)
         self.tokenizer, self.text_format, self.tasks = fused.tokenizer, fused.text_format, dict[str, Task]()
         frozen, self._config = fused.problem.frozen, fused.config
         if frozen.pool is not None:  # runs record the names of the modules that a control replaces

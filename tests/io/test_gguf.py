@@ -241,6 +241,13 @@ def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, fold
     assert base_digest(coded) == base_digest(again) != base_digest(folder)
 
 
+def test_a_file_has_a_digest_of_its_tokenizer_alone(tmp_path, folders):
+    changes = ({}, {"tokenizer.chat_template": "hi"}, {"tokenizer.ggml.add_bos_token": True})
+    files = [_written(folders["llama"], tmp_path / f"{n}.gguf", of) for n, of in enumerate(changes)]
+    plain, other_template, other_tokenizer = (open_base(file).tokenizer_sha256() for file in files)
+    assert plain == other_template != other_tokenizer
+
+
 def test_other_values_of_older_and_newer_files(tmp_path, folders):
     """A pattern of windows, absent widths of heads, the older key of a scaling, keys without effect, ends of turns."""
 

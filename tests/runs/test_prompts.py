@@ -91,6 +91,32 @@ def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(cha
     assert ["".join(answer) for answer in stream_lines(asked)] == [row["prediction"] for row in said]
 
 
+def test_a_run_is_not_used_with_another_tokenizer_or_chat_template(chat, base, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(run_path(chat[0]), run)
+    shutil.copytree(base, other)
+    (tmp_path / "lines").write_text("hot")
+
+    def ask(**changes):
+        config = json.loads((run / "config.json").read_text())
+        config["options"] |= {"base": str(other)} | changes
+        (run / "config.json").write_text(json.dumps(config))
+        return generate_lines(GenerateOptions(run=run, file=tmp_path / "lines", max_new_tokens=1))
+
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(dict(reversed(settings.items()))))
+    assert len(ask()) == 1
+    (other / "chat_template.jinja").write_text(small_llama.CHATML + " ")
+    with pytest.raises(
+        ValueError, match="run was fused with other texts: the chat template of .*base had the SHA-256"
+    ):
+        ask()
+    assert len(ask(chat=False)) == 1  # the template is not used
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "bos_token": "the"}))
+    with pytest.raises(ValueError, match="run was fused with other texts: the tokenizer of .*base had the SHA-256 "):
+        ask()
+
+
 def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another(base, tmp_path):
     """Sorted, the same rows are divided otherwise by their numbers."""
     rows = [json.dumps({"input": f"the {a} {b}", "target": _ANSWERS[b]}) for a in _ANSWERS for b in _ANSWERS]

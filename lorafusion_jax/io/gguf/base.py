@@ -36,6 +36,15 @@ class GGUFBase:
         """Return the SHA-256 of the config.json that `save_texts` writes."""
         return hashlib.sha256(self._config_text().encode()).hexdigest()
 
+    def tokenizer_sha256(self) -> str:
+        """Return the SHA-256 of the metadata about the tokenizer, without chat templates."""
+        used = {
+            name: value
+            for name, value in self._metadata.items()
+            if name.startswith("tokenizer.") and not name.startswith("tokenizer.chat_template")
+        }
+        return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Return the weights with Hugging Face's names and layout, [d_out, d_in]."""
         found = self._layout.stored(self.config(), self._tensors)
