@@ -82,8 +82,9 @@ def lora_adapter(
     """Return the configuration and the tensors of the PEFT adapter of a single LoRA or DoRA.
 
     `adapters` holds by site A [L, d_in, r] and B [L, r, d_out] with the scaling folded in; the other arguments are
-    those of `fused_adapter`.
+    those of `fused_adapter`. Raises a ValueError for arrays of other layers than the site has.
     """
+    check_sites(adapters, config.sites)
     factors = {
         (site, layer): (A.T, B)
         for site, lora in adapters.items()

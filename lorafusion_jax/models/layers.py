@@ -1,10 +1,11 @@
 """Parts that families share: frozen weights, linear maps that may have an adapter, RMS norm, the scan over layers."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -122,19 +123,27 @@ def scan_blocks(
     return from_bits(scan_layers(body, *to_bits((x, (sliced, xs))), unroll=unroll))
 
 
-def of_stack(adapters: Adapters, stack: str, sites: Collection[str]) -> Mapping[str, Any]:
+def of_stack(adapters: Adapters, stack: str, sites: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the adapters of one stack, by their sites' names without the stack's.
 
-    Raises a ValueError for an adapter at none of the model's `sites`.
+    Raises a ValueError as `check_sites` does.
     """
     check_sites(adapters, sites)
     return {site.partition(".")[2]: adapter for site, adapter in adapters.items() if site.partition(".")[0] == stack}
 
 
-def check_sites(adapters: Adapters, sites: Collection[str]) -> None:
-    """Raise ValueError for an adapter at a site that the model lacks."""
+def check_sites(adapters: Adapters, sites: Mapping[str, Any]) -> None:
+    """Raise ValueError for an adapter at a site that the model lacks, or with arrays for other layers than it has."""
     if foreign := sorted(adapters.keys() - {*sites}):
         raise ValueError(f"the model lacks the site {foreign[0]!r} of an adapter: its sites are {', '.join(sites)}")
+    for site, adapter in adapters.items():
+        for name, values in getattr(adapter, "__dict__", {}).items():
+            layers = sites[site].layers
+            if isinstance(values, jax.Array | np.ndarray) and values.shape[:1] != (layers,):
+                raise ValueError(
+                    f"{name} of the adapter at {site} has the shape {values.shape}: stack it for {layers} layers, "
+                    f"({layers}, ...)"
+                )
 
 
 def widened(x: Float[Array, "*B"]) -> Float[Array, "*B"]:

@@ -10,6 +10,7 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.models.architecture import kernels, set_matrices
 from lorafusion_jax.models.weights import Unstacked, dense, embed, heads_matmul, matmul, quantise, unembed, unstacked
 
@@ -132,6 +133,20 @@ def test_a_model_whose_weights_are_separate_arrays(dtype):
     taken = {name for name, kernel in kernels(nnx.merge(graph, apart)).items() if isinstance(kernel, Unstacked)}
     assert taken == tiny.CONFIG.sites.keys() - {site}
     np.testing.assert_allclose(*(logits(a).astype(jnp.float32) for a in (apart, base)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 1), (2, 16, 1)])
+def test_an_adapter_without_the_layers_of_its_site_is_refused(shape):
+    model = tiny.t5()
+    adapters = {"encoder.self.q": lf.LowRank(jnp.ones(shape), jnp.ones((3, 1, 12)))}
+    ids = jnp.ones((1, 2), jnp.int32)
+    for use in (
+        lambda: model(ids, ids > 0, ids, adapters),
+        lambda: lf.merged_base(model, adapters),
+        lambda: lora_adapter(model.config, adapters, base="t5"),
+    ):
+        with pytest.raises(ValueError, match=r"A of the adapter at encoder.self.q has the shape .*: stack it for 3"):
+            use()
 
 
 @pytest.mark.parametrize("site", ["encoder.self.z", "self.q", "decoder.self_attn.q_proj"])
