@@ -109,7 +109,7 @@ class RestoreOptions:
       rank: mean rank of the matrices of `low-rank` and `lora`; by default 4.
       epochs: passes of distillation over the text; 0 for the closed form alone.
       rate: learning rate of factors and offsets.
-      rate_low_rank: learning rate of the matrices.
+      rate_low_rank: learning rate of the matrices; by default 0.001, and 0.003 for `lora`, as tuned on SmolLM2.
       seed: seed of the order of the text, and of sampled text.
       age: age of the chips: seconds, or as in 1h, 1day, 1month, 1year.
       prepared: compute corrections for that age in advance, with other draws of the drift than the chips will have.
@@ -129,7 +129,7 @@ class RestoreOptions:
     rank: float | None = None
     epochs: int = Restoring.epochs
     rate: float = Restoring.rate
-    rate_low_rank: float = Restoring.rate_low_rank
+    rate_low_rank: float | None = None
     seed: int = 0
     age: str | None = None
     prepared: bool = False
@@ -155,6 +155,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         raise ValueError(f"rank is {rank}: expected a finite number above 0")
     same = {name: getattr(options, name) for name in ("method", "epochs", "rate", "rate_low_rank", "seed")}
     how = Restoring(**same, numbers=int(low_rank))  # refuses what cannot work, before the model is loaded
+    same["rate_low_rank"] = how.rate_of_matrices
     chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
     config, keys = aged(chips.config, options.age), {number: chips.chip_key(number) for number in options.chip}
     if options.prepared:

@@ -1,5 +1,6 @@
 """A model restored on chips from unlabelled text: on disk, in evaluations, and what is refused."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -76,6 +77,15 @@ def test_restoring_brings_the_chips_closer_to_the_digital_model(home):
     for number in (0, 2):
         before, after = _made(home / "restored", number)["divergence"]
         assert after < 0.5 * before
+
+
+def test_matrices_have_the_rates_that_tuning_preferred():
+    """Of results/restore/tune.csv, for 3,072 tokens of real text."""
+    lines = (Path(__file__).parents[2] / "results" / "restore" / "tune.csv").read_text().splitlines()
+    trials = [row for row in csv.DictReader(lines) if row["text"] == "real" and "low rank" in row["corrections"]]
+    for method, name in (("lora", "low rank 1 %, distilled"), ("low-rank", "scales and low rank 1 %, distilled")):
+        best = min((row for row in trials if row["corrections"] == name), key=lambda row: row["KL on text left out"])
+        assert Restoring(method=method, numbers=1).rate_of_matrices == float(best["rate of low rank"])
 
 
 @pytest.mark.long
