@@ -120,17 +120,22 @@ def test_a_key_that_a_tokenizer_has_twice_is_refused(base):
         load_tokenizer(base)
 
 
-def test_steps_of_honest_tokenizers_are_taken(base):
-    """Those of Llama 2, XLNet and SmolLM2, in `tokenizers`."""
-    raw = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    raw.normalizer = normalizers.Sequence(
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")],
         [
-            normalizers.Prepend("▁"),
-            *(normalizers.Replace(*pair) for pair in ((" ", "▁"), ("``", '"'), ("''", '"'))),
+            *(normalizers.Replace(*pair) for pair in (("``", '"'), ("''", '"'))),
             *(normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()),
-            normalizers.Replace(Regex(" {2,}"), "▁"),
-        ]
-    )
+            *(normalizers.Precompiled(_charsmap(b"x" * 33)), normalizers.Replace(Regex(" {2,}"), "▁")),
+        ],
+    ],
+    ids=["Llama 2", "XLNet"],
+)
+def test_steps_of_honest_tokenizers_are_taken(base, steps):
+    """Next to those of SmolLM2. 33 bytes are the longest text in XLNet's map, of U+FDFA."""
+    raw = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    raw.normalizer = normalizers.Sequence(steps)
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()])
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Strip(" ", 1, 0)])
     raw.save(str(base / "tokenizer.json"))
