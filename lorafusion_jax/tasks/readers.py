@@ -9,6 +9,7 @@ from typing import Any
 
 from ..support.reading import FileError, check_lfs, check_regular, parse_json, utf8
 from ..support.text import shown, some
+from .parquet_pages import unpacked_bytes
 
 Row = Any  # any JSON: checked where rows become examples
 Rows = Iterator[tuple[str, Row]]  # each with its place, for messages
@@ -127,16 +128,16 @@ def _parquet_rows(path: Path) -> Rows:
             _check_columns(file.schema_arrow.names, path)
             groups = map(file.metadata.row_group, range(file.num_row_groups))
             columns = [group.column(n) for group in groups for n in range(group.num_columns)]
-            check(taken := sum(column.total_uncompressed_size + _VALUE * column.num_values for column in columns))
-            # All bytes of a column may be one text, which every row repeats.
-            largest = max((column.total_uncompressed_size for column in columns), default=1)
+            sizes = unpacked_bytes(path, columns)
+            check(taken := sum(sizes) + sum(_VALUE * column.num_values for column in columns))
+            largest = max(sizes, default=1)  # all bytes of a column may be one text, which every row repeats
             batches = file.iter_batches(min(1000, max(1, most // max(1, largest))))
             for n, row in enumerate(row for batch in batches for row in batch.to_pylist()):
                 check(taken := taken + len(str(row)))
                 yield f"{path}, row {n}", row
     except FileError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, KeyError) as error:  # also of texts and dates
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:  # also of single values
         raise FileError(path, got=f"not Parquet: {error}", fix="write the file again") from error
 
 

@@ -29,15 +29,28 @@ def _file(tmp_path, suffix, rows=_ROWS):
     return file
 
 
+def _with_a_small_number_in_the_footer(length):
+    """A file whose footer names a small size, and the header of a page a large one, whose text is damaged."""
+    content = _parquet(compression="zstd", input=["x" * length], target=["y"])
+    column = pyarrow.parquet.ParquetFile(io.BytesIO(content)).metadata.row_group(0).column(0)
+    large, small = (
+        bytes([n & 127 | 128, n >> 7 & 127 | 128, n >> 14 & 127 | 128, n >> 21])
+        for n in (2 * column.total_uncompressed_size, 2)
+    )
+    assert content.count(large) == 1
+    middle = len(content) // 2
+    return content[:middle] + bytes(8) + content[middle + 8 :].replace(large, small)
+
+
 def _repeated(text, rows):
     """Return a column that a file holds as one text and its number of rows."""
     return pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), pyarrow.array([text]))
 
 
-def _parquet(names=None, **columns):
+def _parquet(names=None, compression="none", **columns):
     file = io.BytesIO()
     table = pyarrow.table(columns)
-    pyarrow.parquet.write_table(table.rename_columns(names or [*columns]), file, compression="none")
+    pyarrow.parquet.write_table(table.rename_columns(names or [*columns]), file, compression=compression)
     return file.getvalue()
 
 
@@ -135,6 +148,7 @@ def test_columns_that_rows_lack_are_refused_with_those_that_they_have(tmp_path, 
             _parquet(input=_repeated("x" * 1_000_000, 3000), target=_repeated("y", 3000)),
             "rows of over .*, 64 times its size or 64 MiB",
         ),
+        ("a.parquet", _with_a_small_number_in_the_footer(70_000_000), "rows of over 70,.* bytes: expected at most 67,"),
     ],
 )
 def test_damaged_tables_are_refused_by_name(tmp_path, name, content, message):
