@@ -25,7 +25,8 @@ import _script
 import numpy as np
 import tyro
 from lab import lm_eval_tasks
-from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.cells import Cells
+from lab.common import ROOT, write_csv
 from lab.smollm2 import EXAMPLES, base
 from lab.tasks import find_task
 from scipy.special import stdtrit
@@ -75,16 +76,14 @@ def main(arguments: Sequence[str] = ()) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     model = str(options.base or base())
     common = {"base": Path(model).name, "names": [*options.names], "rows": options.rows}
-    file = options.out / "rows.jsonl"
-    rows = read_lines(file)
-    if any(row[key] != value for row in rows for key, value in common.items()):
-        raise ValueError(f"{file} holds other rows than {common}: give another --out")
+    cells = Cells(options.out / "rows.jsonl", lambda row: row["bits"], common)
     write_tasks(options)
-    for bits in options.bits:
-        if bits not in {row["bits"] for row in rows}:
-            rows.append(common | measured(model, bits, options.out) | environment())
-            append_line(file, rows[-1])
-    for name, lines in tables([row for row in rows if row["bits"] in options.bits]).items():
+    cells.fill(
+        options.bits,
+        lambda missing: (measured(model, bits, options.out) | environment() for bits in missing),
+        lambda row: f"{row['bits']} bits",
+    )
+    for name, lines in tables([row for row in cells.rows() if row["bits"] in options.bits]).items():
         write_csv(options.out / f"{name}.csv", lines)
         print(f"{markdown(lines)}\n")
     print(f"written to {options.out}")

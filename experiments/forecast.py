@@ -13,8 +13,7 @@ Interrupted, the same command continues.
 import dataclasses
 import itertools
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,11 +22,12 @@ import jax
 import numpy as np
 import scipy.stats
 import tyro
-from lab.common import ROOT, SMALL, append_line, read_lines, write_csv
+from lab.cells import Cells, read_lines
+from lab.common import ROOT, SMALL, write_csv
 from lab.language import TUNING, load
 from lab.pool_cells import FUSION, ROTATED, SEEDS
 from lab.smollm2 import base as smollm2
-from lab.string_pools import CLASSES, Target, design, pool_folder, train_rows
+from lab.string_pools import CLASSES, design, pool_folder, train_rows
 from pool_value_language import SEEDS as LANGUAGE_SEEDS
 from pool_value_language import draw, setup_of
 
@@ -114,39 +114,42 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def compute(options: Options, file: Path) -> None:
     """Append the descents that are missing in a file."""
-    have = {(row["task"], row["rows"], row["seed"]) for row in read_lines(file)}
-    targets = [target for target in design().targets if target.pool != "tuning"]
-    for pool in dict.fromkeys(target.pool for target in targets):
-        everything = itertools.product((t for t in targets if t.pool == pool), options.rows, SEEDS)
-        missing = [(t, number, seed) for t, number, seed in everything if (t.task.name, number, seed) not in have]
-        if missing:
-            of_pool(pool_folder(options.pools, pool, shuffled=False), missing, file)
+    targets = {target.task.name: target for target in design().targets if target.pool != "tuning"}
+
+    def measure(missing: Sequence[tuple[str, int, int]]) -> Iterator[Row]:
+        for pool, own in itertools.groupby(missing, key=lambda key: targets[key[0]].pool):
+            folder = pool_folder(options.pools, pool, shuffled=False)
+            yield from of_pool(folder, [(targets[task], *rest) for task, *rest in own])
+
+    cells = Cells(file, lambda row: (row["task"], row["rows"], row["seed"]))
+    together = sorted(targets, key=lambda task: targets[task].pool)
+    cells.fill(itertools.product(together, options.rows, SEEDS), measure, lambda row: f"{cells.key_of(row)}")
 
 
-def of_pool(folder: Path, missing: Sequence[tuple[Target, int, int]], file: Path) -> None:
-    """Append the descents of one pool's modules on the training rows of targets, numbers of rows and seeds."""
+def of_pool(folder: Path, missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+    """Yield the descents of one pool's modules on the training rows of targets, numbers of rows and seeds."""
     model, problems = ranked(SMALL / "base", folder)
     for target, number, seed in missing:
         texts = [Example(row["context"], row["completion"]) for row in train_rows(target.task, seed)[:number]]
         rows = encode(model.tokenizer, texts, model.text_format)
         key = {"task": target.task.name, "pool": target.pool, "relevance": target.relevance}
-        append_line(file, key | {"seed": seed} | measured(model, problems, rows))
-        print(f"pool {folder.name}: {target.task.name}, {number} rows, seed {seed}", file=sys.stderr, flush=True)
+        yield key | {"seed": seed} | measured(model, problems, rows)
 
 
 def compute_language(options: Options, tasks: Path, file: Path) -> None:
     """Append the descents on language that are missing in a file."""
-    have = {(row["task"], row["seed"]) for row in read_lines(file)}
     paths, _ = draw(tasks, ROOT / "runs" / "pool_value" / "language")
-    everything = itertools.product((name for name in paths if name not in TUNING), LANGUAGE_SEEDS)
-    if not (missing := [key for key in everything if key not in have]):
-        return
-    model, problems = ranked(smollm2(), options.language_pool)
-    for task, seed in missing:
-        own = setup_of(model, load(paths[task]), LANGUAGE_ROWS, seed, 0).train
-        rows = Encoded(own.inputs[:LANGUAGE_ROWS], own.labels[:LANGUAGE_ROWS])
-        append_line(file, {"task": task, "seed": seed} | measured(model, problems, rows))
-        print(f"{task}, seed {seed}", file=sys.stderr, flush=True)
+
+    def measure(missing: Sequence[tuple[str, int]]) -> Iterator[Row]:
+        model, problems = ranked(smollm2(), options.language_pool)
+        for task, seed in missing:
+            own = setup_of(model, load(paths[task]), LANGUAGE_ROWS, seed, 0).train
+            rows = Encoded(own.inputs[:LANGUAGE_ROWS], own.labels[:LANGUAGE_ROWS])
+            yield {"task": task, "seed": seed} | measured(model, problems, rows)
+
+    cells = Cells(file, lambda row: (row["task"], row["seed"]))
+    keys = itertools.product((name for name in paths if name not in TUNING), LANGUAGE_SEEDS)
+    cells.fill(keys, measure, lambda row: f"{cells.key_of(row)}")
 
 
 def ranked(base: Path, pool: Path) -> tuple[LoadedModel, list[Problem]]:

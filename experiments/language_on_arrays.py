@@ -12,7 +12,6 @@ Interrupted, the same command continues with the next setting.
 
 import dataclasses
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -26,7 +25,8 @@ import numpy as np
 import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.cells import Cells, Row, print_plan
+from lab.common import ROOT, write_csv
 from lab.smollm2 import EXAMPLES, base
 
 from lorafusion_jax import FuseOptions
@@ -51,7 +51,6 @@ WINDOW, BATCH = 128, 8
 RATES, REST = {"product": 0.004, "perfect": 0.06, "imperfect": 0.08}, 30.0
 
 Bits = int | Literal["ideal"]
-Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
@@ -111,26 +110,24 @@ def main(arguments: Sequence[str] = ()) -> None:
         "chip_key": options.chip_key,
         "text_sha256": text.sha256,
     }
-    file = options.out / "rows.jsonl"
-    rows = read_rows(file, common)
+    cells = Cells(options.out / "rows.jsonl", setting_of, common)
     settings = [Setting(bits, error) for error in options.errors for bits in options.bits]
-    asked = [DIGITAL, *dict.fromkeys(settings)]
-    have = {setting_of(row) for row in rows}
-    missing = [setting for setting in asked if setting not in have]
     if options.plan:
-        print_plan(missing, text.windows.size)
+        print_plan((str(setting), cost(setting, text.windows.size)) for setting in cells.missing([DIGITAL, *settings]))
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(measured(loaded, text, missing, options.chip_key), start=1):
-        rows.append(common | row | environment())
-        append_line(file, rows[-1])
+
+    def show(row: Row) -> str:
+        seconds = sum(row["cpu_seconds"].values())
+        return f"{setting_of(row)}: perplexity {np.exp(row['loss']):.2f} in {seconds:.0f} CPU seconds"
+
+    def write() -> None:
+        rows = cells.rows()
         for name, lines in tables(rows).items():
             write_csv(options.out / f"{name}.csv", lines)
         draw(rows, options.out / "perplexity.png")
-        seconds = sum(row["cpu_seconds"].values())
-        result = f"perplexity {np.exp(row['loss']):.2f} in {seconds:.0f} CPU seconds"
-        print(f"[{number}/{len(missing)}] {setting_of(row)}: {result}", file=sys.stderr, flush=True)
-    print("\n".join([*map(markdown, tables(rows).values()), f"written to {options.out}"]))
+
+    cells.fill([DIGITAL, *settings], lambda missing: measured(loaded, text, missing, options.chip_key), show, write)
+    print("\n".join([*map(markdown, tables(cells.rows()).values()), f"written to {options.out}"]))
 
 
 def load_text(tokenizer: Any, options: Options) -> Text:
@@ -155,19 +152,6 @@ def load_text(tokenizer: Any, options: Options) -> Text:
         np.array([calibration[: options.calibration_tokens]], np.int32),
         hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest(),
     )
-
-
-def read_rows(file: Path, common: Row) -> list[Row]:
-    """Return the rows of a file, none where it is not there.
-
-    Raises:
-      ValueError: they are of other text or another chip.
-    """
-    rows = read_lines(file)
-    for row in rows:
-        if other := [f"{key} was {row[key]}, is {value}" for key, value in common.items() if row[key] != value]:
-            raise ValueError(f"{file} holds other rows ({'; '.join(other)}): give another --out")
-    return rows
 
 
 def measured(loaded: LoadedModel, text: Text, settings: Sequence[Setting], chip_key: int) -> Iterator[Row]:
@@ -210,6 +194,7 @@ def measured(loaded: LoadedModel, text: Text, settings: Sequence[Setting], chip_
             "loss": found.sum() / text.windows[:, 1:].size,
             "window_losses": (found / (WINDOW - 1)).tolist(),
             "cpu_seconds": dict(zip(("prepare", "compile", "measure"), np.diff(times).tolist(), strict=True)),
+            **environment(),
         }
         del weights, leaves
         jax.clear_caches()  # other bits are other programs
@@ -292,15 +277,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plot(path, (9.0, 4.0), on)
 
 
-def print_plan(missing: Sequence[Setting], tokens: int) -> None:
-    """Print the settings that are missing, and their CPU time."""
-    total = 0.0
-    for setting in missing:
-        kind = "product" if setting.bits in (None, "ideal") else "imperfect" if setting.error else "perfect"
-        seconds = REST + RATES[kind] * tokens
-        total += seconds
-        print(f"{setting!s:26} {seconds:6.0f} CPU seconds")
-    print(f"{len(missing)} settings on {tokens:,} tokens: {total / 60:.0f} CPU minutes")
+def cost(setting: Setting, tokens: int) -> float:
+    """Return the CPU seconds of a setting."""
+    kind = "product" if setting.bits in (None, "ideal") else "imperfect" if setting.error else "perfect"
+    return REST + RATES[kind] * tokens
 
 
 def _place(bits: Bits) -> float:

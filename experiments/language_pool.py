@@ -14,7 +14,7 @@ the next task. Two processes may share OUT if they are given different --sources
 import dataclasses
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal
@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tyro
-from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.cells import Cells, print_plan, read_lines
+from lab.common import ROOT, write_csv
 from lab.language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
 from lab.smollm2 import HUB_ID, base
 
@@ -92,24 +93,22 @@ def main(arguments: Sequence[str] = ()) -> None:
     file = options.out / "pool.jsonl"
     rows = read_lines(file)
     _check_settings(rows, options)
-    have = {row["task"] for row in rows}
-    sources = options.sources or _FAMILIES[options.pool]
-    todo = {name: find(name, options.tasks) for name in sources if name not in have}
+    cells = Cells(file, lambda row: row["task"])
+    todo = {name: find(name, options.tasks) for name in cells.missing(options.sources or _FAMILIES[options.pool])}
     for path in todo.values():
         load(path, source_rows(path))
     for name in todo:
         if (folder := options.out / "adapters" / name).exists():
             raise ValueError(f"{folder} is there, but pool.jsonl has no line of it: remove it, to train it anew")
     if options.plan:
-        _print_plan(todo, options, rows)
+        print_plan(costs(todo, options, rows))
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    for number, (name, path) in enumerate(todo.items(), start=1):
-        make_room()
-        row = _train(name, path, options)
-        append_line(file, row)
-        write_csv(options.out / "table_pool.csv", table_of(read_lines(file)))
-        print(f"[{number}/{len(todo)}] {_line(row)}", flush=True)
+    cells.fill(
+        todo,
+        lambda missing: (_train(name, todo[name], options) for name in missing),
+        _line,
+        lambda: write_csv(options.out / "table_pool.csv", table_of(cells.rows())),
+    )
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -177,6 +176,7 @@ def fuse_options(name: str, path: Path, options: Options) -> FuseOptions:
 
 def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
     """Write a task's adapter, and return its row."""
+    make_room()
     run = fuse_options(name, path, options)
     setup = prepare(run)
     assert setup.split is not None
@@ -238,24 +238,19 @@ def _tokens(rows: TrainingRows, run: FuseOptions) -> int:
     return sum(batch.input_ids.size + batch.labels.size for batch in batches)
 
 
-def _print_plan(todo: dict[str, Path], options: Options, rows: Sequence[dict[str, Any]]) -> None:
-    """Print steps and time of the missing tasks, at the rate of the finished ones."""
+def costs(todo: dict[str, Path], options: Options, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float]]:
+    """Yield the missing tasks and their seconds, at the rate of the finished ones."""
     rate = sum(row["tokens"] for row in rows) / sum(row["seconds"]["train"] for row in rows) if rows else RATE
     rest = float(np.mean([row["seconds"]["evaluate"] for row in rows])) if rows else REST
-    packing, total = packing_of(read_config(options.base or base()), on_cpu=for_cpu()), 0.0
+    packing = packing_of(read_config(options.base or base()), on_cpu=for_cpu())
     for name, path in todo.items():
         run = fuse_options(name, path, options)
         task = load(path, run.train_rows)
         texts = load_texts(run)
         tokens = encode(texts.tokenizer, task.train, texts.text_format)
         rows_of_task = TrainingRows(tokens, split(len(task.train), run.seeds, limit=run.train_rows), 0, packing)
-        count = _tokens(rows_of_task, run)
-        seconds = count / rate + rest
-        total += seconds
-        trained = rows_of_task.split.train.shape[1]
-        print(f"{name:24} {trained:4} rows x {run.recipe.epochs}  {count:7,} tokens  {seconds / 60:5.1f} min")
-    where = f"of {len(rows)} finished tasks" if rows else "of the machine that made results/language"
-    print(f"{len(todo)} tasks, {total / 60:.0f} minutes at {rate:.0f} tokens a second, the rate {where}")
+        count, trained = _tokens(rows_of_task, run), rows_of_task.split.train.shape[1]
+        yield f"{name:24} {trained:4} rows x {run.recipe.epochs}, {count:,} tokens", count / rate + rest
 
 
 def _line(row: dict[str, Any]) -> str:

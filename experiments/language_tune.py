@@ -9,8 +9,9 @@ same command continues. OUT/table_tune.csv shows all trials; `lab/language.py` h
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,7 +20,8 @@ import _script
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.cells import Cells
+from lab.common import ROOT, write_csv
 from lab.language import MAIN, MORE, TUNING, find, options_of, test_losses
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 from tune import TRIALS as SMALL_TRIALS
@@ -39,6 +41,7 @@ TRIALS = {
     if name in MAIN | MORE
 }
 TRIALS["coefficients only, random pool"] = TRIALS["coefficients only"]
+Key = tuple[str, str, str]  # method, task, rates as JSON
 SEED, PASSES = 101, 2  # the seed is not one of the table's
 
 
@@ -66,28 +69,33 @@ def main(arguments: Sequence[str] = ()) -> None:
         raise ValueError(f"no trials of {', '.join(unknown)}: choose of {'; '.join(TRIALS)}")
     tasks = link_tasks(options.tasks)
     make_pools(options.adapters)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "tune.jsonl"
-    rows = read_lines(file)
-    for method in options.methods:
-        for task in TUNING:
-            done = [row["rates"] for row in rows if (row["method"], row["task"]) == (method, task)]
-            todo = [rates for rates in TRIALS[method] if rates not in done]
-            if not todo:
-                continue
+    cells = Cells(options.out / "tune.jsonl", key_of)
+
+    def measure(missing: Sequence[Key]) -> Iterator[dict[str, Any]]:
+        for (method, task), of_task in itertools.groupby(missing, key=lambda key: key[:2]):
             make_room()
-            losses = _losses(method, find(task, tasks), options.adapters, todo)
-            for rates, loss in zip(todo, losses, strict=True):
-                append_line(file, {"method": method, "task": task, "rates": rates, "loss": loss})
-            rows = read_lines(file)  # which another process may have added to
-            write_csv(options.out / "table_tune.csv", table_of(rows))
-            print(f"{method}, {task}: losses {min(losses):.3f} to {max(losses):.3f}", flush=True)
+            trials = [json.loads(rates) for *_, rates in of_task]
+            losses = _losses(method, find(task, tasks), options.adapters, trials)
+            for rates, loss in zip(trials, losses, strict=True):
+                yield {"method": method, "task": task, "rates": rates, "loss": loss}
+
+    keys = [(m, t, json.dumps(rates)) for m in options.methods for t in TUNING for rates in TRIALS[m]]
+    cells.fill(
+        keys,
+        measure,
+        lambda row: f"{row['method']}, {row['task']}, {row['rates']}: loss {row['loss']:.3f}",
+        lambda: write_csv(options.out / "table_tune.csv", table_of(cells.rows())),
+    )
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    return row["method"], row["task"], json.dumps(row["rates"])
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """Return a table of all trials, with an arrow at each method's lowest mean loss of both tasks."""
     lines = [["method", "rates", *TUNING, "mean loss", "best"]]
-    loss = {(row["method"], row["task"], json.dumps(row["rates"])): row["loss"] for row in rows}
+    loss = {key_of(row): row["loss"] for row in rows}
     for method, trials in TRIALS.items():
         keys = [[(method, task, json.dumps(rates)) for task in TUNING] for rates in trials]
         if not all(key in loss for of_trial in keys for key in of_trial):

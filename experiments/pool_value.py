@@ -22,7 +22,8 @@ import _script
 import numpy as np
 import scipy.stats
 import tyro
-from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.cells import Cells, print_plan, read_lines
+from lab.common import ROOT, write_csv
 from lab.pool_cells import (
     ARMS,
     BARE,
@@ -30,7 +31,6 @@ from lab.pool_cells import (
     EPOCHS,
     FUSION,
     ROTATED,
-    SEEDS,
     SHUFFLED,
     SMALL_LORA,
     TRAINED,
@@ -41,7 +41,7 @@ from lab.pool_cells import (
     key_of,
 )
 from lab.string_pools import CLASSES, design, write_pools
-from lab.tuning import Point, best_point, rates_at
+from lab.tuning import rates_at, tune
 
 from lorafusion_jax.parts import markdown
 from lorafusion_jax.report import colour, holm, over_tasks, plot
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, or print its cost."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     if options.plan:
-        print_plan(options)
+        print_plan(costs(options), ", without the pools")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "draw.csv", draw_table())
@@ -99,65 +99,64 @@ def main(arguments: Sequence[str] = ()) -> None:
     draw(everything, options.out / "advantage.png")
 
 
-def print_plan(options: Options) -> None:
-    """Print the arms with missing cells, and the time of these; of the tuning, the time of one grid of rates."""
-    total = 0.0
-    tuned = {(row["arm"], row["rows"]) for row in read_lines(options.out / "tune.jsonl")}
-    for rows in options.rows:
-        have = {key_of(row) for row in read_lines(options.out / f"rows_{rows}.jsonl")}
-        for name in options.arms:
-            missing = len(cells(name, rows) - have)
-            grid = 0 if name not in TRAINED or (name, rows) in tuned else 3 ** len(ARMS[name].rates) * 18
-            seconds = (missing + grid) * COST[rows] if name in TRAINED else 0.0
-            total += seconds
-            if missing:
-                print(f"{rows:3} rows  {name}: {missing} cells, {seconds / 60:.0f} minutes")
-    print(f"{total / 60:.0f} CPU minutes, without the pools")
+def costs(options: Options) -> Iterator[tuple[str, float]]:
+    """Yield the missing cells, by arm, and their CPU seconds; of the tuning, one grid of rates."""
+    tuned = {key[:2] for key in map(_tuning_key, read_lines(options.out / "tune.jsonl"))}
+    for rows, name in itertools.product(options.rows, options.arms):
+        missing = of_rows(options.out, rows).missing(cells(name, rows))
+        label, seconds = f"{rows:3} rows  {name}", COST[rows] if name in TRAINED else 0.0
+        yield from [(label, seconds)] * len(missing)
+        if missing and name in TRAINED and (name, rows) not in tuned:
+            yield from [(f"{label}, rates", seconds)] * (3 ** len(ARMS[name].rates) * 18)
+
+
+def of_rows(out: Path, rows: int) -> Cells[tuple[Any, ...]]:
+    """Return the cells of a number of training rows."""
+    return Cells(out / f"rows_{rows}.jsonl", key_of)
 
 
 def run(lab: Lab, name: str, rows: int, out: Path) -> None:
     """Measure the missing cells of an arm at a number of training rows; its rates are tuned before."""
-    file, arm = out / f"rows_{rows}.jsonl", ARMS[name]
-    have = {key_of(row) for row in read_lines(file)}
-    if not cells(name, rows) - have:
+    everything, keys = of_rows(out, rows), cells(name, rows)
+    if not everything.missing(keys):
         return
-    rates = tune(lab, name, rows, out / "tune.jsonl") if arm.rates else {}
-    for target in design().targets:
-        for draw_number in arm.draws:
-            seeds = [s for s in SEEDS if (name, rows, target.task.name, s, draw_number) not in have]
-            if target.pool == "tuning" or not seeds:
-                continue
-            began = time.process_time()
-            found = lab.measure(name, target, rows, [(seed, rates) for seed in seeds], draw=draw_number)
-            seconds = (time.process_time() - began) / len(seeds)
+    arm, targets = ARMS[name], {target.task.name: target for target in design().targets}
+    rates = tuned(lab, name, rows, out / "tune.jsonl") if arm.rates else {}
+
+    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+        for (task, draw_number), of_seeds in itertools.groupby(missing, key=lambda key: (key[2], key[4])):
+            began, seeds = time.process_time(), [key[3] for key in of_seeds]
+            found = lab.measure(name, targets[task], rows, [(seed, rates) for seed in seeds], draw=draw_number)
+            seconds = round((time.process_time() - began) / len(seeds), 2)
+            of_target = {"pool": targets[task].pool, "relevance": targets[task].relevance}
             for seed, cell in zip(seeds, found, strict=True):
-                key = {"arm": name, "rows": rows, "task": target.task.name, "seed": seed, "draw": draw_number}
-                of_target = {"pool": target.pool, "relevance": target.relevance}
-                append_line(file, key | of_target | {"rates": rates} | cell | {"cpu_seconds": round(seconds, 2)})
-            print(f"{rows} rows, {name}, {target.task.name}: {seconds:.2f} s a cell", file=sys.stderr, flush=True)
+                key = {"arm": name, "rows": rows, "task": task, "seed": seed, "draw": draw_number}
+                yield key | of_target | {"rates": rates} | cell | {"cpu_seconds": seconds}
+
+    everything.fill(keys, measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.2f} CPU s")
 
 
-def tune(lab: Lab, name: str, rows: int, file: Path) -> dict[str, float]:
+def tuned(lab: Lab, name: str, rows: int, file: Path) -> dict[str, float]:
     """Return the rates of an arm with the least mean test loss on the tuning tasks, at no edge of the tried ones."""
-    arm = ARMS[name]
-    targets = [target for target in design().targets if target.pool == "tuning"]
-    lines = [line for line in read_lines(file) if (line["arm"], line["rows"]) == (name, rows)]
-    found = {(tuple(line["point"]), line["task"]): line["test_loss"] for line in lines}
+    arm, targets = ARMS[name], {target.task.name: target for target in design().targets if target.pool == "tuning"}
 
-    def losses(points: Sequence[Point]) -> list[float]:
-        for target in targets:
-            missing = [point for point in points if (point, target.task.name) not in found]
-            entries = [(seed, rates_at(arm.rates, point)) for point in missing for seed in TUNING_SEEDS]
-            cells = [cell["test_loss"] for cell in lab.measure(name, target, rows, entries, answer=False)]
-            for point, own in zip(missing, np.reshape(cells, (len(missing), len(TUNING_SEEDS))), strict=True):
-                found[point, target.task.name] = float(own.mean())
-                key = {"arm": name, "rows": rows, "task": target.task.name, "relevance": target.relevance}
+    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+        for task, keys in itertools.groupby(missing, key=lambda key: key[3]):
+            points = [key[2] for key in keys]
+            entries = [(seed, rates_at(arm.rates, point)) for point in points for seed in TUNING_SEEDS]
+            losses = [cell["test_loss"] for cell in lab.measure(name, targets[task], rows, entries, answer=False)]
+            for point, own in zip(points, np.reshape(losses, (len(points), len(TUNING_SEEDS))), strict=True):
+                key = {"arm": name, "rows": rows, "task": task, "relevance": targets[task].relevance}
                 rates = {"point": point, "rates": rates_at(arm.rates, point)}
-                append_line(file, key | rates | {"test_loss": round(float(own.mean()), 5)})
-        return [float(np.mean([found[point, target.task.name] for target in targets])) for point in points]
+                yield key | rates | {"test_loss": round(float(own.mean()), 5)}
 
     neighbours = [by for by in itertools.product((-1, 0, 1), repeat=len(arm.rates)) if any(by)]
-    return rates_at(arm.rates, best_point(neighbours, losses))
+    trials, over = Cells(file, _tuning_key), [(task,) for task in targets]
+    return tune(trials, (name, rows), arm.rates, neighbours, over, measure)
+
+
+def _tuning_key(row: Row) -> tuple[Any, ...]:
+    return row["arm"], row["rows"], tuple(row["point"]), row["task"]
 
 
 class Test(NamedTuple):
@@ -184,7 +183,7 @@ def draw_table() -> list[list[str]]:
 def means(rows: Sequence[Row], arm: str, number: int, value: str = "test_loss") -> dict[str, float] | None:
     """Return the mean of an arm by task, over seeds and draws, once all of its cells exist."""
     own = {key_of(row): row for row in rows if (row["arm"], row["rows"]) == (arm, number) and value in row}
-    if not cells(arm, number) <= own.keys():
+    if not own.keys() >= {*cells(arm, number)}:
         return None
     by_task: dict[str, list[float]] = {}
     for row in own.values():
@@ -289,7 +288,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
         for line in tuning:
             if (line["arm"], line["rows"]) == (name, number):
                 by_point.setdefault(tuple(line["point"]), []).append(line)
-        if by_point and cells(name, number) <= {key_of(row) for row in rows}:
+        if by_point and {*cells(name, number)} <= {key_of(row) for row in rows}:
             best = min(by_point.values(), key=lambda own: float(np.mean([line["test_loss"] for line in own])))
             rates = [f"{best[0]['rates'][rate]:g}" if rate in best[0]["rates"] else "-" for rate in _RATES]
             loss = np.mean([line["test_loss"] for line in best])

@@ -17,7 +17,6 @@ for each cell, and tables as CSV. Interrupted, the same command continues with t
 import dataclasses
 import functools
 import itertools
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,8 @@ import _script
 import numpy as np
 import scipy.stats
 import tyro
-from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.cells import Cells, print_plan, read_lines
+from lab.common import ROOT, write_csv
 from lab.language import (
     EVALUATED_ROWS,
     MOST_SHARED,
@@ -44,7 +44,7 @@ from lab.language import (
 )
 from lab.pool_cells import Arm
 from lab.smollm2 import base
-from lab.tuning import Point, best_point, rates_at
+from lab.tuning import rates_at, tune
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find as find_method
@@ -163,21 +163,21 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, or print its cost."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     stages = [stage for stage in (OF_ANOTHER_BASE if options.base else STAGES) if stage.rows in options.rows]
-    tuning, cells = options.out / "language_tune.jsonl", options.out / "language.jsonl"
     everything, table = draw(options.tasks, ROOT / "runs" / "pool_value" / "language")
     names = FIXED if options.base else [name for name in everything if name not in TUNING]
     targets = {name: everything[name] for name in names}
     if options.plan:
-        print_plan(stages, targets, read_lines(cells), read_lines(tuning), tune_only=options.tune)
+        print_plan(costs(stages, targets, options), ", without the pool")
         return
     options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "language_draw.csv", table)
     for stage in stages:
         lab = Lab(options.base or base(), options.pool, FEWER_ADAPTERS if options.base else ADAPTERS)
-        rates = {arm: tune(lab, arm, stage.rows, everything, tuning) for arm in stage.arms}
+        rates = {arm: tuned(lab, arm, stage.rows, everything, options.out) for arm in stage.arms}
         if not options.tune:
-            run(lab, stage, targets, rates, cells)
-    for name, lines in tables(read_lines(cells), read_lines(tuning), len(targets)).items():
+            run(lab, stage, targets, rates, options.out)
+    rows, trials = (read_lines(options.out / f"{name}.jsonl") for name in ("language", "language_tune"))
+    for name, lines in tables(rows, trials, len(targets)).items():
         write_csv(options.out / f"language_{name}.csv", lines)
         print(f"{name}\n{markdown(lines)}")
 
@@ -209,21 +209,16 @@ def draw(tasks: Path, clean: Path) -> tuple[dict[str, Path], list[list[str]]]:
     return paths, lines
 
 
-def print_plan(
-    stages: Sequence[Stage], targets: Iterable[str], rows: Sequence[Row], tuning: Sequence[Row], *, tune_only: bool
-) -> None:
-    """Print the missing cells of each stage and their time; of the tuning, the time of the first moves of an arm."""
-    total, have = 0.0, {key_of(row) for row in rows}
-    tuned = {(row["arm"], row["rows"]) for row in tuning}
+def costs(stages: Sequence[Stage], targets: Iterable[str], options: Options) -> Iterator[tuple[str, float]]:
+    """Yield the missing cells by stage, and their CPU seconds; of the tuning, the first moves of each arm."""
+    tuned = {key[:2] for key in map(_tuning_key, read_lines(options.out / "language_tune.jsonl"))}
     for stage in stages:
+        label, seconds = f"{stage.rows} rows, {'; '.join(stage.arms)}", COST[stage.rows]
         new = [a for a in stage.arms if ARMS[a].rates and a not in UNTUNED and (a, stage.rows) not in tuned]
         points = sum(1 + 2 * len(ARMS[arm].rates) for arm in new)
-        trials = points * len(TUNING) * len(TUNING_SEEDS[stage.rows])
-        cells = 0 if tune_only else sum(key not in have for key in keys(stage, targets))
-        seconds = (trials + cells) * COST[stage.rows]
-        total += seconds
-        print(f"{stage.rows} rows, {'; '.join(stage.arms)}: {trials} trials, {cells} cells, {seconds / 60:.0f} minutes")
-    print(f"{total / 60:.0f} CPU minutes, without the pool")
+        yield from [(f"{label}, rates", seconds)] * (points * len(TUNING) * len(TUNING_SEEDS[stage.rows]))
+        if not options.tune:
+            yield from [(label, seconds)] * len(of_targets(options.out).missing(keys(stage, targets)))
 
 
 def keys(stage: Stage, targets: Iterable[str]) -> Iterator[Key]:
@@ -236,46 +231,46 @@ def key_of(row: Row) -> Key:
     return row["arm"], row["rows"], row["task"], row["seed"]
 
 
+def of_targets(out: Path) -> Cells[Key]:
+    """Return the cells of the targets."""
+    return Cells(out / "language.jsonl", key_of)
+
+
 def run(
-    lab: "Lab", stage: Stage, targets: Mapping[str, Path], rates: Mapping[str, dict[str, float]], file: Path
+    lab: "Lab", stage: Stage, targets: Mapping[str, Path], rates: Mapping[str, dict[str, float]], out: Path
 ) -> None:
     """Measure the missing cells of a stage."""
-    have = {key_of(row) for row in read_lines(file)}
-    for key in keys(stage, targets):
-        if key in have:
-            continue
-        arm, rows, task, seed = key
-        began = time.process_time()
-        cell = lab.measure(arm, targets[task], rows, seed, rates[arm])
-        seconds = time.process_time() - began
-        of_key = {"arm": arm, "rows": rows, "task": task, "seed": seed, "rates": rates[arm]}
-        append_line(file, of_key | cell | {"cpu_seconds": round(seconds, 1)})
-        print(f"{rows} rows, {arm}, {task}, seed {seed}: {seconds:.0f} CPU s", file=sys.stderr, flush=True)
+
+    def measure(missing: Sequence[Key]) -> Iterator[Row]:
+        for arm, rows, task, seed in missing:
+            began = time.process_time()
+            cell = lab.measure(arm, targets[task], rows, seed, rates[arm])
+            of_key = {"arm": arm, "rows": rows, "task": task, "seed": seed, "rates": rates[arm]}
+            yield of_key | cell | {"cpu_seconds": round(time.process_time() - began, 1)}
+
+    of_targets(out).fill(keys(stage, targets), measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.0f} CPU s")
 
 
-def tune(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], file: Path) -> dict[str, float]:
+def tuned(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], out: Path) -> dict[str, float]:
     """Return the rates of an arm whose mean test loss on the tuning tasks is no higher than at any neighbour."""
     begin = ARMS[name].rates
     if not begin or name in UNTUNED:
         return dict(begin)
-    lines = [line for line in read_lines(file) if (line["arm"], line["rows"]) == (name, rows)]
-    found = {(tuple(line["point"]), line["task"], line["seed"]): line["test_loss"] for line in lines}
 
-    def losses(points: Sequence[Point]) -> list[float]:
-        for point, task, seed in itertools.product(points, TUNING, TUNING_SEEDS[rows]):
-            if (point, task, seed) not in found:
-                rates = rates_at(begin, point)
-                loss = lab.measure(name, paths[task], rows, seed, rates, answer=False)["test_loss"]
-                found[point, task, seed] = loss
-                key = {"arm": name, "rows": rows, "task": task, "seed": seed}
-                append_line(file, key | {"point": point, "rates": rates, "test_loss": loss})
-        return [
-            float(np.mean([found[point, task, seed] for task in TUNING for seed in TUNING_SEEDS[rows]]))
-            for point in points
-        ]
+    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+        for arm, _, point, task, seed in missing:
+            rates = rates_at(begin, point)
+            loss = lab.measure(arm, paths[task], rows, seed, rates, answer=False)["test_loss"]
+            key = {"arm": arm, "rows": rows, "task": task, "seed": seed}
+            yield key | {"point": point, "rates": rates, "test_loss": loss}
 
     moves = [by for by in itertools.product((-1, 0, 1), repeat=len(begin)) if sum(map(abs, by)) == 1]
-    return rates_at(begin, best_point(moves, losses))
+    trials, over = Cells(out / "language_tune.jsonl", _tuning_key), [*itertools.product(TUNING, TUNING_SEEDS[rows])]
+    return tune(trials, (name, rows), begin, moves, over, measure)
+
+
+def _tuning_key(row: Row) -> tuple[Any, ...]:
+    return row["arm"], row["rows"], tuple(row["point"]), row["task"], row["seed"]
 
 
 class Lab:

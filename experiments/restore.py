@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 import tyro
-from lab.common import ROOT, append_line, read_lines, write_csv
+from lab.cells import Cells, Row, print_plan
+from lab.common import ROOT, write_csv
 from lab.language import EVALUATED_ROWS, PROMPT, TRAIN_ROWS, find, options_of
 from lab.language import MAIN as METHODS
 from lab.language import SOURCES as POOL
@@ -91,7 +91,6 @@ EPOCHS = 5
 # CPU seconds of a row, by its training: closed form or distilled.
 COST = {"none": 20, "closed": 150, "distilled": 300}
 
-Row = dict[str, Any]
 Part = Literal["main", "more", "text", "chips", "transfer", "tune"]
 PARTS: tuple[Part, ...] = get_args(Part)
 Kind = Literal["real", "sampled", "continued", "prompts"]
@@ -276,29 +275,20 @@ class Texts(NamedTuple):
 def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, or print its cost."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    file = options.out / "rows.jsonl"
-    rows = read_lines(file)
-    model = options.base or Path(SMOLLM2)
-    if others := {row.get("base", SMOLLM2) for row in rows} - {model.name}:
-        raise ValueError(f"{file} has rows of {', '.join(others)}, and --base is {model.name}: give another --out")
-    have = {job_of(row) for row in rows}
-    missing = list(dict.fromkeys(job for job in jobs(options) if job not in have))
+    cells = Cells(options.out / "rows.jsonl", job_of, {"base": (options.base or Path(SMOLLM2)).name})
     if options.plan:
-        for job in missing:
-            where = f"chip {job.chip}, {label(job)}"
-            print(f"{job.part:8} {where:40} {job.arm}, {job.tokens} {job.text} tokens")
-        kinds = ["none" if j.arm == NONE else "distilled" if j.arm.epochs else "closed" for j in missing]
-        print(f"{len(missing)} rows: {sum(COST[kind] for kind in kinds) / 60:.0f} CPU minutes")
+        print_plan(
+            (f"{job.part:8} {shown(job)}, {job.tokens} {job.text} tokens", cost(job))
+            for job in cells.missing(jobs(options))
+        )
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    fusions = fused(options) if any(job.part == "transfer" for job in missing) else {}
-    for number, row in enumerate(measured(missing, options, fusions), start=1):
-        rows.append(row | {"base": model.name} | environment())
-        append_line(file, rows[-1])
+
+    def show(row: Row) -> str:
         found = {name: round(row[name], 4) for name in ("loss", "digital", "left_out", "exact_match") if name in row}
-        job = job_of(row)
-        where = f"chip {job.chip}, {label(job)}"
-        print(f"[{number}/{len(missing)}] {where} {job.arm}: {found}", file=sys.stderr, flush=True)
+        return f"{shown(job_of(row))}: {found}"
+
+    cells.fill(jobs(options), lambda missing: measured(missing, options), show)
+    rows = cells.rows()
     for part, lines in tables(rows).items():
         write_csv(options.out / f"{part}.csv", lines)
         print(markdown(lines))
@@ -333,6 +323,11 @@ def jobs(options: Options) -> Iterator[Job]:
         of_text: dict[Kind, tuple[int, ...]] = {"real": (128, 512, 2048), "sampled": (512, 2048, 8192)}
         for text, sizes in of_text.items():
             yield from (Job("text", Setting(), 1, arm, text, size) for arm in OF_TEXT for size in sizes)
+
+
+def cost(job: Job) -> float:
+    """Return the CPU seconds of a job."""
+    return COST["none" if job.arm == NONE else "distilled" if job.arm.epochs else "closed"]
 
 
 def job_of(row: Row) -> Job:
@@ -462,10 +457,9 @@ class Bench:
         }
 
 
-def measured(missing: Sequence[Job], options: Options, fusions: dict[str, FuseOptions]) -> Iterator[Row]:
+def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
     """Yield a row for each job."""
-    if not missing:
-        return
+    fusions = fused(options) if any(job.part == "transfer" for job in missing) else {}
     corrected = options.runs / (f"corrections-{options.base.stem}" if options.base else "corrections")
     bench = Bench(options.base or base(), fusions, corrected, prompts_of(options.tasks) if fusions else "")
     digital = bench.held_out(bench.digital)
@@ -504,6 +498,7 @@ def measured(missing: Sequence[Job], options: Options, fusions: dict[str, FuseOp
             "config_sha256": config_hash(job.setting.config()),
             "paths": sorted({chip.plan.path for chip in chips_in(weights)}),
             "cpu_seconds": time.process_time() - began,
+            **environment(),
         }
 
 
@@ -658,6 +653,11 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
         return [label(job), corrections, "-" if arm == NONE else job.source, *above]
     named = [str(arm), *text] if job.part == "more" else [str(arm)]
     return [*named, f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
+
+
+def shown(job: Job) -> str:
+    """Return a job in words."""
+    return f"chip {job.chip}, {label(job)} {job.arm}"
 
 
 def label(job: Job) -> str:

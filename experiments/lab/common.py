@@ -5,10 +5,9 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ import numpy as np
 from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.methods import find
 from lorafusion_jax.methods import recipe_of as recipe_with
-from lorafusion_jax.parts import RunFolder, check_regular, is_object
+from lorafusion_jax.parts import RunFolder
 from lorafusion_jax.report import write_text
 
 from .methods import Entry
-from .rows import League, append_lines
+from .rows import League
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "examples" / "small"
@@ -65,7 +64,8 @@ def small_pool_in_basis() -> Path:
 
 
 def write_csv(file: Path, lines: Sequence[Sequence[Any]]) -> None:
-    """Write the lines of a table, the first one its heading."""
+    """Write the lines of a table, the first one its heading, into a folder that is made if it does not exist."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     write_text(file, text.getvalue())
@@ -74,28 +74,6 @@ def write_csv(file: Path, lines: Sequence[Sequence[Any]]) -> None:
 def with_spread(values: np.ndarray) -> str:
     """Return a mean, and the standard deviation if there are several values."""
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines, none where it is not there; a last line that was cut off is none.
-
-    Raises:
-      ValueError: a line is not JSON, or the path is a pipe or a device.
-    """
-    check_regular(file)
-    *lines, last = file.read_bytes().split(b"\n") if file.exists() else [b""]
-    rows = []
-    for number, line in enumerate([*lines, last] if is_object(last) else lines, start=1):
-        try:
-            rows.append(json.loads(line))  # which also reads NaN, the loss of a training that diverged
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number} is not JSON ({error}): fix or remove the line") from error
-    return rows
-
-
-def append_line(file: Path, row: Mapping[str, Any]) -> None:
-    """Add an object to a file of JSON lines; it replaces a last line that was cut off."""
-    append_lines(file, [json.dumps(row).encode() + b"\n"])
 
 
 # Rows that a seed uses, and passes over them. LoraHub's league gives five examples, and all methods the same.

@@ -1,7 +1,7 @@
 """A method on chips: its numbers trained digitally or on every chip, and scored on every chip at any age.
 
-What an experiment has computed lies in a folder: OUT/numbers (trained numbers), OUT/rows (scores), OUT/runs (runs that
-`lorafusion fuse` could have made). The same command continues where it was interrupted.
+What an experiment has computed lies in a folder: OUT/numbers (trained numbers), OUT/rows.jsonl (scores), OUT/runs
+(runs that `lorafusion fuse` could have made). The same command continues where it was interrupted.
 """
 
 import dataclasses
@@ -45,10 +45,9 @@ from lorafusion_jax.parts import (
 )
 from lorafusion_jax.tasks import split
 
+from .cells import Cells, Row
 from .common import ROOT, SMALL, TRAIN_ROWS, convert_small_pool, recipe_of, small_pool_in_basis
 from .methods import Entry
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,11 +115,9 @@ class Store:
 
     def rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return rows by name, computed only once."""
-        file = self.folder / "rows" / f"{name}.json"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"rows": compute()})
-        return json.loads(file.read_text())["rows"]
+        cells = Cells(self.folder / "rows.jsonl", lambda row: row["name"])
+        cells.fill([name], lambda _: [{"name": name, "rows": compute()}], lambda row: row["name"])
+        return next(row["rows"] for row in cells.rows() if row["name"] == name)
 
     def numbers(self, name: str, compute: Callable[[], Params]) -> Params:
         """Return trained numbers by name, computed only once."""

@@ -18,7 +18,8 @@ from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find
 from lorafusion_jax.parts import RunFolder, options_to_json, printable, read_lines, read_options, run_path, with_targets
 
-from .rows import append_lines, append_rows, done, read_rows
+from .cells import append_lines
+from .rows import append_rows, done, read_rows
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (

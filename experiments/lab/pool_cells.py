@@ -74,10 +74,11 @@ TRAINED = {
 ARMS = {ZERO: Arm("zero-shot"), CONSTANT: Arm("constant"), **TRAINED}
 
 
-def cells(name: str, rows: int) -> set[tuple[Any, ...]]:
-    """Return the keys of all rows of an arm."""
+def cells(name: str, rows: int) -> list[tuple[Any, ...]]:
+    """Return the keys of all rows of an arm, seeds of a task and draw together."""
     tasks = [target.task.name for target in design().targets if target.pool != "tuning"]
-    return {(name, rows, *key) for key in itertools.product(tasks, SEEDS, ARMS[name].draws)}
+    everything = itertools.product(tasks, ARMS[name].draws, SEEDS)
+    return [(name, rows, task, seed, draw) for task, draw, seed in everything]
 
 
 def key_of(row: Row) -> tuple[Any, ...]:

@@ -1,13 +1,7 @@
-"""Rows of a results file: JSON lines, one for each task, method, league and seed, that only ever grows.
+"""Rows of a results file: JSON lines, one for each task, method, league and seed, that only ever grows."""
 
-A process that is killed while it appends leaves a last line without its end. Readers ignore that line, and the next
-append removes it, so an interrupted matrix continues with the rows that `done` does not name.
-"""
-
-import fcntl
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, cast
@@ -15,8 +9,10 @@ from typing import Annotated, Any, Literal, TypedDict, cast
 import msgspec
 
 from lorafusion_jax import FileError
-from lorafusion_jax.parts import check_no_link, is_object, read_lines, structured, writing
+from lorafusion_jax.parts import read_lines, structured
 from lorafusion_jax.report import key, name
+
+from .cells import append_lines
 
 League = Literal["95+5", "5"]
 Key = tuple[str, str, str, int]
@@ -73,24 +69,6 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     lines = [_line(row, f"row {number} of {len(rows)} to append") for number, row in enumerate(rows, start=1)]
     append_lines(path, lines)
-
-
-def append_lines(path: Path, lines: Sequence[bytes]) -> None:
-    """Add JSON lines, each with its newline, as `append_rows` does."""
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        check_no_link(path)
-        with open(path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            last = file.read().rpartition(b"\n")[2]  # empty if the last line has its end
-            if is_object(last):
-                lines = [b"\n", *lines]
-            elif last:
-                file.truncate(os.fstat(file.fileno()).st_size - len(last))
-            file.write(b"".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def merge(files: Sequence[Path]) -> list[Row]:

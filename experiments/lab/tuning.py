@@ -1,6 +1,11 @@
 """The search for learning rates in factors of 3, until no neighbour of the best point is better."""
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from .cells import Cells, Row
 
 Point = tuple[int, ...]  # powers of 3, by which the rates of an arm are multiplied
 
@@ -24,3 +29,31 @@ def best_point(moves: Sequence[Point], losses: Callable[[Sequence[Point]], Seque
         if min(others) >= of_best:
             return best
         best = around[1 + others.index(min(others))]
+
+
+def tune(
+    cells: Cells[tuple[Any, ...]],
+    of_arm: tuple[Any, ...],
+    begin: Mapping[str, float],
+    moves: Sequence[Point],
+    over: Sequence[tuple[Any, ...]],
+    measure: Callable[[list[tuple[Any, ...]]], Iterable[Row]],
+) -> dict[str, float]:
+    """Return the rates of an arm whose mean test loss no move lowers.
+
+    Args:
+      cells: of the tuning; the key of one is the arm's, a point, and one of `over`.
+      of_arm: key of the arm.
+      begin: rates at the first point.
+      moves: steps to all neighbours of a point.
+      over: tasks, or tasks and seeds, that losses are means over.
+      measure: function that yields the rows of missing cells.
+    """
+
+    def losses(points: Sequence[Point]) -> list[float]:
+        keys = [(*of_arm, point, *each) for each, point in itertools.product(over, points)]
+        cells.fill(keys, measure, lambda row: f"{cells.key_of(row)}: {row['test_loss']:.3f}")
+        found = {cells.key_of(row): row["test_loss"] for row in cells.rows()}
+        return [fmean(found[(*of_arm, point, *each)] for each in over) for point in points]
+
+    return rates_at(begin, best_point(moves, losses))

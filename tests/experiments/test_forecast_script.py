@@ -7,7 +7,7 @@ from pathlib import Path
 import forecast as experiment
 import numpy as np
 import pytest
-from lab.common import read_lines
+from lab.cells import read_lines
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PAGE = _ROOT / "docs" / "results" / "forecast.md"

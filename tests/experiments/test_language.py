@@ -128,7 +128,7 @@ def test_the_pool_is_trained_task_by_task(tmp_path, monkeypatch, capsys):
 
     language_pool.main([*given, "--sources", "one", "two", "--plan"])
     printed = capsys.readouterr().out
-    assert "1 tasks, " in printed and "of 1 finished tasks" in printed and "95 rows x 5" in printed
+    assert "1 cells, " in printed and "95 rows x 5" in printed
     trained = []
     monkeypatch.setattr(
         language_pool, "_train", lambda name, path, options: trained.append(name) or row | {"task": name}

@@ -57,7 +57,7 @@ def test_rows_of_perplexity_by_setting(script, tmp_path, capsys):
 
     script.main([*given, "--bits", "8", "3", "--plan"])
     printed = capsys.readouterr().out
-    assert "3-bit ADC, error 0 %" in printed and "1 settings on 24 tokens" in printed
+    assert "3-bit ADC, error 0 %" in printed and "1 cells, " in printed
     script.main([*given, "--bits", "8", "3"])
     assert file.read_text().startswith(first)
     coarse = json.loads(file.read_text().splitlines()[-1])

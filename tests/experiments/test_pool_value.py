@@ -10,6 +10,7 @@ import numpy as np
 import pool_value as experiment
 import pytest
 from lab import pool_cells, string_pools
+from lab.cells import append_line
 from page_tables import rows_below
 from shuffle_labels import main as write_shuffled
 from string_tasks import split
@@ -140,7 +141,7 @@ def test_the_plan_lists_cells_that_are_missing(tmp_path, capsys):
     experiment.main(["--plan", "--rows", "20", "--out", str(tmp_path)])
     assert " 20 rows  LoRAFusion: 150 cells" in capsys.readouterr().out
     for row in _rows(_made_up)[:400]:
-        experiment.append_line(tmp_path / "rows_20.jsonl", row)
+        append_line(tmp_path / "rows_20.jsonl", row)
     experiment.main(["--plan", "--rows", "20", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "zero-shot" not in printed and " 20 rows  LoRAFusion: 50 cells" in printed

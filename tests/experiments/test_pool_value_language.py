@@ -1,5 +1,6 @@
 """The pool's value on language: its draw, its rows and tables, and all arms on a small Llama."""
 
+import collections
 import csv
 import itertools
 import json
@@ -10,7 +11,7 @@ import numpy as np
 import pool_value_language as experiment
 import pytest
 import small_llama
-from lab.common import read_lines
+from lab.cells import append_line, read_lines
 from lab.language import MOST_SHARED, SOURCES, TUNING, load
 from lab.tuning import best_point, rates_at
 from page_tables import rows_below
@@ -159,11 +160,11 @@ class _Recorded:
 
 def test_cells_are_measured_once_and_a_seed_runs_through_all_targets_first(tmp_path):
     stage, targets = experiment.STAGES[0], {name: Path(name) for name in _TARGETS}
-    rates, file = {arm: {} for arm in stage.arms}, tmp_path / "rows.jsonl"
+    rates, file = {arm: {} for arm in stage.arms}, tmp_path / "language.jsonl"
     labs = [_Recorded(50), _Recorded(1000)]
     with pytest.raises(KeyboardInterrupt):
-        experiment.run(labs[0], stage, targets, rates, file)
-    experiment.run(labs[1], stage, targets, rates, file)
+        experiment.run(labs[0], stage, targets, rates, tmp_path)
+    experiment.run(labs[1], stage, targets, rates, tmp_path)
     arms = ("LoRAFusion", "rotated", "magnitudes only")
     wanted = [(arm, 20, Path(name), seed) for seed, name, arm in itertools.product((1, 2, 3), _TARGETS, arms)]
     assert labs[0].asked + labs[1].asked == wanted
@@ -171,17 +172,17 @@ def test_cells_are_measured_once_and_a_seed_runs_through_all_targets_first(tmp_p
 
 
 def test_a_tuning_continues_and_ends_at_the_best_rate(tmp_path):
-    file, paths = tmp_path / "tune.jsonl", {name: Path(name) for name in TUNING}
+    file, paths = tmp_path / "language_tune.jsonl", {name: Path(name) for name in TUNING}
     first, second, third = _Recorded(7), _Recorded(1000), _Recorded(0)
     with pytest.raises(KeyboardInterrupt):
-        experiment.tune(first, "LoRA, rank 8", 20, paths, file)
-    found = experiment.tune(second, "LoRA, rank 8", 20, paths, file)
-    assert found == {"lr_lora": 0.045} == experiment.tune(third, "LoRA, rank 8", 20, paths, file)
+        experiment.tuned(first, "LoRA, rank 8", 20, paths, tmp_path)
+    found = experiment.tuned(second, "LoRA, rank 8", 20, paths, tmp_path)
+    assert found == {"lr_lora": 0.045} == experiment.tuned(third, "LoRA, rank 8", 20, paths, tmp_path)
     # Powers -1 to 3 of 3, two tasks and two seeds.
     assert len(first.asked) + len(second.asked) == 5 * 2 * 2 == len(file.read_text().splitlines())
-    assert experiment.tune(third, "zero-shot", 20, paths, file) == {}
+    assert experiment.tuned(third, "zero-shot", 20, paths, tmp_path) == {}
     fixed = {"lr_coefficients": 0.01, "lr_magnitudes": 0.0333}
-    assert experiment.tune(third, "rotated, magnitudes at 0.0333", 20, paths, file) == fixed
+    assert experiment.tuned(third, "rotated, magnitudes at 0.0333", 20, paths, tmp_path) == fixed
 
 
 def _rows(arm, loss, seeds=(1, 2, 3)):
@@ -219,15 +220,18 @@ def test_contrasts_are_over_tasks_and_the_seeds_that_both_arms_have():
     assert [row[:5] for row in lines] == [["20", "rotated minus LoRAFusion", "3", "6", f"{mean:.3f}"]]
 
 
-def test_the_plan_counts_missing_cells_and_trials(capsys):
-    rows = _rows("LoRAFusion", lambda place, seed: 1.0)
-    tuning = [{"arm": "LoRAFusion", "rows": 20}]
-    experiment.print_plan(experiment.STAGES, _TARGETS, rows, tuning, tune_only=False)
-    first, *_, last, fixed, total = capsys.readouterr().out.splitlines()
-    assert ": 32 trials, 72 cells, " in first and ": 32 trials, 60 cells, " in last and "CPU minutes" in total
-    assert ": 0 trials, 36 cells, " in fixed
-    experiment.print_plan(experiment.STAGES[:1], _TARGETS, [], [], tune_only=True)
-    assert ": 52 trials, 0 cells, " in capsys.readouterr().out
+def test_the_plan_counts_missing_cells_and_trials(tmp_path):
+    for row in _rows("LoRAFusion", lambda place, seed: 1.0):
+        append_line(tmp_path / "language.jsonl", row)
+    trial = {"arm": "LoRAFusion", "rows": 20, "point": [0, 0], "task": TUNING[0], "seed": 1}
+    append_line(tmp_path / "language_tune.jsonl", trial)
+    options = experiment.Options(tasks=tmp_path, out=tmp_path)
+    counts = collections.Counter(label for label, _ in experiment.costs(experiment.STAGES, _TARGETS, options))
+    first, *_, last, fixed = (f"{stage.rows} rows, {'; '.join(stage.arms)}" for stage in experiment.STAGES)
+    assert (counts[f"{first}, rates"], counts[first], counts[f"{last}, rates"], counts[last]) == (32, 72, 32, 60)
+    assert (counts[f"{fixed}, rates"], counts[fixed]) == (0, 36)
+    options = experiment.Options(tasks=tmp_path, out=tmp_path / "empty", tune=True)
+    assert len([*experiment.costs(experiment.STAGES[:1], _TARGETS, options)]) == 52
 
 
 @pytest.mark.parametrize(("folder", "targets"), [(".", experiment.TARGETS), ("gemma", len(experiment.FIXED))])

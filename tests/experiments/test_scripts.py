@@ -10,7 +10,7 @@ import one_block
 import pytest
 import seed_sweep
 import tune
-from lab import common, methods
+from lab import cells, common, methods
 
 from lorafusion_jax import FuseOptions, fuse
 from lorafusion_jax.methods import find
@@ -91,14 +91,14 @@ def test_a_sweep_has_the_results_of_its_runs(small, tmp_path, capsys):
 
 def test_lines_are_added_behind_the_last_whole_one(tmp_path):
     file = tmp_path / "rows.jsonl"
-    assert common.read_lines(file) == []
+    assert cells.read_lines(file) == []
     file.write_text('{"a": 1}\n{"a": NaN}\n{"a": [2, ')
-    assert [of["a"] for of in common.read_lines(file)][0] == 1 and len(common.read_lines(file)) == 2
-    common.append_line(file, {"a": 3})
+    assert [of["a"] for of in cells.read_lines(file)][0] == 1 and len(cells.read_lines(file)) == 2
+    cells.append_line(file, {"a": 3})
     assert file.read_text() == '{"a": 1}\n{"a": NaN}\n{"a": 3}\n'
     file.write_text("not JSON\n")
     with pytest.raises(ValueError, match="rows.jsonl, line 1 is not JSON .*fix or remove the line"):
-        common.read_lines(file)
+        cells.read_lines(file)
 
 
 def _planned(capsys, *given):
