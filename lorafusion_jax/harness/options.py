@@ -114,7 +114,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
                 "--calibration-task, or a restored base by --restore"
             )
     if options.run is not None and config is not None:
-        loaded = of_run(loaded, fused, options.run, config)
+        loaded = of_run(loaded, fused, options.run, config, jax.tree.map(lambda p: p[place], params))
     if params is None:
         of_seed = loaded.problem.replace(index=loaded.problem.index[0]).init(jax.random.key(0))
         params = jax.tree.map(lambda p: p[None], of_seed)

@@ -100,7 +100,7 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     check_format(options.format, fused.base)
     if options.push is not None:  # before the weights are loaded, because the hub may refuse
         make_repository(options.push, private=options.private)
-    loaded = of_run(load_model(fused), fused, folder, config)
+    loaded = of_run(load_model(fused), fused, folder, config, of_seed)
     problem = loaded.problem.replace(index=loaded.problem.index[place])
     fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)
     with new_folder(options.out) as partial:

@@ -117,7 +117,7 @@ class _Answering:
         """Load the model, with an index of the seed alone."""
         loaded = load_model(self.fused, texts=texts)
         if self.run is not None:
-            loaded = of_run(loaded, self.fused, *self.run)
+            loaded = of_run(loaded, self.fused, *self.run, self.params)
         return loaded.problem.replace(index=loaded.problem.index[self.place])
 
 
@@ -136,7 +136,8 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     test_rows = options.test_rows or fused.test_rows
     rows = {"train_rows": train_rows, "test_rows": test_rows, "eval_batch": options.eval_batch}
     fused = dataclasses.replace(fused, task=task.source, recipe=recipe, **rows)
-    return of_run(prepare(fused, to_train=False, task=task), fused, options.run, config), fused, params
+    setup, of_first = prepare(fused, to_train=False, task=task), jax.tree.map(lambda p: p[0], params)
+    return of_run(setup, fused, options.run, config, of_first), fused, params
 
 
 def task_to_evaluate(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from .. import tasks
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
 from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuffled_pool
+from ..io.arrays import check_signature, signature
 from ..io.digests import Digests, PoolDigests, pool_digests
 from ..io.hf import base_digest, load_base, load_fast_tokenizer, open_base, read_config
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
@@ -33,7 +34,7 @@ from ..support.platform import for_cpu
 from ..training import mesh as sharding
 from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
-from ..training.method import Method
+from ..training.method import Method, Params
 from ..training.problem import Problem
 from ..training.seeds import SeedMode, default_seed_mode
 from .folder import RunConfig, note
@@ -379,10 +380,16 @@ def check_digests(folder: Path, recorded: Digests, now: Digests, options: FuseOp
                 )
 
 
-def of_run(loaded: AnyLoaded, options: FuseOptions, folder: Path, config: RunConfig) -> AnyLoaded:
-    """Return the loaded model with the modules of a run; ValueError if base or pool are not those of the run."""
+def of_run(loaded: AnyLoaded, options: FuseOptions, folder: Path, config: RunConfig, params: Params) -> AnyLoaded:
+    """Return the loaded model with the modules of a run, whose trained numbers of one seed are given.
+
+    Raises a ValueError if base or pool are not those of the run, or the numbers have other shapes than its method's.
+    """
     found = with_modules(loaded, options, config["modules"])
     check_digests(folder, config["digests"], digests(found, options), options)
+    problem = found.problem.replace(index=found.problem.index[0])
+    expected = signature(jax.eval_shape(problem.init, jax.random.key(0)))
+    check_signature(folder / "final", signature(params), expected, fix="restore it from a copy, or train again")
     return found
 
 

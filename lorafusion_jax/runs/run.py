@@ -22,6 +22,7 @@ from ..methods import find
 from ..methods.fusion import choice_of
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
 from ..support import processes
+from ..support.files import FileError
 from ..tasks import without_revision
 from ..training.compiled import make_room
 from ..training.fit import start
@@ -159,6 +160,9 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     if not run.final.is_dir():
         raise ValueError(f"{folder} has not been trained to its end: resume it with --resume")
     params, _ = arrays.load(run.final, metadata=FinalSteps, what=FINAL)
+    if wrong := [p.shape for p in jax.tree.leaves(params) if p.shape[:1] != (len(options.seeds),)]:
+        wanted, fix = f"an axis of {len(options.seeds)} seeds", "restore it from a copy, or train again"
+        raise FileError(run.final, got=f"has an array of shape {wrong[0]}", expected=wanted, fix=fix)
     return options, jax.tree.map(jnp.asarray, params), config
 
 

@@ -3,13 +3,16 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax import cli
+from lorafusion_jax.io.source import sha256
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SMALL = _ROOT / "examples" / "small"
@@ -92,6 +95,34 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
         assert stop.value.code == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"coefficients": a["coefficients"][:1]}, "has an array of shape (1,"),
+        (lambda a: a | {"coefficients": a["coefficients"][..., :1]}, "coefficients is float32["),
+        (lambda a: a | {"coefficients": a["coefficients"].astype("int32")}, "coefficients is int32["),
+        (lambda a: {"coefficients": a["coefficients"]}, " is absent: expected float32["),
+        (lambda a: a | {"others": a["coefficients"]}, "others is float32["),
+    ],
+)
+def test_trained_numbers_of_other_shapes_under_a_right_digest_are_refused(run, change, message, tmp_path, capsys):
+    folder = shutil.copytree(run, tmp_path / "run")
+    save_file(change(load_file(file := folder / "final" / "arrays.safetensors")), file)
+    manifest = json.loads((folder / "final" / "manifest.json").read_text())
+    manifest["files"][file.name] = sha256(file)
+    (folder / "final" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "lines").write_text("a b")
+    of_run = ["--run", str(folder)]
+    for command in (
+        ["evaluate"],
+        ["generate", "--file", str(tmp_path / "lines")],
+        ["export", "--out", str(tmp_path / "x")],
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([*command, *of_run])
+        assert f"error: {folder / 'final'}: " in (error := capsys.readouterr().err) and message in error
 
 
 @pytest.mark.long
