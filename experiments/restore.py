@@ -616,7 +616,7 @@ def contrasts(rows: Sequence[Row]) -> list[list[str]]:
 _NUMBERS, _ABOVE = ["numbers", "% of the weights"], ["chips", "nats above digital", "95 % interval"]
 _MATCHES = ["digital loss", "loss", "digital match, %", "exact match, %", "95 % interval"]
 _HEADS: dict[Part, list[str]] = {
-    "main": ["corrections", *_NUMBERS, *_ABOVE],
+    "main": ["corrections", *_NUMBERS, *_ABOVE, "over windows of text"],
     "more": ["corrections", "text", "tokens", *_NUMBERS, *_ABOVE],
     "text": ["corrections", "text", "tokens", *_ABOVE],
     "chips": ["chip", "corrections", "computed on", *_ABOVE],
@@ -631,7 +631,7 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
     def mean(name: str) -> float:
         return statistics.fmean(row[name] for row in rows)
 
-    def over_chips(values: Sequence[float], digits: int) -> list[str]:
+    def interval(values: Sequence[float], digits: int) -> list[str]:
         ends = over_tasks(values)
         between = "-" if ends is None else f"{ends.low:.{digits}f} to {ends.high:.{digits}f}"
         return [f"{statistics.fmean(values):.{digits}f}", between]
@@ -642,16 +642,19 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
         return [str(arm), *text, *rates, f"{mean('trained'):.3f}", f"{mean('left_out'):.3f}"]
     if job.part == "transfer":
         losses = [f"{mean(name):.3f}" for name in ("digital_task_loss", "task_loss")]
-        matches = over_chips([row["exact_match"] for row in rows], 1)
+        matches = interval([row["exact_match"] for row in rows], 1)
         corrections = f"{arm}, prompts in the text" if job.text == "prompts" else str(arm)
         return [job.task, corrections, count, *losses, f"{mean('digital_exact_match'):.1f}", *matches]
-    above = [count, *over_chips([row["loss"] - row["digital"] for row in rows], 3)]
+    above = [count, *interval([row["loss"] - row["digital"] for row in rows], 3)]
     if job.part == "text":
         return [str(arm), *text, *above]
     if job.part == "chips":
         corrections = str(arm) if job.text == "real" else f"{arm}, {job.text} text"
         return [label(job), corrections, "-" if arm == NONE else job.source, *above]
     named = [str(arm), *text] if job.part == "more" else [str(arm)]
+    if job.part == "main":
+        of_chips = np.array([np.subtract(row["window_losses"], row["digital_window_losses"]) for row in rows])
+        above += interval(of_chips.mean(axis=0).tolist(), 3)[1:]
     return [*named, f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
 
 

@@ -22,7 +22,7 @@ from ..methods import find
 from ..methods.fusion import choice_of
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
 from ..support import processes
-from ..support.files import FileError
+from ..support.reading import FileError
 from ..tasks import without_revision
 from ..training.compiled import make_room
 from ..training.fit import start

@@ -24,6 +24,8 @@ def _row(chip, arm, loss):
         "share": 0.01,
         "loss": loss,
         "digital": 3.0,
+        "window_losses": [loss - 0.1, loss + 0.1],
+        "digital_window_losses": [3.0, 3.0],
     }
 
 
@@ -31,7 +33,9 @@ def test_means_and_intervals_over_chips():
     arm = experiment.Arm("scales", None, 5)
     rows = [_row(chip, arm, loss) for chip, loss in enumerate((3.1, 3.2, 3.3), start=1)]
     # The standard error of a mean of three is 0.1 / sqrt(3), and 4.303 of them make half of the interval.
-    assert experiment.tables(rows)["main"][1] == ["scales, distilled", "10", "1.00", "3", "0.200", "-0.048 to 0.448"]
+    # Two windows of 0.1 and 0.3, each a mean over chips: a standard error of 0.1, and 12.706 of them.
+    line = ["scales, distilled", "10", "1.00", "3", "0.200", "-0.048 to 0.448", "-1.071 to 1.471"]
+    assert experiment.tables(rows)["main"][1] == line
 
 
 def test_a_contrast_is_paired_by_chip_and_needs_three_chips():
