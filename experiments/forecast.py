@@ -51,7 +51,10 @@ from lorafusion_jax.tasks import Encoded, Example, encode, eval_batches
 
 SEED, DRAWS, BATCH, RESAMPLES = 20261128, 3, 10, 10_000
 LANGUAGE_ROWS = 20
-MODELS: dict[str, tuple[Feature, ...]] = {"descent, loss and rows": FEATURES, "loss and rows": ("loss", "log_rows")}
+MODELS: dict[str, tuple[Feature, ...]] = {
+    "gradient norm, loss and rows": FEATURES,
+    "loss and rows": ("loss", "log_rows"),
+}
 JUDGED = ("rank correlation", "its 95 % interval", "in the 80 % interval", "error", "error of the mean")
 PACKAGED = ROOT / "lorafusion_jax" / "runs" / "advantage.json"
 
@@ -200,15 +203,21 @@ def halves(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
 
 
 def evaluated(cases: Sequence[Case]) -> list[list[str]]:
-    """Return a table of the models on both halves; errors are root mean squares in nats."""
-    parts = dict(zip(("fit", "test"), halves(cases), strict=True))
-    mean = float(np.mean([case["advantage"] for case in parts["fit"]]))
+    """Return a table of the models on both halves, on that of the fit also without each task's own cases.
+
+    Errors are root mean squares in nats.
+    """
+    fit, test = halves(cases)
+    left_out = [[other for other in fit if other["task"] != case["task"]] for case in fit]
+    parts = {"fit": (fit, [fit] * len(fit)), "fit, left out": (fit, left_out), "test": (test, [fit] * len(test))}
     table = [["model", "half", "tasks", *JUDGED]]
     for name, features in MODELS.items():
-        model = fit_advantage(parts["fit"], features)
-        for half, own in parts.items():
-            found = [model.predict(case["log_ratio"], case["loss"], case["rows"]) for case in own]
-            table.append([name, half, str(len({case["task"] for case in own})), *judged(own, found, [mean] * len(own))])
+        for half, (own, fitted_on) in parts.items():
+            found, means = [], []
+            for case, known in zip(own, fitted_on, strict=True):
+                found.append(fit_advantage(known, features).predict(case["log_ratio"], case["loss"], case["rows"]))
+                means.append(float(np.mean([other["advantage"] for other in known])))
+            table.append([name, half, str(len({case["task"] for case in own})), *judged(own, found, means)])
     return table
 
 
@@ -247,7 +256,7 @@ def explained(cases: Sequence[Case], relevance: Mapping[str, str], language: Seq
     for kind, own in (("string", cases), ("language", language)):
         features = {
             "loss of the base": [case["loss"] for case in own],
-            "logarithm of the descent ratio": [case["log_ratio"] for case in own],
+            "logarithm of the gradient ratio": [case["log_ratio"] for case in own],
         }
         if kind == "string":
             features["operations of the task in the pool"] = [known[relevance[case["task"]]] for case in own]

@@ -51,12 +51,20 @@ def test_no_task_is_in_both_halves():
 def test_advantages_that_follow_the_descent_are_predicted(tmp_path):
     cases = _cases(range(12))
     table = experiment.evaluated(cases)
-    assert [line[:4] for line in table[1:3]] == [
-        ["descent, loss and rows", half, "6", "1.000"] for half in ("fit", "test")
+    assert [line[:4] for line in table[1:4]] == [
+        ["gradient norm, loss and rows", half, "6", "1.000"] for half in ("fit", "fit, left out", "test")
     ]
-    assert all(float(line[6]) < 1e-3 < float(line[7]) for line in table[1:3])
+    assert all(float(line[6]) < 1e-3 < float(line[7]) for line in table[1:4])
     experiment.plot_cases(cases, tmp_path / "cases.png")
     assert (tmp_path / "cases.png").stat().st_size
+
+
+def test_a_task_that_is_left_out_has_no_part_in_its_own_forecast():
+    """A mean without one of n values is n / (n - 1) times as far from it as the mean of all."""
+    gains = np.random.default_rng(0).normal(size=12)
+    table = experiment.evaluated(_cases(range(12), gain=gains.__getitem__))
+    fitted, left_out = (list(map(float, line[6:])) for line in table[1:3])
+    assert left_out[0] > fitted[0] and left_out[1] == pytest.approx(6 / 5 * fitted[1], abs=2e-3)
 
 
 def test_a_calibration_on_the_other_tasks_corrects_the_mean():

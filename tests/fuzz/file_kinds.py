@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import one_block
 from lab.rows import append_rows, read_rows
-from lorafusion_jax.files import named
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
