@@ -30,7 +30,7 @@ from ..support.progress import progress
 from ..support.reading import FileError, check_regular, utf8
 from ..support.text import shown
 from ..support.writing import check_no_link
-from ..tasks import IGNORED, Batch, Example, encode, eval_batches
+from ..tasks import IGNORED, Batch, Example, encode, eval_batches, tokenise
 from .calibration import looped
 from .folder import Chips, aged, load_chips
 from .program import Restored, program
@@ -348,7 +348,7 @@ def windows(loaded: LoadedModel, ids: Sequence[int]) -> list[Batch]:
 
 
 def _before_a_text(loaded: LoadedModel) -> list[int]:
-    return [token for token in loaded.tokenizer("")["input_ids"] if token == loaded.tokenizer.bos_token_id]
+    return [token for token in tokenise(loaded.tokenizer, "")["input_ids"] if token == loaded.tokenizer.bos_token_id]
 
 
 def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = ()) -> list[int]:
@@ -448,7 +448,8 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> tu
         to_train = [line for place, line in enumerate(lines) if place % _MEASURED]
         return answered(loaded, to_train), answered(loaded, lines[::_MEASURED])
     if options.text:
-        ids = loaded.tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"][: options.tokens]
+        whole = tokenise(loaded.tokenizer, content, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = whole[: options.tokens]
     else:
         ids = sampled(loaded, options.self_text or _SAMPLED, options.seed)
     if len(batches := windows(loaded, ids)) < 2:

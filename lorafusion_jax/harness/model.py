@@ -37,7 +37,7 @@ from ..models.generate import GREEDY, Sampling
 from ..runs.rows import draw_keys, generate_rows
 from ..support.checks import at_least
 from ..support.progress import progress
-from ..tasks import IGNORED, Batch, Encoded, decode, eval_batches
+from ..tasks import IGNORED, Batch, Encoded, decode, eval_batches, tokenise
 from ..tasks.chat_template import render
 from ..training.frozen import GENERATION, OPTIONS
 from ..training.loss import batch_logits, log_likelihood
@@ -133,7 +133,7 @@ class HarnessLM(TemplateLM):
         """Return the tokens of a text; those that begin a text are not added twice."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
-        found = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        found = tokenise(self.tokenizer, string, add_special_tokens=add_special_tokens)["input_ids"]
         if max(found, default=0) >= self._vocabulary:
             raise ValueError(
                 f"{string[:40]!r} has the token {max(found)}, and the model's embedding holds {self._vocabulary}: give "

@@ -97,7 +97,7 @@ def encode(
 
 
 def _separate(tokenizer: Tokenizer, texts: list[str], max_length: int) -> tuple[np.ndarray, ...]:
-    rows = _tokens(tokenizer, texts, max_length=max_length, truncation=True)["input_ids"] if texts else []
+    rows = tokenise(tokenizer, texts, max_length=max_length, truncation=True)["input_ids"] if texts else []
     for row, text in zip(rows, texts, strict=True):
         if not row:
             raise ValueError(_NO_TOKENS.format(text=text))
@@ -143,7 +143,7 @@ def _continued(tokenizer: Tokenizer, examples: Sequence[Example], text_format: T
     for (prompt, whole), start, ids in zip(texts, prompts, wholes, strict=True):
         answer = ids[len(start) :]
         if ids[: len(start)] != start:
-            answer = _tokens(tokenizer, whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+            answer = tokenise(tokenizer, whole[len(prompt) :], add_special_tokens=False)["input_ids"]
         for text, tokens in ((prompt, start), (whole[len(prompt) :], answer)):
             if not tokens and (text or tokens is start):
                 raise ValueError(_NO_TOKENS.format(text=text))
@@ -187,7 +187,8 @@ def _chat(tokenizer: Tokenizer, said: list[tuple[str, str]], *, add_generation_p
         raise ValueError(f"the chat template rejects messages of {roles}: {error}") from error
 
 
-def _tokens(tokenizer: Tokenizer, texts: str | list[str], **how: Any) -> Any:
+def tokenise(tokenizer: Tokenizer, texts: str | list[str], **how: Any) -> Any:
+    """Return `tokenizer(texts, **how)`; raises a ValueError that names the base for whatever it fails with."""
     try:
         with panics():
             return tokenizer(texts, **how)
@@ -201,7 +202,7 @@ def _open_ended(tokenizer: Tokenizer, texts: list[str], *, special: bool) -> lis
     """Return the tokens of texts that are continued: with the tokenizer's first special tokens, without its last."""
     if not texts:
         return []
-    found = _tokens(tokenizer, texts, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
+    found = tokenise(tokenizer, texts, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
     rows = []
     for row, added in zip(found["input_ids"], found["special_tokens_mask"], strict=True):
         length = len(row)

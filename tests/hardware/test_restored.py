@@ -125,6 +125,14 @@ def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_te
     assert len(sampled(loaded, 200, 0)) == 2 * 127  # rows that fill a window each, without that token
 
 
+def test_a_text_on_which_the_tokenizer_panics_is_a_fault_of_the_base(home, tmp_path):
+    base = shutil.copytree(home / "base", tmp_path / "base")
+    content = json.loads((base / "tokenizer.json").read_text())
+    (base / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}))
+    with pytest.raises(ValueError, match=f"the tokenizer of {base} rejects a text .it panics: .*non-zero"):
+        restore_chips(_options(home, base=str(base), out=tmp_path / "out"))
+
+
 def test_outputs_are_computed_where_they_are_read():
     calls = []
 
