@@ -67,7 +67,7 @@ def step_seconds(
       shape: shape of one seed's batch.
       update: the method's update of the adapted matrices.
       rates: rates of a device.
-      trainable: number of trained numbers of one seed.
+      trainable: number of trained parameters of one seed.
       seeds: number of seeds of the run.
       seed: size of the mesh's axis `seed`, a divisor of `seeds`.
       model: size of the mesh's axis `model`.

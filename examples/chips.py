@@ -1,7 +1,7 @@
 """Write a base and a pool onto chips, and compare fusions on them: python examples/chips.py
 
 Nobody rewrites a cell after the first step. A fusion that was trained digitally loses accuracy on a chip; training its
-digital numbers on that very chip wins a part of it back.
+digital parameters on that very chip wins a part of it back.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def main(out: Path, digital: tuple[str, ...] = (), **changes: Any) -> dict[str, 
     # The same numbers on both chips, and a month later, with the mean drift undone digitally.
     on_chips = EvaluateOnChipsOptions(run=out / "digital", crossbar=str(chips), ages=("1s", "1month"), compensate="on")
     for row in evaluate_on_chips(on_chips)["rows"]:
-        scores[f"digital numbers on chip {row['chip']} after {row['age']}"] = row["exact_match"]
+        scores[f"digital parameters on chip {row['chip']} after {row['age']}"] = row["exact_match"]
 
     # Coefficients and magnitudes trained with chip 0 in the forward pass, and evaluated on it.
     arrays = OnArrays(crossbar=str(chips), train_chip="chip", chip=0)

@@ -47,7 +47,7 @@ def main(epochs: int = 10, test_rows: int = 200) -> float:
         state, metrics = step(state, batch, problem, rates, optimisation=optimisation)
     print(f"loss of the last batch: {metrics['loss']:.3f}")
 
-    # The trained numbers give one adapter per matrix, which the model reads next to its kernels.
+    # The trained parameters give one adapter per matrix, which the model reads next to its kernels.
     fused, _ = fusion.adapters(state.params, frozen, index)
     test = task.test[:test_rows]
     encoded = tasks.encode(tokenizer, test)

@@ -33,7 +33,7 @@ def main(out: Path, recipe: lf.Recipe = lf.PRESETS["default"], test_rows: int | 
         print(f"seed {seed['seed']}: {seed['exact_match']:.1f} %, loss {seed['loss']:.3f}")
     print(f"mean: {results['exact_match']:.1f} %")
 
-    # A run can be read again, on any number of devices; trained numbers have an axis of seeds.
+    # A run can be read again, on any number of devices; trained parameters have an axis of seeds.
     _, params, config = lf.load_run(out / "mesh")
     print(f"coefficients: {params['coefficients'].shape}; seed 1 fuses {', '.join(config['modules'][0][:3])}, ...")
     return results

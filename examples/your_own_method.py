@@ -2,7 +2,7 @@
 
 The method here trains one factor per matrix: y = g x W. A method is a frozen dataclass that makes its numbers and turns
 them into adapters, a recipe with its own options, and an entry that names both. In the process that registers it, it is
-in runs, in `lorafusion_jax.cli.main(["fuse", "--method", "gains", "--help"])`, in counts, plans and bills.
+in runs, in `lorafusion_jax.cli.main(["fuse", "--method", "gains", "--help"])`, in counts, plans and costs.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def build(built):
     return Gains(tuple((name, site.layers, site.d_out) for name, site in built.sites), built.recipe.first_gain)
 
 
-def layouts(billed):  # what a task of the method takes in hardware, for bills
+def layouts(billed):  # what a task of the method takes in hardware, for costs
     words = sum(billed.counts.values())
     return {"gains": lf.CostLayout(installed_words=words, macs=lambda site: site.d_out, words=lambda site: 1)}
 

@@ -193,7 +193,7 @@ def _drawn(bill: Bill, options: CostOptions, *, of_token: bool) -> Iterator[tupl
 
 
 def _quantities(bill: Bill) -> Iterator[tuple[str, str, Range]]:
-    yield "trained numbers", "1", Range.of(bill.trainable)
+    yield "trained parameters", "1", Range.of(bill.trainable)
     yield from _of_writing(bill.written)
     yield "cycles of a cell", "1", bill.written.cycles
     if bill.written.until_worn is not None:

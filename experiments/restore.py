@@ -1,4 +1,4 @@
-"""Restoring a language model on simulated arrays: the loss that digital numbers take away, by kind, count and text.
+"""Restoring a language model on simulated arrays: the loss that digital parameters take away, by kind, count and text.
 
     python experiments/restore.py --plan               # rows that are missing, and their time
     python experiments/restore.py                      # the main rows: error 3 %, chips 1 to 5, all kinds
@@ -100,7 +100,7 @@ SOURCES: tuple[Source, ...] = ("age 0", "prepared", "itself")
 
 
 class Arm(NamedTuple):
-    """Kind of the corrections: method, digital numbers as a share of the weights in arrays, and epochs.
+    """Kind of the corrections: method, digital parameters as a share of the weights in arrays, and epochs.
 
     With `labels` there are none, and the fusion of `transfer` is trained on the chip.
     """
@@ -681,7 +681,7 @@ def label(job: Job) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw the loss above digital against the digital numbers, a line for each kind of corrections."""
+    """Draw the loss above digital against the digital parameters, a line for each kind of corrections."""
     kinds: dict[str, dict[float | None, list[tuple[float, float]]]] = {}
     for row in rows:
         arm = job_of(row).arm
@@ -701,7 +701,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.minorticks_off()
         panel.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
         panel.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
-        panel.set_xlabel("digital numbers, % of the weights in arrays")
+        panel.set_xlabel("digital parameters, % of the weights in arrays")
         panel.set_ylabel("loss above the digital model, nats per token")
         panel.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 

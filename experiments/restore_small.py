@@ -108,7 +108,7 @@ def table(matches: dict[str, dict[str, np.ndarray]], shares: dict[str, float]) -
 
     Args:
       matches: by corrections and task, of each chip [C]; of `digital`, of each seed.
-      shares: digital numbers of the corrections as a share of the weights in arrays.
+      shares: digital parameters of the corrections as a share of the weights in arrays.
     """
     tasks = list(matches["digital"])
     lines = [["corrections", "% of the weights", *tasks, "mean", "95 % interval"]]

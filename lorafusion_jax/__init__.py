@@ -1,4 +1,4 @@
-"""LoRAFusion in JAX: fuse a frozen pool of LoRA modules for a new task with a few digital numbers."""
+"""LoRAFusion in JAX: fuse a frozen pool of LoRA modules for a new task with a few digital parameters."""
 
 import importlib
 import importlib.util

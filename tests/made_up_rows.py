@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-METHODS = {  # name -> (strength, trainable numbers); without any to train, one seed says all
+METHODS = {  # name -> (strength, trainable parameters); without any to train, one seed says all
     "zero-shot": (0.08, 0),
     "few-shot prompt": (0.14, 0),
     "constant answer": (0.12, 0),

@@ -26,8 +26,8 @@ def markdown_table(rows: Sequence[Row], *, apart: Collection[str] = ()) -> str:
     A row is one task, method and seed: `task`, `method`, `seed`, `exact_match` in percent, `trainable` numbers, and
     `seconds` of training. Tasks and methods keep the order in which they first occur.
 
-    Below the tasks: their mean (the spread is that of the seeds' means), trainable numbers, and seconds of training for
-    one task and seed. Tasks in `apart` are shown behind the mean and not counted in it.
+    Below the tasks: their mean (the spread is that of the seeds' means), trainable parameters, and seconds of training
+    for one task and seed. Tasks in `apart` are shown behind the mean and not counted in it.
     """
     methods, scores = _seed_scores(rows, apart)
     lines = [("exact match, %", *map(escaped, methods))]
@@ -37,7 +37,7 @@ def markdown_table(rows: Sequence[Row], *, apart: Collection[str] = ()) -> str:
         lines.append((f"**{task}**" if task == _MEAN else escaped(task), *cells))
     of = [[row for row in rows if row["method"] == method] for method in methods]
     trainable = [sorted(row["trainable"] for row in of_method) for of_method in of]
-    lines.append(("trainable numbers", *(counts((found[0], found[-1])) for found in trainable)))
+    lines.append(("trainable parameters", *(counts((found[0], found[-1])) for found in trainable)))
     seconds = [statistics.fmean(row["seconds"] for row in of_method) for of_method in of]
     lines.append(("seconds of training", *(f"{mean:.1f}" for mean in seconds)))
     return markdown(lines)

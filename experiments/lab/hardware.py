@@ -1,6 +1,6 @@
 """A method on chips: its numbers trained digitally or on every chip, and scored on every chip at any age.
 
-What an experiment has computed lies in a folder: OUT/numbers (trained numbers), OUT/rows.jsonl (scores), OUT/runs
+What an experiment has computed lies in a folder: OUT/numbers (trained parameters), OUT/rows.jsonl (scores), OUT/runs
 (runs that `lorafusion fuse` could have made). The same command continues where it was interrupted.
 """
 
@@ -120,11 +120,11 @@ class Store:
         return next(row["rows"] for row in cells.rows() if row["name"] == name)
 
     def numbers(self, name: str, compute: Callable[[], Params]) -> Params:
-        """Return trained numbers by name, computed only once."""
+        """Return trained parameters by name, computed only once."""
         folder = self.folder / "numbers" / name
         if not folder.exists():
             save_arrays(folder, compute(), {})
-        return jax.tree.map(jnp.asarray, load_arrays(folder, what="trained numbers")[0])
+        return jax.tree.map(jnp.asarray, load_arrays(folder, what="trained parameters")[0])
 
     def pool(self) -> Path:
         """Return the embedded pool, converted only once."""

@@ -1,4 +1,4 @@
-"""`lorafusion cost`: the bill of one new task."""
+"""`lorafusion cost`: the energy, time and wear of one new task."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the bill, and write the requested files; before that, raise ValueError for what cannot be used."""
+    """Print the costs, and write the requested files; before that, raise ValueError for what cannot be used."""
     options = parse(CostCommand, arguments, "cost", groups=GROUPS)
     config, crossbar = shape_config(options.shape), load_config(options.crossbar)
     options = dataclasses.replace(options, targets=config.targets if options.targets is None else options.targets)

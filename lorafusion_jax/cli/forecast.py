@@ -22,7 +22,7 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the modules by descent, the forecast with its interval, and one sentence."""
+    """Print the modules by gradient norm, the forecast with its interval, and one sentence."""
     options = parse(ForecastOptions, arguments, "forecast", groups=GROUPS)
     if options.plot is not None:
         load_matplotlib()
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def report(found: Forecast) -> str:
-    """Return the modules by descent, the greatest first, and the forecast."""
+    """Return the modules by gradient norm, the greatest first, and the forecast."""
     descent = found.descent
     lines = [["module", "descent", "rotated", "ratio"]]
     for n in np.argsort(-descent.modules, kind="stable").tolist():

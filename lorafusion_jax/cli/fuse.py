@@ -120,7 +120,7 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
 def report(results: Mapping[str, Any], folder: Path) -> str:
     """Return the results of a run: a line for each seed, then mean and spread."""
     head = (
-        f"{results['task']}, {results['method']}, {results['trainable']:,} trainable numbers, "
+        f"{results['task']}, {results['method']}, {results['trainable']:,} trainable parameters, "
         f"{results['test_rows']:,} test rows"
     )
     return f"{one_line(head)}\n{score_table(results['seeds'])}\nwritten to {one_line(str(folder))}"

@@ -1,4 +1,4 @@
-"""`lorafusion params`: print the number of trainable numbers of each method."""
+"""`lorafusion params`: print the number of trainable parameters of each method."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -41,4 +41,4 @@ def main(arguments: Sequence[str]) -> None:
     found = counts(shape_config(options.shape), **numbers)
     full = found["full fine-tuning"]
     lines = [[method, f"{count:,}", f"{100 * count / full:.4g} %"] for method, count in found.items()]
-    show(markdown([["method", "trainable numbers", f"of {options.shape}"], *lines]), end="")
+    show(markdown([["method", "trainable parameters", f"of {options.shape}"], *lines]), end="")

@@ -1,4 +1,4 @@
-"""Estimates of trainable numbers, FLOPs and memory for one method on one task, before anything is loaded."""
+"""Estimates of trainable parameters, FLOPs and memory for one method on one task, before anything is loaded."""
 
 import dataclasses
 from functools import partial
@@ -41,19 +41,19 @@ class Settings:
 
 
 class Cost(NamedTuple):
-    """Trainable numbers, FLOPs and memory of one method on one task.
+    """Trainable parameters, FLOPs and memory of one method on one task.
 
     FLOPs are those of one seed. Bytes are those of the one program that runs all seeds, which share weights and pool.
     """
 
-    trainable: int = 0  # number of trainable numbers of one seed
+    trainable: int = 0  # parameters that one seed trains
     # forward pass of the largest batch that is trained or searched on, else of the largest test batch
     forward_flops: float = 0.0
     training_flops: float = 0.0  # ranking the pool's modules, all steps and validations; or the search
     evaluation_flops: float = 0.0  # generating up to the token limit for the test rows, their loss and their options
     weights_bytes: int = 0  # the base's weights
     pool_bytes: int = 0  # the modules and the terms of their norms
-    state_bytes: int = 0  # trained numbers, Adam's moments and the best numbers so far, of all seeds
+    state_bytes: int = 0  # trained parameters, Adam's moments and the best numbers so far, of all seeds
     # ranking, training or evaluation, the most that any of them takes at its largest batch. Whole modules that are read
     # to be ranked, and are fused in a basis, count here
     activation_bytes: int = 0
@@ -139,7 +139,7 @@ def update_of(config: Architecture, method: str, settings: Settings) -> Update:
 
 
 def trained_numbers(config: Architecture, method: str, settings: Settings) -> int:
-    """Return the number of numbers that a method trains or searches for one seed."""
+    """Return the number of parameters that a method trains or searches for one seed."""
     entry, recipe = _of(method, settings)
     return sum(trainable_count(entry, config, recipe, settings.fused(config, recipe)).values())
 

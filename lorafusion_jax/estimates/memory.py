@@ -20,7 +20,7 @@ Device = Literal["cpu", "accelerator"]
 
 _FLOAT32 = 4
 _BITS = {"nf4": 4, "int8": 8}
-# Copies of the trained numbers after the backward pass (gradients, finite gradients and updates, at their peak):
+# Copies of the trained parameters after the backward pass (gradients, finite gradients and updates, at their peak):
 # measured as 2.4 times the 783 million numbers of FLAN-T5-large.
 _UPDATING = 2.4
 
@@ -42,7 +42,7 @@ def pool_bytes(config: Architecture, update: Update, load_in: LoadIn = "full") -
 
 
 def state_bytes(trainable: int) -> int:
-    """Return the bytes of one seed's state: trained numbers, Adam's two moments, and the best numbers so far."""
+    """Return the bytes of one seed's state: trained parameters, Adam's two moments, and the best numbers so far."""
     return 4 * trainable * _FLOAT32
 
 
@@ -61,7 +61,7 @@ def step_bytes(
 
     These are the values that the backward pass keeps, the gradients, the working memory of one layer, and the fused
     factors. They are needed for all seeds if these are batched, else for one. In the second case the new state of all
-    seeds is added, which cannot overwrite the old one. Shape and trained numbers are those of one seed.
+    seeds is added, which cannot overwrite the old one. Shape and trained parameters are those of one seed.
     """
     gradients = trainable * _FLOAT32 * (1 if update.trains_base else 3)
     kept = _kept(config, shape, update)

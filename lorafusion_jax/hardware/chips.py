@@ -166,7 +166,7 @@ def on_every_chip(
 
     Args:
       setup: digital setup with a loop over layers.
-      params: trained numbers of its seeds, for the calibration.
+      params: trained parameters of its seeds, for the calibration.
       rules: rules of all chips (see `program`).
       keys: [C], keys of the chips.
       modules: numbers of the pool's modules on the chips.

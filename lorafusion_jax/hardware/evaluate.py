@@ -66,7 +66,7 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationRequest:
-    """A digital run (setup, options, trained numbers), and the chips to evaluate it on.
+    """A digital run (setup, options, trained parameters), and the chips to evaluate it on.
 
     `modules` are the numbers of the pool's modules on the chips, `restored` the corrections of each chip or empty, and
     `configs` the arrays by age and compensation.

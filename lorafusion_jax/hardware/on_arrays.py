@@ -66,7 +66,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
         training = redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm)
 
     def tested(trained: Params) -> Setup:
-        # Again, because the trained numbers change the inputs of the converters.
+        # Again, because the trained parameters change the inputs of the converters.
         return setup.with_problem(frozen=calibrate(setup, trained, chip, rows=CALIBRATION_ROWS))
 
     return HardwareSetup(setup.with_problem(frozen=training), tested)

@@ -33,7 +33,7 @@ class Restoring:
     Attributes:
       method: a factor of each column (`scales`); an offset too (`offsets`); factors and matrices of low rank
         (`low-rank`); or these matrices alone, which start as zeros (`lora`).
-      numbers: digital numbers that matrices of low rank may have in all.
+      numbers: digital parameters that matrices of low rank may have in all.
       ridge: ridge of the closed forms (see `crossbar.fit_corrections`).
       epochs: passes of distillation over the inputs; 0 for the closed form alone.
       rate: Adam's learning rate of factors and offsets.

@@ -72,7 +72,7 @@ class Manifest(TypedDict):
     Attributes:
       chip: number of the chip.
       settings: base, chips, text and training that they were computed with.
-      numbers: digital numbers, and `share` the same as a share of the weights in arrays.
+      numbers: digital parameters, and `share` the same as a share of the weights in arrays.
       tokens: tokens that they were trained on.
       divergence: from the digital model before and after, in nats per token of text that was left out.
     """

@@ -65,7 +65,7 @@ class HarnessOptions(CalibratedChipOptions):
 
 
 class MeasuredModel(NamedTuple):
-    """A model, with the problem of one seed; the trained numbers of that seed; and its base."""
+    """A model, with the problem of one seed; the trained parameters of that seed; and its base."""
 
     loaded: LoadedModel
     params: Params

@@ -1,1 +1,1 @@
-"""Reading and writing: adapters of PEFT, models of Hugging Face, converted pools, trained numbers, states of runs."""
+"""Reading and writing: PEFT adapters, models of Hugging Face, converted pools, trained parameters, states of runs."""

@@ -16,7 +16,7 @@ METHODS: dict[str, MethodEntry] = {}
 
 
 def register(*entries: MethodEntry) -> None:
-    """Add methods to the registry: runs, counts, plans and bills then have them.
+    """Add methods to the registry: runs, counts, plans and costs then have them.
 
     Raises:
       ValueError: a name is taken, or the recipe of a method that fuses a pool has no number of modules.

@@ -1,4 +1,4 @@
-"""Entries of the registry of methods, with the data for runs, counts, plans and bills.
+"""Entries of the registry of methods, with the data for runs, counts, plans and costs.
 
 Letters: N modules of a fusion, P modules in memory, r rank, k directions of a basis.
 """
@@ -53,7 +53,7 @@ class Update:
         return 0
 
     def gradients(self, site: Site, tokens: int) -> int:
-        """Return the FLOPs of the gradients of one matrix' trained numbers, given the gradients of its outputs."""
+        """Return the FLOPs of the gradients of one matrix' trained parameters, given the gradients of its outputs."""
         return 0
 
     def frozen_width(self) -> int:
@@ -138,12 +138,12 @@ class PlannedPool(NamedTuple):
 
 
 class Billed(NamedTuple):
-    """Numbers that a bill is computed from.
+    """Numbers that a cost is computed from.
 
     Attributes:
       recipe: recipe of the task, of the class that the entry names.
       rank: rank of one module.
-      counts: number of numbers that the method trains, by group.
+      counts: number of parameters that the method trains, by group.
       steps: number of training steps.
       base: number of the base model's numbers in arrays.
       adapted: number of matrices that the modules adapt.
@@ -192,7 +192,7 @@ class MethodEntry:
       basis_title: title of its row in a shared basis of {basis} directions; None for no row.
       pool: it fuses a pool.
       learns: `trained` by gradient steps, `searched` without gradients, `given` by the pool alone, or `untrained`.
-      groups: groups of the numbers that it trains or searches, which are counted.
+      groups: groups of the parameters that it trains or searches, which are counted.
       answers: source of answers: the `model`, the model with `examples` in the prompt, or `nothing` but the training
         rows.
       seeded: seeds differ.
@@ -201,7 +201,7 @@ class MethodEntry:
       evaluations: number of times that a search passes the training rows, from the recipe and a seed's number of
         modules.
       at_once: number of evaluations of each seed that run at once.
-      cost_layouts: its layouts in hardware, by a title for the bill; empty if it is not billed.
+      cost_layouts: its layouts in hardware, by a title for its costs; empty if it has none.
     """
 
     name: str

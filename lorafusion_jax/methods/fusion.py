@@ -307,7 +307,7 @@ def update(recipe: CoefficientsRecipe, modules: PlannedPool, *, magnitudes: bool
 def cost_layout(modules: int, rank: int, words: int) -> CostLayout:
     """Return the layout of N modules of rank r in separate arrays, with N + d_out numbers in memory per site.
 
-    The tables are the norm's terms, A_n^T W and ||W||^2, and `words` is the total of trained numbers.
+    The tables are the norm's terms, A_n^T W and ||W||^2, and `words` is the total of trained parameters.
     """
     return CostLayout(
         installed_words=words,

@@ -129,7 +129,7 @@ def plot_descent(
     *,
     title: str = "",
 ) -> None:
-    """Draw the descent of each module as a bar, the greatest on top, with its rotated copies as dots."""
+    """Draw the gradient norm of each module as a bar, the greatest on top, with its rotated copies as dots."""
     order = np.argsort(descent, kind="stable")
     places = np.arange(len(order))
 
@@ -143,7 +143,7 @@ def plot_descent(
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.grid(axis="x")
-        axes.set_xlabel("descent, nats per answer token for a unit of a module's coefficients")
+        axes.set_xlabel("gradient norm, nats per answer token for a unit of a module's coefficients")
         axes.set_title(title, loc="left")
         axes.legend(loc="lower right")
 

@@ -1,4 +1,4 @@
-"""The rows of one league as arrays: the same seeds and test items in the same places for every method."""
+"""The rows with the same shots as arrays: the same seeds and test items in the same places for every method."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Spread = tuple[float, float | None]  # mean, standard deviation over seeds
 
 @dataclass(frozen=True)
 class Scores:
-    """Results of one league, with tasks and methods in the order of their first occurrence."""
+    """Results with the same shots (`league`), with tasks and methods in the order of their first occurrence."""
 
     league: str
     rows: Sequence[Row]
@@ -111,7 +111,7 @@ class Scores:
 
 
 def scores(rows: Sequence[Row]) -> list[Scores]:
-    """Return the results of each league, in the order in which the leagues first occur."""
+    """Return the results of each number of shots, in the order in which they first occur."""
     if not rows:
         raise ValueError("no results to report: give at least one row")
     items: dict[str, Row] = {}

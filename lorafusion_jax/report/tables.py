@@ -1,4 +1,4 @@
-"""Tables of one league's results: methods by tasks with their means, and a method compared with every other."""
+"""Tables of results with the same shots: methods by tasks with their means, and a method compared with every other."""
 
 from statistics import fmean
 from typing import Any
@@ -13,7 +13,7 @@ _MEANS = (
     Column("95 % interval", "interval"),
     Column("loss", "nats"),
     Column("option accuracy, %", "percent"),
-    Column("trainable numbers", "counts"),
+    Column("trainable parameters", "counts"),
     Column("forward rows", "count"),
     Column("seconds", "seconds"),
 )
@@ -31,7 +31,7 @@ def main_tables(scores: Scores) -> list[Table]:
     lines = [[m, *(scores.exact_match(m, task) for task in shown), *_means(scores, m)] for m in scores.methods]
     seeds = max(len({row["seed"] for row in scores.of(method)}) for method in scores.methods)
     over = f"{seeds} seed{'s' if seeds > 1 else ''}"
-    caption = f"Exact match, %, league of {league_name(scores.league)}: mean ± standard deviation over {over}"
+    caption = f"Exact match, %, {league_name(scores.league)}: mean ± standard deviation over {over}"
     tables = [Table(caption, columns, lines)]
     if not shown:
         columns = [Column("task", "text"), *(Column(method, "spread") for method in scores.methods)]
@@ -65,7 +65,7 @@ def paired_table(scores: Scores, reference: str) -> Table:
         Column("loss", "more nats"),
         Column("loss over tasks", "nats interval"),
     ]
-    caption = f"{reference} minus each other method, points of exact match, league of {league_name(scores.league)}"
+    caption = f"{reference} minus each other method, points of exact match, {league_name(scores.league)}"
     caption += ": same tasks, seeds and test items; p for each comparison by itself; t intervals over tasks"
     return Table(caption, columns, lines)
 
@@ -77,7 +77,7 @@ def best_method(scores: Scores) -> str:
 
 
 def league_name(league: str) -> str:
-    """Return how many examples a league gives, in words."""
+    """Return the number of examples (shots), in words."""
     return _EXAMPLES.get(league, league)
 
 

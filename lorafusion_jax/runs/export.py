@@ -47,7 +47,7 @@ class ExportOptions:
       out: folder to write, which must not exist; the folder of a run gets a model card, README.md.
       run: folder of the run.
       seed: seed of the run to export; by default its first.
-      format: a PEFT `adapter`; a Hugging Face base model with the trained numbers `merged` in; for llama.cpp a LoRA in
+      format: a PEFT `adapter`; a Hugging Face base with the trained parameters `merged` in; for llama.cpp a LoRA in
         `gguf` of a run without magnitudes, or a merged model in `gguf-f16` or `gguf-q8_0`.
       pool: converted pool, to save one of its adapters again.
       adapter: name of that adapter.

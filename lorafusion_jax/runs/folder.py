@@ -3,7 +3,7 @@
     runs/NAME/config.json         options, environment, modules by seed
     runs/NAME/metrics.jsonl       a line for each step and seed, and for each epoch and seed
     runs/NAME/checkpoints/        step_000123: the whole state, to resume from; private (see `io.checkpoint`)
-    runs/NAME/final/              the trained numbers (see `io.arrays`)
+    runs/NAME/final/              the trained parameters (see `io.arrays`)
     runs/NAME/predictions.jsonl   a line for each seed and test row
     runs/NAME/results.json        last of all, so a run that has it is complete
 

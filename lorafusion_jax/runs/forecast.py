@@ -30,12 +30,12 @@ _CALIBRATE = "give finished runs of a few tasks, with the pool and with `fuse --
 class ForecastOptions:
     """Forecast whether a pool is worth fusing for a task, before anything is trained.
 
-    One backward pass over the training rows, at zero coefficients, gives the descent of the loss for each module.
-    Copies of the modules with rotated singular vectors show the descent of modules that learned nothing.
+    One backward pass over the training rows, at zero coefficients, gives the gradient norm of each module (`descent`).
+    Copies of the modules with rotated singular vectors show that of modules that learned nothing.
 
     Examples:
       lorafusion forecast --base examples/small/base --pool examples/small/adapters --task examples/small/tasks/odd_dash
-      lorafusion forecast --base base --pool pool --task task --train-rows 20 --plot descent.png
+      lorafusion forecast --base base --pool pool --task task --train-rows 20 --plot norms.png
       lorafusion forecast --base base --pool pool --task new --calibrate runs/a runs/a-rotated runs/b runs/b-rotated \
 runs/c runs/c-rotated
 
@@ -51,7 +51,7 @@ runs/c runs/c-rotated
       target: column of a row's answer, if it is not target, completion or output.
       chat: put the input into the model's own chat template.
       train_rows: at most this many rows are used, those of the first seed of `lorafusion fuse`.
-      plot: PNG file to draw the modules in, by descent.
+      plot: PNG file to draw the modules in, by gradient norm.
       json: write everything to this file.
     """
 

@@ -127,7 +127,7 @@ def evaluate_run(options: EvaluateOptions) -> list[dict[str, Any]]:
 
 
 def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Params]:
-    """Return the setup of a run, its options updated by those of the evaluation, and its trained numbers."""
+    """Return the setup of a run, its options updated by those of the evaluation, and its trained parameters."""
     at_least(1, test_rows=options.test_rows)
     fused, params, config = load_run(options.run)
     task = task_to_evaluate(fused, options.run, config, options.task, options.train_rows)

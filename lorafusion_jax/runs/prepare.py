@@ -381,7 +381,7 @@ def check_digests(folder: Path, recorded: Digests, now: Digests, options: FuseOp
 
 
 def of_run(loaded: AnyLoaded, options: FuseOptions, folder: Path, config: RunConfig, params: Params) -> AnyLoaded:
-    """Return the loaded model with the modules of a run, whose trained numbers of one seed are given.
+    """Return the loaded model with the modules of a run, whose trained parameters of one seed are given.
 
     Raises a ValueError if base or pool are not those of the run, or the numbers have other shapes than its method's.
     """
@@ -409,7 +409,7 @@ def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> In
 
 
 def trainable_count(setup: Setup) -> dict[str, int]:
-    """Return the count of numbers that the first seed trains, by group."""
+    """Return the count of parameters that the first seed trains, by group."""
     of_first = setup.problem.replace(index=setup.problem.index[0])
     acting = of_first.trainable(of_first.init(jax.random.key(0)))
     return {group: sum(int(jnp.sum(a)) for a in jax.tree.leaves(tree)) for group, tree in acting.items()}

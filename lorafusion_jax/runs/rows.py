@@ -68,7 +68,7 @@ def generate_rows(
     noise of a token depends on the rows next to it.
 
     Args:
-      params: trained numbers, leaves with a leading axis of seeds.
+      params: trained parameters, leaves with a leading axis of seeds.
       read: function from the number of a batch to the problem of all seeds, with the batch's noise.
       encoded: prompts.
       batch_size: most rows that are computed at once.

@@ -58,7 +58,7 @@ class HardwareSetup(NamedTuple):
     """A run on hardware."""
 
     training: Setup  # setup of the training
-    tested: Callable[[Params], Setup]  # function from the trained numbers to the setup of the evaluation
+    tested: Callable[[Params], Setup]  # function from the trained parameters to the setup of the evaluation
 
 
 # Puts a run on hardware: (digital setup, options, numbers to start from).
@@ -123,7 +123,7 @@ def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
 
 
 def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:
-    """Return the setup with the modules of the resumed run, or with those of the greatest descent at c = 0."""
+    """Return the setup with the modules of the resumed run, or with those that lower the loss fastest at c = 0."""
     if recorded is not None:
         return with_modules(setup, options, recorded["modules"])
     recipe = options.recipe
@@ -151,7 +151,7 @@ def run_path(options: FuseOptions) -> Path:
 
 
 def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig]:
-    """Return the options, the trained numbers (leaves with an axis of seeds) and the config of a run."""
+    """Return the options, the trained parameters (leaves with an axis of seeds) and the config of a run."""
     run = RunFolder(Path(folder))
     config = run.config()
     options = _located(config)

@@ -22,13 +22,13 @@ from .folder import RunFolder, note
 from .options import FuseOptions
 from .prepare import Setup
 
-FINAL = "the trained numbers of a run"
+FINAL = "the trained parameters of a run"
 # Steps without a finite loss in any seed after which training stops.
 _BAD_STEPS = 20
 
 
 class FinalSteps(TypedDict):
-    """Metadata of the trained numbers: steps of each seed, and seconds of training. Early versions wrote no seconds."""
+    """Metadata of the trained parameters: steps of each seed, and seconds of training."""
 
     steps: list[int]
     seconds: NotRequired[float]
@@ -45,7 +45,7 @@ class _Reached(TypedDict):
 def train(
     run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
 ) -> tuple[dict[str, Any], list[int], float]:
-    """Return the trained numbers, each seed's steps, and all seconds of training; `begin` has numbers to start from."""
+    """Return the trained parameters, each seed's steps, and seconds of training; `begin` has those to start from."""
     method, began = find(options.method), time.monotonic()
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds), 0.0

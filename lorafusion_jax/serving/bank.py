@@ -143,7 +143,7 @@ class TaskBank:
         Args:
           number: number of the task.
           method: a `Fusion`, or `Magnitudes`.
-          params: its trained numbers, of one seed.
+          params: its trained parameters, of one seed.
           modules: modules that a fusion mixes, in the order of its coefficients: names in the bank's pool, or places.
           sites: sites of the whole modules that a fusion was trained with; by default those of its magnitudes, else the
             bank's.

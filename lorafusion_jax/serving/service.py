@@ -45,7 +45,7 @@ class FusedRun(NamedTuple):
     Attributes:
       folder: its folder.
       options: its options.
-      params: its trained numbers, leaves with a leading axis of seeds.
+      params: its trained parameters, leaves with a leading axis of seeds.
       modules: names of the modules that each seed fused.
       max_new_tokens: most tokens of an answer.
       digests: digests of its base and modules.

@@ -34,7 +34,7 @@ def split(count: int, seeds: Sequence[int], *, protocol: Protocol = "default", l
 
     The paper's code ("reference") shuffles once with seed 42, whatever the run's seed, and takes the first 5 of 100
     rows for validation. The default protocol shuffles anew for every seed. Fewer than 20 rows are all used for both:
-    with `limit=5` that is LoraHub's league.
+    with `limit=5` those are LoraHub's five shots.
     """
     used = min(count, limit)
     if used < 1:

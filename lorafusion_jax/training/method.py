@@ -25,14 +25,14 @@ Adapted = tuple[dict[str, Any], dict[str, Array]]
 
 @runtime_checkable
 class Method(Protocol):
-    """The map from trainable numbers to adapters.
+    """The map from trainable parameters to adapters.
 
     A method is a frozen dataclass: hashable, a static part of a problem. Its numbers are a dictionary of groups, each
     with its learning rate. A class that inherits from this one only has to add `init` and `adapters`.
     """
 
     def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
-        """Return the numbers that training starts from, by group."""
+        """Return the parameters that training starts from, by group."""
         ...
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:

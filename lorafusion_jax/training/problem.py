@@ -25,7 +25,7 @@ from .seeds import SeedMode, over_seeds
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Everything that a loss depends on, other than the trained numbers and a batch.
+    """Everything that a loss depends on, other than the trained parameters and a batch.
 
     A pytree: `frozen` and `index` are arrays, the other fields are structure, for which a program is compiled.
 
@@ -68,7 +68,7 @@ class Problem:
         return self.replace(frozen=reads(self.frozen, purpose, number))
 
     def init(self, key: Array) -> Params:
-        """Return the numbers that training of one seed starts from."""
+        """Return the parameters that training of one seed starts from."""
         return self.method.init(self.frozen, self.index, key)
 
     def trainable(self, params: Params) -> Params:

@@ -47,7 +47,7 @@ class Rates(NamedTuple):
     """The part of the optimisation that may be swept as arrays.
 
     Attributes:
-      learning_rate: learning rate of each group of trainable numbers.
+      learning_rate: learning rate of each group of trainable parameters.
       l2: share of the coefficients that is added to their gradient (coupled, as torch's Adam does).
       l1: weight of mean |c| in the objective.
     """

@@ -47,7 +47,7 @@ def test_the_command_prints_the_counts_as_a_markdown_table(capsys):
     assert {name: size(config) for name, config in SHAPES.items()} == _SIZES
     main(["params", "--shape", "flan-t5-large", "--modules", "20", "--rank", "16"])
     head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
-    assert head == ["method", "trainable numbers", "of flan-t5-large"]
+    assert head == ["method", "trainable parameters", "of flan-t5-large"]
     assert rows[0] == ["LoRAFusion", "148,416", "0.01895 %"]
     assert [tuple(row[:2]) for row in rows] == [(name, f"{count:,}") for name, count in _LARGE.items()]
 

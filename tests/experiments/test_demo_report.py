@@ -41,7 +41,7 @@ def test_a_table_has_means_and_spreads_of_tasks_by_methods():
         # The spread of the seeds' means, 35 and 45, not the mean of the spreads; LoRA lacks a task.
         ["**mean**", "6.0", f"40.0 ± {np.std([35, 45], ddof=1):.1f}", "–"],
         ["impossible", "–", "0.0 ± 0.0", "–"],
-        ["trainable numbers", "0", "1,232", "900"],
+        ["trainable parameters", "0", "1,232", "900"],
         ["seconds of training", "0.0", "1.7", "1.0"],
     ]
     assert len({len(line) for line in lines}) == 1

@@ -130,7 +130,7 @@ def _of_run(printed: str, out: Path) -> Any:
     del results["seconds"]
     files = [(run / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl")]
     newest = checkpoint.load_newest(checkpoint.steps(run / "checkpoints"), note=print)
-    return [results, files, _bits([arrays.load(run / "final", what="trained numbers")[0], newest and newest[0]])]
+    return [results, files, _bits([arrays.load(run / "final", what="trained parameters")[0], newest and newest[0]])]
 
 
 def _of_sweep(printed: str, out: Path) -> Any:

@@ -253,7 +253,7 @@ def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, 
     arguments += ["--epochs", "1", "--out", str(tmp_path / "restored")]
     cli.main(arguments)
     printed = capsys.readouterr().out
-    assert "digital numbers a chip" in printed and "KL from the digital model" in printed
+    assert "digital parameters a chip" in printed and "KL from the digital model" in printed
     with pytest.raises(SystemExit):
         cli.main([*arguments, "--rate", "0.02"])
     assert "another rate (0.01, now 0.02): give another --out; corrections are never overwr" in capsys.readouterr().err

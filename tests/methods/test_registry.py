@@ -48,7 +48,7 @@ def test_a_new_method_is_run_with_its_own_options(small, tmp_path, capsys):
     own = ["--method", "gains", "--first-gain", "0.5", "--lr-gains", "0"]
     main(["fuse", "--base", str(small[0]), "--task", str(recipes.TASK), *own, *quick])
     # q and v of one encoder layer and, twice, of a decoder layer.
-    assert "gains, 6 trainable numbers" in capsys.readouterr().out
+    assert "gains, 6 trainable parameters" in capsys.readouterr().out
     options, params, _ = lf.load_run(tmp_path / "double_digit-gains")
     assert (options.recipe.first_gain, options.recipe.lr_gains, options.recipe.epochs) == (0.5, 0.0, 2)
     assert all((gain == 0.5).all() for gain in params["gains"].values())

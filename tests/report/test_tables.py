@@ -37,7 +37,7 @@ def test_the_main_table_has_the_means_of_the_rows():
             assert record["mean sd"] == ""
         assert float(record["95 % interval low"]) < matches.mean() < float(record["95 % interval high"])
         assert float(record["option accuracy, %"]) == pytest.approx(np.mean(options), rel=1e-5)
-        assert record["trainable numbers min"] == record["trainable numbers max"] == str(METHODS[method][1])
+        assert record["trainable parameters min"] == record["trainable parameters max"] == str(METHODS[method][1])
         assert (record["forward rows"], record["seconds"]) == (("2000", "2") if METHODS[method][1] else ("0", "0"))
 
 
@@ -55,8 +55,8 @@ def test_more_than_eight_tasks_go_to_a_separate_table():
 def test_leagues_are_apart_and_missing_values_are_dashes():
     rows = [*made_up(methods=("LoRA",), items=10), *made_up(league="5", methods=("LoRA",), items=10, options=False)]
     large, small = (main_tables(league)[0] for league in scores(rows))
-    assert large.caption.startswith("Exact match, %, league of 95 + 5 examples")
-    assert small.caption.startswith("Exact match, %, league of 5 examples")
+    assert large.caption.startswith("Exact match, %, 95 + 5 examples")
+    assert small.caption.startswith("Exact match, %, 5 examples")
     assert large.texts[1][10] != "–" == small.texts[1][10]
 
 

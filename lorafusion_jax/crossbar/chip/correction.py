@@ -1,4 +1,4 @@
-"""Digital numbers next to the arrays that bring their outputs closer to those of the digital weights."""
+"""Digital parameters next to the arrays that bring their outputs closer to those of the digital weights."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ class Correction:
         return scaled if self.U is None or self.V is None else scaled + self.U @ self.V
 
     def numbers(self) -> int:
-        """Return how many digital numbers it has; columns of zeros in U, and their rows of V, do not count."""
+        """Return how many digital parameters it has; columns of zeros in U, and their rows of V, do not count."""
         found = sum(part.size for part in (self.scale, self.offset) if part is not None)
         if self.U is None or self.V is None:
             return found

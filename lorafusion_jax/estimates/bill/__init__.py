@@ -1,4 +1,4 @@
-"""The bill of one new task for every method, on arrays and in digital logic, from shapes alone."""
+"""The cost of one new task for every method, on arrays and in digital logic, from shapes alone."""
 
 # ruff: noqa: F401 (the imports are the public names)
 

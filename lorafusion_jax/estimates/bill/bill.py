@@ -1,4 +1,4 @@
-"""The bill of every method: its counts converted to joules and seconds."""
+"""The cost of every method: its counts converted to joules and seconds."""
 
 from typing import NamedTuple
 
@@ -51,12 +51,12 @@ class Bill(NamedTuple):
 
 
 def bills(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Bill]:
-    """Return the bill of every method, by its name; the shape and arrays in the options are not used."""
+    """Return the cost of every method, by its name; the shape and arrays in the options are not used."""
     return {of.method: price(of, crossbar, options) for of in activities(config, crossbar, options)}
 
 
 def price(activity: Activity, crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS) -> Bill:
-    """Return the bill of one method from its counts."""
+    """Return the cost of one method from its counts."""
     written = write_cost(activity.written, constants, passes=activity.passes)
     source, generated = (token_energy(work, crossbar, constants) for work in (activity.source, activity.generated))
     per_token = generated.total + source.total * (options.source / options.target)

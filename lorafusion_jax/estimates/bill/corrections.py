@@ -14,7 +14,7 @@ class CorrectionBill(NamedTuple):
     """Cost of the corrections of one chip.
 
     Attributes:
-      numbers: digital numbers; each is one multiply-add, and one 32-bit word that is read, per token.
+      numbers: digital parameters; each is one multiply-add, and one 32-bit word that is read, per token.
       token: energy that they add to a token, in J, and `base_token` that of the base's reads.
       once: energy of computing them, in J.
       rewriting: cost of the alternative, to write all cells of the base once more with write-verify.

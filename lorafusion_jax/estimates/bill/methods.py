@@ -1,4 +1,4 @@
-"""The methods that are billed, from the registry, and the matrices of a base model in arrays."""
+"""The methods whose costs are computed, from the registry, and the matrices of a base model in arrays."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Assumptions of a bill: the base model, the arrays, the pool and the new task."""
+"""Assumptions of a cost: the base model, the arrays, the pool and the new task."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from ...training.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CostOptions:
-    """Assumptions of the bill of one new task.
+    """Assumptions of the cost of one new task.
 
     Attributes:
       shape: name of a known shape, such as flan-t5-large, or the folder, hub id or GGUF file of a base model, whose
@@ -19,8 +19,8 @@ class CostOptions:
       modules: number of modules that are fused.
       pool_size: number of modules that are ranked by one backward pass over the training rows, to choose those that are
         fused; by default there are no more than these, and none is ranked.
-      bases: numbers of directions of shared bases (`lorafusion convert --basis`); each has a bill.
-      train_core: bill every basis with a trained core (`lorafusion fuse --train-core`) too.
+      bases: numbers of directions of shared bases (`lorafusion convert --basis`); each has a cost.
+      train_core: compute the cost of every basis with a trained core (`lorafusion fuse --train-core`) too.
       rank: rank of every module, and of LoRA and DoRA.
       vera_rank: rank of VeRA's random matrices.
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.

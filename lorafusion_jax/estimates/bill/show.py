@@ -1,4 +1,4 @@
-"""The bill as text: Markdown tables of ranges, low / typical / high."""
+"""Costs as text: Markdown tables of ranges, low / typical / high."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ def number(value: Range) -> str:
 
 
 def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions) -> dict[str, list[list[str]]]:
-    """Return the tables of a bill by caption: headings, then lines."""
+    """Return the tables of costs by caption: headings, then lines."""
     found = bills.values()
     tokens = f"{options.tokens_per_task:,} tokens"
     return {
