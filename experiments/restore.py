@@ -29,6 +29,7 @@ import scipy.stats
 import tyro
 from lab.cells import Cells, Row, print_plan
 from lab.common import ROOT, write_csv
+from lab.holm import holm
 from lab.language import EVALUATED_ROWS, PROMPT, TRAIN_ROWS, find, options_of
 from lab.language import MAIN as METHODS
 from lab.language import SOURCES as POOL
@@ -81,7 +82,7 @@ from lorafusion_jax.parts import (
     windows,
     without_merged_pool,
 )
-from lorafusion_jax.report import colour, holm, over_tasks, plot
+from lorafusion_jax.report import colour, over_tasks, plot
 from lorafusion_jax.tasks import Batch, load_task
 
 WINDOW, HELD_OUT, CALIBRATION, ADC_CALIBRATION = 128, 1024, 3072, 256

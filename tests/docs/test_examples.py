@@ -87,3 +87,11 @@ def test_a_method_of_ones_own_is_registered_and_run(example, tmp_path):
     finally:
         METHODS.pop("gains", None)
     assert set(scores) == {"zero-shot", "gains", "magnitudes"}
+
+
+@pytest.mark.long
+def test_an_experiment_of_ones_own_ends_in_a_table(example, tmp_path):
+    small = _LIKE_THE_README | {"recipe": lf.Recipe(epochs=1)}
+    printed = example("own_experiment").main(tmp_path, ("zero-shot", "fusion"), **small)
+    head, _, base, fused = printed.splitlines()
+    assert "exact match, %" in head and "zero-shot" in base and "fusion" in fused
