@@ -94,7 +94,7 @@ def test_the_page_has_the_tables_of_its_rows():
     head = ["corrections", "parameters", "% of the weights", "excess loss", "over chips", "over windows"]
     main = [[*line[1:3], *line[4:]] for line in experiment.tables(rows)["main"]]
     shown = rows_below(_PAGE, head)
-    assert len(shown) > 5 and [row for row in shown if row[1:] not in main] == []
+    assert shown and [row for row in shown if row[1:] not in main] == []
 
 
 def test_measured_rows_are_not_asked_for_again(tmp_path, capsys):
