@@ -380,7 +380,7 @@ def _cases(where: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
         return max(peers, key=lambda run: np.median(run["speeds"]), default=None)
 
     compared = (
-        ("float32: ours / PEFT as it is run", ours("ours"),
+        ("float32: ours / PEFT with its defaults", ours("ours"),
          best(lambda of, form: of.exact() and of.form == "eager" and form == _PADDED), _AS_RUN),
         ("float32: ours / fairest peer", ours("ours"), best(lambda of, form: of.exact()), _FAIREST),
         ("products in bfloat16: ours / fairest peer", ours("ours, bfloat16"),

@@ -150,7 +150,7 @@ def scores(task: str, path: Path, setting: Setting, case: Case, options: Options
 
 def table(rows: Sequence[Row], asked: Sequence[tuple[Setting, Case]], options: Options) -> list[list[str]]:
     """Return exact match in percent by setting and task: the mean over seeds, and every seed's."""
-    lines = [["ADC", "programming error, % of Gmax", "numbers trained", *options.unseen, "mean"]]
+    lines = [["ADC", "programming error, % of Gmax", "trained", *options.unseen, "mean"]]
     for setting, case in asked:
         cells, means = [], []
         for task in options.unseen:

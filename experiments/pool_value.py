@@ -246,7 +246,7 @@ def _t(values: Sequence[float], mean: float, alternative: Any) -> float:
 def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[str]]]:
     """Return the tables of all arms and contrasts whose cells exist."""
     found: dict[str, list[list[str]]] = {}
-    lines = [["arm", "numbers", "rows", "test loss", "exact match, %"]]
+    lines = [["arm", "parameters", "rows", "test loss", "exact match, %"]]
     for name, number in itertools.product(ARMS, EPOCHS):
         loss, match = means(rows, name, number), means(rows, name, number, "exact_match")
         if match is not None:

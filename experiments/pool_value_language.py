@@ -374,7 +374,7 @@ def means(by_seed: Mapping[int, Mapping[str, Row]], value: str = "test_loss") ->
 
 def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -> dict[str, list[list[str]]]:
     """Return the tables of all arms and contrasts with at least one seed with which all targets have rows."""
-    arms = [["arm", "numbers", "rows", "seeds", "test loss", "exact match, %"]]
+    arms = [["arm", "parameters", "rows", "seeds", "test loss", "exact match, %"]]
     rates = [["arm", "rows", "rates", "mean test loss", "rates tried"]]
     contrasts = [["rows", "contrast", "seeds", "tasks", "nats", "95 % interval", "p", "points", "95 % of points"]]
     by_seed = [["rows", "seed", "tasks", "nats", "95 % interval", "p"]]

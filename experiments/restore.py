@@ -614,7 +614,7 @@ def contrasts(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-_NUMBERS, _ABOVE = ["numbers", "% of the weights"], ["chips", "nats above digital", "95 % interval"]
+_NUMBERS, _ABOVE = ["parameters", "% of the weights"], ["chips", "nats above digital", "95 % interval"]
 _MATCHES = ["digital loss", "loss", "digital match, %", "exact match, %", "95 % interval"]
 _HEADS: dict[Part, list[str]] = {
     "main": ["corrections", *_NUMBERS, *_ABOVE, "over windows of text"],

@@ -32,4 +32,5 @@ def test_the_page_has_the_tables_of_its_rows(rows):
     for name, lines in experiment.tables(read_lines(rows)).items():
         with (rows.parent / f"{name}.csv").open() as file:
             assert list(csv.reader(file)) == lines
-        assert [line for line in lines if f"| {' | '.join(line)} |" not in page] == []
+        if (rows.parent.name, name) != ("gemma", "scores"):  # which the page links to
+            assert [line for line in lines if f"| {' | '.join(line)} |" not in page] == []
