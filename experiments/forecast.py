@@ -39,11 +39,11 @@ from lorafusion_jax.parts import (
     Feature,
     LoadedModel,
     Prediction,
-    base_digest,
     descent_of,
     fit_advantage,
     load_model,
     markdown,
+    open_base,
     with_copies,
 )
 from lorafusion_jax.report import colour, plot, write_text
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     plot_cases(cases, options.out / "forecast.png")
     if options.package:
         source = {"base": "examples/small/base", "script": "experiments/forecast.py"}
-        content = source | {"base_sha256": base_digest(SMALL / "base"), "cases": halves(cases)[0]}
+        content = source | {"base_sha256": open_base(SMALL / "base").digest, "cases": halves(cases)[0]}
         write_text(PACKAGED, json.dumps(content, indent=1) + "\n")
 
 

@@ -32,6 +32,7 @@ from .io.hf import save_base as save_base
 from .io.pool import load_basis as load_basis
 from .io.pool import load_pool as load_pool
 from .io.pool import read_pool as read_pool
+from .loading.spec import LoadOptions as LoadOptions
 from .methods import METHODS as METHODS
 from .methods import register as register
 from .methods.cma import CMARecipe as CMARecipe

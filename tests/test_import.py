@@ -31,14 +31,15 @@ _MAY_IMPORT = {
     "io": {"crossbar", "models", "adapters"},
     "training": {"models", "adapters", "tasks"},
     "methods": {"models", "adapters", "tasks", "training"},
-    "runs": {"models", "adapters", "io", "tasks", "report", "training", "methods"},
-    "serving": {"models", "adapters", "io", "tasks", "training", "methods", "runs"},
-    "hardware": {"crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
-    "estimates": {"crossbar", "models", "adapters", "io", "tasks", "report", "training", "methods", "runs"},
+    "loading": {"models", "adapters", "io", "tasks", "training", "methods"},
+    "runs": {"loading", "models", "adapters", "io", "tasks", "report", "training", "methods"},
+    "serving": {"loading", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
+    "hardware": {"loading", "crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
+    "estimates": {"loading", "crossbar", "models", "adapters", "io", "tasks", "report", "training", "methods", "runs"},
     "_fuse": {"runs", "hardware"},
-    "harness": {"models", "io", "tasks", "training", "methods", "runs", "hardware"},
-    "parts": set("crossbar models adapters io tasks report training methods runs hardware estimates".split()),
-    "cli": set("_fuse crossbar io report training methods runs serving hardware estimates harness".split()),
+    "harness": {"loading", "models", "io", "tasks", "training", "methods", "runs", "hardware"},
+    "parts": set("crossbar models adapters io loading tasks report training methods runs hardware estimates".split()),
+    "cli": set("_fuse crossbar io loading report training methods runs serving hardware estimates harness".split()),
 }
 
 _PROBE = """

@@ -9,11 +9,12 @@ import tyro
 
 from .._fuse import fuse
 from ..estimates.plan import MachineName, describe_run
+from ..loading.spec import not_an_option
 from ..methods import METHODS, fields_of, find, having
 from ..methods.entry import MethodEntry
 from ..methods.fusion import PRESETS
 from ..methods.recipes import recipe_of
-from ..runs.options import FuseOptions, not_an_option, options_with, plain
+from ..runs.options import FuseOptions, options_with, plain
 from ..runs.run import run_path
 from ..runs.weight_list import with_listed_modules
 from ..support import processes

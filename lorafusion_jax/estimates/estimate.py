@@ -4,12 +4,12 @@ import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
+from ..loading.spec import LoadIn
 from ..methods import find
 from ..methods.entry import MethodEntry, PlannedPool, Update
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
-from ..runs.options import LoadIn
 from ..support.checks import at_least
 from ..training.recipe import Recipe
 from ..training.seeds import SeedMode

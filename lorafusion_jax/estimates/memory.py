@@ -8,10 +8,10 @@ them with XLA's own report. On a CPU a loop over stacked layers keeps a copy of 
 import math
 from typing import Literal
 
+from ..loading.spec import LoadIn
 from ..methods.entry import Update
 from ..models.architecture import Architecture
 from ..models.weights import tile_size
-from ..runs.options import LoadIn
 from ..training.seeds import SeedMode
 from .flops import Shape, adapted, last_sites, row_tokens, tokens
 from .params import size

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..io.pool import open_pool
+from ..loading.model import load_texts, module_names, named_modules, packing_of
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes
 from ..runs.options import FuseOptions, row_format
-from ..runs.prepare import check, load_texts, module_names, named_modules, packing_of
+from ..runs.prepare import check
 from ..support.platform import for_cpu
 from ..support.text_tables import markdown
 from ..tasks import load_task

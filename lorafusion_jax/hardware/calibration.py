@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from ..crossbar import calibrate_tree
-from ..runs.prepare import LoadedModel, Setup
+from ..loading.model import LoadedModel
+from ..runs.prepare import Setup
 from ..tasks import Batch, Encoded, eval_batches
 from ..training.frozen import Frozen
 from ..training.loss import batch_logits

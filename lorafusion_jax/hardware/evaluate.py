@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from ..adapters.norms import gram
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
 from ..io.folders import write_json
+from ..loading.identity import digests
 from ..methods import find
 from ..methods.fusion import PLAIN_SUM
 from ..methods.lora import LoRA, as_pool
@@ -22,7 +23,7 @@ from ..models.architecture import kernels
 from ..runs.evaluate import evaluate, seed_rows
 from ..runs.options import ChipsOptions, FuseOptions
 from ..runs.predict import EvaluateOptions, load_to_evaluate
-from ..runs.prepare import Setup, digests
+from ..runs.prepare import Setup
 from ..support.checks import at_least
 from ..support.progress import progress
 from ..support.writing import check_writable
@@ -99,11 +100,11 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     chips.chip_key(count - 1)  # raises ValueError where the folder has fewer
     setup, fused, params = load_to_evaluate(options)
     check(setup, fused)
-    chips.check(setup, fused)
+    chips.check(setup, fused.control)
     numbers = module_numbers(setup, fused, chips)
     restored = []
     if options.restore is not None:
-        base = digests(setup, fused)["base"]
+        base = digests(setup)["base"]
         restored = load_restored(options.restore, dataclasses.replace(chips, config=config), range(count), base)
     if options.lora_in == "cells":
         setup, params = lora_in_cells(setup, params)

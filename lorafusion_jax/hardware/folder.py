@@ -20,10 +20,10 @@ from flax import nnx
 from jaxtyping import Array
 
 from .. import crossbar
+from ..loading.identity import digests
+from ..loading.model import LoadedModel
 from ..models.architecture import matrices
 from ..models.weights import dense
-from ..runs.options import FuseOptions
-from ..runs.prepare import LoadedModel, digests
 from ..support.checks import check_uint32
 from ..support.reading import FileError, read_json
 
@@ -106,13 +106,13 @@ class Chips:
             raise ValueError(f"there is no chip {number}: chips are numbered from 0 to {STEP_CHIPS - 1:,}")
         return jax.random.fold_in(self.key, number)
 
-    def check(self, fused: LoadedModel, options: FuseOptions) -> None:
+    def check(self, fused: LoadedModel, control: str = "none") -> None:
         """Raise ValueError if the base, the modules or the chips that the key draws differ from those in the folder."""
         if self.manifest is None:
             return
-        if options.control != "none":
-            raise ValueError(f"{self.name} holds no {options.control} control: give a preset or a file with --crossbar")
-        now, on_chips = digests(fused, options), self.manifest["modules"]
+        if control != "none":
+            raise ValueError(f"{self.name} holds no {control} control: give a preset or a file with --crossbar")
+        now, on_chips = digests(fused), self.manifest["modules"]
         if now["base"] != self.manifest["base_sha256"]:
             raise ValueError(
                 f"{self.name} holds another base model (sha256 {self.manifest['base_sha256'][:12]}, the run's is "

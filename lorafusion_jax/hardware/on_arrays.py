@@ -9,10 +9,12 @@ from jaxtyping import Array, Int
 from ..adapters.pool import LoraPool
 from ..crossbar import CrossbarConfig, deterministic, is_random
 from ..io.pool import open_pool
+from ..loading.identity import digests
+from ..loading.model import LoadedModel
 from ..methods import find
 from ..methods.merge import Merge
-from ..runs.options import FuseOptions
-from ..runs.prepare import LoadedModel, Setup, digests
+from ..runs.options import FuseOptions, OnArrays
+from ..runs.prepare import Setup
 from ..runs.run import HardwareSetup
 from ..training.frozen import Frozen
 from ..training.method import Params
@@ -41,7 +43,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     """
     check(setup, options)
     asked = options.arrays
-    chips, config, restored = _chips(setup, options)
+    chips, config, restored = _chips(setup, asked, options.control)
     if asked.train_chip in ("fresh", "both") and not is_random(config):
         raise ValueError(f"programming is not random in {chips.name}: train with --train-chip chip, or none")
     if asked.restore is not None and asked.train_chip in ("fresh", "both"):
@@ -72,22 +74,23 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     return HardwareSetup(setup.with_problem(frozen=training), tested)
 
 
-def restored_base(loaded: LoadedModel, options: FuseOptions) -> Frozen:
+def restored_base(loaded: LoadedModel, asked: OnArrays) -> Frozen:
     """Return a base without a pool on a restored chip, whose converters' ranges are those of the corrections."""
-    chips, config, restored = _chips(loaded, options)
-    problem, key = looped(loaded).problem, chips.chip_key(options.arrays.chip)
+    chips, config, restored = _chips(loaded, asked)
+    problem, key = looped(loaded).problem, chips.chip_key(asked.chip)
     return program(problem.graph, problem.frozen, chips.rules(config), key, restored=restored)
 
 
-def _chips(loaded: LoadedModel, options: FuseOptions) -> tuple[Chips, CrossbarConfig, Restored | None]:
+def _chips(
+    loaded: LoadedModel, asked: OnArrays, control: str = "none"
+) -> tuple[Chips, CrossbarConfig, Restored | None]:
     """Return the chips that a run names, their configuration at its age, and the corrections of its chip."""
-    asked = options.arrays
     assert asked.crossbar is not None
     chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
-    chips.check(loaded, options)
+    chips.check(loaded, control)
     config, restored = aged(chips.config, asked.age), None
     if asked.restore is not None:
-        (restored,) = load_restored(asked.restore, chips, [asked.chip], digests(loaded, options)["base"])
+        (restored,) = load_restored(asked.restore, chips, [asked.chip], digests(loaded)["base"])
     return chips, config, restored
 
 

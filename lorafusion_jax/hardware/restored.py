@@ -20,11 +20,12 @@ from jaxtyping import Array, Float
 from .. import crossbar
 from ..io import arrays
 from ..io.folders import locked, read_manifest
+from ..loading.identity import digests
+from ..loading.model import LoadedModel, load_model
+from ..loading.spec import LoadOptions
 from ..models.architecture import Model, matrices
 from ..models.generate import Sampling, generate
 from ..models.weights import dense
-from ..runs.options import FuseOptions
-from ..runs.prepare import LoadedModel, digests, load_model
 from ..support.checks import at_least, check_uint32, flags_given
 from ..support.progress import progress
 from ..support.reading import FileError, check_regular, utf8
@@ -172,11 +173,10 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         with utf8(path):
             texts.append(path.read_text(encoding="utf-8"))
     content = "\n".join(texts)
-    fuse = FuseOptions(base=options.base, task="", method="zero-shot")
-    loaded = load_model(fuse)
-    chips.check(loaded, fuse)
+    loaded = load_model(LoadOptions(base=options.base, method="zero-shot"))
+    chips.check(loaded)
     settings = Settings(
-        **_of_chips(chips, digests(loaded, fuse)["base"]),
+        **_of_chips(chips, digests(loaded)["base"]),
         **same,
         age=options.age,
         prepared=options.prepared,

@@ -10,9 +10,10 @@ from .. import crossbar
 from .._version import __version__
 from ..io.folders import new_folder, write_json
 from ..io.pool import open_pool
+from ..loading.identity import digests
+from ..loading.model import load_model
+from ..loading.spec import LoadOptions
 from ..methods.fusion import FusionRecipe
-from ..runs.options import FuseOptions
-from ..runs.prepare import digests, load_model
 from ..support.checks import at_least, check_uint32
 from ..support.progress import progress
 from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip
@@ -69,8 +70,7 @@ def write_chips(options: ProgramOptions) -> Manifest:
     pool = open_pool(options.pool)
     names = pool.names if options.basis is None else tuple(pool.basis_modules(options.basis))
     recipe = FusionRecipe(modules=len(names), basis=options.basis)
-    run = FuseOptions(base=options.base, pool=options.pool, task="", adapters=names, recipe=recipe)
-    fused = load_model(run)
+    fused = load_model(LoadOptions(base=options.base, pool=options.pool, adapters=names, recipe=recipe))
     with new_folder(options.out) as folder:
         problem, leaves = fused.problem, list[crossbar.Chip]()
         with progress("chips", options.chips) as bar:
@@ -81,7 +81,7 @@ def write_chips(options: ProgramOptions) -> Manifest:
                 for leaf in leaves:
                     crossbar.save_chip(leaf, of_chip / f"{leaf.name}{f'.{leaf.first}' if leaf.first else ''}.npz")
                 bar.update()
-        found = digests(fused, run)
+        found = digests(fused)
         manifest: Manifest = {
             "base": options.base,
             "base_sha256": found["base"],

@@ -109,7 +109,7 @@ class HarnessLM(TemplateLM):
         context = config.longest_row
         if context is not None and (chosen.max_length or 0) > context:
             raise ValueError(f"max_length is {chosen.max_length}: expected at most the model's context of {context}")
-        raw: Any = types.SimpleNamespace(**({} if context else open_base(base).config()))
+        raw: Any = types.SimpleNamespace(**({} if context else open_base(base).raw))
         self.max_length = chosen.max_length or context or resolve_max_length(raw, self.tokenizer)
         self._reads = 0
 

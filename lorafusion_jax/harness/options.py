@@ -9,9 +9,11 @@ import jax
 from ..hardware.calibration import looped
 from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
+from ..loading.model import LoadedModel, load_model
+from ..loading.spec import LoadIn, LoadOptions
 from ..methods import find
-from ..runs.options import ChipOptions, FuseOptions, LoadIn, OnArrays, check_digital
-from ..runs.prepare import LoadedModel, Setup, load_model, of_run, own_task, prepare
+from ..runs.options import ChipOptions, FuseOptions, OnArrays, check_digital
+from ..runs.prepare import Setup, of_run, own_task, prepare
 from ..runs.run import load_run, seed_place
 from ..support.checks import flags_given
 from ..training.method import Params
@@ -98,16 +100,16 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
     else:
         chip = {field.name: getattr(options, field.name) for field in dataclasses.fields(ChipOptions)}
         arrays = OnArrays(train_chip="chip", **chip)
-        task = options.calibration_task or fused.task
-        fused = dataclasses.replace(fused, task=task, test_rows=1, arrays=arrays)
-        if task:
+        task = options.calibration_task or (fused.task if isinstance(fused, FuseOptions) else None)
+        if task is not None:
+            fused = FuseOptions(**vars(fused) | {"task": task, "test_rows": 1, "arrays": arrays})
             own = None
             if options.run is not None and config is not None and options.calibration_task is None:
                 own = own_task(fused, options.run, config)
             loaded = prepare(fused, to_train=False, task=own)
         elif options.restore is not None and options.pool is None:
             loaded = load_model(fused)
-            loaded = looped(loaded).with_problem(frozen=restored_base(loaded, fused))
+            loaded = looped(loaded).with_problem(frozen=restored_base(loaded, arrays))
         else:
             raise ValueError(
                 "a chip needs text that sets the ranges of its ADCs: name a task with training rows by "
@@ -118,13 +120,13 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
     if params is None:
         of_seed = loaded.problem.replace(index=loaded.problem.index[0]).init(jax.random.key(0))
         params = jax.tree.map(lambda p: p[None], of_seed)
-    if isinstance(loaded, Setup):  # with all seeds, whose modules share the chip
+    if isinstance(loaded, Setup) and isinstance(fused, FuseOptions):  # with all seeds, whose modules share the chip
         loaded = on_arrays(loaded, fused, params).training
     of_seed = jax.tree.map(lambda p: p[place], params)
     return MeasuredModel(loaded.with_problem(index=loaded.problem.index[place]), of_seed, fused.base)
 
 
-def _of_base(options: HarnessOptions) -> FuseOptions:
+def _of_base(options: HarnessOptions) -> LoadOptions:
     """Return the options of a base, or of the mean of some modules of its pool."""
     adapters = options.adapters
     if options.base is None or options.pool is None:
@@ -132,9 +134,8 @@ def _of_base(options: HarnessOptions) -> FuseOptions:
             raise ValueError("--adapters names modules of a pool: give it with --base and --pool")
     elif not adapters:
         adapters = tuple(open_pool(options.pool, options.base).names)
-    return FuseOptions(
+    return LoadOptions(
         base=str(options.base),
-        task="",
         pool=options.pool,
         adapters=adapters,
         method="zero-shot" if options.pool is None else "mean",

@@ -22,7 +22,7 @@ from ..support.checks import flags_given
 from ..support.progress import progress
 from ..support.reading import check_name, check_regular, utf8
 from .folders import new_folder
-from .hf import base_tensor, open_base, read_config
+from .hf import base_tensor, open_base
 from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter, read_config_file, resave
 from .peft.config import KnownBase, check_fields
 from .peft.tensors import MAGNITUDE
@@ -165,8 +165,9 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     """Read and check all adapters, write them and the manifest if there is a folder, and return the manifest."""
     if options.base is None:
         raise ValueError("the adapters need their base model: give --base FOLDER_OR_HUB_ID")
-    opened, config, tensor = open_base(options.base), read_config(options.base), base_tensor(options.base)
-    base, shapes = KnownBase(options.base, opened.config()), linear_shapes(config)
+    opened = open_base(options.base)
+    config, tensor = opened.config, base_tensor(opened)
+    base, shapes = KnownBase(options.base, opened.raw), linear_shapes(config)
     rank = _common_rank(sources) if options.rank is None else options.rank
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
@@ -197,7 +198,7 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     manifest = {
         "base": {
             "source": options.base,
-            "config_sha256": opened.config_sha256(),
+            "config_sha256": opened.files.config_sha256(),
             "family": config.family,
             "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _RUNTIME_FIELDS},
         },

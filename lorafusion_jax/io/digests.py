@@ -43,21 +43,26 @@ class PoolDigests(NamedTuple):
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of tensors; their order makes no difference."""
-
-    def of_one(name: str) -> bytes:
-        tensor = tensors[name]
-        dtype = tensor.stored_dtype if isinstance(tensor, StoredTensor) else tensor.dtype
-        found = hashlib.sha256(f"{name}\0{dtype}\0{list(tensor.shape)}\0".encode())
-        many = len(tensor.shape) > 1
-        for row in range(0, tensor.shape[0] if many else 1, _ROWS):
-            rows = slice(row, row + _ROWS) if many else slice(None)
-            part = tensor.as_stored(rows) if isinstance(tensor, StoredTensor) else np.atleast_1d(tensor)[rows]
-            found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
-        release(tensor)
-        return found.digest()
-
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return hashlib.sha256(b"".join(threads.map(of_one, sorted(tensors)))).hexdigest()
+        return digest_of_all(dict(zip(tensors, threads.map(digest_of_one, tensors, tensors.values()), strict=True)))
+
+
+def digest_of_one(name: str, tensor: Tensor) -> bytes:
+    """Return the SHA-256 of a tensor and its name."""
+    dtype = tensor.stored_dtype if isinstance(tensor, StoredTensor) else tensor.dtype
+    found = hashlib.sha256(f"{name}\0{dtype}\0{list(tensor.shape)}\0".encode())
+    many = len(tensor.shape) > 1
+    for row in range(0, tensor.shape[0] if many else 1, _ROWS):
+        rows = slice(row, row + _ROWS) if many else slice(None)
+        part = tensor.as_stored(rows) if isinstance(tensor, StoredTensor) else np.atleast_1d(tensor)[rows]
+        found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+    release(tensor)
+    return found.digest()
+
+
+def digest_of_all(digests: Mapping[str, bytes]) -> str:
+    """Return the SHA-256 of tensors from that of each, by name."""
+    return hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()
 
 
 def pool_digests(pool: Pool) -> PoolDigests:

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
@@ -25,7 +26,7 @@ from ..support.text import shown, some
 from ..support.writing import write_text
 from . import safetensors
 from .buffers import Tensor, aligned_zeros, copy_transposed, release
-from .digests import tensor_digest
+from .digests import digest_of_all, digest_of_one, tensor_digest
 from .folders import new_folder
 from .gguf.base import GGUFBase
 from .gguf.reader import StoredTensor
@@ -39,20 +40,95 @@ _ROWS = 1024  # copied at a time: a dequantised tensor is never in memory as a w
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _Q8_0_TILE = 32  # numbers of a row that share a scale in a GGUF file's Q8_0
 
-OpenedBase = FolderBase | GGUFBase
+Files = FolderBase | GGUFBase
 
 
-def open_base(source: str | Path) -> OpenedBase:
-    """Open a base model: a folder, a hub id `owner/name` or `owner/name@revision`, or a GGUF file.
+class Base:
+    """A base model, opened once: what is read of it is read at the first use, and kept except for the weights.
 
-    A folder is checked when it is read; a file that is not sound GGUF is a ValueError.
+    Attributes:
+      source: a folder, a hub id `owner/name` or `owner/name@revision`, or a GGUF file. A folder is checked when it is
+        read; a file that is not sound GGUF is a ValueError.
+      files: its files.
     """
-    # Imported without PyTorch, transformers warns that there are no models: none are needed.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    path = at_home(source)
-    if path.is_file() or path.suffix == ".gguf":
-        return GGUFBase(path)
-    return FolderBase(str(source))
+
+    def __init__(self, source: str | Path):
+        # Imported without PyTorch, transformers warns that there are no models: none are needed.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        self.source, path = str(source), at_home(source)
+        self.files: Files = (
+            GGUFBase(path) if path.is_file() or path.suffix == ".gguf" else FolderBase(self.source)
+        )
+
+    @functools.cached_property
+    def raw(self) -> Mapping[str, Any]:
+        """The configuration as a config.json of Hugging Face."""
+        return self.files.config()
+
+    @functools.cached_property
+    def _known(self) -> tuple[Family, Architecture]:
+        classes = self.raw.get("architectures")
+        with named(self.files.config_place):
+            if isinstance(classes, list) and any(isinstance(name, str) and name.endswith(_HEADS) for name in classes):
+                got = f"architectures is {shown(classes)}, a model whose head generates no text"
+                raise ValueError(f"{got}: give the language model")
+            family = family_of_json(self.raw)
+            return family, family.read_config(self.raw)
+
+    @property
+    def family(self) -> Family:
+        """The family; ValueError if it is not known."""
+        return self._known[0]
+
+    @property
+    def config(self) -> Architecture:
+        """The structure (see `read_config`)."""
+        return self._known[1]
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer, without transformers where that gives the same; raises `load_tokenizer`'s errors."""
+        return self.files.fast_tokenizer()
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The SHA-256 of the stored tensors that the model uses; raises `load_base`'s errors."""
+        tensors, _, slots = self._opened("float32")
+        return tensor_digest({name: tensors[name] for slot in slots for name in slot.names})
+
+    def load(self, *, dtype: str = "float32", quantise: str | None = None, hashed: bool = False) -> Model:
+        """Load the weights (see `load_base`), with `hashed` the digest too."""
+        tensors, model, slots = self._opened(dtype)
+        digests: dict[str, Future[bytes]] = {}
+        with named(self.files.place), ThreadPoolExecutor(os.cpu_count()) as threads:
+            for slot in slots:
+                if hashed and "digest" not in vars(self):
+                    digests |= {name: threads.submit(digest_of_one, name, tensors[name]) for name in slot.names}
+                if quantise and slot.transposed:
+                    slot.variable.set_value(_gather_quantised(slot, tensors, dtype, quantise))
+                else:
+                    slot.variable.set_value(jax.device_put(_gather(slot, tensors, dtype)))
+        if digests:
+            self.digest = digest_of_all({name: found.result() for name, found in digests.items()})
+        return model
+
+    def _opened(self, dtype: str) -> tuple[Mapping[str, Tensor], Model, list[Slot]]:
+        """Return the tensors (checked but not read), the model without weights, and its slots."""
+        tensors, names = self.files.tensors(), self.family.checkpoint
+        config = dataclasses.replace(self.config, dtype=dtype)
+        if names.head in tensors:
+            tied = names.embedding in tensors and np.array_equal(tensors[names.head], tensors[names.embedding])
+            config = dataclasses.replace(config, tied=tied)
+        model = self.family.abstract(config)
+        slots = names.slots(model)
+        with named(self.files.place):
+            _check_tensors(tensors, slots, names, tied=config.tied)
+        return tensors, model, slots
+
+
+def open_base(source: str | Path | Base) -> Base:
+    """Return a base model, opened unless it is already."""
+    return source if isinstance(source, Base) else Base(source)
 
 
 def read_config(source: str | Path) -> Architecture:
@@ -63,7 +139,7 @@ def read_config(source: str | Path) -> Architecture:
     Raises:
       ValueError: the model belongs to no known family, or a size is missing.
     """
-    return _family(open_base(source))[1]
+    return open_base(source).config
 
 
 def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase":
@@ -72,12 +148,7 @@ def load_tokenizer(source: str | Path) -> "transformers.PreTrainedTokenizerBase"
     Raises:
       ValueError: there is none, transformers cannot read it, or a GGUF file names one that is not implemented.
     """
-    return open_base(source).tokenizer()
-
-
-def load_fast_tokenizer(source: str | Path) -> Any:
-    """Load the tokenizer of a base model, without transformers where that gives the same; `load_tokenizer`'s errors."""
-    return open_base(source).fast_tokenizer()
+    return open_base(source).files.tokenizer()
 
 
 def load_base(
@@ -97,23 +168,10 @@ def load_base(
       ValueError: the model is of another kind, a file is missing or damaged, or tensors are missing, unexpected,
         not floats, not finite or not of the configuration's shape.
     """
-    base, tensors, model, slots = _opened(source, dtype)
-    with named(base.place):
-        for slot in slots:
-            if quantise and slot.transposed:
-                slot.variable.set_value(_gather_quantised(slot, tensors, dtype, quantise))
-            else:
-                slot.variable.set_value(jax.device_put(_gather(slot, tensors, dtype)))
-    return model
+    return open_base(source).load(dtype=dtype, quantise=quantise)
 
 
-def base_digest(source: str | Path) -> str:
-    """Return the SHA-256 of the stored tensors that the model uses; raises `load_base`'s errors."""
-    _, tensors, _, slots = _opened(source, "float32")
-    return tensor_digest({name: tensors[name] for slot in slots for name in slot.names})
-
-
-def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
+def base_tensor(source: str | Path | Base) -> Callable[[str], np.ndarray]:
     """Return a function from a Hugging Face tensor name to the base's tensor, or KeyError.
 
     Files are opened at the first call. Tensors have the dtype of the file; those of a GGUF file are dequantised.
@@ -122,7 +180,7 @@ def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
     @functools.cache
     def files() -> tuple[Mapping[str, Tensor], Checkpoint]:
         base = open_base(source)
-        return base.tensors(), _family(base)[0].checkpoint
+        return base.files.tensors(), base.family.checkpoint
 
     def read(name: str) -> np.ndarray:
         tensors, names = files()
@@ -132,7 +190,7 @@ def base_tensor(source: str | Path) -> Callable[[str], np.ndarray]:
     return read
 
 
-def save_base(model: Model, folder: Path, source: str | Path) -> None:
+def save_base(model: Model, folder: Path, source: str | Path | Base) -> None:
     """Write a model, dequantised in its dtype, as a Hugging Face folder that is complete or absent.
 
     `source` is the base model whose configuration and tokenizer are written too; ValueError if the folder exists.
@@ -141,10 +199,11 @@ def save_base(model: Model, folder: Path, source: str | Path) -> None:
         put_base(model, partial, source)
 
 
-def put_base(model: Model, folder: Path, source: str | Path) -> None:
+def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
     """Write the files of `save_base` into an existing folder."""
-    base, tensors = open_base(source), hf_tensors(model, source)
-    base.save_texts(folder)
+    base = open_base(source)
+    tensors = hf_tensors(model, base)
+    base.files.save_texts(folder)
     # transformers loads the weights in the dtype of config.json.
     content = read_json(folder / "config.json", dict[str, Any], "a Hugging Face model", own=False)
     if other := [name for name in ("dtype", "torch_dtype") if content.get(name) not in (None, model.config.dtype)]:
@@ -153,35 +212,18 @@ def put_base(model: Model, folder: Path, source: str | Path) -> None:
     safetensors.save(folder / "model.safetensors", tensors)
 
 
-def hf_tensors(model: Model, source: str | Path) -> dict[str, np.ndarray]:
+def hf_tensors(model: Model, source: str | Path | Base) -> dict[str, np.ndarray]:
     """Return a model's weights by Hugging Face's names, in its dtype; `source` is the base it was loaded from."""
-    family, stated = _family(open_base(source))
-    names, tensors = family.checkpoint, {}
+    base = open_base(source)
+    names, tensors = base.family.checkpoint, {}
     for slot in names.slots(model):
         weights = np.asarray(linear.dense(slot.variable.get_value(), model.config.dtype))
         layers = weights if slot.stacked else weights[None]
         tensors |= {name: layer.T if slot.transposed else layer for name, layer in zip(slot.names, layers, strict=True)}
     # A head that equals the embedding is tied here; transformers needs it if the configuration is untied.
-    if model.config.tied and not stated.tied:
+    if model.config.tied and not base.config.tied:
         tensors[names.head] = tensors[names.embedding].copy()
     return tensors
-
-
-def _opened(source: str | Path, dtype: str) -> tuple[OpenedBase, Mapping[str, Tensor], Model, list[Slot]]:
-    """Return a base's files, its tensors (checked but not read), the model without weights, and its slots."""
-    base = open_base(source)
-    tensors = base.tensors()
-    family, config = _family(base)
-    names = family.checkpoint
-    config = dataclasses.replace(config, dtype=dtype)
-    if names.head in tensors:
-        tied = names.embedding in tensors and np.array_equal(tensors[names.head], tensors[names.embedding])
-        config = dataclasses.replace(config, tied=tied)
-    model = family.abstract(config)
-    slots = names.slots(model)
-    with named(base.place):
-        _check_tensors(tensors, slots, names, tied=config.tied)
-    return base, tensors, model, slots
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], slots: list[Slot], layout: Checkpoint, *, tied: bool) -> None:
@@ -255,15 +297,3 @@ def _copy(name: str, tensor: Tensor, out: np.ndarray, transposed: bool) -> None:
 def _check_finite(name: str, numbers: np.ndarray) -> None:
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name} holds NaN or infinity in {numbers.dtype}: fetch the weights again")
-
-
-def _family(base: OpenedBase) -> tuple[Family, Architecture]:
-    """Return the family of a base model and the structure that its configuration describes."""
-    raw = base.config()
-    classes = raw.get("architectures")
-    with named(base.config_place):
-        if isinstance(classes, list) and any(isinstance(name, str) and name.endswith(_HEADS) for name in classes):
-            got = f"architectures is {shown(classes)}, a model whose head generates no text"
-            raise ValueError(f"{got}: give the language model")
-        family = family_of_json(raw)
-        return family, family.read_config(raw)

@@ -74,7 +74,12 @@ class FolderBase:
         return self.place / _CONFIG
 
     def config(self) -> Mapping[str, Any]:
-        """Return the content of config.json, with the end tokens of generation_config.json too.
+        """Return the content of config.json, with the end tokens of generation_config.json too."""
+        return self._config
+
+    @functools.cached_property
+    def _config(self) -> Mapping[str, Any]:
+        """The configuration.
 
         Instruction-tuned models often end answers with tokens that only the latter has.
         """

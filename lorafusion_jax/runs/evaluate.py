@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ..loading.model import Texts, evaluation_worth
 from ..methods import find
 from ..support.progress import progress
 from ..tasks import (
@@ -30,7 +31,7 @@ from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from .options import FuseOptions
-from .prepare import Setup, Texts, encode_shown, evaluation_worth, shown_to_seeds, tasks_of_seeds
+from .prepare import Setup, encode_shown, shown_to_seeds, tasks_of_seeds
 from .rows import generate_rows
 
 

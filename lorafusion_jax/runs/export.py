@@ -14,10 +14,11 @@ from ..adapters.updates import LowRank, Rescaled, WeightDecomposed
 from ..io.export import fused_adapter, lora_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.gguf.write import write_lora, write_merged
-from ..io.hf import hf_tensors, open_base, put_base
+from ..io.hf import Base, hf_tensors, open_base, put_base
 from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
 from ..io.source import make_repository, upload
+from ..loading.model import load_model
 from ..methods import find
 from ..models.architecture import Model
 from ..models.registry import gguf_layout
@@ -26,7 +27,7 @@ from ..training.method import Params
 from ..training.problem import Problem
 from .card import write_card
 from .folder import RunFolder
-from .prepare import load_model, of_run
+from .prepare import of_run
 from .run import load_seed
 
 Format = Literal["adapter", "merged", "gguf", "gguf-f16", "gguf-q8_0"]
@@ -97,20 +98,21 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     merged = options.format in MERGED
     if "base" in method.groups and not merged:
         raise ValueError(f"{folder} fine-tuned all weights, not an adapter: export it with --format merged")
-    check_format(options.format, fused.base)
+    base = open_base(fused.base)
+    check_format(options.format, base)
     if options.push is not None:  # before the weights are loaded, because the hub may refuse
         make_repository(options.push, private=options.private)
-    loaded = of_run(load_model(fused), fused, folder, config, of_seed)
+    loaded = of_run(load_model(fused, base=base), fused, folder, config, of_seed)
     problem = loaded.problem.replace(index=loaded.problem.index[place])
     fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)
     with new_folder(options.out) as partial:
         if merged:
             model, adapters, _ = problem.adapted_model(of_seed)
-            put_merged(partial, options.format, fused.base, merged_base(model, adapters))
+            put_merged(partial, options.format, base, merged_base(model, adapters))
         else:
             # As it was given, because an absolute path would contain folders of this machine.
             adapter = _adapter(problem, of_seed, config["options"].base)
-            put_as(partial, options.format, fused.base, *adapter)
+            put_as(partial, options.format, base, *adapter)
         write_card(
             partial,
             RunFolder(folder),
@@ -125,14 +127,14 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
     return f"seed {seed} of {folder}, {fused.method}"
 
 
-def check_format(format: Format, base: str) -> None:
+def check_format(format: Format, base: Base) -> None:
     """Raise a ValueError if a format cannot hold what is made of a base."""
     if format.startswith("gguf"):
-        gguf_layout(open_base(base).config().get("model_type"), "model_type")
+        gguf_layout(base.raw.get("model_type"), "model_type")
 
 
 def put_as(
-    folder: Path, format: Format, base: str, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+    folder: Path, format: Format, base: Base, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
     """Write an adapter, given as its PEFT configuration and tensors, into a folder as PEFT's files or as GGUF."""
     if format == "adapter":
@@ -140,16 +142,16 @@ def put_as(
     elif fields["use_dora"]:
         raise ValueError("a GGUF LoRA has no magnitudes: use --format gguf-f16 or gguf-q8_0, which merge them")
     else:
-        write_lora(folder / "adapter.gguf", open_base(base).config(), tensors, float(fields["lora_alpha"]))
+        write_lora(folder / "adapter.gguf", base.raw, tensors, float(fields["lora_alpha"]))
 
 
-def put_merged(folder: Path, format: Format, base: str, model: Model) -> None:
+def put_merged(folder: Path, format: Format, base: Base, model: Model) -> None:
     """Write a merged model into a folder as Hugging Face's files or as GGUF."""
     if format == "merged":
         put_base(model, folder, base)
     else:
         kind = "F16" if format == "gguf-f16" else "Q8_0"
-        write_merged(folder / "model.gguf", open_base(base), hf_tensors(model, base), kind)
+        write_merged(folder / "model.gguf", base.files, hf_tensors(model, base), kind)
 
 
 def _adapter(problem: Problem, of_seed: Params, base: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..io.hf import base_digest
+from ..io.hf import open_base
+from ..loading.model import LoadedModel, load_model
 from ..methods.fusion import CoefficientsRecipe
 from ..support.checks import at_least
 from ..tasks import Task, encode, eval_batches, load_task
@@ -18,7 +19,7 @@ from .advantage import FEWEST, WORTH, Case, Model, Prediction, fit, packaged
 from .descent import Descent, check_sum, descent_of, with_copies
 from .folder import RunFolder
 from .options import FuseOptions, row_format
-from .prepare import LoadedModel, check, load_model, own_task, tasks_of_seeds
+from .prepare import check, own_task, tasks_of_seeds
 from .run import load_run
 
 _KEY = 0  # of the rotated copies
@@ -109,7 +110,7 @@ def forecast(options: ForecastOptions) -> Forecast:
     at_least(1, draws=options.draws)
     own = _ranking(options)
     check(own)
-    digest = base_digest(options.base)
+    digest = open_base(options.base).digest
     pairs = _pairs(options.calibrate, digest)
     measured = _Measured(options.draws)
     found, task, modules = measured.on(own)

@@ -11,7 +11,7 @@ from ..adapters.composition import compose
 from ..io.digests import Digests, pool_digests
 from ..io.export import fused_adapter, merged_base
 from ..io.folders import new_folder
-from ..io.hf import base_digest, load_base, read_config
+from ..io.hf import open_base
 from ..io.pool import open_pool
 from ..support.reading import read_json
 from ..support.text import shown, some
@@ -54,9 +54,10 @@ def merge(options: MergeOptions) -> str:
     """
     if options.out.exists():
         raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
-    check_format(options.format, options.base)
+    base = open_base(options.base)
+    check_format(options.format, base)
     weights = _weights(options)
-    stored, config = open_pool(options.pool, options.base), read_config(options.base)
+    stored = open_pool(options.pool, base)
     if unknown := [name for name in weights if name not in stored.names]:
         raise ValueError(f"{options.pool} has no module {some(unknown)}: it has {some(stored.names)}")
     pool = stored.load(list(weights))
@@ -65,11 +66,11 @@ def merge(options: MergeOptions) -> str:
     with new_folder(options.out) as partial:
         if options.format in MERGED:
             adapters, _ = compose(pool, index, coefficients, "sum")
-            put_merged(partial, options.format, options.base, merged_base(load_base(options.base), adapters))
+            put_merged(partial, options.format, base, merged_base(base.load(hashed=True), adapters))
         else:
-            adapter = fused_adapter(config, pool, index, coefficients, "sum", base=options.base)
-            put_as(partial, options.format, options.base, *adapter)
-        digests: Digests = {"base": base_digest(options.base), "modules": pool_digests(pool).modules}
+            adapter = fused_adapter(base.config, pool, index, coefficients, "sum", base=options.base)
+            put_as(partial, options.format, base, *adapter)
+        digests: Digests = {"base": base.digest, "modules": pool_digests(pool).modules}
         write_text(partial / RECORD, json.dumps(Merged(weights=weights, digests=digests), indent=1) + "\n")
     return f"{len(weights)} modules of {options.pool}"
 

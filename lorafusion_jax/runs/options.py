@@ -9,15 +9,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 import tyro
 
-from ..methods import METHODS, fields_of, having
-from ..methods.entry import MethodEntry
-from ..methods.recipes import recipe_of
+from ..loading.spec import LoadOptions
 from ..support.checks import flags_given
 from ..training.recipe import Recipe
-
-# What base and pool are held in: whole, or in 4 or 8 bits.
-LoadIn = Literal["full", "nf4", "int8"]
-Control = Literal["none", "random-factors", "shuffled", "rotated", "rotated-together", "svd"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,44 +63,27 @@ class OnArrays(ChipOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FuseOptions:
+class FuseOptions(LoadOptions):
     """Fuse a pool of LoRA modules for a new task, and evaluate it by generation.
 
     Attributes:
-      base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
-      pool: a converted pool, or a folder of PEFT adapter folders; only for methods that fuse modules.
       task: a JSONL file or a folder of them, a JSON list, a BIG-Bench Hard file, a `datasets` folder or hub id.
-      seeds: seeds of the run: each draws its modules, its start and its order of rows; all are one program.
       name: name of the run, which is written to OUT/NAME; by default TASK-METHOD, followed by a
         control and its draw.
       out: folder of runs.
-      method: name of the method, from the registry (`lorafusion_jax.METHODS`).
-      control: `random-factors` replaces every module by a random one of the same norms. `shuffled` shuffles its layers.
-        `rotated` keeps the singular values of its updates and draws the singular vectors (`rotated-together`: one
-        rotation for all modules). With a basis, a control replaces the directions on which the modules are projected.
-        `svd`, only with a basis, takes the leading singular directions of the base's matrices.
-      control_draw: number of the draw of a control; all seeds of a run share a draw.
-      adapters: fuse these modules, by name or index, instead of a draw by seed.
-      recipe: numbers of the method and of its training, of the class that the method names; a recipe of another class
-        may have numbers that both share, other than the defaults.
       arrays: simulated arrays; by default the run is digital.
       prompt: template of the model's input, with {input} or other columns of the task's rows.
       input: column of a row's input, if it is not input or context.
       target: column of a row's answer, if it is not target, completion or output.
-      chat: put the input into the model's own chat template, as the user's message, and learn the assistant's answer;
-        rows of the task may be conversations ("messages").
       train_rows: at most this many rows are trained and validated on.
       test_rows: evaluate on the first rows of the test set only.
       eval_batch: number of rows in a batch of generation.
-      dtype: dtype of weights and activations.
-      load_in: hold base and pool in 4 or 8 bits.
       mesh: divide the run over devices: seeds over the axis `seed`, matrices over `model`, as in seed=4,model=2.
       distributed: this process is one of several, started by Slurm, Open MPI or GKE, on a TPU slice or by hand; --mesh
         covers all their devices.
       coordinator: host:port on which process 0 listens, for processes that are started by hand.
       processes: number of processes that are started by hand.
       process: number of this one, from 0.
-      seed_mode: mode of the seeds: batched, or one after the other (sequential); by default the faster one here.
       resume: continue a run that was interrupted.
       start_from: start from the saved fusion of another run (same base, modules, seeds and method), or from weights of
         modules: a folder that `lorafusion merge` wrote, or the JSON file of its --weights-file.
@@ -115,59 +92,25 @@ class FuseOptions:
         compiles; XProf and Perfetto open it.
     """
 
-    base: str
     task: str
-    pool: str | None = None
-    seeds: tuple[int, ...] = (1,)
     name: str | None = None
     out: Path = Path("runs")
-    method: str = "fusion"
-    control: Control = "none"
-    control_draw: int = 0
-    adapters: tuple[str, ...] = ()
-    recipe: Recipe = Recipe()
     arrays: Annotated[OnArrays, tyro.conf.arg(name="")] = OnArrays()
     prompt: str | None = None
     input: str | None = None
     target: str | None = None
-    chat: bool = False
     train_rows: int = 100
     test_rows: int | None = None
     eval_batch: int = 64
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    load_in: LoadIn = "full"
     mesh: str | None = None
     distributed: bool = False
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
-    seed_mode: Literal["auto", "batched", "sequential"] = "auto"
     resume: bool = False
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     save_seconds: float = 30.0
     profile: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.method in METHODS:
-            object.__setattr__(self, "recipe", _recipe_for(METHODS[self.method], self.recipe))
-
-
-def _recipe_for(entry: MethodEntry, recipe: Recipe) -> Recipe:
-    """Return a recipe in the class of a method; ValueError for a number that the method lacks."""
-    if type(recipe) is entry.recipe:
-        return recipe
-    own = fields_of(entry)
-    for field in dataclasses.fields(recipe):
-        if field.name not in own and getattr(recipe, field.name) != field.default:
-            raise ValueError(f"{field.name} is {not_an_option(field.name, entry.name)}")
-    return recipe_of(entry.recipe, vars(recipe))
-
-
-def not_an_option(number: str, method: str) -> str:
-    """Return an error text about an option that the method does not have."""
-    others = having(number)
-    kind = "the method" if len(others) == 1 else "the methods"
-    return f"an option of {kind} {', '.join(others)}, not of {method}: leave it out, or choose another method"
 
 
 @functools.cache

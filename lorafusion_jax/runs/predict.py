@@ -11,6 +11,9 @@ import jax
 import numpy as np
 import tyro
 
+from ..io.hf import Base, open_base
+from ..loading.model import Texts, load_model, load_texts
+from ..loading.spec import LoadOptions
 from ..methods import find
 from ..models.generate import GREEDY, Sampling
 from ..support.checks import at_least, check_uint32
@@ -35,7 +38,7 @@ from ..training.problem import Problem
 from .evaluate import evaluate_seeds, seed_rows
 from .folder import RunConfig, note
 from .options import FuseOptions, row_format
-from .prepare import Setup, Texts, load_model, load_texts, of_run, own_task, prepare
+from .prepare import Setup, of_run, own_task, prepare
 from .rows import SeedModels, advance_rows, begin_rows, draw_keys, generate_rows
 from .run import load_run, load_seed
 
@@ -98,7 +101,8 @@ class GenerateOptions:
 class _Answering:
     """One seed of a run, or a base model as it is, that answers new text in at most `new_tokens` tokens."""
 
-    fused: FuseOptions
+    fused: LoadOptions
+    base: Base
     run: tuple[Path, RunConfig] | None
     params: Params
     place: int  # of the seed among those of the run
@@ -106,16 +110,17 @@ class _Answering:
 
     def encode(self, texts: Texts, lines: Mapping[int, str]) -> Encoded:
         """Tokenise lines, given by their places in the text."""
-        prompt, rows = self.fused.prompt, {f"line {place + 1}": line for place, line in lines.items()}
+        prompt, column = (self.fused.prompt, self.fused.input) if isinstance(self.fused, FuseOptions) else (None, None)
+        rows = {f"line {place + 1}": line for place, line in lines.items()}
         if columns(prompt) - {"input"}:
             fix = f"give a row such as {row_example(prompt)}"
             rows = {of: decode_json(row.encode(), dict[str, Any], of, own=False, fix=fix) for of, row in rows.items()}
-        examples = [Example(as_input(row, of, prompt, input=self.fused.input), "") for of, row in rows.items()]
+        examples = [Example(as_input(row, of, prompt, input=column), "") for of, row in rows.items()]
         return encode(texts.tokenizer, examples, texts.text_format, new_tokens=self.new_tokens)
 
-    def problem(self, texts: Texts) -> Problem:
+    def problem(self) -> Problem:
         """Load the model, with an index of the seed alone."""
-        loaded = load_model(self.fused, texts=texts)
+        loaded = load_model(self.fused, base=self.base)
         if self.run is not None:
             loaded = of_run(loaded, self.fused, *self.run, self.params)
         return loaded.problem.replace(index=loaded.problem.index[self.place])
@@ -177,10 +182,10 @@ def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None 
     """
     answering = _answering(options)
     lines = list(_lines(options))
-    texts = load_texts(answering.fused)
+    texts = load_texts(answering.fused, answering.base)
     asked = {place: line for place, line in enumerate(lines) if line.strip()}
     encoded, places = answering.encode(texts, asked), np.array([*asked])
-    problem = load() if load else answering.problem(texts)
+    problem = load() if load else answering.problem()
     params, problem = jax.tree.map(lambda p: p[None], answering.params), problem.replace(index=problem.index[None])
     answers = [""] * len(lines)
     found = generate_rows(
@@ -204,8 +209,8 @@ def stream_lines(options: GenerateOptions, load: Callable[[], Problem] | None = 
     A line is read after the previous answer is complete.
     """
     answering = _answering(options)
-    texts = load_texts(answering.fused)
-    problem, tokenizer = load() if load else answering.problem(texts), texts.tokenizer
+    texts = load_texts(answering.fused, answering.base)
+    problem, tokenizer = load() if load else answering.problem(), texts.tokenizer
     if "base" not in answering.params:
         problem = problem.replace(frozen=problem.frozen.unstacked())
 
@@ -253,11 +258,12 @@ def _answering(options: GenerateOptions) -> _Answering:
     if options.run is None:
         if options.seed is not None:
             raise ValueError("a base model has no seeds: leave out --seed")
-        fused = FuseOptions(base=str(options.base), task="", method="zero-shot", chat=options.chat)
-        return _Answering(fused, None, {}, 0, options.max_new_tokens or _NEW_TOKENS)
+        fused = LoadOptions(base=str(options.base), method="zero-shot", chat=options.chat)
+        return _Answering(fused, open_base(fused.base), None, {}, 0, options.max_new_tokens or _NEW_TOKENS)
     if options.chat:
         raise ValueError("a run uses the chat template if it was fused with it: leave out --chat")
     fused, params, config, place = load_seed(options.run, options.seed)
     if find(fused.method).answers != "model":
         raise ValueError(f"{options.run} is of {fused.method}, which needs rows of its task: use `lorafusion evaluate`")
-    return _Answering(fused, (options.run, config), params, place, options.max_new_tokens or config["max_new_tokens"])
+    new_tokens = options.max_new_tokens or config["max_new_tokens"]
+    return _Answering(fused, open_base(fused.base), (options.run, config), params, place, new_tokens)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Key
 
+from ..loading.model import evaluation_worth
 from ..models.architecture import Architecture, Model
 from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows, refill, widened
 from ..models.layers import Adapters
@@ -23,7 +24,6 @@ from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
 from ..training.seeds import AXIS
-from .prepare import evaluation_worth
 
 _FEWEST = 4  # rows of a state: fewer take about as long
 _LONG = 32  # tokens of an answer from which on programs of fewer rows are worth compiling

@@ -17,7 +17,9 @@ import numpy as np
 from .._version import __version__
 from ..io import arrays
 from ..io.digests import Digests
-from ..io.hf import read_config
+from ..io.hf import Base, open_base
+from ..loading.identity import check_digests, digests
+from ..loading.model import with_modules, with_whole_modules
 from ..methods import find
 from ..methods.fusion import choice_of
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
@@ -32,17 +34,7 @@ from .descent import gradient_at_zero
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
-from .prepare import (
-    Setup,
-    check,
-    check_digests,
-    digests,
-    prepare,
-    tasks_of_seeds,
-    trainable_count,
-    with_modules,
-    with_whole_modules,
-)
+from .prepare import Setup, check, prepare, tasks_of_seeds, trainable_count
 from .train import FINAL, FinalSteps, train
 from .weight_list import listed_params, read_weights, with_listed_modules
 
@@ -73,26 +65,27 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
     """
     options = with_listed_modules(options)
     check(options)
-    options = with_targets(options)
+    base = open_base(options.base)
+    options = with_targets(options, base)
     make_room()
     with contextlib.ExitStack() as stack:
         if options.distributed:
             stack.enter_context(processes.joined(options.coordinator, options.processes, options.process))
         if options.mesh is not None:
             stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
-        return _run(options, set_up)
+        return _run(options, base, set_up)
 
 
-def with_targets(options: FuseOptions) -> FuseOptions:
+def with_targets(options: FuseOptions, base: Base | None = None) -> FuseOptions:
     """Return the options as a run records them, with the targets of the model's family by default."""
     recipe = options.recipe
     if not isinstance(recipe, TargetedRecipe) or recipe.lora_targets is not None:
         return options
-    targets = read_config(options.base).targets
+    targets = (base or open_base(options.base)).config.targets
     return dataclasses.replace(options, recipe=dataclasses.replace(recipe, lora_targets=targets))
 
 
-def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
+def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict[str, Any]:
     find(options.method).check()
     run = RunFolder(run_path(options))
     if not options.resume:
@@ -101,10 +94,10 @@ def _run(options: FuseOptions, set_up: SetUpHardware | None) -> dict[str, Any]:
     if recorded is not None and (done := run.results()) is not None:
         note(f"{run.folder} is complete: nothing to resume")
         return dict(done)
-    setup = prepare(options, seed_mode=recorded["environment"]["seed_mode"] if recorded else None)
+    setup = prepare(options, seed_mode=recorded["environment"]["seed_mode"] if recorded else None, base=base)
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
-    found = digests(setup, options)
+    found = digests(setup)
     begin = _start_params(setup, options, found)
     config = _config(options, setup, found)
     hardware = HardwareSetup(setup, lambda params: setup)

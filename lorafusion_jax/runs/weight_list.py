@@ -16,13 +16,14 @@ from jaxtyping import Array, Float
 from ..adapters.basis import Pool
 from ..adapters.coefficients import column_names, refined
 from ..io.digests import Digests
+from ..loading.identity import check_digests
 from ..methods import find
 from ..methods.fusion import CoefficientsRecipe, Fusion, choice_of
 from ..methods.recipes import basis_of
 from ..support.reading import read_json
 from ..support.text import shown, some
 from .options import FuseOptions
-from .prepare import Setup, check_digests
+from .prepare import Setup
 
 Weights = dict[str, float | dict[str, float]]
 """Weight of every module, or its weights by block, named STACK.LAYER."""

@@ -18,6 +18,8 @@ from ..adapters.coefficients import GRANULARITIES
 from ..adapters.pool import LoraPool, joined
 from ..io.digests import Digests
 from ..io.pool import open_pool
+from ..loading.identity import check_digests, digests
+from ..loading.model import evaluation_worth, load_model, module_names
 from ..methods import find
 from ..methods.entry import Built
 from ..methods.fusion import PLAIN_SUM, CoefficientsRecipe, Fusion
@@ -27,7 +29,6 @@ from ..models.architecture import Architecture
 from ..models.generate import GREEDY, Sampling
 from ..models.weights import read_at_random
 from ..runs.options import FuseOptions
-from ..runs.prepare import check_digests, digests, evaluation_worth, load_model, module_names
 from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
 from ..support.checks import at_least, check_uint32
@@ -147,7 +148,7 @@ class Service:
             recipe = recipe_of(CoefficientsRecipe, vars(options.recipe) | {"composition": "sum", "train_core": False})
             options = dataclasses.replace(options, method="coefficients", recipe=recipe, adapters=names)
         fused = load_model(options)
-        self._digests = digests(fused, options)
+        self._digests = digests(fused)
         for run in runs:
             check_digests(run.folder, run.digests, self._digests, run.options)
         self.tokenizer, self.text_format, self.tasks = fused.tokenizer, fused.text_format, dict[str, Task]()

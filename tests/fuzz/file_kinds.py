@@ -32,7 +32,7 @@ from lorafusion_jax.hardware.folder import Chips, load_chips
 from lorafusion_jax.hardware.restored import load_restored
 from lorafusion_jax.io import arrays
 from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.hf import load_fast_tokenizer
+from lorafusion_jax.io.hf import open_base
 from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
 from lorafusion_jax.models.registry import abstract_model
@@ -419,7 +419,7 @@ def _tokenizer(folder: Path, base: Path, name: str) -> Kind:
     content |= {"added_tokens": [end, {"id": 2, "content": "ﷺ"} | added]} | parts
 
     def use() -> None:
-        tokenizer = load_fast_tokenizer(at)
+        tokenizer = open_base(at).tokenizer
         with named(at):
             rows = encode(tokenizer, [Example("abb ﷺ Ａ\r\n", "a" * 300)])
             decode(tokenizer, [row.tolist() for row in (*rows.inputs, *rows.labels)] + [[]], SEPARATE_TEXTS)

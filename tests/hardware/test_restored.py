@@ -37,10 +37,10 @@ from lorafusion_jax.hardware.restored import (
     windows,
 )
 from lorafusion_jax.io.folders import locked
-from lorafusion_jax.io.hf import base_digest
+from lorafusion_jax.io.hf import open_base
 from lorafusion_jax.io.source import sha256
+from lorafusion_jax.loading.model import load_model
 from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.prepare import load_model
 from lorafusion_jax.support.reading import FileError
 from lorafusion_jax.tasks import IGNORED, decode
 
@@ -102,7 +102,7 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     train = batches[: len(batches) - measured]
     targets = [run(frozen.base, batch) for batch in train]
     found = restore(run, weights, digital_matrices(loaded, weights), train, targets, how)
-    (of_disk,) = load_restored(str(home / "restored"), chips, [2], base_digest(str(home / "base")))
+    (of_disk,) = load_restored(str(home / "restored"), chips, [2], open_base(str(home / "base")).digest)
     for site, correction in found.items():
         of_site = of_disk.corrections[site]
         np.testing.assert_allclose(of_site.scale, correction.scale, rtol=1e-4)
@@ -207,7 +207,7 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
             str(home / changed.get("folder", "restored")),
             chips,
             [changed.get("chip", 0)],
-            changed.get("base", base_digest(str(home / "base"))),
+            changed.get("base", open_base(str(home / "base")).digest),
         )
 
 
@@ -286,7 +286,7 @@ def test_a_linked_folder_next_to_the_chips_is_not_written_through(home, tmp_path
     manifest |= {"pool": None, "modules": {}, "basis_sha256": None, "chips": 1}
     counts = dict.fromkeys(("arrays", "cells", "utilisation"), 1) | dict.fromkeys(("pulses", "joules", "seconds"), [])
     save_config(config := crossbar.load_config(str(home / "noisy.yaml")), chips / "config.yaml")
-    manifest |= {"base_sha256": base_digest(str(home / "base")), "config_sha256": crossbar.config_hash(config)}
+    manifest |= {"base_sha256": open_base(str(home / "base")).digest, "config_sha256": crossbar.config_hash(config)}
     (chips / "manifest.json").write_text(json.dumps(manifest | {"one_chip": counts | {"simulated_pulses": None}}))
     (chips / "restored-scales").symlink_to(outside)
     with pytest.raises(FileError, match="restored-scales: a link, which could lead out of its folder"):
@@ -321,13 +321,13 @@ def test_other_arrays_under_a_right_digest_are_refused(home, tmp_path, change, m
     loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
     weights = program(loaded.problem.graph, loaded.problem.frozen, chips.rules(), chips.chip_key(0)).base
     with pytest.raises(ValueError, match=message):
-        load_restored(str(tmp_path / "restored"), chips, [0], base_digest(str(home / "base")))[0].on(weights)
+        load_restored(str(tmp_path / "restored"), chips, [0], open_base(str(home / "base")).digest)[0].on(weights)
 
 
 def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, tmp_path):
     for number, other in ((0, 2), (2, 0)):
         shutil.copytree(home / "restored" / f"chip_{number}", tmp_path / "exchanged" / f"chip_{other}")
-    chips, base = load_chips(str(home / "noisy.yaml")), base_digest(str(home / "base"))
+    chips, base = load_chips(str(home / "noisy.yaml")), open_base(str(home / "base")).digest
     message = r"chip_0: chip is 2: expected 0; rename it to chip_2"
     with pytest.raises(FileError, match=message):
         load_restored(str(tmp_path / "exchanged"), chips, [0, 2], base)
@@ -362,7 +362,7 @@ def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):
     target = run(frozen.base, batch)
     off = [divergence(run(aged_chip, batch), target)]
     for name in ("prepared", "again"):
-        (restored,) = load_restored(str(tmp_path / name), chips, [0], base_digest(str(home / "base")))
+        (restored,) = load_restored(str(tmp_path / name), chips, [0], open_base(str(home / "base")).digest)
         off.append(divergence(run(restored.on(aged_chip), batch), target))
     assert off[2] < off[1] < 0.8 * off[0]
 
@@ -394,7 +394,7 @@ def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):
     cli.main([*asked, *on_chip])
     printed = capsys.readouterr().out.splitlines()
     loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
-    (restored,) = load_restored(str(home / "restored"), chips, [2], base_digest(str(home / "base")))
+    (restored,) = load_restored(str(home / "restored"), chips, [2], open_base(str(home / "base")).digest)
     weights = program(loaded.problem.graph, loaded.problem.frozen, chips.rules(), chips.chip_key(2)).base
     model = nnx.merge(loaded.problem.graph, restored.on(weights))
     ids = jnp.array(loaded.tokenizer.encode("the cold bold")[:-1])[None]  # without the token that ends a text

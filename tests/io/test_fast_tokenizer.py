@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafusion_jax as lf
-from lorafusion_jax.io.hf import load_fast_tokenizer
+from lorafusion_jax.io.hf import open_base
 from lorafusion_jax.support.reading import FileError
 
 _BASE = one_block.SMALL / "base"
@@ -21,7 +21,7 @@ _TEXTS = st.text() | st.text("abc :<>/s|im_endtard\n\t", max_size=40) | st.just(
 
 
 def _pair(base):
-    fast, whole = load_fast_tokenizer(base), lf.load_tokenizer(base)
+    fast, whole = open_base(base).tokenizer, lf.load_tokenizer(base)
     assert type(fast) is not type(whole)
     return fast, whole
 
@@ -78,7 +78,7 @@ def test_transformers_loads_what_its_settings_change(tmp_path, changes):
     folder = shutil.copytree(_BASE, tmp_path / "base")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | changes))
-    assert type(load_fast_tokenizer(folder)) is type(lf.load_tokenizer(folder))
+    assert type(open_base(folder).tokenizer) is type(lf.load_tokenizer(folder))
 
 
 @pytest.mark.parametrize(
@@ -94,20 +94,20 @@ def test_faults_of_the_file_are_reported_and_not_left_to_transformers(tmp_path, 
     folder = shutil.copytree(_BASE, tmp_path / "base")
     (folder / "tokenizer.json").write_text(file)
     with pytest.raises(FileError, match=f"tokenizer.json: {message}"):
-        load_fast_tokenizer(folder)
+        open_base(folder).tokenizer("a")
 
 
 def test_transformers_loads_tokenizers_of_causal_models_in_folders(tmp_path):
     folder = small_llama.make(tmp_path / "base", chat_template=None)
-    assert type(load_fast_tokenizer(folder)) is type(lf.load_tokenizer(folder))
+    assert type(open_base(folder).tokenizer) is type(lf.load_tokenizer(folder))
 
 
 @pytest.mark.parametrize("base", ["folder", "GGUF"])
 def test_config_and_tokenizer_load_no_transformers(base):
     source = str(_BASE if base == "folder" else smollm2.gguf_file())
     code = (
-        "import sys; from lorafusion_jax.io.hf import load_fast_tokenizer, read_config; "
-        f"read_config({source!r}); load_fast_tokenizer({source!r})('a'); print('transformers' in sys.modules)"
+        "import sys; from lorafusion_jax.io.hf import open_base, read_config; "
+        f"read_config({source!r}); open_base({source!r}).tokenizer('a'); print('transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

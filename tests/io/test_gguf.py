@@ -22,7 +22,7 @@ from lorafusion_jax.io.gguf.base import GGUFBase
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged
-from lorafusion_jax.io.hf import base_digest, open_base
+from lorafusion_jax.io.hf import open_base
 from lorafusion_jax.io.peft.adapter import write_adapter
 from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.decoder import FAMILY
@@ -225,7 +225,7 @@ def test_a_file_is_the_folder_it_was_made_of(tmp_path, folders, name):
     """The same structure and the same weights, bit for bit."""
     folder = folders[name]
     file = _written(folder, tmp_path / "model.gguf")
-    assert lf.read_config(file) == lf.read_config(folder) and base_digest(file) == base_digest(folder)
+    assert lf.read_config(file) == lf.read_config(folder) and open_base(file).digest == open_base(folder).digest
 
 
 def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, folders):
@@ -238,13 +238,13 @@ def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, fold
     assert got.keys() == expected.keys()
     for path, variable in expected.items():
         np.testing.assert_array_equal(got[path].get_value(), variable.get_value(), str(path))
-    assert base_digest(coded) == base_digest(again) != base_digest(folder)
+    assert open_base(coded).digest == open_base(again).digest != open_base(folder).digest
 
 
 def test_a_file_has_a_digest_of_its_tokenizer_alone(tmp_path, folders):
     changes = ({}, {"tokenizer.chat_template": "hi"}, {"tokenizer.ggml.add_bos_token": True})
     files = [_written(folders["llama"], tmp_path / f"{n}.gguf", of) for n, of in enumerate(changes)]
-    plain, other_template, other_tokenizer = (open_base(file).tokenizer_sha256() for file in files)
+    plain, other_template, other_tokenizer = (open_base(file).files.tokenizer_sha256() for file in files)
     assert plain == other_template != other_tokenizer
 
 
@@ -284,7 +284,7 @@ def _in_turn(title):
 def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
     file = _written(folders["llama"], tmp_path / "model.gguf", kinds=_in_turn)
     tensor, model = lf.base_tensor(file), lf.load_base(file, dtype=dtype, quantise="int8")
-    tensors = open_base(file).tensors()
+    tensors = open_base(file).files.tensors()
     head = model.variables()["head"].get_value()
     matrices = {("lm_head", 0): qwix.QArray(head.qvalue[None], head.scale[None], qtype="int8")}
     for (site, kernel), layer in itertools.product(lf.kernels(model).items(), range(2)):
@@ -437,7 +437,7 @@ def test_a_file_is_converted_for_saved_and_read_back(tmp_path, folders):
     assert shape_config(file) == lf.read_config(file)
     saved = tmp_path / "saved"
     lf.save_base(lf.load_base(file), saved, file)
-    assert manifest["base"]["config_sha256"] == open_base(saved).config_sha256()
+    assert manifest["base"]["config_sha256"] == open_base(saved).files.config_sha256()
     assert lf.read_config(saved) == lf.read_config(file)
     tensors, wanted = load_file(saved / "model.safetensors"), load_file(folders["llama"] / "model.safetensors")
     assert tensors.keys() == wanted.keys()
@@ -474,7 +474,7 @@ def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, fol
 @pytest.mark.parametrize("name", _MODELS)
 def test_a_model_of_a_folder_is_written_with_its_structure_and_tokenizer(tmp_path, folders, name):
     folder, file = folders[name], tmp_path / "model.gguf"
-    write_merged(file, open_base(folder), load_file(folder / "model.safetensors"), "F16")
+    write_merged(file, open_base(folder).files, load_file(folder / "model.safetensors"), "F16")
     assert lf.read_config(file) == lf.read_config(folder)
     ours, theirs = (dict(nnx.to_flat_state(nnx.state(lf.load_base(base)))) for base in (file, folder))
     assert ours.keys() == theirs.keys()
@@ -493,7 +493,7 @@ def test_transformers_reads_a_written_model_as_its_folder(tmp_path, folders, nam
     from transformers import AutoModelForCausalLM
 
     folder = folders[name]
-    write_merged(tmp_path / "model.gguf", open_base(folder), load_file(folder / "model.safetensors"), "F16")
+    write_merged(tmp_path / "model.gguf", open_base(folder).files, load_file(folder / "model.safetensors"), "F16")
     ids = torch.arange(3, 40)[None]
     logits = []
     for where, how in ((tmp_path, {"gguf_file": "model.gguf"}), (folder, {})):
@@ -513,23 +513,22 @@ def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, fo
     config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"would hold rope .* convert the folder with llama.cpp's"):
-        write_merged(tmp_path / "model.gguf", open_base(tmp_path), tensors, "F16")
+        write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, tensors, "F16")
     config = json.loads((folders["gemma3"] / "config.json").read_text()) | {"query_pre_attn_scalar": 7}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"would hold query_scale .*: no GGUF file holds it; use --format merged$"):
-        write_merged(
-            tmp_path / "model.gguf", open_base(tmp_path), load_file(folders["gemma3"] / "model.safetensors"), "F16"
-        )
+        tensors = load_file(folders["gemma3"] / "model.safetensors")
+        write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, tensors, "F16")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"not one of byte-pair merges .* convert the folder with llama.cpp's"):
-        write_merged(tmp_path / "model.gguf", open_base(tmp_path), tensors, "F16")
+        write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, tensors, "F16")
     assert not (tmp_path / "model.gguf").exists()
 
 
 @pytest.mark.parametrize("name", _MODELS)
 def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folders, name):
-    config, content = lf.read_config(folders[name]), open_base(folders[name]).config()
+    config, content = lf.read_config(folders[name]), open_base(folders[name]).raw
     draw = np.random.default_rng(0)
     tensors = {}
     for path, (d_in, d_out) in linear_shapes(config).items():

@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax.io.hf import base_digest, open_base
+from lorafusion_jax.io.hf import open_base
 from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.weights import QUANTISED_TYPES, dense
@@ -102,7 +102,7 @@ def _run(model, input_ids, mask, decoder_ids):
 @pytest.mark.parametrize("layout", ["bin", "sharded safetensors", "sharded bin"])
 def test_every_layout_of_files_gives_the_same_model(base, tmp_path, layout):
     _assert_same_model(lf.load_base(other := _lay_out(base, tmp_path / "other", layout)), lf.load_base(base))
-    assert base_digest(other) == base_digest(base)
+    assert open_base(other).digest == open_base(base).digest
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "sharded bin"])
@@ -397,7 +397,7 @@ def test_texts_that_are_links_out_of_a_base_are_not_copied(tmp_path, snapshot):
     (blobs / "digest").write_text("{}")
     (folder / "config.json").symlink_to(blobs / "digest")
     (tmp_path / "key").write_text("a secret")
-    base = open_base(str(folder))
+    base = open_base(str(folder)).files
     base.save_texts(out)
     assert (out / "config.json").read_text() == "{}" and not (out / "config.json").is_symlink()
     for link in (Path.symlink_to, Path.hardlink_to):

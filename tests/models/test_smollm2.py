@@ -148,7 +148,7 @@ def golden(goldens):
 def test_every_tensor_is_bit_equal(goldens):
     """Names, layout and the order of q's and k's rows are Hugging Face's."""
     wanted = json.loads((goldens / "smollm2" / "base" / "tensors.json").read_text())
-    tensors = open_base(smollm2.gguf_file()).tensors()
+    tensors = open_base(smollm2.gguf_file()).files.tensors()
     assert tensors.keys() == wanted.keys() and len(wanted) == 272
     for name, entry in wanted.items():
         tensor = np.asarray(tensors[name])
@@ -157,7 +157,7 @@ def test_every_tensor_is_bit_equal(goldens):
 
 
 def test_the_configuration_is_the_one_that_transformers_reads(goldens):
-    config = open_base(smollm2.gguf_file()).config()
+    config = open_base(smollm2.gguf_file()).files.config()
     wanted = json.loads((goldens / "smollm2" / "base" / "config.json").read_text())
     assert config["rope_theta"] == wanted["rope_parameters"]["rope_theta"]
     same = config.keys() - {"architectures", "rope_theta"}

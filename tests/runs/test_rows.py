@@ -15,11 +15,11 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Mapping, ReadNoise
 from lorafusion_jax.hardware.program import program
+from lorafusion_jax.loading.model import evaluation_worth
 from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.decoder import FAMILY, Decoder
 from lorafusion_jax.models.generate import GREEDY, Sampling, generate
 from lorafusion_jax.models.t5 import T5
-from lorafusion_jax.runs.prepare import evaluation_worth
 from lorafusion_jax.runs.rows import draw_keys, generate_rows
 from lorafusion_jax.tasks import Encoded, eval_batches, pad
 from lorafusion_jax.training.frozen import GENERATION

@@ -22,11 +22,12 @@ import lorafusion_jax as lf
 from lorafusion_jax import cli
 from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.io import arrays
+from lorafusion_jax.loading.identity import digests
+from lorafusion_jax.loading.model import load_model
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.options import options_to_json, row_format
 from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines, stream_lines
-from lorafusion_jax.runs.prepare import digests, load_model
 from lorafusion_jax.runs.rows import Rows
 from lorafusion_jax.serving.bank import TaskModels
 from lorafusion_jax.serving.predict import evaluate_runs, generate_rows
@@ -54,7 +55,7 @@ def write(small, tmp_path_factory):
         config = {"options": options_to_json(options), "modules": drawn, "environment": environment}
         config |= {"task_sha256": task.sha256, "trained_sha256": []}
         config["max_new_tokens"] = options.recipe.max_new_tokens or 8
-        config |= {"digests": digests(load_model(options), options), "folders": {}}
+        config |= {"digests": digests(load_model(options)), "folders": {}}
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
         RunFolder(folder).write_config(config)

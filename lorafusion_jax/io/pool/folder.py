@@ -17,7 +17,7 @@ from ...models.architecture import Architecture, linear_shapes
 from ...models.registry import recorded_config
 from ...support.reading import FileError, named, read_json, structured
 from ..folders import write_json
-from ..hf import base_tensor, open_base, read_config
+from ..hf import Base, base_tensor, open_base
 from ..peft.adapter import PeftAdapter, read_adapter
 from ..peft.config import KnownBase
 from .adapter_files import Entry, check_entry, check_size, load_adapter
@@ -143,10 +143,10 @@ class AdapterFolders:
     Attributes:
       folder: the folder.
       names: names of the adapters' folders, sorted.
-      base: folder, hub id or GGUF file of the base model; without it nothing can be loaded.
+      base: the base model; without it nothing can be loaded.
     """
 
-    def __init__(self, folder: str | Path, base: str | None = None):
+    def __init__(self, folder: str | Path, base: Base | None = None):
         self.folder, self.base = Path(folder), base
         self.names = tuple(sorted(path.parent.name for path in self.folder.glob("[!.]*/adapter_config.json")))
         if not self.names:
@@ -155,7 +155,7 @@ class AdapterFolders:
     @property
     def config(self) -> Architecture:
         """The structure of the base model."""
-        return read_config(self._base)
+        return self._base.config
 
     @property
     def largest_rank(self) -> int:
@@ -171,7 +171,7 @@ class AdapterFolders:
         """Read the adapters chosen by name or index, or all; raises `read_pool`'s errors."""
         names = self.names if chosen is None else [self.names[index] for index in positions(self.names, chosen)]
         sources = [str(self.folder / name) for name in names]
-        base = KnownBase(self._base, open_base(self._base).config())
+        base = KnownBase(self._base.source, self._base.raw)
         return read_pool(sources, self.config, base_tensor=base_tensor(self._base), base=base, dtype=dtype)
 
     def basis(self, k: int | None = None) -> SharedBasis:
@@ -190,13 +190,13 @@ class AdapterFolders:
         return [read_adapter(str(self.folder / name), **how) for name in self.names]
 
     @property
-    def _base(self) -> str:
+    def _base(self) -> Base:
         if self.base is None:
             raise ValueError(f"{self.folder} holds adapters of PEFT, which are read for a base model: give its base")
         return self.base
 
 
-def open_pool(folder: str | Path, base: str | None = None) -> ConvertedPool | AdapterFolders:
+def open_pool(folder: str | Path, base: str | Path | Base | None = None) -> ConvertedPool | AdapterFolders:
     """Open a converted pool, or a folder of PEFT adapter folders, without its arrays.
 
     The base (folder, hub id or GGUF file) is needed to load PEFT adapters, and checked against a converted pool.
@@ -204,11 +204,12 @@ def open_pool(folder: str | Path, base: str | None = None) -> ConvertedPool | Ad
     Raises:
       ValueError: the folder is neither, its manifest was altered, or it was converted for a base of another shape.
     """
+    opened = None if base is None else open_base(base)
     if not (Path(folder) / _MANIFEST).is_file():
-        return AdapterFolders(folder, base)
+        return AdapterFolders(folder, opened)
     pool = ConvertedPool(folder)
-    if base is not None:
-        pool.check_base(read_config(base))
+    if opened is not None:
+        pool.check_base(opened.config)
     return pool
 
 

@@ -1,0 +1,254 @@
+"""A base model and the modules that are fused onto it, loaded without a task."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Int
+
+from .. import tasks
+from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
+from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuffled_pool
+from ..io.digests import PoolDigests, pool_digests
+from ..io.hf import Base, open_base
+from ..io.pool import AdapterFolders, ConvertedPool, open_pool
+from ..methods import find
+from ..methods.entry import Built
+from ..methods.fusion import choice_of
+from ..methods.recipes import basis_of, modules_of
+from ..models.architecture import Architecture, Model, kernels, step_operations
+from ..models.weights import Weight
+from ..support.platform import for_cpu
+from ..training import mesh as sharding
+from ..training.frozen import Frozen
+from ..training.mesh import on_mesh
+from ..training.method import Method
+from ..training.problem import Problem
+from ..training.seeds import SeedMode, default_seed_mode
+from .spec import LoadOptions
+
+AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
+
+# A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
+_SHALLOW = 8
+_CONTROL_KEY = 0
+_CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
+    "random-factors": random_pool,
+    "shuffled": shuffled_pool,
+    "rotated": rotated_pool,
+    "rotated-together": functools.partial(rotated_pool, together=True),
+}
+# By the compiler's cycles for a TPU v5e (docs/results/accelerators.md): operations of an accelerator for one of a core,
+# 5e13 a second; and the time of a packed step over that of a padded one.
+_ACCELERATED = 500
+_MOVING = 1.5
+
+
+
+
+class Texts(NamedTuple):
+    """Tokenizer of a base model, and its format of prompts and answers."""
+
+    tokenizer: Any
+    text_format: tasks.TextFormat
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model and the modules that are fused onto it, without a task."""
+
+    problem: Problem  # problem of all seeds; its pool holds all modules that any seed draws
+    modules: tuple[tuple[str, ...], ...]  # names of the modules of each seed
+    tokenizer: Any
+    text_format: tasks.TextFormat  # format of its prompts and answers
+    pool_digests: PoolDigests  # digests of the pool as it was read
+    base: Base
+
+    def with_problem(self: AnyLoaded, **changes: Any) -> AnyLoaded:
+        """Return the same with changed fields of the problem."""
+        return dataclasses.replace(self, problem=self.problem.replace(**changes))
+
+    @property
+    def config(self) -> Architecture:
+        """Structure of the model."""
+        return self.problem.config
+
+
+def packing_of(config: Architecture, *, on_cpu: bool) -> tasks.Packing:
+    """Return the rule for packed batches of a model."""
+    packing = tasks.Packing(config.causal, functools.partial(step_operations, config))
+    return packing if on_cpu else packing._replace(compiling=_ACCELERATED * packing.compiling, moving=_MOVING)
+
+
+def evaluation_worth(config: Architecture) -> float:
+    """Return the number of tokens that one more shape of an evaluation must save on this platform."""
+    return packing_of(config, on_cpu=for_cpu()).evaluation_worth()
+
+
+def load_texts(options: LoadOptions, base: Base | None = None) -> Texts:
+    """Load the tokenizer of the options' base model; ValueError if it lacks the chat template of the options."""
+    base = base or open_base(options.base)
+    config, tokenizer = base.config, base.tokenizer
+    if options.chat and (not config.causal or tokenizer.chat_template is None):
+        raise ValueError(f"{options.base} has no chat template: leave out --chat, and describe the task with --prompt")
+    if not config.causal:
+        return Texts(tokenizer, tasks.TextFormat(vocabulary=config.vocab_size))
+    ends = sorted(config.end_ids, key=lambda token: token != tokenizer.eos_token_id)
+    # Padding is masked by its place, so any token of the model works. Some tokenizers have one that the model lacks.
+    pad_id: Any = tokenizer.pad_token_id
+    if pad_id is None or pad_id >= config.vocab_size:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
+    text_format = tasks.TextFormat(
+        ends=tuple(ends), chat=options.chat, context=config.longest_row, vocabulary=config.vocab_size
+    )
+    return Texts(tokenizer, text_format)
+
+
+def shallow_unrolled(config: Architecture) -> Architecture:
+    """Return the structure as runs compile it: few layers one after the other, others in a loop."""
+    return dataclasses.replace(config, unroll=True, remat="none") if config.layers <= _SHALLOW else config
+
+
+def load_model(options: LoadOptions, seed_mode: SeedMode | None = None, base: Base | None = None) -> LoadedModel:
+    """Load the model and the modules of the options.
+
+    Args:
+      options: what to load.
+      seed_mode: mode of the seeds of a run that is resumed; by default the options' own.
+      base: the base model of the options, if it is open already.
+    """
+    base = base or open_base(options.base)
+    sharding.check_model(base.config)
+    texts = load_texts(options, base)
+    stored = open_pool(options.pool, base) if options.pool and find(options.method).pool else None
+    names, modules = _draw(options, () if stored is None else module_names(stored, options))
+    quantise = None if options.load_in == "full" else options.load_in
+    with sharding.loading():
+        model = base.load(dtype=options.dtype, quantise=quantise, hashed=True)
+    model.config = shallow_unrolled(model.config)
+    graph, weights = nnx.split(model)
+    weights = on_mesh(weights, model.config)
+    nnx.update(model, weights)
+    method, frozen, found = _frozen(model, weights, options, stored, names, modules)
+    problem = Problem(
+        graph=graph,
+        method=method,
+        frozen=frozen,
+        index=_index(modules, {name: i for i, name in enumerate(names)}),
+        seed_mode=seed_mode or (default_seed_mode() if options.seed_mode == "auto" else options.seed_mode),
+    )
+    return LoadedModel(problem, modules, texts.tokenizer, texts.text_format, found, base)
+
+
+def _frozen(
+    model: Model,
+    base: nnx.State,
+    options: LoadOptions,
+    stored: ConvertedPool | AdapterFolders | None,
+    names: Sequence[str],
+    modules: Sequence[Sequence[str]],
+) -> tuple[Method, Frozen, PoolDigests]:
+    """Return the method, its prepared base and modules, and the digests of the modules."""
+    pool, found = None, PoolDigests({}, None)
+    if stored is not None:
+        with sharding.loading():
+            pool, found = _load_pool(stored, names, options, kernels(model))
+        pool = on_mesh(pool, model.config)
+    built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
+    method = find(options.method).build(built)
+    return method, on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config), found
+
+
+def with_whole_modules(loaded: AnyLoaded, options: LoadOptions) -> AnyLoaded:
+    """Return a model with whole modules instead of the same modules in a basis, to rank them."""
+    assert options.pool is not None
+    stored, names = open_pool(options.pool, loaded.base), loaded.modules[0]
+    if missing := sorted(set(names) - set(stored.names)):
+        raise ValueError(f"{options.pool} has no whole module {missing[0]}: rank by --choose basis-gradient")
+    recipe: Any = options.recipe
+    recipe = dataclasses.replace(recipe, basis=None, train_core=False)
+    whole = dataclasses.replace(options, recipe=recipe, control="none")  # controls differ only in directions
+    model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
+    method, frozen, _ = _frozen(model, loaded.problem.frozen.base, whole, stored, names, loaded.modules)
+    return loaded.with_problem(method=method, frozen=frozen)
+
+
+def with_modules(loaded: AnyLoaded, options: LoadOptions, of_seeds: Sequence[Sequence[str]]) -> AnyLoaded:
+    """Return the loaded model with the modules that the run fused; ValueError if the pool or the draws differ."""
+    wanted = tuple(map(tuple, of_seeds))
+    if choice_of(options.recipe) == "draw" and loaded.modules != wanted:
+        raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")
+    if loaded.modules == wanted:
+        return loaded
+    position = {name: i for i, name in enumerate(loaded.modules[0])}
+    if missing := sorted({name for names in wanted for name in names} - position.keys()):
+        raise ValueError(f"{options.pool} is not the pool that the run fused: it has no {', '.join(missing)}")
+    return dataclasses.replace(loaded.with_problem(index=_index(wanted, position)), modules=wanted)
+
+
+def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:
+    return on_mesh(jnp.array([[position[name] for name in names] for names in modules], jnp.int32), of_seeds=True)
+
+
+def _draw(options: LoadOptions, there: Sequence[str]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
+    """Return the names of all modules that are needed, in the order of the pool, and those of each seed."""
+    if not there:
+        return [], tuple(() for _ in options.seeds)
+    if options.adapters:
+        drawn = (named_modules(options, there),) * len(options.seeds)
+    elif choice_of(options.recipe) != "draw":
+        if not 1 <= (count := modules_of(options.recipe)) <= len(there):
+            raise ValueError(f"{count} modules to be chosen from a pool of {len(there)}: give 1 to {len(there)}")
+        drawn = tuple(tuple(there) for _ in options.seeds)
+    else:
+        count = min(modules_of(options.recipe), len(there))
+        drawn = tuple(tasks.draw_modules(there, count, seed) for seed in options.seeds)
+    used = {name for names in drawn for name in names}
+    return [name for name in there if name in used], drawn
+
+
+def named_modules(options: LoadOptions, there: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the modules that `adapters` names; ValueError for one that is not there."""
+    names = [int(a) if a.isdecimal() and a not in there else a for a in options.adapters]
+    return tuple(there[i] for i in positions(there, names))
+
+
+def module_names(stored: ConvertedPool | AdapterFolders, options: LoadOptions) -> tuple[str, ...]:
+    """Return the names of the modules that seeds can draw: the pool's, or those in its basis."""
+    k = basis_of(options.recipe)
+    return stored.names if k is None or options.control != "none" else tuple(stored.basis_modules(k))
+
+
+def _load_pool(
+    stored: ConvertedPool | AdapterFolders, names: Sequence[str], options: LoadOptions, kernels: Mapping[str, Weight]
+) -> tuple[Pool, PoolDigests]:
+    """Return the named modules, or the control that replaces them, whole or in a basis, in full precision or not.
+
+    Digests are those of the modules as read, because the last bits of a control differ between devices.
+    """
+    k, key = basis_of(options.recipe), jax.random.key(_CONTROL_KEY)
+    if options.control_draw:
+        key = jax.random.fold_in(key, options.control_draw)
+    if k is not None and options.control != "none":
+        whole = stored.load()
+        found = pool_digests(whole)
+        # Its directions are made of all modules.
+        found = PoolDigests(found.modules, hashlib.sha256("".join(found.modules.values()).encode()).hexdigest())
+        if options.control == "random-factors":
+            of = random_directions(whole, k, key)
+        elif options.control in _CONTROLS:
+            of = directions(_CONTROLS[options.control](whole, key), k)
+        else:
+            of = base_directions(whole, kernels, k)
+        pool = in_directions(whole.select(names), of)
+    else:
+        pool = stored.load(names) if k is None else stored.basis(k).select(names)
+        found = pool_digests(pool)
+        if options.control != "none" and isinstance(pool, LoraPool):
+            pool = _CONTROLS[options.control](pool, key)
+    return (pool if options.load_in == "full" else pool.quantised(options.load_in)), found

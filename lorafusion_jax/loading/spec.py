@@ -1,0 +1,73 @@
+"""What is to be loaded: a base, a pool and a method, without a task."""
+
+import dataclasses
+from typing import Literal
+
+from ..methods import METHODS, fields_of, having
+from ..methods.entry import MethodEntry
+from ..methods.recipes import recipe_of
+from ..training.recipe import Recipe
+
+# What base and pool are held in: whole, or in 4 or 8 bits.
+LoadIn = Literal["full", "nf4", "int8"]
+Control = Literal["none", "random-factors", "shuffled", "rotated", "rotated-together", "svd"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """A base model, and the modules that a method fuses onto it.
+
+    Attributes:
+      base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
+      pool: a converted pool, or a folder of PEFT adapter folders; only for methods that fuse modules.
+      seeds: seeds of the run: each draws its modules, its start and its order of rows; all are one program.
+      method: name of the method, from the registry (`lorafusion_jax.METHODS`).
+      control: `random-factors` replaces every module by a random one of the same norms. `shuffled` shuffles its layers.
+        `rotated` keeps the singular values of its updates and draws the singular vectors (`rotated-together`: one
+        rotation for all modules). With a basis, a control replaces the directions on which the modules are projected.
+        `svd`, only with a basis, takes the leading singular directions of the base's matrices.
+      control_draw: number of the draw of a control; all seeds of a run share a draw.
+      adapters: fuse these modules, by name or index, instead of a draw by seed.
+      recipe: numbers of the method and of its training, of the class that the method names; a recipe of another class
+        may have numbers that both share, other than the defaults.
+      chat: put the input into the model's own chat template, as the user's message, and learn the assistant's answer;
+        rows of the task may be conversations ("messages").
+      dtype: dtype of weights and activations.
+      load_in: hold base and pool in 4 or 8 bits.
+      seed_mode: mode of the seeds: batched, or one after the other (sequential); by default the faster one here.
+    """
+
+    base: str
+    pool: str | None = None
+    seeds: tuple[int, ...] = (1,)
+    method: str = "fusion"
+    control: Control = "none"
+    control_draw: int = 0
+    adapters: tuple[str, ...] = ()
+    recipe: Recipe = Recipe()
+    chat: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    load_in: LoadIn = "full"
+    seed_mode: Literal["auto", "batched", "sequential"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.method in METHODS:
+            object.__setattr__(self, "recipe", _recipe_for(METHODS[self.method], self.recipe))
+
+
+def _recipe_for(entry: MethodEntry, recipe: Recipe) -> Recipe:
+    """Return a recipe in the class of a method; ValueError for a number that the method lacks."""
+    if type(recipe) is entry.recipe:
+        return recipe
+    own = fields_of(entry)
+    for field in dataclasses.fields(recipe):
+        if field.name not in own and getattr(recipe, field.name) != field.default:
+            raise ValueError(f"{field.name} is {not_an_option(field.name, entry.name)}")
+    return recipe_of(entry.recipe, vars(recipe))
+
+
+def not_an_option(number: str, method: str) -> str:
+    """Return an error text about an option that the method does not have."""
+    others = having(number)
+    kind = "the method" if len(others) == 1 else "the methods"
+    return f"an option of {kind} {', '.join(others)}, not of {method}: leave it out, or choose another method"
