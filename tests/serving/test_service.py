@@ -35,7 +35,7 @@ from lorafusion_jax.tasks import Example, draw_modules, eval_batches, load_task
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
 _SITES = ("encoder.self.q", "encoder.self.v", "decoder.self.q", "decoder.self.v", "decoder.cross.q", "decoder.cross.v")
-_SCALED = ("encoder.self.v", "encoder.ff.wo")
+_SCALED = ("encoder.self.v", "encoder.ff.wo", "decoder.self.v", "decoder.ff.wo", "decoder.cross.v")
 _MIXED, _OTHER = 4, 7  # seeds that draw modules 1 and 3, 2 and 0
 _LINES = ["double then digit : a b c", "reverse then upper : d e", "sort then next : c b a d"]
 
@@ -289,7 +289,7 @@ def test_runs_of_one_bank_share_base_pool_and_precision(runs, small, write, tmp_
 def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alone, write, small, tmp_path):
     """The LoRA adapts other matrices than the pool, with another rank."""
     rng, sites = np.random.default_rng(1), lf.load_base(small[0]).config.sites
-    shapes = {name: sites[name] for name in ("encoder.self.q", "decoder.ff.wo")}
+    shapes = {name: site for name, site in sites.items() if name.endswith((".q", ".wo"))}
     lora = {
         "A": {name: rng.normal(size=(2, s.layers, s.d_in, 5)).astype("f4") for name, s in shapes.items()},
         "B": {name: rng.normal(size=(2, s.layers, 5, s.d_out)).astype("f4") for name, s in shapes.items()},
