@@ -14,14 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ...support.platform import is_traced
-from ..chip.chip import Chip, columns_of, over_stack, programmed_weights, reconfigured
+from ..chip.chip import Chip, over_stack, programmed_weights, reconfigured
 from ..chip.correction import place
-from ..chip.plan import choose
 from ..devices.physical import varying_as
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, stacked_units
 from ..read.definition import BUDGET, all_sums, input_bytes, with_mismatch, with_noise
 from ..read.matmul import check_inputs, full_scale, matmul
+from ..read.paths.registry import PATHS, choose, columns_of
 
 # Bins of |current|, from 2^-32 of the largest one on, and of |x|, from 2^-128 on; and their number for each power
 # of two, so that edges are 0.5 % and 1 % apart.
@@ -85,10 +85,10 @@ def probe(
     if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
         config = dataclasses.replace(config, dac=dataclasses.replace(config.dac, scaling="row"))
         chip = reconfigured(chip, config)
-    if config.adc is not None and chip.limits is None and chip.plan.path != "product":
+    if config.adc is not None and chip.limits is None and PATHS[chip.plan.path].converts:
         ideal = dataclasses.replace(config, adc=None, device=dataclasses.replace(config.device, read_noise=None))
-        path = "definition" if chip.plan.path == "definition" else "product"
-        y = matmul(x, reconfigured(chip, ideal, plan=dataclasses.replace(chip.plan, path=path)))
+        plan = dataclasses.replace(chip.plan, path=PATHS[chip.plan.path].without_adc)
+        y = matmul(x, reconfigured(chip, ideal, plan=plan))
     else:
         y = matmul(x, chip)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -121,7 +121,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
     adc, dac = config.adc, config.dac
     if dac is not None and dac.scaling == "calibrated" and chip.input_limit is None:
         return dataclasses.replace(chip, input_limit=_input_limit(statistics.inputs, dac.quantile))
-    if adc is None or geometry.code_range is None or adc.range != "calibrated" or chip.plan.path == "product":
+    if adc is None or geometry.code_range is None or adc.range != "calibrated" or not PATHS[chip.plan.path].converts:
         return chip
     met = jnp.sum(statistics.histogram, axis=-1)
     if not is_traced(met) and not bool(jnp.all(met > 0)):
@@ -147,7 +147,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
         return chip
     known = np.asarray(limits).reshape(-1, *limits.shape[-2:])
     plans = [choose(geometry, config, one[None], perfect=True) for one in known]
-    if all(plan.path == "product" for plan in plans) and chip.plan.path != "definition":
+    if not any(PATHS[plan.path].converts for plan in plans) and not PATHS[chip.plan.path].single_cells:
         return dataclasses.replace(chip, plan=plans[0], columns=None, cells=None)
     return chip
 
@@ -227,7 +227,7 @@ def _of_conversions(
     none = varying_as(jnp.zeros((), dtype), n, chip)
     zeros = (none + jnp.zeros((slices, BINS), dtype), none + jnp.zeros((slices, STEPS), dtype))
     zeros = (*zeros, none + jnp.zeros((slices,), dtype))
-    if geometry.code_range is None or chip.plan.path == "product" or len(n) == 0:
+    if geometry.code_range is None or not PATHS[chip.plan.path].converts or len(n) == 0:
         return zeros
     columns = None
     if chip.cells is None:  # as [R, rows, K S], so that all sums of a row tile are one product

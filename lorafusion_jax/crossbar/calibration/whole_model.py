@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from ...support.platform import is_traced
 from ..chip.chip import Chip, chips_in, reads, with_chips
+from ..read.paths.registry import PATHS
 from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated, check_numbers, probe
 
 Run = Callable[[Any, Any], Array]  # (weights, batch) -> an array that depends on every product, such as logits
@@ -157,7 +158,7 @@ def _calibrated(leaf: Chip, seen: Statistics) -> Chip:
         return leaf  # its correction belongs to these ranges
     if _awaits_inputs(leaf):
         met = jnp.sum(seen.inputs, axis=-1)
-    elif adc is None or adc.range != "calibrated" or leaf.plan.path == "product":
+    elif adc is None or adc.range != "calibrated" or not PATHS[leaf.plan.path].converts:
         return leaf
     else:
         met = jnp.sum(seen.histogram, axis=(-2, -1))

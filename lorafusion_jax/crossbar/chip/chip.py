@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, check_same, split_config
-from ..mapping import decoding, encoding
+from ..mapping import encoding
 from ..mapping.bit_fields import Packed
 from ..mapping.geometry import Geometry
 from .correction import Correction, Corrections, by_place, check_correction
@@ -161,21 +161,6 @@ def programmed_weights(chip: Chip) -> Float[Array, "*N d_in d_out"]:
         return weights if one.correction is None else one.correction.weights(weights)
 
     return over_stack(of_one, chip.shape[:-2])(chip)
-
-
-def columns_of(chip: Chip) -> Float[Array, "k R rows cols"]:
-    """Return the columns that multiply the inputs in the arrays: flipped ones as stored, unit columns last."""
-    config, geometry = chip.config, chip.geometry
-    if chip.plan.packing is not None or chip.plan.path == "planes":  # perfect cells, which follow from the codes
-        if config.encoding.kind == "differential" and not config.converts_each:  # the difference of a pair is the digit
-            return encoding.split(encoding.digits(chip.codes, geometry, config), geometry.rows, 1, front=True)
-        cells, _ = encoding.to_arrays(encoding.digits(chip.codes, geometry, config), geometry, config)
-        return decoding.columns(cells, geometry, config)
-    assert isinstance(chip.columns, jax.Array)
-    columns = chip.columns.astype(chip.codes.dtype)
-    if chip.flipped is None or chip.units is None:
-        return columns
-    return decoding.as_stored(columns, chip.units, chip.flipped, geometry)
 
 
 def is_chip(leaf: Any) -> bool:

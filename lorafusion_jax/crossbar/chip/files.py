@@ -6,7 +6,7 @@ import json
 import math
 import zipfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
 from ..mapping.geometry import Geometry
+from ..read.paths.registry import PATHS
 from .chip import Chip, reconfigured
 from .correction import Correction, check_correction
-from .plan import Path as PathOfRead
 from .plan import Plan
 
 _META = "meta_json"
@@ -104,7 +104,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
-    known = {"path": get_args(PathOfRead), "integers": (False, True), "ties": ("shift", "divide", None)}
+    known = {"path": tuple(PATHS), "integers": (False, True), "ties": ("shift", "divide", None)}
     for name, choices in known.items():
         if plan[name] not in choices:
             raise ValueError(f"{name} of its plan is {plan[name]!r}, not one of {choices}: program the weights again")

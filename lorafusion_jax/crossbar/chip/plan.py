@@ -1,28 +1,20 @@
-"""The plan of a read: the choice among paths that give the same result, which docs/concepts/reads.md lists."""
+"""The plan of a read, and the facts that decide its path. docs/concepts/reads.md lists the paths."""
 
 import dataclasses
-import functools
 import math
-import pathlib
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from ...support.platform import for_cpu, for_one_tpu, is_traced
+from ...support.platform import is_traced
 from ..config.schema import CrossbarConfig
 from ..mapping.adc.quantiser import Ties, are_power_steps, level_units
 from ..mapping.bit_fields import Packing
 from ..mapping.geometry import Geometry
 
-Path = Literal["definition", "product", "loop", "lookup", "tables", "planes", "packed", "mosaic"]
-
 ON_REQUEST = "asked for"  # reason of a path that the caller requested
-_NARROW = 2  # bits of the widest input slices for tables and bit planes, which have 4 levels, or 7 with a sign
-_BYTE, _TALL = 255, 4096  # largest input that bfloat16 holds with all smaller ones, and rows of a TPU's fast memory
-_WIDE = 512  # columns from which counting bits is faster than packed products, for a single vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +22,14 @@ class Plan:
     """The path of a read, and the reason of its choice.
 
     Attributes:
+      path: its name in `read.paths.registry.PATHS`.
       integers: column sums, before read noise, are integers.
       packing: fields of the weight slices in the words of `lookup` and `packed`; None if they are not packed.
       ties: method that keeps the codes of sums half-way between two codes exact.
       tabulates: large batches are read by `tables`, whatever the path.
     """
 
-    path: Path
+    path: str
     reason: str
     integers: bool
     packing: Packing | None = None
@@ -44,95 +37,62 @@ class Plan:
     tabulates: bool = False
 
 
-def choose(
-    geometry: Geometry,
-    config: CrossbarConfig,
-    limits: Array | np.ndarray | None,
-    *,
-    perfect: bool,
-    path: Path | None = None,
-) -> Plan:
-    """Return the fastest exact path, or a ValueError if the requested one would not be exact.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Everything that decides the path of a read.
 
-    Traced `limits` count as unknown; `perfect` cells are all at their target levels.
+    Attributes:
+      integers, ties: see `Plan`.
+      telescopes: all slices and tiles add up to one product.
+      nonlinear: reason why an array's sums are not linear in its inputs and cells, or None.
+      of_cells: reason why single cells are needed instead of one product per slice, or None.
     """
-    known = None if limits is None or is_traced((limits, level_units(geometry, config))) else np.asarray(limits)
-    nonlinear = _nonlinearity(config)
-    integers = perfect and nonlinear is None and sums_integers(config)
-    lossless = integers and _is_lossless(geometry, config, known)
-    telescopes = nonlinear is None and (lossless or (config.adc is None and _needs_cells(config) is None))
-    ties = exact_ties(geometry, config, known) if integers else None
-    plan = functools.partial(Plan, integers=integers, ties=ties)
-    loops = nonlinear is None and config.adc is not None and not _needs_cells(config)
-    narrow, quiet = _bits(config) <= _NARROW, not config.draws_at_conversion
-    fits = config.dac is not None and geometry.converted_top <= _BYTE and geometry.tallest <= _TALL
-    if path is not None:
-        size = f"takes inputs of up to 8 bits in a conversion and arrays of up to {_TALL:,} rows"
-        for paths, holds, why in (
-            (("product",), telescopes, f"is not exact here: {nonlinear or 'the ADC loses bits'}; leave path out"),
-            (("lookup", "tables", "planes"), narrow, f"takes input slices of up to {_NARROW} bits: set dac.slice_bits"),
-            (("planes", "packed"), integers, "takes integer cells: perfect ones, whose Gmin does not reach the ADC"),
-            (("tables", "planes", "mosaic"), quiet, "computes no variances: leave out the noise, or the path"),
-            (("mosaic",), fits, f"{size}: set dac.slice_bits and tile.rows"),
-        ):
-            if path in paths and not holds:
-                raise ValueError(f"path={path!r} {why}")
-        if path not in ("definition", "product") and not loops:
-            reason = nonlinear or _needs_cells(config) or "this without an ADC"
-            raise ValueError(f"path={path!r} cannot compute {reason}")
-        return plan(path, ON_REQUEST)
-    if telescopes:
-        why = "there is no ADC" if config.adc is None else "the ADC loses nothing: integer levels within its range"
-        return plan("product", f"one matrix product: {why}, so that all slices and tiles telescope")
-    if not loops:
-        return plan("definition", f"every conversion separately: {nonlinear or _needs_cells(config)}")
-    # A conversion that divides takes the kernel longer than XLA.
-    if for_one_tpu() and quiet and fits and ties != "divide":
-        return plan("mosaic", "slices, conversions and their sums in one kernel, next to a TPU's units")
-    if not for_cpu() and quiet:
-        return plan("definition", "every conversion separately, batched: fastest on an accelerator")
-    if not for_cpu():
-        return plan("loop", "one draw of the noise for each conversion, where `definition` draws every cell's")
-    if _bits(config) == 1 and (integers or not config.signed_inputs):
-        return plan("lookup", "input slices have one bit: sums of a few rows come from tables")
-    return plan("loop", "the ADC quantises each conversion: one product each, with the ADC in its epilogue")
+
+    geometry: Geometry
+    config: CrossbarConfig
+    integers: bool
+    ties: Ties
+    telescopes: bool
+    nonlinear: str | None
+    of_cells: str | None
+
+    @classmethod
+    def of(
+        cls, geometry: Geometry, config: CrossbarConfig, limits: Array | np.ndarray | None, *, perfect: bool
+    ) -> "Facts":
+        """Return the facts of a read. Traced `limits` count as unknown; `perfect` cells are at their target levels."""
+        known = None if limits is None or is_traced((limits, level_units(geometry, config))) else np.asarray(limits)
+        nonlinear, of_cells = _nonlinearity(config), _needs_cells(config)
+        integers = perfect and nonlinear is None and sums_integers(config)
+        lossless = integers and _is_lossless(geometry, config, known)
+        return cls(
+            geometry=geometry,
+            config=config,
+            integers=integers,
+            ties=_exact_ties(geometry, config, known) if integers else None,
+            telescopes=nonlinear is None and (lossless or (config.adc is None and of_cells is None)),
+            nonlinear=nonlinear,
+            of_cells=of_cells,
+        )
+
+    @property
+    def unlike_products(self) -> str | None:
+        """Reason why conversions cannot be computed as products of slices, or None."""
+        return self.nonlinear or self.of_cells or ("this without an ADC" if self.config.adc is None else None)
+
+    @property
+    def bits(self) -> float:
+        """Bits of the widest input in a conversion; infinitely many if it is not one input slice."""
+        slices = None if self.config.converts_sums else self.geometry.converted_slices
+        return math.inf if slices is None else float(max(slices))
 
 
-def in_models(plan: Plan, geometry: Geometry, config: CrossbarConfig) -> Path:
-    """Return the path of a planned read in a model, which often reads one vector at a time.
-
-    There a table costs more than it saves. Large batches are read by `tables` where `lookup` would be the fastest path.
-    """
-    if plan.path not in ("lookup", "loop", "packed"):
-        return plan.path
-    counts = plan.integers and _bits(config) <= _NARROW and not config.draws_at_conversion
-    if counts and geometry.shape[1] >= _WIDE and for_cpu() and _counts_vectors():
-        return "planes"
-    if plan.path == "lookup":
-        return "packed" if plan.integers else "loop"
-    return plan.path
-
-
-def _bits(config: CrossbarConfig) -> float:
-    """Return the bits of the widest input in a conversion; infinitely many if it is not one input slice."""
-    return math.inf if config.dac is None or config.converts_sums else float(max(config.dac.slices))
-
-
-def exact_ties(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
+def _exact_ties(geometry: Geometry, config: CrossbarConfig, limits: np.ndarray | None) -> Ties:
     """Return how ties of integer sums are kept exact; `calibrated` ranges get steps of powers of two."""
     if config.adc is None or config.distorts or config.draws_at_conversion:
         return None
     powers = config.adc.range == "calibrated" or (limits is not None and are_power_steps(limits, geometry, config))
     return "shift" if powers else "divide"
-
-
-@functools.cache
-def _counts_vectors() -> bool:
-    """Return whether the processor counts the bits of whole vectors (AVX512_VPOPCNTDQ)."""
-    try:
-        return "avx512_vpopcntdq" in pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def _nonlinearity(config: CrossbarConfig) -> str | None:

@@ -24,9 +24,9 @@ from ..devices.physical import NUMBER, like
 from ..mapping import decoding, encoding
 from ..mapping.adc.quantiser import fixed_limits, stacked_units
 from ..mapping.geometry import Cells, Gains, Geometry
+from ..read.paths.registry import PATHS, choose
 from .chip import Chip
-from .columns import lay_out
-from .plan import Path, choose
+from .columns import Written
 
 _GAIN, _OFFSET = 16, 17  # purposes of a chip's key in addition to those of `device.realise`
 _MOST = 1.5  # largest measured conductance that is accepted, as a fraction of Gmax: programming can overshoot
@@ -37,7 +37,7 @@ def program(
     config: CrossbarConfig,
     key: Array | None = None,
     *,
-    path: Path | None = None,
+    path: str | None = None,
     conductances: Cells | None = None,
 ) -> Chip:
     """Write a matrix into arrays.
@@ -48,7 +48,7 @@ def program(
     Args:
       weights: [d_in, d_out] W of y = x W.
       key: PRNG key of the chip: the same key gives the same chip. Needed if the device or the ADC is random.
-      path: path of the reads (see `chip.plan`); None chooses the fastest exact one.
+      path: path of the reads (docs/concepts/reads.md lists them); None chooses the fastest exact one.
       conductances: measured conductances (Gmax = 1) of all cells at the time of the read, which replace modelled ones.
 
     Raises:
@@ -68,19 +68,20 @@ def program(
     limits = fixed_limits(geometry, config, weights.dtype)
     _warn_of_clipping(geometry, config)
     plan = choose(geometry, config, limits, perfect=perfect, path=path)
+    route = PATHS[plan.path]
 
     # Perfect pairs of cells are read as signed digits, so that the two cells are not stored separately.
     signed = config.encoding.kind == "differential" and not config.converts_each
     noisy = config.device.read_noise is not None
-    paired = perfect and signed and not noisy and not config.mismatched and plan.path != "definition"
+    paired = perfect and signed and not noisy and not config.mismatched and not route.single_cells
     slices, cells, flipped, pulses = encoding.digits(codes, geometry, config), None, None, None
-    if not paired and (not perfect or noisy or plan.path != "product"):
+    if not paired and (not perfect or noisy or route.converts):
         cells, flipped = encoding.to_arrays(slices, geometry, config)
     if not perfect:
         assert cells is not None
         cells, fresh, pulses = _write(cells, geometry, config, key, conductances)
         ratio, held = config.cell.on_off_ratio, config
-        if plan.path != "product" and is_traced(ratio):  # such reads remove Gmin, so codes get no gradient of it
+        if route.converts and is_traced(ratio):  # such reads remove Gmin, so codes get no gradient of it
             cell = dataclasses.replace(config.cell, on_off_ratio=jax.lax.stop_gradient(ratio))
             held = dataclasses.replace(config, cell=cell)
         codes = decoding.programmed_codes(cells, flipped, geometry, held)
@@ -89,20 +90,15 @@ def program(
             before = decoding.programmed_codes(fresh, flipped, geometry, held)
             scale = scale * drift_compensation(before * each, codes * each)
     gain, offset = _mismatch(cells, geometry, config, key)
-    laid = lay_out(cells, slices, flipped, gain, geometry, config, plan)
-    occupied = None
-    if laid.plan.path == "loop" and laid.plan.integers and not config.draws_at_conversion:
-        occupied = jnp.any(laid.columns != 0, axis=(2, 3))
+    laid = route.lay_out(Written(plan, cells, slices, flipped, gain, geometry, config))
     real = weights / encoding.per_weight(jax.lax.stop_gradient(scale), geometry)
-    by_cell = laid.plan.path == "definition"
     structure, values = split_config(config)
     return Chip(
         codes=_straight_through(real, codes),
         scale=scale,
-        cells=jax.lax.stop_gradient(cells) if by_cell else None,
-        occupied=occupied,
+        cells=jax.lax.stop_gradient(cells) if route.single_cells else None,
         flipped=flipped,
-        gain=gain if by_cell else None,
+        gain=gain if route.single_cells else None,
         offset=offset,
         limits=None if limits is None else jnp.asarray(limits, weights.dtype),
         input_limit=like(config.dac.limit, weights) if config.dac and config.dac.scaling == "fixed" else None,

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Int
 from ...support.platform import is_traced
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
+from ..read.paths.registry import PATHS, in_models
 from .chip import Chip, stacked_keys, typed_key
-from .plan import in_models
 from .program import program
 from .segments import Segments
 
@@ -119,7 +119,7 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
         if path == chip.plan.path:
             return chip
         other, quiet = program(matrix, config, key, path=path), not config.draws_at_conversion and chip.flipped is None
-        tabulates = chip.plan.path == "lookup" and quiet
+        tabulates = PATHS[chip.plan.path].tabulates and quiet
         return dataclasses.replace(other, plan=dataclasses.replace(other.plan, tabulates=tabulates))
 
     if not lead:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ...support.platform import for_cpu
 from ..chip.chip import Chip
+from ..chip.plan import Facts
 from ..config.schema import CrossbarConfig
 from ..devices.normal_draws import normal
 from ..devices.physical import for_each_cell, like
@@ -23,11 +24,30 @@ from ..mapping.adc.quantiser import Converter
 from ..mapping.decoding import finish
 from ..mapping.geometry import Cells, Geometry
 from .conversion_noise import of_conversions
+from .paths.path import ReadPath
 
 BUDGET = 256 * 2**20  # bytes that the temporaries of one read may take
 # Copies of an array's cells in memory at once: of drawn or nonlinear ones, and while wires are solved for.
 _CELL_COPIES, _WIRE_COPIES = 4, 12
 _CONVERSION = 2**31  # purpose of an input vector's key, in addition to its cells' noise
+
+
+class DefinitionPath(ReadPath):
+    """Reads every cell; it can do everything."""
+
+    name = "definition"
+    single_cells = True
+    without_adc = name
+
+    def chosen(self, facts: Facts) -> str | None:
+        if facts.unlike_products:
+            return f"every conversion separately: {facts.unlike_products}"
+        if not for_cpu() and not facts.config.draws_at_conversion:
+            return "every conversion separately, batched: fastest on an accelerator"
+        return None
+
+    def read(self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
+        return definition(n, quantise, chip)
 
 
 def column_sums(

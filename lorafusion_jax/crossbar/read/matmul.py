@@ -22,13 +22,10 @@ from ...support.platform import is_traced
 from ..chip.chip import Chip
 from ..chip.plan import loses_nothing
 from ..config.schema import CrossbarConfig
-from ..devices.normal_draws import normal
-from ..devices.physical import is_moved, like
+from ..devices.physical import is_moved
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, level_units
-from .by_kernel import convert_tiles
-from .conversion_noise import root
-from .definition import definition
+from .paths.registry import PATHS, read
 
 # Powers of two within which factors are multiplied as they are: sums have up to 2^44 in addition.
 _USUAL = 32
@@ -86,7 +83,7 @@ def check_ready(chip: Chip, name: str, *, key: str, ranges: str) -> None:
         raise ValueError(f"{name} draws noise, or rounds at random, again for every read: give it a key, as in {key}")
     if config.dac is not None and config.dac.scaling == "calibrated" and chip.input_limit is None:
         raise ValueError(f"{name} has a DAC whose range comes from data: {ranges}, or choose dac.scaling = 'row'")
-    if config.adc is not None and chip.limits is None and chip.plan.path != "product":
+    if config.adc is not None and chip.limits is None and PATHS[chip.plan.path].converts:
         raise ValueError(f"{name} has an ADC whose range comes from data: {ranges}, or choose adc.range = 'max'")
 
 
@@ -122,19 +119,13 @@ def _multiply(
     quantise = None
     if chip.limits is not None:
         quantise = converter(chip.limits, geometry, config, chip.plan.ties)._replace(rounds=rounds)
-    if chip.plan.path == "product":
-        y = _product(n, chip)
-    elif chip.plan.path == "definition":
-        y = definition(n, quantise, chip)
-    else:
-        assert quantise is not None
-        y = convert_tiles(n, quantise, chip)
+    y = read(n, quantise, chip)
     y = y * (limit / geometry.input_top)
     for power in exponents:
         y = y * power
     # Codes are integers on most paths, and counted as such, which NaN cannot be.
     known = jnp.all(~jnp.isnan(n), axis=1, keepdims=True)
-    if config.adc is not None and chip.limits is not None and chip.plan.path == "product":
+    if config.adc is not None and chip.limits is not None and not PATHS[chip.plan.path].converts:
         known &= loses_nothing(chip.limits, geometry, config)
     return jnp.where(known, y, jnp.nan)
 
@@ -222,7 +213,7 @@ def _check_limits(chip: Chip) -> None:
     if limits.shape not in {(1, slices, 2), (row_tiles, slices, 2)}:
         raise ValueError(f"chip.limits of shape {limits.shape}: give (1, {slices}, 2) or ({row_tiles}, {slices}, 2)")
     # Units of a configuration's arrays are traced inside a transformation even where the chip is not.
-    if chip.plan.path != "product" or is_traced((limits, level_units(geometry, config))):
+    if PATHS[chip.plan.path].converts or is_traced((limits, level_units(geometry, config))):
         return
     if not loses_nothing(np.asarray(limits), geometry, config):
         raise ValueError("chip.limits lose bits, but this chip is a product: program with path='loop' or these limits")
@@ -234,33 +225,3 @@ def full_scale(x: Float[Array, "B d_in"], chip: Chip) -> Float[Array, ""] | Floa
         return chip.input_limit
     limit = jnp.max(jnp.abs(x) if chip.config.signed_inputs else jnp.maximum(x, 0), axis=1, keepdims=True)
     return jnp.where(limit == 0, jnp.ones_like(limit), limit)
-
-
-def _product(n: Float[Array, "B d_in"], chip: Chip) -> Float[Array, "B d_out"]:
-    """Return weights times input codes; read noise, a sum of draws over slices and rows, is one for each output."""
-    geometry, config, key = chip.geometry, chip.config, chip.key
-    tiled = chip.scale.shape[0] > 1
-    per_weight = encoding.per_weight(chip.scale, geometry)
-    y = jnp.dot(n, chip.codes * per_weight if tiled else chip.codes, precision="highest")
-    noise = config.device.read_noise
-    if noise is not None and chip.variance is not None and key is not None:
-        cols, d_out = geometry.cols, geometry.shape[1]
-        variance, unit = chip.variance, jnp.ones((1, 1), n.dtype)
-        if tiled:
-            # Over the largest scale, since the square of a small one is zero in float32.
-            unit = jnp.max(chip.scale, axis=(0, 1), keepdims=True)
-            per_weight = per_weight / unit
-            if config.encoding.unit_column:
-                starts = np.cumsum((0, *cols[:-1]))
-                per_weight = jnp.concatenate([per_weight, per_weight[:, starts]], axis=1)
-            variance = variance * jnp.square(per_weight)
-        worth = jnp.square(jnp.asarray(geometry.input_significance, n.dtype))
-        power = jnp.einsum("j,jbi->bi", worth, jnp.square(encoding.pulses(n, geometry)))
-        spread = root(jnp.dot(power, variance, precision="highest")) * like(noise.sigma, n)
-        outputs = d_out + (len(cols) if config.encoding.unit_column else 0)
-        drawn = spread * normal(key, (n.shape[0], outputs), n.dtype)
-        if config.encoding.unit_column:  # one draw for each array's unit column, shared by all its outputs
-            drawn, units = drawn[:, :d_out], drawn[:, d_out:]
-            drawn = drawn - jnp.repeat(units, np.asarray(cols), axis=1, total_repeat_length=d_out)
-        y = y + drawn * unit
-    return y if tiled else y * chip.scale

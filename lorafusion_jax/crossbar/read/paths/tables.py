@@ -11,21 +11,45 @@ which are the columns of a block for every word or slice.
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num, UInt8
 
+from ...chip.chip import Chip
+from ...chip.columns import Laid, Written
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
 from ...mapping.bit_fields import INT_BITS, Packing, certify, to_words, unpack
 from ...mapping.encoding import digit
 from ...mapping.geometry import significance
+from ..conversion_noise import Noise
+from .by_kernel import KernelPath, in_bytes, slices_of
+from .path import narrow, products, quiet
 
 # Lanes and inputs of a block, whose tables and sums stay in a core's second-level cache; entries of one table.
 _LANES, _BATCH, _ENTRIES = 32, 256, 81
 _LEAST, _MOST = 32, 64  # rows of a chunk: fewer save no words, and of more XLA would unroll too much
+
+
+class TablesPath(KernelPath):
+    """Never planned by itself: a whole model's large batches take it (see `Plan.tabulates`)."""
+
+    name = "tables"
+    needs = (narrow, quiet, products)
+
+    def form(self, laid: Laid, written: Written) -> Laid:
+        return in_bytes(laid, written)
+
+    def codes(
+        self, tiles: Float[Array, "B R rows"], columns: Any, adc: Converter, noise: Noise | None, chip: Chip
+    ) -> Float[Array, "k B _cols"]:
+        levels, rows = chip.geometry.levels, chip.geometry.rows
+        of_columns = levels * (len(columns) // len(levels)) if chip.plan.integers else None
+        unused = max(rows) - rows[-1] if tiles.shape[1] == len(rows) else 0
+        return tables(tiles, columns, of_columns, adc, slices_of(chip), unused, signed=chip.config.signed_inputs)
 
 
 def tables(

@@ -11,16 +11,48 @@ Axis letters: B batch, K weight slices, I bits of a cell, R row tiles, Q words o
 """
 
 import functools
+import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt32
 
+from ....support.platform import for_cpu
+from ...chip.chip import Chip
+from ...chip.columns import Laid, Written
+from ...chip.plan import Facts, Plan
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
 from ...mapping.encoding import digit
 from ...mapping.geometry import significance
+from ..conversion_noise import Noise
+from .by_kernel import KernelPath, slices_of
+from .path import integers, narrow, products, quiet
+
+_WIDE = 512  # columns from which counting bits is faster than packed products, for a single vector
+
+
+class PlanesPath(KernelPath):
+    """The fastest for single vectors on wide matrices, where the processor counts the bits of vectors."""
+
+    name = "planes"
+    needs = (narrow, integers, quiet, products)
+    tile_axis = 3
+    coded = True
+
+    def reads_vectors(self, plan: Plan, facts: Facts) -> bool:
+        able = plan.path in ("lookup", "loop", "packed") and not any(need(facts) for need in self.needs)
+        return able and facts.geometry.shape[1] >= _WIDE and for_cpu() and _counts_vectors()
+
+    def form(self, laid: Laid, written: Written) -> Laid:
+        return laid._replace(columns=to_planes(laid.columns, max(written.config.weight_slices)))
+
+    def codes(
+        self, tiles: Float[Array, "B R rows"], columns: Any, adc: Converter, noise: Noise | None, chip: Chip
+    ) -> Float[Array, "k B _cols"]:
+        return planes(tiles, columns, adc, slices_of(chip), signed=chip.config.signed_inputs)
 
 
 def to_planes(cells: Float[Array, "K R rows cols"], bits: int) -> UInt32[Array, "K I 2 R Q cols"]:
@@ -78,3 +110,12 @@ def _to_words(values: UInt32[Array, "..."], axis: int, bit: int) -> UInt32[Array
     rows = (jax.lax.index_in_dim(words, row, axis + 1, keepdims=False) for row in range(32))
     shifted = (((row >> np.uint32(bit)) & 1) << np.uint32(place) for place, row in enumerate(rows))
     return functools.reduce(jnp.bitwise_or, shifted)
+
+
+@functools.cache
+def _counts_vectors() -> bool:
+    """Return whether the processor counts the bits of whole vectors (AVX512_VPOPCNTDQ)."""
+    try:
+        return "avx512_vpopcntdq" in pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

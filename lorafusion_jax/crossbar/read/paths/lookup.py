@@ -12,23 +12,54 @@ E table entries, C columns of a block.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num, UInt8
 
+from ....support.platform import for_cpu
+from ...chip.chip import Chip
+from ...chip.columns import Laid, Written
+from ...chip.plan import Facts
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
-from ...mapping.bit_fields import Packed, Packing, drive, unpack
+from ...mapping.bit_fields import INT_BITS, Packed, Packing, drive, unpack
 from ...mapping.encoding import digit
 from ...mapping.geometry import significance
 from ..conversion_noise import Noise, add_noise, alike
+from .by_kernel import KernelPath, slices_of
+from .packed import certificate, fit_words, in_words
+from .path import narrow, products
 from .tables import entries_of
 
 # A block of columns whose table, and a chunk of the batch whose sums, stay in a core's second-level cache.
 _COLUMNS = 64
 _BATCH = 256
+
+
+class LookupPath(KernelPath):
+    """The fastest on a CPU for input slices of one bit, of integer cells or without a sign."""
+
+    name = "lookup"
+    needs = (narrow, products)
+    tabulates = True
+
+    def chosen(self, facts: Facts) -> str | None:
+        if for_cpu() and facts.bits == 1 and (facts.integers or not facts.config.signed_inputs):
+            return "input slices have one bit: sums of a few rows come from tables"
+        return None
+
+    def form(self, laid: Laid, written: Written) -> Laid:
+        packing = certificate(laid, written, INT_BITS)[1] if fit_words(laid, written) else None
+        return laid if packing is None else in_words(laid, written, packing)
+
+    def codes(
+        self, tiles: Float[Array, "B R rows"], columns: Any, adc: Converter, noise: Noise | None, chip: Chip
+    ) -> Float[Array, "k B _cols"]:
+        signed = chip.config.signed_inputs
+        return lookup(tiles, columns, chip.plan.packing, adc, slices_of(chip), signed=signed, noise=noise)
 
 
 def lookup(

@@ -1,0 +1,147 @@
+"""Read paths whose conversions a kernel makes, from input codes and columns to codes summed over slices and tiles."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ...chip.chip import Chip
+from ...chip.columns import Laid, Written
+from ...devices.physical import varying_as
+from ...mapping import decoding, encoding
+from ...mapping.adc.quantiser import Converter
+from ...mapping.bit_fields import Packed
+from ..conversion_noise import Noise, deviations, of_conversions, stream
+from .path import ReadPath, products
+from .sliced_products import sliced_products
+
+
+class KernelPath(ReadPath):
+    """A path of conversions that are products of slices.
+
+    `tile_axis` is the axis of the row tiles among those of the columns.
+    """
+
+    needs = (products,)
+    tile_axis = 1
+
+    def form(self, laid: Laid, written: Written) -> Laid:
+        """Return the columns in the form that `codes` needs, given those of real numbers."""
+        return laid
+
+    def codes(
+        self, tiles: Float[Array, "B R rows"], columns: Any, adc: Converter, noise: Noise | None, chip: Chip
+    ) -> Float[Array, "k B _cols"]:
+        """Return the codes of all conversions, shifted and added over input slices and row tiles."""
+        packing, slices = chip.plan.packing, chip.geometry.converted_slices
+        columns = columns if packing else columns.astype(tiles.dtype)
+        return sliced_products(tiles, columns, packing, adc, slices, chip.occupied, noise)
+
+    def lay_out(self, written: Written) -> Laid:
+        variance, (columns, units) = written.variance(), written.columns()
+        return self.form(Laid(written.plan, columns, units, variance), written)
+
+    def read(self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
+        assert quantise is not None
+        rows = chip.geometry.rows
+        tiles = encoding.split(n, rows, axis=1, front=True)
+        if chip.flipped is not None:  # negated columns
+            quantise = quantise._replace(qmin=-quantise.qmax)
+        if chip.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
+            return self._of_tiles(tiles, 0, quantise, chip) * chip.scale
+
+        # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
+        axes = {"columns": self.tile_axis, "units": 1, "variance": 1, "occupied": 1, "flipped": 1}
+
+        def along(move: Callable[[Array, int], Array], parts: dict[str, Any]) -> dict[str, Any]:
+            return {name: jax.tree.map(lambda a, axis=axes[name]: move(a, axis), part) for name, part in parts.items()}
+
+        def add(y: Array, tile: tuple[Array, dict[str, Any], Array, Array, Array]) -> tuple[Array, None]:
+            x, parts, adc_scale, scale, number = tile
+            own = dataclasses.replace(chip, **along(jnp.expand_dims, parts))
+            of_tile = self._of_tiles(x[:, None], number, quantise._replace(scale=adc_scale[None]), own)
+            return y + of_tile * scale[None], None
+
+        zero = varying_as(jnp.zeros((n.shape[0], chip.shape[1]), n.dtype), n, chip)
+        by_tile = along(lambda a, axis: jnp.moveaxis(a, axis, 0), {name: getattr(chip, name) for name in axes})
+        adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, chip.scale))
+        return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]
+
+    def _of_tiles(
+        self, tiles: Float[Array, "B R rows"], number: Array | int, quantise: Converter, chip: Chip
+    ) -> Float[Array, "B d_out"]:
+        """Return the product of row tiles of one scale, which begin with this number."""
+        geometry, config, d_out = chip.geometry, chip.config, chip.shape[1]
+        each, units, variance = 2 if config.converts_each else 1, chip.units, chip.variance
+        adc = quantise._replace(scale=jnp.tile(quantise.scale[0], each))
+        of_units = variance
+        if units is not None and variance is not None and variance.shape[3] > 1:
+            variance, of_units = variance[..., :d_out], variance[..., d_out:]
+        noise = _noise(variance, 2 * number, chip.columns, chip, tiles.dtype)
+        total = self.codes(tiles, chip.columns, adc, noise, chip)
+        if each == 2:
+            total = total[: len(total) // 2] - total[len(total) // 2 :]
+        whole = encoding.split(total[..., :d_out], geometry.cols, axis=2)
+        if units is not None and chip.flipped is not None:
+            lsb = quantise.lsb[0, :, None, None, None]
+            measured = _unit_sums(tiles, units, of_units, number, adc, chip) * lsb
+            recovered = decoding.recover_flipped(whole * lsb, measured, chip.flipped, geometry, config)
+            return decoding.weigh(recovered, None, geometry)
+        if config.encoding.unit_column:
+            whole = jnp.concatenate([whole, total[..., d_out:, None]], axis=3)
+        ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
+        return decoding.finish(whole, ones, quantise, None, geometry, config)
+
+
+def in_bytes(laid: Laid, written: Written) -> Laid:
+    """Return columns of integers as bytes, where products of them and inputs stay within their sign."""
+    geometry = written.geometry
+    fit = laid.plan.integers and max(*geometry.levels, geometry.converted_top) < 2**7
+    return laid._replace(columns=laid.columns.astype(jnp.int8)) if fit else laid
+
+
+def slices_of(chip: Chip) -> tuple[int, ...]:
+    """Return the bits of every conversion's input slice; a path whose needs exclude ideal DACs has them."""
+    assert chip.geometry.converted_slices is not None
+    return chip.geometry.converted_slices
+
+
+def _unit_sums(
+    tiles: Float[Array, "B R rows"],
+    units: Float[Array, "K R rows C"],
+    variance: Float[Array, "K R rows _cols"] | None,
+    number: Array | int,
+    adc: Converter,
+    chip: Chip,
+) -> Float[Array, "K R B C"]:
+    """Return the measurement of every array's unit column, in codes."""
+    slices = chip.geometry.converted_slices
+
+    def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
+        x, units, variance, r = tile
+        variance = None if variance is None else variance[:, None]
+        units = units[:, None]
+        noise = _noise(variance, 2 * (number + r) + 1, units, chip, x.dtype)
+        return sliced_products(x[:, None], units, None, adc, slices, None, noise)
+
+    by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, units, variance))
+    return jnp.moveaxis(jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1]))), 0, 1)
+
+
+def _noise(variance: Array | None, number: Array | int, columns: Any, chip: Chip, dtype: jnp.dtype) -> Noise | None:
+    """Return the noise of columns, whose stream has this number."""
+    geometry, config = chip.geometry, chip.config
+    if not config.draws_at_conversion or chip.key is None:
+        return None
+    each = 2 if config.converts_each else 1
+    words = stream(jax.random.fold_in(chip.key, number))
+    scale, of_adc = deviations(geometry, config, dtype), of_conversions(geometry, config, dtype)
+    if variance is None and not isinstance(columns, Packed):  # quiet cells
+        variance = jnp.zeros((*columns.shape[:3], 1), dtype)
+    elif variance is None and columns.variances is None:
+        row_tiles, read = columns.low.shape[1], columns.words.shape[2] - 1
+        variance = jnp.zeros((len(columns.low), row_tiles, read, 1), dtype)
+    return Noise(variance, jnp.tile(scale, each), words, None if of_adc is None else jnp.tile(of_adc, each))

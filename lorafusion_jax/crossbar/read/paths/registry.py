@@ -1,0 +1,88 @@
+"""The read paths by name, and the choice among them. The first one that has a reason to be chosen is."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from ...chip.chip import Chip
+from ...chip.plan import ON_REQUEST, Facts, Plan
+from ...config.schema import CrossbarConfig
+from ...mapping import decoding, encoding
+from ...mapping.adc.quantiser import Converter
+from ...mapping.geometry import Columns, Geometry
+from ..definition import DefinitionPath
+from .lookup import LookupPath
+from .loop import LoopPath
+from .mosaic import MosaicPath
+from .packed import PackedPath
+from .path import ReadPath
+from .planes import PlanesPath
+from .product import ProductPath
+from .tables import TablesPath
+
+PATHS: dict[str, ReadPath] = {
+    path.name: path
+    for path in (
+        ProductPath(),
+        MosaicPath(),
+        DefinitionPath(),
+        LookupPath(),
+        TablesPath(),
+        PlanesPath(),
+        PackedPath(),
+        LoopPath(),
+    )
+}
+# Vectors from which a whole model's arrays are read from tables.
+_MANY = 64
+
+
+def choose(
+    geometry: Geometry,
+    config: CrossbarConfig,
+    limits: Array | np.ndarray | None,
+    *,
+    perfect: bool,
+    path: str | None = None,
+) -> Plan:
+    """Return the fastest exact path, or a ValueError if the requested one would not be exact; arguments of `Facts`."""
+    facts, reason = Facts.of(geometry, config, limits, perfect=perfect), ON_REQUEST
+    if path is None:
+        reasons = ((name, each.chosen(facts)) for name, each in PATHS.items())
+        path, reason = next((name, reason) for name, reason in reasons if reason is not None)
+    elif path not in PATHS:
+        raise ValueError(f"path={path!r} is unknown: choose from {', '.join(PATHS)}, or leave it out")
+    elif why := next(filter(None, (need(facts) for need in PATHS[path].needs)), None):
+        raise ValueError(f"path={path!r} {why}")
+    return Plan(path, reason, facts.integers, ties=facts.ties)
+
+
+def in_models(plan: Plan, geometry: Geometry, config: CrossbarConfig) -> str:
+    """Return the path of a planned read in a model, which often reads one vector at a time."""
+    facts = Facts.of(geometry, config, None, perfect=plan.integers)
+    return next((name for name, each in PATHS.items() if each.reads_vectors(plan, facts)), plan.path)
+
+
+def read(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
+    """Return weights times input codes, by the plan's path."""
+    if chip.plan.tabulates and len(n) >= _MANY:
+        plan = dataclasses.replace(chip.plan, path=TablesPath.name, packing=None)
+        chip = dataclasses.replace(chip, columns=columns_of(chip), occupied=None, plan=plan)
+    return PATHS[chip.plan.path].read(n, quantise, chip)
+
+
+def columns_of(chip: Chip) -> Columns:
+    """Return the columns that multiply the inputs in the arrays: flipped ones as stored, unit columns last."""
+    config, geometry = chip.config, chip.geometry
+    if chip.plan.packing is not None or PATHS[chip.plan.path].coded:  # perfect cells, which follow from the codes
+        if config.encoding.kind == "differential" and not config.converts_each:  # the difference of a pair is the digit
+            return encoding.split(encoding.digits(chip.codes, geometry, config), geometry.rows, 1, front=True)
+        cells, _ = encoding.to_arrays(encoding.digits(chip.codes, geometry, config), geometry, config)
+        return decoding.columns(cells, geometry, config)
+    assert isinstance(chip.columns, jax.Array)
+    columns = chip.columns.astype(chip.codes.dtype)
+    if chip.flipped is None or chip.units is None:
+        return columns
+    return decoding.as_stored(columns, chip.units, chip.flipped, geometry)
