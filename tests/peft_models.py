@@ -11,8 +11,7 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.models.architecture import Model
-from lorafusion_jax.training.method import Params
+from lorafusion_jax.parts import Model, Params
 
 
 def t5(**changes: Any) -> Any:

@@ -5,12 +5,9 @@ from typing import Any
 
 import one_block
 
-from lorafusion_jax.methods import METHODS, fields_of
-from lorafusion_jax.methods.recipes import recipe_of
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.run import run_path
-from lorafusion_jax.training.recipe import Recipe
+from lorafusion_jax import FuseOptions, Recipe
+from lorafusion_jax.methods import METHODS, fields_of, recipe_of
+from lorafusion_jax.parts import RunFolder, run_path
 
 TASK = one_block.SMALL / "tasks" / "double_digit"
 _NUMBERS = {name for entry in METHODS.values() for name in fields_of(entry)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from lorafusion_jax.io.hf import read_config, save_base
+from lorafusion_jax import read_config, save_base
 from lorafusion_jax.models.decoder import Decoder
 
 BOS, EOS, START, END = range(4)

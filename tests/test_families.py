@@ -18,19 +18,23 @@ from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
-from lorafusion_jax.estimates.bill.activity import activities
-from lorafusion_jax.estimates.bill.bill import bills
-from lorafusion_jax.estimates.bill.options import CostOptions
 from lorafusion_jax.estimates.params import counts
 from lorafusion_jax.estimates.plan import describe_run
-from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
 from lorafusion_jax.hardware.report import report_on_chips
-from lorafusion_jax.hardware.write import ProgramOptions, write_chips
-from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.decoder.shapes import SHAPES
+from lorafusion_jax.parts import (
+    ConvertOptions,
+    CostOptions,
+    EvaluateOnChipsOptions,
+    ProgramOptions,
+    activities,
+    bills,
+    convert,
+    linear_shapes,
+    prepare,
+    write_chips,
+)
 from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.prepare import prepare
 from lorafusion_jax.training.mesh import partition, rules
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"

@@ -12,8 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import lorafusion_jax as lf
-from lorafusion_jax.models.t5 import T5, T5Config
-from lorafusion_jax.training.method import Params
+from lorafusion_jax.parts import T5, Params, T5Config
 
 CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_layers=3, num_decoder_layers=2)
 

@@ -12,11 +12,9 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.adapters.basis import shared_basis
-from lorafusion_jax.adapters.merges import MergeKind, check_merge, dare_masks, merge
-from lorafusion_jax.adapters.pool import shuffled_pool
-from lorafusion_jax.methods.merge import Merge
-from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax import Frozen, Merge, shared_basis, shuffled_pool
+from lorafusion_jax.adapters.merges import check_merge, dare_masks, merge
+from lorafusion_jax.parts import MergeKind
 
 _KINDS = get_args(MergeKind)
 _INDEX = (3, 0, 2)

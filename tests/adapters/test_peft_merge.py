@@ -13,8 +13,9 @@ import peft_models
 import pytest
 import tiny
 
-from lorafusion_jax.adapters.merges import MergeKind, check_merge, merge
-from lorafusion_jax.io.pool import read_pool
+from lorafusion_jax import read_pool
+from lorafusion_jax.adapters.merges import check_merge, merge
+from lorafusion_jax.parts import MergeKind
 
 pytestmark = pytest.mark.peft
 

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
+from lorafusion_jax import PRESETS
 from lorafusion_jax.cli import COMMANDS, main
 from lorafusion_jax.methods import METHODS, fields_of
-from lorafusion_jax.methods.fusion import PRESETS
 
 _NUMBERS = {name for entry in METHODS.values() for name in fields_of(entry)}
 _SUBCOMMANDS = [*(name for name in COMMANDS if name != "crossbar"), "crossbar program"]

@@ -15,17 +15,27 @@ import pytest
 import tiny
 import yaml
 
-from lorafusion_jax import crossbar
+from lorafusion_jax import Update, crossbar, kernels
 from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import ADC, CONSTANTS, PRESETS, CrossbarConfig, Encoding, Range, Tile
-from lorafusion_jax.estimates.bill import CostOptions, activities, bills, comparisons, installed_once, price
-from lorafusion_jax.estimates.bill.show import constants_table, number, quantity
-from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, step_flops
-from lorafusion_jax.methods.fused import SumUpdate
+from lorafusion_jax.estimates.bill.show import constants_table
+from lorafusion_jax.estimates.flops import forward_flops
 from lorafusion_jax.methods.lora import LowRankUpdate
-from lorafusion_jax.models.architecture import kernels
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.support.text_tables import markdown
+from lorafusion_jax.parts import (
+    CostOptions,
+    Shape,
+    SumUpdate,
+    activities,
+    bills,
+    comparisons,
+    installed_once,
+    markdown,
+    number,
+    price,
+    quantity,
+    step_flops,
+)
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LARGE, _ISAAC = SHAPES["flan-t5-large"], PRESETS["isaac"]

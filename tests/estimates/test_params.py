@@ -10,13 +10,11 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
-from lorafusion_jax.estimates.params import counts, shape_config, size
-from lorafusion_jax.methods.full import FullFineTuning
+from lorafusion_jax.estimates.params import counts, size
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.vera import VeRA
-from lorafusion_jax.models.registry import abstract_model
-from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.t5.config import SHAPES
+from lorafusion_jax.parts import FullFineTuning, T5Config, abstract_model, shape_config
 
 _LARGE = {
     "LoRAFusion": 148_416,

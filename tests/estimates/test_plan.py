@@ -14,26 +14,45 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.estimates.estimate import Settings, estimate, trained_numbers, update_of
-from lorafusion_jax.estimates.flops import Shape, Update, forward_flops, generation_flops, step_flops
-from lorafusion_jax.estimates.memory import evaluation_bytes, pool_bytes, state_bytes, step_bytes, weights_bytes
+from lorafusion_jax.estimates.estimate import estimate
+from lorafusion_jax.estimates.flops import forward_flops
 from lorafusion_jax.estimates.params import size
-from lorafusion_jax.estimates.plan import describe, describe_run, plan, plan_table
-from lorafusion_jax.estimates.workload import workload
+from lorafusion_jax.estimates.plan import describe_run, plan, plan_table
 from lorafusion_jax.methods import METHODS
-from lorafusion_jax.methods.full import FullFineTuning
-from lorafusion_jax.methods.fused import BasisUpdate, SumUpdate
+from lorafusion_jax.methods.fused import BasisUpdate
 from lorafusion_jax.methods.vera import SharedUpdate
-from lorafusion_jax.models.architecture import Architecture, kernels, matrices, set_matrices, targeted
-from lorafusion_jax.models.decoder import DecoderConfig
 from lorafusion_jax.models.decoder.config import Rope
-from lorafusion_jax.models.generate import GREEDY
-from lorafusion_jax.models.registry import abstract_model
-from lorafusion_jax.models.t5 import T5Config
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.runs.rows import SeedModels, advance_rows, begin_rows
+from lorafusion_jax.parts import (
+    GREEDY,
+    DecoderConfig,
+    FullFineTuning,
+    SeedModels,
+    Settings,
+    Shape,
+    SumUpdate,
+    T5Config,
+    abstract_model,
+    advance_rows,
+    begin_rows,
+    describe,
+    evaluation_bytes,
+    generation_flops,
+    matrices,
+    pool_bytes,
+    recipe_rates,
+    set_matrices,
+    state_bytes,
+    step_bytes,
+    step_flops,
+    targeted,
+    train_seeds,
+    trained_numbers,
+    update_of,
+    weights_bytes,
+    workload,
+)
 from lorafusion_jax.tasks import Batch, Example, Rows, Task
-from lorafusion_jax.training.fit import recipe_rates, train_seeds
 
 _S = jax.ShapeDtypeStruct
 # XLA counts the body of a loop once: layers are unrolled, and no more than `compose` computes in one go.
@@ -69,7 +88,7 @@ _IN_BASIS = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, b
 _QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes and holds stays the same
 
 
-def _method(name: str, config: Architecture) -> lf.Method:
+def _method(name: str, config: lf.Architecture) -> lf.Method:
     adapted = tuple(targeted(config, None).items())
     alone = {"zero-shot": lf.ZeroShot(), "full": FullFineTuning(), "lora": lf.LoRA(sites=adapted, rank=8)}
     return alone.get(name) or lf.Fusion(composition="mix" if name.endswith("mix") else "sum")
@@ -83,7 +102,7 @@ def _planned(name: str, settings: Settings) -> tuple[str, Settings]:
 
 
 @cache
-def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.GraphDef, lf.Frozen]:
+def _frozen(name: str, config: lf.Architecture, settings: Settings) -> tuple[nnx.GraphDef, lf.Frozen]:
     """Return the model's structure and its frozen arrays, all zeros."""
     graph, base = nnx.split(abstract_model(config))
     base = jax.tree.map(lambda a: jnp.zeros(a.shape, config.dtype), base)
@@ -103,7 +122,7 @@ def _frozen(name: str, config: Architecture, settings: Settings) -> tuple[nnx.Gr
         pool = lf.SharedBasis(U=U, V=V, S=S, energy=energy, rank=rank, names=names, sites=tuple(shapes))
 
     def prepare() -> list[jax.Array]:
-        prepared = _method(name, config).prepare(lf.Frozen(base, pool), kernels(nnx.merge(graph, base)))
+        prepared = _method(name, config).prepare(lf.Frozen(base, pool), lf.kernels(nnx.merge(graph, base)))
         trees.append(jax.tree.structure(prepared))
         return jax.tree.leaves(prepared)
 
@@ -135,7 +154,7 @@ def _batch(shape: Shape, *lead: int) -> Batch:
     )
 
 
-def _state(name: str, config: Architecture, settings: Settings, seeds: int):
+def _state(name: str, config: lf.Architecture, settings: Settings, seeds: int):
     graph, frozen = _frozen(name, config, settings)
     index = _S((seeds, settings.recipe.modules), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
@@ -146,14 +165,14 @@ def _state(name: str, config: Architecture, settings: Settings, seeds: int):
     return jax.eval_shape(jax.vmap(start), index, keys), index
 
 
-def _problem(name: str, config: Architecture, settings: Settings, seed_mode: str = "batched"):
+def _problem(name: str, config: lf.Architecture, settings: Settings, seed_mode: str = "batched"):
     """Return the problem of some weights and modules."""
     graph, _ = _frozen(name, config, settings)
     method = _method(name, config)
     return lambda frozen, index: lf.Problem(graph=graph, method=method, frozen=frozen, index=index, seed_mode=seed_mode)
 
 
-def _rates(name: str, config: Architecture, seeds: int):
+def _rates(name: str, config: lf.Architecture, seeds: int):
     return jax.eval_shape(lambda: recipe_rates(_method(name, config), _RECIPE, seeds))
 
 
@@ -182,7 +201,7 @@ def _bytes(compiled) -> int:
     return found.argument_size_in_bytes + found.temp_size_in_bytes + returned
 
 
-def _step(name: str, config: Architecture, settings: Settings, shape: Shape = _SHAPE):
+def _step(name: str, config: lf.Architecture, settings: Settings, shape: Shape = _SHAPE):
     """Return the real step of one seed, compiled."""
     _, frozen = _frozen(name, config, settings)
     state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
@@ -265,7 +284,7 @@ def test_flops_by_hand():
     # Encoder: q k v o and three of the feed-forward for 3 tokens; decoder: 9 for 1, cross k and v for 3; the head.
     base = 8 * (7 * 3 + 9 * 1 + 2 * 3) + 2 * 2 * 5
     attention = 2 * 2 * 2 * (3 * 3 + 1 * 1 + 1 * 3)
-    assert forward_flops(config, shape, Update()) == base + attention
+    assert forward_flops(config, shape, lf.Update()) == base + attention
     # q and v: of 3 tokens in the encoder, of 1, 1 and 1 in the decoder, cross v of 3.
     met = 3 + 3 + 1 + 1 + 1 + 3
     vera = SharedUpdate(rank=7)
@@ -282,9 +301,9 @@ def test_flops_by_hand():
     in_arrays = dataclasses.replace(basis, in_arrays=True)
     wanted += 2 * 2 * met * 4 + 2 * met * 4 + 6 * 2 * 5 * 4 - of_core
     assert step_flops(config, shape, in_arrays, trainable=0) == wanted
-    assert step_flops(config, shape, Update(), trainable=0) == base + attention + backward
+    assert step_flops(config, shape, lf.Update(), trainable=0) == base + attention + backward
     assert step_flops(config, shape, vera, trainable=0) == base + attention + backward + 2 * 2 * met * 7 * 4
-    assert step_flops(config, shape, Update(trains_base=True), trainable=1) == 2 * base + attention + backward + 18
+    assert step_flops(config, shape, lf.Update(trains_base=True), trainable=1) == 2 * base + attention + backward + 18
 
 
 def test_flops_of_a_decoder_by_hand():
@@ -293,7 +312,7 @@ def test_flops_of_a_decoder_by_hand():
         _DECODER, vocab_size=5, d_model=4, d_head=2, d_ff=3, num_heads=2, num_kv_heads=1, num_layers=1
     )
     products = 2 * 5 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 3) + 2 * 2 * 4 * 5
-    none, shape = Update(), Shape(1, 3, 2)
+    none, shape = lf.Update(), Shape(1, 3, 2)
     assert forward_flops(config, shape, none) == products + 4 * 2 * 2 * 5 * 5
     assert generation_flops(config, shape, none) == products + 4 * 2 * 2 * (3 * 3 + 2 * 5)
 

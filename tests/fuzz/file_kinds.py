@@ -26,19 +26,22 @@ from lab.rows import append_rows, read_rows
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
-from lorafusion_jax.crossbar import load_chip, load_config, save_chip, save_config
-from lorafusion_jax.crossbar.cost.constants import load_constants, save_constants
-from lorafusion_jax.hardware.folder import Chips, load_chips
+from lorafusion_jax.crossbar import load_chip, load_config, load_constants, save_chip, save_config, save_constants
 from lorafusion_jax.hardware.restored import load_restored
 from lorafusion_jax.io import arrays
-from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.hf import open_base
-from lorafusion_jax.io.peft.adapter import read_adapter, resave, write_adapter
+from lorafusion_jax.io.peft.adapter import read_adapter, resave
 from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
-from lorafusion_jax.models.registry import abstract_model
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.runs.run import options_to_json
+from lorafusion_jax.parts import (
+    Chips,
+    ConvertOptions,
+    RunFolder,
+    abstract_model,
+    convert,
+    load_chips,
+    open_base,
+    options_to_json,
+    write_adapter,
+)
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import named
 from lorafusion_jax.tasks import SEPARATE_TEXTS, Example, decode, encode, load_task, write_lorahub_split
@@ -363,7 +366,7 @@ def _write_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
 def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
     environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2}
     environment |= {"versions": {"lorafusion-jax": "0.1"}}
-    options = FuseOptions(base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2))
+    options = lf.FuseOptions(base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2))
     seed = {"seed": 1, "exact_match": 50.0, "loss": 0.5, "steps": 3, "modules": ["a"]}
     with run.locked():
         written = {"options": options_to_json(options), "modules": [["a"], ["b"]], "task_sha256": "0"}

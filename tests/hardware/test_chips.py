@@ -13,32 +13,41 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax import crossbar, fuse
+from lorafusion_jax import FileError, Frozen, Fusion, crossbar, fuse, load_run
 from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Independent, Mapping, PowerLaw, load_chip, save_config
 from lorafusion_jax.hardware.calibration import logits_of
-from lorafusion_jax.hardware.chips import Redrawn, limits_of, redrawn, stack_chips
-from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
-from lorafusion_jax.hardware.folder import aged, load_chips, seconds
-from lorafusion_jax.hardware.on_arrays import module_numbers, on_arrays
+from lorafusion_jax.hardware.chips import Redrawn, limits_of, stack_chips
+from lorafusion_jax.hardware.evaluate import results_path
+from lorafusion_jax.hardware.folder import seconds
+from lorafusion_jax.hardware.on_arrays import on_arrays
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.report import report_on_chips, report_path
-from lorafusion_jax.hardware.restored import RestoreOptions, restore_chips
-from lorafusion_jax.hardware.write import ProgramOptions, write_chips
-from lorafusion_jax.methods.fusion import Fusion
-from lorafusion_jax.models.architecture import matrices
-from lorafusion_jax.models.weights import dense
-from lorafusion_jax.runs.evaluate import Evaluation, seed_rows
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import OnArrays
-from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
-from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import load_run, run_path
-from lorafusion_jax.support.reading import FileError
-from lorafusion_jax.training.frozen import Frozen
+from lorafusion_jax.parts import (
+    EvaluateOnChipsOptions,
+    EvaluateOptions,
+    OnArrays,
+    ProgramOptions,
+    RestoreOptions,
+    RunFolder,
+    aged,
+    dense,
+    evaluate_on_chips,
+    load_chips,
+    matrices,
+    module_numbers,
+    prepare,
+    redrawn,
+    restore_chips,
+    run_path,
+    seed_rows,
+    write_chips,
+)
+from lorafusion_jax.runs.evaluate import Evaluation
+from lorafusion_jax.runs.predict import evaluate_run
 
 _ANALOGUE = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
 _DEVICE = Device(programming=Independent(0.02), drift=PowerLaw(0.05, 0.02), time=1.0)

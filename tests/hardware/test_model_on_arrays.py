@@ -11,24 +11,28 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax import crossbar
-from lorafusion_jax.adapters.basis import shared_basis
-from lorafusion_jax.adapters.norms import Gram, PairTerms
+from lorafusion_jax import (
+    Frozen,
+    Fusion,
+    Gram,
+    Optimisation,
+    Rates,
+    crossbar,
+    fusion_step,
+    generate,
+    init_state,
+    kernels,
+    shared_basis,
+)
+from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Dense, InBasis, Outputs
 from lorafusion_jax.crossbar import PRESETS, Cell, CrossbarConfig, Device, Mapping, observe, site_errors
 from lorafusion_jax.hardware.calibration import logits_of
-from lorafusion_jax.hardware.chips import redrawn
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.methods.entry import SearchJob
-from lorafusion_jax.methods.fusion import Fusion
 from lorafusion_jax.methods.lorahub import LORAHUB, objective_of
-from lorafusion_jax.models.architecture import kernels, matrices
-from lorafusion_jax.models.generate import generate
-from lorafusion_jax.models.weights import dense, is_in_arrays
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.loss import seed_entropies
-from lorafusion_jax.training.recipe import Optimisation, Rates
-from lorafusion_jax.training.step import fusion_step, init_state
+from lorafusion_jax.models.weights import is_in_arrays
+from lorafusion_jax.parts import dense, matrices, redrawn, seed_entropies
 
 _KEY = jax.random.key(5)
 _IDEAL = {"*": PRESETS["ideal"]}

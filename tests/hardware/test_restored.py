@@ -19,29 +19,27 @@ from safetensors.numpy import load_file, save_file
 import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar
 from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
-from lorafusion_jax.estimates.bill import CostOptions
 from lorafusion_jax.estimates.bill.methods import base_matrices
-from lorafusion_jax.estimates.params import shape_config
-from lorafusion_jax.hardware.folder import aged, load_chips
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.hardware.restore import Restoring, divergence, restore
-from lorafusion_jax.hardware.restored import (
+from lorafusion_jax.hardware.restored import answered, load_restored
+from lorafusion_jax.io.folders import locked
+from lorafusion_jax.io.source import sha256
+from lorafusion_jax.parts import (
+    CostOptions,
     Outputs,
     RestoreOptions,
-    answered,
+    aged,
     digital_matrices,
-    load_restored,
+    divergence,
+    load_chips,
+    load_model,
     logits_of_base,
+    open_base,
     restore_chips,
     sampled,
+    shape_config,
     windows,
 )
-from lorafusion_jax.io.folders import locked
-from lorafusion_jax.io.hf import open_base
-from lorafusion_jax.io.source import sha256
-from lorafusion_jax.loading.model import load_model
-from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.support.reading import FileError
 from lorafusion_jax.tasks import IGNORED, decode
 
 _TEXT = "the cold bold gold is old and the tall wall is small. " * 60
@@ -66,7 +64,7 @@ def _options(home, **changed):
 
 
 def _loaded(home):
-    return load_model(FuseOptions(base=str(home / "base"), task="", method="zero-shot"))
+    return load_model(lf.FuseOptions(base=str(home / "base"), task="", method="zero-shot"))
 
 
 def _made(folder, number):
@@ -85,7 +83,7 @@ def test_matrices_have_the_rates_that_tuning_preferred():
     trials = [row for row in csv.DictReader(lines) if row["text"] == "real" and "low rank" in row["corrections"]]
     for method, name in (("lora", "low rank 1 %, distilled"), ("low-rank", "scales and low rank 1 %, distilled")):
         best = min((row for row in trials if row["corrections"] == name), key=lambda row: row["KL on text left out"])
-        assert Restoring(method=method, numbers=1).rate_of_matrices == float(best["rate of low rank"])
+        assert lf.Restoring(method=method, numbers=1).rate_of_matrices == float(best["rate of low rank"])
 
 
 @pytest.mark.long
@@ -98,10 +96,10 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     measured = max(1, len(batches) // 8)
     weights = program(graph, frozen, chips.rules(), key).base
     numbers = 2 * crossbar.numbers_per_rank(crossbar.chips_in(weights))
-    how = Restoring(method="low-rank", numbers=numbers, epochs=2)
+    how = lf.Restoring(method="low-rank", numbers=numbers, epochs=2)
     train = batches[: len(batches) - measured]
     targets = [run(frozen.base, batch) for batch in train]
-    found = restore(run, weights, digital_matrices(loaded, weights), train, targets, how)
+    found = lf.restore(run, weights, digital_matrices(loaded, weights), train, targets, how)
     (of_disk,) = load_restored(str(home / "restored"), chips, [2], open_base(str(home / "base")).digest)
     for site, correction in found.items():
         of_site = of_disk.corrections[site]
@@ -154,7 +152,7 @@ def test_a_perfect_chip_stays_as_it_is(home):
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     batches = windows(loaded, ids[:256])
     targets = [run(frozen.base, batch) for batch in batches]
-    found = restore(run, weights, digital_matrices(loaded, weights), batches, targets, Restoring(epochs=0))
+    found = lf.restore(run, weights, digital_matrices(loaded, weights), batches, targets, lf.Restoring(epochs=0))
     for correction in found.values():
         np.testing.assert_allclose(correction.scale, 1, atol=1e-5)
 
@@ -175,7 +173,7 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     before, after = restore_chips(_options(home, epochs=2, **given))[0]["divergence"]
     assert after < before
     # Answers are shorter than the batch is wide; only their tokens count.
-    loaded = load_model(FuseOptions(base=str(base), task="", method="zero-shot"))
+    loaded = load_model(lf.FuseOptions(base=str(base), task="", method="zero-shot"))
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     (batch,) = answered(loaded, lines[::8])  # the text that is left out
     chips = load_chips(str(home / "noisy.yaml"), digital=given["keep_digital"])
@@ -242,7 +240,7 @@ def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
 
 
 def test_an_unknown_kind_of_corrections_is_refused():
-    how = Restoring()
+    how = lf.Restoring()
     object.__setattr__(how, "method", "offset")  # which the type checks of the tests refuse in a constructor
     with pytest.raises(ValueError, match="method is 'offset': expected one of scales, offsets, low-rank, lora"):
         how.__post_init__()
@@ -289,7 +287,7 @@ def test_a_linked_folder_next_to_the_chips_is_not_written_through(home, tmp_path
     manifest |= {"base_sha256": open_base(str(home / "base")).digest, "config_sha256": crossbar.config_hash(config)}
     (chips / "manifest.json").write_text(json.dumps(manifest | {"one_chip": counts | {"simulated_pulses": None}}))
     (chips / "restored-scales").symlink_to(outside)
-    with pytest.raises(FileError, match="restored-scales: a link, which could lead out of its folder"):
+    with pytest.raises(lf.FileError, match="restored-scales: a link, which could lead out of its folder"):
         restore_chips(_options(home, crossbar=str(chips)))
     assert not list(outside.iterdir())
 
@@ -329,14 +327,16 @@ def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, tmp_path):
         shutil.copytree(home / "restored" / f"chip_{number}", tmp_path / "exchanged" / f"chip_{other}")
     chips, base = load_chips(str(home / "noisy.yaml")), open_base(str(home / "base")).digest
     message = r"chip_0: chip is 2: expected 0; rename it to chip_2"
-    with pytest.raises(FileError, match=message):
+    with pytest.raises(lf.FileError, match=message):
         load_restored(str(tmp_path / "exchanged"), chips, [0, 2], base)
-    with pytest.raises(FileError, match=message):
+    with pytest.raises(lf.FileError, match=message):
         restore_chips(_options(home, out=tmp_path / "exchanged"))
     shutil.copytree(home / "restored", tmp_path / "mixed")
     file = tmp_path / "mixed" / "chip_2" / "manifest.json"
     file.write_text(file.read_text().replace('"epochs": 2', '"epochs": 3'))
-    with pytest.raises(FileError, match="chip_2: computed with other settings than chip 0: run `lorafusion restore`"):
+    with pytest.raises(
+        lf.FileError, match="chip_2: computed with other settings than chip 0: run `lorafusion restore`"
+    ):
         load_restored(str(tmp_path / "mixed"), chips, [0, 2], base)
 
 

@@ -13,12 +13,9 @@ import small_llama
 from flax import nnx
 from lab import lm_eval_tasks
 
-from lorafusion_jax import cli, fuse
-from lorafusion_jax.io.hf import load_base, save_base
-from lorafusion_jax.io.pool import open_pool
-from lorafusion_jax.models.architecture import kernels, set_matrices
+from lorafusion_jax import cli, fuse, kernels, load_base, save_base
+from lorafusion_jax.parts import open_pool, run_path, set_matrices
 from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.run import run_path
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 

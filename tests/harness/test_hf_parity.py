@@ -14,8 +14,8 @@ pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from lorafusion_jax import load_base, save_base
 from lorafusion_jax.harness.model import HarnessLM
-from lorafusion_jax.io.hf import load_base, save_base
 
 pytestmark = pytest.mark.peft
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from lorafusion_jax import FileError
 from lorafusion_jax.io import arrays
-from lorafusion_jax.support.reading import FileError
 
 _TREE = {
     "coefficients": {"encoder.q": jnp.arange(6.0).reshape(2, 3).T, "encoder.v": np.array([True, False])},

@@ -7,7 +7,7 @@ import one_block
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import hf_folder
-from lorafusion_jax.io.hf import open_base
+from lorafusion_jax.parts import open_base
 
 
 def _counted(counts, name, function, *args, **how):

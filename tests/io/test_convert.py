@@ -16,13 +16,12 @@ import pytest
 import small_llama
 from safetensors.numpy import load_file, save_file
 
+from lorafusion_jax import base_tensor, load_basis, load_pool, places, read_config, read_pool
 from lorafusion_jax.cli import main
-from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.hf import base_tensor, read_config
-from lorafusion_jax.io.peft.adapter import AdapterError, read_adapter, resave, write_adapter
-from lorafusion_jax.io.pool import ConvertedPool, load_basis, load_pool, open_pool, read_pool
+from lorafusion_jax.io.peft.adapter import AdapterError, read_adapter, resave
+from lorafusion_jax.io.pool import ConvertedPool
 from lorafusion_jax.io.pool.folder import write_manifest
-from lorafusion_jax.models.architecture import linear_shapes, places
+from lorafusion_jax.parts import ConvertOptions, convert, linear_shapes, open_pool, write_adapter
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"vocab_size": 20, "d_model": 8, "d_kv": 3, "d_ff": 10, "num_heads": 2, "num_layers": 3}

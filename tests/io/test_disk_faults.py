@@ -20,9 +20,9 @@ from lab.rows import append_rows, read_rows
 
 from lorafusion_jax import cli
 from lorafusion_jax.io import checkpoint
-from lorafusion_jax.io.folders import new_folder
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.support.writing import WriteError, write, write_text, writing
+from lorafusion_jax.parts import RunFolder, new_folder, write, writing
+from lorafusion_jax.report import write_text
+from lorafusion_jax.support.writing import WriteError
 
 _ADVICE = {
     errno.ENOSPC: "cannot be written: the disk is full (No space left on device): free some of it, or give another",

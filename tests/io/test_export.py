@@ -12,12 +12,9 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import expand, shape
-from lorafusion_jax.io.export import fused_adapter, lora_adapter
-from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.models.architecture import linear_shapes
+from lorafusion_jax.io.export import fused_adapter
 from lorafusion_jax.models.layers import Linear
-from lorafusion_jax.models.t5.model import decoder_inputs
-from lorafusion_jax.models.weights import dense
+from lorafusion_jax.parts import decoder_inputs, dense, linear_shapes, lora_adapter, write_adapter
 
 _MODEL = tiny.t5()
 _INDEX = [3, 0, 2]

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorafusion_jax as lf
-from lorafusion_jax.io.hf import open_base
-from lorafusion_jax.support.reading import FileError
+from lorafusion_jax.parts import open_base
 
 _BASE = one_block.SMALL / "base"
 _TEXTS = st.text() | st.text("abc :<>/s|im_endtard\n\t", max_size=40) | st.just("<|im_start|>a</s><pad> b<|im_end|>")
@@ -93,7 +92,7 @@ def test_transformers_loads_what_its_settings_change(tmp_path, changes):
 def test_faults_of_the_file_are_reported_and_not_left_to_transformers(tmp_path, file, message):
     folder = shutil.copytree(_BASE, tmp_path / "base")
     (folder / "tokenizer.json").write_text(file)
-    with pytest.raises(FileError, match=f"tokenizer.json: {message}"):
+    with pytest.raises(lf.FileError, match=f"tokenizer.json: {message}"):
         open_base(folder).tokenizer("a")
 
 

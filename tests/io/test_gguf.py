@@ -16,17 +16,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax.estimates.params import shape_config
-from lorafusion_jax.io.convert import ConvertOptions, convert
 from lorafusion_jax.io.gguf.base import GGUFBase
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged
-from lorafusion_jax.io.hf import open_base
-from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.models.architecture import linear_shapes
 from lorafusion_jax.models.decoder import FAMILY
-from lorafusion_jax.models.weights import dense
+from lorafusion_jax.parts import ConvertOptions, convert, dense, linear_shapes, open_base, shape_config, write_adapter
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
 _Kind = gguf.GGMLQuantizationType

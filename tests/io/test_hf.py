@@ -15,10 +15,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax.io.hf import open_base
-from lorafusion_jax.models.architecture import linear_shapes
-from lorafusion_jax.models.t5 import T5Config
-from lorafusion_jax.models.weights import QUANTISED_TYPES, dense
+from lorafusion_jax.models.weights import QUANTISED_TYPES
+from lorafusion_jax.parts import T5Config, dense, linear_shapes, open_base
 
 _JSON = {
     "model_type": "t5",

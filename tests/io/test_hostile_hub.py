@@ -6,7 +6,7 @@ import pytest
 from hub_server import COMMIT
 from huggingface_hub import constants
 
-from lorafusion_jax.io.hf import load_tokenizer, read_config
+from lorafusion_jax import load_tokenizer, read_config
 from lorafusion_jax.io.source import resolve
 
 _INFO = "/api/models/org/base/revision/main"

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hub_server import TOKEN
 
-from lorafusion_jax.adapters.updates import LowRank
-from lorafusion_jax.io.export import lora_adapter
-from lorafusion_jax.io.hf import load_tokenizer, read_config
+from lorafusion_jax import LowRank, load_tokenizer, read_config
 from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.io.source import make_repository, resolve
+from lorafusion_jax.parts import lora_adapter
 from lorafusion_jax.tasks import load_task
 
 

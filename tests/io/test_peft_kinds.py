@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.hf import base_tensor, read_config
-from lorafusion_jax.io.peft.adapter import read_adapter, write_adapter
+from lorafusion_jax import base_tensor, load_pool, read_config
+from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.io.peft.kinds import as_lora
-from lorafusion_jax.io.pool import load_pool
-from lorafusion_jax.models.architecture import linear_shapes
+from lorafusion_jax.parts import ConvertOptions, convert, linear_shapes, write_adapter
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 

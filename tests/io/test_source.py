@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lorafusion_jax import read_config
 from lorafusion_jax.io import safetensors as safetensors_map
 from lorafusion_jax.io import source
-from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.support.reading import check_lfs
 

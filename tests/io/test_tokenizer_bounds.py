@@ -7,9 +7,9 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from lorafusion_jax import FileError, load_tokenizer
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
-from lorafusion_jax.io.hf import load_tokenizer, open_base
-from lorafusion_jax.support.reading import FileError
+from lorafusion_jax.parts import open_base
 
 
 def _charsmap(text):

@@ -10,9 +10,9 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.methods.full import FullFineTuning
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.vera import VeRA
+from lorafusion_jax.parts import FullFineTuning
 
 _MODEL = tiny.t5()
 _BASE = nnx.state(_MODEL)

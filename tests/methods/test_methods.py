@@ -12,12 +12,10 @@ from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax.estimates.params import counts
-from lorafusion_jax.hardware.evaluate import EvaluateOnChipsOptions
 from lorafusion_jax.hardware.report import report_on_chips
+from lorafusion_jax.parts import EvaluateOnChipsOptions, EvaluateOptions, RunFolder, run_path
 from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
-from lorafusion_jax.runs.run import run_path
+from lorafusion_jax.runs.predict import GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.tasks import load_task, split
 
 _SEEDS = (1, 2)

@@ -16,17 +16,15 @@ from recipes import recipe
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import PRESETS as CROSSBARS
-from lorafusion_jax.estimates.bill import CostOptions, bills
-from lorafusion_jax.estimates.estimate import Settings
 from lorafusion_jax.estimates.params import counts, trainable_count
 from lorafusion_jax.estimates.plan import plan
-from lorafusion_jax.estimates.workload import workload
-from lorafusion_jax.methods import fields_of, find
-from lorafusion_jax.methods.entry import Built, PlannedPool
+from lorafusion_jax.methods import Built, fields_of, find
+from lorafusion_jax.methods.entry import PlannedPool
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.mean import MeanFusion
 from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5.config import SHAPES
+from lorafusion_jax.parts import CostOptions, Settings, bills, workload
 from lorafusion_jax.tasks import load_task
 
 _SMALL = SHAPES["t5-small"]

@@ -20,10 +20,7 @@ from peft_models import Fused, fused
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import expand
 from lorafusion_jax.io.export import fused_adapter
-from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.models.architecture import Model
-from lorafusion_jax.training.loss import cross_entropy
-from lorafusion_jax.training.method import Params
+from lorafusion_jax.parts import Model, Params, cross_entropy, write_adapter
 
 pytestmark = pytest.mark.peft
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lorafusion_jax.io.hf import load_base, load_tokenizer
-from lorafusion_jax.models.generate import generate
+from lorafusion_jax import generate, load_base, load_tokenizer
 
 pytestmark = [pytest.mark.gemma, pytest.mark.nightly, pytest.mark.usefixtures("optimised_by_llvm")]
 

@@ -14,9 +14,8 @@ from peft_models import fused
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import expand
-from lorafusion_jax.io.export import fused_adapter, lora_adapter
-from lorafusion_jax.io.peft.adapter import write_adapter
-from lorafusion_jax.models.t5.model import decoder_inputs
+from lorafusion_jax.io.export import fused_adapter
+from lorafusion_jax.parts import decoder_inputs, lora_adapter, write_adapter
 
 pytestmark = pytest.mark.peft
 

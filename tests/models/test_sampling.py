@@ -11,7 +11,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafusion_jax.models.generate import GREEDY, Sampling, begin, generate, next_token
+from lorafusion_jax import Sampling, generate
+from lorafusion_jax.models.generate import next_token
+from lorafusion_jax.parts import GREEDY, begin
 
 _TOKENS = 6
 

@@ -18,8 +18,7 @@ import smollm2
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.io.hf import open_base
-from lorafusion_jax.training.loss import cross_entropy
+from lorafusion_jax.parts import cross_entropy, open_base
 
 pytestmark = pytest.mark.usefixtures("optimised_by_llvm")
 

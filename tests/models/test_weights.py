@@ -10,9 +10,8 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.io.export import lora_adapter
-from lorafusion_jax.models.architecture import kernels, set_matrices
-from lorafusion_jax.models.weights import Unstacked, dense, embed, heads_matmul, matmul, quantise, unembed, unstacked
+from lorafusion_jax.models.weights import embed, heads_matmul, unembed, unstacked
+from lorafusion_jax.parts import Unstacked, dense, lora_adapter, set_matrices
 
 
 @pytest.mark.parametrize("d_out", [4, 6])
@@ -24,7 +23,7 @@ def test_products_and_their_gradients(dtype, d_out):
     given = [jnp.asarray(a, dtype) for a in (x, w, g)]
 
     def product(x, w, g):
-        y, back = jax.vjp(matmul, x, w)
+        y, back = jax.vjp(lf.matmul, x, w)
         return y, *back(g)
 
     found = jax.jit(product)(*given)
@@ -91,7 +90,9 @@ def test_no_embedding_is_copied_in_float32(rows):
 
 
 def test_nf4_is_read_without_a_gather_where_there_is_an_accelerator():
-    w = quantise(jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 8)), jnp.float32), "nf4", tiled_axis=-2)
+    w = lf.quantise(
+        jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 8)), jnp.float32), "nf4", tiled_axis=-2
+    )
     wanted = dense(w, jnp.float32)
     assert len(np.unique(np.asarray(w.qvalue, int))) == 16
     with tiny.for_tpu():
@@ -107,7 +108,7 @@ def test_separate_arrays_share_the_memory_of_their_stack():
     where = [matrix.unsafe_buffer_pointer() for matrix in apart["kernel"].matrices]
     assert where == [stack.unsafe_buffer_pointer() + 16 * 32 * 4 * layer for layer in range(3)]
     x = jnp.asarray(rng.standard_normal((2, 16)), jnp.float32)
-    product = jax.jit(lambda weight, layer: (matmul(x, weight.at(layer)), dense(weight.at(layer), jnp.bfloat16)))
+    product = jax.jit(lambda weight, layer: (lf.matmul(x, weight.at(layer)), dense(weight.at(layer), jnp.bfloat16)))
     for layer in range(3):
         y, matrix = product(apart["kernel"], jnp.int32(layer))
         np.testing.assert_allclose(y, x @ stack[layer], rtol=1e-5, atol=1e-5)
@@ -120,7 +121,7 @@ def test_a_model_whose_weights_are_separate_arrays(dtype):
     """Only plain stacks are taken apart: one of 4 bits stays as it is."""
     model = tiny.t5(dataclasses.replace(tiny.CONFIG, dtype=dtype))
     site = "decoder.ff.wo"
-    set_matrices(model, {site: quantise(kernels(model)[site], "nf4", tiled_axis=-2)})
+    set_matrices(model, {site: lf.quantise(lf.kernels(model)[site], "nf4", tiled_axis=-2)})
     graph, base = nnx.split(model)
     base = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == jnp.float32 else a, base)
     batch = tiny.batch()
@@ -130,7 +131,7 @@ def test_a_model_whose_weights_are_separate_arrays(dtype):
         return nnx.merge(graph, base).label_logits(batch.input_ids, batch.input_mask, batch.labels, {})
 
     apart = unstacked(base)
-    taken = {name for name, kernel in kernels(nnx.merge(graph, apart)).items() if isinstance(kernel, Unstacked)}
+    taken = {name for name, kernel in lf.kernels(nnx.merge(graph, apart)).items() if isinstance(kernel, Unstacked)}
     assert taken == tiny.CONFIG.sites.keys() - {site}
     np.testing.assert_allclose(*(logits(a).astype(jnp.float32) for a in (apart, base)), rtol=1e-5, atol=1e-5)
 

@@ -13,13 +13,11 @@ import recipes
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.plan import describe_run
-from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.pool import open_pool
-from lorafusion_jax.loading.model import load_model, with_whole_modules
+from lorafusion_jax.loading.model import with_whole_modules
+from lorafusion_jax.parts import ConvertOptions, EvaluateOptions, convert, load_model, open_pool, run_path
 from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.predict import EvaluateOptions, evaluate_run
+from lorafusion_jax.runs.predict import evaluate_run
 from lorafusion_jax.runs.prepare import check
-from lorafusion_jax.runs.run import run_path
 
 
 @pytest.fixture(scope="module")

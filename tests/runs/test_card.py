@@ -7,9 +7,8 @@ import numpy as np
 import one_block
 
 import lorafusion_jax as lf
+from lorafusion_jax.parts import RunFolder
 from lorafusion_jax.runs.card import write_card
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import FuseOptions
 
 _HOSTILE = '<img src=x onerror=run()> [free](http:evil) `|*"); import os; #\n# A title\n---\n\x1b[31m'
 
@@ -28,7 +27,7 @@ def _card(folder, options, modules, coefficients=None):
 
 def test_names_in_a_model_card_are_text(tmp_path):
     prompt = "````\n<script>\n```{input}"
-    options = FuseOptions(base=_HOSTILE, pool="pool", task=f"{_HOSTILE}.jsonl", prompt=prompt)
+    options = lf.FuseOptions(base=_HOSTILE, pool="pool", task=f"{_HOSTILE}.jsonl", prompt=prompt)
     coefficients = {"encoder.self.q": np.ones((2, 2, 1), np.float32)}
     card = _card(tmp_path, options, [_HOSTILE, "$\\frac$"], coefficients)
 
@@ -49,7 +48,7 @@ def test_names_in_a_model_card_are_text(tmp_path):
 
 
 def test_a_model_card_names_the_revision_of_the_base_and_a_control(tmp_path):
-    options = FuseOptions(base="org/base@v1.0", pool="pool", task="task.jsonl", control="rotated")
+    options = lf.FuseOptions(base="org/base@v1.0", pool="pool", task="task.jsonl", control="rotated")
     card = _card(tmp_path, options, ["module"])
     assert "with the method `fusion`, the control `rotated` instead of the pool itself, and the seed 1" in card
     assert "\nbase_model: org/base\n" in card

@@ -9,8 +9,8 @@ import pytest
 import recipes
 
 from lorafusion_jax import cli, fuse
+from lorafusion_jax.parts import run_path
 from lorafusion_jax.runs.compare import CompareOptions, compare
-from lorafusion_jax.runs.run import run_path
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.models.architecture import Stack
 from lorafusion_jax.models.layers import Base, Linear, of_stack, scan_blocks
-from lorafusion_jax.training.mesh import make_mesh, on_mesh
+from lorafusion_jax.parts import make_mesh, on_mesh
 
 _KEY = jax.random.key(5)
 

@@ -14,8 +14,8 @@ from scipy import stats
 
 import lorafusion_jax as lf
 from lorafusion_jax import cli
-from lorafusion_jax.runs.advantage import LEVEL, WORTH, Case, Prediction, fit, packaged
-from lorafusion_jax.runs.run import run_path
+from lorafusion_jax.parts import Case, Prediction, run_path
+from lorafusion_jax.runs.advantage import LEVEL, WORTH, fit, packaged
 
 _TASKS = ("double_digit", "odd_dash", "sort_next2")
 

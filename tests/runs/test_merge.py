@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import recipes
 
-from lorafusion_jax import fuse
+from lorafusion_jax import base_tensor, fuse, kernels, load_base, load_run, places, read_config
 from lorafusion_jax.cli import main
-from lorafusion_jax.io.hf import base_tensor, load_base, read_config
 from lorafusion_jax.io.peft.adapter import read_adapter
-from lorafusion_jax.models.architecture import kernels, places
 from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.runs.merge import MergeOptions, merge
-from lorafusion_jax.runs.run import load_run
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 _BASE, _POOL = str(_SMALL / "base"), str(_SMALL / "adapters")

@@ -18,19 +18,10 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.estimates.plan import describe_run
-from lorafusion_jax.loading.model import evaluation_worth, load_texts
+from lorafusion_jax.loading.model import evaluation_worth
+from lorafusion_jax.parts import EvaluateOptions, RunFolder, load_texts, load_to_evaluate, prepare, run_path
 from lorafusion_jax.runs import evaluate as evaluation
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.predict import (
-    EvaluateOptions,
-    GenerateOptions,
-    evaluate_run,
-    generate_lines,
-    load_to_evaluate,
-    stream_lines,
-)
-from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.run import run_path
+from lorafusion_jax.runs.predict import GenerateOptions, evaluate_run, generate_lines, stream_lines
 from lorafusion_jax.serving.predict import evaluate_runs
 from lorafusion_jax.tasks import Example, encode, eval_batches
 

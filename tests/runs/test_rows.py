@@ -16,14 +16,11 @@ import lorafusion_jax as lf
 from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Mapping, ReadNoise
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.loading.model import evaluation_worth
-from lorafusion_jax.methods.lora import LoRA
 from lorafusion_jax.models.decoder import FAMILY, Decoder
-from lorafusion_jax.models.generate import GREEDY, Sampling, generate
-from lorafusion_jax.models.t5 import T5
-from lorafusion_jax.runs.rows import draw_keys, generate_rows
+from lorafusion_jax.parts import GREEDY, T5, generate_rows, make_mesh, on_mesh
+from lorafusion_jax.runs.rows import draw_keys
 from lorafusion_jax.tasks import Encoded, eval_batches, pad
 from lorafusion_jax.training.frozen import GENERATION
-from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _ENDS = (1, 5, 9, 13)
 _TINY = small_llama.CONFIG | {
@@ -39,7 +36,7 @@ _WINDOWS = (
     | {"model_type": "gemma2", "sliding_window": 3, "head_dim": 8, "max_position_embeddings": 6}
     | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}}
 )
-_DRAWN = Sampling(temperature=1.5, top_k=20)
+_DRAWN = lf.Sampling(temperature=1.5, top_k=20)
 
 
 def _model(family: str) -> Any:
@@ -53,7 +50,7 @@ def _problem(family: str, seeds: int, seed_mode: Any = "sequential") -> tuple[lf
     """A problem of seeds with random modules, and their numbers."""
     graph, weights = nnx.split(_model(family))
     model = nnx.merge(graph, weights)
-    method = LoRA(sites=tuple(model.config.sites.items()), rank=2)
+    method = lf.LoRA(sites=tuple(model.config.sites.items()), rank=2)
     index = jnp.zeros((seeds, 0), jnp.int32)
     problem = lf.Problem(graph=graph, method=method, frozen=lf.Frozen(weights), index=index, seed_mode=seed_mode)
     rng = np.random.default_rng(0)
@@ -68,7 +65,9 @@ def _prompts(count: int, longest: int = 8) -> Encoded:
     return Encoded(rows, tuple(np.zeros(0, np.int32) for _ in rows))
 
 
-def _wanted(problem: lf.Problem, params: Any, prompts: Encoded, tokens: int, sampling: Sampling = GREEDY) -> np.ndarray:
+def _wanted(
+    problem: lf.Problem, params: Any, prompts: Encoded, tokens: int, sampling: lf.Sampling = GREEDY
+) -> np.ndarray:
     """Every seed's answers, all rows of one batch, each as long as the longest."""
     ids = jnp.asarray(pad(prompts.inputs, 0, 8))
     mask = jnp.asarray(np.arange(8) < np.array([len(row) for row in prompts.inputs])[:, None])
@@ -77,7 +76,7 @@ def _wanted(problem: lf.Problem, params: Any, prompts: Encoded, tokens: int, sam
     @jax.jit
     def of_seed(params, index):
         model, adapters, _ = problem.replace(index=index).adapted_model(params)
-        return generate(model, ids, mask, adapters, max_new_tokens=tokens, sampling=sampling, row_keys=keys)
+        return lf.generate(model, ids, mask, adapters, max_new_tokens=tokens, sampling=sampling, row_keys=keys)
 
     seeds = range(len(problem.index))
     return np.stack([of_seed(jax.tree.map(lambda p, s=s: p[s], params), problem.index[s]) for s in seeds])
@@ -178,7 +177,7 @@ def test_chips_with_read_noise_answer_batch_after_batch():
         def of_seed(one, params):
             model, adapters, _ = one.adapted_model(params)
             how = {"row_mask": batch.row_mask, "max_new_tokens": 6}
-            return generate(model, batch.input_ids, batch.input_mask, adapters, **how)
+            return lf.generate(model, batch.input_ids, batch.input_mask, adapters, **how)
 
         return problem.over_seeds(of_seed, (params,))
 

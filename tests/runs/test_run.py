@@ -19,18 +19,23 @@ from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax.io import checkpoint
-from lorafusion_jax.models.generate import GREEDY
+from lorafusion_jax.parts import (
+    GREEDY,
+    EvaluateOptions,
+    RunFolder,
+    SeedModels,
+    advance_rows,
+    begin_rows,
+    prepare,
+    run_path,
+    start,
+)
 from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines
-from lorafusion_jax.runs.prepare import prepare
-from lorafusion_jax.runs.rows import SeedModels, advance_rows, begin_rows
-from lorafusion_jax.runs.run import run_path
+from lorafusion_jax.runs.predict import GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.support import interrupts, processes
 from lorafusion_jax.support.writing import WriteError
-from lorafusion_jax.tasks.batches import eval_batches
+from lorafusion_jax.tasks import eval_batches
 from lorafusion_jax.training import fit as fit_lib
-from lorafusion_jax.training.fit import start
 
 
 def _options(small: tuple[Path, Path], out: Path, **changes) -> lf.FuseOptions:

@@ -18,10 +18,9 @@ from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.models.architecture import kernels, matrices, set_matrices
-from lorafusion_jax.models.weights import dense, quantise
+from lorafusion_jax.parts import dense, log_likelihood, matrices, set_matrices
 from lorafusion_jax.serving.rows import RowModules
-from lorafusion_jax.training.loss import batch_logits, log_likelihood
+from lorafusion_jax.training.loss import batch_logits
 
 _GRAPH, _BASE = nnx.split(tiny.t5())
 # Module 0 has nothing in the decoder.
@@ -41,7 +40,9 @@ def _params(method, number, modules=_MODULES, pool=_POOL):
         params["coefficients"] = tiny.coefficients(shape(pool, len(modules), method.granularity), seed=number)
     if isinstance(method, Magnitudes) or method.magnitudes:
         rng = np.random.default_rng(number)
-        norms = {s: np.linalg.norm(k, axis=1) for s, k in kernels(nnx.merge(_GRAPH, _BASE)).items() if s in pool.rank}
+        norms = {
+            s: np.linalg.norm(k, axis=1) for s, k in lf.kernels(nnx.merge(_GRAPH, _BASE)).items() if s in pool.rank
+        }
         params["magnitudes"] = {
             s: jnp.asarray(rng.uniform(0.7, 1.3, n.shape) * n, jnp.float32) for s, n in norms.items()
         }
@@ -167,7 +168,7 @@ def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes
     params = _params(method, 1, range(3), pool)
     bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, pool), 2, scaled=tuple(pool.A) if magnitudes else ())
     bank = bank.with_task(1, method, params, pool.names)
-    frozen = method.prepare(lf.Frozen(_BASE, pool), kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = method.prepare(lf.Frozen(_BASE, pool), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     problem = lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(3))
     batch = tiny.batch()
     wanted = _alone(params, batch, problem)
@@ -204,7 +205,7 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
     methods = [lf.Fusion(), _SITE, lf.Fusion(core=True, magnitudes=False)]
     tasks = [(method, _params(method, number, pool=basis)) for number, method in enumerate(methods)]
     tasks[2][1]["core"] = {site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape) for site, s in basis.S.items()}
-    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, basis), kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, basis), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     batch = _rows(5)
     weights = program(_GRAPH, frozen, {"pool.*": crossbar.PRESETS["ideal"]}, _KEY) if arrays else frozen
     bank = _filled(weights, tasks, granularity="site", cores=True)
@@ -247,7 +248,7 @@ def test_a_task_may_have_other_sites_and_ranks_than_the_bank(granularity, magnit
     pool = tiny.pool(3, lambda n, site, layer: ranks[site[-1]][n], names="qvk")
     method, own = lf.Fusion(granularity=granularity, magnitudes=magnitudes), _at(pool, [0, 1], "qv")
     of_run, of_bank = (pool, own) if ranked else (own, pool)
-    frozen = method.prepare(lf.Frozen(_BASE, of_run), kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = method.prepare(lf.Frozen(_BASE, of_run), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     params, batch = _params(method, 0, (0, 1), of_run), _rows(3)
     wanted = _alone(params, batch, lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2)))
     bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, of_bank), 2, granularity="rank", scaled=tuple(pool.A))
@@ -271,7 +272,9 @@ _FEW = [(method, _params(method, number)) for number, method in enumerate(_FEW_M
 @pytest.mark.long
 def test_base_and_pool_in_4_bits():
     model = nnx.merge(_GRAPH, jax.tree.map(lambda a: a, _BASE))
-    set_matrices(model, {s: quantise(dense(k, jnp.float32), "nf4", tiled_axis=-2) for s, k in matrices(model).items()})
+    set_matrices(
+        model, {s: lf.quantise(dense(k, jnp.float32), "nf4", tiled_axis=-2) for s, k in matrices(model).items()}
+    )
     base, pool = nnx.split(model)[1], _POOL.quantised("nf4")
     bank = _filled(lf.Frozen(base, pool), _FEW, granularity="site")
     batch = _rows(4)
@@ -283,7 +286,7 @@ def test_base_and_pool_in_4_bits():
 
 def test_a_bank_of_weights_prepared_for_a_sum_on_an_accelerator_holds_mixes_too():
     with tiny.for_tpu():
-        frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
+        frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     assert isinstance(frozen.gram, PairTerms)
     tasks = [task for task in _TASKS if task[0] in (lf.Fusion(), lf.Fusion(composition="mix"))]
     assert len(tasks) == 2
@@ -302,7 +305,7 @@ _NOISY = crossbar.CrossbarConfig(
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.long), 1], ids=["sum, magnitudes", "mix"])
 def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
     """Cells err; the run alone is what `compose` makes of modules in arrays."""
-    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     frozen = program(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*.self.v": _NOISY}, _KEY, norm="ideal")
     method, params = _FEW[number]
     bank = _filled(frozen, _FEW, granularity="site")

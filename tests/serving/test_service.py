@@ -23,11 +23,10 @@ from lorafusion_jax import cli
 from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.io import arrays
 from lorafusion_jax.loading.identity import digests
-from lorafusion_jax.loading.model import load_model
 from lorafusion_jax.methods import find
-from lorafusion_jax.runs.folder import RunFolder
-from lorafusion_jax.runs.options import options_to_json, row_format
-from lorafusion_jax.runs.predict import EvaluateOptions, GenerateOptions, evaluate_run, generate_lines, stream_lines
+from lorafusion_jax.parts import EvaluateOptions, RunFolder, load_model, options_to_json
+from lorafusion_jax.runs.options import row_format
+from lorafusion_jax.runs.predict import GenerateOptions, evaluate_run, generate_lines, stream_lines
 from lorafusion_jax.runs.rows import Rows
 from lorafusion_jax.serving.bank import TaskModels
 from lorafusion_jax.serving.predict import evaluate_runs, generate_rows

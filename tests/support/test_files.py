@@ -23,21 +23,25 @@ import lorafusion_jax as lf
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import load_chip
 from lorafusion_jax.io import safetensors
-from lorafusion_jax.io.convert import ConvertOptions, convert
-from lorafusion_jax.io.folders import new_folder
 from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.io.source import sha256
-from lorafusion_jax.runs.folder import RunConfig, RunFolder
-from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax.parts import (
+    ConvertOptions,
+    RunFolder,
+    convert,
+    new_folder,
+    options_to_json,
+    printable,
+    read_json,
+    structured,
+)
+from lorafusion_jax.report import write_text
+from lorafusion_jax.runs.folder import RunConfig
 from lorafusion_jax.runs.predict import GenerateOptions, generate_lines
-from lorafusion_jax.runs.run import options_to_json
 from lorafusion_jax.runs.weight_list import read_weights
-from lorafusion_jax.support.reading import FileError, read_json, structured
-from lorafusion_jax.support.text import printable
-from lorafusion_jax.support.writing import write_text
 from lorafusion_jax.tasks import Example, encode, load_task
 
-_OPTIONS = options_to_json(FuseOptions(base="base", task="task"))
+_OPTIONS = options_to_json(lf.FuseOptions(base="base", task="task"))
 _CONFIG: dict[str, Any] = {
     "options": _OPTIONS,
     "modules": [[]],
@@ -78,16 +82,16 @@ class _Outer:
 def test_a_fault_names_the_file_the_field_and_the_fix(tmp_path, content, message):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(FileError, match=f"^{path}: .*{message}"):
+    with pytest.raises(lf.FileError, match=f"^{path}: .*{message}"):
         read_json(path, _Outer, "a thing")
 
 
 def test_a_sound_file_is_its_type(tmp_path):
     (tmp_path / "x.json").write_text('{"inner": {"sizes": {"a": [1, 2]}}}')
     assert read_json(tmp_path / "x.json", _Outer, "a thing") == _Outer({"sizes": {"a": [1, 2]}})
-    with pytest.raises(FileError, match=f"^{tmp_path}: not a thing: it has no y.json"):
+    with pytest.raises(lf.FileError, match=f"^{tmp_path}: not a thing: it has no y.json"):
         read_json(tmp_path / "y.json", _Outer, "a thing")
-    with pytest.raises(FileError, match=r"^x\.json: not UTF-8 text \(.*surrogates not allowed\)"):
+    with pytest.raises(lf.FileError, match=r"^x\.json: not UTF-8 text \(.*surrogates not allowed\)"):
         structured("\ud800", _Outer, "x.json")
 
 
@@ -131,7 +135,7 @@ def test_an_array_or_a_key_that_a_chip_has_twice_is_refused(tmp_path):
 
 def test_an_option_of_a_newer_version_says_which():
     newer = _CONFIG["environment"] | {"versions": {"lorafusion-jax": "9.9"}}
-    with pytest.raises(FileError) as error:
+    with pytest.raises(lf.FileError) as error:
         structured(_CONFIG | {"environment": newer, "options": _OPTIONS | {"colour": "red"}}, RunConfig, "config.json")
     assert (error.value.file, error.value.field) == ("config.json", "options.colour")
     assert f"(written by version '9.9', this is {lf.__version__})" in str(error.value)
@@ -151,7 +155,7 @@ def test_an_option_of_a_newer_version_says_which():
 )
 def test_a_run_whose_config_is_damaged(tmp_path, change, message):
     (tmp_path / "config.json").write_text(change(_CONFIG))
-    with pytest.raises(FileError, match=f"^{tmp_path}/config.json: .*({message})"):
+    with pytest.raises(lf.FileError, match=f"^{tmp_path}/config.json: .*({message})"):
         lf.load_run(tmp_path)
 
 
@@ -165,12 +169,12 @@ def test_metrics_that_are_damaged(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null}\n'
     for line, message in (("5", "holds an integer, not an object"), ('{"loss": 1}', "step is missing")):
         (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
-        with pytest.raises(FileError, match=rf"metrics\.jsonl, line 2: {message}"):
+        with pytest.raises(lf.FileError, match=rf"metrics\.jsonl, line 2: {message}"):
             run.metrics()
     for name in ("results.json", "predictions.jsonl"):
         (tmp_path / name).write_text('{"seed": 1}\n')
     for read in (run.results, run.predictions):
-        with pytest.raises(FileError, match=r"(results\.json|predictions\.jsonl, line 1): \w+ is missing"):
+        with pytest.raises(lf.FileError, match=r"(results\.json|predictions\.jsonl, line 1): \w+ is missing"):
             read()
 
 
@@ -200,10 +204,10 @@ def test_what_a_terminal_would_obey_is_spelled_out():
 
 def test_text_that_is_not_utf8_is_named(tmp_path, monkeypatch):
     (tmp_path / "lines").write_bytes(b"good\n\xff\n")
-    with pytest.raises(FileError, match=f"^{tmp_path}/lines: not UTF-8 text"):
+    with pytest.raises(lf.FileError, match=f"^{tmp_path}/lines: not UTF-8 text"):
         generate_lines(GenerateOptions(base=str(tmp_path), file=tmp_path / "lines"))
     monkeypatch.setattr(sys, "stdin", io.StringIO("half\udcff"))  # what Python makes of it in a C locale
-    with pytest.raises(FileError, match="^standard input: not UTF-8 text"):
+    with pytest.raises(lf.FileError, match="^standard input: not UTF-8 text"):
         generate_lines(GenerateOptions(base=str(tmp_path)))
 
 
@@ -225,7 +229,7 @@ def test_a_text_that_the_tokenizer_rejects_is_a_fault_of_the_base(unknown, split
 
 
 def test_a_folder_where_a_file_is_to_be_written_is_refused(tmp_path):
-    with pytest.raises(FileError, match=f"{tmp_path}: a folder: give a file"):
+    with pytest.raises(lf.FileError, match=f"{tmp_path}: a folder: give a file"):
         write_text(tmp_path, "text")
 
 
@@ -271,7 +275,7 @@ def test_a_run_with_links_to_files_elsewhere_is_refused(name, link, message, tmp
     run = RunFolder(tmp_path / "run")
     run.folder.mkdir()
     link(run.folder / name, outside)
-    with pytest.raises(FileError, match=f"{run.folder / name}: {message}"), run.locked():
+    with pytest.raises(lf.FileError, match=f"{run.folder / name}: {message}"), run.locked():
         pass
     assert outside.read_text() == "kept"
 
@@ -282,7 +286,7 @@ def test_rows_are_not_added_to_a_link_or_a_pipe(tmp_path):
     (hard := tmp_path / "hard.jsonl").hardlink_to(outside)
     os.mkfifo(pipe := tmp_path / "pipe.jsonl")
     for path, kind in ((link, "a link"), (pipe, "a link, .* or a special file"), (hard, "a hard link")):
-        with pytest.raises(FileError, match=f"{path}: {kind}"):
+        with pytest.raises(lf.FileError, match=f"{path}: {kind}"):
             append_rows(path, made_up(methods=("LoRA",), tasks=("easy",), seeds=(1,), items=2))
     assert outside.read_text() == ""
 
@@ -318,7 +322,7 @@ def test_a_file_of_the_kernel_behind_a_link_is_not_read(name, read, tmp_path):
     """As /proc/self/pagemap, which has no size and no end."""
     (tmp_path / name).symlink_to("/proc/self/status")
     with pytest.raises(
-        FileError, match=f"{tmp_path / name}: a file of the kernel, which has no size: give a file on a"
+        lf.FileError, match=f"{tmp_path / name}: a file of the kernel, which has no size: give a file on a"
     ):
         read(tmp_path / name)
 

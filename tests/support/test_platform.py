@@ -11,10 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lorafusion_jax as lf
 from lorafusion_jax.models.narrow import to_bits
-from lorafusion_jax.models.weights import dense, matmul, quantise
-from lorafusion_jax.support.platform import for_cpu
-from lorafusion_jax.training.mesh import AXES
-from lorafusion_jax.training.seeds import default_seed_mode
+from lorafusion_jax.parts import AXES, default_seed_mode, dense, for_cpu
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,8 +25,8 @@ def test_one_function_asks_for_it():
 def test_a_program_is_lowered_for_a_tpu_where_there_is_none():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((3, 16), (16, 8)))
-    nf4 = quantise(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), "nf4", tiled_axis=-2)
-    program = jax.jit(lambda x, w, nf4: (jax.tree.leaves(to_bits(w)), matmul(x, w), dense(nf4, jnp.float32)))
+    nf4 = lf.quantise(jnp.asarray(rng.normal(size=(16, 8)), jnp.float32), "nf4", tiled_axis=-2)
+    program = jax.jit(lambda x, w, nf4: (jax.tree.leaves(to_bits(w)), lf.matmul(x, w), dense(nf4, jnp.float32)))
 
     def operations() -> set[str]:
         text = program.lower(x, w, nf4).as_text()

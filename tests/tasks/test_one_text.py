@@ -13,8 +13,8 @@ from small_llama import BOS, END, EOS, START
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorafusion_jax.loading.model import load_texts
-from lorafusion_jax.runs.options import FuseOptions
+from lorafusion_jax import FuseOptions
+from lorafusion_jax.parts import load_texts
 from lorafusion_jax.tasks import SEPARATE_TEXTS, Example, TextFormat, decode, encode, few_shot, load_task, stream_text
 
 _PLAIN = TextFormat(ends=(END, EOS))

@@ -12,12 +12,11 @@ import pytest
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax.parts import LOSS, evaluate, prepare, seed_rows, start
 from lorafusion_jax.runs import evaluate as evaluation
-from lorafusion_jax.runs.evaluate import evaluate, evaluate_seeds, seed_rows
-from lorafusion_jax.runs.prepare import prepare
+from lorafusion_jax.runs.evaluate import evaluate_seeds
 from lorafusion_jax.tasks import answer_options
-from lorafusion_jax.training.fit import start
-from lorafusion_jax.training.frozen import GENERATION, LOSS, OPTIONS
+from lorafusion_jax.training.frozen import GENERATION, OPTIONS
 
 _WORDS = ["a", "c", "d", "g", "h", "h i", "* j", "a b c"]
 _SEEDS = (1, 2)

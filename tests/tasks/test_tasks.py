@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafusion_jax.io.hf import load_tokenizer
+from lorafusion_jax import load_tokenizer
 from lorafusion_jax.tasks import Example, batch_orders, draw_modules, encode, load_task, split
 
 _ROOT = Path(__file__).resolve().parents[2]

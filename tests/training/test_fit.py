@@ -9,15 +9,11 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax.methods.full import FullFineTuning, FullRecipe
-from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.models.architecture import kernels
-from lorafusion_jax.models.weights import Unstacked
+from lorafusion_jax import PRESETS, FullRecipe, Fusion, Problem, kernels
+from lorafusion_jax.parts import Epoch, FullFineTuning, Unstacked, fit, recipe_rates, start
 from lorafusion_jax.tasks import Encoded, Split, TrainingRows
 from lorafusion_jax.training import fit as fit_lib
-from lorafusion_jax.training.fit import Epoch, fit, recipe_rates, start
 from lorafusion_jax.training.frozen import VALIDATION
-from lorafusion_jax.training.problem import Problem
 
 _CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
 _SEEDS = (1, 2)

@@ -13,13 +13,9 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax import fuse
-from lorafusion_jax.adapters.pool import LoraPool
-from lorafusion_jax.methods.fusion import PRESETS, Fusion
-from lorafusion_jax.runs.options import FuseOptions
-from lorafusion_jax.training.fit import recipe_rates, train_seeds
-from lorafusion_jax.training.mesh import make_mesh, on_mesh, partition, rules, to_host
-from lorafusion_jax.training.step import init_state
+from lorafusion_jax import PRESETS, FuseOptions, Fusion, LoraPool, fuse, init_state
+from lorafusion_jax.parts import make_mesh, on_mesh, recipe_rates, train_seeds
+from lorafusion_jax.training.mesh import partition, rules, to_host
 
 # As models of few layers run. A loop over layers is compiled otherwise for several devices: its last bits may differ.
 _DEPTHS = {"num_layers": 1, "num_decoder_layers": 1, "unroll": True, "remat": "none"}

@@ -17,19 +17,22 @@ import lorafusion_jax as lf
 from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.methods.full import FullFineTuning
-from lorafusion_jax.methods.fusion import PRESETS, Fusion
 from lorafusion_jax.methods.magnitudes import Magnitudes
 from lorafusion_jax.methods.vera import VeRA
-from lorafusion_jax.models.architecture import kernels, set_matrices, step_operations
 from lorafusion_jax.models.decoder import FAMILY, Decoder
 from lorafusion_jax.models.layers import line_of
-from lorafusion_jax.models.t5 import T5
-from lorafusion_jax.models.weights import quantise
+from lorafusion_jax.parts import (
+    T5,
+    FullFineTuning,
+    cross_entropy,
+    fit,
+    make_mesh,
+    on_mesh,
+    set_matrices,
+    start,
+    step_operations,
+)
 from lorafusion_jax.tasks import Encoded, Packing, Split, TrainingRows, train_batches
-from lorafusion_jax.training.fit import fit, start
-from lorafusion_jax.training.loss import cross_entropy, objective
-from lorafusion_jax.training.mesh import make_mesh, on_mesh
 
 _CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
 _LLAMA = small_llama.CONFIG | {"vocab_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -107,8 +110,8 @@ def test_models_have_the_loss_and_gradients_of_padded_rows(name):
 
 _SITES = tuple((name, site) for name, site in _CONFIG.sites.items() if name.rpartition(".")[2] in "qv")
 _METHODS = {
-    "fusion": Fusion(),
-    "a mix": Fusion(composition="mix", magnitudes=False),
+    "fusion": lf.Fusion(),
+    "a mix": lf.Fusion(composition="mix", magnitudes=False),
     "lora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0),
     "dora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
     "vera": VeRA(sites=_SITES, rank=7),
@@ -121,13 +124,13 @@ _METHODS = {
 def _frozen(nf4=False):
     model, pool = tiny.t5(_CONFIG), tiny.pool(3, config=_CONFIG)
     if nf4:
-        set_matrices(model, {site: quantise(w, "nf4", tiled_axis=-2) for site, w in kernels(model).items()})
+        set_matrices(model, {site: lf.quantise(w, "nf4", tiled_axis=-2) for site, w in lf.kernels(model).items()})
         pool = pool.quantised("nf4")
     return tiny.frozen(model, pool)
 
 
 def _problem(method, index, frozen=None, **more):
-    frozen = method.prepare(frozen or _frozen(), kernels(tiny.t5(_CONFIG)))
+    frozen = method.prepare(frozen or _frozen(), lf.kernels(tiny.t5(_CONFIG)))
     return tiny.problem(method, frozen, index, _CONFIG, **more)
 
 
@@ -146,7 +149,7 @@ def test_methods_have_the_loss_and_gradients_of_padded_rows(name, nf4):
 
     @jax.jit
     def value_and_grad(batch):
-        return jax.value_and_grad(lambda params: objective(params, batch, problem, jnp.float32(0))[0])(params)
+        return jax.value_and_grad(lambda params: lf.objective(params, batch, problem, jnp.float32(0))[0])(params)
 
     _compare(value_and_grad, _both(_CONFIG), 1e-6, 1e-5)
 
@@ -154,9 +157,9 @@ def test_methods_have_the_loss_and_gradients_of_padded_rows(name, nf4):
 def _losses(seed_mode, *, pack, mesh=None):
     """Return the losses of 20 steps of two seeds, and those of validation."""
     seeds, train = (1, 2), np.tile(np.arange(8, dtype=np.int32), (2, 1))
-    problem = _problem(Fusion(), [[0, 1], [2, 1]], seed_mode=seed_mode)
+    problem = _problem(lf.Fusion(), [[0, 1], [2, 1]], seed_mode=seed_mode)
     rows = TrainingRows(_rows(_CONFIG), Split(train, train[:, :3]), 0, _packing(_CONFIG))
-    recipe = dataclasses.replace(PRESETS["default"], epochs=5, batch_size=4, pack=pack)
+    recipe = dataclasses.replace(lf.PRESETS["default"], epochs=5, batch_size=4, pack=pack)
     epochs = []
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh, len(seeds))):
         problem = problem.replace(index=on_mesh(problem.index, of_seeds=True))
@@ -187,9 +190,9 @@ def test_steps_have_the_losses_of_padded_steps(seed_mode, mesh, padded):
 @pytest.mark.long
 def test_ideal_arrays_have_the_loss_of_padded_rows():
     chips = program(nnx.split(tiny.t5(_CONFIG))[0], _frozen(), {"*": ARRAYS["ideal"]}, jax.random.key(5))
-    problem = _problem(Fusion(), (2, 0), chips)
+    problem = _problem(lf.Fusion(), (2, 0), chips)
     params = problem.init(jax.random.key(1))
-    losses = [float(jax.jit(lambda b: objective(params, b, problem, jnp.float32(0))[0])(b)) for b in _both(_CONFIG)]
+    losses = [float(jax.jit(lambda b: lf.objective(params, b, problem, jnp.float32(0))[0])(b)) for b in _both(_CONFIG)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 

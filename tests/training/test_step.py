@@ -6,16 +6,23 @@ import numpy as np
 import pytest
 import tiny
 
+from lorafusion_jax import (
+    Frozen,
+    Fusion,
+    FusionRecipe,
+    Optimisation,
+    Rates,
+    Recipe,
+    fusion_step,
+    init_state,
+    kernels,
+    objective,
+)
 from lorafusion_jax.adapters.coefficients import present
-from lorafusion_jax.methods.full import FullFineTuning
-from lorafusion_jax.methods.fusion import Fusion, FusionRecipe
 from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.models.architecture import kernels
+from lorafusion_jax.parts import FullFineTuning
 from lorafusion_jax.training import step as step_lib
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.loss import objective
-from lorafusion_jax.training.recipe import Optimisation, Rates, Recipe
-from lorafusion_jax.training.step import end_epoch, fusion_step, init_state, prune
+from lorafusion_jax.training.step import end_epoch, prune
 
 _MODEL = tiny.t5()
 _INDEX = jnp.array([2, 0])
