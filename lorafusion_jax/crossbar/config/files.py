@@ -17,13 +17,13 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import yaml
 
-from ...support.reading import parse_json
+from ...support.reading import FileError, parse_json, structured
 from ...support.text import shown
 from ...support.writing import write_text
 from ..devices.device import Sinh
@@ -39,7 +39,7 @@ from ..devices.write_error import (
     Table,
 )
 from .presets import PRESETS
-from .schema import ADC, DAC, CrossbarConfig, tuples
+from .schema import ADC, DAC, CrossbarConfig
 from .tables import kind_of, read_table
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
@@ -175,28 +175,26 @@ def _build(cls: type, fields: Any, where: str) -> Any:
 
 
 def _value(name: str, hint: Any, value: Any, where: str) -> Any:
-    """Return the value of a field with this annotation."""
+    """Return the value of a field with this annotation.
+
+    Raises:
+      FileError: another value; `structured` alone takes neither device models nor numbers that may be arrays.
+    """
     if name in _MODELS:
         return None if value is None else _model(name, value, where)
     options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-    if value is None and (type(None) in options or Any in options):
-        return None
-    for option in options:
-        origin = typing.get_origin(option)
-        if isinstance(option, type) and dataclasses.is_dataclass(option):
-            if isinstance(value, dict) or option is hint:
-                return _build(option, value, where)
-        elif origin is Literal and value in typing.get_args(option) or option in (bool, str) and type(value) is option:
-            return value
-        elif option in (int, float, Any) and _fits(value, option):
-            return value
-        elif origin is tuple and _fits(value, option):
-            return tuples(value)
-        elif option is Any and _are_numbers(value):
-            return value if name == "limits" else np.asarray(value, float)  # the ADC makes tuples of them
+    part = next((option for option in options if dataclasses.is_dataclass(option)), None)
+    if part is not None and (isinstance(value, dict) or part is hint):
+        return _build(typing.cast(type, part), value, where)
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value)
-    yaml_wants = f"; YAML takes {value} for a text: write a number like 1.0e-3" if is_number else ""
-    raise ValueError(f"{where} = {shown(value)}: give {' or '.join(map(_described, options))}{yaml_wants}")
+    fix = f"YAML takes {value} for a text: write a number like 1.0e-3" if is_number else "change it"
+    if Any not in options:
+        return structured({where: value}, dict[str, hint], "", fix=fix)[where]
+    if value is None or type(value) in (int, float):
+        return value
+    if not _are_numbers(value):
+        raise FileError("", field=where, got=shown(value), expected="a number, a list of numbers or null", fix=fix)
+    return value if name == "limits" else np.asarray(value, float)  # the ADC makes tuples of them
 
 
 def _model(name: str, value: Any, where: str) -> Any:
@@ -211,24 +209,5 @@ def _model(name: str, value: Any, where: str) -> Any:
     raise ValueError(f"{where} = {shown(value)}: choose from {choices}")
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value is a number of the kind `hint`, or such a list as `tuple[hint, ...]` has."""
-    if typing.get_origin(hint) is tuple:
-        return isinstance(value, list) and all(_fits(each, typing.get_args(hint)[0]) for each in value)
-    return type(value) in ((int,) if hint is int else (int, float))
-
-
 def _are_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) in (int, float) or _are_numbers(each) for each in value)
-
-
-def _described(option: Any) -> str:
-    if typing.get_origin(option) is Literal:
-        return " or ".join(map(str, typing.get_args(option)))
-    if dataclasses.is_dataclass(option):
-        return f"a table of {getattr(option, '__name__', option)}'s fields"
-    if typing.get_origin(option) is tuple:
-        item = typing.get_args(option)[0]
-        return "a list of whole numbers" if item is int else f"a list of {'lists of ' * (item is not float)}numbers"
-    names = {bool: "true or false", int: "a whole number", str: "a text", float: "a number", type(None): "null"}
-    return names.get(option, "a number, a list of numbers or null")
