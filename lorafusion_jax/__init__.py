@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__ as __version__
+from .support.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from ._api import *  # noqa: F403

@@ -1,7 +1,6 @@
 """The public names of the package: each import is one of them."""
 
 from . import crossbar as crossbar
-from ._fuse import fuse as fuse
 from .adapters.basis import SharedBasis as SharedBasis
 from .adapters.basis import shared_basis as shared_basis
 from .adapters.composition import compose as compose
@@ -21,6 +20,7 @@ from .crossbar import CrossbarConfig as CrossbarConfig
 from .crossbar import program as program
 from .crossbar import program_tree as program_tree
 from .crossbar import with_read_key as with_read_key
+from .hardware.fuse import fuse as fuse
 from .hardware.restore import Restoring as Restoring
 from .hardware.restore import restore as restore
 from .io.export import merged_base as merged_base

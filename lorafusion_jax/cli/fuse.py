@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from .._fuse import fuse
 from ..estimates.plan import MachineName, describe_run
+from ..hardware.fuse import fuse
 from ..loading.spec import not_an_option
 from ..methods import METHODS, fields_of, find, having
 from ..methods.entry import MethodEntry

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 
 from .. import crossbar
-from .._version import __version__
 from ..io.folders import new_folder, write_json
 from ..io.pool import open_pool
 from ..loading.identity import digests
@@ -16,6 +15,7 @@ from ..loading.spec import LoadOptions
 from ..methods.fusion import FusionRecipe
 from ..support.checks import at_least, check_uint32
 from ..support.progress import progress
+from ..support.version import __version__
 from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip
 from .program import program
 

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .._version import __version__
 from ..adapters.basis import check_size, directions, extended, in_directions
 from ..models.architecture import linear_shapes
 from ..support.checks import flags_given
 from ..support.progress import progress
 from ..support.reading import check_name, check_regular, utf8
+from ..support.version import __version__
 from .folders import new_folder
 from .hf import base_tensor, open_base
 from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter, read_config_file, resave

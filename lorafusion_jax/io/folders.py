@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from .._version import __version__
 from ..support import interrupts, processes
 from ..support.reading import FileError, T, read_json, structured
+from ..support.version import __version__
 from ..support.writing import check_no_link, write_text, writing
 from .source import inside, sha256
 

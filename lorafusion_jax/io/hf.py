@@ -56,9 +56,7 @@ class Base:
         # Imported without PyTorch, transformers warns that there are no models: none are needed.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         self.source, path = str(source), at_home(source)
-        self.files: Files = (
-            GGUFBase(path) if path.is_file() or path.suffix == ".gguf" else FolderBase(self.source)
-        )
+        self.files: Files = GGUFBase(path) if path.is_file() or path.suffix == ".gguf" else FolderBase(self.source)
 
     @functools.cached_property
     def raw(self) -> Mapping[str, Any]:

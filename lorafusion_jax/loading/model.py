@@ -49,8 +49,6 @@ _ACCELERATED = 500
 _MOVING = 1.5
 
 
-
-
 class Texts(NamedTuple):
     """Tokenizer of a base model, and its format of prompts and answers."""
 
@@ -118,7 +116,7 @@ def load_model(options: LoadOptions, seed_mode: SeedMode | None = None, base: Ba
     """Load the model and the modules of the options.
 
     Args:
-      options: what to load.
+      options: the base, the pool and the method.
       seed_mode: mode of the seeds of a run that is resumed; by default the options' own.
       base: the base model of the options, if it is open already.
     """

@@ -2,8 +2,9 @@
 
 # ruff: noqa: F401 (the imports are the public names)
 
+from ..support.text_tables import EMPTY
 from ..support.writing import write_text
-from .formats import EMPTY, Column, Table, counts, markdown, spread
+from .formats import Column, Table, counts, markdown, spread
 from .plots import colour, literal, load_matplotlib, plot, plot_coefficients, plot_descent, plot_means
 from .scores import Row, Scores, key, name, scores
 from .statistics import OverTasks, Paired, Summary, over_tasks, paired, summary

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from ..support import text_tables
 
-EMPTY = "–"
-
 
 class Column(NamedTuple):
     """A heading, and the kind of the cells below: a key of `_KINDS`."""
@@ -35,7 +33,7 @@ class Table:
         """Headings, then the cells of every line, as they are read."""
         kinds = [_KINDS[column.kind] for column in self.columns]
         lines = (zip(kinds, line, strict=True) for line in self.lines)
-        cells = [[EMPTY if cell is None else kind(cell) for kind, cell in line] for line in lines]
+        cells = [[text_tables.EMPTY if cell is None else kind(cell) for kind, cell in line] for line in lines]
         return [[column.name for column in self.columns], *cells]
 
 

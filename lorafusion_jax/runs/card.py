@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from .._version import __version__
 from ..io.source import is_hub_id, split_revision
 from ..models.architecture import Architecture
 from ..report import plot_coefficients, summary
 from ..support.text import printable
 from ..support.text_tables import escaped, markdown
+from ..support.version import __version__
 from ..support.writing import write_text
 from .folder import RunFolder
 from .options import FuseOptions

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._version import __version__
 from ..io import arrays
 from ..io.digests import Digests
 from ..io.hf import Base, open_base
@@ -25,6 +24,7 @@ from ..methods.fusion import choice_of
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
 from ..support import processes
 from ..support.reading import FileError
+from ..support.version import __version__
 from ..tasks import without_revision
 from ..training.compiled import make_room
 from ..training.fit import start

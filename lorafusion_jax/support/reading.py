@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from .._version import __version__
 from .text import _SPELL, printable, shown
+from .version import __version__
 
 T = TypeVar("T")
 

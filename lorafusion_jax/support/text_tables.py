@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 
 from .text import one_line
 
+EMPTY = "–"  # a cell without a value
 # Characters that end a line or a cell, or start emphasis, code, a link or a tag.
 _BREAKS, _MARKUP = re.compile(r"[\n\r\v\f\x85\u2028\u2029]"), re.compile(r"[\\|*`\[]|<(?=\S)")
 

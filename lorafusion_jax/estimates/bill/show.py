@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from ...crossbar import Constants, Range, WriteCost
-from ...report.formats import EMPTY
 from ...support import text_tables
 from .bill import Bill, Once
 from .comparison import Comparison
@@ -106,7 +105,7 @@ def markdown(found: Mapping[str, Sequence[Sequence[str]]]) -> str:
 
 def _written(p: WriteCost) -> list[str]:
     if p.until_worn is None:
-        return ["0", *[EMPTY] * 5]
+        return ["0", *[text_tables.EMPTY] * 5]
     energies = [number(p.pulses), quantity(p.energy, "J"), quantity(p.time, "s")]
     return [f"{p.cells:,}", *energies, number(p.cycles), number(p.until_worn)]
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from .hardware.on_arrays import on_arrays
-from .runs.options import FuseOptions
-from .runs.run import run
+from ..runs.options import FuseOptions
+from ..runs.run import run
+from .on_arrays import on_arrays
 
 
 def fuse(options: FuseOptions) -> dict[str, Any]:
