@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -196,9 +197,14 @@ def of_run(loaded: AnyLoaded, options: LoadOptions, folder: Path, config: RunCon
     found = with_modules(loaded, options, config["modules"])
     check_digests(folder, config["digests"], digests(found), options)
     problem = found.problem.replace(index=found.problem.index[0])
-    expected = signature(jax.eval_shape(problem.init, jax.random.key(0)))
-    check_signature(folder / "final", signature(params), expected, fix="restore it from a copy, or train again")
+    check_params(folder, params, lambda: problem.init(jax.random.key(0)))
     return found
+
+
+def check_params(folder: Path, params: Params, begin: Callable[[], Params]) -> None:
+    """Raise a FileError for a run's parameters of one seed with other shapes or dtypes than `begin` returns."""
+    expected = signature(jax.eval_shape(begin))
+    check_signature(folder / "final", signature(params), expected, fix="restore it from a copy, or train again")
 
 
 def own_task(options: FuseOptions, folder: Path, config: RunConfig) -> tasks.Task:

@@ -4,13 +4,15 @@ Axis letters: B rows of a batch.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Float, Int
 
 from ..adapters.basis import Pool, SharedBasis
@@ -25,14 +27,16 @@ from ..methods.entry import Built
 from ..methods.fusion import PLAIN_SUM, CoefficientsRecipe, Fusion
 from ..methods.lora import LoRA, as_pool
 from ..methods.recipes import basis_of, recipe_of
-from ..models.architecture import Architecture
+from ..models.architecture import Architecture, kernels
 from ..models.generate import GREEDY, Sampling
 from ..models.weights import read_at_random
 from ..runs.options import FuseOptions
+from ..runs.prepare import check_params
 from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
 from ..support.checks import at_least, check_uint32
 from ..tasks import Encoded, Example, TextFormat, as_input, decode, encode, eval_batches
+from ..training.frozen import Frozen
 from ..training.method import Method, Params
 from .bank import TaskBank, TaskModels
 
@@ -68,15 +72,22 @@ class FusedRun(NamedTuple):
             coefficients, magnitudes and cores, or one LoRA.
         """
         options, params, config = load_run(folder)
-        if not params or (params.keys() - {"coefficients", "magnitudes", "core"} and params.keys() != {"lora"}):
+        groups = {*find(options.method).groups} or params.keys()
+        if not params or (groups - {"coefficients", "magnitudes", "core"} and groups != {"lora"}):
             raise ValueError(
                 f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
                 "magnitudes or without, of magnitudes alone, or of a LoRA"
             )
         modules = tuple(map(tuple, config["modules"]))
-        if "lora" in params:
-            modules = tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds)
-        return cls(Path(folder), options, params, modules, config["max_new_tokens"], config["digests"])
+        found = cls(Path(folder), options, params, modules, config["max_new_tokens"], config["digests"])
+        if not found.is_lora:
+            return found
+        return found._replace(modules=tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds))
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the run trained one LoRA instead of fusing modules."""
+        return find(self.options.method).groups == ("lora",)
 
     def loras(self, config: Architecture) -> LoraPool:
         """Return the LoRAs of a LoRA run's seeds as a pool."""
@@ -84,9 +95,32 @@ class FusedRun(NamedTuple):
         assert isinstance(method, LoRA)
         return as_pool(method, self.params, [name for (name,) in self.modules])
 
+    def check_params(self, graph: nnx.GraphDef, frozen: Frozen, sites: Collection[str]) -> None:
+        """Raise a FileError for parameters of other shapes or dtypes than its method's; `sites` are those of modules."""
+        of_seed, names, own = jax.tree.map(lambda p: p[0], self.params), self.modules[0], None
+        if (pool := frozen.pool) is not None and names:
+            if isinstance(pool, LoraPool):
+                rank = {site: rank for site, rank in pool.rank.items() if site in sites}
+                pool = dataclasses.replace(pool, A={}, B={}, rank=rank)
+            own = pool.select(names)
+
+        def begin() -> Params:
+            model, pool = nnx.merge(graph, frozen.base), own
+            if isinstance(pool, LoraPool):  # padding may be of another width in the bank
+                width, size = (jnp.shape(of_seed.get("coefficients")) or (0,))[-1], (len(names),)
+                shapes = {name: site for name, site in model.config.sites.items() if name in pool.rank}
+                A = {name: jnp.zeros((s.layers, *size, s.d_in, width)) for name, s in shapes.items()}
+                B = {name: jnp.zeros((s.layers, *size, width, s.d_out)) for name, s in shapes.items()}
+                pool = dataclasses.replace(pool, A=A, B=B)
+            method = find(self.options.method).build(Built(model.config, self.options.recipe, pool, len(names)))
+            ready = method.prepare(Frozen(frozen.base, pool), kernels(model))
+            return method.init(ready, jnp.arange(len(names)), jax.random.key(0))
+
+        check_params(self.folder, of_seed, begin)
+
     def method(self, config: Architecture, pool: Pool | None) -> Method:
         """Return the run's method on a pool that holds its modules; that of a LoRA run takes the LoRA as it is."""
-        if "lora" in self.params:
+        if self.is_lora:
             return PLAIN_SUM
         if pool is not None and self.modules[0]:
             pool = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={})
@@ -130,7 +164,7 @@ class Service:
         for run in runs:
             self._check_shares(run)
         options = dataclasses.replace(self._first.options, seeds=(0,))
-        loras = [run for run in runs if "lora" in run.params]
+        loras = [run for run in runs if run.is_lora]
         if loras and (basis_of(options.recipe) is not None or options.load_in != "full"):
             raise ValueError(
                 f"{loras[0].folder} is of a LoRA, which joins whole modules in full precision: serve it apart from "
@@ -138,7 +172,7 @@ class Service:
             )
         if find(options.method).pool:
             assert options.pool is not None
-            fused_runs = [run for run in runs if "lora" not in run.params]
+            fused_runs = [run for run in runs if not run.is_lora]
             used = {*modules, *(name for run in fused_runs for of_seed in run.modules for name in of_seed)}
             there = module_names(open_pool(options.pool), options)
             if missing := ", ".join(sorted(used - set(there))):
@@ -155,6 +189,8 @@ class Service:
         frozen, self._config = fused.problem.frozen, fused.config
         if frozen.pool is not None:  # runs record the names of the modules that a control replaces
             frozen = dataclasses.replace(frozen, pool=dataclasses.replace(frozen.pool, names=fused.modules[0]))
+        for run in loras:
+            run.check_params(fused.problem.graph, Frozen(frozen.base), ())
         if loras:
             pools = [run.loras(self._config) for run in loras]
             pools += [frozen.pool] if isinstance(frozen.pool, LoraPool) else []
@@ -194,13 +230,15 @@ class Service:
             )
         check_digests(run.folder, run.digests, self._digests, run.options)
         of_seed = jax.tree.map(lambda p: p[place], run.params)
-        if "lora" in run.params:
-            of_seed = {"coefficients": np.ones(1, np.float32)}
         sites = None
         if isinstance(pool, LoraPool) and "magnitudes" not in of_seed:
             # The run was trained with the modules of all its seeds.
             of_run = pool.indices(sorted({name for of_each in run.modules for name in of_each} & {*pool.names}))
             sites = [site for site, rank in pool.rank.items() if np.any(np.asarray(rank)[:, of_run])]
+        if run.is_lora:
+            of_seed = {"coefficients": np.ones(1, np.float32)}
+        else:
+            run.check_params(self.bank.graph, self.bank.frozen, of_seed.get("magnitudes", ()) if sites is None else sites)
         self.bank = self.bank.with_task(number, run.method(self._config, pool), of_seed, modules, sites=sites)
         self.tasks[name] = Task(number, run)
 

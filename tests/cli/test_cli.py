@@ -113,15 +113,15 @@ def test_trained_numbers_of_other_shapes_under_a_right_digest_are_refused(run, c
     manifest = json.loads((folder / "final" / "manifest.json").read_text())
     manifest["files"][file.name] = sha256(file)
     (folder / "final" / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "lines").write_text("a b")
-    of_run = ["--run", str(folder)]
+    (tmp_path / "lines").write_text('{"input": "a b"}')
     for command in (
-        ["evaluate"],
-        ["generate", "--file", str(tmp_path / "lines")],
-        ["export", "--out", str(tmp_path / "x")],
+        ["evaluate", "--run"],
+        ["generate", "--file", str(tmp_path / "lines"), "--run"],
+        ["generate", "--file", str(tmp_path / "lines"), "--runs"],
+        ["export", "--out", str(tmp_path / "x"), "--run"],
     ):
         with pytest.raises(SystemExit):
-            cli.main([*command, *of_run])
+            cli.main([*command, str(folder)])
         assert f"error: {folder / 'final'}: " in (error := capsys.readouterr().err) and message in error
 
 
