@@ -96,7 +96,7 @@ class FusedRun(NamedTuple):
         return as_pool(method, self.params, [name for (name,) in self.modules])
 
     def check_params(self, graph: nnx.GraphDef, frozen: Frozen, sites: Collection[str]) -> None:
-        """Raise a FileError for parameters of other shapes or dtypes than its method's; `sites` are those of modules."""
+        """Raise a FileError for parameters of other shapes or dtypes than the method's; `sites` are the modules'."""
         of_seed, names, own = jax.tree.map(lambda p: p[0], self.params), self.modules[0], None
         if (pool := frozen.pool) is not None and names:
             if isinstance(pool, LoraPool):
@@ -238,7 +238,8 @@ class Service:
         if run.is_lora:
             of_seed = {"coefficients": np.ones(1, np.float32)}
         else:
-            run.check_params(self.bank.graph, self.bank.frozen, of_seed.get("magnitudes", ()) if sites is None else sites)
+            own = of_seed.get("magnitudes", ()) if sites is None else sites
+            run.check_params(self.bank.graph, self.bank.frozen, own)
         self.bank = self.bank.with_task(number, run.method(self._config, pool), of_seed, modules, sites=sites)
         self.tasks[name] = Task(number, run)
 
