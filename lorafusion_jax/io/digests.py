@@ -24,12 +24,13 @@ _ROWS = 1024  # hashed at a time: a tensor that was transposed is never in memor
 class Digests(TypedDict):
     """SHA-256 of the base, of each fused module by name, and of the directions of a shared basis.
 
-    A run also has those of the base's tokenizer and chat template.
+    A run also has those of the base's configuration, tokenizer and chat template.
     """
 
     base: str
     modules: dict[str, str]
     basis: NotRequired[str | None]
+    config: NotRequired[str]
     tokenizer: NotRequired[str]
     chat_template: NotRequired[str]
 

@@ -81,6 +81,8 @@ def read_json(path: Path, kind: type[T] | Any, what: str, *, own: bool = True) -
 
 def read_lines(path: Path, kind: type[T] | Any, *, own: bool = True) -> list[T]:
     """Read a file of JSON lines, without a last line that a killed process left incomplete; `read_json`'s errors."""
+    if not path.exists():
+        raise FileError(path, got="missing", fix="restore it from a copy")
     check_regular(path)
     *lines, last = path.read_bytes().split(b"\n")
     if is_object(last):

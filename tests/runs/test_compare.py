@@ -1,5 +1,6 @@
 """Runs compared with each other: the same test rows, paired seeds, and what is refused."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path):
             ValueError, match=rf"damaged/predictions.jsonl holds {count} rows of seed .*: expected each of"
         ):
             compare(CompareOptions(runs=(base, damaged)))
+    (damaged / "predictions.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"damaged/predictions.jsonl: missing: restore it from a copy"):
+        compare(CompareOptions(runs=(base, damaged)))
+    results = json.loads((mean / "results.json").read_text())
+    (damaged / "results.json").write_text(json.dumps(results | {"seeds": []}))
+    with pytest.raises(ValueError, match=r"damaged/results.json: seeds is \[\]: expected .*, as in config.json"):
+        compare(CompareOptions(runs=(base, damaged)))
     with pytest.raises(ValueError, match="nothing is not the folder of a run"):
         compare(CompareOptions(runs=(mean, tmp_path / "nothing")))
     for given in ((), (mean,), (mean, mean)):

@@ -83,7 +83,7 @@ def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(cha
     assert ["".join(answer) for answer in stream_lines(asked)] == [row["prediction"] for row in said]
 
 
-def test_a_run_is_not_used_with_another_tokenizer_or_chat_template(chat, base, tmp_path):
+def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template(chat, base, tmp_path):
     run, other = tmp_path / "run", tmp_path / "base"
     shutil.copytree(run_path(chat[0]), run)
     shutil.copytree(base, other)
@@ -107,6 +107,15 @@ def test_a_run_is_not_used_with_another_tokenizer_or_chat_template(chat, base, t
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "bos_token": "the"}))
     with pytest.raises(ValueError, match="run was fused with other texts: the tokenizer of .*base had the SHA-256 "):
         ask()
+    (other / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"transformers_version": "0"}))
+    assert len(ask()) == 1
+    for file, change in (("config.json", {"rms_norm_eps": 0.1}), ("generation_config.json", {"eos_token_id": 4})):
+        (other / "config.json").write_text(json.dumps(config))
+        (other / file).write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match="fused with other settings: the configuration of .*base had the SHA-256"):
+            ask()
 
 
 def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another(base, tmp_path):

@@ -344,7 +344,7 @@ def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, sma
 def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, capsys):
     run, options = moved
     config = RunFolder(run).config()
-    assert set(config["digests"]) == {"base", "modules", "basis", "tokenizer"}
+    assert set(config["digests"]) == {"base", "modules", "basis", "tokenizer", "config"}
     assert set(config["digests"]["modules"]) == {name for names in config["modules"] for name in names}
     tensors = load_file(Path(options.base) / "model.safetensors")
     backwards = {name: tensors[name] for name in sorted(tensors, reverse=True)}
