@@ -1,6 +1,7 @@
 """Adapters of PEFT that add a matrix, converted to LoRA, against PEFT's merged weights and `convert_to_lora`."""
 
 import json
+import random
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,46 @@ from lorafusion_jax.parts import ConvertOptions, convert, linear_shapes, write_a
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 
 
+def _of_peft(test):
+    """Mark a test that needs PEFT, which warns about odd options."""
+    return pytest.mark.peft(pytest.mark.filterwarnings("ignore")(test))
+
+
+# The protocol of a kind: an entry here is saved by PEFT with drawn options, and converted as PEFT merges it.
+_RANKS = {"rank_pattern": [{}, {"k": 2}], "alpha_pattern": [{}, {r"layers\.0\.q": 9, "o": 2}]}
+_LAYERS = {"layers_to_transform": [None, None, [1]], "exclude_modules": [None, ["layers.0.o"]]}
+_DROPOUTS = {"rank_dropout": [0.0, 0.2], "module_dropout": [0.0, 0.2]}
+_LYCORIS = {"r": [1, 3, 40], "alpha": [1, 5], "init_weights": [True, False], **_RANKS, **_LAYERS, **_DROPOUTS}
+_OPTIONS = {
+    "LORA": {
+        **{"r": [1, 3, 20], "lora_alpha": [1, 5.5], "lora_dropout": [0.0, 0.1], "use_rslora": [False, True]},
+        **{"use_dora": [False, True], "init_lora_weights": [True, False, "gaussian"]},
+        **_RANKS,
+        **_LAYERS,
+    },
+    "LOHA": {**_LYCORIS, "use_effective_conv2d": [False, True]},
+    "LOKR": {
+        **_LYCORIS,
+        **{"decompose_both": [False, True], "decompose_factor": [-1, 2, 8], "rank_dropout_scale": [False, True]},
+    },
+    "VERA": {"r": [2, 5], "vera_dropout": [0.0, 0.1], "d_initial": [0.1, 1.0], "projection_prng_key": [0, 5]},
+    "RANDLORA": {"r": [4, 7], "randlora_alpha": [3, 640], "sparse": [False, True], "very_sparse": [False, True]},
+    "OFT": {
+        **{"oft_block_size": [2, 4, 8], "coft": [False, True], "eps": [6e-5, 0.3], "block_share": [False, True]},
+        **{"use_cayley_neumann": [False, True], "num_cayley_neumann_terms": [1, 2, 3, 5, 8]},
+        **_LAYERS,
+    },
+    "BOFT": {
+        **{"boft_block_size": [2, 4], "boft_n_butterfly_factor": [1, 2], "boft_dropout": [0.0, 0.1]},
+        "init_weights": [True, False],
+        **_LAYERS,
+    },
+}
+
+# Arguments that classes of other kinds need.
+_NEEDED = {"ADALORA": {"total_step": 10}, "TRAINABLE_TOKENS": {"token_indices": [0]}}
+
+
 def _butterflies(monkeypatch):
     """Give PEFT the kernel of several butterfly factors, which it has for CUDA only."""
     import torch
@@ -31,83 +72,114 @@ def _butterflies(monkeypatch):
     monkeypatch.setattr(layer, "FastBlockDiag", Diagonal)
 
 
-# PEFT's class of configurations and its fields; drawn ones are in `test_peft_drawn.py`.
-_CONFIGS = {
-    "loha": ("LoHaConfig", {"r": 3, "alpha": 5}),
-    "lokr": ("LoKrConfig", {"r": 2, "alpha": 3}),
-    "vera": ("VeraConfig", {"r": 6}),
-    "randlora": ("RandLoraConfig", {"r": 5}),
-    "boft butterfly": ("BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 3}),
-}
-
-
-def _saved(tmp_path, name):
-    """Return the model, and the configuration, tensors, shapes and base weights of the adapter that PEFT saves."""
+def _saved(folder, kind, fields):
+    """Save an adapter of PEFT's for a model of two layers, and return it with the base's weights."""
     import peft
     import torch
-    import transformers
 
-    kind, fields = _CONFIGS[name]
-    config = getattr(peft, kind)(target_modules=["q_proj", "k_proj", "down_proj"], init_weights=False, **fields)
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.o = torch.nn.Linear(16, 24), torch.nn.Linear(16, 16), torch.nn.Linear(24, 16)
+
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=10, num_hidden_layers=2, **sizes))
-    base = {name: tensor.detach().numpy().copy() for name, tensor in model.state_dict().items()}
-    shapes = {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    model = peft.get_peft_model(model, config)
+    model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([Layer(), Layer()])})})
+    base = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    model = peft.get_peft_model(model, _config(kind, target_modules=["q", "k", "o"], **fields))
     with torch.no_grad():
         for tensor in model.parameters():
             if tensor.requires_grad:
-                tensor += 0.05 * torch.randn_like(tensor)
-    model.save_pretrained(tmp_path)
-    stored = peft.PeftConfig.from_pretrained(tmp_path).to_dict()
-    stored["peft_type"] = stored["peft_type"].value
-    return model, stored, load_file(tmp_path / "adapter_model.safetensors"), shapes, base
+                tensor += 0.1 * torch.randn_like(tensor)
+    model.save_pretrained(folder)
+    return model, base
+
+
+def _config(kind, **fields):
+    import peft
+
+    return peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind](**fields)
+
+
+def _read(folder, base, rank=24):
+    weights = {name: array for name, array in base.items() if name.endswith(".weight")}
+    shapes = {name.removesuffix(".weight"): array.shape[::-1] for name, array in weights.items()}
+    return read_adapter(str(folder), shapes=shapes, base_tensor=base.__getitem__, rank=rank)
+
+
+def _merged(adapter, base):
+    """Return the weights with an adapter's updates and magnitudes, in float64."""
+    found = {name: array.astype(float) for name, array in base.items()}
+    for path, (a, b) in adapter.factors.items():
+        weight = found[f"{path}.weight"] + adapter.scaling[path] * b.astype(float) @ a
+        if adapter.magnitude is not None:
+            weight *= (adapter.magnitude[path] / np.linalg.norm(weight, axis=1))[:, None]
+        found[f"{path}.weight"] = weight
+    return found
+
+
+@_of_peft
+@pytest.mark.parametrize("kind", _OPTIONS)
+def test_drawn_configurations_are_converted_as_peft_merges_them(kind, tmp_path, monkeypatch):
+    _butterflies(monkeypatch)
+    draw = random.Random(f"configurations, {kind}")
+    for number in range(8):
+        fields = {name: draw.choice(values) for name, values in _OPTIONS[kind].items()}
+        model, base = _saved(tmp_path / str(number), kind, fields)
+        adapter = _read(tmp_path / str(number), base)
+        assert adapter.config["peft_type"] == "LORA" and adapter.factors
+        merged = {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}
+        for name, weight in _merged(adapter, base).items():
+            np.testing.assert_allclose(weight, merged[name], atol=1e-5, err_msg=f"{fields} {name}")
+
+
+@_of_peft
+@pytest.mark.parametrize(("kind", "r"), [("LOHA", 3), ("LOKR", 2), ("VERA", 6), ("RANDLORA", 5)])
+def test_low_rank_equals_convert_to_lora_of_peft(kind, r, tmp_path):
+    import peft
+
+    model, base = _saved(tmp_path, kind, {"r": r})
+    found, whole = (_read(tmp_path, base, rank) for rank in (4, 24))
+    _, converted = peft.tuners.lora.conversion.convert_to_lora(model, rank=4)
+    wanted = _updates({key: tensor.numpy() for key, tensor in converted.items()})
+    assert set(wanted) == set(found.factors)
+    for path, (a, b) in found.factors.items():
+        update, full = found.scaling[path] * b @ a, whole.scaling[path] * np.matmul(*whole.factors[path][::-1])
+        np.testing.assert_allclose(update, wanted[path], atol=1e-4 * max(1, np.abs(update).max()))
+        residual = np.linalg.norm(full - update) / np.linalg.norm(full)
+        assert found.residual[path] == pytest.approx(residual, abs=1e-5)
+
+
+@_of_peft
+@pytest.mark.parametrize("kind", ["OFT", "BOFT", "VERA", "RANDLORA"])
+def test_trained_biases_of_other_kinds_are_refused(kind, tmp_path):
+    _, base = _saved(tmp_path, kind, {"bias": "all"})
+    with pytest.raises(ValueError, match="bias is 'all'.*retrain with bias='none'"):
+        _read(tmp_path, base)
+
+
+@_of_peft
+def test_other_kinds_are_refused_by_their_configuration(tmp_path):
+    """No weights are needed to refuse them."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    others = sorted({kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - _OPTIONS.keys())
+    assert {"IA3", "LN_TUNING", "ADALORA", "PREFIX_TUNING", "XLORA"} <= set(others)
+    for kind in others:
+        remedy = r"merge it into the base with PEFT" if kind in ("IA3", "LN_TUNING") else "retrain as LoRA"
+        folder = tmp_path / kind
+        folder.mkdir()
+        if kind in _NEEDED:
+            _config(kind, **_NEEDED[kind]).save_pretrained(folder)
+        else:
+            (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+        with pytest.raises(ValueError, match=f"peft_type is '{kind}'.*{remedy}"):
+            read_adapter(str(folder))
 
 
 def _updates(tensors):
     ends = ".lora_A.weight", ".lora_B.weight"
     paths = {name.removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])}
     return {path.removeprefix("base_model.model."): tensors[path + ends[1]] @ tensors[path + ends[0]] for path in paths}
-
-
-@pytest.mark.peft
-@pytest.mark.parametrize("name", _CONFIGS)
-def test_full_rank_equals_the_weights_that_peft_merges(name, tmp_path, monkeypatch):
-    _butterflies(monkeypatch)
-    model, config, tensors, shapes, base = _saved(tmp_path, name)
-    found = as_lora(config, tensors, rank=32, shapes=shapes, base_tensor=base.__getitem__)
-    merged = model.merge_and_unload().state_dict()
-    updates = _updates(found.tensors)
-    assert len(updates) == 2 * len(config["target_modules"])
-    for path, update in updates.items():
-        wanted = merged[f"{path}.weight"].numpy() - base[f"{path}.weight"]
-        assert np.abs(wanted).max() > 1e-3
-        np.testing.assert_allclose(update, wanted, atol=2e-6 * max(1, np.abs(wanted).max()))
-        assert found.residual[path] < 1e-6
-
-
-@pytest.mark.peft
-@pytest.mark.parametrize("name", ["loha", "lokr", "vera", "randlora"])
-def test_low_rank_equals_convert_to_lora_of_peft(name, tmp_path):
-    model, config, tensors, shapes, base = _saved(tmp_path, name)
-    found = as_lora(config, tensors, rank=4, shapes=shapes, base_tensor=base.__getitem__)
-    import peft
-
-    _, converted = peft.tuners.lora.conversion.convert_to_lora(model, rank=4)
-    wanted = _updates({key: tensor.numpy() for key, tensor in converted.items()})
-    updates = _updates(found.tensors)
-    assert set(updates) == set(wanted)
-    for path, update in updates.items():
-        np.testing.assert_allclose(update, wanted[path], atol=1e-4 * max(1, np.abs(update).max()))
-    full = _updates(as_lora(config, tensors, rank=32, shapes=shapes, base_tensor=base.__getitem__).tensors)
-    for path, update in updates.items():
-        residual = np.linalg.norm(full[path] - update) / np.linalg.norm(full[path])
-        assert found.residual[path] == pytest.approx(residual, abs=1e-5)
 
 
 def _vera(rank=3, d_in=6, d_out=5, **changes):
