@@ -1,11 +1,6 @@
-"""A small trained Llama against PyTorch and PEFT; padding, generation and configs that are refused.
+"""Padding, frequencies, generation and configs that are refused; `test_goldens.py` compares with PyTorch."""
 
-The goldens' tolerance of logits is 1e-4.
-"""
-
-import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +10,6 @@ import small_llama
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.adapters.coefficients import expand
 from lorafusion_jax.models.decoder import FAMILY, Decoder
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.decoder.rotary import rotation
@@ -40,52 +34,6 @@ def _say(graph, base, adapters, ids, mask, tokens):
 @functools.partial(jax.jit, static_argnames="graph")
 def _logits(graph, base, ids, mask, adapters):
     return nnx.merge(graph, base)(ids, mask, adapters)
-
-
-# A real small Llama: 260,032 parameters, grouped queries, adapters of PEFT on two or all maps.
-
-
-@pytest.fixture(scope="module")
-def stories(goldens):
-    folder = goldens / "stories260k"
-    model = lf.load_base(folder / "base")
-    model.config = dataclasses.replace(model.config, eos_id=(1, 2))
-    prompts, answers = (json.loads((folder / f"{name}.json").read_text()) for name in ("prompts", "greedy"))
-    return model, folder, prompts["prompts"], answers, dict(np.load(folder / "logits.npz"))
-
-
-_FUSIONS = {
-    "base": {},
-    "A": {"A_robot_r8_qv": 1.0},
-    "B": {"B_quiz_r4_all": 1.0},
-    "cat_0.7_-0.3": {"A_robot_r8_qv": 0.7, "B_quiz_r4_all": -0.3},
-    "cat_1_1": {"A_robot_r8_qv": 1.0, "B_quiz_r4_all": 1.0},
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in ("base", "cat_1_1") else pytest.mark.long) for name in _FUSIONS],
-)
-def test_stories_logits_and_tokens(stories, name):
-    """Sums of adapters are PEFT's `cat`; all prompts are one batch, padded."""
-    model, folder, prompts, answers, logits = stories
-    adapters = {}
-    if weights := _FUSIONS[name]:
-        pool = lf.read_pool([str(folder / "adapters" / adapter) for adapter in weights], model.config)
-        c = jnp.array(list(weights.values()), jnp.float32)
-        adapters, _ = lf.compose(pool, jnp.arange(len(pool)), expand(c, pool, "global"), "sum")
-    width = max(map(len, prompts))
-    ids = jnp.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-    mask = jnp.arange(width)[None] < jnp.array([len(prompt) for prompt in prompts])[:, None]
-    graph, base = nnx.split(model)
-    for number, (prompt, got) in enumerate(zip(prompts, _logits(graph, base, ids, mask, adapters), strict=True)):
-        _close(got[jnp.array([len(prompt) // 2, len(prompt) - 1])], logits[f"{name}.{number}"], 1e-4)
-    for wanted, answer in zip(answers[name], _say(graph, base, adapters, ids, mask, 60), strict=True):
-        np.testing.assert_array_equal(answer[: len(wanted)], wanted)
-
-
-# What a config asks for.
 
 
 def test_results_do_not_depend_on_padding():
