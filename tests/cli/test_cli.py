@@ -50,13 +50,6 @@ def test_convert_writes_all_adapters_of_the_embedded_pool(tmp_path):
     assert len(manifest["adapters"]) == 28
 
 
-@pytest.mark.long
-def test_fuse_on_a_converted_pool_equals_the_adapter_folders(small, run, tmp_path):
-    _fuse(*small, tmp_path)
-    for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (run / name).read_bytes() == (tmp_path / "r" / name).read_bytes()
-
-
 def test_evaluate_scores_all_rows_of_a_file_that_the_run_has_not_seen(run, tmp_path, capsys):
     rows = (_SMALL / "tasks" / "double_digit" / "test.jsonl").read_text().splitlines()[:3]
     (tmp_path / "new.jsonl").write_text("\n".join(rows))

@@ -426,13 +426,6 @@ def test_bad_options_stop_before_anything_is_written(changes, message, small, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_the_old_name_of_a_control_is_refused_with_the_new_one(small, tmp_path):
-    options = _options(small, tmp_path)
-    object.__setattr__(options, "control", "random")  # which the type checks of the tests refuse in a constructor
-    with pytest.raises(ValueError, match="control is 'random': expected one of none, random-factors"):
-        lf.fuse(options)
-
-
 def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(fused, tmp_path):
     options, _ = fused
     new = dataclasses.replace(options, out=tmp_path, name="new")
