@@ -1,4 +1,4 @@
-"""Every decoder-only family against transformers and PEFT, on tiny random models made here.
+"""Every family against transformers and PEFT, on tiny random models made here: an entry in `_FAMILIES` is a test.
 
 transformers gets every row alone and without padding; here each row is in the batch twice, padded on the right and on
 the left. What a fusion should give is computed in PyTorch from the adapters' files, by the definition.
@@ -20,7 +20,7 @@ from peft_models import Fused, fused
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import expand
 from lorafusion_jax.io.export import fused_adapter
-from lorafusion_jax.parts import Model, Params, cross_entropy, write_adapter
+from lorafusion_jax.parts import Model, Params, cross_entropy, lora_adapter, write_adapter
 
 pytestmark = pytest.mark.peft
 
@@ -41,6 +41,7 @@ _SIZES = {
 _GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": _WINDOW}
 # Every family with what sets it apart, strong enough to matter.
 _FAMILIES = {
+    "t5": {"vocab_size": _VOCABULARY, "feed_forward_proj": "relu", "tie_word_embeddings": True},
     "llama": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "mistral": {"sliding_window": _WINDOW, "tie_word_embeddings": False},
     "qwen2": {"use_sliding_window": True, "sliding_window": _WINDOW, "max_window_layers": 1},
@@ -88,9 +89,11 @@ _ADAPTERS = {
     "dora": {"r": 3, "lora_alpha": 6, "use_dora": True},
 }
 _FUSED = {"sum": ("small", "large"), "mix": ("large", "other")}
+_SCALE = 0.6  # of a DoRA adapter
 
 _ROWS = [np.random.default_rng(0).integers(3, _VOCABULARY, length).tolist() for length in (12, 5, 9)]
 _WIDTH = 14
+_ANSWER = [0, 8, 5, 13, 21]  # what the decoder of an encoder-decoder has read
 
 
 def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
@@ -99,8 +102,11 @@ def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(model_type, **(_SIZES | changes))
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    if model_type == "t5":
+        model = peft_models.t5(**changes)
+    else:
+        config = transformers.AutoConfig.for_model(model_type, **(_SIZES | changes))
+        model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -112,7 +118,9 @@ def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
 def _read(folder: Path):
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    if lf.read_config(folder).causal:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
 
 
 def _read_adapted(folder: Path, adapter: Path):
@@ -121,12 +129,19 @@ def _read_adapted(folder: Path, adapter: Path):
     return peft.PeftModel.from_pretrained(_read(folder), adapter).eval()
 
 
+def _inputs(model, row: list[int]) -> dict[str, Any]:
+    import torch
+
+    both = {"decoder_input_ids": torch.tensor([_ANSWER])} if model.config.is_encoder_decoder else {}
+    return {"input_ids": torch.tensor([row])} | both
+
+
 def _forget(model) -> None:
     """Read a short row: until then transformers keeps the dynamic frequencies of the longest row that it has read."""
     import torch
 
     with torch.no_grad():
-        model(input_ids=torch.tensor([[3]]))
+        model(**_inputs(model, [3]))
 
 
 def _theirs(model) -> list[np.ndarray]:
@@ -136,7 +151,7 @@ def _theirs(model) -> list[np.ndarray]:
     for row in _ROWS:
         _forget(model)
         with torch.no_grad():
-            found.append(model(input_ids=torch.tensor([row])).logits[0].numpy())
+            found.append(model(**_inputs(model, row)).logits[0].numpy())
     return found
 
 
@@ -152,7 +167,9 @@ def _padded() -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _run(graph, weights, adapters):
-    return nnx.merge(graph, weights)(*_padded(), adapters)
+    model, rows = nnx.merge(graph, weights), _padded()
+    answers = () if model.config.causal else (jnp.tile(jnp.array(_ANSWER), (len(rows[0]), 1)),)
+    return model(*rows, *answers, adapters)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -164,6 +181,7 @@ def _check(theirs: list[np.ndarray], model: Model, adapters: dict[str, Any] | No
     """Check the logits of every real token, to 1e-4 of the largest."""
     graph, weights = nnx.split(model)
     ours, mask = np.asarray(_run(graph, weights, adapters or {})), np.asarray(_padded()[1])
+    mask = mask if model.config.causal else np.ones(ours.shape[:2], bool)
     tolerance = 1e-4 * max(np.abs(row).max() for row in theirs)
     for got, real, wanted in zip(ours, mask, 2 * theirs, strict=True):
         np.testing.assert_allclose(got[real], wanted, rtol=0, atol=tolerance)
@@ -179,7 +197,7 @@ def _check_said(theirs, model: Model, adapters: dict[str, Any] | None = None) ->
         prompt = torch.tensor([row])
         _forget(theirs)
         how = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": _TOKENS}
-        wanted = theirs.generate(prompt, **how)[0, len(row) :].numpy()
+        wanted = theirs.generate(prompt, **how)[0, len(row) if model.config.causal else 1 :].numpy()
         for got in (ours[number], ours[len(_ROWS) + number]):
             np.testing.assert_array_equal(got[: len(wanted)], wanted)
             assert (got[len(wanted) :] == 0).all()
@@ -197,7 +215,8 @@ def base(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     _made(folder / "base", request.param, _FAMILIES[request.param])
     for name, fields in _ADAPTERS.items():
-        config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **fields)
+        task = "SEQ_2_SEQ_LM" if request.param == "t5" else "CAUSAL_LM"
+        config = peft.LoraConfig(task_type=task, target_modules="all-linear", **fields)
         adapted = peft.get_peft_model(_read(folder / "base"), config)
         peft_models.randomise(adapted, std=0.2).save_pretrained(folder / name)
     return folder / "base"
@@ -237,6 +256,7 @@ def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Par
         for fields in (_ADAPTERS[name] for name in _FUSED[composition])
     ]
     leaves = jax.tree.map(lambda a: torch.tensor(np.array(a), requires_grad=True), params)
+    blocks = [f"{stack}.{layer}" for stack, of in config.stacks.items() for layer in range(of.layers)]
 
     def weights() -> dict[str, torch.Tensor]:
         found = {}
@@ -244,7 +264,7 @@ def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Par
             for layer in range(site.layers):
                 path = site.path_of(layer)
                 pairs = [[file[f"base_model.model.{path}.lora_{f}.weight"] for f in "AB"] for file in files]
-                c = leaves["coefficients"][:, layer]
+                c = leaves["coefficients"][:, blocks.index(f"{name.partition('.')[0]}.{layer}")]
                 if composition == "mix":
                     A = sum(x * A for x, (A, _) in zip(c, pairs, strict=True))
                     B = sum(x * s * B for x, s, (_, B) in zip(c, scales, pairs, strict=True))
@@ -259,7 +279,7 @@ def _in_torch(base: Path, config: lf.Architecture, composition: str, params: Par
         return found
 
     def run(row: list[int]) -> torch.Tensor:
-        return torch.func.functional_call(model, weights(), (torch.tensor([row]),)).logits[0]
+        return torch.func.functional_call(model, weights(), (), _inputs(model, row)).logits[0]
 
     return run, leaves
 
@@ -291,9 +311,26 @@ def test_a_merged_fusion_in_transformers(base, model, fusion, tmp_path):
     _check_said(merged, model, found.adapters)
 
 
-def test_one_dora_adapter(base, model, plain):
-    adapters = fused(model, [base.parent / "dora"], lf.Fusion(magnitudes=False), 1.0).adapters
-    wanted = _theirs(_read_adapted(base, base.parent / "dora"))
+def test_a_dora_adapter_at_a_coefficient_is_peft_with_its_layers_scaled(base, model, plain):
+    adapters = fused(model, [base.parent / "dora"], lf.Fusion(magnitudes=False), _SCALE).adapters
+    theirs = _read_adapted(base, base.parent / "dora")
+    for module in theirs.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(_SCALE)
+    wanted = _theirs(theirs)
+    assert _differ(wanted, plain)
+    _check(wanted, model, adapters)
+
+
+def test_an_exported_lora_in_peft(base, model, plain, tmp_path):
+    method = lf.LoRA(sites=tuple(model.config.sites.items())[::2], rank=3, alpha=5.0)
+    frozen, none = lf.Frozen(nnx.split(model)[1]), jnp.arange(0)
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(method.init, frozen, none, jax.random.key(0))
+    params = jax.tree.map(lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape, np.float32)), shapes)
+    adapters = method.adapters(params, frozen, none)[0]
+    write_adapter(tmp_path / "lora", *lora_adapter(model.config, adapters, base=str(base)))
+    wanted = _theirs(_read_adapted(base, tmp_path / "lora"))
     assert _differ(wanted, plain)
     _check(wanted, model, adapters)
 
