@@ -96,11 +96,12 @@ COST = {20: 30.0, 95: 35.0}  # CPU seconds of a cell
 _BOTH = {"lr_coefficients": 0.01, "lr_magnitudes": 0.1}
 FUSION, ROTATED, MAGNITUDES, ZERO = "LoRAFusion", "rotated", "magnitudes only", "zero-shot"
 BARE, BARE_ROTATED, SHOWN_FUSION = "coefficients only", "coefficients only, rotated", "5 examples and LoRAFusion"
-SLOWER = "rotated, magnitudes at 0.0333"
+SLOWER, AGAIN = "rotated, magnitudes at 0.0333", "LoRAFusion, pool trained again"  # with one pool
 ARMS = {
     FUSION: Arm("fusion", "real", rates=_BOTH),
     ROTATED: Arm("fusion", "rotated", rates=_BOTH),
     SLOWER: Arm("fusion", "rotated", rates={"lr_coefficients": 0.01, "lr_magnitudes": 0.0333}),
+    AGAIN: Arm("fusion", "real", rates={"lr_coefficients": 0.03, "lr_magnitudes": 0.1}),
     MAGNITUDES: Arm("magnitudes", rates={"lr_magnitudes": 0.1}),
     BARE: Arm("coefficients", "real", rates={"lr_coefficients": 0.1}),
     BARE_ROTATED: Arm("coefficients", "rotated", rates={"lr_coefficients": 0.1}),
@@ -110,8 +111,8 @@ ARMS = {
     "20 examples in the prompt": Arm("zero-shot", recipe={"shots": 20}),
     ZERO: Arm("zero-shot"),
 }
-MORE_PAIRS = ((BARE_ROTATED, BARE), (SLOWER, ROTATED), (SLOWER, "magnitudes only"))
-UNTUNED = (SLOWER,)  # the design fixes their rates
+MORE_PAIRS = ((BARE_ROTATED, BARE), (SLOWER, AGAIN), (SLOWER, ROTATED), (SLOWER, MAGNITUDES))
+UNTUNED = (SLOWER, AGAIN)  # the design fixes their rates
 
 
 class Stage(NamedTuple):
@@ -127,7 +128,7 @@ STAGES = (
     Stage(20, (BARE, BARE_ROTATED), SEEDS),
     Stage(95, (FUSION, ROTATED), SEEDS[:1]),
     Stage(20, ("LoRA, rank 8", ZERO, "5 examples in the prompt", "20 examples in the prompt", SHOWN_FUSION), SEEDS[:1]),
-    Stage(20, (SLOWER,), SEEDS),
+    Stage(20, (SLOWER, AGAIN), SEEDS),
 )
 
 OF_ANOTHER_BASE = (Stage(20, (FUSION, ROTATED), SEEDS),)

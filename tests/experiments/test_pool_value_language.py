@@ -229,7 +229,7 @@ def test_the_plan_counts_missing_cells_and_trials(tmp_path):
     counts = collections.Counter(label for label, _ in experiment.costs(experiment.STAGES, _TARGETS, options))
     first, *_, last, fixed = (f"{stage.rows} rows, {'; '.join(stage.arms)}" for stage in experiment.STAGES)
     assert (counts[f"{first}, rates"], counts[first], counts[f"{last}, rates"], counts[last]) == (32, 72, 32, 60)
-    assert (counts[f"{fixed}, rates"], counts[fixed]) == (0, 36)
+    assert (counts[f"{fixed}, rates"], counts[fixed]) == (0, 72)
     options = experiment.Options(tasks=tmp_path, out=tmp_path / "empty", tune=True)
     assert len([*experiment.costs(experiment.STAGES[:1], _TARGETS, options)]) == 52
 
