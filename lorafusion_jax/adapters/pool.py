@@ -127,7 +127,7 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
 def in_pool(modules: int, index: Int[Array, "..."]) -> Array | float:
     """Return the factor 1, or NaN if a compiled function got a position outside of a pool of so many modules.
 
-    Raises a ValueError for such a position where the values are known.
+    Raises a ValueError for such a position, or one that a fusion has twice, where the values are known.
     """
     if is_traced(index):
         return jnp.where(jnp.all((index >= 0) & (index < modules)), 1.0, jnp.nan)
@@ -136,6 +136,8 @@ def in_pool(modules: int, index: Int[Array, "..."]) -> Array | float:
         known = np.asarray(index)
         if np.any((known < 0) | (known >= modules)):
             raise ValueError(f"expected index from 0 to {modules - 1}, for a pool of {modules}, got {known.tolist()}")
+        if np.any(np.diff(np.sort(known)) == 0):
+            raise ValueError(f"expected each module once, got index {known.tolist()}")
     return 1.0
 
 

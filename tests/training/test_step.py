@@ -124,6 +124,8 @@ def test_no_module_stands_for_one_outside_of_the_pool(frozen, problem, start, in
         tiny.problem(Fusion(), frozen, index)
     loss = jax.jit(lambda index: tiny.loss(start.params, problem.replace(index=index)))
     assert np.isnan(loss(jnp.array(index))) and np.isfinite(loss(_INDEX))
+    with pytest.raises(ValueError, match=r"expected each module once, got index \[1, 1\]"):
+        tiny.problem(Fusion(), frozen, (1, 1))
 
 
 def _random_like(params, seed):
