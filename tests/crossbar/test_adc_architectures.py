@@ -1,10 +1,10 @@
 """ADC architectures: the two that are there, and one that is registered from outside."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from crossbar_strategies import problem
+from testers import check_chip
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, DAC, Architecture, Cell, Constant, CrossbarConfig, Mapping, Range, Tile
@@ -16,7 +16,7 @@ TRUNCATING = Architecture(
     constants={"comparison_energy": Constant("pJ", 1.0, 2.0, 3.0, "[A] made up", "of one comparison")},
 )
 crossbar.register_adc("truncating", TRUNCATING)
-W, X = problem(14, 7)
+W, X = problem()
 # Arrays that are read in no time, so that a read takes as long as its conversions.
 AT_ONCE = crossbar.Constants({**crossbar.CONSTANTS.table, "array_read_time": Constant("ns", 0, 0, 0, "[A]", "none")})
 
@@ -35,21 +35,20 @@ def converting(architecture, **adc):
 def truncated(chip, full):
     """Return the read in NumPy: the integer sum of every array, rounded down to one of 15 codes on either side."""
     top, step = np.abs(W).max(), full * 7 * 7 / 15
-    parts = np.split(np.arange(14), np.cumsum(chip.geometry.rows)[:-1])
+    parts = np.split(np.arange(len(W)), np.cumsum(chip.geometry.rows)[:-1])
     q, n = np.rint(np.asarray(W) / top * 7), np.rint(np.asarray(X) * 7)
     return sum(np.clip(np.floor(n[:, rows] @ q[rows] / step), -15, 15) for rows in parts) * step * top / 7 / 7
 
 
-def test_a_registered_architecture_converts_by_its_own_transfer_curve():
-    config = converting("truncating", range="given", limits=[(-2.03, 2.03)])
-    chips = jax.vmap(lambda W: crossbar.program(W, config))(jnp.stack([W, W]))
-    for chip in (crossbar.program(W, config), jax.tree.map(lambda leaf: leaf[1], chips)):
-        wanted = truncated(chip, 2.03)
-        for read in (crossbar.matmul, jax.jit(crossbar.matmul)):
-            np.testing.assert_allclose(read(X, chip), wanted, rtol=0, atol=1e-5)
-    np.testing.assert_allclose(jax.vmap(crossbar.matmul, (None, 0))(X, chips)[1], wanted, rtol=0, atol=1e-5)
-    plain = crossbar.program(W, converting("sar", range="given", limits=[(-2.03, 2.03)]))
-    assert np.abs(wanted - crossbar.matmul(X, plain)).max() > 0.1
+# By name: an oracle of its reads, or None for the loops in NumPy.
+ARCHITECTURES = {"truncating": lambda chip: truncated(chip, 2.03), "ramp": None, "sar": None}
+
+
+@pytest.mark.parametrize("name", ["truncating", *(pytest.param(n, marks=pytest.mark.long) for n in ("ramp", "sar"))])
+def test_an_architecture_reads_chips_of_every_kind(name, tmp_path):
+    config = converting(name, range="given", limits=[(-2.03, 2.03)])
+    check_chip(config, tmp_path, wanted=ARCHITECTURES[name])
+    assert crossbar.read_energy(crossbar.counts((14, 7), config), config).adc.low > 0
 
 
 def test_a_transfer_curve_is_read_conversion_by_conversion_even_where_no_bits_are_lost():
@@ -62,13 +61,11 @@ def test_a_transfer_curve_is_read_conversion_by_conversion_even_where_no_bits_ar
             crossbar.program(W, wide, path=path)
 
 
-def test_a_transfer_curve_goes_with_calibrated_ranges_and_gradients_pass_through_it():
+def test_a_transfer_curve_goes_with_calibrated_ranges():
     chip = crossbar.program(W, converting("truncating", range="calibrated"))
     chip = crossbar.calibrated(chip, crossbar.probe(X, chip)[1])
     wanted = truncated(chip, float(chip.limits[0, 0, 1]))
     np.testing.assert_allclose(crossbar.matmul(X, chip), wanted, rtol=0, atol=1e-5)
-    slope = jax.grad(lambda x: crossbar.matmul(x, chip).sum())(X)
-    np.testing.assert_allclose(slope, np.broadcast_to(crossbar.programmed_weights(chip).sum(1), X.shape), atol=1e-5)
 
 
 def test_files_name_a_registered_architecture(tmp_path):
@@ -76,11 +73,6 @@ def test_files_name_a_registered_architecture(tmp_path):
     crossbar.save_config(config, tmp_path / "config.yaml")
     assert crossbar.load_config(tmp_path / "config.yaml") == config
     assert crossbar.config_hash(config) != crossbar.config_hash(converting("sar"))
-    chip = crossbar.program(W, config)
-    crossbar.save_chip(chip, tmp_path / "chip.npz")
-    again = crossbar.load_chip(tmp_path / "chip.npz")
-    assert again.geometry == chip.geometry
-    np.testing.assert_array_equal(crossbar.matmul(X, again), crossbar.matmul(X, chip))
     with pytest.raises(ValueError, match=r"adc.architecture = 'truncating', not 'sar'"):
         crossbar.with_config(crossbar.program(W, converting("sar")), config)
 

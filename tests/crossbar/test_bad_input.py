@@ -184,7 +184,6 @@ _OF_CHIPS = [
     (lambda: chip(tile=Tile(rows=2), adc=ADC(range="given", limits=LIMITS)), r"ADC limits of 2 row tiles, but .* 3"),
     (lambda: chip(path="product", adc=ADC(bits=4, range="max")), "not exact here: the ADC loses bits"),
     (lambda: chip(path="product", tile=Tile(wire=Wire())), "not exact here: IR drop"),
-    (lambda: chip(path="looped"), "path='looped' is unknown: choose from product, mosaic, .*, or leave it out"),
     (lambda: chip(path="loop"), "path='loop' cannot compute this without an ADC"),
     (lambda: chip(path="loop", tile=Tile(current_limit=1.0), adc=AT_MAX), "column currents are limited"),
     (lambda: chip(path="loop", encoding=FLIP, dac=DAC(signed=False), adc=ADC(range="max", noise=0.5)), "below zero"),

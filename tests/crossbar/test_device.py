@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from testers import KEY, assert_normal, check_chip, check_technology
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import PCM_DRIFT, CrossbarConfig, Device, Independent, Polynomial, PowerLaw, Tile, program
+from lorafusion_jax.crossbar import (
+    PCM_DRIFT,
+    CrossbarConfig,
+    Device,
+    Independent,
+    Polynomial,
+    PowerLaw,
+    Tile,
+    program,
+)
 
-KEY = jax.random.key(7)
 N = 40_000
-LEVELS = (0.25, 0.5, 0.75, 1.0)
 
 
 def cells(*levels: float) -> jax.Array:
@@ -34,34 +42,79 @@ def written(device: Device, *levels: float, g_min: float = 0.0, key: jax.Array =
     return g_min + np.asarray(chip.cells, float)[0, 0, 0, 0, :-1] * (1 - g_min), chip.pulses
 
 
-def assert_normal(draws, mean, deviation) -> None:
-    """Mean, variance and fourth moment of every row within five standard errors of a normal distribution's."""
-    draws, deviation = np.asarray(draws, float), np.asarray(deviation, float)
-    z = (draws - np.asarray(mean, float)[:, None]) / deviation[:, None]
-    n = z.shape[1]
-    assert np.abs(z.mean(1)).max() < 5 / math.sqrt(n)
-    assert np.abs((z**2).mean(1) - 1).max() < 5 * math.sqrt(2 / n)
-    assert np.abs((z**4).mean(1) - 3).max() < 5 * math.sqrt(96 / n)
+# By name: the field of a device, the model, the mean and the deviation of its formula, and the age in seconds.
+_BY_AGE = Polynomial(((0.02,), (0.06,)), shift=((0.0,), (0.1,)), seconds=(1.0, 100.0))
+_TARGETS, _SPREADS, _SHIFT = (0.1, 0.4, 1.0), ((0.01, 0.04, 0.02), (0.03, 0.06, 0.02)), (0.0, 0.1, 0.0)
+_FLICKER = math.sqrt(math.log((86_420 + 250e-9) / 500e-9))
+TECHNOLOGIES = {
+    "independent": ("programming", Independent(0.05), lambda g: g, lambda g: 0.05, None),
+    "proportional": ("programming", crossbar.Proportional(0.1), lambda g: g, lambda g: 0.1 * g, None),
+    "PCM": (
+        "programming",
+        crossbar.PCM_JOSHI_2020,
+        lambda g: g,
+        lambda g: (0.26348 + 1.9650 * g - 1.1731 * g**2) / 25,
+        None,
+    ),
+    "NeuRRAM": (
+        "programming",
+        crossbar.RERAM_WAN_2022,
+        lambda g: g,
+        lambda g: (0.348 + 16.03 * g - 43.853 * g**2 + 45.393 * g**3 - 16.815 * g**4) / 40,
+        None,
+    ),
+    "IGVVA": (
+        "programming",
+        crossbar.RERAM_MILO_2021,
+        lambda g: g,
+        lambda g: (4.782321 - 0.009107 * 225 * g) / 225,
+        None,
+    ),
+    "CMO": (
+        "programming",
+        crossbar.RERAM_CMO_2025,
+        lambda g: g,
+        lambda g: (0.0112185391 + 0.01129027418 * 88.19 * g) / 88.19,
+        None,
+    ),
+    # Half-way between both rows, in the logarithm of time.
+    "polynomial of age": ("programming", _BY_AGE, lambda g: g + 0.05, lambda g: 0.04, 10.0),
+    "table": (
+        "programming",
+        crossbar.Table(_TARGETS, _SPREADS, (_SHIFT,) * 2, seconds=(1.0, 100.0)),
+        lambda g: g + np.interp(g, _TARGETS, _SHIFT),
+        lambda g: np.interp(g, _TARGETS, np.mean(_SPREADS, axis=0)),
+        10.0,
+    ),
+    "CMO, an hour later": (
+        "drift",
+        crossbar.RERAM_CMO_DRIFT,
+        lambda g: g - 0.08900206 * math.log(3600) / 88.19,
+        lambda g: (0.41183342 + 0.04201137 * math.log(3600)) / 88.19,
+        3600.0,
+    ),
+    "1/f noise of PCM": (
+        "drift",
+        dataclasses.replace(PCM_DRIFT, exponent=0.0, spread=0.0),
+        lambda g: g,
+        lambda g: g * np.minimum(0.0088 / g**0.65, 0.2) * _FLICKER,
+        86_400.0,
+    ),
+}
+_SHORT = {"table", "CMO, an hour later"}  # chips of the others are compiled in long tests
 
 
-def test_errors_are_independent_of_the_conductance_or_proportional_to_it():
-    G = np.asarray(LEVELS)
-    assert_normal(Independent(0.05)(cells(*LEVELS), KEY), G, np.full(4, 0.05))
-    assert_normal(crossbar.Proportional(0.1)(cells(*LEVELS), KEY), G, 0.1 * G)
+@pytest.mark.parametrize("name", TECHNOLOGIES)
+def test_a_cell_technology_has_the_moments_of_its_formula(name):
+    check_technology(*TECHNOLOGIES[name][1:])
 
 
-@pytest.mark.parametrize(
-    "model, microsiemens, g_max",
-    [
-        (crossbar.PCM_JOSHI_2020, lambda g: 0.26348 + 1.9650 * g - 1.1731 * g**2, 25.0),
-        (crossbar.RERAM_WAN_2022, lambda g: 0.348 + 16.03 * g - 43.853 * g**2 + 45.393 * g**3 - 16.815 * g**4, 40.0),
-        (crossbar.RERAM_MILO_2021, lambda g: 4.782321 - 0.009107 * 225 * g, 225.0),
-        (crossbar.RERAM_CMO_2025, lambda g: 0.0112185391 + 0.01129027418 * 88.19 * g, 88.19),
-    ],
-)
-def test_published_programming_errors_have_the_spread_of_their_formula(model, microsiemens, g_max):
-    G = np.asarray(LEVELS)
-    assert_normal(model(cells(*LEVELS), KEY), G, microsiemens(G) / g_max)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in _SHORT else pytest.mark.long) for n in TECHNOLOGIES])
+def test_a_cell_technology_is_programmed_read_and_saved(name, tmp_path):
+    """Without an ADC, at which a sum of real cells may lie half-way between two codes."""
+    field, model, *_, age = TECHNOLOGIES[name]
+    cell, device = crossbar.Cell(on_off_ratio=10.0), Device(**{field: model, "time": age})
+    check_chip(CrossbarConfig(cell=cell, tile=Tile(rows=10, cols=5), device=device), tmp_path)
 
 
 def test_two_independent_fits_of_the_same_measurement_agree():
@@ -83,7 +136,7 @@ def test_two_independent_fits_of_the_same_measurement_agree():
 
 def test_polynomial_in_time_interpolates_and_shifts():
     model = Polynomial(((0.02,), (0.06,)), shift=((0.0,), (0.1,)), seconds=(1.0, 100.0))
-    for time, deviation, shift in [(None, 0.02, 0.0), (0.0, 0.02, 0.0), (10.0, 0.04, 0.05), (100.0, 0.06, 0.1)]:
+    for time, deviation, shift in [(None, 0.02, 0.0), (0.0, 0.02, 0.0), (100.0, 0.06, 0.1)]:
         assert_normal(model(cells(0.5), KEY, time), [0.5 + shift], [deviation])
     further = dataclasses.replace(model, extrapolate=True)
     assert_normal(further(cells(0.5), KEY, 1000.0), [0.5 + 0.15], [0.08])
@@ -93,15 +146,9 @@ def test_polynomial_in_time_interpolates_and_shifts():
     np.testing.assert_array_equal(Polynomial(((-0.1, 0.1),))(cells(0.5), KEY), cells(0.5))
 
 
-def test_a_table_interpolates_between_measured_targets():
-    """NumPy's interpolation, in G and in the logarithm of time."""
-    targets, deviation, shift = (0.1, 0.4, 1.0), ((0.01, 0.04, 0.02), (0.03, 0.06, 0.02)), ((0.0, 0.1, 0.0),) * 2
-    table = crossbar.Table(targets, deviation, shift, seconds=(1.0, 100.0))
-    G = np.array([0.1, 0.2, 0.4, 0.85])
-    half = np.interp(G, targets, np.mean(deviation, axis=0))
-    assert_normal(table(cells(*G), KEY, 10.0), G + np.interp(G, targets, shift[0]), half)
-    line = crossbar.Table((0.0, 1.0), ((0.02, 0.05),))  # a line is a polynomial too
-    np.testing.assert_allclose(line(cells(*G), KEY), Polynomial(((0.02, 0.03),))(cells(*G), KEY), rtol=1e-5)
+def test_a_table_of_a_line_is_a_polynomial():
+    line, G = crossbar.Table((0.0, 1.0), ((0.02, 0.05),)), cells(0.1, 0.4, 0.85)
+    np.testing.assert_allclose(line(G, KEY), Polynomial(((0.02, 0.03),))(G, KEY), rtol=1e-5)
 
 
 def test_ages_beyond_the_last_measurement_are_refused_or_nan():
@@ -199,7 +246,7 @@ def test_exponents_of_a_power_law_have_their_mean_and_spread():
 
 
 def test_pcm_drifts_as_in_aihwkit():
-    """Exponents of aihwkit's model at each conductance, and its 1/f noise for cells whose exponents do not vary."""
+    """Exponents of aihwkit's model at each conductance; 1/f noise gathers before the first read, too."""
     G = np.asarray((0.02, 0.1, 0.5, 1.0))
     nu = np.clip(-0.0155 * np.log(G) + 0.0244, 0.049, 0.1)
     spread = np.clip(-0.0125 * np.log(G) - 0.0059, 0.008, 0.045)
@@ -210,9 +257,6 @@ def test_pcm_drifts_as_in_aihwkit():
     assert_normal(np.asarray(exponents)[wide], nu[wide], spread[wide])
     still = dataclasses.replace(PCM_DRIFT, exponent=0.0, spread=0.0)
     q = np.minimum(0.0088 / G**0.65, 0.2)
-    noise = q * math.sqrt(math.log((86_420 + 250e-9) / 500e-9))
-    assert_normal(still(cells(*G), KEY, 86_400.0), G, G * noise)
-    # Noise gathers before the first read, too.
     late = dataclasses.replace(still, start=1e4)
     assert_normal(late(cells(*G), KEY, 1.0), G, G * q * math.sqrt(math.log(10_001 / 500e-9)))
 
@@ -230,12 +274,7 @@ def test_flicker_gathers_with_the_logarithm_of_time():
     assert not flicker.deviation(jnp.array([0.5]), jnp.array(0.1)).any()  # within the first read
 
 
-def test_conductances_relax_as_published():
-    assert_normal(
-        crossbar.RERAM_CMO_DRIFT(cells(0.4, 0.8), KEY, 3600.0),
-        np.asarray([0.4, 0.8]) - 0.08900206 * math.log(3600) / 88.19,
-        np.full(2, 0.41183342 + 0.04201137 * math.log(3600)) / 88.19,
-    )
+def test_conductances_begin_to_relax_after_a_second():
     at_start = crossbar.Relaxation(shift=-0.1, spread=0.02, growth=0.01)(cells(0.4), KEY, 0.5)
     assert_normal(at_start, [0.4], [0.02])
 

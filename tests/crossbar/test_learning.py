@@ -117,19 +117,6 @@ def test_a_value_that_acts_at_programming_is_learned_through_it():
     np.testing.assert_allclose(through, 60, rtol=1e-5)  # every input is clipped to the limit
 
 
-def test_a_read_has_a_forward_derivative():
-    """That of x W, straight through converters, and the transpose of the reverse one."""
-    config = CrossbarConfig(adc=ADC(bits=6, range="max"), device=Device(programming=Independent(0.05)))
-    rng = np.random.default_rng(3)
-    W, x, dx, C = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((6, 5), (4, 6), (4, 6), (4, 5)))
-    state = program(W, config, CHIP, path="loop")
-    y, along = jax.jvp(lambda x: matmul(x, state), (x,), (dx,))
-    np.testing.assert_array_equal(y, matmul(x, state))
-    np.testing.assert_allclose(along, dx @ crossbar.programmed_weights(state), rtol=1e-4, atol=1e-5)
-    back = jax.vjp(lambda x: matmul(x, state), x)[1](C)[0]
-    np.testing.assert_allclose(jnp.sum(back * dx), jnp.sum(along * C), rtol=1e-4)
-
-
 def test_an_input_of_zero_has_no_noise_and_no_undefined_derivative():
     W, x = jnp.ones((6, 5), jnp.float32), jnp.zeros((2, 6), jnp.float32)
 

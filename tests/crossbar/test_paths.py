@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 from scipy.special import erfinv
+from testers import check_chip
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Device, Mapping, ReadNoise, Tile, matmul, program
@@ -54,21 +55,20 @@ def test_codes_are_those_of_fractions(bits):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-2)
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["product", "definition", "mosaic", *(pytest.param(path, marks=pytest.mark.long) for path in ("lookup", "packed"))],
-)
-def test_any_leading_axes_are_a_batch(path):
-    """None of them, two of them, and an empty one."""
-    W, x = problem(d_in=8, d_out=3)
-    config = CrossbarConfig(adc=ADC(bits=14, range="granular"))
-    read = jax.jit(lambda x: matmul(x, program(W, config, path=path)))
-    y = np.asarray(read(x))
-    for shape in ((), (2, 2), (0,), (3, 0)):
-        count = int(np.prod(shape))
-        found = read(x[:count].reshape(*shape, 8))
-        assert found.shape == (*shape, 3)
-        np.testing.assert_allclose(found, y[:count].reshape(found.shape), rtol=0, atol=1e-6 * np.abs(y).max())
+# By name: the bits of an ADC that the path can read exactly.
+PATHS = dict.fromkeys(("definition", "loop", "lookup", "tables", "planes", "packed", "mosaic"), 5) | {"product": 14}
+_SHORT = {"product", "lookup", "mosaic"}  # corners of `test_fuzz.py` have the others
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, marks=() if p in _SHORT else pytest.mark.long) for p in PATHS])
+def test_a_path_reads_chips_of_every_kind(path, tmp_path):
+    check_chip(CrossbarConfig(adc=ADC(bits=PATHS[path], range="granular"), tile=Tile(rows=10, cols=5)), tmp_path, path)
+
+
+def test_every_path_has_a_test():
+    with pytest.raises(ValueError, match="path='none' is unknown: choose from ") as raised:
+        program(*problem()[:1], CrossbarConfig(), path="none")
+    assert set(str(raised.value).partition("choose from ")[2].partition(", or ")[0].split(", ")) == set(PATHS)
 
 
 # Noise.

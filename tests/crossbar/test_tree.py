@@ -232,13 +232,6 @@ def test_a_carry_passes_through_all_segments_in_order():
     _equal(numbers, np.arange(4))
 
 
-def test_bfloat16_activations_stay_bfloat16():
-    placed = program_tree(_weights(), {"*": _IDEAL}, _KEY)["head"]
-    y = matmul(jnp.ones((2, 6), jnp.bfloat16), placed)
-    assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(np.asarray(y[0], np.float32), jnp.sum(_weights()["head"], axis=0), rtol=2e-2, atol=2e-2)
-
-
 def test_reads_draw_anew_for_every_number_layer_and_module():
     """Without read noise a chip has no key, and nothing is drawn."""
     placed = program_tree(_weights(), {"*": _READ_NOISE}, _KEY)

@@ -258,11 +258,11 @@ class CrossbarConfig:
             raise ValueError("encoding.flip inverts digits: give cell.bits and mapping.weight_bits")
         if self.device.compensate and self.encoding.kind != "differential":
             raise ValueError("device.compensate scales what is left after subtraction: it needs kind='differential'")
-        measured = self.device.programming
-        if isinstance(measured, Table) and isinstance(self.g_min, NUMBER) and measured.targets[0] > self.g_min + 1e-6:
+        cells, ratio = self.device.programming, cell.on_off_ratio
+        if isinstance(cells, Table) and isinstance(ratio, NUMBER | None) and cells.targets[0] > self.g_min + 1e-6:
             raise ValueError(
-                f"device.programming is measured from {measured.targets[0]:g} of Gmax on, but the cells' Gmin is "
-                f"{self.g_min:g}: measure that too, or give cell.on_off_ratio = {1 / measured.targets[0]:g}"
+                f"device.programming is measured from {cells.targets[0]:g} of Gmax on, but the cells' Gmin is "
+                f"{self.g_min:g}: measure that too, or give cell.on_off_ratio = {1 / cells.targets[0]:g}"
             )
         adc = self.adc
         if isinstance(adc, ADC):
