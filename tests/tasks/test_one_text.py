@@ -245,24 +245,6 @@ def test_what_was_said_before_counts_as_part_of_a_row(tmp_path):
     assert [example.history for example in shown.test] == [example.history for example in task.test]
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ("hello", r'its messages are not a list of \{"role": ..., "content": ...\}'),
-        ([], "has messages of nobody: expected the user's message and then"),
-        ([{"role": "user", "content": "hot"}], "has messages of user: expected"),
-        (_row(("user", "hot"), ("assistant", " "))["messages"], "messages of user, assistant: .* both with text"),
-        (_row(("assistant", "hot"), ("user", "cold"))["messages"], "messages of assistant, user: expected"),
-        ([{"role": "user"}], "message 1 has role: expected role and content, both texts"),
-        ([{"role": "user", "content": "x", "tool_calls": []}], "message 1 has role, content, tool_calls: expected"),
-    ],
-)
-def test_messages_that_are_no_conversation(messages, message, tmp_path):
-    (tmp_path / "test.jsonl").write_text(json.dumps({"messages": messages}))
-    with pytest.raises(ValueError, match=f"test.jsonl, line 1.*{message}"):
-        load_task(tmp_path, chat=True, need=["test"])
-
-
 # Text that comes token by token.
 
 
