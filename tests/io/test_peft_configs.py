@@ -1,4 +1,4 @@
-"""Configurations as PEFT from 0.2 to 0.21, other tools and people write them, accepted or refused by name.
+"""Configurations as PEFT from 0.2 to 0.21, other tools and people write them: those that are accepted.
 
 Written for these tests in the form of files that lie in public repositories; the weights are made to fit them.
 """
@@ -57,11 +57,6 @@ def _peft(version: str, **changes: Any) -> bytes:
 
 
 _UNSLOTH = {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}, "lora_dropout": 0}
-_POINTER = (
-    b"version https://git-lfs.github.com/spec/v1\n"
-    b"oid sha256:0c5f5d2d62b4f1d0f0c0b3e0b1a19d4c2f3c4a5b6d7e8f90123456789abcdef0\nsize 1049\n"
-)
-
 # Scaling and adapter_config.json.
 _ACCEPTED: dict[str, tuple[float, bytes]] = {
     "the first version": (2.0, _peft("0.2")),
@@ -83,25 +78,10 @@ _ACCEPTED: dict[str, tuple[float, bytes]] = {
 }
 
 
-def _json(**fields: Any) -> bytes:
-    return json.dumps(fields).encode()
-
-
-# Part of the refusal and adapter_config.json.
-_REFUSED: dict[str, tuple[str, bytes]] = {
-    "prefix tuning": ("peft_type is 'PREFIX_TUNING': expected LORA or a kind of", _json(peft_type="PREFIX_TUNING")),
-    "AdapterHub": ("AdapterHub", _json(config={"mh_adapter": False}, model_class="BertAdapterModel", name="task")),
-    "tunix": ("tunix / qwix", _json(base_model="gemma", framework="jax-tunix-qwix", lora_rank=32, lora_alpha=32.0)),
-    "another format": ("own format, 'my-native-lora'", _json(format="my-native-lora", rank=16, tensor_count=512)),
-    "a base's name alone": (r"no peft_type among its fields \['base_model'\]", _json(base_model="somebody/robot")),
-    "a pointer of Git LFS": ("this is a Git LFS pointer", _POINTER),
-}
-
-
 def _write(folder, data):
     """Write a configuration, and weights of every module that it names, or of two."""
     (folder / "adapter_config.json").write_bytes(data)
-    config = json.loads(data) if data.lstrip().startswith(b"{") else {}
+    config = json.loads(data)
     targets = config.get("target_modules")
     names = sorted(set(targets)) if isinstance(targets, list) else ["self_attn.q_proj", "self_attn.v_proj"]
     rng = np.random.default_rng(0)
@@ -124,11 +104,3 @@ def test_accepted_with_its_scaling(tmp_path, name):
     adapter = read_adapter(str(tmp_path))
     assert adapter.config == config and adapter.config_text == data
     assert set(adapter.scaling.values()) == {scaling}
-
-
-@pytest.mark.parametrize("name", _REFUSED)
-def test_refused_with_its_file_and_the_reason(tmp_path, name):
-    reason, data = _REFUSED[name]
-    _write(tmp_path, data)
-    with pytest.raises(ValueError, match=rf"/adapter_config\.json: .*{reason}"):
-        read_adapter(str(tmp_path))

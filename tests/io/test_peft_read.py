@@ -320,25 +320,26 @@ def test_state_of_the_training_is_ignored(write):
         ({"alpha_pattern": {f"q{n}": 8 for n in range(20_000)}}, "alpha_pattern has 20,000 keys: expected at most"),
         ({"modules_to_save": ["x" * 5000] * 50}, r"modules_to_save is \['xxx.{,2000}\.\.\.\]: modules trained in full"),
         ({"unknown": "x" * (1 << 20)}, "has 1,048,.* bytes: expected at most 1,048,576"),
-    ],
-)
-def test_configurations_are_refused_by_name(write, fields, message):
-    _refused(write(**fields), rf"adapter_config\.json: .*{message}")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+        ({"r": 8}, "has rank 4 in the tensors, but r and rank_pattern give 8: .*fetch both"),
+        ({"r": 10**400}, r"give 10000.*\.\.\..*: the two files do not belong together"),
+        ({"rank_pattern": {"q": 2}}, "has rank 4 in the tensors.* give 2"),
+        # Of other tools, and files that are no JSON.
+        ('{"config": {"mh_adapter": false}, "model_class": "BertAdapterModel", "name": "task"}', "AdapterHub"),
+        ('{"base_model": "gemma", "framework": "jax-tunix-qwix", "lora_rank": 32, "lora_alpha": 32.0}', "tunix / qwix"),
+        ('{"format": "my-native-lora", "rank": 16, "tensor_count": 512}', "own format, 'my-native-lora'"),
+        ('{"base_model": "somebody/robot"}', r"no peft_type among its fields \['base_model'\]"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1049\n", "this is a Git LFS pointer"),
         ("{", r"not JSON \(.*\): fetch the file again"),
         ("[1]", "holds a list, not an object"),
         ("", "the file is empty"),
         ('{"a":' + "[" * 100_000, r"not JSON \(.*recursion"),
     ],
 )
-def test_a_configuration_that_is_not_a_json_object_is_refused(write, text, message):
-    folder = write()
-    (Path(folder) / "adapter_config.json").write_text(text)
-    _refused(folder, rf"adapter_config\.json: {message}")
+def test_configurations_are_refused_by_name(write, fields, message):
+    folder = write(**fields) if isinstance(fields, dict) else write()
+    if isinstance(fields, str):
+        (Path(folder) / "adapter_config.json").write_text(fields)
+    _refused(folder, rf"adapter_config\.json: .*{message}")
 
 
 def test_missing_files(write):
@@ -351,49 +352,59 @@ def test_missing_files(write):
     _refused(folder, r"has no adapter_config\.json: expected the folder that PEFT's save_pretrained wrote")
 
 
-@pytest.mark.parametrize(
-    ("key", "shape", "message"),
-    [
-        (f"{_Q}.lora_A.weight", (4, 6), "are one factor of two adapters"),
-        (f"{_PREFIX}{_Q}.lora_B.bias", (10,), "is a bias on a factor: retrain with lora_bias=False"),
-        (f"{_PREFIX}{_Q}.lora_magnitude_vector", (10,), "is DoRA's: set use_dora"),
-        (f"{_PREFIX}shared.lora_embedding_A", (4, 9), "LoRA on an embedding, which stacks of the base"),
-        (f"{_PREFIX}{_Q}.lora_diag", (4,), "lora_diag is KaSA"),
-        (f"{_PREFIX}{_Q}.lora_new.weight", (4,), "lora_new.weight is a tensor that plain LoRA does not"),
-        (f"{_PREFIX}shared.token_adapter.trainable_tokens_delta", (4,), "retrained rows of the embedd"),
-        (f"{_PREFIX}prompt_embeddings", (4,), "prompt or prefix tuning"),
-        (f"{_PREFIX}shared.weight", (4, 3), r"shared.weight \[4, 3\] is an embedding.*give the base's weights to comp"),
-        (f"{_PREFIX}encoder.q.bias", (4,), "encoder.q.bias .* is a trained bias"),
-        (f"{_PREFIX}{_Q}.weight", (10, 6), "is a module trained in full .modules_to_save is None"),
-        ("encoder.x.lora_A.weight", (4, 6), "encoder.x has lora_A but no lora_B"),
-        (f"{_PREFIX}encoder.x.lora_B.weight", (6, 4), "encoder.x has lora_B but no lora_A"),
-        ("e" * 170_000, (1,), "a tensor is named 'eee.*eee': expected at most 400 printable characters"),
-        (f"{_Q}\n.lora_A.weight", (1,), r"a tensor is named 'encoder.*\\n.lora_A.weight': expected"),
-        ("\x1b[2J", (1,), "a tensor is named '.x1b.2J': expected at most"),
-    ],
-)
-def test_tensors_are_refused_by_name(write, key, shape, message):
-    _refused(write(_TENSORS | {key: np.ones(shape, np.float32)}), rf"adapter_model\.safetensors: .*{message}")
+_ONE_MORE = _factors(path="encoder.block.1.layer.0.SelfAttention.q")
+_NAMES = [
+    (f"{_Q}.lora_A.weight", (4, 6), "are one factor of two adapters"),
+    (f"{_PREFIX}{_Q}.lora_B.bias", (10,), "is a bias on a factor: retrain with lora_bias=False"),
+    (f"{_PREFIX}{_Q}.lora_magnitude_vector", (10,), "is DoRA's: set use_dora"),
+    (f"{_PREFIX}shared.lora_embedding_A", (4, 9), "LoRA on an embedding, which stacks of the base"),
+    (f"{_PREFIX}{_Q}.lora_diag", (4,), "lora_diag is KaSA"),
+    (f"{_PREFIX}{_Q}.lora_new.weight", (4,), "lora_new.weight is a tensor that plain LoRA does not"),
+    (f"{_PREFIX}shared.token_adapter.trainable_tokens_delta", (4,), "retrained rows of the embedd"),
+    (f"{_PREFIX}prompt_embeddings", (4,), "prompt or prefix tuning"),
+    (f"{_PREFIX}shared.weight", (4, 3), r"shared.weight \[4, 3\] is an embedding.*give the base's weights to comp"),
+    (f"{_PREFIX}encoder.q.bias", (4,), "encoder.q.bias .* is a trained bias"),
+    (f"{_PREFIX}{_Q}.weight", (10, 6), "is a module trained in full .modules_to_save is None"),
+    ("encoder.x.lora_A.weight", (4, 6), "encoder.x has lora_A but no lora_B"),
+    (f"{_PREFIX}encoder.x.lora_B.weight", (6, 4), "encoder.x has lora_B but no lora_A"),
+    ("e" * 170_000, (1,), "a tensor is named 'eee.*eee': expected at most 400 printable characters"),
+    (f"{_Q}\n.lora_A.weight", (1,), r"a tensor is named 'encoder.*\\n.lora_A.weight': expected"),
+    ("\x1b[2J", (1,), "a tensor is named '.x1b.2J': expected at most"),
+]
+_FACTORS = [
+    ("lora_A", np.ones((4, 6, 3, 3), np.float32), r"lora_A.weight \[4, 6, 3, 3\].*LoRA on a convolution"),
+    ("lora_B", np.ones((10, 4, 1), np.float32), r"lora_B.weight \[10, 4, 1\].*MergedLinear"),
+    ("lora_A", np.ones(24, np.float32), r"lora_A.weight \[24\].*expected 2 dimensions.*gather shards .DeepSpeed"),
+    ("lora_A", np.ones((0, 6), np.float32), r"lora_A.weight \[0, 6\].*none empty"),
+    ("lora_A", np.ones((4, 6), np.uint8), "lora_A.weight .* of dtype uint8: expected floats"),
+    ("lora_A", np.full((4, 6), np.nan, np.float32), "q.lora_A.weight holds NaN or infinity.*retrain"),
+    ("lora_B", np.full((10, 4), np.inf, ml_dtypes.bfloat16), "q.lora_B.weight holds NaN or infinity"),
+    ("lora_A", np.ones((3, 6), np.float32), r"lora_A.weight \[3, 6\] has rank 3, .*lora_B.* has rank 4: expected"),
+    ("lora_A", np.ones((4, 7), np.float32), r"1 of 3 modules do not fit; first .*lora_A.weight \[4, 7\].*\[r, 6\]"),
+    ("lora_B", np.ones((9, 4), np.float32), r"lora_B.weight \[9, 4\]: expected \[r, 6\] and \[10, r\]"),
+]
+_MAGNITUDES = [
+    (10, (_Q,), f"{_V} has lora_A and lora_B but no lora_magnitude_vector .use_dora is true.: the file is incomplete"),
+    (9, (_Q, _V), r"lora_magnitude_vector has shape \[9\]: expected \[10\]"),
+    ((1, 10), (_Q, _V), r"lora_magnitude_vector \[1, 10\].*expected 1 dimension"),
+]
+_REFUSED = [
+    *(({key: np.ones(shape, np.float32)}, {}, message) for key, shape, message in _NAMES),
+    *((_ONE_MORE | {f"{_PREFIX}{_Q}.{kind}.weight": array}, {}, message) for kind, array, message in _FACTORS),
+    *(
+        (
+            {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones(shape, "f4") for path in paths},
+            {"use_dora": True},
+            message,
+        )
+        for shape, paths, message in _MAGNITUDES
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "array", "message"),
-    [
-        ("lora_A", np.ones((4, 6, 3, 3), np.float32), r"lora_A.weight \[4, 6, 3, 3\].*LoRA on a convolution"),
-        ("lora_B", np.ones((10, 4, 1), np.float32), r"lora_B.weight \[10, 4, 1\].*MergedLinear"),
-        ("lora_A", np.ones(24, np.float32), r"lora_A.weight \[24\].*expected 2 dimensions.*gather shards .DeepSpeed"),
-        ("lora_A", np.ones((0, 6), np.float32), r"lora_A.weight \[0, 6\].*none empty"),
-        ("lora_A", np.ones((4, 6), np.uint8), "lora_A.weight .* of dtype uint8: expected floats"),
-        ("lora_A", np.full((4, 6), np.nan, np.float32), "q.lora_A.weight holds NaN or infinity.*retrain"),
-        ("lora_B", np.full((10, 4), np.inf, ml_dtypes.bfloat16), "q.lora_B.weight holds NaN or infinity"),
-        ("lora_A", np.ones((3, 6), np.float32), r"lora_A.weight \[3, 6\] has rank 3, .*lora_B.* has rank 4: expected"),
-        ("lora_A", np.ones((4, 7), np.float32), r"1 of 3 modules do not fit; first .*lora_A.weight \[4, 7\].*\[r, 6\]"),
-        ("lora_B", np.ones((9, 4), np.float32), r"lora_B.weight \[9, 4\]: expected \[r, 6\] and \[10, r\]"),
-    ],
-)
-def test_factors_of_the_wrong_kind_or_shape_are_refused(write, kind, array, message):
-    tensors = _TENSORS | _factors(path="encoder.block.1.layer.0.SelfAttention.q")
-    _refused(write(tensors | {f"{_PREFIX}{_Q}.{kind}.weight": array}), message)
+@pytest.mark.parametrize(("tensors", "fields", "message"), _REFUSED)
+def test_tensors_are_refused_by_name(write, tensors, fields, message):
+    _refused(write(_TENSORS | tensors, **fields), rf"adapter_model\.safetensors: .*{message}")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("y" * 10_000), ValueError("z")])
@@ -407,22 +418,6 @@ def test_every_error_names_the_adapter_and_keeps_its_cause(write, error):
     assert error in (caught.value.__cause__, caught.value.__cause__.__cause__)
     assert len(str(caught.value)) < 2_500
     assert isinstance(error, ValueError) or type(error).__name__ in str(caught.value)
-
-
-def test_ranks_that_differ_from_the_configuration_are_refused(write):
-    _refused(write(r=8), "has rank 4 in the tensors, but r and rank_pattern give 8: .*fetch both")
-    _refused(write(r=10**400), r"give 10000.*\.\.\..*: the two files do not belong together")
-    _refused(write(rank_pattern={"q": 2}), "has rank 4 in the tensors.* give 2")
-
-
-def test_dora_without_or_with_wrong_magnitudes(write):
-    def tensors(shape, *paths):
-        return _TENSORS | {f"{_PREFIX}{path}.lora_magnitude_vector": np.ones(shape, np.float32) for path in paths}
-
-    message = f"{_V} has lora_A and lora_B but no lora_magnitude_vector .use_dora is true.: the file is incomplete"
-    _refused(write(tensors(10, _Q), use_dora=True), message)
-    _refused(write(tensors(9, _Q, _V), use_dora=True), r"lora_magnitude_vector has shape \[9\]: expected \[10\]")
-    _refused(write(tensors((1, 10), _Q, _V), use_dora=True), r"lora_magnitude_vector \[1, 10\].*expected 1 dimension")
 
 
 def test_a_path_that_the_base_lacks_and_a_wrong_base(write):
