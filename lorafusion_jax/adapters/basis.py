@@ -250,9 +250,9 @@ def _leading(left: Float[np.ndarray, "N d r"], right: Float[np.ndarray, "N r e"]
     side_by_side = (left @ R.swapaxes(1, 2)).swapaxes(0, 1).reshape(left.shape[1], -1)
     d, width = side_by_side.shape
     if width < d:
-        found = scipy.linalg.svd(side_by_side, full_matrices=False)[0][:, :k]
+        vectors = scipy.linalg.svd(side_by_side, full_matrices=False)[0][:, :k]
     else:
         gram = side_by_side @ side_by_side.T
-        found = scipy.linalg.eigh(gram, subset_by_index=[d - k, d - 1])[1][:, ::-1]
-    largest = np.take_along_axis(found, np.argmax(np.abs(found), axis=0)[None], axis=0)
-    return found * np.where(largest < 0, -1.0, 1.0)
+        vectors = scipy.linalg.eigh(gram, subset_by_index=[d - k, d - 1])[1][:, ::-1]
+    largest = np.take_along_axis(vectors, np.argmax(np.abs(vectors), axis=0)[None], axis=0)
+    return vectors * np.where(largest < 0, -1.0, 1.0)

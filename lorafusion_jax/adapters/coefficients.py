@@ -69,35 +69,35 @@ def refined(
     into = pool if into is None else into
     if granularity == to and (into is pool or to == "global"):
         return coefficients
-    found = jnp.zeros(shape(into, coefficients.shape[0], to), coefficients.dtype)
+    finer = jnp.zeros(shape(into, coefficients.shape[0], to), coefficients.dtype)
     columns = _columns(into, to)
     for site, spread in expand(coefficients, pool, granularity).items():
         if site not in columns:
             continue
         by_column = jnp.swapaxes(spread, 0, 1)
         if granularity == "rank":  # padding may be of another width
-            ranks = min(by_column.shape[2], found.shape[2])
-            found = found.at[:, columns[site], :ranks].set(by_column[:, :, :ranks])
+            ranks = min(by_column.shape[2], finer.shape[2])
+            finer = finer.at[:, columns[site], :ranks].set(by_column[:, :, :ranks])
         else:
-            found = found.at[:, columns[site]].set(by_column if to == "rank" else by_column[:, :, 0])
-    return found
+            finer = finer.at[:, columns[site]].set(by_column if to == "rank" else by_column[:, :, 0])
+    return finer
 
 
 def present(pool: Pool, index: Int[Array, " N"], granularity: Granularity) -> Bool[Array, "..."]:
     """Return which coefficients affect the model; the others are neither counted nor penalised."""
     shape_ = shape(pool, index.shape[0], granularity)
     columns = _columns(pool, granularity)
-    found = jnp.zeros(shape_, bool)
+    acting = jnp.zeros(shape_, bool)
     for site, rank in pool.rank.items():
         ranks = rank[:, index].T
         if granularity == "global":
-            found = found | jnp.any(ranks > 0, axis=1)
+            acting = acting | jnp.any(ranks > 0, axis=1)
         elif granularity == "rank":
             real = jnp.arange(shape_[2])[None, None, :] < ranks[:, :, None]
-            found = found.at[:, columns[site]].max(real)
+            acting = acting.at[:, columns[site]].max(real)
         else:
-            found = found.at[:, columns[site]].max(ranks > 0)
-    return found
+            acting = acting.at[:, columns[site]].max(ranks > 0)
+    return acting
 
 
 def column_names(pool: Pool, granularity: Granularity) -> list[str]:

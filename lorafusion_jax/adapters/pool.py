@@ -96,11 +96,11 @@ def joined(pools: Sequence[LoraPool], layers: Mapping[str, int]) -> LoraPool:
         A, B, rank = (jnp.concatenate(of_pools, axis=1) for of_pools in zip(*parts, strict=True))
         return A, B, rank
 
-    found = {site: put_together(site) for site in sites}
+    factors = {site: put_together(site) for site in sites}
     return LoraPool(
-        A={site: A for site, (A, _, _) in found.items()},
-        B={site: B for site, (_, B, _) in found.items()},
-        rank={site: rank for site, (_, _, rank) in found.items()},
+        A={site: A for site, (A, _, _) in factors.items()},
+        B={site: B for site, (_, B, _) in factors.items()},
+        rank={site: rank for site, (_, _, rank) in factors.items()},
         names=tuple(name for pool in pools for name in pool.names),
     )
 
@@ -115,13 +115,13 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     if not chosen:
         raise ValueError("a pool needs at least one adapter: none was given")
     position = {name: i for i, name in enumerate(names)}
-    found = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
-    for given, index in zip(chosen, found, strict=True):
+    numbers = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
+    for given, index in zip(chosen, numbers, strict=True):
         if not 0 <= index < len(names):
             raise ValueError(f"the pool lacks {given!r}: it holds {len(names)}, from {names[0]!r} to {names[-1]!r}")
-    if len(set(found)) < len(found):
+    if len(set(numbers)) < len(numbers):
         raise ValueError(f"an adapter is chosen twice in {list(chosen)}: name each one once")
-    return found
+    return numbers
 
 
 def in_pool(modules: int, index: Int[Array, "..."]) -> Array | float:
@@ -223,13 +223,13 @@ def rotated_pool(pool: LoraPool, key: Array, *, together: bool = False) -> LoraP
 
         if together:
             return jnp.einsum("lde,lner->lndr", draw("", d), a, precision="highest")
-        found = []
+        of_modules = []
         for n, name in enumerate(pool.names):
             own = r if is_traced(pool.rank) else int(np.max(np.asarray(pool.rank[site])[:, n]))
             _, triangle = _qr(a[:, n, :, :own])
             new = jnp.matmul(draw(f", {name}", min(d, own)), triangle, precision="highest")
-            found.append(jnp.pad(new, [(0, 0), (0, 0), (0, r - own)]))
-        return jnp.stack(found, axis=1)
+            of_modules.append(jnp.pad(new, [(0, 0), (0, 0), (0, r - own)]))
+        return jnp.stack(of_modules, axis=1)
 
     def of_outputs(b: Array, site: str) -> Array:
         return jnp.swapaxes(turned(jnp.swapaxes(b, 2, 3), site, "outputs"), 2, 3)
