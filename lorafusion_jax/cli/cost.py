@@ -64,8 +64,8 @@ def main(arguments: Sequence[str]) -> None:
     config, crossbar = shape_config(options.shape), load_config(options.crossbar)
     options = dataclasses.replace(options, targets=config.targets if options.targets is None else options.targets)
     constants = CONSTANTS if options.constants is None else load_constants(options.constants)
-    found = {activity.method: activity for activity in bill.activities(config, crossbar, options)}
-    bills = {name: bill.price(activity, crossbar, options, constants) for name, activity in found.items()}
+    activities = {activity.method: activity for activity in bill.activities(config, crossbar, options)}
+    bills = {name: bill.price(activity, crossbar, options, constants) for name, activity in activities.items()}
     once = {name: bill.price_once(of, constants) for name, of in bill.installed_once(config, crossbar, options).items()}
     corrections = None
     if options.restore is not None:
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError(f"{got}: give the shape of the corrected base with --shape")
         how = {"numbers": made["numbers"], "tokens": made["tokens"], "epochs": made["settings"]["epochs"]}
         corrections = bill.correction_bill(config, crossbar, constants=constants, **how)
-    against = bill.comparisons(found, crossbar, options, constants)
+    against = bill.comparisons(activities, crossbar, options, constants)
 
     if options.save_constants is not None:
         with writing(options.save_constants.parent):

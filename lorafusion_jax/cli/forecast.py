@@ -29,47 +29,47 @@ def main(arguments: Sequence[str]) -> None:
     for path in (options.plot, options.json):
         if path is not None:
             check_writable(path)
-    found = forecast(options)
-    show(report(found))
+    result = forecast(options)
+    show(report(result))
     if options.json is not None:
-        descent, prediction = found.descent, found.prediction
+        descent, prediction = result.descent, result.prediction
         content = {
-            "task": found.task,
+            "task": result.task,
             "rows": descent.rows,
             "loss": descent.loss,
             "log_ratio": descent.log_ratio,
-            "modules": dict(zip(found.modules, descent.modules.tolist(), strict=True)),
-            "rotated": dict(zip(found.modules, descent.rotated.T.tolist(), strict=True)),
+            "modules": dict(zip(result.modules, descent.modules.tolist(), strict=True)),
+            "rotated": dict(zip(result.modules, descent.rotated.T.tolist(), strict=True)),
             "prediction": None if prediction is None else prediction._asdict(),
-            "verdict": found.verdict,
+            "verdict": result.verdict,
         }
         write_text(options.json, json.dumps(content, indent=1) + "\n")
         show(f"written to {options.json}")
     if options.plot is not None:
-        plot_descent(found.modules, found.descent.modules, found.descent.rotated, options.plot, title=found.task)
+        plot_descent(result.modules, result.descent.modules, result.descent.rotated, options.plot, title=result.task)
         show(f"written to {options.plot}")
 
 
-def report(found: Forecast) -> str:
+def report(result: Forecast) -> str:
     """Return the modules by gradient norm, the greatest first, and the forecast."""
-    descent = found.descent
+    descent = result.descent
     lines = [["module", "descent", "rotated", "ratio"]]
     for n in np.argsort(-descent.modules, kind="stable").tolist():
         own, copy = descent.modules[n], descent.of_copies[n]
-        lines.append([found.modules[n], f"{own:.4f}", f"{copy:.4f}", f"{own / copy:.2f}" if copy else "-"])
+        lines.append([result.modules[n], f"{own:.4f}", f"{copy:.4f}", f"{own / copy:.2f}" if copy else "-"])
     texts = [
         one_line(
-            f"{found.task}: {descent.rows} training rows, loss of the base {descent.loss:.3f} nats per answer token"
+            f"{result.task}: {descent.rows} training rows, loss of the base {descent.loss:.3f} nats per answer token"
         ),
         plain(lines),
         f"descent: nats for a unit of a module's coefficients; rotated: root mean square of {len(descent.rotated)} "
         "rotated copies",
         f"The descent of the whole pool is {np.exp(descent.log_ratio):.2f} times that of its rotated copies.",
     ]
-    if found.prediction is not None:
-        value, low, high = found.prediction
+    if result.prediction is not None:
+        value, low, high = result.prediction
         texts.append(
             f"Advantage over rotated copies in test loss: {value:.2f} nats per answer token ({LEVEL:.0%} interval "
             f"{low:.2f} to {high:.2f})."
         )
-    return "\n".join([*texts, found.verdict])
+    return "\n".join([*texts, result.verdict])

@@ -70,7 +70,7 @@ def _in_json(text: str) -> str:
 
 def _without_breaks(text: str) -> str:
     """Return a text with escapes for all that ends a line anywhere; another program gets the others as they are."""
-    return _BREAKS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _BREAKS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _on_chip(command: GenerateCommand) -> Callable[[], Problem] | None:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the counts as a Markdown table."""
     options = parse(ParamsOptions, arguments, "params")
     numbers = {name: value for name, value in vars(options).items() if name != "shape"}
-    found = counts(shape_config(options.shape), **numbers)
-    full = found["full fine-tuning"]
-    lines = [[method, f"{count:,}", f"{100 * count / full:.4g} %"] for method, count in found.items()]
+    of_methods = counts(shape_config(options.shape), **numbers)
+    full = of_methods["full fine-tuning"]
+    lines = [[method, f"{count:,}", f"{100 * count / full:.4g} %"] for method, count in of_methods.items()]
     show(markdown([["method", "trainable parameters", f"of {options.shape}"], *lines]), end="")

@@ -37,11 +37,11 @@ def parse(
     description = inspect.cleandoc(options.__doc__ or "").partition("\nAttributes:")[0]
     how: Any = {"prog": f"lorafusion {name}", "description": description, "config": (tyro.conf.OmitArgPrefixes,)}
     if others is None:
-        found = tyro.cli(shown, args=list(arguments), **how)
+        parsed = tyro.cli(shown, args=list(arguments), **how)
     else:
-        found, unknown = tyro.cli(shown, args=list(arguments), return_unknown_args=True, **how)
+        parsed, unknown = tyro.cli(shown, args=list(arguments), return_unknown_args=True, **how)
         others += unknown
-    values = dict(vars(found))
+    values = dict(vars(parsed))
     for title in groups:
         values |= vars(values.pop(_attribute(title)))
     return _built(options, values)
@@ -51,8 +51,8 @@ def peek(options: type[Options], arguments: Sequence[str]) -> Options:
     """Return the options of a dataclass from the arguments, ignoring all other options."""
     import tyro
 
-    found, _ = tyro.cli(options, args=list(arguments), return_unknown_args=True, add_help=False)
-    return found
+    parsed, _ = tyro.cli(options, args=list(arguments), return_unknown_args=True, add_help=False)
+    return parsed
 
 
 def given(arguments: Sequence[str]) -> list[str]:
@@ -83,14 +83,16 @@ def _shown(options: type, groups: Groups, defaults: Mapping[str, Any]) -> type:
     """Return a dataclass of the options without a group, with one more dataclass for each group."""
     import tyro
 
-    found = {}
+    by_name = {}
     for name, type_, field in flat_fields(options):
         default = defaults.get(name, field.default)
-        found[name] = (name, type_, dataclasses.field(default=default, default_factory=field.default_factory))
+        by_name[name] = (name, type_, dataclasses.field(default=default, default_factory=field.default_factory))
     documented = {"__doc__": f"Options.\n\nAttributes:\n{_documented(options)}"}
-    fields: list[Any] = [found[name] for name in found if not any(name in names for names in groups.values())]
+    fields: list[Any] = [by_name[name] for name in by_name if not any(name in names for names in groups.values())]
     for title, names in groups.items():
-        group = dataclasses.make_dataclass("Group", [found[name] for name in names], kw_only=True, namespace=documented)
+        group = dataclasses.make_dataclass(
+            "Group", [by_name[name] for name in names], kw_only=True, namespace=documented
+        )
         fields.append((_attribute(title), Annotated[group, tyro.conf.arg(name=title, help="")]))
     return dataclasses.make_dataclass("Options", fields, kw_only=True, namespace=documented)
 

@@ -46,8 +46,8 @@ def keep_compiled() -> None:
     try:
         folder = _folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
             print(f"{folder} is not private to you: compiled functions are not kept. Remove it", file=sys.stderr)
             return
         _prune(folder)
@@ -86,12 +86,12 @@ def _folder() -> Path:
 
 def _prune(folder: Path) -> None:
     """Remove the oldest entries above the bound, by the time of their last use as far as the disk keeps it."""
-    found, total = [], 0
+    entries, total = [], 0
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another command removes entries too
             s = path.stat()
-            found.append((max(s.st_atime, s.st_mtime), s.st_size, path))
-    for _, size, path in sorted(found, reverse=True):
+            entries.append((max(s.st_atime, s.st_mtime), s.st_size, path))
+    for _, size, path in sorted(entries, reverse=True):
         total += size
         if total > _MOST_BYTES and path.is_file():
             path.unlink(missing_ok=True)
