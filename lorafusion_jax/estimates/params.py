@@ -40,7 +40,7 @@ def counts(
     at_least(1, modules=modules, rank=rank, vera_rank=vera_rank, basis=basis)
     maps = None if targets is None else tuple(targets)
     numbers = {"modules": modules, "lora_rank": rank, "vera_rank": vera_rank, "lora_targets": maps}
-    fused, found = PlannedPool(rank=rank, pool=modules, targets=maps), {}
+    fused, counted = PlannedPool(rank=rank, pool=modules, targets=maps), {}
     for entry in METHODS.values():
         recipe = recipe_of(entry.recipe, numbers)
         asked = {} if entry.title is None else {entry.title.format(**vars(recipe)): recipe}
@@ -48,8 +48,8 @@ def counts(
             for core in (False, True):
                 in_basis = recipe_of(entry.recipe, vars(recipe) | {"basis": basis, "train_core": core})
                 asked[entry.basis_title.format(basis=basis) + (WITH_CORE if core else "")] = in_basis
-        found |= {title: sum(trainable_count(entry, config, of, fused).values()) for title, of in asked.items()}
-    return found
+        counted |= {title: sum(trainable_count(entry, config, of, fused).values()) for title, of in asked.items()}
+    return counted
 
 
 def shape_config(shape: str) -> Architecture:

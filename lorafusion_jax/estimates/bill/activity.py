@@ -70,7 +70,7 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
         "validation": Counter({row._replace(rows=rows.validation.shape[1]): recipe.epochs}),
         "search": Counter({padded: len(order)}),
     }
-    found = []
+    of_methods = []
     for name, method in methods(config, options, steps=work["steps"].total()).items():
         place = _shared if method.shared else _standing
         sites = adapted(config, method.update)
@@ -88,8 +88,8 @@ def activities(config: Architecture, crossbar: CrossbarConfig, options: CostOpti
             generated=_token(method, config, crossbar, row, output=True),
             stages=_stages(method, config),
         )
-        found.append(activity)
-    return found
+        of_methods.append(activity)
+    return of_methods
 
 
 def installed_once(config: Architecture, crossbar: CrossbarConfig, options: CostOptions) -> dict[str, Standing]:
@@ -106,7 +106,7 @@ def installed_once(config: Architecture, crossbar: CrossbarConfig, options: Cost
         words, macs = sum(count for count, _ in terms), sum(count * d_in for count, d_in in terms)
         return Standing(matrices, words + cores, macs)
 
-    found = {
+    installed = {
         "base": Standing(_of_base(config, crossbar)),
         f"pool of {P}, each module on its own": standing(P * r, _standing(sites, module(r), crossbar) * P),
         f"pool of {P}, side by side": standing(P * r, _standing(sites, module(P * r), crossbar)),
@@ -114,8 +114,8 @@ def installed_once(config: Architecture, crossbar: CrossbarConfig, options: Cost
     }
     cores = sum(site.layers for site in sites.values()) * P
     for k in options.bases:
-        found[f"basis of {k} of {P} modules"] = standing(k, _standing(sites, module(k), crossbar), cores * k**2)
-    return found
+        installed[f"basis of {k} of {P} modules"] = standing(k, _standing(sites, module(k), crossbar), cores * k**2)
+    return installed
 
 
 def _training(
@@ -126,12 +126,12 @@ def _training(
     if method.evaluations:
         searched = Counter({shape: n * method.evaluations for shape, n in work["search"].items()})
         return _passes(method, config, crossbar, none, searched)
-    found = [_passes(method, config, crossbar, work["steps"], work["validation"])]
+    of_passes = [_passes(method, config, crossbar, work["steps"], work["validation"])]
     if method.ranking is not None:
-        found.append(_passes(method.ranking, config, crossbar, work["search"], none))
+        of_passes.append(_passes(method.ranking, config, crossbar, work["search"], none))
     base, update = (
         Work(_sum(w.reads for w in works), sum(w.macs for w in works), sum(w.words for w in works))
-        for works in zip(*found, strict=True)
+        for works in zip(*of_passes, strict=True)
     )
     return base, update
 

@@ -90,9 +90,9 @@ def price_once(standing: Standing, constants: Constants = CONSTANTS) -> Once:
 
 def token_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> ReadEnergy:
     """Return the energy of a token by component; words are counted for all multiply-adds, as no operands are shared."""
-    found = read_energy(work.reads, crossbar, constants)
+    energy = read_energy(work.reads, crossbar, constants)
     digital = constants["mac_energy"] * work.macs + constants["word_energy"] * work.words
-    return found._replace(digital=found.digital + digital)
+    return energy._replace(digital=energy.digital + digital)
 
 
 def training_energy(work: Work, crossbar: CrossbarConfig, constants: Constants) -> Range:

@@ -34,11 +34,11 @@ class Comparison(NamedTuple):
 
 
 def comparisons(
-    found: Mapping[str, Activity], crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
+    of_methods: Mapping[str, Activity], crossbar: CrossbarConfig, options: CostOptions, constants: Constants = CONSTANTS
 ) -> dict[str, Comparison]:
     """Return the comparisons of LoRA in cells with LoRAFusion, by the layout of its pool, and by its bases."""
-    lora, layouts = found["LoRA in cells"], [name for name in found if name.startswith("LoRAFusion")]
-    return {name: _compare(lora, found[name], crossbar, options, constants) for name in layouts}
+    lora, layouts = of_methods["LoRA in cells"], [name for name in of_methods if name.startswith("LoRAFusion")]
+    return {name: _compare(lora, of_methods[name], crossbar, options, constants) for name in layouts}
 
 
 def _compare(

@@ -28,21 +28,21 @@ def methods(config: Architecture, options: CostOptions, *, steps: int) -> dict[s
     adapted = sum(site.layers for site in targeted(config, options.targets).values())
     cores = (False, True) if options.train_core else (False,)
     in_bases = [{"basis": k, "train_core": core} for k in options.bases for core in cores]
-    found = {}
+    by_title = {}
     for entry in sorted(METHODS.values(), key=lambda entry: entry.name == "fusion"):
         for more in ({}, *(in_bases if entry.basis_title is not None else ())):
             recipe = recipe_of(entry.recipe, options.numbers | more)
             counts = trainable_count(entry, config, recipe, modules)
             billed = Billed(recipe, options.rank, counts, steps, base, adapted)
             for title, layout in entry.cost_layouts(billed).items():
-                found[title] = BilledMethod(
+                by_title[title] = BilledMethod(
                     **vars(layout),
                     update=_placed(entry.update(recipe, modules), layout),
                     trainable=sum(counts.values()),
                     evaluations=entry.evaluations(recipe, options.modules) if entry.learns == "searched" else 0,
                     ranking=_ranking(entry, title, billed, options),
                 )
-    return found
+    return by_title
 
 
 def _ranking(entry: MethodEntry, title: str, billed: Billed, options: CostOptions) -> BilledMethod | None:
@@ -61,5 +61,5 @@ def _placed(update: Update, layout: CostLayout) -> Update:
 
 def base_matrices(config: Architecture) -> list[tuple[Matrix, int]]:
     """Return the matrices in arrays, and how often each shape occurs."""
-    found = [((site.d_in, site.d_out), site.layers) for site in config.sites.values()]
-    return found if config.tied else [*found, (config.head, 1)]
+    matrices = [((site.d_in, site.d_out), site.layers) for site in config.sites.values()]
+    return matrices if config.tied else [*matrices, (config.head, 1)]

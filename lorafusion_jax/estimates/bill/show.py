@@ -36,23 +36,23 @@ def number(value: Range) -> str:
 
 def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOptions) -> dict[str, list[list[str]]]:
     """Return the tables of costs by caption: headings, then lines."""
-    found = bills.values()
+    of_methods = bills.values()
     tokens = f"{options.tokens_per_task:,} tokens"
     return {
         "Written for one new task": [
             ["method", "trained", "cells", "pulses", "energy", "time", "cycles of a cell", "tasks until wear-out"],
-            *([b.method, f"{b.trainable:,}", *_written(b.written)] for b in found),
+            *([b.method, f"{b.trainable:,}", *_written(b.written)] for b in of_methods),
         ],
         f"Energy of one new task: learning it, and {tokens} with their sources": [
             ["method", "putting it in place", "its update", "the base's passes", "learned", tokens],
             *(
                 [b.method, *(quantity(e, "J") for e in (b.install, b.update, b.base, b.learning, b.inference))]
-                for b in found
+                for b in of_methods
             ),
         ],
         "Energy of one generated token, by component, without its source": [
             ["method", "array", "DAC", "ADC", "shift-and-add", "digital", "all"],
-            *([b.method, *(quantity(e, "J") for e in (*b.generated, b.generated.total))] for b in found),
+            *([b.method, *(quantity(e, "J") for e in (*b.generated, b.generated.total))] for b in of_methods),
         ],
         "Other costs of inference": [
             ["method", "one source token", "latency, arrays", "latency, digital", "adapters' arrays"],
@@ -62,7 +62,7 @@ def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOpt
                     *(quantity(time, "s") for time in (b.latency_arrays, b.latency_digital)),
                     f"{b.adapter_arrays:,}",
                 ]
-                for b in found
+                for b in of_methods
             ),
         ],
         "Written once, before any task": [
@@ -75,14 +75,14 @@ def tables(bills: Mapping[str, Bill], once: Mapping[str, Once], options: CostOpt
     }
 
 
-def comparison_table(found: Mapping[str, Comparison]) -> list[list[str]]:
+def comparison_table(compared: Mapping[str, Comparison]) -> list[list[str]]:
     """Return the lines of the comparison of LoRA in cells with LoRAFusion."""
     ratios = ["putting it in place", "with its update", "learned", "learned, over all constants"]
     return [
         ["LoRA's energy over that of", *ratios, "more for a generated token", "break-even, tokens"],
         *(
             [name, *map(number, c[:4]), quantity(c.extra_per_token, "J"), number(c.break_even)]
-            for name, c in found.items()
+            for name, c in compared.items()
         ),
     ]
 
@@ -98,9 +98,9 @@ def constants_table(constants: Constants) -> list[list[str]]:
     ]
 
 
-def markdown(found: Mapping[str, Sequence[Sequence[str]]]) -> str:
+def markdown(by_caption: Mapping[str, Sequence[Sequence[str]]]) -> str:
     """Return tables with their captions; ranges are low / typical / high."""
-    return "\n".join(f"{caption}\n\n{text_tables.markdown(lines)}" for caption, lines in found.items())
+    return "\n".join(f"{caption}\n\n{text_tables.markdown(lines)}" for caption, lines in by_caption.items())
 
 
 def _written(p: WriteCost) -> list[str]:
