@@ -142,8 +142,8 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
                 restored=on.restored,
             )
             everyone = for_every_chip(params, count)
-            found = evaluate(on_all, everyone, batch_size=options.eval_batch)
-            scores = seed_rows(on.fused.seeds * count, found)
+            evaluation = evaluate(on_all, everyone, batch_size=options.eval_batch)
+            scores = seed_rows(on.fused.seeds * count, evaluation)
             rows += [
                 {"age": age, "compensate": compensate, "chip": number // len(on.fused.seeds)}
                 | {name: row[name] for name in ("seed", "exact_match", "loss")}
@@ -174,11 +174,11 @@ def results_path(options: EvaluateOnChipsOptions, kind: str = "chips") -> Path:
 
 def _given(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return the options of an evaluation that are not at their defaults, with absolute paths of files."""
-    found = {name: value for name, value in vars(options).items() if name not in ("run", "eval_batch", "report")}
-    found = {name: value for name, value in found.items() if value != getattr(EvaluateOnChipsOptions, name)}
-    found: dict[str, Any] = {n: list(value) if isinstance(value, tuple) else value for n, value in found.items()}
-    paths = {name: found[name] for name in ("crossbar", "task", "restore") if os.path.exists(found.get(name, ""))}
-    return found | {name: str(Path(path).resolve()) for name, path in paths.items()}
+    own = [name for name in vars(options) if name not in ("run", "eval_batch", "report")]
+    given = {name: value for name in own if (value := getattr(options, name)) != getattr(EvaluateOnChipsOptions, name)}
+    paths = {name: given[name] for name in ("crossbar", "task", "restore") if os.path.exists(given.get(name) or "")}
+    lists = {name: list(value) for name, value in given.items() if isinstance(value, tuple)}
+    return given | lists | {name: str(Path(path).resolve()) for name, path in paths.items()}
 
 
 def lora_in_cells(setup: Setup, params: Params) -> tuple[Setup, Params]:

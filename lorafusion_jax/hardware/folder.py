@@ -181,12 +181,12 @@ def seconds(age: str) -> float:
     number = age.rstrip("abcdefghijklmnopqrstuvwxyz")
     unit = age[len(number) :].removesuffix("s") or "s"
     try:
-        found = float(number) * _UNITS[unit]
+        age_in_seconds = float(number) * _UNITS[unit]
     except (KeyError, ValueError):
         raise ValueError(f"an age of {age!r}: give seconds, or a number with one of {', '.join(_UNITS)}") from None
-    if not 0 <= found < float("inf"):
+    if not 0 <= age_in_seconds < float("inf"):
         raise ValueError(f"an age of {age!r}: give a finite age of 0 or more")
-    return found
+    return age_in_seconds
 
 
 def aged(

@@ -38,7 +38,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     problem = setup.problem
     run = logits_of(problem.graph, problem.method)
     batches = list(calibration_batches(setup, params, options.calibration_rows, batch_size=options.eval_batch))
-    found, sites = [], []
+    of_chips, sites = [], []
     with progress("chips", on.count) as bar:
         for chip in range(on.count):
             began = time.perf_counter()
@@ -50,7 +50,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             calibrated = time.perf_counter()
             seeds, scores = evaluate_seeds(setup.with_problem(frozen=frozen), on.fused, params)
             seconds = {"program": calibrated - began, "evaluate": time.perf_counter() - calibrated}
-            found.append({"chip": chip, "seeds": seed_rows(seeds, scores), "seconds": seconds, "matrices": rows})
+            of_chips.append({"chip": chip, "seeds": seed_rows(seeds, scores), "seconds": seconds, "matrices": rows})
             sites = _sites(frozen)
             bar.update()
     results = {
@@ -63,7 +63,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         **settings(on.fused.method, options),
         "chip_key": options.chip_key if chips.manifest is None else chips.manifest["key"],
         "digital": digital,
-        "chips": found,
+        "chips": of_chips,
         "sites": sites,
         "arrays": sum(site["arrays"] for site in sites),
     }
@@ -73,11 +73,11 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
 
 def _sites(frozen: Frozen) -> list[dict[str, Any]]:
     """Return the counts of every programmed weight, with each matrix in separate arrays."""
-    found = []
+    sites = []
     for leaf in chips_in(frozen):
         matrices = math.prod(leaf.shape[:-2])
         of_one = explain(leaf)
-        found.append(
+        sites.append(
             {
                 "site": leaf.name,
                 "layers": [leaf.first, leaf.first + leaf.shape[0]] if leaf.shape[:-2] else None,
@@ -89,4 +89,4 @@ def _sites(frozen: Frozen) -> list[dict[str, Any]]:
                 "path": of_one.path,
             }
         )
-    return found
+    return sites

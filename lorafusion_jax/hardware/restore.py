@@ -169,9 +169,9 @@ def _zeros(weights: Any, numbers: int, key: Array) -> dict[str, crossbar.Correct
     per_rank = crossbar.numbers_per_rank(chips)
     if not (rank := numbers // per_rank):
         raise ValueError(f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}")
-    found = {}
+    corrections = {}
     for number, chip in enumerate(chips):
         *lead, d_in, d_out = chip.shape
         U = jax.random.normal(jax.random.fold_in(key, number), (*lead, d_in, rank)) * d_in**-0.5
-        found[crossbar.place(chip)] = crossbar.Correction(U=U, V=jnp.zeros((*lead, rank, d_out)))
-    return found
+        corrections[crossbar.place(chip)] = crossbar.Correction(U=U, V=jnp.zeros((*lead, rank, d_out)))
+    return corrections

@@ -254,7 +254,7 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
     folder = inside if inside.is_dir() else Path(name)
     now = _of_chips(chips, base_sha256)
     names = {"base_sha256": "base model", "config_sha256": "configuration", "key": "key", "digital": "digital weights"}
-    there, found, first = _corrected(folder), [], None
+    there, trees, first = _corrected(folder), [], None
     for number in numbers:
         if number not in there:
             named = ", ".join(map(str, there))
@@ -273,9 +273,9 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
                     f"{folder} corrects chips with another {what} ({_short(manifest['settings'][field])}, these have "
                     f"{_short(now[field])}): run `lorafusion restore` on these chips"
                 )
-        found.append(tree)
-    _of_one_rank(found)
-    return [_restored(tree) for tree in found]
+        trees.append(tree)
+    _of_one_rank(trees)
+    return [_restored(tree) for tree in trees]
 
 
 def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
@@ -326,11 +326,11 @@ def logits_of_base(graph: nnx.GraphDef) -> Callable[[nnx.State, Batch], Float[Ar
 def digital_matrices(loaded: LoadedModel, weights: Any) -> list[Float[Array, "*N d_in d_out"]]:
     """Return the digital matrices of the chips in a tree of the base's weights."""
     base = matrices(nnx.merge(loaded.problem.graph, loaded.problem.frozen.base))
-    found = []
+    of_chips = []
     for chip in crossbar.chips_in(weights):
         matrix = dense(base[chip.name], jnp.float32)
-        found.append(matrix[chip.first : chip.first + len(chip.codes)] if matrix.ndim > 2 else matrix)
-    return found
+        of_chips.append(matrix[chip.first : chip.first + len(chip.codes)] if matrix.ndim > 2 else matrix)
+    return of_chips
 
 
 def windows(loaded: LoadedModel, ids: Sequence[int]) -> list[Batch]:
@@ -369,8 +369,8 @@ def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = (
     new = jax.jit(
         functools.partial(generate, max_new_tokens=WINDOW - start.shape[1], sampling=Sampling(temperature=1.0)),
     )(model, jnp.asarray(start), jnp.ones_like(start, bool), row_keys=keys)
-    found = np.concatenate([start, _until_the_end(loaded, new)], axis=1)
-    return found[:, len(bos) :].reshape(-1).tolist()
+    whole = np.concatenate([start, _until_the_end(loaded, new)], axis=1)
+    return whole[:, len(bos) :].reshape(-1).tolist()
 
 
 def _until_the_end(loaded: LoadedModel, tokens: Array) -> np.ndarray:
@@ -384,12 +384,12 @@ def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
     model, tokenizer = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base), loaded.tokenizer
     answer = jax.jit(functools.partial(generate, max_new_tokens=_ANSWER))
     encoded = encode(tokenizer, [Example(line, "") for line in lines], loaded.text_format)
-    found = []
+    batches = []
     for numbers, batch in eval_batches(encoded, _LINES, pad_id=tokenizer.pad_token_id):
         tokens = answer(model, batch.input_ids, batch.input_mask)
         labels = np.where((numbers < 0)[:, None], IGNORED, _until_the_end(loaded, tokens))
-        found.append(batch._replace(labels=labels))
-    return [jax.tree.map(jnp.asarray, batch) for batch in found]
+        batches.append(batch._replace(labels=labels))
+    return [jax.tree.map(jnp.asarray, batch) for batch in batches]
 
 
 def _of_chips(chips: Chips, base_sha256: str) -> dict[str, Any]:
@@ -460,11 +460,11 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> tu
 
 def _to_save(weights: Any, corrections: dict[str, crossbar.Correction]) -> dict[str, dict[str, np.ndarray]]:
     """Return the arrays of one chip by site and part."""
-    found = {}
+    by_site = {}
     for chip in crossbar.chips_in(weights):
         parts = vars(corrections[crossbar.place(chip)]) | {name: getattr(chip, name) for name in _RANGES}
-        found[crossbar.place(chip)] = {name: np.asarray(value) for name, value in parts.items() if value is not None}
-    return found
+        by_site[crossbar.place(chip)] = {name: np.asarray(value) for name, value in parts.items() if value is not None}
+    return by_site
 
 
 def _of_one_rank(of_chips: Sequence[dict[str, dict[str, np.ndarray]]]) -> None:

@@ -81,13 +81,13 @@ def write_chips(options: ProgramOptions) -> Manifest:
                 for leaf in leaves:
                     crossbar.save_chip(leaf, of_chip / f"{leaf.name}{f'.{leaf.first}' if leaf.first else ''}.npz")
                 bar.update()
-        found = digests(fused)
+        of_weights = digests(fused)
         manifest: Manifest = {
             "base": options.base,
-            "base_sha256": found["base"],
+            "base_sha256": of_weights["base"],
             "pool": options.pool,
-            "modules": found["modules"],
-            "basis_sha256": found.get("basis"),
+            "modules": of_weights["modules"],
+            "basis_sha256": of_weights.get("basis"),
             "config": options.crossbar,
             "config_sha256": crossbar.config_hash(config),
             "digital": list(options.keep_digital),
