@@ -133,13 +133,13 @@ class HarnessLM(TemplateLM):
         """Return the tokens of a text; those that begin a text are not added twice."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode([self.prefix_token_id]))
-        found = tokenise(self.tokenizer, string, add_special_tokens=add_special_tokens)["input_ids"]
-        if max(found, default=0) >= self._vocabulary:
+        tokens = tokenise(self.tokenizer, string, add_special_tokens=add_special_tokens)["input_ids"]
+        if max(tokens, default=0) >= self._vocabulary:
             raise ValueError(
-                f"{string[:40]!r} has the token {max(found)}, and the model's embedding holds {self._vocabulary}: give "
-                "a base that was trained with this tokenizer"
+                f"{string[:40]!r} has the token {max(tokens)}, and the model's embedding holds {self._vocabulary}: "
+                "give a base that was trained with this tokenizer"
             )
-        return found
+        return tokens
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as the base's own template renders it; without a system message if it rejects one."""
@@ -158,13 +158,13 @@ class HarnessLM(TemplateLM):
         """Return the log-likelihood of whole texts, in windows of the model's context."""
         windows, of_request = [], []
         for number, (text,) in enumerate(request.args for request in requests):
-            found = get_rolling_token_windows(
+            of_text = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            windows += [(None, *make_disjoint_window(window)) for window in found]
+            windows += [(None, *make_disjoint_window(window)) for window in of_text]
             of_request += [number] * (len(windows) - len(of_request))
         scores = [score for score, _ in self._loglikelihood_tokens(windows)]
         totals = np.bincount(of_request, weights=scores, minlength=len(requests)).tolist()
@@ -197,8 +197,8 @@ class HarnessLM(TemplateLM):
                 for numbers, batch in self._batches([rows[place] for place in places], longest):
                     real = numbers >= 0
                     there = np.array(places)[numbers[real]]
-                    found = _scores(self._params, batch, self._read(OPTIONS))
-                    scores[there], greedy[there] = (np.asarray(part)[real] for part in found)
+                    scored = _scores(self._params, batch, self._read(OPTIONS))
+                    scores[there], greedy[there] = (np.asarray(part)[real] for part in scored)
                     bar.update(len(there))
         answers = list(zip(scores.tolist(), greedy.tolist(), strict=True))
         for (texts, _, _), answer in zip(requests, answers, strict=True):
@@ -213,16 +213,16 @@ class HarnessLM(TemplateLM):
         for place, (_, arguments) in enumerate(asked):
             of_arguments[json.dumps(arguments, sort_keys=True)].append(place)
         plans = [(self._plan(asked[places[0]][1]), places) for places in of_arguments.values()]
-        found = [""] * len(requests)
+        answers = [""] * len(requests)
         with progress("answers", len(requests)) as bar:
             for plan, places in plans:
                 longest = self.max_length - (plan.new_tokens if self.backend == "causal" else 0)
                 prompts = [self.tok_encode(asked[place][0])[-longest:] or [self.prefix_token_id] for place in places]
                 for place, text in zip(places, self._generated(prompts, plan, bar.update), strict=True):
-                    found[place] = postprocess_generated_text(text, plan.until, None)
-        for arguments, text in zip(asked, found, strict=True):
+                    answers[place] = postprocess_generated_text(text, plan.until, None)
+        for arguments, text in zip(asked, answers, strict=True):
             self.cache_hook.add_partial("generate_until", arguments, text)
-        return found
+        return answers
 
     def _plan(self, arguments: dict[str, Any]) -> _Plan:
         """Return the plan that a task's arguments of generation describe."""
@@ -259,7 +259,7 @@ class HarnessLM(TemplateLM):
             self._reads += 1
             return one.read(GENERATION, self._reads)
 
-        found = generate_rows(
+        generated = generate_rows(
             jax.tree.map(lambda p: p[None], self._params),
             read,
             _encoded([(prompt, []) for prompt in prompts]),
@@ -272,7 +272,7 @@ class HarnessLM(TemplateLM):
             between_stops=_BETWEEN_CHECKS,
             update=update,
         )
-        return decode(self.tokenizer, found.tokens[0], text_format)
+        return decode(self.tokenizer, generated.tokens[0], text_format)
 
     def _batches(
         self, rows: Sequence[tuple[list[int], list[int]]], longest: int
