@@ -61,10 +61,10 @@ def signature(tree: Any) -> dict[str, str]:
     }
 
 
-def check_signature(folder: Path, found: Mapping[str, str], expected: Mapping[str, str], *, fix: str) -> None:
+def check_signature(folder: Path, present: Mapping[str, str], expected: Mapping[str, str], *, fix: str) -> None:
     """Raise a FileError for the first array of a folder whose signature is not the expected one."""
-    for path in {**expected, **found}:
-        got, needed = found.get(path, "absent"), expected.get(path, "no such array")
+    for path in {**expected, **present}:
+        got, needed = present.get(path, "absent"), expected.get(path, "no such array")
         if got != needed:
             raise FileError(folder, field=some([path]), got=got, expected=needed, fix=fix)
 

@@ -51,14 +51,14 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 def digest_of_one(name: str, tensor: Tensor) -> bytes:
     """Return the SHA-256 of a tensor and its name."""
     dtype = tensor.stored_dtype if isinstance(tensor, StoredTensor) else tensor.dtype
-    found = hashlib.sha256(f"{name}\0{dtype}\0{list(tensor.shape)}\0".encode())
+    sha = hashlib.sha256(f"{name}\0{dtype}\0{list(tensor.shape)}\0".encode())
     many = len(tensor.shape) > 1
     for row in range(0, tensor.shape[0] if many else 1, _ROWS):
         rows = slice(row, row + _ROWS) if many else slice(None)
         part = tensor.as_stored(rows) if isinstance(tensor, StoredTensor) else np.atleast_1d(tensor)[rows]
-        found.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        sha.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
     release(tensor)
-    return found.digest()
+    return sha.digest()
 
 
 def digest_of_all(digests: Mapping[str, bytes]) -> str:
@@ -84,12 +84,12 @@ def pool_digests(pool: Pool) -> PoolDigests:
 
 def _tensors(pool: LoraPool, n: int) -> dict[str, np.ndarray]:
     """Return the matrices of one module, without the zeros that pad smaller ranks."""
-    found = {}
+    matrices = {}
     for site, rank in pool.rank.items():
         A, B = np.asarray(pool.A[site]), np.asarray(pool.B[site])
         for layer, r in enumerate(np.asarray(rank)[:, n].tolist()):
             if r:
-                found |= {f"{site}.{layer}.A": A[layer, n, :, :r], f"{site}.{layer}.B": B[layer, n, :r]}
+                matrices |= {f"{site}.{layer}.A": A[layer, n, :, :r], f"{site}.{layer}.B": B[layer, n, :r]}
                 if pool.magnitude is not None:
-                    found[f"{site}.{layer}.magnitude"] = np.asarray(pool.magnitude[site])[layer]
-    return found
+                    matrices[f"{site}.{layer}.magnitude"] = np.asarray(pool.magnitude[site])[layer]
+    return matrices

@@ -59,9 +59,9 @@ class FastTokenizer:
             self.backend_tokenizer.no_truncation()
         one = isinstance(texts, str)
         rows = self.backend_tokenizer.encode_batch([texts] if one else texts, add_special_tokens=add_special_tokens)
-        found = {"input_ids": [row.ids for row in rows]}
-        found["special_tokens_mask"] = [row.special_tokens_mask for row in rows]
-        return {key: values[0] for key, values in found.items()} if one else found
+        encoded = {"input_ids": [row.ids for row in rows]}
+        encoded["special_tokens_mask"] = [row.special_tokens_mask for row in rows]
+        return {key: values[0] for key, values in encoded.items()} if one else encoded
 
     def __len__(self) -> int:
         return self.backend_tokenizer.get_vocab_size()

@@ -107,7 +107,7 @@ class Base:
                 else:
                     slot.variable.set_value(jax.device_put(_gather(slot, tensors, dtype)))
         if digests:
-            self.digest = digest_of_all({name: found.result() for name, found in digests.items()})
+            self.digest = digest_of_all({name: digest.result() for name, digest in digests.items()})
         return model
 
     def _opened(self, dtype: str) -> tuple[Mapping[str, Tensor], Model, list[Slot]]:

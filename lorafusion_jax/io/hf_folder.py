@@ -86,16 +86,16 @@ class FolderBase:
         files = [self.config_place]
         if (generation := self.place / _GENERATION).is_file():
             files.append(generation)
-        found = []
+        contents = []
         ends: list[list[int]] = []
         for path in files:
-            found.append(read_json(path, dict[str, Any], "a Hugging Face model", own=False))
-            said = structured(found[-1], _Ends, path, own=False).get("eos_token_id")
+            contents.append(read_json(path, dict[str, Any], "a Hugging Face model", own=False))
+            said = structured(contents[-1], _Ends, path, own=False).get("eos_token_id")
             ends.append([] if said is None else said if isinstance(said, list) else [said])
         every = [*dict.fromkeys(token for of_file in ends for token in of_file)]
         if len(every) == len(ends[0]):
-            return found[0]
-        return found[0] | {"eos_token_id": every if len(every) > 1 else every[0]}
+            return contents[0]
+        return contents[0] | {"eos_token_id": every if len(every) > 1 else every[0]}
 
     def config_sha256(self) -> str:
         """Return the SHA-256 of config.json."""
@@ -103,7 +103,7 @@ class FolderBase:
 
     def tokenizer_sha256(self) -> str:
         """Return the SHA-256 of the tokenizer's files, without chat templates and whatever the order of settings."""
-        folder, found = resolve(self._source, patterns=_TEXTS), hashlib.sha256()
+        folder, sha = resolve(self._source, patterns=_TEXTS), hashlib.sha256()
         for name in _TOKENIZER_FILES:
             if (path := folder / name).is_file():
                 content = path.read_bytes()
@@ -111,8 +111,8 @@ class FolderBase:
                     settings = read_json(path, dict[str, Any], "a Hugging Face tokenizer", own=False)
                     settings.pop("chat_template", None)
                     content = json.dumps(settings, sort_keys=True).encode()
-                found.update(f"{name} {len(content)}\n".encode() + content)
-        return found.hexdigest()
+                sha.update(f"{name} {len(content)}\n".encode() + content)
+        return sha.hexdigest()
 
     def tensors(self) -> Mapping[str, np.ndarray]:
         """Return the weights by name, [d_out, d_in]; a .bin is fetched from the hub only without safetensors."""

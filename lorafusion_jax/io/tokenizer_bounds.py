@@ -35,19 +35,19 @@ def check_files(folder: Path) -> None:
     """
     for path in (folder / name for name in _FILES):
         try:
-            found = parse_json(path.read_bytes()) if path.is_file() else {}
+            content = parse_json(path.read_bytes()) if path.is_file() else {}
         except (ValueError, RecursionError) as error:
             raise FileError(path, got=f"not a tokenizer ({error})", fix=_FIX) from None
-        if isinstance(found, dict):
-            _check_count(path, "its fields", len(found))
-            for field, value in found.items():
+        if isinstance(content, dict):
+            _check_count(path, "its fields", len(content))
+            for field, value in content.items():
                 if isinstance(value, dict | list):
                     _check_count(path, field, len(value))
-            if isinstance(number := found.get("extra_ids"), int | float):
+            if isinstance(number := content.get("extra_ids"), int | float):
                 _check_count(path, "extra_ids", number)
             if path.name == "tokenizer.json":
                 with named(path):
-                    _check_tokenizer(found)
+                    _check_tokenizer(content)
 
 
 def _check_count(path: Path | str, field: str, count: int | float, most: int = MOST_ADDED) -> None:

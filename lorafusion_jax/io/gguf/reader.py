@@ -157,10 +157,10 @@ def read_gguf(path: Path) -> Content:
     places = [header.place() for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     start = -(-header.at // alignment) * alignment
-    found = {name: _tensor(header, name, shape, kind, start + at) for name, shape, kind, at in places}
-    if sum(tensor.stored for tensor in found.values()) > len(header.data) - start:
+    by_name = {name: _tensor(header, name, shape, kind, start + at) for name, shape, kind, at in places}
+    if sum(tensor.stored for tensor in by_name.values()) > len(header.data) - start:
         raise header.truncated("its tensors share bytes")
-    return Content(metadata, found)
+    return Content(metadata, by_name)
 
 
 def _tensor(header: "_Header", name: str, shape: tuple[int, ...], kind: int, start: int) -> StoredTensor:
@@ -209,18 +209,18 @@ class _Header:
         return self.texts(1)[0]
 
     def texts(self, count: int) -> list[str]:
-        unpack, data, at, found = struct.Struct("<Q").unpack_from, self.data, self.at, []
+        unpack, data, at, read = struct.Struct("<Q").unpack_from, self.data, self.at, []
         try:
             for _ in range(count):
                 (size,) = unpack(data, at)
                 at += 8 + size
-                found.append(data[at - size : at].decode())
+                read.append(data[at - size : at].decode())
         except (struct.error, OverflowError, UnicodeDecodeError) as error:
             raise self.truncated(f"a text cannot be read: {error}") from None
         if at > len(data):
             raise self.truncated("the header ends behind the file's last byte")
         self.at = at
-        return found
+        return read
 
     def value(self, kind: int) -> Any:
         """Read a value of one of GGUF's types."""

@@ -75,9 +75,9 @@ def build_tokenizer(metadata: Mapping[str, Any], base: str = "") -> FastTokenize
     if model not in ("gpt2", "llama"):
         raise ValueError(f"tokenizer.ggml.model is {shown(model)}, which is not implemented: expected gpt2 or llama")
     kinds = metadata.get("token_type", [_NORMAL] * len(tokens))
-    for key, found in {"token_type": kinds, "scores": metadata.get("scores", kinds)}.items():
-        if len(found) != len(tokens):
-            raise ValueError(f"tokenizer.ggml.{key} holds {len(found)} numbers, and tokens {len(tokens)} tokens")
+    for key, numbers in {"token_type": kinds, "scores": metadata.get("scores", kinds)}.items():
+        if len(numbers) != len(tokens):
+            raise ValueError(f"tokenizer.ggml.{key} holds {len(numbers)} numbers, and tokens {len(tokens)} tokens")
     if (added := sum(kind in (_CONTROL, _USER_DEFINED) for kind in kinds)) > MOST_ADDED:
         raise ValueError(f"tokenizer.ggml.token_type makes {added:,} tokens special: expected at most {MOST_ADDED:,}")
     special: dict[str, str | None] = {}
@@ -116,10 +116,10 @@ def tokenizer_metadata(tokenizer: "transformers.PreTrainedTokenizerBase", rows: 
     for number, token in tokenizer.added_tokens_decoder.items():
         kinds[number] = _CONTROL if token.special else _USER_DEFINED
     ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "unknown": tokenizer.unk_token_id}
-    found = {f"{name}_token_id": number for name, number in ids.items() if number is not None}
+    keys = {f"{name}_token_id": number for name, number in ids.items() if number is not None}
     around = tokenizer("a")["input_ids"]
-    found |= {"tokens": tokens, "token_type": kinds}
-    found |= {"add_bos_token": around[0] == ids["bos"], "add_eos_token": around[-1] == ids["eos"]}
+    keys |= {"tokens": tokens, "token_type": kinds}
+    keys |= {"add_bos_token": around[0] == ids["bos"], "add_eos_token": around[-1] == ids["eos"]}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if model["byte_fallback"]:
         ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed([*enumerate(merges, 1)])}
@@ -132,7 +132,7 @@ def tokenizer_metadata(tokenizer: "transformers.PreTrainedTokenizerBase", rows: 
     template = tokenizer.chat_template
     further = {"tokenizer.chat_template": template} if isinstance(template, str) else {}
     for choice in choices:
-        metadata = {f"tokenizer.ggml.{key}": value for key, value in (found | choice).items()} | further
+        metadata = {f"tokenizer.ggml.{key}": value for key, value in (keys | choice).items()} | further
         again = build_tokenizer(metadata)
         if all(_pieces(again, text) == _pieces(tokenizer, text) for text in _CHECKS):
             return metadata
@@ -241,11 +241,11 @@ def _merges_of_scores(vocabulary: dict[str, int], scores: list[float], kinds: li
     normal = {token: scores[number] for token, number in vocabulary.items() if kinds[number] == _NORMAL}
     if (longest := max(map(len, normal), default=0)) > _LONGEST:
         raise ValueError(f"tokenizer.ggml.tokens holds one of {longest:,} characters: expected at most {_LONGEST}")
-    found = [
+    merges = [
         (-score, -cut, token[:cut], token[cut:])
         for token, score in normal.items()
         for cut in range(1, len(token))
         if token[:cut] in normal and token[cut:] in normal
     ]
-    found.sort(key=lambda merge: merge[:2])
-    return [(left, right) for _, _, left, right in found]
+    merges.sort(key=lambda merge: merge[:2])
+    return [(left, right) for _, _, left, right in merges]

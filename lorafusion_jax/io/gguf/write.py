@@ -115,14 +115,14 @@ def _described(
     metadata = {"general.architecture": layout.architectures[content["model_type"]]} | keys | tokens | special
     # Whatever the keys cannot express is found by reading them back.
     again = layout.config_json(metadata, {name: tensor for name, _, tensor in stored})
-    found, given = (
+    read_back, given = (
         jax.tree.map(_rounded, dataclasses.asdict(family_of_json(raw).read_config(raw))) for raw in (again, content)
     )
     for name in given.keys() - _UNLIKE:
-        if found[name] != given[name]:
+        if read_back[name] != given[name]:
             # llama.cpp's converter would lose it too.
             fix = "no GGUF file holds it; use --format merged" if name == "query_scale" else _CONVERTER
-            raise ValueError(f"{base.place}: GGUF would hold {name} {found[name]}, not {given[name]}: {fix}")
+            raise ValueError(f"{base.place}: GGUF would hold {name} {read_back[name]}, not {given[name]}: {fix}")
     return metadata, stored
 
 

@@ -150,7 +150,7 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[dict[
     """
     given, clock = configured(config, ranks), Clock()
     rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    found, warnings, old_patterns = {}, [], None
+    factors, warnings, old_patterns = {}, [], None
     if not config.get("peft_version"):  # files with a version (0.18 and later) were trained by the current rule
         with contextlib.suppress(PatternError):  # a key that is not valid under the old one
             old_patterns = _compile(_OLD_PATTERN, [*rank_of, *alpha_of])
@@ -161,7 +161,7 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[dict[
                 f"{path} has rank {rank} in the tensors, but r and rank_pattern "
                 f"give {shown(r)}: the two files do not belong together; fetch both again, or correct r"
             )
-        found[path] = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+        factors[path] = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
         if old_patterns:
             key = _first_match(old_patterns, path, clock)
             old_rank, old_alpha = rank_of.get(key, config.get("r", 8)), alpha_of.get(key, config.get("lora_alpha", 8))
@@ -170,7 +170,7 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[dict[
                     f"{path}: rank {r} and alpha {alpha} by the current rule for patterns; "
                     f"PEFT up to 0.13 would have taken rank {old_rank} and alpha {old_alpha}"
                 )
-    return found, warnings
+    return factors, warnings
 
 
 def configured(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, tuple[int, int | float]]:

@@ -261,7 +261,7 @@ def as_lora(
         settings = dict(config) | {"lora_alpha": config.get(kind.alpha, 8)}
         check_fields(settings)
         scaling = {path: alpha / r for path, (r, alpha) in configured(settings, modules).items()}
-    found, residual = {}, {}
+    factors, residual = {}, {}
     for path, parts in modules.items():
         d_in, d_out = shapes[path]
 
@@ -274,10 +274,10 @@ def as_lora(
         except ValueError as error:
             raise ValueError(f"{path} [{d_out}, {d_in}]: {error}: save the adapter again") from None
         a, b, residual[path] = _factors(update, rank)
-        found[f"base_model.model.{path}.lora_A.weight"] = a
-        found[f"base_model.model.{path}.lora_B.weight"] = b
+        factors[f"base_model.model.{path}.lora_A.weight"] = a
+        factors[f"base_model.model.{path}.lora_B.weight"] = b
     lora = {field: config[field] for field in _KEPT if field in config}
-    return Converted(lora | {"peft_type": "LORA", "r": rank, "lora_alpha": rank}, found | others, residual)
+    return Converted(lora | {"peft_type": "LORA", "r": rank, "lora_alpha": rank}, factors | others, residual)
 
 
 def _factors(update: Matrix, rank: int) -> tuple[np.ndarray, np.ndarray, float]:

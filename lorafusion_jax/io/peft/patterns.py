@@ -73,24 +73,24 @@ def check(text: str) -> None:
         raise PatternError(str(error)) from None
     sizes, last = [0], 0  # the items of every open group, and those that a repeat would repeat
     for item in _ITEM.finditer(text):
-        found = item[0]
-        if found == "(":
+        part = item[0]
+        if part == "(":
             if _FLAGS.match(text, item.start()):
                 raise PatternError("it sets flags or has a comment: write the pattern without them")
             sizes.append(1)
             if len(sizes) > _MAX_DEPTH:
                 raise PatternError(f"it nests deeper than {_MAX_DEPTH} levels")
             continue
-        if found[0] == "[" and _SET_OPERATION.search(_ESCAPED.sub("", found[1:])):
+        if part[0] == "[" and _SET_OPERATION.search(_ESCAPED.sub("", part[1:])):
             raise PatternError("it has [, --, &&, ~~ or || in a set: escape these characters")
-        if found in ("{", "{}"):
+        if part in ("{", "{}"):
             raise PatternError("it has a { that begins no repeat: write \\{ for the character")
-        if found == ")":
+        if part == ")":
             last = sizes.pop()
         elif item[1] is not None:
             last *= max(int(item[1] or 0) - 1, 0)
         else:
-            last = int(found not in "*+?")
+            last = int(part not in "*+?")
         sizes[-1] += last
         if sizes[-1] > _MAX_SIZE:
             raise PatternError(f"its repeats come to more than {_MAX_SIZE:,} items: use smaller numbers")

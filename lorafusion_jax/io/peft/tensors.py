@@ -173,8 +173,8 @@ def _check_pairs(parts: Mapping[str, Part], *, dora: bool) -> None:
 
 
 def _check_shapes(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int]], config: Mapping[str, Any]) -> None:
-    found = {path: (part["lora_A"][1].shape[1], part["lora_B"][1].shape[0]) for path, part in parts.items()}
-    misfits = [path for path in parts if shapes.get(path) != found[path]]
+    sizes = {path: (part["lora_A"][1].shape[1], part["lora_B"][1].shape[0]) for path, part in parts.items()}
+    misfits = [path for path in parts if shapes.get(path) != sizes[path]]
     if not misfits:
         return
     path = misfits[0]

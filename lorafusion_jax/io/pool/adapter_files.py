@@ -82,10 +82,10 @@ def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:
     check_files(folder, entry["files"])
     adapter = read_adapter(str(folder), shapes=linear_shapes(base), compared=entry["kept"])
     stated = entry["sites"] | {"dora": entry["dora"]}
-    found = rank_table(adapter, base) | {"dora": adapter.magnitude is not None}
-    for name in {**found, **stated}:
-        if stated.get(name) != found.get(name):
-            got, expected = (shown(values.get(name, "absent")) for values in (stated, found))
+    in_files = rank_table(adapter, base) | {"dora": adapter.magnitude is not None}
+    for name in {**in_files, **stated}:
+        if stated.get(name) != in_files.get(name):
+            got, expected = (shown(values.get(name, "absent")) for values in (stated, in_files))
             got, expected = f"{got} in the manifest", f"{expected}, as in {WEIGHTS} and {CONFIG}"
             raise FileError(folder, field=name, got=got, expected=expected, fix=_AGAIN)
     return dataclasses.replace(adapter, name=entry["name"], source=entry["source"], notes=tuple(entry["notes"]))
