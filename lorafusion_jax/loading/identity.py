@@ -16,12 +16,12 @@ def digests(loaded: LoadedModel) -> Digests:
     modules, basis = loaded.pool_digests
     used = {name for names in loaded.modules for name in names}
     of_used = {name: digest for name, digest in modules.items() if name in used}
-    found: Digests = {"base": loaded.base.digest, "modules": of_used, "basis": basis}
-    found["tokenizer"] = loaded.base.files.tokenizer_sha256()
-    found["config"] = _digest(_changed_fields(loaded.base.config))
+    current: Digests = {"base": loaded.base.digest, "modules": of_used, "basis": basis}
+    current["tokenizer"] = loaded.base.files.tokenizer_sha256()
+    current["config"] = _digest(_changed_fields(loaded.base.config))
     if (template := loaded.tokenizer.chat_template) is not None:
-        found["chat_template"] = _digest(template)
-    return found
+        current["chat_template"] = _digest(template)
+    return current
 
 
 def _digest(value: Any) -> str:

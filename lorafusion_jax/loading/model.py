@@ -132,7 +132,7 @@ def load_model(options: LoadOptions, seed_mode: SeedMode | None = None, base: Ba
     graph, weights = nnx.split(model)
     weights = on_mesh(weights, model.config)
     nnx.update(model, weights)
-    method, frozen, found = _frozen(model, weights, options, stored, names, modules)
+    method, frozen, digests = _frozen(model, weights, options, stored, names, modules)
     problem = Problem(
         graph=graph,
         method=method,
@@ -140,7 +140,7 @@ def load_model(options: LoadOptions, seed_mode: SeedMode | None = None, base: Ba
         index=_index(modules, {name: i for i, name in enumerate(names)}),
         seed_mode=seed_mode or (default_seed_mode() if options.seed_mode == "auto" else options.seed_mode),
     )
-    return LoadedModel(problem, modules, texts.tokenizer, texts.text_format, found, base)
+    return LoadedModel(problem, modules, texts.tokenizer, texts.text_format, digests, base)
 
 
 def _frozen(
@@ -152,14 +152,14 @@ def _frozen(
     modules: Sequence[Sequence[str]],
 ) -> tuple[Method, Frozen, PoolDigests]:
     """Return the method, its prepared base and modules, and the digests of the modules."""
-    pool, found = None, PoolDigests({}, None)
+    pool, digests = None, PoolDigests({}, None)
     if stored is not None:
         with sharding.loading():
-            pool, found = _load_pool(stored, names, options, kernels(model))
+            pool, digests = _load_pool(stored, names, options, kernels(model))
         pool = on_mesh(pool, model.config)
     built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
     method = find(options.method).build(built)
-    return method, on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config), found
+    return method, on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config), digests
 
 
 def with_whole_modules(loaded: AnyLoaded, options: LoadOptions) -> AnyLoaded:
@@ -234,9 +234,9 @@ def _load_pool(
         key = jax.random.fold_in(key, options.control_draw)
     if k is not None and options.control != "none":
         whole = stored.load()
-        found = pool_digests(whole)
+        digests = pool_digests(whole)
         # Its directions are made of all modules.
-        found = PoolDigests(found.modules, hashlib.sha256("".join(found.modules.values()).encode()).hexdigest())
+        digests = PoolDigests(digests.modules, hashlib.sha256("".join(digests.modules.values()).encode()).hexdigest())
         if options.control == "random-factors":
             of = random_directions(whole, k, key)
         elif options.control in _CONTROLS:
@@ -246,7 +246,7 @@ def _load_pool(
         pool = in_directions(whole.select(names), of)
     else:
         pool = stored.load(names) if k is None else stored.basis(k).select(names)
-        found = pool_digests(pool)
+        digests = pool_digests(pool)
         if options.control != "none" and isinstance(pool, LoraPool):
             pool = _CONTROLS[options.control](pool, key)
-    return (pool if options.load_in == "full" else pool.quantised(options.load_in)), found
+    return (pool if options.load_in == "full" else pool.quantised(options.load_in)), digests
