@@ -79,10 +79,10 @@ def search(
                 for seed, (key, (_, state)) in enumerate(zip(now, drawn, strict=True))
             ]
         winner = np.argmin(scores, axis=1)
-        found = np.take_along_axis(scores, winner[:, None], axis=1)[:, 0]
-        better = found < best_score
+        winning = np.take_along_axis(scores, winner[:, None], axis=1)[:, 0]
+        better = winning < best_score
         best[better] = tried[np.arange(seeds), winner][better]
-        best_score[better] = found[better]
+        best_score[better] = winning[better]
         after_generation(number, best_score)
     return best
 
@@ -101,7 +101,7 @@ def _search(job: SearchJob) -> tuple[Params, int]:
     generations, population = job.recipe.generations, job.recipe.population
     keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _SEARCH) for seed in job.seeds])
     with progress("search", generations) as bar:
-        found = search(
+        weights = search(
             objective_of(job, population),
             keys,
             job.problem.index.shape[1],
@@ -109,7 +109,7 @@ def _search(job: SearchJob) -> tuple[Params, int]:
             population=population,
             after_generation=recorder(job, bar),
         )
-    return {"coefficients": jnp.asarray(found, jnp.float32)}, generations
+    return {"coefficients": jnp.asarray(weights, jnp.float32)}, generations
 
 
 ENTRIES = (

@@ -170,8 +170,8 @@ def _build(built: Built) -> Fusion:
 def _search(job: SearchJob) -> tuple[Params, int]:
     count, modules = job.recipe.evaluations, job.problem.index.shape[1]
     with progress("search", count) as bar:
-        found = search(objective_of(job), job.seeds, modules, evaluations=count, after_evaluation=recorder(job, bar))
-    return {"coefficients": jnp.asarray(found.weights, jnp.float32)}, count
+        best = search(objective_of(job), job.seeds, modules, evaluations=count, after_evaluation=recorder(job, bar))
+    return {"coefficients": jnp.asarray(best.weights, jnp.float32)}, count
 
 
 def _cost_layouts(billed: Billed) -> dict[str, CostLayout]:

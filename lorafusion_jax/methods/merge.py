@@ -89,10 +89,10 @@ def _whole(pool: Pool | None) -> LoraPool:
 
 
 def _build(built: Built) -> Merge:
-    found = Merge(kind=built.recipe.merge, density=built.recipe.density)
+    method = Merge(kind=built.recipe.merge, density=built.recipe.density)
     assert built.pool is not None
-    found.check(built.pool)
-    return found
+    method.check(built.pool)
+    return method
 
 
 ENTRIES = (
