@@ -338,8 +338,8 @@ def _abstract(model: Callable[..., Model], config: Architecture) -> tuple[nnx.Gr
 
 def kernels(model: Model) -> dict[str, Weight]:
     """Return the kernel of every site, [L, d_in, d_out], in the order of `Architecture.sites`."""
-    found = matrices(model)
-    return {name: found[name] for name in model.config.sites}
+    of_sites = matrices(model)
+    return {name: of_sites[name] for name in model.config.sites}
 
 
 def matrices(model: Model) -> dict[str, Weight]:
@@ -360,12 +360,12 @@ def targeted(config: Architecture, targets: Collection[str] | None, option: str 
     Raises a ValueError that names the `option` if there are no targets, or the model lacks one of them.
     """
     targets = config.targets if targets is None else targets
-    found = {name: site for name, site in config.sites.items() if name.rpartition(".")[2] in targets}
-    if not found or set(targets) - {name.rpartition(".")[2] for name in found}:
+    sites = {name: site for name, site in config.sites.items() if name.rpartition(".")[2] in targets}
+    if not sites or set(targets) - {name.rpartition(".")[2] for name in sites}:
         known = dict.fromkeys(name.rpartition(".")[2] for name in config.sites)
         usual = " ".join(config.targets)
         raise ValueError(f"{option} are {' '.join(targets) or 'none'}: choose of {' '.join(known)}, such as {usual}")
-    return found
+    return sites
 
 
 @functools.lru_cache(maxsize=16)

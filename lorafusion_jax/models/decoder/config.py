@@ -108,11 +108,11 @@ class DecoderConfig(Architecture):
             attention = {"q_proj": (d, inner), "k_proj": (d, kv), "v_proj": (d, kv)}
             gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
         modules = {"self_attn": attention | {"o_proj": (inner, d)}, "mlp": gate | {"down_proj": (self.d_ff, d)}}
-        found = {}
+        sites = {}
         for module, shapes in modules.items():
             for name, (d_in, d_out) in shapes.items():
                 last = name in ("o_proj", "down_proj")
-                found[f"decoder.{module}.{name}"] = Site(
+                sites[f"decoder.{module}.{name}"] = Site(
                     self.num_layers,
                     d_in,
                     d_out,
@@ -121,4 +121,4 @@ class DecoderConfig(Architecture):
                     split="rows" if last else "columns",
                     stage=f"{module} out" if last else f"{module} in",
                 )
-        return found
+        return sites

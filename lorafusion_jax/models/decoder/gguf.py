@@ -94,13 +94,13 @@ class _Keys:
     def pattern(self, default: int, layers: int) -> list[bool]:
         """Return which layers have a sliding window: all but every n-th one, or those of a list."""
         if not isinstance(self._left.get("attention.sliding_window_pattern"), list):
-            found = self.take("attention.sliding_window_pattern", default)
-            return [found == 0 or layer % found < found - 1 for layer in range(layers)]
-        found = self._left.pop("attention.sliding_window_pattern")
-        if len(found) != layers:
+            period = self.take("attention.sliding_window_pattern", default)
+            return [period == 0 or layer % period < period - 1 for layer in range(layers)]
+        slides = self._left.pop("attention.sliding_window_pattern")
+        if len(slides) != layers:
             key = f"{self.name}.attention.sliding_window_pattern"
-            raise ValueError(f"{key} has {len(found)} entries: expected one for each of {layers} layers")
-        return [bool(sliding) for sliding in found]
+            raise ValueError(f"{key} has {len(slides)} entries: expected one for each of {layers} layers")
+        return [bool(sliding) for sliding in slides]
 
     def finish(self) -> None:
         for key, value in self._left.items():
@@ -257,7 +257,7 @@ def _modules(content: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, int]
 def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Stored]:
     """Return Hugging Face's name of every tensor; what the model lacks keeps its own name."""
     (modules, heads), gemma = _modules(content), content["model_type"].startswith("gemma")
-    found = {}
+    places = {}
     for name in names:
         if name == _ROPE_FACTORS:
             continue
@@ -267,8 +267,8 @@ def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Sto
         if block and module in modules:
             title = f"model.layers.{block[1]}.{modules[module]}.{block[3]}"
         offset = 1.0 if gemma and module.endswith("_norm") else 0.0
-        found[name] = Stored(title, heads=heads.get(module, 0), offset=offset)
-    return found
+        places[name] = Stored(title, heads=heads.get(module, 0), offset=offset)
+    return places
 
 
 def _names(content: Mapping[str, Any]) -> list[str]:

@@ -194,11 +194,11 @@ class Decoder(nnx.Module):
         return self.config
 
     def variables(self) -> dict[str, Base]:
-        found = {}
+        kernels = {}
         for site in self.config.sites:
             _, module, name = site.split(".")
-            found[site] = getattr(getattr(self.decoder, module), name).kernel
-        return found if self.config.tied else found | {"head": self.head}
+            kernels[site] = getattr(getattr(self.decoder, module), name).kernel
+        return kernels if self.config.tied else kernels | {"head": self.head}
 
     def label_logits(
         self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, rows: Rows | None = None

@@ -92,13 +92,13 @@ class T5Config(Architecture):
         wi = ("wi_0", "wi_1") if self.gated else ("wi",)
         shapes = dict.fromkeys("qkv", (self.d_model, inner)) | {"o": (inner, self.d_model)}
         ff = dict.fromkeys(wi, (self.d_model, self.d_ff)) | {"wo": (self.d_ff, self.d_model)}
-        found = {}
+        sites = {}
         for (stack, module), path in _MODULES.items():
             for name, (d_in, d_out) in (ff if module == "ff" else shapes).items():
                 last = name in ("o", "wo")
                 # The decoder reads keys and values of the source at every layer.
                 of_source = stack == "encoder" or (module == "cross" and name in ("k", "v"))
-                found[f"{stack}.{module}.{name}"] = Site(
+                sites[f"{stack}.{module}.{name}"] = Site(
                     self.stacks[stack].layers,
                     d_in,
                     d_out,
@@ -107,7 +107,7 @@ class T5Config(Architecture):
                     split="rows" if last else "columns",
                     stage=f"{module} out" if last else f"{module} in",
                 )
-        return found
+        return sites
 
     @property
     def presumed_tied(self) -> bool:

@@ -151,11 +151,11 @@ class T5(nnx.Module):
 
     def variables(self) -> dict[str, Base]:
         modules = {"self": "self_attention", "cross": "cross_attention", "ff": "ff"}
-        found = {}
+        kernels = {}
         for site in self.config.sites:
             stack, module, name = site.split(".")
-            found[site] = getattr(getattr(getattr(self, stack), modules[module]), name).kernel
-        return found if self.config.tied else found | {"head": self.head}
+            kernels[site] = getattr(getattr(getattr(self, stack), modules[module]), name).kernel
+        return kernels if self.config.tied else kernels | {"head": self.head}
 
     def label_logits(
         self, input_ids: Source, input_mask: Mask, labels: Target, adapters: Adapters, rows: Rows | None = None
