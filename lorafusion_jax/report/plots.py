@@ -62,27 +62,27 @@ def plot(path: Path, size: tuple[float, float], draw: Callable[["Figure"], None]
 
 def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
     """Draw each method's mean exact match as a dot with its 95 % interval, in the order given, the first on top."""
-    found = {method: summary for method, summary in scores.summaries.items() if summary}
-    if not found:
+    summaries = {method: summary for method, summary in scores.summaries.items() if summary}
+    if not summaries:
         raise ValueError(f"no method has results of all {len(scores.tasks)} tasks: there are no means to draw")
 
     def draw(figure: "Figure") -> None:
         axes, shade = figure.subplots(), colour(3)
-        for position, summary in enumerate(found.values()):
+        for position, summary in enumerate(summaries.values()):
             axes.hlines(position, summary.low, summary.high, color=shade, linewidth=2)
             axes.plot(summary.mean, position, "o", color=shade, markersize=6)
             margin = axes.get_yaxis_transform()
             axes.text(1.01, position, f"{summary.mean:.1f}", transform=margin, va="center", color="#333333", size=10)
-        axes.set_yticks(range(len(found)), [*map(literal, found)])
-        axes.set_ylim(len(found) - 0.4, -0.6)
-        axes.set_xlim(0, 1.04 * max(summary.high for summary in found.values()) or 1)
+        axes.set_yticks(range(len(summaries)), [*map(literal, summaries)])
+        axes.set_ylim(len(summaries) - 0.4, -0.6)
+        axes.set_xlim(0, 1.04 * max(summary.high for summary in summaries.values()) or 1)
         axes.grid(visible=True, axis="both")
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("exact match, %, with 95 % interval")
         figure.suptitle(title, x=0.01, ha="left", size=12)
 
-    plot(path, (6.0, 0.3 * len(found) + 1.2), draw)
+    plot(path, (6.0, 0.3 * len(summaries) + 1.2), draw)
 
 
 def plot_coefficients(

@@ -38,7 +38,7 @@ class Scores:
     def summaries(self) -> dict[str, Summary | None]:
         """Exact match of each method, mean of the tasks; None where it lacks a task."""
         answers = {method: self._all_answers(method, self.tasks, "correct") for method in self.methods}
-        return {method: None if found is None else summary(found) for method, found in answers.items()}
+        return {method: None if correct is None else summary(correct) for method, correct in answers.items()}
 
     def exact_match(self, method: str, task: str) -> Spread | None:
         """Return mean and standard deviation of a method on one task, None where it was not run."""
@@ -94,10 +94,10 @@ class Scores:
 
     def _values(self, method: str, seeds: Sequence[int], of: Values) -> list[float] | None:
         """Return the mean over seeds for each task, None where a value is missing."""
-        found = [[self._cells[method, task][seed][of] for seed in seeds] for task in self.tasks]
-        if not seeds or any(value is None for values in found for value in values):
+        of_tasks = [[self._cells[method, task][seed][of] for seed in seeds] for task in self.tasks]
+        if not seeds or any(value is None for values in of_tasks for value in values):
             return None
-        return [fmean(value for value in values if value is not None) for values in found]
+        return [fmean(value for value in values if value is not None) for values in of_tasks]
 
     def _answers(self, method: str, tasks: Sequence[str], seeds: Sequence[int], marks: Marks = "correct") -> Answers:
         by_task = [[self._cells[method, task][seed][marks] or "" for seed in seeds] for task in tasks]
@@ -119,8 +119,8 @@ def scores(rows: Sequence[Row]) -> list[Scores]:
     for row in rows:
         first = items.setdefault(row["task"], row)
         if len(first["correct"]) != len(row["correct"]):
-            found = f"{len(first['correct'])} ({first['method']}) and {len(row['correct'])} ({row['method']})"
-            raise ValueError(f"{row['task']} has {found} test rows: give the same for all methods and seeds")
+            counts = f"{len(first['correct'])} ({first['method']}) and {len(row['correct'])} ({row['method']})"
+            raise ValueError(f"{row['task']} has {counts} test rows: give the same for all methods and seeds")
         if key(row) in seen:
             raise ValueError(f"{name(row)} occurs twice: read the files with merge, which keeps one of equals")
         seen.add(key(row))

@@ -51,9 +51,9 @@ def paired_table(scores: Scores, reference: str) -> Table:
     lines = []
     for method in scores.methods:
         if method != reference:
-            found = scores.paired(reference, method)
+            pair = scores.paired(reference, method)
             points, nats = (scores.over_tasks(reference, method, of) for of in ("exact_match", "loss"))
-            difference, interval, p = (None,) * 3 if found is None else (found[0], found[1:3], found.p)
+            difference, interval, p = (None,) * 3 if pair is None else (pair[0], pair[1:3], pair.p)
             loss, of_loss = (None, None) if nats is None else (nats.mean, nats[1:])
             lines.append([method, difference, interval, None if points is None else points[1:], p, loss, of_loss])
     columns = [
@@ -72,7 +72,7 @@ def paired_table(scores: Scores, reference: str) -> Table:
 
 def best_method(scores: Scores) -> str:
     """Return the method with the highest mean, the first of equals; the first of all if none has every task."""
-    means = {method: found.mean for method, found in scores.summaries.items() if found}
+    means = {method: of_method.mean for method, of_method in scores.summaries.items() if of_method}
     return max(means, key=lambda method: means[method], default=scores.methods[0])
 
 
@@ -82,13 +82,13 @@ def league_name(league: str) -> str:
 
 
 def _means(scores: Scores, method: str) -> list[Any]:
-    found = scores.summaries[method]
+    of_method = scores.summaries[method]
     options = scores.option_accuracy(method)
     rows = scores.of(method)
     counts = [row["trainable"] for row in rows]
     return [
-        None if found is None else (found.mean, found.std),
-        None if found is None else (found.low, found.high),
+        None if of_method is None else (of_method.mean, of_method.std),
+        None if of_method is None else (of_method.low, of_method.high),
         scores.loss(method),
         None if options is None else options[0],
         (min(counts), max(counts)),
