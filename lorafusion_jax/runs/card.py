@@ -125,8 +125,8 @@ def _accuracy(run: RunFolder, results: Mapping[str, Any], seed: int) -> str:
     by_seed = {of["seed"]: [row["correct"] for row in rows if row["seed"] == of["seed"]] for of in results["seeds"]}
     lines = [["", "exact match, %", "95 % interval"]]
     for name, seeds in ((f"seed {seed}, this one", [seed]), (f"all {len(by_seed)} seeds", list(by_seed))):
-        found = summary([np.array([by_seed[s] for s in seeds], bool)])
-        lines.append([name, f"{found.mean:.1f}", f"{found.low:.1f} to {found.high:.1f}"])
+        accuracy = summary([np.array([by_seed[s] for s in seeds], bool)])
+        lines.append([name, f"{accuracy.mean:.1f}", f"{accuracy.low:.1f} to {accuracy.high:.1f}"])
     return f"## Accuracy\n\n{markdown(lines[:2] if len(by_seed) == 1 else lines)}"
 
 

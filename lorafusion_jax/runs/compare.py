@@ -50,13 +50,13 @@ def compare(options: CompareOptions) -> list[Table]:
     # The last part of a folder names a run, unless two runs have the same one.
     last = [folder.name for folder in folders]
     names = {folder: str(folder) if last.count(folder.name) > 1 else folder.name for folder in folders}
-    found, name = _scores(names), names[reference]
-    (task,) = found.tasks
+    of_runs, name = _scores(names), names[reference]
+    (task,) = of_runs.tasks
     if options.plot is not None:
-        plot_means(found, options.plot, title=task)
+        plot_means(of_runs, options.plot, title=task)
     caption = f"{task}: exact match, %, mean ± standard deviation over seeds"
     differences = f"{name} minus each other run, on the same seeds and test rows"
-    return [_table(main_tables(found)[0], caption), _table(paired_table(found, name), differences)]
+    return [_table(main_tables(of_runs)[0], caption), _table(paired_table(of_runs, name), differences)]
 
 
 def _scores(names: dict[Path, str]) -> Scores:
@@ -94,8 +94,8 @@ def _scores(names: dict[Path, str]) -> Scores:
                 }
             )
     (first, same), *others = tested.items()
-    for folder, found in others:
-        if found != same:
+    for folder, other in others:
+        if other != same:
             raise ValueError(
                 f"{folder} was evaluated on other test rows than {first}: evaluate both on the same task, with the "
                 "same --train-rows, --test-rows and --target"

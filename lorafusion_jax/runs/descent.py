@@ -83,13 +83,13 @@ def with_copies(problem: Problem, key: Array, draws: int) -> list[Problem]:
     check_sum(method.composition)
     at_least(1, draws=draws)
     alone = problem.replace(method=dataclasses.replace(method, magnitudes=False), index=problem.index[None])
-    found = [alone]
+    problems = [alone]
     for draw in progress("rotated copies", range(draws)):
         # The same names, because others would make it another program.
         copy = dataclasses.replace(rotated_pool(pool, jax.random.fold_in(key, draw)), names=pool.names)
         frozen = dataclasses.replace(problem.frozen, pool=on_mesh(copy, problem.config))
-        found.append(alone.replace(frozen=frozen))
-    return found
+        problems.append(alone.replace(frozen=frozen))
+    return problems
 
 
 def descent_of(problems: Sequence[Problem], batches: Sequence[Batch]) -> Descent:
@@ -97,10 +97,10 @@ def descent_of(problems: Sequence[Problem], batches: Sequence[Batch]) -> Descent
     if not batches:
         raise ValueError("no rows to compute a descent from: give at least one batch")
     of_seed = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], batch) for batch in batches]
-    found = [gradient_at_zero(problem, (0,), of_seed) for problem in progress("backward passes", problems)]
-    norms = [np.linalg.norm(gradient.reshape(len(gradient), -1), axis=1) for _, (gradient,) in found]
+    of_problems = [gradient_at_zero(problem, (0,), of_seed) for problem in progress("backward passes", problems)]
+    norms = [np.linalg.norm(gradient.reshape(len(gradient), -1), axis=1) for _, (gradient,) in of_problems]
     rows = sum(int(np.sum(batch.row_mask)) for batch in batches)
-    return Descent(modules=norms[0], rotated=np.stack(norms[1:]), loss=float(found[0][0][0]), rows=rows)
+    return Descent(modules=norms[0], rotated=np.stack(norms[1:]), loss=float(of_problems[0][0][0]), rows=rows)
 
 
 def check_sum(composition: Composition) -> None:
@@ -118,11 +118,11 @@ def gradient_at_zero(
     """
     params = start(problem, seeds).params
     params = params | {"coefficients": jnp.zeros_like(params["coefficients"])}
-    found = []
+    of_batches = []
     for number, batch in enumerate(batches):
         read = problem.read(SEARCH, number)
-        found.append(to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read)))
-    losses, gradients = (np.stack(parts) for parts in zip(*found, strict=True))
+        of_batches.append(to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read)))
+    losses, gradients = (np.stack(parts) for parts in zip(*of_batches, strict=True))
     tokens = np.stack([np.sum(np.asarray(batch.labels) != IGNORED, axis=(1, 2)) for batch in batches])
     weights = tokens / np.sum(tokens, axis=0)
     return np.sum(weights * losses, axis=0), np.einsum("bs,bs...->s...", weights, gradients)

@@ -130,24 +130,24 @@ def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
     texts = Texts(setup.tokenizer, setup.text_format)
     # After its answer, a model that continues the prompt adds further examples.
     stop = BETWEEN_EXAMPLES if texts.text_format.ends and not texts.text_format.chat else None
-    found = []
+    of_seeds = []
     for shown in shown_to_seeds(setup.task, options):
         test = encode_shown(texts, shown, len(setup.test), setup.max_new_tokens)
         asked = dataclasses.replace(setup.with_problem(index=setup.problem.index[:1]), task=shown, test=test)
-        found.append(evaluate(asked, {}, batch_size=options.eval_batch, options=closed, stop=stop))
-    scored = [one.option_correct for one in found if one.option_correct is not None]
-    losses = [one.loss for one in found if one.loss is not None]
+        of_seeds.append(evaluate(asked, {}, batch_size=options.eval_batch, options=closed, stop=stop))
+    scored = [one.option_correct for one in of_seeds if one.option_correct is not None]
+    losses = [one.loss for one in of_seeds if one.loss is not None]
     return Evaluation(
-        predictions=[one.predictions[0] for one in found],
-        correct=np.concatenate([one.correct for one in found]),
+        predictions=[one.predictions[0] for one in of_seeds],
+        correct=np.concatenate([one.correct for one in of_seeds]),
         loss=np.concatenate(losses),
         option_correct=np.concatenate(scored) if scored else None,
     )
 
 
-def seed_rows(seeds: tuple[int, ...], found: Evaluation) -> list[dict[str, Any]]:
+def seed_rows(seeds: tuple[int, ...], evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return {seed, exact_match, option_accuracy (percent or None), loss (nats per token or None)} of every seed."""
-    columns = (found.exact_match, found.option_accuracy, found.loss)
+    columns = (evaluation.exact_match, evaluation.option_accuracy, evaluation.loss)
     numbers = [[None] * len(seeds) if column is None else column.tolist() for column in columns]
     # JSON cannot hold a loss that is not finite.
     numbers[2] = [loss if loss is None or math.isfinite(loss) else None for loss in numbers[2]]
@@ -167,8 +167,8 @@ def _option_correct(
     how: Any = {"pad_id": setup.tokenizer.pad_token_id, "worth": evaluation_worth(setup.config)}
     for number, (numbers, batch) in enumerate(eval_batches(asked, batch_size, **how)):
         real = numbers >= 0
-        found = seed_likelihoods(params, _for_every_seed(batch, seeds), problem.read(OPTIONS, number))
-        likelihoods[:, numbers[real]] = to_host(found)[:, real]
+        of_batch = seed_likelihoods(params, _for_every_seed(batch, seeds), problem.read(OPTIONS, number))
+        likelihoods[:, numbers[real]] = to_host(of_batch)[:, real]
     return likeliest_correct(likelihoods, options, setup.task)
 
 

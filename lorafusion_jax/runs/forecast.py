@@ -113,16 +113,18 @@ def forecast(options: ForecastOptions) -> Forecast:
     digest = open_base(options.base).digest
     pairs = _pairs(options.calibrate, digest)
     measured = _Measured(options.draws)
-    found, task, modules = measured.on(own)
+    of_task, task, modules = measured.on(own)
     if any(run.task_sha256 == task.sha256 for run, _ in pairs):
         raise ValueError(f"{task.name} is a task of the calibration, so its advantage is known: leave out its runs")
     model, unknown = _model(digest, [measured.case(*pair) for pair in pairs])
-    if model is not None and not model.rows[0] / 2 <= found.rows <= model.rows[1] * 2:
+    if model is not None and not model.rows[0] / 2 <= of_task.rows <= model.rows[1] * 2:
         seen = " to ".join(map(str, dict.fromkeys(model.rows)))
-        unknown = f"the forecast was fitted on tasks of {seen} training rows, and there are {found.rows}: {_CALIBRATE}"
+        unknown = (
+            f"the forecast was fitted on tasks of {seen} training rows, and there are {of_task.rows}: {_CALIBRATE}"
+        )
         model = None
-    prediction = model and model.predict(found.log_ratio, found.loss, found.rows)
-    return Forecast(task.name, modules, found, prediction, "" if model is not None else unknown)
+    prediction = model and model.predict(of_task.log_ratio, of_task.loss, of_task.rows)
+    return Forecast(task.name, modules, of_task, prediction, "" if model is not None else unknown)
 
 
 class _Run(NamedTuple):
@@ -154,15 +156,17 @@ class _Measured:
         (own,) = tasks_of_seeds(task, options)
         rows = encode(model.tokenizer, own.train, model.text_format)
         batches = eval_batches(rows, options.recipe.batch_size, pad_id=model.tokenizer.pad_token_id)
-        found = descent_of(problems, [batch for _, batch in batches])
-        if not np.any(found.modules):
+        measured = descent_of(problems, [batch for _, batch in batches])
+        if not np.any(measured.modules):
             raise ValueError(f"no module of {options.pool} has an effect on {task.name}: give trained adapters")
-        return found, task, model.modules[0]
+        return measured, task, model.modules[0]
 
     def case(self, run: _Run, advantage: float) -> Case:
         """Return the features of the task of a run with the pool, whose advantage is known."""
-        found, _, _ = self.on(_ranking(run.options, run.options.seeds[0], run.options.recipe.protocol))
-        return Case(task=run.task, log_ratio=found.log_ratio, loss=found.loss, rows=found.rows, advantage=advantage)
+        measured, _, _ = self.on(_ranking(run.options, run.options.seeds[0], run.options.recipe.protocol))
+        return Case(
+            task=run.task, log_ratio=measured.log_ratio, loss=measured.loss, rows=measured.rows, advantage=advantage
+        )
 
 
 def _ranking(options: Any, seed: int = FuseOptions.seeds[0], protocol: Protocol = "default") -> FuseOptions:
@@ -179,7 +183,7 @@ def _pairs(folders: Sequence[Path], digest: str) -> list[tuple[_Run, float]]:
     for folder in dict.fromkeys(folders):
         run = _read(folder, digest)
         tasks.setdefault((run.task_sha256, run.options.train_rows), []).append(run)
-    found = []
+    pairs = []
     for runs in tasks.values():
         own = [run for run in runs if run.options.control == "none"]
         rotated = [run for run in runs if run.options.control == "rotated"]
@@ -195,10 +199,10 @@ def _pairs(folders: Sequence[Path], digest: str) -> list[tuple[_Run, float]]:
             if other := [name for name in _ALIKE if getattr(run.options, name) != getattr(own[0].options, name)]:
                 raise ValueError(f"{run.folder} has another {other[0]} than {own[0].folder}: only --control may differ")
         advantage = float(np.mean([run.loss for run in rotated])) - own[0].loss
-        found.append((own[0], advantage))
-    if folders and (count := len({run.task_sha256 for run, _ in found})) < FEWEST:
+        pairs.append((own[0], advantage))
+    if folders and (count := len({run.task_sha256 for run, _ in pairs})) < FEWEST:
         raise ValueError(f"the runs are of {count} tasks: a calibration needs {FEWEST} or more")
-    return found
+    return pairs
 
 
 def _read(folder: Path, digest: str) -> _Run:

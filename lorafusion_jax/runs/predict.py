@@ -162,16 +162,16 @@ def task_to_evaluate(
     if train_rows is None:
         train_rows = fused.train_rows if needed else 0
     need = ("train", "test") if needed else ("test",)
-    found = load_task(task, **row_format(fused), train_rows=train_rows, need=need)
+    rows = load_task(task, **row_format(fused), train_rows=train_rows, need=need)
     trained = {*config["trained_sha256"]}
     parts: dict[bool, list[Example]] = {True: [], False: []}
-    for row in found.test:
+    for row in rows.test:
         parts[row.input_sha256 in trained].append(row)
     if parts[True]:
         note(f"note: {len(parts[True])} rows of {task} are left out, because {folder} was trained on their inputs")
     if not parts[False]:
         raise ValueError(f"{folder} was trained on the inputs of all rows of {task}: give others with --task")
-    return dataclasses.replace(found, train=(*found.train, *parts[True]), test=tuple(parts[False]))
+    return dataclasses.replace(rows, train=(*rows.train, *parts[True]), test=tuple(parts[False]))
 
 
 def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None = None) -> list[str]:
@@ -188,7 +188,7 @@ def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None 
     problem = load() if load else answering.problem()
     params, problem = jax.tree.map(lambda p: p[None], answering.params), problem.replace(index=problem.index[None])
     answers = [""] * len(lines)
-    found = generate_rows(
+    generated = generate_rows(
         params,
         lambda number: problem,
         encoded,
@@ -198,7 +198,7 @@ def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None 
         sampling=options.sampling,
         keys=lambda numbers: draw_keys(options.sampling, options.sampling_seed, places[numbers]),
     )
-    for place, said in zip(places, decode(texts.tokenizer, found.tokens[0], texts.text_format), strict=True):
+    for place, said in zip(places, decode(texts.tokenizer, generated.tokens[0], texts.text_format), strict=True):
         answers[place] = said
     return answers
 

@@ -183,9 +183,11 @@ def encode_shown(texts: Texts, shown: tasks.Task, rows: int, new_tokens: int) ->
     A prompt that is cut loses its first examples, not the question at its end.
     """
     tokenizer, text_format = texts
-    found = tasks.encode(tokenizer, shown.test[:rows], text_format, max_length=_UNCUT, new_tokens=new_tokens)
+    encoded = tasks.encode(tokenizer, shown.test[:rows], text_format, max_length=_UNCUT, new_tokens=new_tokens)
     return (
-        found if text_format.ends else tasks.Encoded(tuple(ids[-tasks.LONGEST :] for ids in found.inputs), found.labels)
+        encoded
+        if text_format.ends
+        else tasks.Encoded(tuple(ids[-tasks.LONGEST :] for ids in encoded.inputs), encoded.labels)
     )
 
 
@@ -194,11 +196,11 @@ def of_run(loaded: AnyLoaded, options: LoadOptions, folder: Path, config: RunCon
 
     Raises a ValueError if base or pool are not those of the run, or the numbers have other shapes than its method's.
     """
-    found = with_modules(loaded, options, config["modules"])
-    check_digests(folder, config["digests"], digests(found), options)
-    problem = found.problem.replace(index=found.problem.index[0])
+    placed = with_modules(loaded, options, config["modules"])
+    check_digests(folder, config["digests"], digests(placed), options)
+    problem = placed.problem.replace(index=placed.problem.index[0])
     check_params(folder, params, lambda: problem.init(jax.random.key(0)))
-    return found
+    return placed
 
 
 def check_params(folder: Path, params: Params, begin: Callable[[], Params]) -> None:

@@ -97,9 +97,9 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
     setup = prepare(options, seed_mode=recorded["environment"]["seed_mode"] if recorded else None, base=base)
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
-    found = digests(setup)
-    begin = _start_params(setup, options, found)
-    config = _config(options, setup, found)
+    now = digests(setup)
+    begin = _start_params(setup, options, now)
+    config = _config(options, setup, now)
     hardware = HardwareSetup(setup, lambda params: setup)
     if set_up is not None:
         hardware = set_up(setup, options, begin or start(setup.problem, options.seeds).params)
@@ -111,7 +111,7 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
             run.write_config(config)
         else:
             _compare_environment(recorded, config)
-            check_digests(run.folder, recorded["digests"], found, options)
+            check_digests(run.folder, recorded["digests"], now, options)
         return _complete(run, hardware, options, config, begin)
 
 
@@ -216,12 +216,12 @@ def _complete(
     return results
 
 
-def _start_params(setup: Setup, options: FuseOptions, found: Digests) -> dict[str, Any] | None:
+def _start_params(setup: Setup, options: FuseOptions, now: Digests) -> dict[str, Any] | None:
     """Return the numbers of the run to start from; ValueError if they do not fit this one, whose digests are given."""
     if options.start_from is None:
         return None
     if (listed := read_weights(options.start_from)) is not None:
-        return listed_params(setup, options, found, *listed)
+        return listed_params(setup, options, now, *listed)
     other, params, config = load_run(options.start_from)
     here = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
     got = {"seeds": list(other.seeds), "modules": config["modules"]}
@@ -230,7 +230,7 @@ def _start_params(setup: Setup, options: FuseOptions, found: Digests) -> dict[st
             f"{options.start_from} fused other modules or seeds (seeds {got['seeds']}, here {here['seeds']}): "
             "give the same --seeds, --pool, --modules"
         )
-    check_digests(options.start_from, config["digests"], found, options)
+    check_digests(options.start_from, config["digests"], now, options)
     fresh = start(setup.problem, options.seeds).params
     if jax.tree.map(jnp.shape, fresh) != jax.tree.map(jnp.shape, params):
         raise ValueError(
@@ -269,7 +269,7 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
             }
 
 
-def _config(options: FuseOptions, setup: Setup, found: Digests) -> RunConfig:
+def _config(options: FuseOptions, setup: Setup, now: Digests) -> RunConfig:
     trained = [] if setup.split is None else tasks_of_seeds(setup.task, options)
     folders = Folders()
     for name in ("base", "pool", "task"):
@@ -283,7 +283,7 @@ def _config(options: FuseOptions, setup: Setup, found: Digests) -> RunConfig:
         "trained_sha256": sorted({row.input_sha256 for of_seed in trained for row in of_seed.train}),
         "max_new_tokens": setup.max_new_tokens,
         "environment": Environment(seed_mode=setup.problem.seed_mode, dtype=options.dtype, **environment()),
-        "digests": found,
+        "digests": now,
         "folders": folders,
     }
 

@@ -62,7 +62,7 @@ def coefficients_of(weights: Weights, pool: Pool, source: str | None) -> Float[A
     if pool.magnitude is not None:
         raise ValueError(f"{source} is a DoRA adapter, whose magnitudes a weighted sum would lose: use plain LoRAs")
     blocks = column_names(pool, "block")
-    found = np.zeros((len(pool), len(blocks)), np.float32)
+    coefficients = np.zeros((len(pool), len(blocks)), np.float32)
     for row, name in enumerate(pool.names):
         of_module = weights[name]
         by_block = of_module if isinstance(of_module, Mapping) else dict.fromkeys(blocks, of_module)
@@ -71,8 +71,8 @@ def coefficients_of(weights: Weights, pool: Pool, source: str | None) -> Float[A
                 raise ValueError(f"the weights of {name} name a block {shown(block)}: expected one of {some(blocks)}")
             if not abs(weight) <= float(np.finfo(np.float32).max):
                 raise ValueError(f"the weight of {name} is {shown(weight)}: expected a finite number of float32")
-            found[row, blocks.index(block)] = weight
-    return jnp.asarray(found)
+            coefficients[row, blocks.index(block)] = weight
+    return jnp.asarray(coefficients)
 
 
 def with_listed_modules(options: FuseOptions) -> FuseOptions:
@@ -81,9 +81,9 @@ def with_listed_modules(options: FuseOptions) -> FuseOptions:
     Raises:
       ValueError: the options choose other modules, or their method does not start from a weighted sum.
     """
-    if options.start_from is None or (found := read_weights(options.start_from)) is None:
+    if options.start_from is None or (listed := read_weights(options.start_from)) is None:
         return options
-    names, recipe, method = tuple(found[0]), options.recipe, find(options.method)
+    names, recipe, method = tuple(listed[0]), options.recipe, find(options.method)
     for wrong, message in (
         (not names, "it has none: give a weight for each module to fuse"),
         (
@@ -102,7 +102,7 @@ def with_listed_modules(options: FuseOptions) -> FuseOptions:
 
 
 def listed_params(
-    setup: Setup, options: FuseOptions, found: Digests, weights: Weights, recorded: Digests | None
+    setup: Setup, options: FuseOptions, now: Digests, weights: Weights, recorded: Digests | None
 ) -> dict[str, Any]:
     """Return the numbers of all seeds that give the model of a list of weights, from the digests of both sides."""
     problem, source = setup.problem, options.start_from
@@ -111,7 +111,7 @@ def listed_params(
     if recorded is not None:
         if basis_of(options.recipe) is not None:  # modules in a basis have digests of other arrays
             recorded = {"base": recorded["base"], "modules": {}}
-        check_digests(source, recorded, found, options)
+        check_digests(source, recorded, now, options)
     if missing := sorted(weights.keys() - {*setup.modules[0]}):
         raise ValueError(f"{options.pool} has no module {some(missing)}, which {source} names")
     if options.control != "none":  # its modules are named after those that they replace
