@@ -299,8 +299,8 @@ class TaskModels:
     def each(self, fn: Callable[..., Any], adapters: Adapters | None, own: tuple[Any, ...], shared: Any = ()) -> Any:
         """Return what `fn` does for the one seed (see `Models.each`)."""
         model, of_rows = nnx.merge(self.bank.graph, self.bank.frozen.base), self.bank.adapters(self.tasks[0])
-        found = fn(model, of_rows, *jax.tree.map(lambda leaf: leaf[0], own), *shared)
-        return jax.tree.map(lambda leaf: leaf[None], found)
+        result = fn(model, of_rows, *jax.tree.map(lambda leaf: leaf[0], own), *shared)
+        return jax.tree.map(lambda leaf: leaf[None], result)
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))

@@ -39,18 +39,18 @@ def generate_rows(
     ValueError for a row of another form or run, and for runs that cannot be served together.
     """
     at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
-    found = _read(runs)
-    names = {spelling: name for name in found for spelling in (name, str(found[name].folder))}
+    by_name = _read(runs)
+    names = {spelling: name for name in by_name for spelling in (name, str(by_name[name].folder))}
     where = file or "standard input"
     with utf8(where):
         text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
         # A text of JSON may hold U+2028 and its like, which end no line here.
         lines = enumerate(text.split("\n"), start=1)
-        rows = [_row(line.encode(), f"{where}:{i}", names, found) for i, line in lines if line.strip()]
+        rows = [_row(line.encode(), f"{where}:{i}", names, by_name) for i, line in lines if line.strip()]
     if not rows:
         raise ValueError(f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}")
-    service = Service(list(found.values()), capacity=len(found))
-    for name, run in found.items():
+    service = Service(list(by_name.values()), capacity=len(by_name))
+    for name, run in by_name.items():
         service.add(name, run, seed)
     texts, asked = zip(*rows, strict=True)
     how = {"sampling": sampling, "sampling_seed": sampling_seed}
@@ -94,14 +94,14 @@ def evaluate_runs(
     ValueError for runs that cannot be served together, and for a task that cannot be used.
     """
     at_least(1, test_rows=test_rows, eval_batch=eval_batch)
-    found = _read(runs)
+    by_name = _read(runs)
     of_runs = {
         name: task_to_evaluate(run.options, run.folder, RunFolder(run.folder).config(), task, train_rows)
-        for name, run in found.items()
+        for name, run in by_name.items()
     }
-    service = Service(list(found.values()), capacity=sum(len(run.options.seeds) for run in found.values()))
+    service = Service(list(by_name.values()), capacity=sum(len(run.options.seeds) for run in by_name.values()))
     asked = {}
-    for name, run in found.items():
+    for name, run in by_name.items():
         of_seeds = {f"{name}, seed {seed}": seed for seed in run.options.seeds}
         for title, seed in of_seeds.items():
             service.add(title, run, seed)
@@ -133,10 +133,10 @@ def _evaluated(service: Service, asked: Sequence[_TestRows], eval_batch: int) ->
     of_options = service.log_likelihoods(*_for_seeds(closed), eval_batch=eval_batch)
     scores = iter(_apart(of_options, closed))
     texts, of_rows = _apart(np.array(said, object), blocks), _apart(likelihoods, blocks)
-    found = []
+    evaluations = []
     for one, predictions, likelihood in zip(asked, [t.tolist() for t in texts], of_rows, strict=True):
         targets = [example.target for example in one.task.test[: len(one.test)]]
-        found.append(
+        evaluations.append(
             Evaluation(
                 predictions=predictions,
                 correct=exact_match(predictions, targets),
@@ -144,7 +144,7 @@ def _evaluated(service: Service, asked: Sequence[_TestRows], eval_batch: int) ->
                 option_correct=likeliest_correct(next(scores), one.options, one.task) if one.options else None,
             )
         )
-    return found
+    return evaluations
 
 
 _Block = tuple[Encoded, list[int]]

@@ -333,7 +333,7 @@ class Service:
         worth = evaluation_worth(self._config)
         pad_id = self.tokenizer.pad_token_id
         batches = list(eval_batches(encoded, eval_batch, pad_id=pad_id, worth=worth))
-        found: list[list[int]] = [[]] * len(encoded)
+        answers: list[list[int]] = [[]] * len(encoded)
         bank = dataclasses.replace(self.bank, frozen=self.bank.frozen.unstacked())
         keys, longest = partial(draw_keys, sampling, sampling_seed), max(limits, default=1)
         how: dict[str, Any] = {"pad_id": pad_id, "room": room_for(longest, eval_batch, worth), "sampling": sampling}
@@ -346,18 +346,18 @@ class Service:
         for of_turn in [[batch] for batch in batches] if alone else filter(None, [batches]):
             rows = Rows(models, 1, self._config, of_turn, np.array(limits), keys, **how)
             for _, row, tokens in rows.ended(False, None, longest):
-                found[row] = tokens[: limits[row]].tolist()
-        return found
+                answers[row] = tokens[: limits[row]].tolist()
+        return answers
 
     def log_likelihoods(
         self, encoded: Encoded, numbers: Int[np.ndarray, " rows"], *, eval_batch: int
     ) -> Float[np.ndarray, " rows"]:
         """Return the log-probability of each row's labels, in nats; the arguments are those of `tokens`."""
-        found = np.zeros(len(encoded))
+        likelihoods = np.zeros(len(encoded))
         for rows, batch in eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id):
             scores = self.bank.log_likelihoods(batch, np.where(rows >= 0, numbers[rows], -1))
-            found[rows[rows >= 0]] = np.asarray(scores)[rows >= 0]
-        return found
+            likelihoods[rows[rows >= 0]] = np.asarray(scores)[rows >= 0]
+        return likelihoods
 
     def _number(self, name: str) -> int:
         """Return the number of a task, or a free one for a new task."""
