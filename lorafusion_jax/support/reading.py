@@ -52,10 +52,10 @@ class FileError(ValueError):
         self.file, self.field, self.got, self.expected, self.fix = str(file), field, got, expected, fix
         self.version = version
         place = f"{self.file}: " if self.file else ""
-        found = f"{field} is {got}" if field else got
+        fault = f"{field} is {got}" if field else got
         needed = f"expected {expected}; " if expected else ""
         other = f" (written by version {version}, this is {__version__})" if version else ""
-        super().__init__(f"{place}{found}: {needed}{fix}{other}")
+        super().__init__(f"{place}{fault}: {needed}{fix}{other}")
 
     def at(self, file: str | Path) -> "FileError":
         """Return the same fault of this file."""
@@ -139,8 +139,8 @@ def structured(
     `whole` is the JSON that contains `raw` and the version that wrote the file; by default `raw`.
     """
     try:
-        found = msgspec.convert(raw, kind, dec_hook=_from_text)
-        unknown = next(_beyond(raw, msgspec.to_builtins(found, enc_hook=str)), None) if own else None
+        made = msgspec.convert(raw, kind, dec_hook=_from_text)
+        unknown = next(_beyond(raw, msgspec.to_builtins(made, enc_hook=str)), None) if own else None
     except RecursionError:
         raise FileError(where, got="nested too deeply", fix=fix) from None
     except UnicodeEncodeError as error:  # half a character
@@ -156,7 +156,7 @@ def structured(
     if unknown is not None:
         fix = f"remove it, or {fix}"
         raise FileError(where, field=unknown, got="unknown", fix=fix, version=_other_version(whole or raw))
-    return found
+    return made
 
 
 def is_object(line: bytes) -> bool:
@@ -206,14 +206,14 @@ def _from_text(kind: type, value: Any) -> Any:
     raise ValueError
 
 
-def _beyond(raw: Any, found: Any, field: str = "") -> Iterator[str]:
+def _beyond(raw: Any, made: Any, field: str = "") -> Iterator[str]:
     """Yield the fields of JSON that the object made from it lacks."""
-    if isinstance(raw, dict) and isinstance(found, dict):
+    if isinstance(raw, dict) and isinstance(made, dict):
         for name, value in raw.items():
             inner = f"{field}.{name}".lstrip(".")
-            yield from _beyond(value, found[name], inner) if name in found else [inner]
+            yield from _beyond(value, made[name], inner) if name in made else [inner]
     elif isinstance(raw, list):
-        for n, (value, other) in enumerate(zip(raw, found, strict=False)):
+        for n, (value, other) in enumerate(zip(raw, made, strict=False)):
             yield from _beyond(value, other, f"{field}[{n}]")
 
 

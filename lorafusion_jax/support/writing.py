@@ -61,8 +61,8 @@ def writing(folder: Path) -> Iterator[None]:
     except WriteError:
         raise
     except Exception as error:
-        found = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
-        code = getattr(error, "errno", None) or (int(found[1] or found[2]) if found else None)
+        code_in_text = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
+        code = getattr(error, "errno", None) or (int(code_in_text[1] or code_in_text[2]) if code_in_text else None)
         name = getattr(error, "filename", None)
         here = not folder.exists() or (
             name is not None and Path(os.fsdecode(name)).absolute().is_relative_to(folder.absolute())
