@@ -170,8 +170,8 @@ def train_step_batches(
             return table.take(orders[:, steps], *widths)
         return _packed(encoded, orders[:, steps], widths, pad_id=pad_id, causal=packing.causal)
 
-    found, number = np.unique(of_step.reshape(-1, of_step.shape[-1]), axis=0, return_inverse=True)
-    shapes, shape_of = tuple(map(tuple, found.tolist())), number.reshape(of_step.shape[:-1]).astype(np.int32)
+    different, number = np.unique(of_step.reshape(-1, of_step.shape[-1]), axis=0, return_inverse=True)
+    shapes, shape_of = tuple(map(tuple, different.tolist())), number.reshape(of_step.shape[:-1]).astype(np.int32)
     while first_step < orders.shape[1]:
         steps = slice(first_step, first_step - first_step % length + length)
         own = shape_of[..., steps]

@@ -58,10 +58,10 @@ def render(
         if not answer.endswith("\n"):
             _stop()
             raise ValueError(f"it takes more than {MOST_SECONDS} s or {MOST_MEMORY >> 30} GiB to render")
-    found = json.loads(answer)
-    if "error" in found:
-        raise ValueError(found["error"])
-    return found["text"]
+    rendered = json.loads(answer)
+    if "error" in rendered:
+        raise ValueError(rendered["error"])
+    return rendered["text"]
 
 
 def _started() -> "subprocess.Popen[str]":

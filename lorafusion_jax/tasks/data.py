@@ -166,8 +166,8 @@ def columns(prompt: str | None) -> set[str]:
 def fill(prompt: str | None, row: Mapping[str, Any], where: str) -> str:
     """Return a template of the model's input with the texts and numbers of a row's columns, by default its input."""
 
-    def column(found: re.Match[str]) -> str:
-        literal, name = found.groups()
+    def column(field: re.Match[str]) -> str:
+        literal, name = field.groups()
         if literal is not None:
             return f"{{{literal}}}"
         if not _is_text(row.get(name), named=name != "input"):
@@ -257,21 +257,21 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
         ]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f'{where}: its messages are not a list of {{"role": ..., "content": ...}}')
-    found = []
+    turns = []
     for number, message in enumerate(messages, start=1):
         said = {key: value for key, value in message.items() if value is not None}  # `datasets` fills up keys with None
         if said.keys() != {"role", "content"} or not all(isinstance(value, str) for value in said.values()):
             raise ValueError(
                 f"{where}: message {number} has {some([*said]) or 'nothing'}: expected role and content, both texts"
             )
-        found.append((said["role"], said["content"]))
-    if [role for role, _ in found[-2:]] != ["user", "assistant"] or not all(text.strip() for _, text in found[-2:]):
-        roles = some([role for role, _ in found]) or "nobody"
+        turns.append((said["role"], said["content"]))
+    if [role for role, _ in turns[-2:]] != ["user", "assistant"] or not all(text.strip() for _, text in turns[-2:]):
+        roles = some([role for role, _ in turns]) or "nobody"
         raise ValueError(
             f"{where} has messages of {roles}: expected the user's message and then the assistant's answer as the last "
             "two, both with text"
         )
-    return found
+    return turns
 
 
 def _divide(rows: list[Example], train_rows: int, source: str | Path) -> dict[str, list[Example]]:

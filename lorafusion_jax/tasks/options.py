@@ -38,5 +38,5 @@ def _stated(example: Example) -> tuple[str, ...]:
     blocks = list(_BLOCK.finditer(example.input))
     if not blocks or "\n" in example.input[blocks[-1].end() :].strip():
         return ()
-    found = [label or text.strip() for label, text in _OPTION.findall(blocks[-1][1])]
-    return tuple(dict.fromkeys(found))
+    options = [label or text.strip() for label, text in _OPTION.findall(blocks[-1][1])]
+    return tuple(dict.fromkeys(options))

@@ -25,17 +25,17 @@ def _of_chunk(content: mmap.mmap, column: Any) -> int:
     at = column.data_page_offset
     if column.has_dictionary_page and 0 < column.dictionary_page_offset < at:
         at = column.dictionary_page_offset
-    end, found = at + column.total_compressed_size, 0
+    end, unpacked = at + column.total_compressed_size, 0
     while at < end:
         header, at = _header(content, at)
-        found += header[_UNPACKED]
+        unpacked += header[_UNPACKED]
         at += header[_PACKED]
-    return found
+    return unpacked
 
 
 def _header(content: mmap.mmap, at: int, levels: int = 4) -> tuple[dict[int, int], int]:
     """Return the integers of a struct by the numbers of their fields, at least 0, and the place behind the struct."""
-    found, number = {_UNPACKED: 0, _PACKED: 0}, 0
+    integers, number = {_UNPACKED: 0, _PACKED: 0}, 0
     while head := content[at]:
         kind, at = head & 15, at + 1
         if head >> 4:
@@ -44,7 +44,7 @@ def _header(content: mmap.mmap, at: int, levels: int = 4) -> tuple[dict[int, int
             number, at = _integer(content, at)
         if kind in _INTEGERS:
             value, at = _integer(content, at)
-            found[number] = 0 if value % 2 else value >> 1  # odd for an integer below 0
+            integers[number] = 0 if value % 2 else value >> 1  # odd for an integer below 0
         elif kind == _BINARY:
             length, at = _integer(content, at)
             at += length
@@ -54,15 +54,15 @@ def _header(content: mmap.mmap, at: int, levels: int = 4) -> tuple[dict[int, int
             at += 1
         elif kind not in _BOOLEANS:
             raise ValueError(f"a page's header holds a value of type {kind}")
-    return found, at + 1
+    return integers, at + 1
 
 
 def _integer(content: mmap.mmap, at: int) -> tuple[int, int]:
     """Return an unsigned integer of seven bits a byte, the lowest first, and the place behind it."""
-    found = 0
+    value = 0
     for shift in range(0, 70, 7):
-        found |= (content[at] & 127) << shift
+        value |= (content[at] & 127) << shift
         at += 1
         if content[at - 1] < 128:
-            return found, at
+            return value, at
     raise ValueError("a page's header holds an integer of more than 64 bits")

@@ -182,8 +182,8 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
                     check_regular(path)
                 if path.suffix == ".json":
                     _parse(path.read_text(encoding="utf-8"), path)
-            found = datasets.load_from_disk(source)
-            loaded: Any = {"all": found} if isinstance(found, datasets.Dataset) else found
+            saved = datasets.load_from_disk(source)
+            loaded: Any = {"all": saved} if isinstance(saved, datasets.Dataset) else saved
             for part in loaded.values():
                 part.data.validate(full=True)  # Arrow follows offsets of its files without a look, out of the file
         else:

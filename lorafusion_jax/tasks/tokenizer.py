@@ -202,9 +202,9 @@ def _open_ended(tokenizer: Tokenizer, texts: list[str], *, special: bool) -> lis
     """Return the tokens of texts that are continued: with the tokenizer's first special tokens, without its last."""
     if not texts:
         return []
-    found = tokenise(tokenizer, texts, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
+    encoded = tokenise(tokenizer, texts, add_special_tokens=special, return_special_tokens_mask=True, verbose=False)
     rows = []
-    for row, added in zip(found["input_ids"], found["special_tokens_mask"], strict=True):
+    for row, added in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
         length = len(row)
         while special and length and added[length - 1]:
             length -= 1
