@@ -70,19 +70,19 @@ def rules(config: Architecture) -> Rules:
     of_splits = {
         split: [name for name, site in config.sites.items() if site.split == split] for split in get_args(Split)
     }
-    found: list[tuple[str, tuple[str | None, ...]]] = [
+    split_paths: list[tuple[str, tuple[str | None, ...]]] = [
         (rf"\b{name}\b", _SPLIT[split]) for name, split in config.splits.items()
     ]
     for split, names in of_splits.items():
         if names:
-            found.append((rf"\b({'|'.join(paths[name] for name in names)})\b", _SPLIT[split]))
+            split_paths.append((rf"\b({'|'.join(paths[name] for name in names)})\b", _SPLIT[split]))
             sites = rf"({'|'.join(map(re.escape, names))})(?![\w.])"
             if split == "rows":
-                found.append((rf"\b[AU]/{sites}", _SPLIT[split]))
+                split_paths.append((rf"\b[AU]/{sites}", _SPLIT[split]))
             else:
-                found.append((rf"\b[BV]/{sites}", _SPLIT[split]))
-                found.append((rf"\b(squared|cross|pairs|norms|magnitudes?|kept)/{sites}", ("model",)))
-    return tuple(found)
+                split_paths.append((rf"\b[BV]/{sites}", _SPLIT[split]))
+                split_paths.append((rf"\b(squared|cross|pairs|norms|magnitudes?|kept)/{sites}", ("model",)))
+    return tuple(split_paths)
 
 
 def check_model(config: Architecture) -> None:
