@@ -155,7 +155,7 @@ def in_directions(pool: LoraPool, given: Directions) -> SharedBasis:
         if site not in U:
             raise ValueError(f"the basis lacks directions at {site}, which the modules adapt: make a new one of them")
         if (got := (U[site].shape[0], U[site].shape[1], V[site].shape[2])) != sizes:
-            raise ValueError(f"directions at {site} for layers, d_in and d_out {got}: the modules have {sizes}")
+            raise ValueError(f"directions at {site} for layers, d_in and d_out {got}: give ones for {sizes}")
     S, energy = {}, {}
     for site in pool.rank:
         of_layers = []

@@ -124,7 +124,7 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     return numbers
 
 
-def in_pool(modules: int, index: Int[Array, "..."]) -> Array | float:
+def in_pool(modules: int, index: Int[Array, "..."]) -> Float[Array, ""] | float:
     """Return the factor 1, or NaN if a compiled function got a position outside of a pool of so many modules.
 
     Raises a ValueError for such a position, or one that a fusion has twice, where the values are known.

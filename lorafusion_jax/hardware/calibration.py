@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from ..crossbar import calibrate_tree
 from ..loading.model import LoadedModel
@@ -32,7 +32,7 @@ def calibrate(setup: Setup, params: Params, frozen: Frozen, *, rows: int) -> Fro
 
 def calibration_batches(
     setup: Setup, params: Mapping[str, Any], rows: int, *, batch_size: int = 64
-) -> Iterator[tuple[Params, Array, Batch]]:
+) -> Iterator[tuple[Params, Int[Array, " N"], Batch]]:
     """Yield the training rows to calibrate on, with every seed's numbers."""
     some = Encoded(*(part[:rows] for part in (setup.train.inputs, setup.train.labels)))
     for _, batch in eval_batches(some, min(batch_size, len(some)), pad_id=setup.tokenizer.pad_token_id):
@@ -41,7 +41,9 @@ def calibration_batches(
 
 
 @functools.lru_cache  # the same function again: `crossbar.calibration` compiles once for each
-def logits_of(graph: nnx.GraphDef, method: Method) -> Callable[[Frozen, tuple[Params, Array, Batch]], Array]:
+def logits_of(
+    graph: nnx.GraphDef, method: Method
+) -> Callable[[Frozen, tuple[Params, Int[Array, " N"], Batch]], Float[Array, "B T V"]]:
     """Return the model as a function of frozen weights and of (params, index, batch) of one seed."""
 
     def run(frozen: Frozen, inputs: tuple[Params, Array, Batch]) -> Array:

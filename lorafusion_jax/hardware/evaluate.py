@@ -96,7 +96,7 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     configs = {(age, compensate): aged(config, age, compensate=compensate) for age, compensate in cases(options)}
     count = options.chips or chips.count or 1
     if count > 1 and not is_random(config) and not config.reads_at_random:
-        raise ValueError(f"nothing in {options.crossbar} is random, so {count} chips are all alike: one is enough")
+        raise ValueError(f"nothing in {options.crossbar} is random, so {count} chips are all alike: use 1")
     chips.chip_key(count - 1)  # raises ValueError where the folder has fewer
     setup, fused, params = load_to_evaluate(options)
     check(setup, fused)

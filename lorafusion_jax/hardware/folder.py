@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from .. import crossbar
 from ..loading.identity import digests
@@ -94,16 +94,16 @@ class Chips:
         """Return the configuration of every weight, by default that of these chips; None for digital weights."""
         return dict.fromkeys(self.digital) | {"*": config or self.config}
 
-    def chip_key(self, number: int) -> Array:
+    def chip_key(self, number: int) -> Key[Array, ""]:
         """Return the key of a chip.
 
         Raises:
           ValueError: the folder has no such chip.
         """
         if self.count is not None and not 0 <= number < self.count:
-            raise ValueError(f"{self.name} has no chip {number}: it has 0 to {self.count - 1}")
+            raise ValueError(f"{self.name} has no chip {number}: it has 0 to {self.count - 1}: choose one")
         if not 0 <= number < STEP_CHIPS:
-            raise ValueError(f"there is no chip {number}: chips are numbered from 0 to {STEP_CHIPS - 1:,}")
+            raise ValueError(f"there is no chip {number}: chips are numbered from 0 to {STEP_CHIPS - 1:,}: choose one")
         return jax.random.fold_in(self.key, number)
 
     def check(self, fused: LoadedModel, control: str = "none") -> None:

@@ -38,7 +38,7 @@ def fused_adapter(
     base: str,
     magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the configuration and the tensors of a PEFT adapter that equals a fusion.
+    """Return the configuration and the tensors of a PEFT adapter that equals a fusion: A [r, d_in] and B [d_out, r].
 
     Left out are matrices that none of the chosen modules adapts and, in a `sum`, modules whose coefficient is zero.
     Smaller ranks are padded with zeros: versions of PEFT differ in how they read rank_pattern and alpha_pattern. The
@@ -79,7 +79,7 @@ def lora_adapter(
     base: str,
     magnitudes: Mapping[str, Float[Array, "_L _d_out"]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the configuration and the tensors of the PEFT adapter of a single LoRA or DoRA.
+    """Return the configuration and the tensors, A [r, d_in] and B [d_out, r], of the PEFT adapter of a LoRA or DoRA.
 
     `adapters` holds by site A [L, d_in, r] and B [L, r, d_out] with the scaling folded in; the other arguments are
     those of `fused_adapter`. Raises a ValueError for arrays of other layers than the site has.

@@ -170,7 +170,7 @@ def load_base(
 
 
 def base_tensor(source: str | Path | Base) -> Callable[[str], np.ndarray]:
-    """Return a function from a Hugging Face tensor name to the base's tensor, or KeyError.
+    """Return a function from a Hugging Face tensor name to the base's tensor, [d_out, d_in] of a matrix, or KeyError.
 
     Files are opened at the first call. Tensors have the dtype of the file; those of a GGUF file are dequantised.
     """
@@ -211,7 +211,7 @@ def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
 
 
 def hf_tensors(model: Model, source: str | Path | Base) -> dict[str, np.ndarray]:
-    """Return a model's weights by Hugging Face's names, in its dtype; `source` is the base it was loaded from."""
+    """Return weights by Hugging Face's names, matrices [d_out, d_in]; `source` is the base they come from."""
     base = open_base(source)
     names, tensors = base.family.checkpoint, {}
     for slot in names.slots(model):
@@ -240,7 +240,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], slots: list[Slot], layout: Che
             raise ValueError(f"{name} has shape {list(tensors[name].shape)}, not {list(shape)}: {advice}")
     for name in layout.copies:
         if name in tensors and not np.array_equal(tensors[name], tensors[layout.embedding]):
-            raise ValueError(f"{name} differs from {layout.embedding}: the model has one embedding")
+            raise ValueError(
+                f"{name} differs from {layout.embedding}: the model has one embedding: fetch the weights again"
+            )
 
 
 def _gather(slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> np.ndarray:

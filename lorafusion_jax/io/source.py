@@ -47,7 +47,7 @@ def resolve(source: str, *, patterns: Sequence[str] | None) -> Path:
         if folder.is_file():
             raise ValueError(f"{source} is a file: give the folder that holds it")
     except OSError as error:  # a name that is too long
-        raise ValueError(f"{shown(source)} cannot be a folder: {error.strerror}") from None
+        raise ValueError(f"{shown(source)} cannot be a folder: {error.strerror}; shorten its name") from None
     if not is_hub_id(source):
         raise ValueError(f"{source!r} is neither a folder here nor a hub id: give a path, owner/name or owner/name@rev")
     name, revision = split_revision(source)
@@ -138,7 +138,7 @@ def inside(folder: Path, name: str) -> Path:
 def map_file(path: Path) -> mmap.mmap:
     """Return a file's bytes, mapped read-only; raises ValueError if it is missing, empty, or a Git LFS pointer."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file: fetch it, or correct the path")
     check_lfs(path)
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty: fetch it again")

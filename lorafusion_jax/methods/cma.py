@@ -52,7 +52,7 @@ def search(
     *,
     generations: int,
     population: int,
-    after_generation: Callable[[int, np.ndarray], None] = lambda number, scores: None,
+    after_generation: Callable[[int, Float[np.ndarray, " seeds"]], None] = lambda number, scores: None,
 ) -> Float[np.ndarray, "seeds N"]:
     """Return the best weights of N modules of all generations of each seed, within LoraHub's bounds.
 

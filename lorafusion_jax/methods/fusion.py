@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from ..adapters import coefficients as coefficients_lib
 from ..adapters.basis import Pool, SharedBasis
@@ -23,7 +23,7 @@ from ..models.weights import Weight, is_in_arrays
 from ..support.checks import one_of
 from ..support.platform import for_cpu
 from ..training.frozen import Frozen
-from ..training.method import Adapted, Index, Method, Params
+from ..training.method import Adapted, Fused, Index, Method, Params
 from ..training.recipe import Optimisation, Recipe
 from .entry import WITH_CORE, Billed, Built, CostLayout, MethodEntry, PlannedPool, module
 from .fused import FusedUpdate, fused
@@ -207,7 +207,7 @@ class Fusion(Method):
             params["core"] = {site: jnp.zeros((s.shape[0], *s.shape[2:]), jnp.float32) for site, s in pool.S.items()}
         return params
 
-    def start_at(self, coefficients: Array, frozen: Frozen, index: Index) -> Params:
+    def start_at(self, coefficients: Float[Array, "N ..."], frozen: Frozen, index: Index) -> Params:
         """Return the numbers that leave the model at W + dW: coefficients, and as magnitudes its column norms."""
         params = self.init(frozen, index, jax.random.key(0)) | {"coefficients": coefficients}
         if self.magnitudes:
@@ -230,7 +230,7 @@ class Fusion(Method):
             adapters, floored = compose(pool, index, spread, self.composition, **how)
         return adapters, {"floored_norms": floored}
 
-    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> tuple[dict[str, Array], Composition] | None:
+    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
         if not isinstance(frozen.pool, LoraPool) or type(self).adapters is not Fusion.adapters:
             return None
         return coefficients_lib.expand(params["coefficients"], frozen.pool, self.granularity), self.composition

@@ -73,7 +73,7 @@ def search(
     modules: int,
     *,
     evaluations: int,
-    after_evaluation: Callable[[int, np.ndarray], None] = lambda number, scores: None,
+    after_evaluation: Callable[[int, Float[np.ndarray, " seeds"]], None] = lambda number, scores: None,
 ) -> Search:
     """Search the weights of all seeds in parallel.
 
@@ -137,7 +137,7 @@ def score(
 load_nevergrad = partial(load_optional, "nevergrad", extra="lorahub", needed_by="LoraHub's search")
 
 
-def recorder(job: SearchJob, bar: Any) -> Callable[[int, np.ndarray], None]:
+def recorder(job: SearchJob, bar: Any) -> Callable[[int, Float[np.ndarray, " seeds"]], None]:
     """Return a function that records the scores of all seeds after a round of a search, and moves its bar."""
 
     def record(number: int, scores: np.ndarray) -> None:

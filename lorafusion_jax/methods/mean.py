@@ -15,12 +15,11 @@ from jaxtyping import Array, Float
 
 from ..adapters.coefficients import expand
 from ..adapters.pool import LoraPool
-from ..adapters.updates import Composition
 from ..tasks import IGNORED, Batch
 from ..training.frozen import SEARCH, Frozen
 from ..training.loss import seed_entropies
 from ..training.mesh import on_mesh, to_host
-from ..training.method import Adapted, Index, Params
+from ..training.method import Adapted, Fused, Index, Params
 from ..training.problem import Problem
 from .entry import MethodEntry, SearchJob
 from .fused import fused
@@ -47,7 +46,7 @@ class MeanFusion(Fusion):
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         return super().adapters(_alike(params, len(index)), frozen, index)
 
-    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> tuple[dict[str, Array], Composition] | None:
+    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
         if not isinstance(frozen.pool, LoraPool):
             return None
         return expand(_alike(params, len(index))["coefficients"], frozen.pool, self.granularity), self.composition

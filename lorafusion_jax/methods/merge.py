@@ -11,10 +11,10 @@ from ..adapters.basis import Pool
 from ..adapters.coefficients import expand
 from ..adapters.merges import MergeKind, check_merge, merge
 from ..adapters.pool import LoraPool
-from ..adapters.updates import Composition, LowRank
+from ..adapters.updates import LowRank
 from ..support.checks import one_of
 from ..training.frozen import Frozen
-from ..training.method import Adapted, Index, Method, Params
+from ..training.method import Adapted, Fused, Index, Method, Params
 from .entry import Built, MethodEntry
 from .fused import fused
 from .recipes import PoolRecipe
@@ -70,7 +70,7 @@ class Merge(Method):
         A, B = (jax.lax.stop_gradient(params["merged"][name]) for name in ("A", "B"))
         return {site: LowRank(A[site], B[site]) for site in A}, {}
 
-    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> tuple[dict[str, Array], Composition] | None:
+    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
         if self.kind != "cat":
             return None
         return expand(params["weights"], _whole(frozen.pool), "global"), "sum"

@@ -126,7 +126,6 @@ def generate(
     row_mask: Bool[Array, " B"] | None = None,
     sampling: Sampling = GREEDY,
     row_keys: Key[Array, " B"] | None = None,
-    axis: str | None = None,
 ) -> Int[Array, "B {max_new_tokens}"]:
     """Return the next tokens of each row; after its end token a row holds padding.
 
@@ -141,15 +140,13 @@ def generate(
       row_mask: False for rows that only pad the batch; generation does not wait for their end.
       sampling: choice of tokens, by default the most likely one. Static under `jax.jit`.
       row_keys: keys of the rows' draws; a row's draws depend on no other row.
-      axis: name of a mapped axis, whose members then end together: with a position for each, every token would rewrite
-        all caches under `jax.vmap`.
 
     Raises:
       ValueError: `max_new_tokens` is below 1; a draw without keys.
     """
     how: dict[str, Any] = {"row_mask": row_mask, "sampling": sampling, "row_keys": row_keys}
     state = begin(model, input_ids, input_mask, adapters, max_new_tokens=max_new_tokens, **how)
-    return advance(model, state, adapters, sampling=sampling, axis=axis).tokens
+    return advance(model, state, adapters, sampling=sampling).tokens
 
 
 def begin(
@@ -205,7 +202,8 @@ def advance(
 ) -> Generation:
     """Return the state once `ended` rows have ended, over all members of a mapped axis; by default all rows.
 
-    It takes at most `most_steps` steps; further arguments are those of `generate`.
+    It takes at most `most_steps` steps; further arguments are those of `generate`. The members of the `axis` end
+    together: with a position for each, every token would rewrite all caches under `jax.vmap`.
     """
     wanted = state.done.size * (1 if axis is None else jax.lax.psum(1, axis)) if ended is None else ended
     if axis is not None:  # equal for all, and known to be

@@ -135,7 +135,9 @@ def of_stack(adapters: Adapters, stack: str, sites: Mapping[str, Any]) -> Mappin
 def check_sites(adapters: Adapters, sites: Mapping[str, Any]) -> None:
     """Raise ValueError for an adapter at a site that the model lacks, or with arrays for other layers than it has."""
     if foreign := sorted(adapters.keys() - {*sites}):
-        raise ValueError(f"the model lacks the site {foreign[0]!r} of an adapter: its sites are {', '.join(sites)}")
+        raise ValueError(
+            f"the model lacks the site {foreign[0]!r} of an adapter: its sites are {', '.join(sites)}; leave it out"
+        )
     for site, adapter in adapters.items():
         for name, values in getattr(adapter, "__dict__", {}).items():
             layers = sites[site].layers

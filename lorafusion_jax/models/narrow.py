@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
 from ..support.platform import for_cpu
 
@@ -41,14 +41,14 @@ def from_bits(tree: Any) -> Any:
     return jax.tree.map(lambda a: _read(a.bits, a.numbers) if _is_bits(a) else a, tree, is_leaf=_is_bits)
 
 
-def pack(numbers: Array) -> Array:
+def pack(numbers: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Return an array in the type in which a loop on a CPU can update it in place: bits instead of bfloat16."""
     if numbers.dtype == jnp.bfloat16 and for_cpu():
         return jax.lax.bitcast_convert_type(numbers, jnp.uint16)
     return numbers
 
 
-def unpack(array: Array) -> Array:
+def unpack(array: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
     """Return the original of an array from `pack`, or of a part of it."""
     return jax.lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == jnp.uint16 else array
 

@@ -188,7 +188,7 @@ def summed(y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
     return jnp.squeeze(checkpoint_name(jnp.expand_dims(y, 0), SUM), 0)
 
 
-def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Array:
+def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
     """Return the weight as a plain array of `dtype`: dequantised, or the values that were programmed."""
     if isinstance(weight, Segments):
         return jnp.concatenate([dense(part, dtype) for part in weight.parts])
@@ -265,7 +265,7 @@ def read_at_random(weights: Any) -> bool:
 
 # Compiled as one function: the stacks of FLAN-T5-large took 17 s in NF4 on two cores; op by op they took 207 s.
 @functools.partial(jax.jit, static_argnames=("qtype", "tiled_axis", "tile"))
-def quantise(weight: Array, qtype: str, *, tiled_axis: int, tile: int | None = None) -> qwix.QArray:
+def quantise(weight: Float[Array, "..."], qtype: str, *, tiled_axis: int, tile: int | None = None) -> qwix.QArray:
     """Quantise `weight` to one of `QUANTISED_TYPES` in tiles along `tiled_axis`; each tile has one scale.
 
     All other axes are channelwise. The length of a tile divides the axis (qwix does not accept a remainder) and is by

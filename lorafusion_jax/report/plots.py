@@ -64,7 +64,9 @@ def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
     """Draw each method's mean exact match as a dot with its 95 % interval, in the order given, the first on top."""
     summaries = {method: summary for method, summary in scores.summaries.items() if summary}
     if not summaries:
-        raise ValueError(f"no method has results of all {len(scores.tasks)} tasks: there are no means to draw")
+        raise ValueError(
+            f"no method has results of all {len(scores.tasks)} tasks: there are no means to draw; add results"
+        )
 
     def draw(figure: "Figure") -> None:
         axes, shade = figure.subplots(), colour(3)

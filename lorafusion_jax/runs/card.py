@@ -33,17 +33,17 @@ def write_card(
     seed: int,
     config: Architecture,
     *,
-    merged: bool,
-    gguf: bool,
+    format: str,
     repository: str | None,
     coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]] | None,
 ) -> None:
     """Write README.md into an exported folder, and a plot of the coefficients if matplotlib is installed.
 
-    If `merged`, the folder is a whole model, not an adapter; if `gguf`, it holds a file for llama.cpp. `repository` is
-    its place on the hub. The coefficients, by site, are None if the run fused no modules.
+    The format is one of `export.Format`, and `repository` the folder's place on the hub. The coefficients, by site, are
+    None if the run fused no modules.
     """
     recorded, results = run.config(), run.results()
+    merged, gguf = format not in ("adapter", "gguf"), format.startswith("gguf")
     modules = recorded["modules"][options.seeds.index(seed)]
     task = f"{_code(_shown(options.task))} (SHA-256 {_text(recorded['task_sha256'])})"
     tested = "" if results is None else f", and {results['test_rows']:,} rows were tested"

@@ -67,7 +67,7 @@ def _scores(names: dict[Path, str]) -> Scores:
         results = run.results()
         if results is None:
             what = "is not complete: continue it with `lorafusion fuse --resume`"
-            raise ValueError(f"{folder} {what if run.exists() else 'is not the folder of a run'}")
+            raise ValueError(f"{folder} {what if run.exists() else 'is not the folder of a run: name one'}")
         predictions = run.predictions()
         for seed in results["seeds"]:
             of_seed = sorted((row for row in predictions if row["seed"] == seed["seed"]), key=lambda row: row["row"])

@@ -119,8 +119,7 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
             fused,
             seed,
             problem.config,
-            merged=merged,
-            gguf=options.format.startswith("gguf"),
+            format=options.format,
             repository=options.push,
             coefficients=None if fusion is None else {site: np.asarray(c) for site, c in fusion[0].items()},
         )
@@ -136,7 +135,7 @@ def check_format(format: Format, base: Base) -> None:
 def put_as(
     folder: Path, format: Format, base: Base, fields: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
 ) -> None:
-    """Write an adapter, given as its PEFT configuration and tensors, into a folder as PEFT's files or as GGUF."""
+    """Write an adapter, PEFT's configuration, A [r, d_in] and B [d_out, r], into a folder as PEFT's files or GGUF."""
     if format == "adapter":
         put_adapter(folder, fields, tensors)
     elif fields["use_dora"]:

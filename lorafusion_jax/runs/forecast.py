@@ -197,7 +197,9 @@ def _pairs(folders: Sequence[Path], digest: str) -> list[tuple[_Run, float]]:
             if run.modules != own[0].modules:
                 raise ValueError(f"{run.folder} fused other modules or seeds than {own[0].folder}: give the same ones")
             if other := [name for name in _ALIKE if getattr(run.options, name) != getattr(own[0].options, name)]:
-                raise ValueError(f"{run.folder} has another {other[0]} than {own[0].folder}: only --control may differ")
+                raise ValueError(
+                    f"{run.folder} has another {other[0]} than {own[0].folder}: only --control may differ; fuse again"
+                )
         advantage = float(np.mean([run.loss for run in rotated])) - own[0].loss
         pairs.append((own[0], advantage))
     if folders and (count := len({run.task_sha256 for run, _ in pairs})) < FEWEST:

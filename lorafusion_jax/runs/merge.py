@@ -59,7 +59,9 @@ def merge(options: MergeOptions) -> str:
     weights = _weights(options)
     stored = open_pool(options.pool, base)
     if unknown := [name for name in weights if name not in stored.names]:
-        raise ValueError(f"{options.pool} has no module {some(unknown)}: it has {some(stored.names)}")
+        raise ValueError(
+            f"{options.pool} has no module {some(unknown)}: it has {some(stored.names)}; correct the names"
+        )
     pool = stored.load(list(weights))
     coefficients = expand(coefficients_of(weights, pool, options.pool), pool, "block")
     index = jnp.arange(len(pool))

@@ -313,7 +313,11 @@ def begin_rows(models: Models, *rows: Array | None, **how: Any) -> tuple[Generat
 
 @partial(jax.jit, static_argnames="sampling", donate_argnames="state")
 def advance_rows(
-    models: Models, state: Generation, adapters: Adapters | None, limits: tuple[Array, Array], **how: Any
+    models: Models,
+    state: Generation,
+    adapters: Adapters | None,
+    limits: tuple[Int[Array, ""], Int[Array, ""]],
+    **how: Any,
 ) -> tuple[Generation, Int[Array, " seeds"]]:
     """Return the state of every seed once so many rows have ended, or after most steps (`limits`), and its steps."""
 
@@ -328,7 +332,7 @@ def advance_rows(
 def refill_rows(
     models: Models, state: Generation, adapters: Adapters | None, new: tuple[Array | None, ...], **how: Any
 ) -> Generation:
-    """Return the state with `new` in places of every seed: places, source tokens, mask, limits and keys.
+    """Return the state with `new` in places of every seed: places, tokens [seeds, R, S], mask, limits and keys.
 
     The models are those of the new rows.
     """

@@ -169,7 +169,7 @@ def load_seed(folder: Path, seed: int | None) -> tuple[FuseOptions, Params, RunC
 def seed_place(folder: Path, options: FuseOptions, seed: int | None) -> int:
     """Return the place of one of a run's seeds (by default its first) among them; raises a ValueError for others."""
     if seed is not None and seed not in options.seeds:
-        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, options.seeds))}")
+        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, options.seeds))}; choose one")
     return 0 if seed is None else options.seeds.index(seed)
 
 

@@ -155,7 +155,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         ended = time.monotonic()
 
     if not np.all(to_host(state.stopped)):
-        how = {"epochs_done": done, "steps_done": reached, "after_interval": after_interval, "after_epoch": after_epoch}
+        how = {"after_interval": after_interval, "after_epoch": after_epoch}
         with tracing, interrupts.released():
             before_epoch(done + 1)
             state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)

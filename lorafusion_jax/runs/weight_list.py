@@ -113,7 +113,7 @@ def listed_params(
             recorded = {"base": recorded["base"], "modules": {}}
         check_digests(source, recorded, now, options)
     if missing := sorted(weights.keys() - {*setup.modules[0]}):
-        raise ValueError(f"{options.pool} has no module {some(missing)}, which {source} names")
+        raise ValueError(f"{options.pool} has no module {some(missing)}, which {source} names: correct the names")
     if options.control != "none":  # its modules are named after those that they replace
         pool = dataclasses.replace(pool, names=tuple(name.removeprefix(f"{options.control} ") for name in pool.names))
     by_block = coefficients_of(weights, pool, options.pool)

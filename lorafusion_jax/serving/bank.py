@@ -108,7 +108,9 @@ class TaskBank:
         model = nnx.merge(graph, frozen.base)
         sites = model.config.sites
         if unknown := set(scaled) - sites.keys():
-            raise ValueError(f"no site {', '.join(sorted(unknown))} to scale: the model has {', '.join(sites)}")
+            raise ValueError(
+                f"no site {', '.join(sorted(unknown))} to scale: the model has {', '.join(sites)}; choose of these"
+            )
         coefficients, pool = None, frozen.pool
         if not scaled:
             frozen = dataclasses.replace(frozen, gram=None, norms=None)

@@ -373,7 +373,7 @@ class Service:
 
     def _task(self, name: str) -> Task:
         if name not in self.tasks:
-            raise ValueError(f"no task {name!r}: there are {', '.join(self.tasks) or 'none'}")
+            raise ValueError(f"no task {name!r}: there are {', '.join(self.tasks) or 'none'}; add it")
         return self.tasks[name]
 
     def _check_shares(self, run: FusedRun) -> None:

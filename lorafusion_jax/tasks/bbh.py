@@ -57,7 +57,7 @@ def write_lorahub_split(
     entries = _read_index(index)
     for name in names or ():
         if name not in entries:
-            raise ValueError(f"{index} has no task {name}: it has {', '.join(entries)}")
+            raise ValueError(f"{index} has no task {name}: it has {', '.join(entries)}; choose of these")
     chosen = entries if names is None else {name: entries[name] for name in names}
     contents: dict[Path, bytes] = {}
     for name, entry in chosen.items():

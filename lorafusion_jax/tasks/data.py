@@ -256,7 +256,7 @@ def _conversation(messages: Row, where: str) -> list[tuple[str, str]]:
             for message, who in ((message, message["from"]) for message in messages)
         ]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f'{where}: its messages are not a list of {{"role": ..., "content": ...}}')
+        raise ValueError(f'{where}: its messages are not a list of {{"role": ..., "content": ...}}: fix the row')
     turns = []
     for number, message in enumerate(messages, start=1):
         said = {key: value for key, value in message.items() if value is not None}  # `datasets` fills up keys with None

@@ -32,7 +32,7 @@ def read_rows(source: str | Path) -> dict[str, Rows]:
     try:
         is_file = path.is_file()
     except OSError as error:  # a name that is too long
-        raise ValueError(f"{shown(str(source))} cannot be a task: {error.strerror}") from None
+        raise ValueError(f"{shown(str(source))} cannot be a task: {error.strerror}; shorten its name") from None
     if is_file:
         return {_PARTS.get(path.name, "all"): _file_rows(path)}
     if path.is_dir() and not any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
@@ -105,7 +105,8 @@ def _csv_rows(path: Path) -> Rows:
             for row in rows:
                 where = f"{path}, line {rows.line_num}"
                 if None in row or None in row.values():
-                    raise ValueError(f"{where} has more or fewer columns than the header {some(rows.fieldnames or [])}")
+                    header = some(rows.fieldnames or [])
+                    raise ValueError(f"{where} has more or fewer columns than the header {header}: fix the line")
                 yield where, {name: float(cell) if _NOT_FINITE.fullmatch(cell) else cell for name, cell in row.items()}
         except csv.Error as error:
             fix = "quote texts that contain commas, quotes or line breaks"

@@ -79,8 +79,6 @@ def fit(
     seeds: tuple[int, ...],
     *,
     rates: Rates | None = None,
-    epochs_done: int = 0,
-    steps_done: int = 0,
     after_interval: AfterInterval = lambda epoch, state, metrics: None,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> TrainState:
@@ -89,12 +87,10 @@ def fit(
     Args:
       problem: problem of all seeds.
       rows: rows of the task.
-      state: state to continue from.
+      state: state to continue from, at the start of training or after any step.
       recipe: recipe of the training.
       seeds: seeds that order the rows.
       rates: learning rates of every seed, leaves [seeds]; None for the recipe's own.
-      epochs_done: number of whole epochs before `state`.
-      steps_done: number of steps before `state`, if there are some of another epoch too.
       after_interval: called with an epoch's number, the state and the metrics of the epoch's intervals so far, after
         each interval (see `whole_epochs`) but its last.
       after_epoch: called with the result of each epoch, to log and to save.
@@ -113,14 +109,14 @@ def fit(
     rates = on_mesh(rates or recipe_rates(problem.method, recipe, len(seeds)), of_seeds=True)
     if "base" not in state.params:  # otherwise those of a seed replace the frozen ones
         problem = problem.unstacked()
-    first_step = max(steps_done, epochs_done * per_epoch)
+    first_step = int(np.max(to_host(state.step)))  # a seed that has stopped counts no more steps
     length = per_epoch if whole_epochs() else 1
     how: Any = {"length": length, "first_step": first_step, "alike": problem.seed_mode == "batched"}
     steps_of_seeds = train_step_batches(rows.tokens, orders, pad_id=rows.pad_id, packing=packing, **how)
     intervals = map(_placed, steps_of_seeds)
     following = next(intervals, None)
     with progress("train", orders.shape[1], first_step) as bar:
-        for number in range(epochs_done + 1, recipe.epochs + 1):
+        for number in range(first_step // per_epoch + 1, recipe.epochs + 1):
             metrics, left = [], number * per_epoch - first_step
             while left and following is not None:
                 batches, shapes, shape_of = following

@@ -21,6 +21,8 @@ Params = dict[str, Any]
 Index = Int[Array, " N"]
 # Adapters by site, and metrics about them.
 Adapted = tuple[dict[str, Any], dict[str, Array]]
+# Coefficients of whole modules by site, and their composition.
+Fused = tuple[dict[str, Float[Array, "_L N _k"]], Composition]
 
 
 @runtime_checkable
@@ -43,9 +45,7 @@ class Method(Protocol):
         """Return, in the shape of `params`, which numbers act on anything and are counted. By default all do."""
         return jax.tree.map(lambda p: jnp.ones(p.shape, bool), params)
 
-    def as_fusion(
-        self, params: Params, frozen: Frozen, index: Index
-    ) -> tuple[dict[str, Float[Array, "_L N _k"]], Composition] | None:
+    def as_fusion(self, params: Params, frozen: Frozen, index: Index) -> Fused | None:
         """Return coefficients by site and composition, if the numbers are a fusion of whole modules.
 
         An export then writes the modules' own matrices. By default None: it writes the adapters.

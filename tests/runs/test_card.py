@@ -21,7 +21,7 @@ def _card(folder, options, modules, coefficients=None):
     with run.locked():
         run.write_config({"options": options, **recorded})
     config = lf.read_config(one_block.SMALL / "base")
-    write_card(folder, run, options, 1, config, merged=False, gguf=False, repository=None, coefficients=coefficients)
+    write_card(folder, run, options, 1, config, format="adapter", repository=None, coefficients=coefficients)
     return (folder / "README.md").read_text()
 
 

@@ -99,9 +99,7 @@ def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template
     (other / "tokenizer_config.json").write_text(json.dumps(dict(reversed(settings.items()))))
     assert len(ask()) == 1
     (other / "chat_template.jinja").write_text(small_llama.CHATML + " ")
-    with pytest.raises(
-        ValueError, match="run was fused with other texts: the chat template of .*base had the SHA-256"
-    ):
+    with pytest.raises(ValueError, match="run was fused with other texts: the chat template of .*base had the SHA-256"):
         ask()
     assert len(ask(chat=False)) == 1  # the template is not used
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True, "bos_token": "the"}))

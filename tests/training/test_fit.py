@@ -82,8 +82,7 @@ def test_an_epoch_in_one_call_has_the_bits_of_its_steps(problem, by_step, monkey
     _assert_same(together, state)
     _assert_same(_found(of_whole), _found(epochs))
     # And from a step within an epoch.
-    how = {"epochs_done": 1, "steps_done": 4, "after_interval": pytest.fail}
-    resumed, rest, calls, _, _ = _trained(problem, monkeypatch, whole=True, state=kept[4], **how)
+    resumed, rest, calls, _, _ = _trained(problem, monkeypatch, whole=True, state=kept[4], after_interval=pytest.fail)
     assert [steps for steps, _ in calls] == [2, 3]
     _assert_same(resumed, state)
     _assert_same(rest[0].metrics, {name: values[1:] for name, values in epochs[1].metrics.items()})

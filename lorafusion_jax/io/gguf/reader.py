@@ -84,7 +84,7 @@ class StoredTensor:
         return str(self.dtype if self._offset else _PLAIN.get(self.kind, self.kind))
 
     def as_stored(self, rows: slice) -> np.ndarray:
-        """Return rows in the file's dtype, or the bytes of their quantised blocks (of a vector all of them)."""
+        """Return rows [n, d_in] in the file's dtype, or the bytes [n, ...] of their blocks (of a vector all)."""
         if self.kind in _PLAIN:
             return self[rows].astype(self.stored_dtype)
         return self._stored(rows) if len(self.shape) > 1 else self._blocks
@@ -138,7 +138,7 @@ def read_gguf(path: Path) -> Content:
     """
     header = _Header(path)
     if (magic := header.data[:4]) != _MAGIC:
-        raise ValueError(f"{path} is not a GGUF file: it begins with {magic!r}, not with {_MAGIC!r}")
+        raise ValueError(f"{path} is not a GGUF file: it begins with {magic!r}, not with {_MAGIC!r}: {_AGAIN}")
     header.at = 4
     (version,) = header.numbers("I")
     if version not in _VERSIONS:

@@ -52,6 +52,7 @@ _SPLITTINGS = {
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type
 _LONGEST = 255  # characters of a token that scores make: every way to cut it is tried
 _SPACE = "▁"
+_AGAIN = "fetch the file again"
 # Texts whose ids tell tokenizers apart.
 _CHECKS = (
     "He's 1234 won'T   x!?\n\ny",
@@ -71,20 +72,24 @@ def build_tokenizer(metadata: Mapping[str, Any], base: str = "") -> FastTokenize
     tokens, model = metadata.get("tokens", []), metadata.get("model")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if not tokens or len(vocabulary) < len(tokens):
-        raise ValueError(f"tokenizer.ggml.tokens holds {len(tokens)} tokens, {len(vocabulary)} of them different")
+        raise ValueError(
+            f"tokenizer.ggml.tokens holds {len(tokens)} tokens, {len(vocabulary)} of them different: {_AGAIN}"
+        )
     if model not in ("gpt2", "llama"):
         raise ValueError(f"tokenizer.ggml.model is {shown(model)}, which is not implemented: expected gpt2 or llama")
     kinds = metadata.get("token_type", [_NORMAL] * len(tokens))
     for key, numbers in {"token_type": kinds, "scores": metadata.get("scores", kinds)}.items():
         if len(numbers) != len(tokens):
-            raise ValueError(f"tokenizer.ggml.{key} holds {len(numbers)} numbers, and tokens {len(tokens)} tokens")
+            raise ValueError(
+                f"tokenizer.ggml.{key} holds {len(numbers)} numbers, and tokens {len(tokens)} tokens: {_AGAIN}"
+            )
     if (added := sum(kind in (_CONTROL, _USER_DEFINED) for kind in kinds)) > MOST_ADDED:
         raise ValueError(f"tokenizer.ggml.token_type makes {added:,} tokens special: expected at most {MOST_ADDED:,}")
     special: dict[str, str | None] = {}
     for name in ("bos", "eos", "unknown", "padding"):
         number = metadata.get(f"{name}_token_id")
         if number is not None and number >= len(tokens):
-            raise ValueError(f"the {name} token is {number}, and tokenizer.ggml.tokens holds {len(tokens)}")
+            raise ValueError(f"the {name} token is {number}, and tokenizer.ggml.tokens holds {len(tokens)}: {_AGAIN}")
         special[name] = None if number is None else tokens[number]
     try:
         return _built(metadata, vocabulary, kinds, special, base)
@@ -198,7 +203,7 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int]) -> tupl
         raise ValueError(f"tokenizer.ggml.pre is {shown(name)}, not implemented: give one of {', '.join(_SPLITTINGS)}")
     splitting = _SPLITTINGS[name]
     if "merges" not in metadata:
-        raise ValueError("the metadata lack tokenizer.ggml.merges: fetch the file again")
+        raise ValueError(f"the metadata lack tokenizer.ggml.merges: {_AGAIN}")
     tokenizer = Tokenizer(models.BPE(vocabulary, _pairs(metadata["merges"]), ignore_merges=splitting.whole_words))
     if splitting.normalised:
         tokenizer.normalizer = normalizers.NFC()
@@ -221,7 +226,7 @@ def _sentence_piece(
     elif "scores" in metadata:
         merges = _merges_of_scores(vocabulary, metadata["scores"], kinds)
     else:
-        raise ValueError("the metadata lack tokenizer.ggml.scores, and merges instead of them: fetch the file again")
+        raise ValueError(f"the metadata lack tokenizer.ggml.scores, and merges instead of them: {_AGAIN}")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefixed = metadata.get("add_space_prefix", True)
     spaces = normalizers.Replace(" ", _SPACE)

@@ -61,7 +61,7 @@ def write_merged(
     Args:
       file: new file.
       base: the base.
-      tensors: every weight under Hugging Face's name.
+      tensors: every weight under Hugging Face's name, matrices [d_out, d_in].
       kind: type of the matrices. Vectors, and matrices whose rows Q8_0's blocks of 32 do not divide, are float32.
 
     Raises:

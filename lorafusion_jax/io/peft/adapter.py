@@ -71,8 +71,9 @@ def read_adapter(
     Args:
         source: A folder, or a hub id `owner/name` or `owner/name@revision`.
         shapes: (d_in, d_out) of each linear module of the base model that may be adapted, by path.
-        base_tensor: Function from a Hugging Face name (also a tied one) to the base's tensor, or KeyError. Full
-            weights in the adapter are ignored if they equal the base's; otherwise they are an error.
+        base_tensor: Function from a Hugging Face name (also a tied one) to the base's tensor, [d_out, d_in] of a
+            matrix, or KeyError. Full weights in the adapter are ignored if they equal the base's; otherwise they are an
+            error.
         base: The base model, to be compared with the one that the adapter names.
         compared: Keys of tensors that were compared with the base's when the adapter was written into a pool; given
             instead of `base_tensor`.
@@ -176,7 +177,7 @@ def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapp
 
 
 def put_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write the files of `write_adapter` into an existing folder."""
+    """Write the files of `write_adapter`, with its arguments [r, d_in] and [d_out, r], into an existing folder."""
     if not isinstance(config, bytes):
         config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
     (folder / CONFIG).write_bytes(config)

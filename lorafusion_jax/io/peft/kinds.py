@@ -223,10 +223,11 @@ def as_lora(
 
     Args:
         config: The content of adapter_config.json.
-        tensors: The file's tensors by key. Tensors that belong to no module are kept unchanged.
+        tensors: The file's tensors by key. Tensors that belong to no module are kept unchanged. The result has A
+            [r, d_in] and B [d_out, r].
         rank: Rank of all factors.
         shapes: (d_in, d_out) of the base's linear modules by path.
-        base_tensor: Function from a name to the base's tensor.
+        base_tensor: Function from a name to the base's tensor [d_out, d_in].
 
     Raises:
         ValueError: A module is not in the base, or its tensors are missing or of the wrong shape.

@@ -44,7 +44,7 @@ def collect(
     shapes: Mapping[str, tuple[int, int]] | None,
     base_tensor: Callable[[str], np.ndarray] | None,
 ) -> tuple[dict[str, Part], dict[str, str]]:
-    """Return the checked factors by module path, and the reason why each other tensor (by key) is ignored.
+    """Return the checked A [r, d_in] and B [d_out, r] by module path, and why each other tensor (by key) is ignored.
 
     Keys may have any spelling that PEFT or its users have written. Without shapes these are not compared.
     """

@@ -123,7 +123,7 @@ class ConvertedPool:
     def adapter(self, name: str) -> PeftAdapter:
         """Read the original adapter, for `peft.resave`; raises ValueError if it is missing or damaged."""
         if name not in self.names:
-            raise ValueError(f"{self.folder} has no adapter {name!r}: it holds {', '.join(self.names)}")
+            raise ValueError(f"{self.folder} has no adapter {name!r}: it holds {', '.join(self.names)}; name one")
         return load_adapter(self.folder, self.manifest["adapters"][self.names.index(name)], self.config)
 
     def check_base(self, config: Architecture) -> None:

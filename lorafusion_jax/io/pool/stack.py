@@ -45,7 +45,7 @@ def read_pool(
     Args:
       sources: folders or hub ids; their last parts are the names.
       config: structure of the base model.
-      base_tensor: function of `io.hf.base_tensor`, for adapters with copies of base weights.
+      base_tensor: function of `io.hf.base_tensor` (name -> [d_out, d_in]), for adapters with copies of base weights.
       base: the base model, to be compared with the one that each adapter names.
       dtype: dtype of the pool's arrays.
 
@@ -156,5 +156,5 @@ def rank_table(adapter: PeftAdapter, config: Architecture) -> Ranks:
 def located(path: str, config: Architecture) -> tuple[str, int]:
     """Return the site and the layer of a module."""
     if path not in places(config):
-        raise AdapterError(f"{path} cannot have an adapter: it is not a linear map of the base's blocks")
+        raise AdapterError(f"{path} cannot have an adapter: it is not a linear map of the base's blocks; leave it out")
     return places(config)[path]

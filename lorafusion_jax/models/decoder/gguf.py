@@ -105,7 +105,9 @@ class _Keys:
     def finish(self) -> None:
         for key, value in self._left.items():
             if value and key not in _WITHOUT_EFFECT:
-                raise ValueError(f"{self.name}.{key} is {shown(value)}, which is not implemented for {self.name}")
+                raise ValueError(
+                    f"{self.name}.{key} is {shown(value)}, which is not implemented for {self.name}: give another base"
+                )
 
 
 def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +209,7 @@ def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any] | N
                 "high_freq_factor": float(high),
                 "original_max_position_embeddings": context,
             }
-    raise ValueError(f"the factors in {_ROPE_FACTORS} are not those of a rope scaling llama3: no other is implemented")
+    raise ValueError(f"the factors in {_ROPE_FACTORS} are not those of a rope scaling llama3: give another base")
 
 
 def _gemma(keys: _Keys, layers: int, d_head: int, undeclared: int) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
     try:
         return AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k not in _IGNORED})
     except Exception as error:  # its checks raise errors of several libraries
-        raise ValueError(f"transformers rejects this config of a {kind}: {error}") from error
+        raise ValueError(f"transformers rejects this config of a {kind}: {error}: fetch it again") from error
     finally:
         logging.set_verbosity(verbosity)
 

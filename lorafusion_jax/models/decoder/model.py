@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ...support.platform import for_cpu
 from ..architecture import Architecture
@@ -223,7 +223,9 @@ class Decoder(nnx.Module):
         x, _ = self._run(ids, [self._of_rows(mask, lengths)], adapters)
         return self._logits(x[:, width - 1 :])
 
-    def prompt(self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters) -> tuple[Array, Cache]:
+    def prompt(
+        self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters
+    ) -> tuple[Float[Array, "B V"], Cache]:
         """Return the logits that follow the prompt, and a cache with room for all but the last of `length` tokens."""
         ids, mask = to_the_right(input_ids, input_mask), to_the_right(input_mask, input_mask)
         x, cache = self._run(ids, [self._of_rows(mask)], adapters)
@@ -350,7 +352,7 @@ class Decoder(nnx.Module):
         return scan_blocks(block, self.decoder, carry, xs, remat=self.config.remat, unroll=self.config.unroll)
 
 
-def to_the_right(a: Array, mask: Bool[Array, "B S"]) -> Array:
+def to_the_right(a: Shaped[Array, "B S"], mask: Bool[Array, "B S"]) -> Shaped[Array, "B S"]:
     """Move what `mask` keeps of every row to the row's right end, in its order."""
     order = jnp.argsort(mask, axis=1, stable=True)
     return jnp.take_along_axis(a, order, axis=1)

@@ -68,7 +68,7 @@ class Attention(nnx.Module):
         bias: Float[Array, "1 H 1 S"] | None,
         adapters: Adapters,
     ) -> Float[Array, "B 1 D"]:
-        """Attend from one position to the keys and values of a cache."""
+        """Attend from one position to the keys and values of a cache, in the layouts of `cached`."""
         if heads_apart():
             return self.o(self._mix(self.q(x, adapters), keys, values, mask, bias), adapters)
         queries = self.q(x, adapters)

@@ -117,7 +117,10 @@ class Block(nnx.Module):
         bias: Float[Array, "1 H 1 T"],
         adapters: Adapters,
     ) -> Float[Array, "B 1 D"]:
-        """Run one position; `into` puts its keys and values into the cache, and returns those of all positions."""
+        """Run one position; `into` puts its keys and values into the cache, and returns those of all positions.
+
+        Keys and values, those of the source in `cross` too, have the layouts of `Attention.cached`.
+        """
         normed = self.self_norm(x)
         keys, values = into(*self.self_attention.cached(normed, adapters))
         x = x + self.self_attention.attend_once(normed, keys, values, mask, bias, adapters)
@@ -172,7 +175,9 @@ class T5(nnx.Module):
         logits = self.decode(start, encoded, input_mask, adapters, line, of_source)
         return logits.reshape(*labels.shape, -1)
 
-    def prompt(self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters) -> tuple[Array, Cache]:
+    def prompt(
+        self, input_ids: Source, input_mask: Mask, length: int, adapters: Adapters
+    ) -> tuple[Int[Array, " B"], Cache]:
         """Encode the source; return the start token and a cache for `length` target positions."""
         encoded = self.encode(input_ids, input_mask, adapters)
         start = jnp.full(input_ids.shape[0], self.start_id, jnp.int32)
