@@ -162,12 +162,12 @@ class RunFolder:
         path = self.folder / _RESULTS
         if not path.is_file():
             return None
-        found: Results = read_json(path, Results, "a complete run", own=False)
-        seeds, wanted = [seed["seed"] for seed in found["seeds"]], [*self.config()["options"].seeds]
+        results: Results = read_json(path, Results, "a complete run", own=False)
+        seeds, wanted = [seed["seed"] for seed in results["seeds"]], [*self.config()["options"].seeds]
         if seeds not in (wanted, wanted[:1]):  # one for all that answer alike
             expected, fix = f"{wanted}, as in {_CONFIG}", "restore it from a copy"
             raise FileError(path, field="seeds", got=str(seeds), expected=expected, fix=fix)
-        return found
+        return results
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return all lines of the metrics, except a last line that a killed process left unfinished."""

@@ -79,10 +79,10 @@ class FusedRun(NamedTuple):
                 "magnitudes or without, of magnitudes alone, or of a LoRA"
             )
         modules = tuple(map(tuple, config["modules"]))
-        found = cls(Path(folder), options, params, modules, config["max_new_tokens"], config["digests"])
-        if not found.is_lora:
-            return found
-        return found._replace(modules=tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds))
+        run = cls(Path(folder), options, params, modules, config["max_new_tokens"], config["digests"])
+        if not run.is_lora:
+            return run
+        return run._replace(modules=tuple((f"{Path(folder).absolute()}, seed {seed}",) for seed in options.seeds))
 
     @property
     def is_lora(self) -> bool:

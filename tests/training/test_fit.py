@@ -78,7 +78,7 @@ def test_an_epoch_in_one_call_has_the_bits_of_its_steps(problem, by_step, monkey
     with monkeypatch.context() as patch:
         together, of_whole, calls, read, compiled = _trained(problem, patch, whole=True)
     assert calls == 3 * [(_STEPS, ((4, 4), (8, 4)))]
-    assert read == 3 and compiled == 1
+    assert read == 4 and compiled == 1  # the first steps, and each epoch
     _assert_same(together, state)
     _assert_same(_found(of_whole), _found(epochs))
     # And from a step within an epoch.
