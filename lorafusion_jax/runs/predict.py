@@ -17,8 +17,8 @@ from ..loading.spec import LoadOptions
 from ..methods import find
 from ..models.generate import GREEDY, Sampling
 from ..support.checks import at_least, check_uint32
+from ..support.reading import check_regular, utf8
 from ..support.reading import decode as decode_json
-from ..support.reading import utf8
 from ..tasks import (
     Batch,
     Encoded,
@@ -239,6 +239,8 @@ def stream_lines(options: GenerateOptions, load: Callable[[], Problem] | None = 
 
 def _lines(options: GenerateOptions) -> Iterator[str]:
     """Yield the lines of the text, blank ones too, as they arrive."""
+    if options.file is not None and not options.file.is_fifo():
+        check_regular(options.file)
     source = contextlib.nullcontext(sys.stdin) if options.file is None else open(options.file, encoding="utf-8-sig")
     empty, where = True, options.file or "standard input"
     with source as text, utf8(where):

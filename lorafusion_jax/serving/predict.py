@@ -13,8 +13,8 @@ from ..runs.evaluate import Evaluation, likeliest_correct, seed_rows, with_optio
 from ..runs.folder import RunFolder
 from ..runs.predict import task_to_evaluate
 from ..support.checks import at_least
+from ..support.reading import check_regular, utf8
 from ..support.reading import decode as decode_json
-from ..support.reading import utf8
 from ..support.text import shown
 from ..tasks import Encoded, Task, answer_options, decode, exact_match
 from .service import FusedRun, Service, run_input
@@ -42,6 +42,8 @@ def generate_rows(
     by_name = _read(runs)
     names = {spelling: name for name in by_name for spelling in (name, str(by_name[name].folder))}
     where = file or "standard input"
+    if file is not None and not file.is_fifo():
+        check_regular(file)
     with utf8(where):
         text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
         # A text of JSON may hold U+2028 and its like, which end no line here.
