@@ -125,8 +125,8 @@ def with_read_key(chip: Chip, key: Array | None) -> Chip:
     """Return the chip with the key that its next read draws noise from. Use another key for every read.
 
     Args:
-      key: one key, from which every matrix of a stack gets a separate one, or keys with the leading axes of the stack;
-        None to remove the key.
+      key: [] one key, from which every matrix of a stack gets a separate one, or keys [*N] with the leading axes of the
+        stack; None to remove the key.
     """
     if key is None:
         return dataclasses.replace(chip, key=None)

@@ -146,7 +146,7 @@ def to_arrays(
 def input_codes(
     x: Float[Array, "B d_in"], limit: Array, geometry: Geometry, config: CrossbarConfig, key: Array | None = None
 ) -> Float[Array, "B d_in"]:
-    """Return the signed input codes n, given the full scale, or for an ideal DAC x / limit itself."""
+    """Return the signed input codes n, given the full scale [] or [B, 1], or for an ideal DAC x / limit itself."""
     if config.dac is None:
         return x / limit
     top = float(geometry.input_top)
