@@ -1,6 +1,6 @@
 """An experiment of your own, from rows to a table: python examples/own_experiment.py
 
-For more than a few runs, use `Cells` of experiments/lab/cells.py in the repository: only missing cells run.
+For more than a few runs, use `lf.trials.Cells` or `lf.trials.run_jobs`: only what is missing runs.
 """
 
 import tempfile

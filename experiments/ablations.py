@@ -17,17 +17,16 @@ from typing import Literal, get_args
 import _script
 import tyro
 from lab.common import ROOT
-from lab.matrix import against, run_matrix
-from lab.methods import COEFFICIENTS, METHODS, Entry
-from lab.planning import print_matrix_plan
-from results_page import main as report
+from lab.methods import COEFFICIENTS
+from results_page import run_and_report
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax.parts import MergeKind
+from lorafusion_jax.trials import ARMS, Arm
 
 Group = Literal["modules", "examples", "granularity", "composition", "start", "bits", "pruning", "controls", "merges"]
 
-_FUSION, _COEFFICIENTS = METHODS["LoRAFusion"], METHODS["coefficients only"]
+_FUSION, _COEFFICIENTS = ARMS["LoRAFusion"], ARMS["coefficients only"]
 # The svd forms of ties and its like sum dW in full: the same idea, at the price of a decomposition a matrix.
 _MERGES: tuple[MergeKind, ...] = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
@@ -53,22 +52,17 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(AblationOptions, args=list(arguments), description=__doc__)
     for group in options.groups:
         entries = entries_of(group, options)
-        within = dataclasses.replace(options, out=options.out / group)
-        if options.plan:
-            print_matrix_plan(within, entries)
-            continue
         print(f"{group}: {len(entries)} settings", file=sys.stderr, flush=True)
-        file = run_matrix(within, entries)
-        where, first = str(within.out / "report"), next(iter(entries))
-        report([str(file), "--out", where, "--title", f"Ablation: {group}", *against(first, file)])
+        within = dataclasses.replace(options, out=options.out / group)
+        run_and_report(within, entries, f"Ablation: {group}", next(iter(entries)))
 
 
-def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Entry]:
+def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Arm]:
     """Return the settings of a group by the names of their rows, the one to compare with first."""
     if group == "modules":
         return {f"{n} modules": _with(_FUSION, modules=n) for n in sorted(options.counts, reverse=True)}
     if group == "examples":
-        pairs = {"LoRAFusion": _FUSION, "LoRA": METHODS["LoRA"]}
+        pairs = {"LoRAFusion": _FUSION, "LoRA": ARMS["LoRA"]}
         return {
             f"{name}, {n} examples": dataclasses.replace(entry, train_rows=n)
             for n in sorted(options.examples, reverse=True)
@@ -79,7 +73,7 @@ def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Entry]:
         entries = {f"{size}, both": _with(_FUSION, granularity=size) for size in sizes}
         return entries | {"coefficients only, block": _COEFFICIENTS} | COEFFICIENTS
     if group == "composition":
-        mix = METHODS["LoRAFusion, mix"]
+        mix = ARMS["LoRAFusion, mix"]
         return {
             "sum, both": _FUSION,
             "mix, both": mix,
@@ -102,19 +96,19 @@ def entries_of(group: Group, options: AblationOptions) -> Mapping[str, Entry]:
     if group == "controls":
         return {
             "LoRAFusion": _FUSION,
-            "random pool": METHODS["random pool"],
+            "random pool": ARMS["random pool"],
             "shuffled layers": dataclasses.replace(_FUSION, control="shuffled"),
             "coefficients only": _COEFFICIENTS,
             "coefficients only, random pool": dataclasses.replace(_COEFFICIENTS, control="random-factors"),
             "coefficients only, shuffled layers": dataclasses.replace(_COEFFICIENTS, control="shuffled"),
             # As near to fusion's numbers as a LoRA comes: rank 1, on v alone.
-            "LoRA of equal size": _with(METHODS["LoRA"], lora_rank=1, lora_targets=("v",)),
+            "LoRA of equal size": _with(ARMS["LoRA"], lora_rank=1, lora_targets=("v",)),
         }
-    merges = {f"merge, {kind}": Entry(method="merge", recipe={"merge": kind}) for kind in _MERGES}
-    return {"uniform mean": METHODS["uniform mean"]} | merges
+    merges = {f"merge, {kind}": Arm(method="merge", recipe={"merge": kind}) for kind in _MERGES}
+    return {"uniform mean": ARMS["uniform mean"]} | merges
 
 
-def _with(entry: Entry, **recipe: object) -> Entry:
+def _with(entry: Arm, **recipe: object) -> Arm:
     return dataclasses.replace(entry, recipe=entry.recipe | recipe)
 
 

@@ -2,7 +2,7 @@
 
     python experiments/basis.py                          # runs what is missing, then writes the tables and the plot
     python experiments/basis.py --groups choice mean     # some groups only
-    python experiments/basis.py --leagues 5              # five examples
+    python experiments/basis.py --shots 5                # five examples
 
     choice     whole modules: all 28, and the best 10 by gradient
     k32, k16, k8, k24, k48    20 drawn modules, all, and the best 10, in the first k directions of the pool's basis
@@ -12,8 +12,8 @@
     mean       the mean of the modules, whole, as one module
 
 LoRAFusion and LoRA are the rows of the main table. Results are rows of OUT/results.jsonl; interrupted, the same command
-continues. Written to OUT, for each league: table.csv, the same rows by task in tasks.csv, what the directions keep in
-kept.csv, and reads.png.
+continues. Written to OUT, for each number of shots: table.csv, the same rows by task in tasks.csv, what the directions
+keep in kept.csv, and reads.png.
 """
 
 import dataclasses
@@ -24,14 +24,12 @@ from typing import Any, Literal, get_args
 import _script
 import tyro
 from lab.common import DIRECTIONS, ROOT, small_pool_in_basis, write_csv
-from lab.matrix import run_matrix
-from lab.methods import ALL, BEST, IN_BASIS, METHODS, Entry
-from lab.planning import print_matrix_plan
-from lab.rows import merge, read_rows
+from lab.methods import ALL, BEST, IN_BASIS
 from small_pool import SmallPoolOptions
 
 from lorafusion_jax import SharedBasis, load_basis
 from lorafusion_jax.report import Scores, colour, main_tables, plot, scores
+from lorafusion_jax.trials import ARMS, Arm, merge, print_matrix_plan, read_rows, run_matrix
 
 Group = Literal["choice", "k32", "k16", "k8", "k24", "k48", "start", "controls", "mean"]
 
@@ -62,12 +60,12 @@ class BasisOptions(SmallPoolOptions):
     out: Path = ROOT / "runs" / "basis"
 
 
-def entries_of(groups: Sequence[Group]) -> dict[str, Entry]:
+def entries_of(groups: Sequence[Group]) -> dict[str, Arm]:
     """Return the rows of groups by name."""
     inside, with_core = IN_BASIS["basis"], IN_BASIS["basis and core"]
     twice = dataclasses.replace(inside, recipe=inside.recipe | {"start": "twice"})
-    found: dict[str, dict[str, Entry]] = {
-        "choice": {name: dataclasses.replace(METHODS[_FUSION], recipe=of) for name, of in CHOICES.items() if of},
+    found: dict[str, dict[str, Arm]] = {
+        "choice": {name: dataclasses.replace(ARMS[_FUSION], recipe=of) for name, of in CHOICES.items() if of},
         "start": {"k = 32, all modules, from 2/N": twice},
         "controls": {
             f"k = 32, {text}": dataclasses.replace(inside, control=control) for control, text in _CONTROLS.items()
@@ -91,85 +89,85 @@ def in_basis(k: int, whole: str) -> str:
     return f"k = {k}, {'drawn' if whole == _FUSION else whole}"
 
 
-def tables(league: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) -> dict[str, list[list[str]]]:
+def tables(results: Scores, basis: SharedBasis, sizes: Sequence[int] = SIZES) -> dict[str, list[list[str]]]:
     """Return every row with its reads and its differences, the rows by task, and what the directions keep, by name.
 
     A matrix reads N r columns of A, or k of U.
     """
-    at_most, width = reads(league, _FUSION), next(iter(basis.U.values())).shape[1]
+    at_most, width = reads(results, _FUSION), next(iter(basis.U.values())).shape[1]
     head = ["", "read of a matrix", f"/ {at_most}", "trained", "exact match, %", "95 % interval"]
     lines = [[*head, f"minus {_FUSION}", f"minus {_BEST}", "minus the same modules, whole"]]
-    for name in _in_order(league):
-        found, columns = league.summaries[name], reads(league, name)
+    for name in _in_order(results):
+        found, columns = results.summaries[name], reads(results, name)
         assert found is not None
         lines.append(
             [
                 name,
                 f"{columns}",
                 f"{columns / at_most:.2f}",
-                f"{max(row['trainable'] for row in league.of(name)):,}",
+                f"{max(row['trainable'] for row in results.of(name)):,}",
                 f"{found.mean:.1f}",
                 f"{found.low:.1f} to {found.high:.1f}",
-                _difference(league, name, _FUSION),
-                _difference(league, name, _BEST),
-                _difference(league, name, _in_whole(league, name)),
+                _difference(results, name, _FUSION),
+                _difference(results, name, _BEST),
+                _difference(results, name, _in_whole(results, name)),
             ]
         )
     kept = [["k", "k / d", "kept of the modules' squared norms, by site, %"]]
     for k in sizes:
         shares = [100 * norms.mean() for norms in basis.first(k).kept().values()]
         kept.append([f"{k}", f"{k / width:.2f}", f"{min(shares):.0f} to {max(shares):.0f}"])
-    ordered = Scores(league.league, [row for name in _in_order(league) for row in league.of(name)])
+    ordered = Scores(results.shots, [row for name in _in_order(results) for row in results.of(name)])
     return {"table": lines, "tasks": main_tables(ordered)[0].texts, "kept": kept}
 
 
-def reads(league: Scores, name: str) -> int:
+def reads(results: Scores, name: str) -> int:
     """Return the columns that a row reads of every matrix: k, the N r of whole modules, or LoRA's r."""
-    recipe = _recipe(league, name)
+    recipe = _recipe(results, name)
     if name == "LoRA":
         return recipe["lora_rank"]
     return recipe.get("basis") or recipe["modules"] * _RANK
 
 
-def _in_order(league: Scores) -> list[str]:
+def _in_order(results: Scores) -> list[str]:
     """Return the rows that have all tasks, in the order of the groups."""
     every = ("LoRA", _FUSION, *entries_of(get_args(Group)))
-    return [name for name in every if league.summaries.get(name)]
+    return [name for name in every if results.summaries.get(name)]
 
 
-def _in_whole(league: Scores, name: str) -> str | None:
+def _in_whole(results: Scores, name: str) -> str | None:
     """Return the row of whole modules that a row in a basis fuses, if it is there."""
 
     def chosen(row: str) -> tuple[int, str]:
-        recipe = _recipe(league, row)
+        recipe = _recipe(results, row)
         return recipe["modules"], recipe.get("choose", "draw")
 
-    if _recipe(league, name).get("basis") is None:
+    if _recipe(results, name).get("basis") is None:
         return None
-    return next((row for row in CHOICES if row in league.methods and chosen(row) == chosen(name)), None)
+    return next((row for row in CHOICES if row in results.methods and chosen(row) == chosen(name)), None)
 
 
-def _recipe(league: Scores, name: str) -> dict[str, Any]:
-    return league.of(name)[0]["config"]["recipe"]
+def _recipe(results: Scores, name: str) -> dict[str, Any]:
+    return results.of(name)[0]["config"]["recipe"]
 
 
-def _difference(league: Scores, name: str, other: str | None) -> str:
-    found = None if other in (None, name) or other not in league.methods else league.paired(name, other)
+def _difference(results: Scores, name: str, other: str | None) -> str:
+    found = None if other in (None, name) or other not in results.methods else results.paired(name, other)
     return "" if found is None else f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
 
-def draw(league: Scores, path: Path) -> None:
+def draw(results: Scores, path: Path) -> None:
     """Draw accuracy against the columns that are read of every matrix."""
-    at_most, there = reads(league, _FUSION), _in_order(league)
+    at_most, there = reads(results, _FUSION), _in_order(results)
 
     def on(figure: Any) -> None:
         axes = figure.subplots()
 
         def points(names: Sequence[str], label: str, beside: float = 1.0, **style: Any) -> None:
             names = [name for name in names if name in there]
-            found = [of for name in names if (of := league.summaries[name])]
+            found = [of for name in names if (of := results.summaries[name])]
             if found:
-                x, means = [beside * reads(league, name) for name in names], [of.mean for of in found]
+                x, means = [beside * reads(results, name) for name in names], [of.mean for of in found]
                 around = [[of.mean - of.low for of in found], [of.high - of.mean for of in found]]
                 axes.errorbar(x, means, around, label=label, elinewidth=1, **style)
 
@@ -182,7 +180,7 @@ def draw(league: Scores, path: Path) -> None:
             points([f"k = 32, {text}"], f"{text}, all modules", 1.03 ** (i - 3), fmt="x", color=colour(i))
         points(["LoRA"], "LoRA, written for the task", fmt="*", color=colour(0), markersize=11)
         axes.set_xscale("log")
-        ticks = sorted({reads(league, name) for name in there})
+        ticks = sorted({reads(results, name) for name in there})
         axes.set_xticks(ticks, [f"{x}\n{x / at_most:.2f}" for x in ticks])
         axes.minorticks_off()
         axes.set_xlabel(f"columns read of each matrix, and as a share of {at_most}")
@@ -199,26 +197,26 @@ def main(arguments: Sequence[str] = ()) -> None:
     if options.plan:
         print_matrix_plan(options, entries)
         return
-    own = read_rows(run_matrix(options, entries))
+    own = read_rows(run_matrix(options, entries, root=ROOT))
     # On the tasks and seeds that were run, so that all means are over the same ones.
-    there = {(row["task"], row["seed"], row["league"]) for row in own}
+    there = {(row["task"], row["seed"], row["shots"]) for row in own}
     compared = [
         row
         for row in merge(options.main)
-        if row["method"] in ("LoRA", _FUSION) and (row["task"], row["seed"], row["league"]) in there
+        if row["method"] in ("LoRA", _FUSION) and (row["task"], row["seed"], row["shots"]) in there
     ]
-    fused = {row["league"] for row in compared if row["method"] == _FUSION}
-    if lacking := [league for league in dict.fromkeys(row["league"] for row in own) if league not in fused]:
+    fused = {row["shots"] for row in compared if row["method"] == _FUSION}
+    if lacking := [shots for shots in dict.fromkeys(row["shots"] for row in own) if shots not in fused]:
         raise ValueError(
-            f"{', '.join(map(str, options.main))}: no {_FUSION} of league {lacking[0]} on the tasks and seeds of "
+            f"{', '.join(map(str, options.main))}: no {_FUSION} of {lacking[0]} shots on the tasks and seeds of "
             f"{options.out / 'results.jsonl'}: run experiments/small_pool.py on them, and give its rows with --main"
         )
     basis = load_basis(Path(options.pool))
-    for league in scores([*compared, *own]):
-        suffix = "" if league.league == "95+5" else f"_{league.league}"
-        for name, lines in tables(league, basis).items():
+    for results in scores([*compared, *own]):
+        suffix = "" if results.shots == "95+5" else f"_{results.shots}"
+        for name, lines in tables(results, basis).items():
             write_csv(options.out / f"{name}{suffix}.csv", lines)
-        draw(league, options.out / f"reads{suffix}.png")
+        draw(results, options.out / f"reads{suffix}.png")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ import numpy as np
 import tyro
 from lab.common import ROOT, with_spread, write_csv
 from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, slug, subject
-from lab.methods import IN_BASIS, METHODS, Entry
+from lab.methods import IN_BASIS
 
 from lorafusion_jax.crossbar import CrossbarConfig
 from lorafusion_jax.parts import Params, aged, load_chips, markdown
+from lorafusion_jax.trials import ARMS, Arm
 
 Case = Literal["digital", "untouched", "fresh noise", "its chip", "its chip, all rows", "prepared"]
 _WHOLE = "whole modules"
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     for size in options.sizes:
         # In a basis, the modules of LoRAFusion's row: a draw.
         whole = size == "whole"
-        entry = METHODS["LoRAFusion"] if whole else dataclasses.replace(IN_BASIS["basis"], recipe={"basis": size})
+        entry = ARMS["LoRAFusion"] if whole else dataclasses.replace(IN_BASIS["basis"], recipe={"basis": size})
         fusion = _WHOLE if whole else f"k = {size}"
         for task in options.tasks:
             began = time.perf_counter()
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 
 def task_rows(
-    store: Store, task: str, fusion: str, entry: Entry, cases: Sequence[Case], options: Options
+    store: Store, task: str, fusion: str, entry: Arm, cases: Sequence[Case], options: Options
 ) -> Iterator[Row]:
     """Yield the rows of a fusion's cases on a task: case, age, chip, seed, exact match (percent), loss."""
     if not cases:

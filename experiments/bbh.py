@@ -16,13 +16,11 @@ from pathlib import Path
 import _script
 import tyro
 from lab.common import ROOT
-from lab.matrix import MatrixOptions, against, run_matrix
-from lab.methods import METHODS
-from lab.planning import print_matrix_plan
 from lab.tasks import lorahub_tasks, prompt_overlap
-from results_page import main as report
+from results_page import run_and_report
 
 from lorafusion_jax.tasks import BBH_DATA, LORAHUB_DATA, load_task, write_lorahub_split
+from lorafusion_jax.trials import ARMS, MatrixOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +40,7 @@ class BBHOptions(MatrixOptions):
     bbh: Path | None = None
     data: Path | None = None
     tasks: tuple[str, ...] = ()
-    methods: tuple[str, ...] = tuple(name for name in METHODS if name != "full fine-tuning")
+    methods: tuple[str, ...] = tuple(name for name in ARMS if name != "full fine-tuning")
     out: Path = ROOT / "runs" / "bbh"
 
 
@@ -54,12 +52,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             rows = ", ".join(map(str, overlap))
             print(f"{folder.name}: prompts of the test set that are also among the training rows: {rows}")
     matrix = dataclasses.replace(options, tasks=tuple(map(str, folders)))
-    if options.plan:
-        print_matrix_plan(matrix, METHODS)
-        return
-    file = run_matrix(matrix, METHODS)
-    where = str(options.out / "report")
-    report([str(file), "--out", where, "--title", "BIG-Bench Hard", *against("LoRAFusion", file)])
+    run_and_report(matrix, ARMS, "BIG-Bench Hard", "LoRAFusion")
 
 
 def _folders(options: BBHOptions) -> list[Path]:

@@ -25,7 +25,6 @@ import _script
 import numpy as np
 import tyro
 from lab import lm_eval_tasks
-from lab.cells import Cells
 from lab.common import ROOT, write_csv
 from lab.smollm2 import EXAMPLES, base
 from lab.tasks import find_task
@@ -35,6 +34,7 @@ from lorafusion_jax import CrossbarConfig, read_config
 from lorafusion_jax.crossbar import load_config, save_config
 from lorafusion_jax.parts import CostOptions, bills, environment, markdown
 from lorafusion_jax.tasks import load_task
+from lorafusion_jax.trials import Cells
 
 SHOTS, CHOICES, PAIRS = 2, 4, 8
 CALIBRATION = 4  # prompts

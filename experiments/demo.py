@@ -14,11 +14,11 @@ from typing import Any
 import _script
 from lab.common import ROOT, convert_small_pool, fresh_folder, fuse_small
 from lab.demo_report import markdown_table, plot_accuracy, plot_learning_curves
-from lab.methods import METHODS
 
 from lorafusion_jax import PRESETS, load_pool, load_run
 from lorafusion_jax.parts import RunFolder, column_names
 from lorafusion_jax.report import plot_coefficients, write_text
+from lorafusion_jax.trials import ARMS
 
 FOLDER = ROOT / "runs" / "demo"
 SEEDS = (1, 2, 3)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         _plot(rows)
         minutes = (time.perf_counter() - began) / 60
         summary = {
-            "rates": {method: METHODS[method].rates for method in SHOWN},
+            "rates": {method: ARMS[method].rates for method in SHOWN},
             "minutes": minutes,
             "environment": environment,
             "rows": rows,
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def _run(task: str, method: str) -> dict[str, Any]:
     name = _name(task, method)
-    return fuse_small(task, METHODS[method], pool=FOLDER / "pool", seeds=SEEDS, out=FOLDER / "runs", name=name)
+    return fuse_small(task, ARMS[method], pool=FOLDER / "pool", seeds=SEEDS, out=FOLDER / "runs", name=name)
 
 
 def _rows(task: str, method: str, results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -22,7 +22,6 @@ import jax
 import numpy as np
 import scipy.stats
 import tyro
-from lab.cells import Cells, read_lines
 from lab.common import ROOT, SMALL, write_csv
 from lab.language import TUNING, load
 from lab.pool_cells import FUSION, ROTATED, SEEDS
@@ -48,6 +47,7 @@ from lorafusion_jax.parts import (
 )
 from lorafusion_jax.report import colour, plot, write_text
 from lorafusion_jax.tasks import Encoded, Example, encode, eval_batches
+from lorafusion_jax.trials import Cells, read_lines
 
 SEED, DRAWS, BATCH, RESAMPLES = 20261128, 3, 10, 10_000
 LANGUAGE_ROWS = 20

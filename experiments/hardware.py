@@ -24,10 +24,10 @@ import numpy as np
 import tyro
 from lab.common import ROOT, with_spread, write_csv
 from lab.hardware import ChipsOptions, Row, Store, again, as_lines, slug, subject
-from lab.methods import METHODS
 
 from lorafusion_jax.parts import OnArrays, aged, load_chips, markdown
 from lorafusion_jax.report import colour, plot
+from lorafusion_jax.trials import ARMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     """Yield the rows of a task: case, age, whether drift is compensated, chip, seed, exact match (percent), loss."""
-    on = subject(store, task, "LoRAFusion", METHODS["LoRAFusion"], options)
+    on = subject(store, task, "LoRAFusion", ARMS["LoRAFusion"], options)
     new, recipe = on.chips.config, on.options.recipe
 
     def scored(case: str, params: Any, age: str | None = None, *, compensate: bool | None = None) -> Iterator[Row]:

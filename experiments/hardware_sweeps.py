@@ -27,11 +27,11 @@ import numpy as np
 import tyro
 from lab.common import ROOT, SMALL, write_csv
 from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, slug, subject
-from lab.methods import METHODS
 
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, load_config
 from lorafusion_jax.parts import CostOptions, aged, bills, markdown, shape_config
 from lorafusion_jax.report import colour, plot
+from lorafusion_jax.trials import ARMS
 
 Sweep = Literal["noise", "adc", "cell", "age"]
 
@@ -71,7 +71,7 @@ class Line:
     """A line of the plots.
 
     Attributes:
-      method: a row of `METHODS`.
+      method: a row of `ARMS`.
       training: `digital` numbers are put on the chips, those of `chip` trained there.
       in_cells: a LoRA is written into cells, its task's own.
       bill: its name in the bill of a task.
@@ -163,7 +163,7 @@ def _number(sweep: Sweep, point: str, kind: Callable[[str], Any]) -> Any:
 def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Iterator[Row]:
     """Yield point, line, compensate (of drift, None without ages), chip, seed, exact match (percent), loss."""
     methods = dict.fromkeys(line.method for line in LINES.values())
-    subjects = {method: subject(store, task, method, METHODS[method], options) for method in methods}
+    subjects = {method: subject(store, task, method, ARMS[method], options) for method in methods}
     new = load_config(options.crossbar)
     for point in options.points or _POINTS[sweep]:
         config = at(new, sweep, point)

@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import tyro
 from lab.common import ROOT, convert
-from lab.jobs import Job, run_jobs
 from lab.language import (
     DIRECTIONS,
     EVALUATED_ROWS,
@@ -44,8 +43,6 @@ from lab.language import (
     trained_pairs,
     unseen,
 )
-from lab.methods import Entry
-from lab.rows import done, read_rows
 from lab.smollm2 import EXAMPLES, HUB_ID, base
 from results_page import main as report
 
@@ -53,6 +50,7 @@ from lorafusion_jax import LowRank, fuse, random_pool, read_config
 from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.parts import dense, lora_adapter, open_pool, write_adapter
 from lorafusion_jax.report import Scores, colour, plot, scores
+from lorafusion_jax.trials import Arm, Job, cells_of_jobs, read_rows, run_jobs
 
 Group = Literal["main", "more", "five", "twenty", "relevance", "more-relevance"]
 
@@ -198,7 +196,7 @@ def dosed(family: str, dose: str, seed: int, twin: str = "") -> tuple[str, ...]:
 def _job(
     task: str,
     method: str,
-    entry: Entry,
+    entry: Arm,
     path: Path,
     options: LanguageOptions,
     *,
@@ -221,12 +219,8 @@ def _job(
 
 
 def _print_missing(group: Group, jobs: Sequence[Job], file: Path) -> None:
-    have = done(read_rows(file)) if file.exists() else set()
-    missing = []
-    for job in jobs:
-        seeds = job.options.seeds if find_method(job.options.method).seeded else job.options.seeds[:1]
-        if todo := [seed for seed in seeds if (*job[:3], seed) not in have]:
-            missing.append((job, len(todo)))
+    keys = {*cells_of_jobs(file).missing(key for job in jobs for key in job.keys)}
+    missing = [(job, count) for job in jobs if (count := len(keys.intersection(job.keys)))]
     trained = sum(count for job, count in missing if find_method(job.options.method).learns == "trained")
     print(f"{group}: {len(missing)} of {len(jobs)} programs are missing, {trained} trainings in them")
 
@@ -284,15 +278,17 @@ def write_random(pool: Path, out: Path) -> None:
         write_adapter(out / f"{_TWIN}{name}", settings, halves)
 
 
-def draw(league: Scores, path: Path) -> None:
+def draw(results: Scores, path: Path) -> None:
     """Draw accuracy against the number of relevant modules, for each task and their mean."""
     forms = ("", ", random others", ", coefficients only", ", random others, coefficients only")
     labels = ("others irrelevant", "others random", "others irrelevant, no magnitudes", "others random, no magnitudes")
 
     def on(figure: Any) -> None:
-        panels = figure.subplots(1, len(league.tasks) + 1, sharey=True)
-        for axes, task in zip(panels, (*league.tasks, None), strict=True):
-            of = league if task is None else Scores(league.league, [row for row in league.rows if row["task"] == task])
+        panels = figure.subplots(1, len(results.tasks) + 1, sharey=True)
+        for axes, task in zip(panels, (*results.tasks, None), strict=True):
+            of = (
+                results if task is None else Scores(results.shots, [row for row in results.rows if row["task"] == task])
+            )
             for i, form in enumerate(forms, start=1):
                 found = {dose: of.summaries.get(f"{dose} relevant{form}") for dose in DOSES}
                 points = {x: summary for x, summary in enumerate(found.values()) if summary}
@@ -308,7 +304,7 @@ def draw(league: Scores, path: Path) -> None:
         figure.supxlabel("relevant modules of ten", fontsize=10)
         figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=9)
 
-    plot(path, (3.0 * (len(league.tasks) + 1), 4.0), on)
+    plot(path, (3.0 * (len(results.tasks) + 1), 4.0), on)
 
 
 if __name__ == "__main__":

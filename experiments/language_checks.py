@@ -20,7 +20,6 @@ import numpy as np
 import tyro
 from lab.common import ROOT
 from lab.language import EVALUATED_ROWS, MOST_SHARED, TRAIN_ROWS, UNSEEN, find, pair, shares, trained_pairs
-from lab.rows import append_rows, merge
 from language import LanguageOptions, make_pools, pool_of
 from results_page import main as report
 
@@ -28,6 +27,7 @@ from lorafusion_jax import LoraPool, random_pool
 from lorafusion_jax.parts import dense, markdown, open_pool
 from lorafusion_jax.report import Row, scores
 from lorafusion_jax.tasks import load_task
+from lorafusion_jax.trials import append_rows, merge
 
 # Tasks of earlier rows that a source has too many pairs of.
 _SEEN = ("lowercase_last_letter", "alphabetically_first_3")
@@ -112,9 +112,9 @@ def without(row: Row, leaked: Sequence[bool]) -> Row:
 
 def by_task(rows: Sequence[Row]) -> str:
     """Return the difference of two methods on each task, and whether the tasks differ by more than chance."""
-    (league,) = scores(rows)
+    (results,) = scores(rows)
     lines, differences, errors = [["task", "difference", "95 % interval"]], [], []
-    for task in league.tasks:
+    for task in results.tasks:
         (of_task,) = scores([row for row in rows if row["task"] == task])
         found = of_task.paired(*of_task.methods[:2])
         assert found is not None

@@ -25,7 +25,6 @@ import numpy as np
 import tyro
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from lab.cells import Cells, Row, print_plan
 from lab.common import ROOT, write_csv
 from lab.smollm2 import EXAMPLES, base
 
@@ -43,6 +42,7 @@ from lorafusion_jax.crossbar import (
 )
 from lorafusion_jax.parts import LoadedModel, environment, load_model, log_likelihood, markdown, program_on_arrays
 from lorafusion_jax.report import colour, plot
+from lorafusion_jax.trials import Cells, Row, print_plan
 
 TEXTS, CALIBRATION = EXAMPLES / "text", "calibration.txt"
 WINDOW, BATCH = 128, 8

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tyro
-from lab.cells import Cells, print_plan, read_lines
 from lab.common import ROOT, write_csv
 from lab.language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
 from lab.smollm2 import HUB_ID, base
@@ -49,6 +48,7 @@ from lorafusion_jax.parts import (
     write_adapter,
 )
 from lorafusion_jax.tasks import TrainingRows, answer_options, batch_orders, encode, split, train_batches
+from lorafusion_jax.trials import Cells, print_plan, read_lines
 
 SEED, BATCH = 1, 16
 # Tokens, padding included, that a training step takes in a second, and seconds of a task for compiling and evaluating.

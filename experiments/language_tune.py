@@ -20,7 +20,6 @@ import _script
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from lab.cells import Cells
 from lab.common import ROOT, write_csv
 from lab.language import MAIN, MORE, TUNING, find, options_of, test_losses
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
@@ -28,6 +27,7 @@ from tune import TRIALS as SMALL_TRIALS
 
 from lorafusion_jax.parts import fit, make_room, prepare, recipe_rates, start, with_targets
 from lorafusion_jax.tasks import Split
+from lorafusion_jax.trials import Cells
 
 # On the embedded pool coefficients are tuned at 0.3 instead of 0.01.
 _PAIRS = [{"lr_coefficients": c, "lr_magnitudes": m} for c in (0.01, 0.03, 0.1) for m in (0.01, 0.03, 0.1)]

@@ -22,7 +22,6 @@ import _script
 import numpy as np
 import scipy.stats
 import tyro
-from lab.cells import Cells, print_plan, read_lines
 from lab.common import ROOT, write_csv
 from lab.holm import holm
 from lab.pool_cells import (
@@ -46,6 +45,7 @@ from lab.tuning import rates_at, tune
 
 from lorafusion_jax.parts import markdown
 from lorafusion_jax.report import colour, over_tasks, plot
+from lorafusion_jax.trials import Cells, print_plan, read_lines
 
 TUNING_SEEDS = (1, 2, 3)
 EQUIVALENT = 0.05  # nats: the bound of "no advantage"

@@ -26,7 +26,6 @@ import _script
 import numpy as np
 import scipy.stats
 import tyro
-from lab.cells import Cells, print_plan, read_lines
 from lab.common import ROOT, write_csv
 from lab.language import (
     EVALUATED_ROWS,
@@ -65,6 +64,7 @@ from lorafusion_jax.parts import (
 )
 from lorafusion_jax.report import over_tasks
 from lorafusion_jax.tasks import BETWEEN_EXAMPLES, Encoded, Split, Task, few_shot, load_task
+from lorafusion_jax.trials import Cells, print_plan, read_lines
 
 DRAW = 20261128
 FIXED = ("english-spanish", "prev_item", "country-currency", "person-sport", "sentiment", "synonym")

@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 import tyro
-from lab.cells import Cells, Row, print_plan
 from lab.common import ROOT, write_csv
 from lab.holm import holm
 from lab.language import EVALUATED_ROWS, PROMPT, TRAIN_ROWS, find, options_of
@@ -84,6 +83,7 @@ from lorafusion_jax.parts import (
 )
 from lorafusion_jax.report import colour, over_tasks, plot
 from lorafusion_jax.tasks import Batch, load_task
+from lorafusion_jax.trials import Cells, Row, print_plan
 
 WINDOW, HELD_OUT, CALIBRATION, ADC_CALIBRATION = 128, 1024, 3072, 256
 # Adam's rates, chosen on chip 0 and on calibration text alone.

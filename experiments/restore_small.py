@@ -20,7 +20,6 @@ import numpy as np
 import tyro
 from lab.common import ROOT, SMALL, write_csv
 from lab.hardware import ChipsOptions, subject
-from lab.methods import METHODS
 from lab.string_pools import draw, split
 
 from lorafusion_jax.parts import (
@@ -32,6 +31,7 @@ from lorafusion_jax.parts import (
     restore_chips,
 )
 from lorafusion_jax.report import over_tasks, write_text
+from lorafusion_jax.trials import ARMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         shares[method] = made[0]["share"]
     matches: dict[str, dict[str, np.ndarray]] = {name: {} for name in ("digital", *shares)}
     for task in options.tasks:
-        on = subject(store, task, "LoRAFusion", METHODS["LoRAFusion"], options)
+        on = subject(store, task, "LoRAFusion", ARMS["LoRAFusion"], options)
         digital = store.rows(f"{task}-digital", lambda on=on: on.score_digitally(on.params))
         matches["digital"][task] = np.array([row["exact_match"] for row in digital])
         folder = on.options.out / str(on.options.name)

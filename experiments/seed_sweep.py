@@ -19,13 +19,13 @@ import _script
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from lab.common import ROOT, SMALL, recipe_of, with_spread
-from lab.methods import METHODS
+from lab.common import ROOT, SMALL, with_spread
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.parts import Setup, evaluate, fit, prepare, recipe_rates, start
 from lorafusion_jax.report import plot, write_text
 from lorafusion_jax.tasks import Split
+from lorafusion_jax.trials import ARMS, recipe_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class SweepOptions:
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(SweepOptions, args=list(arguments), description=__doc__)
-    recipe = dataclasses.replace(recipe_of(METHODS["LoRAFusion"]), epochs=options.epochs)
+    recipe = dataclasses.replace(recipe_of(ARMS["LoRAFusion"]), epochs=options.epochs)
     shared = {"base": options.base, "pool": options.pool, "task": options.task, "recipe": recipe}
     pairs = list(itertools.product(options.lr_coefficients, options.lr_magnitudes))
     began = time.perf_counter()

@@ -2,7 +2,7 @@
 
     python experiments/small_pool.py                    # runs what is missing, then writes the report
     python experiments/small_pool.py --plan             # what it needs
-    python experiments/small_pool.py --leagues 5        # LoraHub's league: five examples
+    python experiments/small_pool.py --shots 5        # five examples, as LoraHub
     python experiments/small_pool.py --methods LoRAFusion LoRA --seeds 1 2
 
 Results are rows of OUT/results.jsonl; interrupted, the same command continues.
@@ -15,10 +15,9 @@ from pathlib import Path
 import _script
 import tyro
 from lab.common import ROOT, SMALL, TASKS
-from lab.matrix import MatrixOptions, against, run_matrix
-from lab.methods import METHODS
-from lab.planning import print_matrix_plan
-from results_page import main as report
+from results_page import run_and_report
+
+from lorafusion_jax.trials import ARMS, MatrixOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,11 +32,7 @@ class SmallPoolOptions(MatrixOptions):
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(SmallPoolOptions, args=list(arguments), description=__doc__)
-    if options.plan:
-        print_matrix_plan(options, METHODS)
-        return
-    file = run_matrix(options, METHODS)
-    report([str(file), "--out", str(options.out / "report"), "--title", "Small pool", *against("LoRAFusion", file)])
+    run_and_report(options, ARMS, "Small pool", "LoRAFusion")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python experiments/tune.py
     python experiments/tune.py --methods LoRA DoRA
-    python experiments/tune.py --league 5            # five examples: every rate a third of those tried on 95
+    python experiments/tune.py --shots 5            # five examples: every rate a third of those tried on 95
 
 writes runs/tune/results.json and runs/tune/table.csv. What it found is in `lab/methods.py`.
 """
@@ -18,11 +18,12 @@ from statistics import fmean
 from typing import Any
 
 import _script
-from lab.common import ROOT, SMALL, TRAIN_ROWS, League, fresh_folder, fuse_small, small_pool_in_basis, write_csv
-from lab.methods import COEFFICIENTS, IN_BASIS, METHODS
+from lab.common import ROOT, SMALL, fresh_folder, fuse_small, small_pool_in_basis, write_csv
+from lab.methods import COEFFICIENTS, IN_BASIS
 
 from lorafusion_jax.parts import markdown
 from lorafusion_jax.report import write_text
+from lorafusion_jax.trials import ARMS, TRAIN_ROWS, Shots
 
 FOLDER = ROOT / "runs" / "tune"
 TASKS = ("reverse_starcon", "rotr_next")
@@ -56,13 +57,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser.add_argument(
         "--methods", nargs="+", choices=list(TRIALS), default=list(TRIALS), help="to tune; all by default"
     )
-    parser.add_argument("--league", choices=list(TRAIN_ROWS), default="95+5", help="rows to learn from")
+    parser.add_argument("--shots", choices=list(TRAIN_ROWS), default="95+5", help="rows to learn from")
     options = parser.parse_args(list(arguments))
     with fresh_folder(FOLDER):
         measured = []
-        jobs = [(method, rates) for method in options.methods for rates in _trials(method, options.league)]
+        jobs = [(method, rates) for method in options.methods for rates in _trials(method, options.shots)]
         for number, (method, rates) in enumerate(jobs, start=1):
-            measured.append(_trial(method, rates, options.league))
+            measured.append(_trial(method, rates, options.shots))
             print(f"[{number}/{len(jobs)}] {', '.join(_line(measured[-1]))}", file=sys.stderr, flush=True)
         lines = table_of(measured)
         write_text(FOLDER / "results.json", json.dumps({"seeds": SEEDS, "trials": measured}, indent=1) + "\n")
@@ -80,18 +81,18 @@ def table_of(measured: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [["method", "rates", *TASKS, "mean", "best"], *lines]
 
 
-def _trials(method: str, league: League) -> list[dict[str, float]]:
-    share = 1 if league == "95+5" else 1 / 3
+def _trials(method: str, shots: Shots) -> list[dict[str, float]]:
+    share = 1 if shots == "95+5" else 1 / 3
     return [{name: float(f"{share * rate:.2g}") for name, rate in rates.items()} for rates in TRIALS[method]]
 
 
-def _trial(method: str, rates: dict[str, float], league: League) -> dict[str, Any]:
+def _trial(method: str, rates: dict[str, float], shots: Shots) -> dict[str, Any]:
     """Return exact match (percent, mean of the seeds) and loss by task, and the mean of both tasks."""
-    entry = dataclasses.replace((METHODS | COEFFICIENTS | IN_BASIS)[method], rates=rates, few_rates=rates)
+    entry = dataclasses.replace((ARMS | COEFFICIENTS | IN_BASIS)[method], rates=rates, few_rates=rates)
     pool = small_pool_in_basis() if "basis" in entry.recipe else SMALL / "adapters"
     with tempfile.TemporaryDirectory() as out:
         found = {
-            task: fuse_small(task, entry, pool=pool, seeds=SEEDS, out=Path(out), name=task, league=league)
+            task: fuse_small(task, entry, pool=pool, seeds=SEEDS, out=Path(out), name=task, shots=shots)
             for task in TASKS
         }
     return {

@@ -35,10 +35,7 @@ from .estimates.memory import state_bytes as state_bytes
 from .estimates.memory import step_bytes as step_bytes
 from .estimates.memory import weights_bytes as weights_bytes
 from .estimates.params import shape_config as shape_config
-from .estimates.plan import MachineName as MachineName
 from .estimates.plan import describe as describe
-from .estimates.plan import machine as machine
-from .estimates.plan import pool_shape as pool_shape
 from .estimates.workload import CHARACTERS_PER_TOKEN as CHARACTERS_PER_TOKEN
 from .estimates.workload import workload as workload
 from .hardware.calibration import calibrate as calibrate
@@ -121,7 +118,6 @@ from .runs.descent import with_copies as with_copies
 from .runs.evaluate import evaluate as evaluate
 from .runs.evaluate import seed_rows as seed_rows
 from .runs.folder import RunFolder as RunFolder
-from .runs.folder import read_options as read_options
 from .runs.options import OnArrays as OnArrays
 from .runs.predict import EvaluateOptions as EvaluateOptions
 from .runs.predict import load_to_evaluate as load_to_evaluate
@@ -140,15 +136,11 @@ from .runs.run import with_targets as with_targets
 from .support.checks import at_least as at_least
 from .support.platform import for_cpu as for_cpu
 from .support.progress import progress as progress
-from .support.reading import check_regular as check_regular
-from .support.reading import is_object as is_object
 from .support.reading import read_json as read_json
-from .support.reading import read_lines as read_lines
 from .support.reading import structured as structured
 from .support.text import printable as printable
 from .support.text_tables import escaped as escaped
 from .support.text_tables import markdown as markdown
-from .support.writing import check_no_link as check_no_link
 from .support.writing import write as write
 from .support.writing import writing as writing
 from .training.compiled import make_room as make_room

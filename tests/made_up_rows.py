@@ -26,7 +26,7 @@ TASKS = ("swapends_prev", "double_digit", "pairswap_numvow", "sort_next2", "reve
 
 
 def made_up(
-    *, league="95+5", tasks=TASKS, methods=tuple(METHODS), seeds=(1, 2, 3, 4, 5), items=60, options=True, start=0
+    *, shots="95+5", tasks=TASKS, methods=tuple(METHODS), seeds=(1, 2, 3, 4, 5), items=60, options=True, start=0
 ):
     """Return rows as an experiment writes them."""
     rng = np.random.default_rng(start)
@@ -40,18 +40,18 @@ def made_up(
                 chance = np.clip(strength + difficulty[task] + luck, 0, 1)
                 correct = rng.random(items) < chance
                 option = correct | (rng.random(items) < 0.3)
-                rows.append(row(task, method, seed, correct, option if options else None, league, trainable))
+                rows.append(row(task, method, seed, correct, option if options else None, shots, trainable))
     return rows
 
 
-def row(task, method, seed, correct, option=None, league="95+5", trainable=0):
+def row(task, method, seed, correct, option=None, shots="95+5", trainable=0):
     steps = 200 if trainable else 0
     marks = [None if found is None else "".join("01"[int(c)] for c in found) for found in (correct, option)]
     percents = [None if found is None else 100 * float(np.mean(found)) for found in (correct, option)]
     return {
         "task": task,
         "method": method,
-        "league": league,
+        "shots": shots,
         "seed": seed,
         "exact_match": percents[0],
         "option_accuracy": percents[1],

@@ -35,6 +35,7 @@ _MAY_IMPORT = {
     "serving": {"loading", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
     "hardware": {"loading", "crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
     "estimates": {"loading", "crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
+    "trials": set("hardware io loading methods runs report training estimates".split()),
     "harness": {"loading", "models", "io", "tasks", "training", "methods", "runs", "hardware"},
     "parts": set("crossbar models adapters io loading training methods runs hardware estimates".split()),
     "cli": set("crossbar io loading report training methods runs serving hardware estimates harness".split()),
@@ -188,7 +189,7 @@ def test_imports_form_no_cycle():
 
 
 # Namespaces that scripts may import from.
-_PUBLIC = {_PACKAGE, *(f"{_PACKAGE}.{name}" for name in ("crossbar", "tasks", "methods", "report", "parts"))}
+_PUBLIC = {_PACKAGE, *(f"{_PACKAGE}.{name}" for name in ("crossbar", "tasks", "methods", "report", "parts", "trials"))}
 _PUBLIC.add(f"{_PACKAGE}.crossbar.flax")
 # All other names that experiments and benchmarks import, each with its reason.
 _INTERNAL = {

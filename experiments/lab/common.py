@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import dataclasses
 import io
 import itertools
 import subprocess
@@ -13,14 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lorafusion_jax import FuseOptions, Recipe, fuse
-from lorafusion_jax.methods import find
-from lorafusion_jax.methods import recipe_of as recipe_with
+from lorafusion_jax import FuseOptions, fuse
 from lorafusion_jax.parts import RunFolder
 from lorafusion_jax.report import write_text
-
-from .methods import Entry
-from .rows import League
+from lorafusion_jax.trials import TRAIN_ROWS, Arm, Shots, recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "examples" / "small"
@@ -76,33 +71,15 @@ def with_spread(values: np.ndarray) -> str:
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
-# Rows that a seed uses, and passes over them. LoraHub's league gives five examples, and all methods the same.
-TRAIN_ROWS: dict[League, int] = {"95+5": 100, "5": 5}
-EPOCHS: dict[League, int] = {"95+5": 20, "5": 40}
-
-
-def recipe_of(entry: Entry, *, league: League = "95+5", **defaults: Any) -> Recipe:
-    """Return the recipe of a row of a table; it has those of the default numbers that its method has.
-
-    Rows are padded, as they were for the committed results.
-
-    Raises:
-      TypeError: the entry has a number that its method does not have.
-    """
-    kind, rates = find(entry.method).recipe, (league == "5" and entry.few_rates) or entry.rates
-    shared = recipe_with(kind, {"epochs": EPOCHS[league], "pack": False} | defaults)
-    return dataclasses.replace(shared, **entry.recipe | rates)
-
-
 def fuse_small(
     task: str,
-    entry: Entry,
+    arm: Arm,
     *,
     pool: Path,
     seeds: tuple[int, ...],
     out: Path,
     name: str,
-    league: League = "95+5",
+    shots: Shots = "95+5",
 ) -> dict[str, Any]:
     """Run a method on one of the embedded tasks, all seeds in one program, and return the results."""
     options = FuseOptions(
@@ -112,9 +89,9 @@ def fuse_small(
         seeds=seeds,
         out=out,
         name=name,
-        method=entry.method,
-        control=entry.control,
-        recipe=recipe_of(entry, league=league),
-        train_rows=TRAIN_ROWS[league],
+        method=arm.method,
+        control=arm.control,
+        recipe=recipe_of(arm, shots=shots),
+        train_rows=TRAIN_ROWS[shots],
     )
     return fuse(options)

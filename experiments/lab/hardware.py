@@ -44,10 +44,9 @@ from lorafusion_jax.parts import (
     write_json,
 )
 from lorafusion_jax.tasks import split
+from lorafusion_jax.trials import TRAIN_ROWS, Arm, Cells, Row, recipe_of
 
-from .cells import Cells, Row
-from .common import ROOT, SMALL, TRAIN_ROWS, convert_small_pool, recipe_of, small_pool_in_basis
-from .methods import Entry
+from .common import ROOT, SMALL, convert_small_pool, small_pool_in_basis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +238,7 @@ class Subject:
         ]
 
 
-def subject(store: Store, task: str, method: str, entry: Entry, options: ChipsOptions) -> Subject:
+def subject(store: Store, task: str, method: str, entry: Arm, options: ChipsOptions) -> Subject:
     """Train a method digitally on 95 + 5 rows of an embedded task, and return it with its chips."""
     pool = small_pool_in_basis() if "basis" in entry.recipe else store.pool()
     fused = FuseOptions(
@@ -250,7 +249,7 @@ def subject(store: Store, task: str, method: str, entry: Entry, options: ChipsOp
         out=store.folder / "runs",
         name=f"{task}-{slug(method)}",
         method=entry.method,
-        recipe=dataclasses.replace(recipe_of(entry, league="95+5"), epochs=options.epochs),
+        recipe=dataclasses.replace(recipe_of(entry, shots="95+5"), epochs=options.epochs),
         train_rows=TRAIN_ROWS["95+5"],
         test_rows=options.test_rows,
         resume=True,

@@ -18,9 +18,9 @@ from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.parts import LOSS, Params, Setup, seed_entropies
 from lorafusion_jax.report import write_text
 from lorafusion_jax.tasks import Example, Task, batch_orders, load_task, train_batches
+from lorafusion_jax.trials import ARMS, Arm, recipe_of
 
-from .common import recipe_of
-from .methods import IN_BASIS, METHODS, Entry
+from .methods import IN_BASIS
 from .smollm2 import EXAMPLES
 from .tasks import find_task
 
@@ -98,44 +98,44 @@ _ALL = {"modules": sum(map(len, SOURCES.values()))}
 _FUSION = {"lr_coefficients": 0.01, "lr_magnitudes": 0.1}
 
 
-def _entry(entry: Entry, rates: dict[str, float] | None = None, **recipe: Any) -> Entry:
+def _entry(entry: Arm, rates: dict[str, float] | None = None, **recipe: Any) -> Arm:
     return dataclasses.replace(entry, recipe=entry.recipe | _ALL | recipe, rates=rates or {}, few_rates={})
 
 
-_COEFFICIENTS = _entry(METHODS["coefficients only"], {"lr_coefficients": 0.05})
+_COEFFICIENTS = _entry(ARMS["coefficients only"], {"lr_coefficients": 0.05})
 
 # Rows of the table, with the best of the first nine trials of `python experiments/language_tune.py`; bases have
 # LoRAFusion's rates. Of MORE, DoRA, VeRA and the mix have not been tuned: do that before they are run.
 MAIN = {
-    "zero-shot": METHODS["zero-shot"],
-    "few-shot prompt": METHODS["few-shot prompt"],
-    "uniform mean": _entry(METHODS["uniform mean"]),
-    "best single module": _entry(METHODS["best single module"]),
-    "LoRAFusion": _entry(METHODS["LoRAFusion"], _FUSION),
-    "LoRA": dataclasses.replace(METHODS["LoRA"], rates={"lr_lora": 5e-3}, few_rates={}),
-    "random pool": _entry(METHODS["random pool"], _FUSION),
+    "zero-shot": ARMS["zero-shot"],
+    "few-shot prompt": ARMS["few-shot prompt"],
+    "uniform mean": _entry(ARMS["uniform mean"]),
+    "best single module": _entry(ARMS["best single module"]),
+    "LoRAFusion": _entry(ARMS["LoRAFusion"], _FUSION),
+    "LoRA": dataclasses.replace(ARMS["LoRA"], rates={"lr_lora": 5e-3}, few_rates={}),
+    "random pool": _entry(ARMS["random pool"], _FUSION),
     "coefficients only": _COEFFICIENTS,
-    "magnitudes only": dataclasses.replace(METHODS["magnitudes only"], rates={"lr_magnitudes": 0.2}, few_rates={}),
+    "magnitudes only": dataclasses.replace(ARMS["magnitudes only"], rates={"lr_magnitudes": 0.2}, few_rates={}),
     "basis, k = 16": _entry(IN_BASIS["basis"], _FUSION, basis=16),
 }
 MORE = {
-    "constant answer": METHODS["constant answer"],
+    "constant answer": ARMS["constant answer"],
     "coefficients only, random pool": dataclasses.replace(
         _COEFFICIENTS, control="random-factors", rates={"lr_coefficients": 1.0}
     ),
     "basis, k = 32": _entry(IN_BASIS["basis"], _FUSION, basis=DIRECTIONS),
-    "best 10": _entry(METHODS["LoRAFusion"], _FUSION, modules=10, choose="gradient"),
-    "shuffled layers": dataclasses.replace(_entry(METHODS["LoRAFusion"], _FUSION), control="shuffled"),
-    "LoRAFusion, mix": _entry(METHODS["LoRAFusion, mix"], _FUSION),
-    "DoRA": dataclasses.replace(METHODS["DoRA"], few_rates={}),
-    "VeRA": dataclasses.replace(METHODS["VeRA"], few_rates={}),
-    "LoraHub": _entry(METHODS["LoraHub"]),
-    "CMA-ES": _entry(METHODS["CMA-ES"]),
+    "best 10": _entry(ARMS["LoRAFusion"], _FUSION, modules=10, choose="gradient"),
+    "shuffled layers": dataclasses.replace(_entry(ARMS["LoRAFusion"], _FUSION), control="shuffled"),
+    "LoRAFusion, mix": _entry(ARMS["LoRAFusion, mix"], _FUSION),
+    "DoRA": dataclasses.replace(ARMS["DoRA"], few_rates={}),
+    "VeRA": dataclasses.replace(ARMS["VeRA"], few_rates={}),
+    "LoraHub": _entry(ARMS["LoraHub"]),
+    "CMA-ES": _entry(ARMS["CMA-ES"]),
 }
 
 
 def options_of(
-    entry: Entry,
+    entry: Arm,
     task: Path,
     *,
     base: Path,

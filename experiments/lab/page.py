@@ -7,11 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorafusion_jax.report import Scores, best_method, league_name, main_tables, paired_table, plot_means, scores
+from lorafusion_jax.report import Row, Scores, best_method, main_tables, paired_table, plot_means, scores, shots_name
 
 from .formats import html_table
 from .provenance import config_tables, origin_tables
-from .rows import Row
 
 # Dark mode turns the plots' lightness around and keeps their hues.
 _CSS = """
@@ -42,19 +41,19 @@ summary { cursor: pointer; }
 
 
 def page(rows: Sequence[Row], title: str, text: str = "", *, reference: str | None = None) -> str:
-    """Return an HTML page: for each league tables and plots, then settings, data, versions and devices.
+    """Return an HTML page: for each number of shots tables and plots, then settings, data, versions and devices.
 
     Args:
-      rows: the results, of one league or several.
+      rows: the results, of one number of shots or several.
       title: of the page.
       text: introduction; an empty line starts a paragraph.
       reference: the method that is compared with every other; as a rule the one with the highest mean.
 
     Raises:
-      ValueError: there are no rows, or a reference is not a method of its league; matplotlib is not installed.
+      ValueError: there are no rows, or none of a reference with these shots; matplotlib is not installed.
     """
     paragraphs = "".join(f"<p>{html.escape(part.strip())}</p>\n" for part in re.split(r"\n\s*\n", text) if part.strip())
-    leagues = "".join(_league(league, reference) for league in scores(rows))
+    parts = "".join(_section(results, reference) for results in scores(rows))
     differing, shared = config_tables(rows)
     settings = html_table(differing) if differing.lines else "<p>All results have the same settings.</p>\n"
     if shared.lines:
@@ -65,35 +64,35 @@ def page(rows: Sequence[Row], title: str, text: str = "", *, reference: str | No
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'  # or the browser requests one
         f"<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
-        f"<h1>{html.escape(title)}</h1>\n{paragraphs}{leagues}"
+        f"<h1>{html.escape(title)}</h1>\n{paragraphs}{parts}"
         f"<h2>Settings</h2>\n{settings}<h2>Data, versions, devices</h2>\n{origins}</main>\n</body>\n</html>\n"
     )
 
 
-def save_means(league: Scores, path: Path) -> None:
-    """Write the plot of a league's means as PNG.
+def save_means(results: Scores, path: Path) -> None:
+    """Write the plot of means as PNG.
 
     Raises:
       ValueError: no method has every task; matplotlib is not installed.
     """
-    plot_means(league, path, title=f"{len(league.tasks)} tasks, {league_name(league.league)}")
+    plot_means(results, path, title=f"{len(results.tasks)} tasks, {shots_name(results.shots)}")
 
 
-def _league(league: Scores, reference: str | None) -> str:
-    name = league_name(league.league)
-    parts = [f"<h2>{html.escape(name[0].upper() + name[1:])}</h2>\n", *map(html_table, main_tables(league))]
-    if any(league.summaries.values()):
-        parts.append(_figure(league))
+def _section(results: Scores, reference: str | None) -> str:
+    name = shots_name(results.shots)
+    parts = [f"<h2>{html.escape(name[0].upper() + name[1:])}</h2>\n", *map(html_table, main_tables(results))]
+    if any(results.summaries.values()):
+        parts.append(_figure(results))
     else:
         parts.append("<p>No method has results of all tasks yet, so there are no means to draw.</p>\n")
-    if len(league.methods) > 1:
-        parts.append(html_table(paired_table(league, reference or best_method(league))))
+    if len(results.methods) > 1:
+        parts.append(html_table(paired_table(results, reference or best_method(results))))
     return "".join(parts)
 
 
-def _figure(league: Scores) -> str:
+def _figure(results: Scores) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        save_means(league, path := Path(folder) / "means.png")
+        save_means(results, path := Path(folder) / "means.png")
         image = base64.b64encode(path.read_bytes()).decode()
     alt = "Mean exact match of each method with its 95 % interval"
     return f'<figure><img src="data:image/png;base64,{image}" alt="{alt}"></figure>\n'

@@ -4,9 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lorafusion_jax.report import Column, Table, league_name
-
-from .rows import Row
+from lorafusion_jax.report import Column, Row, Table, shots_name
 
 _MOST_VALUES = 6  # of one setting that are listed
 
@@ -30,7 +28,7 @@ def config_tables(rows: Sequence[Row]) -> list[Table]:
     names = [Column("setting", "text"), *(Column(method, "text") for method in methods)]
     return [
         Table(
-            "Settings that differ; several values of one method are those of its tasks, leagues and seeds",
+            "Settings that differ; several values of one method are those of its tasks, shots and seeds",
             names,
             differing,
         ),
@@ -49,15 +47,15 @@ def origin_tables(rows: Sequence[Row]) -> list[Table]:
         versions = ", ".join(f"{name} {version}" for name, version in row["versions"].items())
         places.setdefault((row["device"], str(row["cores"]), versions), []).append(row)
     devices = [[device, cores, versions, len(there)] for (device, cores, versions), there in places.items()]
-    leagues = {league: [row for row in rows if row["league"] == league] for league in _unique(rows, "league")}
+    groups = {shots: [row for row in rows if row["shots"] == shots] for shots in _unique(rows, "shots")}
     seeds = [
         [
             method,
-            league_name(league),
+            shots_name(shots),
             ", ".join(str(seed) for seed in sorted(_unique(of, "seed"))),
             len(_unique(of, "task")),
         ]
-        for league, there in leagues.items()
+        for shots, there in groups.items()
         for method in _unique(there, "method")
         for of in [[row for row in there if row["method"] == method]]
     ]
@@ -75,7 +73,7 @@ def origin_tables(rows: Sequence[Row]) -> list[Table]:
         ),
         Table(
             "Seeds",
-            [Column("method", text), Column("league", text), Column("seeds", text), Column("tasks", count)],
+            [Column("method", text), Column("shots", text), Column("seeds", text), Column("tasks", count)],
             seeds,
         ),
     ]

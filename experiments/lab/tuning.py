@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from .cells import Cells, Row
+from lorafusion_jax.trials import Cells, Row
 
 Point = tuple[int, ...]  # powers of 3, by which the rates of an arm are multiplied
 

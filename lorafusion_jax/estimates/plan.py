@@ -1,7 +1,7 @@
 """`--plan`: a table of the cost of a matrix of methods, tasks and seeds, without running or loading weights."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -173,18 +173,33 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
         device=where.device,
         load_in=options.load_in,
     )
-    task = load_task(options.task, **row_format(options), train_rows=options.train_rows)
     config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
-    work = workload(
-        task,
-        recipe,
-        packing=packing_of(config, on_cpu=where.device == "cpu"),
-        **({} if base is None else load_texts(options)._asdict()),
-        train_rows=options.train_rows,
-        test_rows=options.test_rows,
-        eval_batch=options.eval_batch,
-    )
-    return describe(config, [options.method], {task.name: work}, settings, capacity=where.capacity)
+    work = workloads([options], recipe, config, where)
+    return describe(config, [options.method], work, settings, capacity=where.capacity)
+
+
+def workloads(
+    runs: Iterable[FuseOptions], recipe: Recipe, config: Architecture, where: Machine
+) -> dict[str, Workload]:
+    """Return the workloads of runs by the names of their tasks, with batches and prompts of one recipe.
+
+    The runs differ in their tasks. Their base may be the name of a shape.
+    """
+    found, texts = {}, None
+    for run in runs:
+        if texts is None:
+            texts = {} if run.base in known_shapes() else load_texts(run)._asdict()
+        task = load_task(run.task, **row_format(run), train_rows=run.train_rows)
+        found[task.name] = workload(
+            task,
+            recipe,
+            packing=packing_of(config, on_cpu=where.device == "cpu"),
+            **texts,
+            train_rows=run.train_rows,
+            test_rows=run.test_rows,
+            eval_batch=run.eval_batch,
+        )
+    return found
 
 
 def pool_shape(folder: Path, k: int | None = None, base: str | None = None) -> PoolShape:

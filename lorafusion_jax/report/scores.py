@@ -21,9 +21,9 @@ Spread = tuple[float, float | None]  # mean, standard deviation over seeds
 
 @dataclass(frozen=True)
 class Scores:
-    """Results with the same shots (`league`), with tasks and methods in the order of their first occurrence."""
+    """Results with the same shots, with tasks and methods in the order of their first occurrence."""
 
-    league: str
+    shots: str
     rows: Sequence[Row]
 
     @cached_property
@@ -124,15 +124,15 @@ def scores(rows: Sequence[Row]) -> list[Scores]:
         if key(row) in seen:
             raise ValueError(f"{name(row)} occurs twice: read the files with merge, which keeps one of equals")
         seen.add(key(row))
-    leagues = dict.fromkeys(row["league"] for row in rows)
-    return [Scores(league, [row for row in rows if row["league"] == league]) for league in leagues]
+    counts = dict.fromkeys(row["shots"] for row in rows)
+    return [Scores(shots, [row for row in rows if row["shots"] == shots]) for shots in counts]
 
 
 def key(row: Row) -> tuple[str, str, str, int]:
-    """Return task, method, league and seed of a row, which identify it."""
-    return row["task"], row["method"], row["league"], row["seed"]
+    """Return task, method, shots and seed of a row, which identify it."""
+    return row["task"], row["method"], row["shots"], row["seed"]
 
 
 def name(row: Row) -> str:
     """Return the same in words."""
-    return f"{row['task']}, {row['method']}, league {row['league']}, seed {row['seed']}"
+    return f"{row['task']}, {row['method']}, {row['shots']} shots, seed {row['seed']}"

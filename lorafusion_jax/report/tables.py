@@ -31,7 +31,7 @@ def main_tables(scores: Scores) -> list[Table]:
     lines = [[m, *(scores.exact_match(m, task) for task in shown), *_means(scores, m)] for m in scores.methods]
     seeds = max(len({row["seed"] for row in scores.of(method)}) for method in scores.methods)
     over = f"{seeds} seed{'s' if seeds > 1 else ''}"
-    caption = f"Exact match, %, {league_name(scores.league)}: mean ± standard deviation over {over}"
+    caption = f"Exact match, %, {shots_name(scores.shots)}: mean ± standard deviation over {over}"
     tables = [Table(caption, columns, lines)]
     if not shown:
         columns = [Column("task", "text"), *(Column(method, "spread") for method in scores.methods)]
@@ -65,7 +65,7 @@ def paired_table(scores: Scores, reference: str) -> Table:
         Column("loss", "more nats"),
         Column("loss over tasks", "nats interval"),
     ]
-    caption = f"{reference} minus each other method, points of exact match, {league_name(scores.league)}"
+    caption = f"{reference} minus each other method, points of exact match, {shots_name(scores.shots)}"
     caption += ": same tasks, seeds and test items; p for each comparison by itself; t intervals over tasks"
     return Table(caption, columns, lines)
 
@@ -76,9 +76,9 @@ def best_method(scores: Scores) -> str:
     return max(means, key=lambda method: means[method], default=scores.methods[0])
 
 
-def league_name(league: str) -> str:
+def shots_name(shots: str) -> str:
     """Return the number of examples (shots), in words."""
-    return _EXAMPLES.get(league, league)
+    return _EXAMPLES.get(shots, shots)
 
 
 def _means(scores: Scores, method: str) -> list[Any]:

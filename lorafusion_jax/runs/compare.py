@@ -85,7 +85,7 @@ def _scores(names: dict[Path, str]) -> Scores:
                 {
                     "task": results["task"],
                     "method": name,
-                    "league": "",
+                    "shots": "",
                     "trainable": results["trainable"],
                     "seconds": results["seconds"]["train"] / len(results["seeds"]),
                     "forward_rows": seed.get("forward_rows", 0),

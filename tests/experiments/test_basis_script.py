@@ -11,7 +11,7 @@ import tiny
 from lab import common
 from made_up_rows import row
 
-from lorafusion_jax import FuseOptions
+from lorafusion_jax import FuseOptions, trials
 from lorafusion_jax.adapters.basis import shared_basis
 from lorafusion_jax.report import scores
 from lorafusion_jax.runs.prepare import check
@@ -21,12 +21,12 @@ _SHARE = {"LoRA": 0.3, "LoRAFusion": 0.5, "best 10": 0.6, "k = 16, best 10": 0.4
 
 
 @pytest.fixture(scope="module")
-def league():
+def results():
     """Rows of two tasks: of ten answers each method gives so many right, the first ones."""
-    entries = {name: basis.METHODS[name] for name in ("LoRA", "LoRAFusion")} | _ENTRIES
+    entries = {name: trials.ARMS[name] for name in ("LoRA", "LoRAFusion")} | _ENTRIES
     rows = []
     for name, share in _SHARE.items():
-        recipe = json.loads(json.dumps(dataclasses.asdict(common.recipe_of(entries[name]))))
+        recipe = json.loads(json.dumps(dataclasses.asdict(trials.recipe_of(entries[name]))))
         for task in ("one", "two"):
             of = row(task, name, 1, np.arange(10) < 10 * share, trainable=7)
             rows.append(of | {"config": {"recipe": recipe}})
@@ -36,15 +36,15 @@ def league():
 def test_every_row_can_run_and_no_two_rows_are_alike():
     settings = set()
     for entry in _ENTRIES.values():
-        recipe = common.recipe_of(entry)
+        recipe = trials.recipe_of(entry)
         check(FuseOptions(base="b", pool="p", task="t", method=entry.method, control=entry.control, recipe=recipe))
         settings.add((entry.method, entry.control, recipe))
         assert (recipe.basis or 0) <= common.DIRECTIONS
     assert len(settings) == len(_ENTRIES) == 2 + 5 * 3 + 1 + 8 + 1
 
 
-def test_a_table_gives_reads_and_differences_to_the_same_modules(league, tmp_path):
-    found = basis.tables(league, shared_basis(tiny.pool(3), 12), sizes=(8, 12))
+def test_a_table_gives_reads_and_differences_to_the_same_modules(results, tmp_path):
+    found = basis.tables(results, shared_basis(tiny.pool(3), 12), sizes=(8, 12))
     by_name = {of[0]: of[1:] for of in found["table"]}
     assert by_name["LoRA"][:2] == ["16", "0.05"]
     assert by_name["LoRAFusion"][:4] == ["320", "1.00", "7", "50.0"]
@@ -59,5 +59,5 @@ def test_a_table_gives_reads_and_differences_to_the_same_modules(league, tmp_pat
         "k = 8, drawn": ["-30.0", "-40.0", "-30.0"],
     }
     assert found["kept"][-1] == ["12", "0.75", "100 to 100"]  # as many directions as N r
-    basis.draw(league, tmp_path / "reads.png")
+    basis.draw(results, tmp_path / "reads.png")
     assert (tmp_path / "reads.png").read_bytes().startswith(b"\x89PNG")

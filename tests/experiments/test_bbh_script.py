@@ -4,9 +4,9 @@ import bbh
 import bbh_rows
 import byte_base
 import pytest
-from lab.rows import read_rows
 
 from lorafusion_jax.tasks import write_lorahub_split
+from lorafusion_jax.trials import read_rows
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import benchmarks_on_arrays as experiment
 import pytest
-from lab.cells import read_lines
+
+from lorafusion_jax.trials import read_lines
 
 _RESULTS = Path(__file__).resolve().parents[2] / "results"
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import forecast as experiment
 import numpy as np
 import pytest
-from lab.cells import read_lines
 from page_tables import rows_below
+
+from lorafusion_jax.trials import read_lines
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PAGE = _ROOT / "docs" / "results" / "forecast.md"

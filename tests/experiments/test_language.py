@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 import small_llama
 from lab import language
-from lab.jobs import run_jobs, settings_of
-from lab.rows import append_rows
 from made_up_rows import row
 
 from lorafusion_jax import LoraPool
 from lorafusion_jax.io.peft.adapter import read_adapter
+from lorafusion_jax.trials import append_rows, run_jobs, settings_of
 
 _UNSEEN = [name for tasks in language.UNSEEN.values() for name in tasks]
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import results_page
 from lab.page import page
-from lab.rows import append_rows
 from made_up_rows import made_up, row
 
 from lorafusion_jax.report import plot_means, scores
+from lorafusion_jax.trials import MatrixOptions, append_rows
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "results_page.py"
 
@@ -35,8 +36,8 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def whole():
-    """A page of both leagues, of 5 seeds, 6 tasks and 16 methods."""
-    rows = [*made_up(), *made_up(league="5", options=False, start=1)]
+    """A page with both numbers of shots, of 5 seeds, 6 tasks and 16 methods."""
+    rows = [*made_up(), *made_up(shots="5", options=False, start=1)]
     return page(rows, "Fusing <frozen> & other LoRAs", "First <b>.\n\nSecond.")
 
 
@@ -123,15 +124,28 @@ def test_the_script_writes_page_tables_and_plots(report, tmp_path):
     results, more, out = tmp_path / "results.jsonl", tmp_path / "more.jsonl", tmp_path / "out"
     rows = made_up(methods=("zero-shot", "LoRA"), items=20)
     append_rows(results, rows)
-    append_rows(more, [{**found, "league": "5"} for found in rows])
-    report(results, "--out", out, "--title", "One league")
+    append_rows(more, [{**found, "shots": "5"} for found in rows])
+    report(results, "--out", out, "--title", "One number")
     names = {"table.csv", "table.tex", "paired.csv", "means.png"}
     assert {path.name for path in out.iterdir()} == names | {"report.html"}
-    assert "<h1>One league</h1>" in (out / "report.html").read_text()
+    assert "<h1>One number</h1>" in (out / "report.html").read_text()
     assert "LoRA minus each other method" in (out / "table.tex").read_text()
     report(results, more, "--out", out / "both")
-    both = {f"{Path(name).stem}_{league}{Path(name).suffix}" for name in names for league in ("95+5", "5")}
+    both = {f"{Path(name).stem}_{shots}{Path(name).suffix}" for name in names for shots in ("95+5", "5")}
     assert {path.name for path in (out / "both").iterdir()} == both | {"report.html"}
+
+
+def test_a_matrix_is_compared_with_a_method_only_where_all_shots_have_it(tmp_path, monkeypatch):
+    file, given = tmp_path / "results.jsonl", []
+    monkeypatch.setattr(results_page, "run_matrix", lambda *_, **__: file)
+    monkeypatch.setattr(results_page, "main", given.append)
+    options = MatrixOptions(base="", pool="", tasks=(), out=tmp_path)
+    rows = [row("one", method, 1, [True]) for method in ("LoRA", "LoRAFusion")]
+    for more, compared in (rows, ["LoRA", "LoRAFusion"]), ([rows[1] | {"shots": "5"}], ["LoRAFusion"]):
+        append_rows(file, more)
+        for reference in ("LoRA", "LoRAFusion"):
+            results_page.run_and_report(options, {}, "", reference)
+            assert given.pop()[5:] == (["--reference", reference] if reference in compared else [])
 
 
 def test_the_script_names_errors(report, tmp_path, monkeypatch, capsys):

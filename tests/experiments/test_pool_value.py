@@ -10,10 +10,11 @@ import numpy as np
 import pool_value as experiment
 import pytest
 from lab import pool_cells, string_pools
-from lab.cells import append_line
 from page_tables import rows_below
 from shuffle_labels import main as write_shuffled
 from string_tasks import split
+
+from lorafusion_jax.trials import append_lines
 
 _ROOT = Path(__file__).resolve().parents[2]
 _RESULTS = _ROOT / "results" / "pool_value"
@@ -141,7 +142,7 @@ def test_the_plan_lists_cells_that_are_missing(tmp_path, capsys):
     experiment.main(["--plan", "--rows", "20", "--out", str(tmp_path)])
     assert " 20 rows  LoRAFusion: 150 cells" in capsys.readouterr().out
     for row in _rows(_made_up)[:400]:
-        append_line(tmp_path / "rows_20.jsonl", row)
+        append_lines(tmp_path / "rows_20.jsonl", [row])
     experiment.main(["--plan", "--rows", "20", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "zero-shot" not in printed and " 20 rows  LoRAFusion: 50 cells" in printed

@@ -11,7 +11,6 @@ import numpy as np
 import pool_value_language as experiment
 import pytest
 import small_llama
-from lab.cells import append_line, read_lines
 from lab.language import MOST_SHARED, SOURCES, TUNING, load
 from lab.tuning import best_point, rates_at
 from page_tables import rows_below
@@ -20,6 +19,7 @@ from lorafusion_jax.adapters.updates import LowRank
 from lorafusion_jax.io.export import lora_adapter
 from lorafusion_jax.io.hf import read_config
 from lorafusion_jax.io.peft.adapter import write_adapter
+from lorafusion_jax.trials import append_lines, read_lines
 
 _ROOT = Path(__file__).resolve().parents[2]
 _RESULTS = _ROOT / "results" / "pool_value"
@@ -222,9 +222,9 @@ def test_contrasts_are_over_tasks_and_the_seeds_that_both_arms_have():
 
 def test_the_plan_counts_missing_cells_and_trials(tmp_path):
     for row in _rows("LoRAFusion", lambda place, seed: 1.0):
-        append_line(tmp_path / "language.jsonl", row)
+        append_lines(tmp_path / "language.jsonl", [row])
     trial = {"arm": "LoRAFusion", "rows": 20, "point": [0, 0], "task": TUNING[0], "seed": 1}
-    append_line(tmp_path / "language_tune.jsonl", trial)
+    append_lines(tmp_path / "language_tune.jsonl", [trial])
     options = experiment.Options(tasks=tmp_path, out=tmp_path)
     counts = collections.Counter(label for label, _ in experiment.costs(experiment.STAGES, _TARGETS, options))
     first, *_, last, fixed = (f"{stage.rows} rows, {'; '.join(stage.arms)}" for stage in experiment.STAGES)

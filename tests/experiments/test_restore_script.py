@@ -4,8 +4,9 @@ import csv
 from pathlib import Path
 
 import restore as experiment
-from lab.cells import append_line, read_lines
 from page_tables import rows_below
+
+from lorafusion_jax.trials import append_lines, read_lines
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PAGE = _ROOT / "docs" / "results" / "restore.md"
@@ -101,6 +102,6 @@ def test_measured_rows_are_not_asked_for_again(tmp_path, capsys):
     experiment.main(["--plan", "--chips", "1", "--out", str(tmp_path)])
     everything = capsys.readouterr().out
     (job, *_) = experiment.jobs(experiment.Options(chips=(1,)))
-    append_line(tmp_path / "rows.jsonl", _row(1, job.arm, 3.5))
+    append_lines(tmp_path / "rows.jsonl", [_row(1, job.arm, 3.5)])
     experiment.main(["--plan", "--chips", "1", "--out", str(tmp_path)])
     assert len(capsys.readouterr().out.splitlines()) == len(everything.splitlines()) - 1

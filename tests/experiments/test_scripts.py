@@ -10,9 +10,9 @@ import one_block
 import pytest
 import seed_sweep
 import tune
-from lab import cells, common, methods
+from lab import common, methods
 
-from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax import FuseOptions, fuse, trials
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.folder import RunFolder
 from lorafusion_jax.runs.prepare import check
@@ -41,33 +41,33 @@ def test_the_demo_measures_on_tasks_that_nothing_was_trained_or_tuned_on():
 
 
 def test_every_trained_method_had_the_same_number_of_trials():
-    everything = methods.METHODS | methods.COEFFICIENTS | methods.IN_BASIS
+    everything = trials.ARMS | methods.COEFFICIENTS | methods.IN_BASIS
     trained = {name: entry for name, entry in everything.items() if find(entry.method).learns == "trained"}
     assert list(tune.TRIALS) == list(trained)
-    assert len({len(trials) for trials in tune.TRIALS.values()}) == 1
+    assert len({len(tried) for tried in tune.TRIALS.values()}) == 1
     for name, entry in everything.items():
-        common.recipe_of(entry)  # raises on a name that a recipe does not have
-        trials = tune.TRIALS.get(name, [])
-        assert entry.rates in trials if trials else not entry.rates
-        for trial in trials:
-            common.recipe_of(dataclasses.replace(entry, rates=trial))
+        trials.recipe_of(entry)  # raises on a name that a recipe does not have
+        tried = tune.TRIALS.get(name, [])
+        assert entry.rates in tried if tried else not entry.rates
+        for trial in tried:
+            trials.recipe_of(dataclasses.replace(entry, rates=trial))
 
 
 def test_every_ablation_can_run_and_is_next_to_what_it_varies():
     options = ablations.AblationOptions()
-    plain = common.recipe_of(ablations.METHODS["LoRAFusion"])
+    plain = trials.recipe_of(trials.ARMS["LoRAFusion"])
     for group in options.groups:
         entries, settings = ablations.entries_of(group, options), set()
         for entry in entries.values():
             more = {"load_in": entry.load_in or "full", "train_rows": entry.train_rows or 100}
             run = {"base": "base", "pool": "pool", "task": "task", "method": entry.method, "control": entry.control}
-            run = FuseOptions(**run, recipe=common.recipe_of(entry), **more)
+            run = FuseOptions(**run, recipe=trials.recipe_of(entry), **more)
             check(run)
             settings.add(json.dumps(dataclasses.asdict(run), default=str))
         assert len(settings) == len(entries)  # no two rows run the same
         if group in ("granularity", "composition", "start", "bits", "pruning", "controls"):
             first = next(iter(entries.values()))
-            assert common.recipe_of(first) == plain and first.control == "none"
+            assert trials.recipe_of(first) == plain and first.control == "none"
 
 
 @pytest.mark.nightly
@@ -81,7 +81,7 @@ def test_a_sweep_has_the_results_of_its_runs(small, tmp_path, capsys):
     assert losses.shape == scores.shape == (2, 1, 2) and len(set(losses.ravel().tolist())) == 4
     assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "4 runs as one program (sequential)" in capsys.readouterr().out
-    recipe = common.recipe_of(seed_sweep.METHODS["LoRAFusion"])
+    recipe = trials.recipe_of(trials.ARMS["LoRAFusion"])
     for loss, score, rate in zip(losses, scores, (0.05, 0.2), strict=True):
         own = dataclasses.replace(recipe, lr_coefficients=rate, lr_magnitudes=0.02, epochs=2)
         alone = fuse(FuseOptions(**where, seeds=(1, 2), out=tmp_path, name=f"alone-{rate}", recipe=own))
@@ -91,14 +91,14 @@ def test_a_sweep_has_the_results_of_its_runs(small, tmp_path, capsys):
 
 def test_lines_are_added_behind_the_last_whole_one(tmp_path):
     file = tmp_path / "rows.jsonl"
-    assert cells.read_lines(file) == []
+    assert trials.read_lines(file) == []
     file.write_text('{"a": 1}\n{"a": NaN}\n{"a": [2, ')
-    assert [of["a"] for of in cells.read_lines(file)][0] == 1 and len(cells.read_lines(file)) == 2
-    cells.append_line(file, {"a": 3})
+    assert [of["a"] for of in trials.read_lines(file)][0] == 1 and len(trials.read_lines(file)) == 2
+    trials.append_lines(file, [{"a": 3}])
     assert file.read_text() == '{"a": 1}\n{"a": NaN}\n{"a": 3}\n'
     file.write_text("not JSON\n")
     with pytest.raises(ValueError, match="rows.jsonl, line 1 is not JSON .*fix or remove the line"):
-        cells.read_lines(file)
+        trials.read_lines(file)
 
 
 def _planned(capsys, *given):

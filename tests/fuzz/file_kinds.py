@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import one_block
-from lab.rows import append_rows, read_rows
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
@@ -45,6 +44,7 @@ from lorafusion_jax.parts import (
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import named
 from lorafusion_jax.tasks import SEPARATE_TEXTS, Example, decode, encode, load_task, write_lorahub_split
+from lorafusion_jax.trials import append_rows, read_rows
 
 SECONDS = 5.0  # of CPU time for one file
 _SLACK = 128 << 20  # bytes of memory that no file is charged for: JAX's programs, the base, the interpreter

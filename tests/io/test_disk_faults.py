@@ -16,13 +16,13 @@ from typing import BinaryIO
 import made_up_rows
 import numpy as np
 import pytest
-from lab.rows import append_rows, read_rows
 
 from lorafusion_jax import cli
 from lorafusion_jax.io import checkpoint
 from lorafusion_jax.parts import RunFolder, new_folder, write, writing
 from lorafusion_jax.report import write_text
 from lorafusion_jax.support.writing import WriteError
+from lorafusion_jax.trials import append_rows, read_rows
 
 _ADVICE = {
     errno.ENOSPC: "cannot be written: the disk is full (No space left on device): free some of it, or give another",

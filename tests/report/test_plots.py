@@ -28,12 +28,12 @@ def test_plots_are_whole_png_files(tmp_path):
 
 
 def test_dots_and_intervals_are_the_numbers_of_the_rows(tmp_path, figures):
-    (league,) = scores(made_up(methods=("LoRA", "zero-shot", "fusion sum")))
-    plot_means(league, tmp_path / "means.png")
+    (results,) = scores(made_up(methods=("LoRA", "zero-shot", "fusion sum")))
+    plot_means(results, tmp_path / "means.png")
     means = figures[0].axes[0]
     # In the order given, the first on top.
     assert [label.get_text() for label in means.get_yticklabels()] == ["LoRA", "zero-shot", "fusion sum"]
-    summaries = league.summaries.values()
+    summaries = results.summaries.values()
     dots = [line.get_xydata()[0] for line in means.lines]
     np.testing.assert_allclose(dots, [(s.mean, i) for i, s in enumerate(summaries)])
     ends = [line.get_segments()[0][:, 0] for line in means.collections]

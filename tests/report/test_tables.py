@@ -1,4 +1,4 @@
-"""Tables of one league, in Markdown, CSV, LaTeX and HTML. Oracle: NumPy on the rows themselves."""
+"""Tables of results, in Markdown, CSV, LaTeX and HTML. Oracle: NumPy on the rows themselves."""
 
 import csv
 import io
@@ -52,9 +52,9 @@ def test_more_than_eight_tasks_go_to_a_separate_table():
     assert by_task.lines[3][2] == pytest.approx((np.mean(by_hand), np.std(by_hand, ddof=1)))
 
 
-def test_leagues_are_apart_and_missing_values_are_dashes():
-    rows = [*made_up(methods=("LoRA",), items=10), *made_up(league="5", methods=("LoRA",), items=10, options=False)]
-    large, small = (main_tables(league)[0] for league in scores(rows))
+def test_shots_are_apart_and_missing_values_are_dashes():
+    rows = [*made_up(methods=("LoRA",), items=10), *made_up(shots="5", methods=("LoRA",), items=10, options=False)]
+    large, small = (main_tables(results)[0] for results in scores(rows))
     assert large.caption.startswith("Exact match, %, 95 + 5 examples")
     assert small.caption.startswith("Exact match, %, 5 examples")
     assert large.texts[1][10] != "–" == small.texts[1][10]
@@ -113,7 +113,7 @@ def test_rows_and_references_that_make_no_table_are_refused():
         (lambda: paired_table(scores(_ROWS)[0], "LoRa"), "no results of 'LoRa' to compare with: choose one of"),
         (lambda: Table("", columns, [["LoRA"]]), r"a line has 1 cells for 2 columns: \['LoRA'\]"),
         (lambda: scores([]), "no results to report"),
-        (lambda: scores([one, one]), r"easy, LoRA, league 95\+5, seed 1 occurs twice"),
+        (lambda: scores([one, one]), r"easy, LoRA, 95\+5 shots, seed 1 occurs twice"),
         (lambda: scores([one, another]), r"easy has 8 \(LoRA\) and 9 \(DoRA\) test rows"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from lab.rows import append_rows, read_rows
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
@@ -40,6 +39,7 @@ from lorafusion_jax.runs.folder import RunConfig
 from lorafusion_jax.runs.predict import GenerateOptions, generate_lines
 from lorafusion_jax.runs.weight_list import read_weights
 from lorafusion_jax.tasks import Example, encode, load_task
+from lorafusion_jax.trials import append_rows, read_rows
 
 _OPTIONS = options_to_json(lf.FuseOptions(base="base", task="task"))
 _CONFIG: dict[str, Any] = {

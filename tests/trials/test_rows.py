@@ -5,8 +5,10 @@ import multiprocessing
 
 import numpy as np
 import pytest
-from lab.rows import append_rows, done, merge, read_rows
 from made_up_rows import made_up, row
+
+from lorafusion_jax.report import key
+from lorafusion_jax.trials import append_rows, merge, read_rows
 
 _ROWS = made_up(methods=("zero-shot", "fusion sum"), tasks=("easy", "hard"), seeds=(1, 2), items=8)
 
@@ -24,7 +26,7 @@ def test_rows_are_read_as_they_were_appended(path):
     append_rows(path, _ROWS[:1])
     append_rows(path, _ROWS[1:])
     assert read_rows(path) == _ROWS
-    assert done(read_rows(path)) == {
+    assert {key(row) for row in read_rows(path)} == {
         ("easy", "zero-shot", "95+5", 1),
         ("hard", "zero-shot", "95+5", 1),
         *((task, "fusion sum", "95+5", seed) for task in ("easy", "hard") for seed in (1, 2)),
@@ -66,7 +68,7 @@ def test_processes_that_append_at_once_wait_for_each_other(path):
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert len(done(read_rows(path))) == 100
+    assert len({key(row) for row in read_rows(path)}) == 100
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_processes_that_append_at_once_wait_for_each_other(path):
     [
         ({"seed": "1"}, "seed is '1'.*a count"),
         ({"task": " "}, "task is ' '.*a name"),
-        ({"league": "100"}, r"league is '100'.*'95\+5' or '5'"),
+        ({"shots": "100"}, r"shots is '100'.*'95\+5' or '5'"),
         ({"correct": ""}, "correct is ''.*a 0 or 1 for each of at least one test row"),
         ({"exact_match": 99.0}, r"exact_match is 99.0, but correct gives \d+"),
         ({"correct": "001", "exact_match": 33.4, "option_correct": "110"}, "33.4, but correct gives 33.33"),
@@ -117,10 +119,10 @@ def test_files_are_merged_and_equal_rows_count_once(tmp_path):
     digest = _ROWS[0]["data_sha256"]
     for changes, message in (
         (
-            {"method": "LoRA", "league": "5", "data_sha256": "0" * 64},
+            {"method": "LoRA", "shots": "5", "data_sha256": "0" * 64},
             rf"easy has different data in .*one.jsonl \(sha256 {digest}\) and .*other.jsonl \(sha256 0",
         ),
-        ({"seconds": 9.0}, r"easy, zero-shot, league 95\+5, seed 1 has two results, .* differ in seconds"),
+        ({"seconds": 9.0}, r"easy, zero-shot, 95\+5 shots, seed 1 has two results, .* differ in seconds"),
     ):
         (other := tmp_path / "other.jsonl").unlink(missing_ok=True)
         append_rows(other, [_changed(**changes)])

@@ -1,25 +1,28 @@
-"""A matrix of runs, such as tasks by methods: every result is a row of one JSONL file, and none is run twice.
+"""Runs as cells: every result is a row of one JSONL file, and none is run twice.
 
 A job that runs out of memory has no result. It is a line of `failed.jsonl` next to that file, and is not tried again.
 """
 
 import dataclasses
 import gc
+import itertools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import jax
 
-from lorafusion_jax import FuseOptions
-from lorafusion_jax.methods import find
-from lorafusion_jax.parts import RunFolder, options_to_json, printable, read_lines, read_options, run_path, with_targets
-
-from .cells import append_lines
-from .rows import append_rows, done, read_rows
+from ..methods import find
+from ..report import key, name
+from ..runs.folder import RunFolder, read_options
+from ..runs.options import FuseOptions
+from ..runs.run import options_to_json, run_path, with_targets
+from ..support.reading import read_lines
+from ..support.text import printable
+from .cells import Cells, append_lines
+from .rows import Key, append_rows, read_rows
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (
@@ -30,21 +33,27 @@ _LONGEST_ERROR = 500
 
 
 class Job(NamedTuple):
-    """One program of a matrix, with all its seeds.
+    """One program, with all its seeds.
 
     Attributes:
       task: name of the task in its rows.
       method: name of the method in its rows.
-      league: name in its rows for the number of training rows.
+      shots: name in its rows for the number of training rows.
       options: options of the run.
       drawn: names of options that another seed has differently.
     """
 
     task: str
     method: str
-    league: str
+    shots: str
     options: FuseOptions
     drawn: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> list[Key]:
+        """Keys of its rows: what draws nothing has one."""
+        seeds = self.options.seeds if find(self.options.method).seeded else self.options.seeds[:1]
+        return [(self.task, self.method, self.shots, seed) for seed in seeds]
 
 
 class _Failed(TypedDict):
@@ -52,10 +61,15 @@ class _Failed(TypedDict):
 
     task: str
     method: str
-    league: str
+    shots: str
     seeds: list[int]
     config: dict[str, Any]
     error: str
+
+
+def cells_of_jobs(file: Path) -> Cells[Key]:
+    """Return the cells of a file of results, whose rows are checked when they are read and written."""
+    return Cells(file, key, read=read_rows, append=append_rows)
 
 
 def run_jobs(
@@ -85,45 +99,43 @@ def run_jobs(
     todo = list(jobs)
     for job in todo:
         find(job.options.method).check()
-    rows = read_rows(file) if file.exists() else []
-    have = done(rows)
+    cells = cells_of_jobs(file)
     of_any = {job[:3]: job for job in todo}
     of_seed = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}
-    for row in rows:
-        of, seed = (row["task"], row["method"], row["league"]), row["seed"]
-        if job := of_seed.get((*of, seed), of_any.get(of)):
-            drawn = () if seed in job.options.seeds else job.drawn
-            where = f"{file}: {', '.join(of)}, seed {seed}"
-            check_same(row["config"], job.options, where, root=root, drawn=drawn)
+    for row in cells.rows():
+        if job := of_seed.get(key(row), of_any.get(key(row)[:3])):
+            drawn = () if row["seed"] in job.options.seeds else job.drawn
+            _check_same(row["config"], job.options, f"{file}: {name(row)}", root=root, drawn=drawn)
     failures = file.with_name("failed.jsonl")
     before = [] if retry_failed or not failures.exists() else read_lines(failures, _Failed)
     failed = [dict(failure) | {"error": ""} for failure in before]
-    began = time.perf_counter()
     left_out = 0
-    for number, job in enumerate(todo, start=1):
-        seeds = job.options.seeds if find(job.options.method).seeded else job.options.seeds[:1]
-        if {(*job[:3], seed) for seed in seeds} <= have:
-            continue
-        of = ", ".join(job[:3])
-        failure = _failure(job, root)
-        if failure in failed:
-            left_out += 1
-            continue
-        try:
-            results = run(job.options)
-        except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            failure["error"] = printable(str(error).partition("\n")[0][:_LONGEST_ERROR]) or type(error).__name__
-            append_lines(failures, [json.dumps(failure).encode() + b"\n"])
-            left_out += 1
-            print(f"[{number}/{len(todo)}] {of}: out of memory ({failure['error']})", file=sys.stderr, flush=True)
-        else:
-            append_rows(file, [row for row in _rows(job, results, root) if (*job[:3], row["seed"]) not in have])
-            minutes = (time.perf_counter() - began) / 60
-            text = f"{of}: {results['exact_match']:.1f} %, {minutes:.1f} min"
-            print(f"[{number}/{len(todo)}] {text}", file=sys.stderr, flush=True)
-        gc.collect()  # the error's traceback held the arrays of the run
+
+    def measure(missing: Sequence[Key]) -> Iterator[Mapping[str, Any]]:
+        nonlocal left_out
+        for job, keys in itertools.groupby(missing, key=of_seed.__getitem__):
+            wanted, failure = set(keys), _failure(job, root)
+            if failure in failed:
+                left_out += 1
+                continue
+            try:
+                results = run(job.options)
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                failure["error"] = printable(str(error).partition("\n")[0][:_LONGEST_ERROR]) or type(error).__name__
+                append_lines(failures, [failure])
+                left_out += 1
+                print(f"{', '.join(job[:3])}: out of memory ({failure['error']})", file=sys.stderr, flush=True)
+            else:
+                yield from (row for row in _rows(job, results, root) if key(row) in wanted)
+            gc.collect()  # the error's traceback held the arrays of the run
+
+    cells.fill(
+        (cell for job in todo for cell in job.keys),
+        measure,
+        lambda row: f"{name(row)}: {row['exact_match']:.1f} %, {row['seconds']:.1f} s",
+    )
     if left_out:
         text = f"{left_out} of {len(todo)} jobs ran out of memory ({failures}): --retry-failed runs them again"
         if not file.exists():
@@ -134,7 +146,7 @@ def run_jobs(
 def _failure(job: Job, root: Path | None) -> dict[str, Any]:
     """Return the line of a job that ran out of memory, without the error."""
     shared = {"seeds": list(job.options.seeds), "config": settings_of(job.options, root), "error": ""}
-    return {"task": job.task, "method": job.method, "league": job.league, **shared}
+    return {"task": job.task, "method": job.method, "shots": job.shots, **shared}
 
 
 def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any]:
@@ -145,29 +157,13 @@ def settings_of(options: FuseOptions, root: Path | None = None) -> dict[str, Any
     return {name: value for name, value in values.items() if name not in _BOOKKEEPING}
 
 
-def check_same(
-    was: Mapping[str, Any],
-    now: FuseOptions,
-    where: str,
-    *,
-    root: Path | None = None,
-    drawn: Sequence[str] = (),
-    **more: Any,
+def _check_same(
+    was: Mapping[str, Any], now: FuseOptions, where: str, *, root: Path | None, drawn: Sequence[str]
 ) -> None:
-    """Raise ValueError if a row was made with other settings than those of a run.
-
-    Args:
-      was: the row's configuration.
-      now: the options of the run.
-      where: the row, for the message.
-      root: as in `settings_of`.
-      drawn: options that may differ, as each seed draws them.
-      more: settings of a row other than its options.
-    """
+    """Raise ValueError if a row's configuration differs from a run's options, other than those drawn."""
     known = {field.name for field in dataclasses.fields(FuseOptions)}
     before = read_options({name: value for name, value in was.items() if name in known}, where)
     old, new = (values | values.pop("recipe") for values in (settings_of(options, root) for options in (before, now)))
-    old, new = old | {name: was.get(name) for name in more}, new | more
     if different := [name for name in new if name not in drawn and old.get(name) != new[name]]:
         changes = "; ".join(f"{name} was {old.get(name)}, is {new[name]}" for name in different)
         raise ValueError(f"{where} was run with other settings ({changes}): give another --out")
@@ -179,7 +175,7 @@ def _rows(job: Job, results: Mapping[str, Any], root: Path | None) -> Iterator[d
     shared = {
         "task": job.task,
         "method": job.method,
-        "league": job.league,
+        "shots": job.shots,
         "trainable": results["trainable"],
         "seconds": results["seconds"]["train"] / len(results["seeds"]),
         "config": settings_of(job.options, root),

@@ -1,20 +1,18 @@
-"""Rows of a results file: JSON lines, one for each task, method, league and seed, that only ever grows."""
+"""Rows of a results file: JSON lines, one for each task, method, number of shots and seed, that only ever grows."""
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, cast
+from typing import Annotated, Any, TypedDict, cast
 
 import msgspec
 
-from lorafusion_jax import FileError
-from lorafusion_jax.parts import read_lines, structured
-from lorafusion_jax.report import key, name
-
+from ..report import key, name
+from ..support.reading import FileError, read_lines, structured
+from .arms import Shots
 from .cells import append_lines
 
-League = Literal["95+5", "5"]
 Key = tuple[str, str, str, int]
 
 _Name = Annotated[str, msgspec.Meta(pattern=r"\S", description="a name")]
@@ -23,12 +21,12 @@ _Marks = Annotated[str, msgspec.Meta(pattern=r"^[01]+\Z", description="a 0 or 1 
 _Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits")]
 
 
-class Row(TypedDict):
+class Result(TypedDict):
     """The result of one method on one task with one seed; `correct` has a character for every test row, in order."""
 
     task: _Name
     method: _Name
-    league: League
+    shots: Shots
     seed: _Count
     exact_match: float  # percent, of `correct`
     option_accuracy: float | None  # percent, of `option_correct`
@@ -47,12 +45,7 @@ class Row(TypedDict):
     cores: _Count
 
 
-def done(rows: Iterable[Mapping[str, Any]]) -> set[Key]:
-    """Return the key of every row: these results need not be computed again."""
-    return {key(row) for row in rows}
-
-
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Result]:
     """Return the rows of a file, without a last line that was cut off; ValueError for a line that is not a row."""
     return [_checked(row, f"{path}, line {n}") for n, row in enumerate(read_lines(path, dict[str, Any]), start=1)]
 
@@ -67,16 +60,15 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
       ValueError: a row lacks a key or has a wrong value, or the file is a link; nothing is written.
       WriteError: the disk is full, read-only or gone, or has no locks.
     """
-    lines = [_line(row, f"row {number} of {len(rows)} to append") for number, row in enumerate(rows, start=1)]
-    append_lines(path, lines)
+    append_lines(path, [_whole(row, f"row {n} of {len(rows)} to append") for n, row in enumerate(rows, start=1)])
 
 
-def merge(files: Sequence[Path]) -> list[Row]:
+def merge(files: Sequence[Path]) -> list[Result]:
     """Return the rows of several files; a row that occurs again, identical, counts once.
 
     Rows of one task with different data, or two different results of one key, are a ValueError.
     """
-    merged: dict[Key, tuple[Row, Path]] = {}
+    merged: dict[Key, tuple[Result, Path]] = {}
     hashes: dict[str, tuple[str, Path]] = {}
     for path in files:
         for row in read_rows(path):
@@ -88,26 +80,27 @@ def merge(files: Sequence[Path]) -> list[Row]:
                 )
             kept, origin = merged.setdefault(key(row), (row, path))
             if kept != row:
-                differing = ", ".join(field for field in Row.__annotations__ if kept[field] != row[field])
+                differing = ", ".join(field for field in Result.__annotations__ if kept[field] != row[field])
                 raise ValueError(
                     f"{name(row)} has two results, in {origin} and {path}, which differ in {differing}: remove one"
                 )
     return [row for row, _ in merged.values()]
 
 
-def _line(row: Mapping[str, Any], where: str) -> bytes:
+def _whole(row: Mapping[str, Any], where: str) -> Result:
     loss = row.get("loss")
     if isinstance(loss, float) and not math.isfinite(loss):
         row = {**row, "loss": None}
     checked = _checked(dict(row), where)
     try:
-        return json.dumps(checked, allow_nan=False).encode() + b"\n"
+        json.dumps(checked, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}, {name(row)}: JSON cannot hold it: {error}") from error
+    return checked
 
 
-def _checked(row: dict[str, Any], where: str) -> Row:
-    structured(row, Row, where, fix="fix the row; what describes the run belongs into config")
+def _checked(row: dict[str, Any], where: str) -> Result:
+    structured(row, Result, where, fix="fix the row; what describes the run belongs into config")
     for percent, marks in (("exact_match", "correct"), ("option_accuracy", "option_correct")):
         if (row[percent] is None) != (row[marks] is None):
             raise FileError(where, got=f"only one of {percent} and {marks} is null", fix="give both or neither")
@@ -119,4 +112,4 @@ def _checked(row: dict[str, Any], where: str) -> Row:
     if row["option_correct"] is not None and len(row["option_correct"]) != len(row["correct"]):
         lengths = f"{len(row['option_correct'])} test rows in option_correct, {len(row['correct'])} in correct"
         raise FileError(where, got=lengths, fix="give a character for each in both")
-    return cast(Row, row)
+    return cast(Result, row)

@@ -1,6 +1,6 @@
-"""A matrix of runs, tasks by methods by leagues: every result is a row of one JSONL file, and none is run twice.
+"""A matrix of runs, tasks by methods by shots: every result is a row of one JSONL file, and none is run twice.
 
-All seeds of a task and method are one program (see `lorafusion fuse`); tasks, methods and leagues are looped over.
+All seeds of a task and method are one program (see `lorafusion fuse`); tasks, methods and shots are looped over.
 """
 
 import dataclasses
@@ -10,14 +10,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lorafusion_jax import PRESETS, FuseOptions, fuse
-from lorafusion_jax.methods import find
-from lorafusion_jax.parts import LoadIn, MachineName, open_pool
-
-from .common import ROOT, TRAIN_ROWS, League, recipe_of
+from ..estimates.plan import MachineName
+from ..hardware.fuse import fuse
+from ..io.pool import open_pool
+from ..loading.spec import LoadIn
+from ..methods import find
+from ..methods.fusion import PRESETS
+from ..runs.options import FuseOptions
+from .arms import TRAIN_ROWS, Arm, Shots, recipe_of
 from .jobs import Job, run_jobs
-from .methods import Entry
-from .rows import read_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class MatrixOptions:
       chat: put the input into the base's own chat template, as the user's message.
       methods: rows of the table; all by default.
       seeds: each draws modules, starts and orders of rows.
-      leagues: rows to learn from: 95 and 5 for validation, or LoraHub's 5.
+      shots: rows to learn from: 95 and 5 for validation, or LoraHub's 5.
       modules: that a seed draws from the pool.
       epochs: passes over the training rows; by default 20, and 40 over five examples.
       out: folder of results.jsonl and the runs; what is there already is not run again.
@@ -52,7 +53,7 @@ class MatrixOptions:
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     methods: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    leagues: tuple[League, ...] = ("95+5",)
+    shots: tuple[Shots, ...] = ("95+5",)
     modules: int = PRESETS["default"].modules
     epochs: int | None = None
     out: Path = Path("runs/matrix")
@@ -69,70 +70,61 @@ class MatrixOptions:
             raise ValueError(f"--for {self.plan_for} names the machine of a plan: add --plan, or leave it out")
 
 
-def run_matrix(options: MatrixOptions, entries: Mapping[str, Entry]) -> Path:
-    """Run what is missing of a matrix, and return its file of rows.
+def run_matrix(options: MatrixOptions, arms: Mapping[str, Arm], *, root: Path | None = None) -> Path:
+    """Run what is missing of a matrix, and return its file of rows; `root` is as in `run_jobs`.
 
     Raises:
       ValueError: an unknown method, no task, a pool of fewer modules than are asked for, or rows of other settings;
         every job ran out of memory; and as `fuse` does.
     """
     file = options.out / "results.jsonl"
-    run_jobs(jobs(options, entries), file, fuse, root=ROOT, retry_failed=options.retry_failed)
+    run_jobs(jobs(options, arms), file, fuse, root=root, retry_failed=options.retry_failed)
     return file
 
 
-def jobs(options: MatrixOptions, entries: Mapping[str, Entry], *, check_pool: bool = True) -> Iterator[Job]:
+def jobs(options: MatrixOptions, arms: Mapping[str, Arm], *, check_pool: bool = True) -> Iterator[Job]:
     """Yield the programs of a matrix, task by task; errors are those of `run_matrix`."""
-    chosen = options.methods or tuple(entries)
-    if unknown := [method for method in chosen if method not in entries]:
-        raise ValueError(f"no method {', '.join(unknown)}: choose of {'; '.join(entries)}")
+    chosen = options.methods or tuple(arms)
+    if unknown := [method for method in chosen if method not in arms]:
+        raise ValueError(f"no method {', '.join(unknown)}: choose of {'; '.join(arms)}")
     if not options.tasks:
         raise ValueError("no task: give at least one with --tasks")
     if check_pool:
-        _check_pool(options, [entries[method] for method in chosen])
-    for league in options.leagues:
+        _check_pool(options, [arms[method] for method in chosen])
+    for shots in options.shots:
         for task in options.tasks:
             name = Path(task).stem if Path(task).is_file() else Path(task).name
             for method in chosen:
-                yield Job(name, method, league, _fuse_options(options, task, name, method, league, entries[method]))
+                yield Job(name, method, shots, _fuse_options(options, task, name, method, shots, arms[method]))
 
 
-def against(method: str, file: Path) -> list[str]:
-    """Return the option with which a report compares a method with others, where every league of a file has it."""
-    rows = read_rows(file)
-    without = {row["league"] for row in rows} - {row["league"] for row in rows if row["method"] == method}
-    return [] if without else ["--reference", method]
-
-
-def _fuse_options(
-    options: MatrixOptions, task: str, name: str, method: str, league: League, entry: Entry
-) -> FuseOptions:
-    recipe = recipe_of(entry, league=league, modules=options.modules)
+def _fuse_options(options: MatrixOptions, task: str, name: str, method: str, shots: Shots, arm: Arm) -> FuseOptions:
+    recipe = recipe_of(arm, shots=shots, modules=options.modules)
     return FuseOptions(
         base=options.base,
-        pool=options.pool if find(entry.method).pool else None,
+        pool=options.pool if find(arm.method).pool else None,
         task=task,
         seeds=options.seeds,
         out=options.out / "runs",
         # The seeds are part of the name, so that further ones, added later, are a separate run.
-        name="-".join((name, method, league, *map(str, options.seeds))).replace(" ", "_").replace(",", ""),
-        method=entry.method,
-        control=entry.control,
+        name="-".join((name, method, shots, *map(str, options.seeds))).replace(" ", "_").replace(",", ""),
+        method=arm.method,
+        control=arm.control,
         prompt=options.prompt,
         chat=options.chat,
         recipe=dataclasses.replace(recipe, epochs=recipe.epochs if options.epochs is None else options.epochs),
-        train_rows=min(entry.train_rows or TRAIN_ROWS[league], TRAIN_ROWS[league]),
+        train_rows=min(arm.train_rows or TRAIN_ROWS[shots], TRAIN_ROWS[shots]),
         test_rows=options.test_rows,
         eval_batch=options.eval_batch,
         dtype=options.dtype,
-        load_in=options.load_in if entry.load_in is None else entry.load_in,
+        load_in=options.load_in if arm.load_in is None else arm.load_in,
         resume=True,
     )
 
 
-def _check_pool(options: MatrixOptions, entries: Sequence[Entry]) -> None:
-    drawn = max((entry.recipe.get("modules", options.modules) for entry in entries), default=0)
-    if not any(find(entry.method).pool for entry in entries):
+def _check_pool(options: MatrixOptions, arms: Sequence[Arm]) -> None:
+    drawn = max((arm.recipe.get("modules", options.modules) for arm in arms), default=0)
+    if not any(find(arm.method).pool for arm in arms):
         return
     there = len(open_pool(options.pool).names)
     if there < drawn:

@@ -9,13 +9,13 @@ import jax
 import one_block
 import pytest
 import small_pool
-from lab import matrix, methods
-from lab.rows import append_rows, done, read_rows
-from made_up_rows import row as made_up_row
+
+from lorafusion_jax.report import key
+from lorafusion_jax.trials import ARMS, matrix, read_rows
 
 _COMMITTED = Path(__file__).resolve().parents[2] / "results" / "small_pool" / "results.jsonl"
 _ENTRIES = {
-    name: dataclasses.replace(methods.METHODS[name], recipe={"batch_size": 48, "max_new_tokens": 8})
+    name: dataclasses.replace(ARMS[name], recipe={"batch_size": 48, "max_new_tokens": 8})
     for name in ("zero-shot", "constant answer", "coefficients only")
 }
 
@@ -47,10 +47,10 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(opt
     # What trains nothing and draws nothing has one seed.
     seeds = {"zero-shot": (1,)}
     expected = {("double_digit", name, "95+5", seed) for name in _ENTRIES for seed in seeds.get(name, options.seeds)}
-    assert done(rows) == expected and len(rows) == len(expected)
+    assert {key(row) for row in rows} == expected and len(rows) == len(expected)
     assert [method for method, _ in ran] == [entry.method for entry in _ENTRIES.values()]
     assert len({name for _, name in ran}) == len(ran)
-    assert "[3/3] double_digit, coefficients only, 95+5:" in capsys.readouterr().err
+    assert "[5/5] double_digit, coefficients only, 95+5 shots, seed 2:" in capsys.readouterr().err
     for row in rows:
         assert len(row["correct"]) == 5 and row["option_correct"] is None
         assert row["config"]["recipe"].get("modules") == (2 if row["config"]["pool"] else None)
@@ -74,7 +74,7 @@ def test_missing_rows_alone_are_computed_and_those_of_other_settings_refused(opt
     before = file.read_bytes()
     ran.clear()
     for changes, message in [
-        ({"epochs": 2}, r"zero-shot, 95\+5, seed 1 was run with other settings \(epochs was 1, is 2\)"),
+        ({"epochs": 2}, r"zero-shot, 95\+5 shots, seed 1 was run with other settings \(epochs was 1, is 2\)"),
         ({"test_rows": 4}, "test_rows was 5, is 4"),
         ({"prompt": "do {input}"}, r"\(prompt was None, is do \{input\}\)"),
         ({"chat": True}, "chat was False, is True"),
@@ -89,16 +89,16 @@ def test_committed_rows_are_a_part_of_the_matrix(tmp_path, ran):
     (tmp_path / "results.jsonl").write_text("".join(rows))
     task = str(small_pool.SMALL / "tasks" / "swapends_prev")
     chosen = small_pool.SmallPoolOptions(tasks=(task,), methods=("LoRA", "LoRAFusion"), seeds=(1,), out=tmp_path)
-    matrix.run_matrix(chosen, small_pool.METHODS)
+    matrix.run_matrix(chosen, ARMS, root=small_pool.ROOT)
     assert not ran and (tmp_path / "results.jsonl").read_text() == "".join(rows)
     fewer = dataclasses.replace(chosen, modules=5)
-    with pytest.raises(ValueError, match=r"LoRAFusion, 95\+5, seed 1 .* \(modules was 20, is 5\)"):
-        matrix.run_matrix(fewer, small_pool.METHODS)
+    with pytest.raises(ValueError, match=r"LoRAFusion, 95\+5 shots, seed 1 .* \(modules was 20, is 5\)"):
+        matrix.run_matrix(fewer, ARMS, root=small_pool.ROOT)
 
 
-def test_the_league_of_five_has_five_rows_and_more_epochs(options):
-    leagues = dataclasses.replace(options, leagues=("95+5", "5"), methods=("coefficients only",))
-    plenty, few = (job.options for job in matrix.jobs(dataclasses.replace(leagues, epochs=None), _ENTRIES))
+def test_five_shots_have_five_rows_and_more_epochs(options):
+    parts = dataclasses.replace(options, shots=("95+5", "5"), methods=("coefficients only",))
+    plenty, few = (job.options for job in matrix.jobs(dataclasses.replace(parts, epochs=None), _ENTRIES))
     assert (plenty.train_rows, few.train_rows) == (100, 5)
     assert (plenty.recipe.epochs, few.recipe.epochs) == (20, 40)
     assert plenty.name != few.name
@@ -138,13 +138,13 @@ def test_a_job_that_runs_out_of_memory_fails_alone_and_is_repeated_on_request(op
 def test_bad_input_is_refused_before_anything_runs(options, tmp_path, monkeypatch):
     for name in ["evosax", *(name for name in sys.modules if name.startswith("evosax."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    entries = _ENTRIES | {"CMA-ES": dataclasses.replace(methods.METHODS["uniform mean"], method="cma")}
+    entries = _ENTRIES | {"CMA-ES": dataclasses.replace(ARMS["uniform mean"], method="cma")}
     for changes, message in [
         ({"methods": ("coefficients only", "LoRa")}, "no method LoRa: choose of zero-shot; constant answer; coeff"),
         ({"tasks": ()}, "no task: give at least one with --tasks"),
         ({"modules": 5}, "pool holds 4 modules, and 5 are to be drawn: give fewer with --modules"),
         ({"pool": str(tmp_path)}, "is not a pool"),
-        ({"methods": ("CMA-ES",)}, r"CMA-ES needs evosax, .* pip install -e '\.\[cma\]'"),
+        ({"methods": ("CMA-ES",)}, r'CMA-ES needs evosax, .* pip install "lorafusion-jax\[cma\]"'),
     ]:
         with pytest.raises(ValueError, match=message):
             matrix.run_matrix(dataclasses.replace(options, out=tmp_path / "new", **changes), entries)
@@ -152,12 +152,3 @@ def test_bad_input_is_refused_before_anything_runs(options, tmp_path, monkeypatc
     # Methods without a pool need none.
     poolless = dataclasses.replace(options, pool=str(tmp_path), methods=("zero-shot",))
     assert [job.options.pool for job in matrix.jobs(poolless, _ENTRIES)] == [None]
-
-
-def test_a_report_compares_with_a_method_only_where_every_league_has_it(tmp_path):
-    file = tmp_path / "results.jsonl"
-    append_rows(file, [made_up_row("one", "LoRA", 1, [True]), made_up_row("one", "LoRAFusion", 1, [True])])
-    assert matrix.against("LoRA", file) == ["--reference", "LoRA"]
-    append_rows(file, [made_up_row("one", "LoRAFusion", 1, [True]) | {"league": "5"}])
-    assert matrix.against("LoRA", file) == []
-    assert matrix.against("LoRAFusion", file) == ["--reference", "LoRAFusion"]

@@ -1,0 +1,10 @@
+"""Experiments: arms, jobs, cells that are measured once and are rows of a file, and plans."""
+
+# ruff: noqa: F401 (the imports are the public names)
+
+from .arms import ARMS, EPOCHS, TRAIN_ROWS, Arm, Shots, recipe_of
+from .cells import Cells, Row, append_lines, print_plan, read_lines
+from .jobs import Job, cells_of_jobs, run_jobs, settings_of
+from .matrix import MatrixOptions, run_matrix
+from .plan import print_matrix_plan
+from .rows import append_rows, merge, read_rows
