@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import _script
-from lab.common import ROOT, convert_small_pool, fresh_folder, fuse_small
+from lab.common import ROOT, convert_small_pool, fresh_folder, options_of_small
 from lab.demo_report import markdown_table, plot_accuracy, plot_learning_curves
 
-from lorafusion_jax import PRESETS, load_pool, load_run
+from lorafusion_jax import PRESETS, fuse, load_pool, load_run
 from lorafusion_jax.parts import RunFolder, column_names
 from lorafusion_jax.report import plot_coefficients, write_text
 from lorafusion_jax.trials import ARMS
@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] = ()) -> None:
 
 def _run(task: str, method: str) -> dict[str, Any]:
     name = _name(task, method)
-    return fuse_small(task, ARMS[method], pool=FOLDER / "pool", seeds=SEEDS, out=FOLDER / "runs", name=name)
+    where: Any = {"pool": FOLDER / "pool", "seeds": SEEDS, "out": FOLDER / "runs", "name": name}
+    return fuse(options_of_small(task, ARMS[method], **where))
 
 
 def _rows(task: str, method: str, results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import _script
-import jax.numpy as jnp
 import numpy as np
 import tyro
 from lab.common import ROOT, SMALL, with_spread
+from lab.tuning import train_trials
 
 from lorafusion_jax import FuseOptions
-from lorafusion_jax.parts import Setup, evaluate, fit, prepare, recipe_rates, start
+from lorafusion_jax.parts import evaluate, prepare
 from lorafusion_jax.report import plot, write_text
-from lorafusion_jax.tasks import Split
 from lorafusion_jax.trials import ARMS, recipe_of
 
 
@@ -59,13 +58,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     shared = {"base": options.base, "pool": options.pool, "task": options.task, "recipe": recipe}
     pairs = list(itertools.product(options.lr_coefficients, options.lr_magnitudes))
     began = time.perf_counter()
-    entries = options.seeds * len(pairs)
-    setup = _repeated(prepare(FuseOptions(seeds=options.seeds, **shared)), len(pairs))
-    c, m = (jnp.repeat(jnp.asarray(rates, jnp.float32), len(options.seeds)) for rates in zip(*pairs, strict=True))
-    rates = recipe_rates(setup.problem.method, recipe, len(entries))
-    rates = rates._replace(learning_rate=rates.learning_rate | {"coefficients": c, "magnitudes": m})
-    state = fit(setup.problem, setup.rows, start(setup.problem, entries), recipe, entries, rates=rates)
-    found = evaluate(setup, state.params, batch_size=64)
+    trials = [{"lr_coefficients": c, "lr_magnitudes": m} for c, m in pairs]
+    run = FuseOptions(seeds=options.seeds, **shared)
+    setup, params = train_trials(prepare(run), run, trials)
+    found = evaluate(setup, params, batch_size=64)
     assert found.loss is not None
     shape = len(options.lr_coefficients), len(options.lr_magnitudes), len(options.seeds)
     scores, losses = (np.reshape(values, shape) for values in (found.exact_match, found.loss))
@@ -76,19 +72,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     write_text(options.out / "sweep.json", json.dumps(summary, default=str, indent=1) + "\n")
     _plot(scores, options)
     print(_table(scores, options))
-    print(
-        f"{len(entries)} runs as one program ({setup.problem.seed_mode}) in {seconds:.0f} s; written to {options.out}"
-    )
-
-
-def _repeated(setup: Setup, times: int) -> Setup:
-    """Return the setup with all its seeds `times` over, one set behind the other."""
-    assert setup.split is not None
-    return dataclasses.replace(
-        setup.with_problem(index=jnp.tile(setup.problem.index, (times, 1))),
-        modules=setup.modules * times,
-        split=Split(*(np.tile(rows, (times, 1)) for rows in setup.split)),
-    )
+    print(f"{scores.size} runs as one program ({setup.problem.seed_mode}) in {seconds:.0f} s; written to {options.out}")
 
 
 def _table(scores: np.ndarray, options: SweepOptions) -> str:

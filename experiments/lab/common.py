@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax import FuseOptions
+from lorafusion_jax.methods import find
 from lorafusion_jax.parts import RunFolder
 from lorafusion_jax.report import write_text
 from lorafusion_jax.trials import TRAIN_ROWS, Arm, Shots, recipe_of
@@ -71,27 +72,27 @@ def with_spread(values: np.ndarray) -> str:
     return f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
 
 
-def fuse_small(
-    task: str,
-    arm: Arm,
-    *,
-    pool: Path,
-    seeds: tuple[int, ...],
-    out: Path,
-    name: str,
-    shots: Shots = "95+5",
-) -> dict[str, Any]:
-    """Run a method on one of the embedded tasks, all seeds in one program, and return the results."""
-    options = FuseOptions(
+def options_of_small(
+    task: str, arm: Arm, *, seeds: tuple[int, ...], pool: Path | None = None, shots: Shots = "95+5", **run: Any
+) -> FuseOptions:
+    """Return the options of an arm on an embedded task, all seeds in one program.
+
+    Args:
+      task: its name.
+      arm: the method and its settings.
+      seeds: seeds.
+      pool: a converted pool; the embedded adapters by default.
+      shots: rows to learn from.
+      run: other options, such as `out` and `name`.
+    """
+    shared: dict[str, Any] = {"recipe": recipe_of(arm, shots=shots)}
+    return FuseOptions(
         base=str(SMALL / "base"),
-        pool=str(pool),
+        pool=str(pool or SMALL / "adapters") if find(arm.method).pool else None,
         task=str(SMALL / "tasks" / task),
         seeds=seeds,
-        out=out,
-        name=name,
         method=arm.method,
         control=arm.control,
-        recipe=recipe_of(arm, shots=shots),
         train_rows=TRAIN_ROWS[shots],
+        **shared | run,
     )
-    return fuse(options)

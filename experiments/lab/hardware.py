@@ -6,7 +6,9 @@ What an experiment has computed lies in a folder: OUT/numbers (trained parameter
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.crossbar import CrossbarConfig, config_hash
-from lorafusion_jax.methods import find
 from lorafusion_jax.parts import (
     CALIBRATION_ROWS,
     STEP_CHIPS,
@@ -44,9 +45,9 @@ from lorafusion_jax.parts import (
     write_json,
 )
 from lorafusion_jax.tasks import split
-from lorafusion_jax.trials import TRAIN_ROWS, Arm, Cells, Row, recipe_of
+from lorafusion_jax.trials import Arm, Cells, Row, recipe_of
 
-from .common import ROOT, SMALL, convert_small_pool, small_pool_in_basis
+from .common import ROOT, convert_small_pool, options_of_small, small_pool_in_basis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,6 +219,26 @@ class Subject:
         found = evaluate(self.setup, params, batch_size=self.options.eval_batch)
         return self._rows(found.exact_match, found.loss, 1)
 
+    def rows(
+        self, name: str, config: CrossbarConfig | None, params: Params, *, in_cells: bool = False, **of: Any
+    ) -> Iterator[Row]:
+        """Yield a row for every seed on every chip, or read digitally without a configuration, computed only once.
+
+        Args:
+          name: under which rows are kept.
+          config: of the arrays.
+          params: as in `score`.
+          in_cells: a LoRA is written into cells.
+          of: more columns, the first ones.
+        """
+
+        def compute() -> list[Row]:
+            if config is None:
+                return self.score_digitally(params)
+            return self.score(config, params, in_cells=in_cells)
+
+        yield from ({**of, **row} for row in self.store.rows(slug(name), compute))
+
     def trained(self, name: str, **changes: Any) -> Params:
         """Return the numbers of a run with other options than the digital one, such as `arrays` or `start_from`."""
         options = dataclasses.replace(self.options, name=name, resume=True, **changes)
@@ -241,16 +262,14 @@ class Subject:
 def subject(store: Store, task: str, method: str, entry: Arm, options: ChipsOptions) -> Subject:
     """Train a method digitally on 95 + 5 rows of an embedded task, and return it with its chips."""
     pool = small_pool_in_basis() if "basis" in entry.recipe else store.pool()
-    fused = FuseOptions(
-        base=str(SMALL / "base"),
-        pool=str(pool) if find(entry.method).pool else None,
-        task=str(SMALL / "tasks" / task),
+    fused = options_of_small(
+        task,
+        entry,
+        pool=pool,
         seeds=options.seeds,
         out=store.folder / "runs",
         name=f"{task}-{slug(method)}",
-        method=entry.method,
-        recipe=dataclasses.replace(recipe_of(entry, shots="95+5"), epochs=options.epochs),
-        train_rows=TRAIN_ROWS["95+5"],
+        recipe=dataclasses.replace(recipe_of(entry), epochs=options.epochs),
         test_rows=options.test_rows,
         resume=True,
     )
@@ -260,6 +279,26 @@ def subject(store: Store, task: str, method: str, entry: Arm, options: ChipsOpti
     chips = load_chips(options.crossbar, key=options.chip_key)
     keys = jnp.stack([chips.chip_key(number) for number in range(options.chips)])
     return Subject(store, fused, looped(setup), params, chips, keys)
+
+
+def of_tasks(tasks: Sequence[str], label: str, rows: Callable[[str], Iterable[Row]]) -> list[Row]:
+    """Return the rows of all tasks, and print the time that each took."""
+    found = []
+    for task in tasks:
+        began = time.perf_counter()
+        found += [{"task": task, **row} for row in rows(task)]
+        print(f"{label}{task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
+        jax.clear_caches()  # other tasks and sizes are other programs, which take gigabytes
+    return found
+
+
+def matches(rows: Sequence[Row], **of: Any) -> np.ndarray:
+    """Return exact match of chips [C], means over the rows with these values in columns; digital ones have one."""
+    by_chip: dict[int, list[float]] = {}
+    for row in rows:
+        if all(row[name] == value for name, value in of.items()):
+            by_chip.setdefault(row["chip"], []).append(row["exact_match"])
+    return np.array([np.mean(by_chip[chip]) for chip in sorted(by_chip)])
 
 
 def again(recipe: Recipe, epochs: int) -> Recipe:

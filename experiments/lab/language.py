@@ -104,7 +104,7 @@ def _entry(entry: Arm, rates: dict[str, float] | None = None, **recipe: Any) -> 
 
 _COEFFICIENTS = _entry(ARMS["coefficients only"], {"lr_coefficients": 0.05})
 
-# Rows of the table, with the best of the first nine trials of `python experiments/language_tune.py`; bases have
+# Rows of the table, with the best of the first nine trials of `python experiments/tune.py`; bases have
 # LoRAFusion's rates. Of MORE, DoRA, VeRA and the mix have not been tuned: do that before they are run.
 MAIN = {
     "zero-shot": ARMS["zero-shot"],

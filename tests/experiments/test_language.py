@@ -11,10 +11,10 @@ import language as experiment
 import language_checks
 import language_fused_on_arrays as on_arrays
 import language_pool
-import language_tune
 import numpy as np
 import pytest
 import small_llama
+import tune
 from lab import language
 from made_up_rows import row
 
@@ -208,10 +208,10 @@ def trained(tmp_path, monkeypatch) -> list[str]:
 
 @pytest.mark.nightly
 def test_the_table_and_its_tuning_run_on_a_small_model(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(language_tune, "TUNING", ("tune",))
+    monkeypatch.setattr(tune, "TUNING", ("tune",))
     monkeypatch.setattr(experiment, "SOURCES", {"colours": ("one", "two")})
     of = [*trained, "--adapters", str(tmp_path / "out" / "adapters")]
-    language_tune.main([*of, "--methods", "coefficients only"])
+    tune.main([*of, "--methods", "coefficients only"])
     trials = [json.loads(line) for line in (tmp_path / "out" / "tune.jsonl").read_text().splitlines()]
     assert len({trial["loss"] for trial in trials}) == len(trials) == 9
     assert (tmp_path / "out" / "table_tune.csv").read_text().count("←") == 1
