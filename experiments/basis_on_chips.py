@@ -15,18 +15,14 @@ computed here; interrupted, the same command continues.
 import csv
 import dataclasses
 import itertools
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import _script
-import jax
-import numpy as np
 import tyro
 from lab.common import ROOT, with_spread, write_csv
-from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, slug, subject
+from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, matches, of_tasks, slug, subject
 from lab.methods import IN_BASIS
 
 from lorafusion_jax.crossbar import CrossbarConfig
@@ -72,14 +68,14 @@ def main(arguments: Sequence[str] = ()) -> None:
         whole = size == "whole"
         entry = ARMS["LoRAFusion"] if whole else dataclasses.replace(IN_BASIS["basis"], recipe={"basis": size})
         fusion = _WHOLE if whole else f"k = {size}"
-        for task in options.tasks:
-            began = time.perf_counter()
+
+        def of_fusion(task: str, fusion: str = fusion, entry: Arm = entry) -> Iterator[Row]:
             known = {row["case"] for row in there if (row["task"], row["fusion"]) == (task, fusion)}
             cases: list[Case] = [case for case in options.cases if case not in known]
-            found = task_rows(store, task, fusion, entry, cases, options)
-            rows += [{"task": task, "fusion": fusion, **row} for row in found]
-            print(f"{fusion}, {task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
-        jax.clear_caches()  # other sizes are other programs, which take gigabytes
+            for row in task_rows(store, task, fusion, entry, cases, options):
+                yield {"fusion": fusion, **row}
+
+        rows += of_tasks(options.tasks, f"{fusion}, ", of_fusion)
     lines = table([*there, *rows], options)
     write_csv(options.out / "table.csv", lines)
     write_csv(options.out / "rows.csv", as_lines([*there, *rows]))
@@ -97,17 +93,11 @@ def task_rows(
     for case in cases:
         name = slug(f"{task}-{fusion}-{case}")
         if case == "digital":
-            found = store.rows(name, lambda: on.score_digitally(on.params))
-            yield from ({"case": case, "age": None, **row} for row in found)
+            yield from on.rows(name, None, on.params, case=case, age=None)
             continue
         for age in ages(case, options):
             here = config if age is None else aged(config, age, compensate=True)
-
-            def scored(case: Case = case, here: CrossbarConfig = here) -> list[Row]:
-                return on.score(here, _numbers(on, case, here, options))
-
-            found = store.rows(f"{name}-{age or 'new'}", scored)
-            yield from ({"case": case, "age": age, **row} for row in found)
+            yield from on.rows(f"{name}-{age or 'new'}", here, _numbers(on, case, here, options), case=case, age=age)
 
 
 def ages(case: Case, options: Options) -> tuple[str | None, ...]:
@@ -187,17 +177,10 @@ def table(rows: Sequence[Row], options: Options) -> list[list[str]]:
     said = [case if age is None else f"{case}, {age}" for case, age in columns]
     lines = [["exact match, %", *said, *(f"lost, {name}" for name in said[1:])]]
     for fusion in dict.fromkeys(row["fusion"] for row in rows):
-        found = [matches(rows, fusion, case, age) for case, age in columns]
+        found = [matches(rows, fusion=fusion, case=case, age=age) for case, age in columns]
         lost = [f"{found[0].mean() - of.mean():.1f}" if len(of) else "" for of in found[1:]]
         lines.append([fusion, *(with_spread(of) if len(of) else "" for of in found), *lost])
     return lines
-
-
-def matches(rows: Sequence[Row], fusion: str, case: str, age: str | None) -> np.ndarray:
-    """Return exact match of chips [C], means over tasks and seeds; digital ones have one."""
-    found = [row for row in rows if (row["fusion"], row["case"], row["age"]) == (fusion, case, age)]
-    chips = sorted({row["chip"] for row in found})
-    return np.array([np.mean([row["exact_match"] for row in found if row["chip"] == chip]) for chip in chips])
 
 
 if __name__ == "__main__":

@@ -12,18 +12,15 @@ number; interrupted, the same command continues.
 """
 
 import dataclasses
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import _script
-import jax
 import numpy as np
 import tyro
 from lab.common import ROOT, with_spread, write_csv
-from lab.hardware import ChipsOptions, Row, Store, again, as_lines, slug, subject
+from lab.hardware import ChipsOptions, Row, Store, again, as_lines, matches, of_tasks, slug, subject
 
 from lorafusion_jax.parts import OnArrays, aged, load_chips, markdown
 from lorafusion_jax.report import colour, plot
@@ -57,12 +54,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     options.check()
     aged(load_chips(options.crossbar).config, options.age, compensate=True)  # raises ValueError before any training
     store = options.store()
-    rows = []
-    for task in options.tasks:
-        began = time.perf_counter()
-        rows += [{"task": task, **row} for row in task_rows(store, task, options)]
-        jax.clear_caches()  # the next task has other shapes, and compiled programs take gigabytes
-        print(f"{task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
+    rows = of_tasks(options.tasks, "", lambda task: task_rows(store, task, options))
     found = tables(rows, options)
     for name, lines in found.items():
         write_csv(options.out / f"{name}.csv", lines)
@@ -76,17 +68,14 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     on = subject(store, task, "LoRAFusion", ARMS["LoRAFusion"], options)
     new, recipe = on.chips.config, on.options.recipe
 
-    def scored(case: str, params: Any, age: str | None = None, *, compensate: bool | None = None) -> Iterator[Row]:
-        config = new if age is None else aged(new, age, compensate=compensate)
-        name = slug(f"{task}-{case}-{age or 'new'}-{compensate}")
-        for row in store.rows(name, lambda: on.score(config, params)):
-            yield {"case": case, "age": age, "compensate": compensate, **row}
+    def scored(
+        case: str, params: Any, age: str | None = None, *, compensate: bool | None = None, digital: bool = False
+    ) -> Iterator[Row]:
+        config = None if digital else new if age is None else aged(new, age, compensate=compensate)
+        name = f"{task}-{case}" + ("" if digital else f"-{age or 'new'}-{compensate}")
+        return on.rows(name, config, params, case=case, age=age, compensate=compensate)
 
-    def digitally(case: str, params: Any) -> Iterator[Row]:
-        for row in store.rows(slug(f"{task}-{case}"), lambda: on.score_digitally(params)):
-            yield {"case": case, "age": None, "compensate": None, **row}
-
-    yield from digitally("digital", on.params)
+    yield from scored("digital", on.params, digital=True)
     arrays = OnArrays(crossbar=options.crossbar, chip_key=options.chip_key)
     numbers = {
         "untouched": on.params,
@@ -110,7 +99,7 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
         more = {"recipe": shorter, "train_rows": count or on.options.train_rows}
         run = on.options.out / (on.options.name or "")
         clean = on.trained(slug(f"{task}-digital-{name}"), start_from=run, **more)
-        yield from digitally(f"digital, {name}", clean)
+        yield from scored(f"digital, {name}", clean, digital=True)
         yield from scored(f"untouched, {name}", clean, options.age, compensate=True)
         blind = on.trained(
             slug(f"{task}-blind-{name}"),
@@ -131,7 +120,7 @@ def tables(rows: Sequence[Row], options: Options) -> dict[str, list[list[str]]]:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
 
     def spread(case: str, age: str | None = None, compensate: bool | None = None) -> list[str]:
-        found = [matches(rows, task, case, age, compensate) for task in tasks]
+        found = [matches(rows, task=task, case=case, age=age, compensate=compensate) for task in tasks]
         mean = np.mean([of_task.mean() for of_task in found])
         return [*map(with_spread, found), f"{mean:.1f}"]
 
@@ -157,18 +146,6 @@ def tables(rows: Sequence[Row], options: Options) -> dict[str, list[list[str]]]:
     return {"new": new, "aged": month}
 
 
-def matches(rows: Sequence[Row], task: str, case: str, age: str | None, compensate: bool | None) -> np.ndarray:
-    """Return exact match of chips [C], means over seeds; digital ones have one."""
-    key = (task, case, age, compensate)
-    found = [row for row in rows if (row["task"], row["case"], row["age"], row["compensate"]) == key]
-    return np.array(
-        [
-            np.mean([row["exact_match"] for row in found if row["chip"] == chip])
-            for chip in sorted({row["chip"] for row in found})
-        ]
-    )
-
-
 def won_back(
     rows: Sequence[Row],
     tasks: Sequence[str],
@@ -181,7 +158,8 @@ def won_back(
     """Return the share of the loss, digital to untouched, that training wins back, in percent; None without a loss."""
 
     def mean(case: str, age: str | None, compensate: bool | None) -> float:
-        return float(np.mean([matches(rows, task, case, age, compensate).mean() for task in tasks]))
+        of: Any = {"case": case, "age": age, "compensate": compensate}
+        return float(np.mean([matches(rows, task=task, **of).mean() for task in tasks]))
 
     here, without, could = mean(trained, age, compensate), mean(untouched, age, compensate), mean(digital, None, None)
     return None if could == without else 100 * (here - without) / (could - without)
@@ -203,7 +181,7 @@ def draw(rows: Sequence[Row], options: Options, path: Path) -> None:
         for axis, (title, cases) in zip(axes, panels, strict=True):
             for t, task in enumerate(tasks):
                 for i, case in enumerate(cases):
-                    found = matches(rows, task, *case)
+                    found = matches(rows, task=task, **dict(zip(("case", "age", "compensate"), case, strict=True)))
                     place = i + 0.2 * (t - (len(tasks) - 1) / 2)
                     axis.plot([place] * len(found), found, ".", color=colour(t + 1), alpha=0.6)
                     label = task if i == 0 else None

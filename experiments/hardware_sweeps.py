@@ -14,8 +14,6 @@ and trained number; interrupted, the same command continues.
 import contextlib
 import dataclasses
 import re
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from lab.common import ROOT, SMALL, write_csv
-from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, slug, subject
+from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, of_tasks, slug, subject
 
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, load_config
 from lorafusion_jax.parts import CostOptions, aged, bills, markdown, shape_config
@@ -108,11 +106,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             at(base, sweep, point)
     store = options.store("sweeps", "points")
     for sweep in options.sweeps:
-        rows = []
-        for task in options.tasks:
-            began = time.perf_counter()
-            rows += [{"task": task, **row} for row in sweep_rows(store, sweep, task, options)]
-            print(f"{sweep}, {task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
+        rows = of_tasks(options.tasks, f"{sweep}, ", lambda task, sweep=sweep: sweep_rows(store, sweep, task, options))
         write_csv(options.out / f"{sweep}_table.csv", lines := table(rows))
         print(markdown(lines))
         if sweep == "noise":
@@ -170,33 +164,26 @@ def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Itera
         for name, line in LINES.items():
             on = subjects[line.method]
             if name == "LoRAFusion, digital":
-                found = store.rows(f"{task}-digital", lambda on=on: on.score_digitally(on.params))
-                yield from ({"point": point, "line": name, "compensate": None, **row} for row in found)
+                yield from on.rows(f"{task}-digital", None, on.params, point=point, line=name, compensate=None)
                 continue
             trained_at = new if sweep == "age" else config
             where = "new" if sweep == "age" else f"{sweep}-{point}"
             params = _numbers(store, on, line, trained_at, f"{task}-{slug(name)}-{where}")
             for compensate in (False, True) if sweep == "age" else (None,):
                 here = config if compensate is None else aged(config, None, compensate=compensate)
-                key = f"{task}-{slug(name)}-{sweep}-{point}-{compensate}"
-                found = store.rows(
-                    key, lambda on=on, here=here, p=params, c=line.in_cells: on.score(here, p, in_cells=c)
-                )
-                yield from ({"point": point, "line": name, "compensate": compensate, **row} for row in found)
+                key, of = f"{task}-{name}-{sweep}-{point}-{compensate}", {"point": point, "line": name}
+                yield from on.rows(key, here, params, in_cells=line.in_cells, **of, compensate=compensate)
         if sweep == "age":
             on, config = subjects["LoRAFusion"], aged(config, None, compensate=True)
             recipe = again(on.options.recipe, options.again_epochs)
-            key = f"{task}-again-{point}"
-            name = "LoRAFusion, its chip"
+            key, name = f"{task}-again-{point}", "LoRAFusion, its chip"
             begin = _numbers(store, on, LINES[name], new, f"{task}-{slug(name)}-new")
             params = store.numbers(
                 key, lambda on=on, c=config, b=begin, recipe=recipe: on.train_on_chips(c, recipe, begin=b)
             )
-            found = store.rows(key, lambda on=on, c=config, p=params: on.score(c, p))
-            yield from ({"point": point, "line": _AGAIN, "compensate": True, **row} for row in found)
+            yield from on.rows(key, config, params, point=point, line=_AGAIN, compensate=True)
         if sweep in ("adc", "cell"):
             jax.clear_caches()  # other bits are other programs, which take gigabytes
-    jax.clear_caches()
 
 
 def _numbers(store: Store, on: Subject, line: Line, config: CrossbarConfig, name: str) -> Any:

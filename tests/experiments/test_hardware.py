@@ -9,7 +9,7 @@ import hardware_sweeps
 import jax.numpy as jnp
 import pytest
 from lab.common import write_csv
-from lab.hardware import Store, as_lines
+from lab.hardware import Store, as_lines, matches
 
 from lorafusion_jax.crossbar import load_config, save_config
 
@@ -47,7 +47,7 @@ def _rows(case, values, *, age=None, compensate=None):
 def test_shares_won_back_by_hand():
     untouched = _rows("untouched", [[40, 40], [30, 50]])
     rows = _rows("digital", [[70, 50]]) + untouched + _rows("its chip", [[60, 40], [55, 45]])
-    assert list(hardware.matches(rows, "t", "untouched", None, None)) == [40, 40]
+    assert list(matches(rows, task="t", case="untouched", age=None, compensate=None)) == [40, 40]
     # Digital 60, untouched 40, trained 50.
     assert hardware.won_back(rows, ["t"], "its chip", "untouched", "digital", None, None) == 50
     # The chips took nothing.
