@@ -25,14 +25,14 @@ import _script
 import numpy as np
 import tyro
 from lab import lm_eval_tasks
-from lab.common import ROOT, write_csv
+from lab.common import ROOT, write_tables
 from lab.smollm2 import EXAMPLES, base
 from lab.tasks import find_task
 from scipy.special import stdtrit
 
 from lorafusion_jax import CrossbarConfig, read_config
 from lorafusion_jax.crossbar import load_config, save_config
-from lorafusion_jax.parts import CostOptions, bills, environment, markdown
+from lorafusion_jax.parts import CostOptions, bills, environment
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import Cells
 
@@ -83,9 +83,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         lambda missing: (measured(model, bits, options.out) | environment() for bits in missing),
         lambda row: f"{row['bits']} bits",
     )
-    for name, lines in tables([row for row in cells.rows() if row["bits"] in options.bits]).items():
-        write_csv(options.out / f"{name}.csv", lines)
-        print(f"{markdown(lines)}\n")
+    write_tables(options.out, tables([row for row in cells.rows() if row["bits"] in options.bits]))
     print(f"written to {options.out}")
 
 

@@ -5,19 +5,17 @@ table.md and plots.
 """
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import _script
 from lab.common import ROOT, convert_small_pool, fresh_folder, options_of_small
-from lab.demo_report import markdown_table, plot_accuracy, plot_learning_curves
+from lab.demo_report import Row, plot_accuracy, plot_learning_curves, run_all, write_report
 
-from lorafusion_jax import PRESETS, fuse, load_pool, load_run
+from lorafusion_jax import PRESETS, FuseOptions, fuse, load_pool, load_run
 from lorafusion_jax.parts import RunFolder, column_names
-from lorafusion_jax.report import plot_coefficients, write_text
+from lorafusion_jax.report import plot_coefficients
 from lorafusion_jax.trials import ARMS
 
 FOLDER = ROOT / "runs" / "demo"
@@ -34,42 +32,21 @@ def main(arguments: Sequence[str] = ()) -> None:
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         convert_small_pool(FOLDER / "pool")
-        jobs = [(task, method) for task in (*TASKS, OUT_OF_REACH) for method in SHOWN]
-        rows, environment = [], {}
-        for number, (task, method) in enumerate(jobs, start=1):
-            results = _run(task, method)
-            rows += _rows(task, method, results)
-            environment = results["environment"]
-            score = f"{results['exact_match']:.1f} % in {sum(results['seconds'].values()):.1f} s"
-            print(f"[{number:2}/{len(jobs)}] {task}, {method}: {score}", file=sys.stderr, flush=True)
-        table = markdown_table(rows, apart=(OUT_OF_REACH,))
-        write_text(FOLDER / "table.md", table)
+        everything = [(task, method) for task in (*TASKS, OUT_OF_REACH) for method in SHOWN]
+        rows, environment = run_all({of: _options(*of) for of in everything}, fuse)
         _plot(rows)
         minutes = (time.perf_counter() - began) / 60
-        summary = {
-            "rates": {method: ARMS[method].rates for method in SHOWN},
-            "minutes": minutes,
-            "environment": environment,
-            "rows": rows,
-        }
-        write_text(FOLDER / "results.json", json.dumps(summary, indent=1) + "\n")
+        summary = {"rates": {method: ARMS[method].rates for method in SHOWN}, "minutes": minutes}
+        table = write_report(FOLDER, rows, summary | {"environment": environment}, (OUT_OF_REACH,))
     print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
 
 
-def _run(task: str, method: str) -> dict[str, Any]:
-    name = _name(task, method)
-    where: Any = {"pool": FOLDER / "pool", "seeds": SEEDS, "out": FOLDER / "runs", "name": name}
-    return fuse(options_of_small(task, ARMS[method], **where))
+def _options(task: str, method: str) -> FuseOptions:
+    where: Any = {"pool": FOLDER / "pool", "seeds": SEEDS, "out": FOLDER / "runs", "name": _name(task, method)}
+    return options_of_small(task, ARMS[method], **where)
 
 
-def _rows(task: str, method: str, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each seed; of the seconds, which all seeds took together, its share."""
-    seconds = results["seconds"]["train"] / len(results["seeds"])
-    shared = {"task": task, "method": method, "trainable": results["trainable"], "seconds": seconds}
-    return [shared | {key: seed[key] for key in ("seed", "exact_match", "loss")} for seed in results["seeds"]]
-
-
-def _plot(rows: list[dict[str, Any]]) -> None:
+def _plot(rows: Sequence[Row]) -> None:
     title = f"Tasks that no adapter was trained on: mean of {len(SEEDS)} seeds, their spread, and each one as a dot"
     plot_accuracy(rows, FOLDER / "accuracy.png", apart=(OUT_OF_REACH,), title=title)
     metrics = {

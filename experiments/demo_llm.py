@@ -6,21 +6,18 @@ a plot.
 """
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import _script
 from lab.common import ROOT, convert, fresh_folder
-from lab.demo_report import markdown_table, plot_accuracy
+from lab.demo_report import plot_accuracy, run_all, write_report
 from lab.language import MAIN, PROMPT, options_of
 from lab.smollm2 import EXAMPLES, base
 
-from lorafusion_jax import fuse
+from lorafusion_jax import FuseOptions, fuse
 from lorafusion_jax.parts import RunFolder
-from lorafusion_jax.report import write_text
 
 FOLDER = ROOT / "runs" / "demo-llm"
 TITLE = "the -ing form of verbs"
@@ -39,43 +36,20 @@ def main(arguments: Sequence[str] = ()) -> None:
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         convert(base(), sorted((EXAMPLES / "adapters").iterdir()), FOLDER / "pool")
-        rows, answers, environment = [], {}, {}
-        for number, method in enumerate(METHODS, start=1):
-            results = _run(method)
-            seconds = sum(results["seconds"].values())
-            seed = results["seeds"][0]
-            rows.append(
-                {"task": TITLE, "method": method, "trainable": results["trainable"], "seconds": seconds}
-                | {key: seed[key] for key in ("seed", "exact_match", "loss")}
-            )
-            environment = results["environment"]
-            answers[method] = RunFolder(FOLDER / "runs" / _name(method)).predictions()
-            score = f"{results['exact_match']:.1f} % in {seconds:.1f} s"
-            print(f"[{number}/{len(METHODS)}] {method}: {score}", file=sys.stderr, flush=True)
-        table = markdown_table(rows)
-        write_text(FOLDER / "table.md", table)
+        rows, environment = run_all({(TITLE, method): _options(method) for method in METHODS}, fuse)
         plot_accuracy(rows, FOLDER / "accuracy.png", title="SmolLM2-135M: a task that no adapter was trained on")
         minutes = (time.perf_counter() - began) / 60
-        summary = {"minutes": minutes, "environment": environment, "rows": rows}
-        write_text(FOLDER / "results.json", json.dumps(summary, indent=1) + "\n")
-    _show(answers["zero-shot"], answers["LoRAFusion"])
+        table = write_report(FOLDER, rows, {"minutes": minutes, "environment": environment})
+    _show(*(RunFolder(FOLDER / "runs" / _name(method)).predictions() for method in ("zero-shot", "LoRAFusion")))
     print()
     for method, meaning in METHODS.items():
         print(f"{method:17}{meaning}")
     print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
 
 
-def _run(method: str) -> dict[str, Any]:
-    options = options_of(
-        MAIN[method],
-        EXAMPLES / "tasks" / "ing",
-        base=base(),
-        pool=FOLDER / "pool",
-        seeds=(1,),
-        out=FOLDER / "runs",
-        name=_name(method),
-    )
-    return fuse(options)
+def _options(method: str) -> FuseOptions:
+    where: Any = {"base": base(), "pool": FOLDER / "pool", "out": FOLDER / "runs", "name": _name(method)}
+    return options_of(MAIN[method], EXAMPLES / "tasks" / "ing", seeds=(1,), **where)
 
 
 def _show(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import scipy.stats
 import tyro
-from lab.common import ROOT, SMALL, write_csv
+from lab.common import ROOT, SMALL, write_tables
 from lab.language import TUNING, load
 from lab.pool_cells import FUSION, ROTATED, SEEDS
 from lab.smollm2 import base as smollm2
@@ -41,7 +41,6 @@ from lorafusion_jax.parts import (
     descent_of,
     fit_advantage,
     load_model,
-    markdown,
     open_base,
     with_copies,
 )
@@ -105,9 +104,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         write_text(options.out / f"{name}.jsonl", "".join(json.dumps(case) + "\n" for case in own))
     relevance = {target.task.name: target.relevance for target in design().targets}
     tables = {"table": evaluated(cases), "features": explained(cases, relevance, on_language)}
-    for name, table in (tables | {"language": of_language(cases, on_language)}).items():
-        write_csv(options.out / f"{name}.csv", table)
-        print(markdown(table))
+    write_tables(options.out, tables | {"language": of_language(cases, on_language)})
     plot_cases(cases, options.out / "forecast.png")
     if options.package:
         source = {"base": "examples/small/base", "script": "experiments/forecast.py"}

@@ -19,10 +19,10 @@ from typing import Any
 import _script
 import numpy as np
 import tyro
-from lab.common import ROOT, with_spread, write_csv
+from lab.common import ROOT, with_spread, write_csv, write_tables
 from lab.hardware import ChipsOptions, Row, Store, again, as_lines, matches, of_tasks, slug, subject
 
-from lorafusion_jax.parts import OnArrays, aged, load_chips, markdown
+from lorafusion_jax.parts import OnArrays, aged, load_chips
 from lorafusion_jax.report import colour, plot
 from lorafusion_jax.trials import ARMS
 
@@ -55,12 +55,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     aged(load_chips(options.crossbar).config, options.age, compensate=True)  # raises ValueError before any training
     store = options.store()
     rows = of_tasks(options.tasks, "", lambda task: task_rows(store, task, options))
-    found = tables(rows, options)
-    for name, lines in found.items():
-        write_csv(options.out / f"{name}.csv", lines)
+    write_tables(options.out, tables(rows, options))
     write_csv(options.out / "rows.csv", as_lines(rows))
     draw(rows, options, options.out / "hardware.png")
-    print("\n".join([*map(markdown, found.values()), f"written to {options.out}"]))
+    print(f"written to {options.out}")
 
 
 def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:

@@ -22,7 +22,7 @@ import _script
 import numpy as np
 import scipy.stats
 import tyro
-from lab.common import ROOT, write_csv
+from lab.common import ROOT, with_interval, write_csv, write_tables
 from lab.holm import holm
 from lab.pool_cells import (
     ARMS,
@@ -43,7 +43,6 @@ from lab.pool_cells import (
 from lab.string_pools import CLASSES, design, write_pools
 from lab.tuning import rates_at, tune
 
-from lorafusion_jax.parts import markdown
 from lorafusion_jax.report import colour, over_tasks, plot
 from lorafusion_jax.trials import Cells, print_plan, read_lines
 
@@ -94,9 +93,7 @@ def main(arguments: Sequence[str] = ()) -> None:
                     print(f"trained {folder}", file=sys.stderr, flush=True)
             run(lab, name, rows, options.out)
     everything = [row for rows in EPOCHS for row in read_lines(options.out / f"rows_{rows}.jsonl")]
-    for name, lines in tables(everything, read_lines(options.out / "tune.jsonl")).items():
-        write_csv(options.out / f"{name}.csv", lines)
-        print(f"{name}\n{markdown(lines)}")
+    write_tables(options.out, tables(everything, read_lines(options.out / "tune.jsonl")))
     draw(everything, options.out / "advantage.png")
 
 
@@ -304,9 +301,7 @@ def by_class(gain: Mapping[str, float]) -> Iterator[list[str]]:
     """Yield class, number of tasks, mean and interval of differences by task, for all tasks and for each class."""
     for relevance in ("all", *CLASSES):
         own = [value for task, value in gain.items() if relevance in ("all", RELEVANCE[task])]
-        interval = over_tasks(own)
-        assert interval is not None
-        yield [relevance, str(len(own)), f"{interval.mean:.3f}", f"{interval.low:.3f} to {interval.high:.3f}"]
+        yield [relevance, str(len(own)), *with_interval(own, 3)]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

@@ -26,7 +26,7 @@ import _script
 import numpy as np
 import scipy.stats
 import tyro
-from lab.common import ROOT, write_csv
+from lab.common import ROOT, with_interval, write_csv, write_tables
 from lab.language import (
     EVALUATED_ROWS,
     MOST_SHARED,
@@ -57,12 +57,10 @@ from lorafusion_jax.parts import (
     fit,
     load_model,
     make_room,
-    markdown,
     start,
     trainable_count,
     with_targets,
 )
-from lorafusion_jax.report import over_tasks
 from lorafusion_jax.tasks import BETWEEN_EXAMPLES, Encoded, Split, Task, few_shot, load_task
 from lorafusion_jax.trials import Cells, print_plan, read_lines
 
@@ -178,9 +176,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         if not options.tune:
             run(lab, stage, targets, rates, options.out)
     rows, trials = (read_lines(options.out / f"{name}.jsonl") for name in ("language", "language_tune"))
-    for name, lines in tables(rows, trials, len(targets)).items():
-        write_csv(options.out / f"language_{name}.csv", lines)
-        print(f"{name}\n{markdown(lines)}")
+    write_tables(options.out, tables(rows, trials, len(targets)), "language_")
 
 
 def draw(tasks: Path, clean: Path) -> tuple[dict[str, Path], list[list[str]]]:
@@ -402,7 +398,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
         a, b = (means(own) for own in of_both)
         gain = {task: a[task] - b[task] for task in a}
         match, of_other = (means(own, "exact_match") for own in of_both)
-        points = _mean([match[task] - of_other[task] for task in gain], 1)
+        points = with_interval([match[task] - of_other[task] for task in gain], 1)
         label = [str(number), f"{arm} minus {other}", str(len(seeds))]
         contrasts.append([*label, *_estimate([*gain.values()]), *points])
         if (arm, other) == (ROTATED, FUSION):
@@ -419,14 +415,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
 def _estimate(values: Sequence[float]) -> list[str]:
     """Return the number of values, one for each task, their mean, its interval, and p of a t test."""
     test: Any = scipy.stats.ttest_1samp(values, 0.0)
-    return [str(len(values)), *_mean(values, 3), f"{test.pvalue:.2g}"]
-
-
-def _mean(values: Sequence[float], places: int) -> list[str]:
-    """Return the mean of values, one for each task, and its interval."""
-    interval = over_tasks(values)
-    assert interval is not None
-    return [f"{interval.mean:.{places}f}", f"{interval.low:.{places}f} to {interval.high:.{places}f}"]
+    return [str(len(values)), *with_interval(values, 3), f"{test.pvalue:.2g}"]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 import tyro
-from lab.common import ROOT, write_csv
+from lab.common import ROOT, with_interval, write_tables
 from lab.holm import holm
 from lab.language import EVALUATED_ROWS, PROMPT, TRAIN_ROWS, find, options_of
 from lab.language import MAIN as METHODS
@@ -70,7 +70,6 @@ from lorafusion_jax.parts import (
     log_likelihood,
     logits_of_base,
     looped,
-    markdown,
     module_numbers,
     on_every_chip,
     prepared,
@@ -81,7 +80,7 @@ from lorafusion_jax.parts import (
     windows,
     without_merged_pool,
 )
-from lorafusion_jax.report import colour, over_tasks, plot
+from lorafusion_jax.report import colour, plot
 from lorafusion_jax.tasks import Batch, load_task
 from lorafusion_jax.trials import Cells, Row, print_plan
 
@@ -290,9 +289,7 @@ def main(arguments: Sequence[str] = ()) -> None:
 
     cells.fill(jobs(options), lambda missing: measured(missing, options), show)
     rows = cells.rows()
-    for part, lines in tables(rows).items():
-        write_csv(options.out / f"{part}.csv", lines)
-        print(markdown(lines))
+    write_tables(options.out, tables(rows))
     if main_rows := [row for row in rows if row["part"] == "main"]:
         draw(main_rows, options.out / "restore.png")
 
@@ -608,9 +605,9 @@ def contrasts(rows: Sequence[Row]) -> list[list[str]]:
     p = [float(tests[arm].pvalue) if arm in found else 1.0 for arm in planned]
     lines = []
     for arm, own, corrected in zip(planned, p, holm(p), strict=True):
-        if arm in found and (ends := over_tasks(found[arm])) is not None:
-            mean, between = statistics.fmean(found[arm]), f"{ends.low:.3f} to {ends.high:.3f}"
-            lines.append([str(arm), str(len(found[arm])), f"{mean:.3f}", between, f"{own:.2g}", f"{corrected:.2g}"])
+        if arm in found:
+            numbers = [*with_interval(found[arm], 3), f"{own:.2g}", f"{corrected:.2g}"]
+            lines.append([str(arm), str(len(found[arm])), *numbers])
     return lines
 
 
@@ -632,21 +629,16 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
     def mean(name: str) -> float:
         return statistics.fmean(row[name] for row in rows)
 
-    def interval(values: Sequence[float], digits: int) -> list[str]:
-        ends = over_tasks(values)
-        between = "-" if ends is None else f"{ends.low:.{digits}f} to {ends.high:.{digits}f}"
-        return [f"{statistics.fmean(values):.{digits}f}", between]
-
     count, arm, text = str(len(rows)), job.arm, [job.text, f"{job.tokens:,}"]
     if job.part == "tune":
         rates = f"{arm.rate:g}" if arm.method != "lora" else "-", "-" if arm.share is None else f"{arm.rate_low_rank:g}"
         return [str(arm), *text, *rates, f"{mean('trained'):.3f}", f"{mean('left_out'):.3f}"]
     if job.part == "transfer":
         losses = [f"{mean(name):.3f}" for name in ("digital_task_loss", "task_loss")]
-        matches = interval([row["exact_match"] for row in rows], 1)
+        matches = with_interval([row["exact_match"] for row in rows], 1)
         corrections = f"{arm}, prompts in the text" if job.text == "prompts" else str(arm)
         return [job.task, corrections, count, *losses, f"{mean('digital_exact_match'):.1f}", *matches]
-    above = [count, *interval([row["loss"] - row["digital"] for row in rows], 3)]
+    above = [count, *with_interval([row["loss"] - row["digital"] for row in rows], 3)]
     if job.part == "text":
         return [str(arm), *text, *above]
     if job.part == "chips":
@@ -655,7 +647,7 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
     named = [str(arm), *text] if job.part == "more" else [str(arm)]
     if job.part == "main":
         of_chips = np.array([np.subtract(row["window_losses"], row["digital_window_losses"]) for row in rows])
-        above += interval(of_chips.mean(axis=0).tolist(), 3)[1:]
+        above += with_interval(of_chips.mean(axis=0).tolist(), 3)[1:]
     return [*named, f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
 
 

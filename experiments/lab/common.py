@@ -6,16 +6,17 @@ import io
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find
-from lorafusion_jax.parts import RunFolder
-from lorafusion_jax.report import write_text
+from lorafusion_jax.parts import RunFolder, markdown
+from lorafusion_jax.report import over_tasks, write_text
 from lorafusion_jax.trials import TRAIN_ROWS, Arm, Shots, recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +66,20 @@ def write_csv(file: Path, lines: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     write_text(file, text.getvalue())
+
+
+def write_tables(folder: Path, tables: Mapping[str, Sequence[Sequence[str]]], prefix: str = "") -> None:
+    """Write tables by name as CSV, with a prefix of their names, and print them."""
+    for name, lines in tables.items():
+        write_csv(folder / f"{prefix}{name}.csv", lines)
+        print(f"{name}\n{markdown(lines)}")
+
+
+def with_interval(values: Sequence[float], digits: int) -> list[str]:
+    """Return a mean, and its 95 % interval if there are several values."""
+    ends = over_tasks(values)
+    mean = fmean(values) if ends is None else ends.mean
+    return [f"{mean:.{digits}f}", "-" if ends is None else f"{ends.low:.{digits}f} to {ends.high:.{digits}f}"]
 
 
 def with_spread(values: np.ndarray) -> str:
