@@ -41,7 +41,7 @@ from lab.pool_cells import (
     key_of,
 )
 from lab.string_pools import CLASSES, design, write_pools
-from lab.tuning import rates_at, tune
+from lab.tuning import best_tried, rates_at, tune
 
 from lorafusion_jax.report import colour, over_tasks, plot
 from lorafusion_jax.trials import Cells, print_plan, read_lines
@@ -282,15 +282,10 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
         found["tests"].append([test.name, test.statement, str(test.tasks), *interval, *p])
     found["rates"] = [["arm", "rows", *_RATES, "mean test loss", "rates tried"]]
     for name, number in itertools.product(TRAINED, EPOCHS):
-        by_point: dict[tuple[int, ...], list[Row]] = {}
-        for line in tuning:
-            if (line["arm"], line["rows"]) == (name, number):
-                by_point.setdefault(tuple(line["point"]), []).append(line)
-        if by_point and {*cells(name, number)} <= {key_of(row) for row in rows}:
-            best = min(by_point.values(), key=lambda own: float(np.mean([line["test_loss"] for line in own])))
-            rates = [f"{best[0]['rates'][rate]:g}" if rate in best[0]["rates"] else "-" for rate in _RATES]
-            loss = np.mean([line["test_loss"] for line in best])
-            found["rates"].append([name, str(number), *rates, f"{loss:.3f}", str(len(by_point))])
+        best = best_tried(tuning, name, number)
+        if best and {*cells(name, number)} <= {key_of(row) for row in rows}:
+            rates = [f"{best.rates[rate]:g}" if rate in best.rates else "-" for rate in _RATES]
+            found["rates"].append([name, str(number), *rates, f"{best.loss:.3f}", str(best.count)])
     return {name: lines for name, lines in found.items() if len(lines) > 1}
 
 

@@ -43,7 +43,7 @@ from lab.language import (
 )
 from lab.pool_cells import Arm
 from lab.smollm2 import base
-from lab.tuning import rates_at, tune
+from lab.tuning import best_tried, rates_at, tune
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find as find_method
@@ -381,14 +381,9 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
             counts = f"{next(iter(next(iter(own.values())).values()))['numbers']:,}"
             loss, match = (np.mean([*means(own, value).values()]) for value in ("test_loss", "exact_match"))
             arms.append([arm, counts, str(number), str(len(own)), f"{loss:.3f}", f"{match:.1f}"])
-        of_arm = [line for line in tuning if (line["arm"], line["rows"]) == (arm, number)]
-        if own and of_arm:
-            by_rates: dict[str, list[float]] = {}
-            for line in of_arm:
-                shown = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in line["rates"].items())
-                by_rates.setdefault(shown, []).append(line["test_loss"])
-            best = min(by_rates, key=lambda shown: float(np.mean(by_rates[shown])))
-            rates.append([arm, str(number), best, f"{np.mean(by_rates[best]):.3f}", str(len(by_rates))])
+        if own and (best := best_tried(tuning, arm, number)):
+            shown = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in best.rates.items())
+            rates.append([arm, str(number), shown, f"{best.loss:.3f}", str(best.count)])
     pairs = [(arm, FUSION) for arm in ARMS if arm != FUSION]
     for number, (arm, other) in itertools.product(EPOCHS, [*pairs, *MORE_PAIRS]):
         first, second = complete(rows, arm, number, targets), complete(rows, other, number, targets)

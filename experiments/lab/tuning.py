@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +64,27 @@ def tune(
         return [fmean(found[(*of_arm, point, *each)] for each in over) for point in points]
 
     return rates_at(begin, best_point(moves, losses))
+
+
+class Tried(NamedTuple):
+    """The best rates of a search, their mean test loss, and how many were tried."""
+
+    rates: dict[str, float]
+    loss: float
+    count: int
+
+
+def best_tried(trials: Iterable[Row], arm: str, rows: int) -> Tried | None:
+    """Return the best of an arm's trials at a number of training rows, None if there are none."""
+    by_point: dict[Point, list[Row]] = {}
+    for row in trials:
+        if (row["arm"], row["rows"]) == (arm, rows):
+            by_point.setdefault(tuple(row["point"]), []).append(row)
+    losses = {point: float(np.mean([row["test_loss"] for row in own])) for point, own in by_point.items()}
+    if not losses:
+        return None
+    best = min(losses, key=lambda point: losses[point])
+    return Tried(by_point[best][0]["rates"], losses[best], len(losses))
 
 
 def train_trials(setup: Setup, options: FuseOptions, trials: Sequence[Mapping[str, float]]) -> tuple[Setup, Params]:
