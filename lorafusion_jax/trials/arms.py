@@ -20,9 +20,9 @@ class Arm:
     """A method with its settings: a row of a table, and its run.
 
     Attributes:
-      method: of `lorafusion fuse`.
-      control: of the pool.
-      recipe: what differs from the default recipe, learning rates apart.
+      method: name of the method, as in `lorafusion fuse`.
+      control: control of the pool.
+      recipe: differences from the default recipe, without learning rates.
       rates: learning rates, found by `python experiments/tune.py`.
       few_rates: those for five examples, where they are other ones, found by `python experiments/tune.py --shots 5`.
       train_rows: fewer rows to learn from than the others have.

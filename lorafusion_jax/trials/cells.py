@@ -109,7 +109,7 @@ class Cells(Generic[Key]):
         """Measure the missing cells, and append their rows one by one.
 
         Args:
-          keys: of the cells, in the order in which to measure them.
+          keys: keys of the cells, in the order in which to measure them.
           measure: function that yields the rows of the missing cells, which it may group.
           show: function that returns a row as a line of the progress.
           after: function that is called after each row.

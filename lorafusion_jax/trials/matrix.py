@@ -37,7 +37,7 @@ class MatrixOptions:
       modules: that a seed draws from the pool.
       epochs: passes over the training rows; by default 20, and 40 over five examples.
       out: folder of results.jsonl and the runs; what is there already is not run again.
-      dtype: of weights and activations.
+      dtype: dtype of weights and activations.
       load_in: hold base and pool in 4 or 8 bits.
       test_rows: evaluate on the first rows only.
       eval_batch: rows in a batch of generation.
