@@ -3,6 +3,9 @@
 A multiplication and an addition count as two operations. Matrix products are counted, and so is the optimiser, which is
 elementwise. Other elementwise operations are not; for this reason XLA's own count is a few percent higher.
 
+The products in a traced step of FLAN-T5-large's shape are as many, within 0.1 %. Tracing takes 0.6 to 1 s for each of a
+plan's 5 to 20 shapes, so a plan has formulas.
+
 Axis letters: B batch, S source, T target.
 """
 

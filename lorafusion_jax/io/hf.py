@@ -64,24 +64,21 @@ class Base:
         return self.files.config()
 
     @functools.cached_property
-    def _known(self) -> tuple[Family, Architecture]:
+    def family(self) -> Family:
+        """The family; ValueError if it is not known."""
         classes = self.raw.get("architectures")
         with named(self.files.config_place):
             if isinstance(classes, list) and any(isinstance(name, str) and name.endswith(_HEADS) for name in classes):
                 got = f"architectures is {shown(classes)}, a model whose head generates no text"
                 raise ValueError(f"{got}: give the language model")
-            family = family_of_json(self.raw)
-            return family, family.read_config(self.raw)
+            return family_of_json(self.raw)
 
-    @property
-    def family(self) -> Family:
-        """The family; ValueError if it is not known."""
-        return self._known[0]
-
-    @property
+    @functools.cached_property
     def config(self) -> Architecture:
         """The structure (see `read_config`)."""
-        return self._known[1]
+        family = self.family
+        with named(self.files.config_place):
+            return family.read_config(self.raw)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
