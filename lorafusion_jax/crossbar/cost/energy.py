@@ -50,7 +50,7 @@ class Counts:
         return Counts(**{name: count * times for name, count in vars(self).items()} | {"tallest": self.tallest})
 
 
-def counts(shape: tuple[int, int], config: CrossbarConfig) -> Counts:
+def counts(shape: tuple[int, ...], config: CrossbarConfig) -> Counts:
     """Return the counts of a [d_in, d_out] matrix; there are no conversions without an ADC."""
     geometry = _geometry(shape, config)
     d_in, d_out = shape
@@ -143,7 +143,7 @@ def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CO
     )
 
 
-def read_latency(shape: tuple[int, int], config: CrossbarConfig, constants: Constants = CONSTANTS) -> Range:
+def read_latency(shape: tuple[int, ...], config: CrossbarConfig, constants: Constants = CONSTANTS) -> Range:
     """Return the seconds of one matrix-vector product; all arrays work at once, each with its own ADCs.
 
     While the sums of an input slice are converted, the next slice is read; `adc.convert="sum"` waits for the last one.

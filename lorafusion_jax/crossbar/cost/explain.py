@@ -61,7 +61,7 @@ class Explanation:
         return "\n".join([title, *(f"  {name:<12} {text}" for name, text in lines)])
 
 
-def explain(what: CrossbarConfig | Chip, shape: tuple[int, int] | None = None) -> Explanation:
+def explain(what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None) -> Explanation:
     """Return the arrays and the path of a [d_in, d_out] matrix on a crossbar, without programming it.
 
     The path is valid for any weights of this shape. A chip's path may be faster, because its column sums are known and
