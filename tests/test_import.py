@@ -38,7 +38,7 @@ _MAY_IMPORT = {
     "trials": set("hardware io loading methods runs report training estimates".split()),
     "harness": {"loading", "models", "io", "tasks", "training", "methods", "runs", "hardware"},
     "parts": set("crossbar models adapters io loading training methods runs hardware estimates".split()),
-    "cli": set("crossbar io loading report training methods runs serving hardware estimates harness".split()),
+    "cli": set("crossbar io report training methods runs serving hardware estimates harness".split()),
 }
 
 _PROBE = """

@@ -9,8 +9,7 @@ import tyro
 
 from ..estimates.plan import MachineName, describe_run
 from ..hardware.fuse import fuse
-from ..loading.spec import not_an_option
-from ..methods import METHODS, fields_of, find, having
+from ..methods import METHODS, fields_of, find, having, not_an_option
 from ..methods.entry import MethodEntry
 from ..methods.fusion import PRESETS
 from ..methods.recipes import recipe_of

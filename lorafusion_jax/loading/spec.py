@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from ..methods import METHODS, fields_of, having
+from ..methods import METHODS, fields_of, not_an_option
 from ..methods.entry import MethodEntry
 from ..methods.recipes import recipe_of
 from ..training.recipe import Recipe
@@ -64,10 +64,3 @@ def _recipe_for(entry: MethodEntry, recipe: Recipe) -> Recipe:
         if field.name not in own and getattr(recipe, field.name) != field.default:
             raise ValueError(f"{field.name} is {not_an_option(field.name, entry.name)}")
     return recipe_of(entry.recipe, vars(recipe))
-
-
-def not_an_option(number: str, method: str) -> str:
-    """Return an error text about an option that the method does not have."""
-    others = having(number)
-    kind = "the method" if len(others) == 1 else "the methods"
-    return f"an option of {kind} {', '.join(others)}, not of {method}: leave it out, or choose another method"

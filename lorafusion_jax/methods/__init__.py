@@ -41,6 +41,13 @@ def having(number: str) -> list[str]:
     return [name for name, entry in METHODS.items() if number in fields_of(entry)]
 
 
+def not_an_option(number: str, method: str) -> str:
+    """Return an error text about an option that the method does not have."""
+    others = having(number)
+    kind = "the method" if len(others) == 1 else "the methods"
+    return f"an option of {kind} {', '.join(others)}, not of {method}: leave it out, or choose another method"
+
+
 def fields_of(entry: MethodEntry) -> list[str]:
     """Return the names of all numbers of a method's recipe."""
     return [field.name for field in dataclasses.fields(entry.recipe)]
