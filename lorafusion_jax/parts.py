@@ -5,6 +5,7 @@ The parts of a run: load a model, prepare a task, train, evaluate, put weights o
 """
 
 from .adapters.coefficients import column_names as column_names
+from .adapters.coefficients import expand as expand
 from .adapters.merges import MergeKind as MergeKind
 from .crossbar.mapping.encoding import input_codes as input_codes
 from .crossbar.mapping.encoding import pulses as pulses
@@ -36,6 +37,7 @@ from .estimates.memory import step_bytes as step_bytes
 from .estimates.memory import weights_bytes as weights_bytes
 from .estimates.params import shape_config as shape_config
 from .estimates.plan import describe as describe
+from .estimates.plan import describe_run as describe_run
 from .estimates.workload import CHARACTERS_PER_TOKEN as CHARACTERS_PER_TOKEN
 from .estimates.workload import workload as workload
 from .hardware.calibration import calibrate as calibrate
@@ -55,6 +57,7 @@ from .hardware.on_arrays import module_numbers as module_numbers
 from .hardware.on_arrays import without_merged_pool as without_merged_pool
 from .hardware.program import Restored as Restored
 from .hardware.program import program as _program_on_arrays
+from .hardware.report import report_on_chips as report_on_chips
 from .hardware.restore import Method as _RestoreMethod
 from .hardware.restore import distil as distil
 from .hardware.restore import divergence as divergence
@@ -73,11 +76,16 @@ from .io.arrays import save as _save_arrays
 from .io.convert import ConvertOptions as ConvertOptions
 from .io.convert import add_basis as add_basis
 from .io.convert import convert as convert
+from .io.export import fused_adapter as fused_adapter
 from .io.export import lora_adapter as lora_adapter
 from .io.folders import new_folder as new_folder
 from .io.folders import write_json as write_json
 from .io.hf import open_base as open_base
+from .io.peft.adapter import AdapterError as AdapterError
+from .io.peft.adapter import read_adapter as read_adapter
+from .io.peft.adapter import resave as resave
 from .io.peft.adapter import write_adapter as write_adapter
+from .io.pool import ConvertedPool as ConvertedPool
 from .io.pool import open_pool as open_pool
 from .loading.model import LoadedModel as LoadedModel
 from .loading.model import Texts as Texts
@@ -89,6 +97,9 @@ from .loading.spec import LoadIn as LoadIn
 from .methods.full import FullFineTuning as FullFineTuning
 from .methods.fused import MixUpdate as MixUpdate
 from .methods.fused import SumUpdate as SumUpdate
+from .methods.magnitudes import Magnitudes as Magnitudes
+from .methods.mean import MeanFusion as MeanFusion
+from .methods.vera import VeRA as VeRA
 from .models.architecture import Model as Model
 from .models.architecture import linear_shapes as linear_shapes
 from .models.architecture import matrices as matrices
@@ -96,6 +107,7 @@ from .models.architecture import set_matrices as set_matrices
 from .models.architecture import stack_of as stack_of
 from .models.architecture import step_operations as step_operations
 from .models.architecture import targeted as targeted
+from .models.decoder import Decoder as Decoder
 from .models.decoder import DecoderConfig as DecoderConfig
 from .models.generate import GREEDY as GREEDY
 from .models.generate import advance as advance
@@ -117,10 +129,16 @@ from .runs.descent import descent_of as descent_of
 from .runs.descent import with_copies as with_copies
 from .runs.evaluate import evaluate as evaluate
 from .runs.evaluate import seed_rows as seed_rows
+from .runs.export import ExportOptions as ExportOptions
+from .runs.export import export as export
 from .runs.folder import RunFolder as RunFolder
 from .runs.options import OnArrays as OnArrays
 from .runs.predict import EvaluateOptions as EvaluateOptions
+from .runs.predict import GenerateOptions as GenerateOptions
+from .runs.predict import evaluate_run as evaluate_run
+from .runs.predict import generate_lines as generate_lines
 from .runs.predict import load_to_evaluate as load_to_evaluate
+from .runs.predict import stream_lines as stream_lines
 from .runs.prepare import Setup as Setup
 from .runs.prepare import encode_shown as encode_shown
 from .runs.prepare import prepare as prepare

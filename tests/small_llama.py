@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from lorafusion_jax import read_config, save_base
-from lorafusion_jax.models.decoder import Decoder
+from lorafusion_jax.parts import Decoder
 
 BOS, EOS, START, END = range(4)
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")

@@ -17,24 +17,10 @@ import small_llama
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
+from lorafusion_jax import parts
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.estimates.params import counts
-from lorafusion_jax.estimates.plan import describe_run
-from lorafusion_jax.hardware.report import report_on_chips
 from lorafusion_jax.models.decoder.shapes import SHAPES
-from lorafusion_jax.parts import (
-    ConvertOptions,
-    CostOptions,
-    EvaluateOnChipsOptions,
-    ProgramOptions,
-    activities,
-    bills,
-    convert,
-    linear_shapes,
-    prepare,
-    write_chips,
-)
-from lorafusion_jax.runs.export import ExportOptions, export
 from lorafusion_jax.training.mesh import partition, rules
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
@@ -88,7 +74,7 @@ def adapters(family) -> list[Path]:
     rng, sites = np.random.default_rng(0), lf.places(family.config)
     for number in range(3):
         folder, tensors = family.folder / "adapters" / f"adapter_{number}", {}
-        for path, (d_in, d_out) in linear_shapes(family.config).items():
+        for path, (d_in, d_out) in parts.linear_shapes(family.config).items():
             if sites[path][0] in _ADAPTED:
                 for factor, shape in (("lora_A", (_RANK, d_in)), ("lora_B", (d_out, _RANK))):
                     tensors[f"base_model.model.{path}.{factor}.weight"] = rng.standard_normal(shape, np.float32)
@@ -103,7 +89,7 @@ def adapters(family) -> list[Path]:
 @pytest.fixture(scope="module")
 def pool(family, adapters) -> Path:
     out = family.folder / "pool"
-    convert(ConvertOptions(base=str(family.base), adapters=tuple(map(str, adapters)), out=out))
+    parts.convert(parts.ConvertOptions(base=str(family.base), adapters=tuple(map(str, adapters)), out=out))
     return out
 
 
@@ -155,7 +141,7 @@ def test_an_adapter_of_another_family_is_refused(family, adapters, tmp_path):
     ]
     for of, adapter, message in cases:
         with pytest.raises(ValueError, match=rf"wrong base\?.* no linear module {message}"):
-            convert(ConvertOptions(base=str(of), adapters=(str(adapter),), out=tmp_path / "pool"))
+            parts.convert(parts.ConvertOptions(base=str(of), adapters=(str(adapter),), out=tmp_path / "pool"))
 
 
 @pytest.mark.long
@@ -223,19 +209,21 @@ def test_chips_hold_every_matrix_that_is_not_digital(family, pool, run, tmp_path
     digital = ("*.[kvo]_proj", "*.mlp.*")
     chips = tmp_path / "chips"
     where = {"base": str(family.base), "pool": str(pool), "out": chips}
-    write_chips(ProgramOptions(**where, crossbar="isaac", keep_digital=digital))
+    parts.write_chips(parts.ProgramOptions(**where, crossbar="isaac", keep_digital=digital))
     matrices = [*family.config.sites, *(f"pool.{factor}.{site}" for factor in "AB" for site in _ADAPTED)]
     files = {path.stem for path in (chips / "chip_0").iterdir()}
     assert files == {name for name in matrices if not any(fnmatch(name, rule) for rule in digital)}
-    options = EvaluateOnChipsOptions(run=run, crossbar=str(chips), norm="programmed", calibration_rows=4, test_rows=4)
-    results = report_on_chips(options)
+    options = parts.EvaluateOnChipsOptions(
+        run=run, crossbar=str(chips), norm="programmed", calibration_rows=4, test_rows=4
+    )
+    results = parts.report_on_chips(options)
     assert (results["method"], results["norm"], results["age"]) == ("fusion", "programmed", None)
     for exact, on_chip in zip(results["digital"], results["chips"][0]["seeds"], strict=True):
         assert on_chip["loss"] == pytest.approx(exact["loss"], rel=1e-2)
 
 
 def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_path):
-    export(ExportOptions(out=tmp_path / "adapter", run=run, seed=2))
+    parts.export(parts.ExportOptions(out=tmp_path / "adapter", run=run, seed=2))
     fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert fields["task_type"] == "CAUSAL_LM" and fields["use_dora"]
     assert fields["target_modules"] == sorted(
@@ -244,9 +232,9 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
     again = lf.read_pool([str(tmp_path / "adapter")], family.config)
     assert again.magnitude is not None and again.sites == _ADAPTED
 
-    export(ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged"))
+    parts.export(parts.ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged"))
     options, params, _ = lf.load_run(run)
-    setup = prepare(options)
+    setup = parts.prepare(options)
     problem = setup.problem.replace(index=setup.problem.index[1])
     model, adapters, _ = problem.adapted_model(jax.tree.map(lambda p: p[1], params))
     ids, labels = jnp.array([[5, 6, 7]]), jnp.array([[8, 9, 1]])
@@ -257,7 +245,7 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
 
 
 def test_a_plan_counts_what_a_run_needs(asked, family):
-    text = describe_run(asked("plan", seeds=(1, 2)))
+    text = parts.describe_run(asked("plan", seeds=(1, 2)))
     assert "2 batches of 6 rows" in text and "tokenised, padded" in text
     assert f"| fusion |    2 |        {2 + 3 * 16} |" in text
 
@@ -265,9 +253,9 @@ def test_a_plan_counts_what_a_run_needs(asked, family):
 def test_a_bill_follows_the_stages_of_a_block(family):
     """Matrices that are read at the same time: queries with keys, values and modules; output; gate and up; down."""
     sizes = {"modules": 2, "rank": 2, "epochs": 1, "train_rows": 20, "source": 8, "target": 4}
-    options = CostOptions(targets=("v_proj",), bases=(), **sizes)
-    found = {activity.method: activity.stages for activity in activities(family.config, ARRAYS["isaac"], options)}
+    options = parts.CostOptions(targets=("v_proj",), bases=(), **sizes)
+    found = {activity.method: activity.stages for activity in parts.activities(family.config, ARRAYS["isaac"], options)}
     stages = [{((16, 16),), ((16, 8),), ((16, 2), (2, 8))}, {((16, 16),)}, {((16, 24),)}, {((24, 16),)}]
     assert found["LoRAFusion"] == {frozenset(stage): 1 for stage in stages}
-    priced = bills(family.config, ARRAYS["isaac"], options)
+    priced = parts.bills(family.config, ARRAYS["isaac"], options)
     assert all(bill.learning.typical > 0 < bill.inference.typical for bill in priced.values())

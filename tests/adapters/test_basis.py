@@ -12,9 +12,10 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.basis import base_directions, directions, extended, in_directions, random_directions
-from lorafusion_jax.adapters.coefficients import expand, shape
+from lorafusion_jax.adapters.coefficients import shape
 from lorafusion_jax.adapters.composition import compose_in_basis
 from lorafusion_jax.adapters.updates import InBasis
+from lorafusion_jax.parts import expand
 
 _MODEL = tiny.t5()
 _KERNELS = lf.kernels(_MODEL)

@@ -15,44 +15,30 @@ import pytest
 import tiny
 import yaml
 
-from lorafusion_jax import Update, crossbar, kernels
+from lorafusion_jax import Update, crossbar, kernels, parts
 from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import ADC, CONSTANTS, PRESETS, CrossbarConfig, Encoding, Range, Tile
 from lorafusion_jax.estimates.bill.show import constants_table
 from lorafusion_jax.estimates.flops import forward_flops
 from lorafusion_jax.methods.lora import LowRankUpdate
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.parts import (
-    CostOptions,
-    Shape,
-    SumUpdate,
-    activities,
-    bills,
-    comparisons,
-    installed_once,
-    markdown,
-    number,
-    price,
-    quantity,
-    step_flops,
-)
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LARGE, _ISAAC = SHAPES["flan-t5-large"], PRESETS["isaac"]
-_OPTIONS = CostOptions()
-_LITTLE = CostOptions(modules=2, rank=4, bases=(3,), source=16, target=8, train_rows=20, batch_size=5, epochs=3)
+_OPTIONS = parts.CostOptions()
+_LITTLE = parts.CostOptions(modules=2, rank=4, bases=(3,), source=16, target=8, train_rows=20, batch_size=5, epochs=3)
 _BASES = ("LoRAFusion, basis of 16", "LoRAFusion, basis of 32")
 _NO_CELLS = ("LoRA in SRAM", "VeRA", "LoraHub", "LoRAFusion", "LoRAFusion, side by side", *_BASES)
 
 
 @functools.cache
 def _activities(options=_OPTIONS, crossbar_config=_ISAAC, config=_LARGE):
-    return {activity.method: activity for activity in activities(config, crossbar_config, options)}
+    return {activity.method: activity for activity in parts.activities(config, crossbar_config, options)}
 
 
 @pytest.fixture(scope="module")
 def large():
-    return {name: price(activity, _ISAAC, _OPTIONS) for name, activity in _activities().items()}
+    return {name: parts.price(activity, _ISAAC, _OPTIONS) for name, activity in _activities().items()}
 
 
 def test_only_matrices_of_a_task_are_written(large):
@@ -88,7 +74,7 @@ def test_a_small_model_has_the_cells_that_programming_gives_it():
         return L * K * P * R * C, L * K * P * int(with_unit.sum())
 
     options = dataclasses.replace(_OPTIONS, modules=2, rank=4, vera_rank=5, bases=(4,))
-    once = installed_once(square, config, options)
+    once = parts.installed_once(square, config, options)
     base = np.sum([written(stack) for stack in (*weights, head)], axis=0)
     modules = [m.reshape(-1, *m.shape[2:]) for m in (*pool.A.values(), *pool.B.values())]
     own = np.sum([written(stack) for stack in modules], axis=0)
@@ -147,7 +133,7 @@ def test_reads_of_a_token_by_hand():
     stages = of["LoRA in cells"].stages
     assert sum(stages.values()) == 2 * 6 + 1
     longest = crossbar.read_latency((16, 4), config) + crossbar.read_latency((4, 12), config)
-    plain, adapted = (price(of[name], config, options) for name in ("full fine-tuning", "LoRA in cells"))
+    plain, adapted = (parts.price(of[name], config, options) for name in ("full fine-tuning", "LoRA in cells"))
     assert adapted.latency_arrays.typical == pytest.approx(
         plain.latency_arrays.typical + 2 * (longest.typical - crossbar.read_latency((16, 12), config).typical)
     )
@@ -159,10 +145,10 @@ def test_training_by_hand():
     options = dataclasses.replace(_LITTLE, evaluations=7)
     of = _activities(options, config, tiny.CONFIG)
     # 19 rows of 20 train, packed, so nothing fills up the last batch of an epoch.
-    shapes, validation = [Shape(rows, 16, 8) for rows in (5, 5, 5, 4)] * 3, Shape(1, 16, 8)
+    shapes, validation = [parts.Shape(rows, 16, 8) for rows in (5, 5, 5, 4)] * 3, parts.Shape(1, 16, 8)
     steps, trained_rows = len(shapes), 3 * 19
 
-    def products(shape: Shape) -> float:
+    def products(shape: parts.Shape) -> float:
         found = 2.0 * shape.rows * shape.target * 16 * 48
         for name, site in tiny.CONFIG.sites.items():
             of_source = name.startswith("encoder") or name in ("decoder.cross.k", "decoder.cross.v")
@@ -171,7 +157,7 @@ def test_training_by_hand():
         return found
 
     def flops(update: Update, trainable: int) -> float:
-        trained = sum(step_flops(tiny.CONFIG, step, update, trainable=trainable) for step in shapes)
+        trained = sum(parts.step_flops(tiny.CONFIG, step, update, trainable=trainable) for step in shapes)
         return trained + 3 * forward_flops(tiny.CONFIG, validation, update)
 
     base, on_arrays = flops(Update(), 0), sum(map(products, [*shapes, *[validation] * 3]))
@@ -224,7 +210,7 @@ def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
     drawn, ranked = (
         _activities(options, config, tiny.CONFIG) for options in (_LITTLE, dataclasses.replace(_LITTLE, pool_size=5))
     )
-    none, whole = Update(), SumUpdate(rank=4, modules=5, magnitudes=True)
+    none, whole = Update(), parts.SumUpdate(rank=4, modules=5, magnitudes=True)
     source, target = 4 * 5 * 16, 4 * 5 * 8  # tokens of four padded batches
     base = drawn["LoRA in cells"].base_training
     for name in ("LoRAFusion", "LoRAFusion, basis of 3"):
@@ -245,8 +231,8 @@ def test_a_larger_pool_is_ranked_by_one_pass_over_whole_modules():
             assert dataclasses.replace(reads, tallest=0) == dataclasses.replace(wanted, tallest=0)
         else:  # the arrays hold the basis, so whole modules are read digitally
             assert reads.conversions == 0
-            once = step_flops(tiny.CONFIG, Shape(5, 16, 8), whole, trainable=0)
-            once -= step_flops(tiny.CONFIG, Shape(5, 16, 8), none, trainable=0)
+            once = parts.step_flops(tiny.CONFIG, parts.Shape(5, 16, 8), whole, trainable=0)
+            once -= parts.step_flops(tiny.CONFIG, parts.Shape(5, 16, 8), none, trainable=0)
             assert after.update_training.macs - before.update_training.macs == pytest.approx(4 * once / 2)
     for name in ("LoRA in cells", "LoraHub"):
         here, there = (
@@ -262,7 +248,7 @@ def test_a_bill_adds_up(large):
         assert bill.learning == bill.install + bill.update + bill.base
         share = bill.generated.total + bill.source.total * 16.0
         assert bill.inference.typical == pytest.approx(1000 * share.typical)
-    more = price(_activities()["LoRAFusion"], _ISAAC, dataclasses.replace(_OPTIONS, tokens_per_task=3000))
+    more = parts.price(_activities()["LoRAFusion"], _ISAAC, dataclasses.replace(_OPTIONS, tokens_per_task=3000))
     assert more.inference.low == pytest.approx(3 * fusion.inference.low) and more.learning == fusion.learning
 
 
@@ -270,46 +256,48 @@ def test_saved_writes_are_outweighed_where_the_two_bills_meet():
     of = _activities()
     constants = CONSTANTS.pinned("typical")
     of = {name: of[name] for name in ("LoRA in cells", "LoRAFusion", "LoRAFusion, basis of 16")}
-    for name, found in comparisons(of, _ISAAC, _OPTIONS, constants).items():
+    for name, found in parts.comparisons(of, _ISAAC, _OPTIONS, constants).items():
         tokens = found.break_even.typical
-        priced = [price(of[n], _ISAAC, _OPTIONS, constants) for n in ("LoRA in cells", name)]
+        priced = [parts.price(of[n], _ISAAC, _OPTIONS, constants) for n in ("LoRA in cells", name)]
         lora, fusion = (b.inference.typical / 1000 * tokens for b in priced)
         installed = [b.install.typical for b in priced]
         assert fusion + installed[1] == pytest.approx(lora + installed[0], rel=1e-6)
         assert found.learning.typical == pytest.approx(priced[0].learning.typical / priced[1].learning.typical)
         assert found.install.typical == pytest.approx(priced[0].install.typical / priced[1].install.typical)
     narrow = dataclasses.replace(_OPTIONS, bases=(8,))  # fewer directions than the LoRA has ranks
-    found = comparisons(_activities(narrow), _ISAAC, narrow)["LoRAFusion, basis of 8"]
+    found = parts.comparisons(_activities(narrow), _ISAAC, narrow)["LoRAFusion, basis of 8"]
     assert math.isinf(found.break_even.typical)
 
 
 def test_a_ratio_ranges_over_cells_alone_and_over_everything(large):
     of = {name: _activities()[name] for name in ("LoRA in cells", "LoRAFusion")}
-    found = comparisons(of, _ISAAC, _OPTIONS)["LoRAFusion"]
+    found = parts.comparisons(of, _ISAAC, _OPTIONS)["LoRAFusion"]
     word, cells = 148_416 * 2.15e-12, large["LoRA in cells"].written.cells
     for end, energy in (("low", 1.3e-12), ("typical", 41e-12), ("high", 104e-12)):
         assert getattr(found.install, end) == pytest.approx(cells * energy / word)
     assert found.learning_all.low <= found.learning.low and found.learning.high <= found.learning_all.high
     cheap = dataclasses.replace(CONSTANTS.table["cell_write_energy"], low=1e-3, typical=1e-3, high=1e-3)
     table = dataclasses.replace(CONSTANTS, table={**CONSTANTS.table, "cell_write_energy": cheap})
-    assert comparisons(of, _ISAAC, _OPTIONS, table)["LoRAFusion"].break_even.high < found.break_even.low
+    assert parts.comparisons(of, _ISAAC, _OPTIONS, table)["LoRAFusion"].break_even.high < found.break_even.low
 
 
 def test_a_tied_head_is_digital():
     tied = dataclasses.replace(tiny.CONFIG, tied=True)
-    of, other = (activities(each, _ISAAC, dataclasses.replace(_OPTIONS, bases=()))[0] for each in (tied, tiny.CONFIG))
+    of, other = (
+        parts.activities(each, _ISAAC, dataclasses.replace(_OPTIONS, bases=()))[0] for each in (tied, tiny.CONFIG)
+    )
     head = crossbar.counts((16, 48), _ISAAC)
     assert of.generated.reads + head == other.generated.reads
     assert of.generated.macs == other.generated.macs + 16 * 48 and of.source == other.source
 
 
 def test_numbers_are_written_with_units_and_the_docs_have_the_constants():
-    assert markdown(constants_table(CONSTANTS)) in (_ROOT / "docs" / "reference" / "constants.md").read_text()
-    assert quantity(Range(1.2e-6, 3.45e-6, 0.0123), "J") == "1.2 / 3.45 / 12,300 µJ"
-    assert quantity(Range.of(2.5), "s") == "2.5 s" and quantity(Range.of(0.0), "J") == "0 J"
-    assert quantity(Range(1e-20, 2e-20, 3e-20), "J") == "1e-05 / 2e-05 / 3e-05 fJ"
-    assert number(Range(0.5, 12.0, 1e10)) == "0.5 / 12 / 1e+10"
-    assert number(Range(1.0, math.inf, math.inf)) == "1 / never / never"
+    assert parts.markdown(constants_table(CONSTANTS)) in (_ROOT / "docs" / "reference" / "constants.md").read_text()
+    assert parts.quantity(Range(1.2e-6, 3.45e-6, 0.0123), "J") == "1.2 / 3.45 / 12,300 µJ"
+    assert parts.quantity(Range.of(2.5), "s") == "2.5 s" and parts.quantity(Range.of(0.0), "J") == "0 J"
+    assert parts.quantity(Range(1e-20, 2e-20, 3e-20), "J") == "1e-05 / 2e-05 / 3e-05 fJ"
+    assert parts.number(Range(0.5, 12.0, 1e10)) == "0.5 / 12 / 1e+10"
+    assert parts.number(Range(1.0, math.inf, math.inf)) == "1 / never / never"
 
 
 def test_the_command_prints_every_method_and_writes_json_and_constants(tmp_path, capsys):
@@ -343,7 +331,7 @@ def test_the_experiment_writes_tables_and_plots(tmp_path):
     assert {row["shape"] for row in rows} == {"t5-small", "flan-t5-small"}
     assert all(float(row["low"]) <= float(row["typical"]) <= float(row["high"]) for row in rows)
     of = {(row["method"], row["quantity"]): row for row in rows if row["shape"] == "t5-small"}
-    found = bills(SHAPES["t5-small"], PRESETS["puma"], _OPTIONS)["LoRA in cells"]
+    found = parts.bills(SHAPES["t5-small"], PRESETS["puma"], _OPTIONS)["LoRA in cells"]
     assert float(of["LoRA in cells", "learned"]["high"]) == pytest.approx(found.learning.high, rel=1e-5)
     assert float(of["LoRA in cells", "cells written"]["low"]) == found.written.cells
     assert float(of["once: base", "cells written"]["low"]) > 0

@@ -11,10 +11,8 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.params import counts, size
-from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.parts import FullFineTuning, T5Config, abstract_model, shape_config
+from lorafusion_jax.parts import FullFineTuning, Magnitudes, T5Config, VeRA, abstract_model, shape_config
 
 _LARGE = {
     "LoRAFusion": 148_416,

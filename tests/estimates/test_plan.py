@@ -14,60 +14,34 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax import parts
 from lorafusion_jax.estimates.estimate import estimate
 from lorafusion_jax.estimates.flops import forward_flops
 from lorafusion_jax.estimates.params import size
-from lorafusion_jax.estimates.plan import describe_run, plan, plan_table
+from lorafusion_jax.estimates.plan import plan, plan_table
 from lorafusion_jax.methods import METHODS
 from lorafusion_jax.methods.fused import BasisUpdate
 from lorafusion_jax.methods.vera import SharedUpdate
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.parts import (
-    GREEDY,
-    DecoderConfig,
-    FullFineTuning,
-    SeedModels,
-    Settings,
-    Shape,
-    SumUpdate,
-    T5Config,
-    abstract_model,
-    advance_rows,
-    begin_rows,
-    describe,
-    evaluation_bytes,
-    generation_flops,
-    matrices,
-    pool_bytes,
-    recipe_rates,
-    set_matrices,
-    state_bytes,
-    step_bytes,
-    step_flops,
-    targeted,
-    train_seeds,
-    trained_numbers,
-    update_of,
-    weights_bytes,
-    workload,
-)
 from lorafusion_jax.tasks import Batch, Example, Rows, Task
 
 _S = jax.ShapeDtypeStruct
 # XLA counts the body of a loop once: layers are unrolled, and no more than `compose` computes in one go.
-_SMALL = T5Config(
+_SMALL = parts.T5Config(
     vocab_size=512, d_model=128, d_kv=32, d_ff=320, num_heads=4, num_layers=2, num_decoder_layers=1, unroll=True
 )
-_SCANNED = T5Config(vocab_size=512, d_model=128, d_kv=32, d_ff=320, num_heads=4, num_layers=9, num_decoder_layers=7)
+_SCANNED = parts.T5Config(
+    vocab_size=512, d_model=128, d_kv=32, d_ff=320, num_heads=4, num_layers=9, num_decoder_layers=7
+)
 _HEADS = {"d_head": 32, "num_heads": 4, "num_kv_heads": 2, "query_scale": 32**-0.5, "rope": Rope(width=32)}
 _SIZES = {"vocab_size": 512, "d_model": 128, "d_ff": 320, "num_layers": 2, "context": 128}
-_DECODER = DecoderConfig(model_type="llama", **_SIZES, **_HEADS, eps=1e-6, unroll=True)
+_DECODER = parts.DecoderConfig(model_type="llama", **_SIZES, **_HEADS, eps=1e-6, unroll=True)
 _SCANNED_DECODER = dataclasses.replace(_DECODER, num_layers=9, unroll=False)
 _UNROLLED = {"unroll": True, "remat": "none"}
 _BFLOAT16 = {"dtype": "bfloat16"}
-_SHAPE = Shape(4, 32, 8)
-_PACKED = Shape(1, 96, 24, ((2, 32, 8), (2, 16, 8)))
+_SHAPE = parts.Shape(4, 32, 8)
+_PACKED = parts.Shape(1, 96, 24, ((2, 32, 8), (2, 16, 8)))
 _TASK = str(one_block.SMALL / "tasks" / "double_digit")
 
 
@@ -83,18 +57,18 @@ class _Numbers(lf.FusionRecipe):
 
 
 _RECIPE = _Numbers(modules=5, lora_rank=8, vera_rank=24)
-_SETTINGS = Settings(recipe=_RECIPE, rank=8, pool=7)
+_SETTINGS = parts.Settings(recipe=_RECIPE, rank=8, pool=7)
 _IN_BASIS = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, basis=12))
 _QUICK = {"xla_backend_optimization_level": "0"}  # of LLVM: what XLA computes and holds stays the same
 
 
 def _method(name: str, config: lf.Architecture) -> lf.Method:
-    adapted = tuple(targeted(config, None).items())
-    alone = {"zero-shot": lf.ZeroShot(), "full": FullFineTuning(), "lora": lf.LoRA(sites=adapted, rank=8)}
+    adapted = tuple(parts.targeted(config, None).items())
+    alone = {"zero-shot": lf.ZeroShot(), "full": parts.FullFineTuning(), "lora": lf.LoRA(sites=adapted, rank=8)}
     return alone.get(name) or lf.Fusion(composition="mix" if name.endswith("mix") else "sum")
 
 
-def _planned(name: str, settings: Settings) -> tuple[str, Settings]:
+def _planned(name: str, settings: parts.Settings) -> tuple[str, parts.Settings]:
     """Return the name of a method in the registry, and its settings."""
     if name != "fusion-mix":
         return name, settings
@@ -102,12 +76,12 @@ def _planned(name: str, settings: Settings) -> tuple[str, Settings]:
 
 
 @cache
-def _frozen(name: str, config: lf.Architecture, settings: Settings) -> tuple[nnx.GraphDef, lf.Frozen]:
+def _frozen(name: str, config: lf.Architecture, settings: parts.Settings) -> tuple[nnx.GraphDef, lf.Frozen]:
     """Return the model's structure and its frozen arrays, all zeros."""
-    graph, base = nnx.split(abstract_model(config))
+    graph, base = nnx.split(parts.abstract_model(config))
     base = jax.tree.map(lambda a: jnp.zeros(a.shape, config.dtype), base)
     pool, modules, r, k = None, settings.pool or settings.recipe.modules, settings.rank, settings.recipe.basis
-    shapes = {n: (s.layers, modules, s.d_in, s.d_out) for n, s in targeted(config, None).items()}
+    shapes = {n: (s.layers, modules, s.d_in, s.d_out) for n, s in parts.targeted(config, None).items()}
     rank = {n: jnp.full((L, N), r) for n, (L, N, *_) in shapes.items()}
     names = tuple(map(str, range(modules)))
     if name.startswith("fusion") and k is None:
@@ -138,23 +112,23 @@ def _held_in(load_in: str, graph: nnx.GraphDef, frozen: lf.Frozen) -> lf.Frozen:
     if load_in == "full":
         return frozen
     model = nnx.merge(graph, frozen.base)
-    set_matrices(model, {n: lf.quantise(w, load_in, tiled_axis=-2) for n, w in matrices(model).items()})
+    parts.set_matrices(model, {n: lf.quantise(w, load_in, tiled_axis=-2) for n, w in parts.matrices(model).items()})
     pool = None if frozen.pool is None else frozen.pool.quantised(load_in)
     return dataclasses.replace(frozen, base=nnx.split(model)[1], pool=pool)
 
 
-def _batch(shape: Shape, *lead: int) -> Batch:
+def _batch(shape: parts.Shape, *lead: int) -> Batch:
     source, target = ((*lead, shape.rows, width) for width in (shape.source, shape.target))
     batch = Batch(_S(source, jnp.int32), _S(source, bool), _S(target, jnp.int32), _S(source[:-1], bool))
     if not shape.groups:
         return batch
-    parts = (tuple(_S((group[0], group[part]), jnp.int32) for group in shape.groups) for part in (1, 2))
+    pieces = (tuple(_S((group[0], group[part]), jnp.int32) for group in shape.groups) for part in (1, 2))
     return batch._replace(
-        row_mask=_S((sum(group[0] for group in shape.groups),), bool), rows=Rows(*parts, batch.labels)
+        row_mask=_S((sum(group[0] for group in shape.groups),), bool), rows=Rows(*pieces, batch.labels)
     )
 
 
-def _state(name: str, config: lf.Architecture, settings: Settings, seeds: int):
+def _state(name: str, config: lf.Architecture, settings: parts.Settings, seeds: int):
     graph, frozen = _frozen(name, config, settings)
     index = _S((seeds, settings.recipe.modules), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
@@ -165,7 +139,7 @@ def _state(name: str, config: lf.Architecture, settings: Settings, seeds: int):
     return jax.eval_shape(jax.vmap(start), index, keys), index
 
 
-def _problem(name: str, config: lf.Architecture, settings: Settings, seed_mode: str = "batched"):
+def _problem(name: str, config: lf.Architecture, settings: parts.Settings, seed_mode: str = "batched"):
     """Return the problem of some weights and modules."""
     graph, _ = _frozen(name, config, settings)
     method = _method(name, config)
@@ -173,7 +147,7 @@ def _problem(name: str, config: lf.Architecture, settings: Settings, seed_mode: 
 
 
 def _rates(name: str, config: lf.Architecture, seeds: int):
-    return jax.eval_shape(lambda: recipe_rates(_method(name, config), _RECIPE, seeds))
+    return jax.eval_shape(lambda: parts.recipe_rates(_method(name, config), _RECIPE, seeds))
 
 
 def _of_one(tree):
@@ -201,7 +175,7 @@ def _bytes(compiled) -> int:
     return found.argument_size_in_bytes + found.temp_size_in_bytes + returned
 
 
-def _step(name: str, config: lf.Architecture, settings: Settings, shape: Shape = _SHAPE):
+def _step(name: str, config: lf.Architecture, settings: parts.Settings, shape: parts.Shape = _SHAPE):
     """Return the real step of one seed, compiled."""
     _, frozen = _frozen(name, config, settings)
     state, index = (_of_one(tree) for tree in _state(name, config, settings, 1))
@@ -233,28 +207,31 @@ _LONG = pytest.mark.long
 def test_flops_of_a_step(name, config, changes, tolerance):
     settings = dataclasses.replace(_SETTINGS, **changes)
     method, chosen = _planned(name, settings)
-    update, trainable = update_of(config, method, chosen), trained_numbers(config, method, chosen)
-    found = step_flops(config, _SHAPE, update, trainable=trainable)
+    update, trainable = parts.update_of(config, method, chosen), parts.trained_numbers(config, method, chosen)
+    found = parts.step_flops(config, _SHAPE, update, trainable=trainable)
     np.testing.assert_allclose(found, _flops(_step(name, config, settings)), rtol=tolerance)
     if "recipe" in changes:
         assert isinstance(update, BasisUpdate) and update.width(config.sites["encoder.self.q"], 1) == 32
     elif "rank" in changes:
-        sites = targeted(config, ("q", "v"))
+        sites = parts.targeted(config, ("q", "v"))
         assert all(update.is_dense(site) == (changes["rank"] == 32) for site in sites.values())
         widths = {update.width(site, 128) for site in sites.values()}
         assert widths == {0} and update.width(sites["decoder.self.q"], 32) == (0 if changes["rank"] == 32 else 80)
     if "device" in changes:
         _, frozen = _frozen(name, config, settings)
         arrays = jax.tree.leaves((frozen.pool.A, frozen.pool.B, frozen.gram))
-        assert pool_bytes(config, update) == sum(a.nbytes for a in arrays)
+        assert parts.pool_bytes(config, update) == sum(a.nbytes for a in arrays)
 
 
 @pytest.mark.parametrize("config", [_SMALL, pytest.param(_DECODER, marks=_LONG)])
 def test_flops_of_a_packed_step(config):
     """Attention within each row alone makes the difference: the whole line has three times as many scores."""
     method, chosen = _planned("fusion", _SETTINGS)
-    how = {"update": update_of(config, method, chosen), "trainable": trained_numbers(config, method, chosen)}
-    found, in_one = (step_flops(config, shape, **how) for shape in (_PACKED, _PACKED._replace(groups=())))
+    how = {
+        "update": parts.update_of(config, method, chosen),
+        "trainable": parts.trained_numbers(config, method, chosen),
+    }
+    found, in_one = (parts.step_flops(config, shape, **how) for shape in (_PACKED, _PACKED._replace(groups=())))
     counted = _flops(_step("fusion", config, _SETTINGS, _PACKED))
     np.testing.assert_allclose(found, counted, rtol=0.1)
     assert in_one > 1.05 * found
@@ -263,9 +240,9 @@ def test_flops_of_a_packed_step(config):
 def test_pair_terms_are_planned_where_a_run_prepares_them():
     settings = dataclasses.replace(_SETTINGS, device="accelerator")
     by_rank = dataclasses.replace(settings, recipe=dataclasses.replace(_RECIPE, granularity="rank"))
-    assert update_of(_SMALL, "fusion", settings).pair_terms == 7 * 8 // 2 + 7
-    assert update_of(_SMALL, "mean-fusion", settings).pair_terms == 7 * 8 // 2 + 7
-    assert update_of(_SMALL, "fusion", dataclasses.replace(settings, pool=13)).pair_terms == 13 * 8
+    assert parts.update_of(_SMALL, "fusion", settings).pair_terms == 7 * 8 // 2 + 7
+    assert parts.update_of(_SMALL, "mean-fusion", settings).pair_terms == 7 * 8 // 2 + 7
+    assert parts.update_of(_SMALL, "fusion", dataclasses.replace(settings, pool=13)).pair_terms == 13 * 8
     for name, others in (
         ("fusion", _SETTINGS),
         _planned("fusion-mix", settings),
@@ -274,13 +251,13 @@ def test_pair_terms_are_planned_where_a_run_prepares_them():
         ("mean-fusion", by_rank),
         ("mean-fusion", dataclasses.replace(_IN_BASIS, device="accelerator")),
     ):
-        assert getattr(update_of(_SMALL, name, others), "pair_terms", 0) == 0, name
+        assert getattr(parts.update_of(_SMALL, name, others), "pair_terms", 0) == 0, name
 
 
 def test_flops_by_hand():
     # One layer each of 2 x 2 matrices, one row of 3 source and 1 target tokens.
-    config = T5Config(vocab_size=5, d_model=2, d_kv=2, d_ff=2, num_heads=1, num_layers=1, num_decoder_layers=1)
-    shape = Shape(1, 3, 1)
+    config = parts.T5Config(vocab_size=5, d_model=2, d_kv=2, d_ff=2, num_heads=1, num_layers=1, num_decoder_layers=1)
+    shape = parts.Shape(1, 3, 1)
     # Encoder: q k v o and three of the feed-forward for 3 tokens; decoder: 9 for 1, cross k and v for 3; the head.
     base = 8 * (7 * 3 + 9 * 1 + 2 * 3) + 2 * 2 * 5
     attention = 2 * 2 * 2 * (3 * 3 + 1 * 1 + 1 * 3)
@@ -296,14 +273,17 @@ def test_flops_by_hand():
     assert forward_flops(config, shape, basis) == base + attention + made + 2 * met * 2 * (2 + 2)
     of_core = 2 * met * 2 * 2 + 6 * 2 * (4 * 2 + 5 * 4)
     wanted = 2 * base + 3.5 * attention + made + 2 * 2 * met * 2 * 4 + of_core
-    assert step_flops(config, shape, basis, trainable=0) == wanted
+    assert parts.step_flops(config, shape, basis, trainable=0) == wanted
     # In arrays every token is multiplied by the core, forward and backward, and its gradient is that of the core.
     in_arrays = dataclasses.replace(basis, in_arrays=True)
     wanted += 2 * 2 * met * 4 + 2 * met * 4 + 6 * 2 * 5 * 4 - of_core
-    assert step_flops(config, shape, in_arrays, trainable=0) == wanted
-    assert step_flops(config, shape, lf.Update(), trainable=0) == base + attention + backward
-    assert step_flops(config, shape, vera, trainable=0) == base + attention + backward + 2 * 2 * met * 7 * 4
-    assert step_flops(config, shape, lf.Update(trains_base=True), trainable=1) == 2 * base + attention + backward + 18
+    assert parts.step_flops(config, shape, in_arrays, trainable=0) == wanted
+    assert parts.step_flops(config, shape, lf.Update(), trainable=0) == base + attention + backward
+    assert parts.step_flops(config, shape, vera, trainable=0) == base + attention + backward + 2 * 2 * met * 7 * 4
+    assert (
+        parts.step_flops(config, shape, lf.Update(trains_base=True), trainable=1)
+        == 2 * base + attention + backward + 18
+    )
 
 
 def test_flops_of_a_decoder_by_hand():
@@ -312,9 +292,9 @@ def test_flops_of_a_decoder_by_hand():
         _DECODER, vocab_size=5, d_model=4, d_head=2, d_ff=3, num_heads=2, num_kv_heads=1, num_layers=1
     )
     products = 2 * 5 * (4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 3) + 2 * 2 * 4 * 5
-    none, shape = lf.Update(), Shape(1, 3, 2)
+    none, shape = lf.Update(), parts.Shape(1, 3, 2)
     assert forward_flops(config, shape, none) == products + 4 * 2 * 2 * 5 * 5
-    assert generation_flops(config, shape, none) == products + 4 * 2 * 2 * (3 * 3 + 2 * 5)
+    assert parts.generation_flops(config, shape, none) == products + 4 * 2 * 2 * (3 * 3 + 2 * 5)
 
 
 @pytest.mark.parametrize(
@@ -338,8 +318,8 @@ def test_flops_of_generation(name, config, counted_as, rank):
         return lf.generate(model, batch.input_ids, batch.input_mask, adapters, max_new_tokens=6)
 
     # Counted once by XLA: the source, and the body of the loop over tokens.
-    update = update_of(config, name, settings)
-    source, whole = (generation_flops(counted_as, Shape(4, 32, tokens), update) for tokens in (0, 6))
+    update = parts.update_of(config, name, settings)
+    source, whole = (parts.generation_flops(counted_as, parts.Shape(4, 32, tokens), update) for tokens in (0, 6))
     counted = _flops(_compiled(run, state.params, _batch(_SHAPE), index, frozen))
     np.testing.assert_allclose(source + (whole - source) / 6, counted, rtol=0.1)
 
@@ -367,9 +347,9 @@ def test_flops_of_generation(name, config, counted_as, rank):
     ],
 )
 def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
-    config, shape, seeds, settings = dataclasses.replace(config, **structure), Shape(8, 64, 8), 2, _SETTINGS
+    config, shape, seeds, settings = dataclasses.replace(config, **structure), parts.Shape(8, 64, 8), 2, _SETTINGS
     if name == "fusion-basis":
-        name, settings = "fusion", Settings(recipe=dataclasses.replace(_RECIPE, basis=48, modules=20), pool=60)
+        name, settings = "fusion", parts.Settings(recipe=dataclasses.replace(_RECIPE, basis=48, modules=20), pool=60)
     elif name == "fusion-formed":
         name, settings = "fusion", dataclasses.replace(_SETTINGS, rank=16)
     graph, frozen = _frozen(name, config, settings)
@@ -381,17 +361,17 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
 
     def step(state, batch, index, frozen, rates):
         batches = jax.tree.map(lambda rows: rows[:, None], batch)  # of one step
-        return train_seeds(state, batches, problem(frozen, index), rates, optimisation=optimisation)
+        return parts.train_seeds(state, batches, problem(frozen, index), rates, optimisation=optimisation)
 
     rates = _rates(name, config, seeds)
     compiled = _compiled(step, state, _batch(shape, seeds), index, frozen, rates, donate=True)
     method, chosen = _planned(name, settings)
-    update, trainable = update_of(config, method, chosen), trained_numbers(config, method, chosen)
-    held = pool_bytes(config, update, load_in) + seeds * state_bytes(trainable)
+    update, trainable = parts.update_of(config, method, chosen), parts.trained_numbers(config, method, chosen)
+    held = parts.pool_bytes(config, update, load_in) + seeds * parts.state_bytes(trainable)
     # Nothing reads the base where all of it is trained, and XLA does not count it.
-    held += 0 if name == "full" else weights_bytes(config, load_in)
+    held += 0 if name == "full" else parts.weights_bytes(config, load_in)
     how = {"trainable": trainable, "seeds": seeds, "seed_mode": seed_mode, "device": "cpu", "load_in": load_in}
-    np.testing.assert_allclose(held + step_bytes(config, shape, update, **how), _bytes(compiled), rtol=0.25)
+    np.testing.assert_allclose(held + parts.step_bytes(config, shape, update, **how), _bytes(compiled), rtol=0.25)
 
 
 @pytest.mark.usefixtures("fusion_emitters")
@@ -408,7 +388,7 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
     ],
 )
 def test_memory_of_generation(config, dtype, load_in, rows):
-    config, shape, seeds, tokens = dataclasses.replace(config, dtype=dtype), Shape(rows, 96, 8), 2, 8
+    config, shape, seeds, tokens = dataclasses.replace(config, dtype=dtype), parts.Shape(rows, 96, 8), 2, 8
     graph, frozen = _frozen("lora", config, _SETTINGS)
     frozen = _held_in(load_in, graph, frozen).unstacked()
     state, index = _state("lora", config, _SETTINGS, seeds)
@@ -416,8 +396,8 @@ def test_memory_of_generation(config, dtype, load_in, rows):
 
     def begun(params, index, frozen, numbers, batch):
         rows = (batch.input_ids, batch.input_mask, batch.row_mask, jnp.full(shape.rows, tokens), None)
-        how = {"max_new_tokens": tokens, "sampling": GREEDY}
-        return begin_rows(SeedModels(params, problem(frozen, index), numbers), *rows, **how)
+        how = {"max_new_tokens": tokens, "sampling": parts.GREEDY}
+        return parts.begin_rows(parts.SeedModels(params, problem(frozen, index), numbers), *rows, **how)
 
     def leaves(*arguments):
         found, of_parts = zip(*map(jax.tree.flatten, begun(*arguments)), strict=True)
@@ -427,16 +407,19 @@ def test_memory_of_generation(config, dtype, load_in, rows):
     def advanced(generation, adapters, params, index, frozen, numbers):
         generation, adapters = (tree.unflatten(part) for tree, part in zip(trees, (generation, adapters), strict=True))
         limits = (jnp.int32(shape.rows), jnp.int32(tokens))
-        models = SeedModels(params, problem(frozen, index), numbers)
-        return advance_rows(models, generation, adapters, limits, sampling=GREEDY)[0]
+        models = parts.SeedModels(params, problem(frozen, index), numbers)
+        return parts.advance_rows(models, generation, adapters, limits, sampling=parts.GREEDY)[0]
 
     arguments = (state.params, index, frozen, numbers)
-    parts = jax.eval_shape(leaves, *arguments, _batch(shape))
-    compiled = [_compiled(begun, *arguments, _batch(shape)), _compiled(advanced, *parts, *arguments, donate=True)]
-    update, trainable = update_of(config, "lora", _SETTINGS), trained_numbers(config, "lora", _SETTINGS)
+    pieces = jax.eval_shape(leaves, *arguments, _batch(shape))
+    compiled = [_compiled(begun, *arguments, _batch(shape)), _compiled(advanced, *pieces, *arguments, donate=True)]
+    update, trainable = (
+        parts.update_of(config, "lora", _SETTINGS),
+        parts.trained_numbers(config, "lora", _SETTINGS),
+    )
     how = {"seeds": seeds, "seed_mode": "batched", "device": "cpu", "load_in": load_in}
-    needed = evaluation_bytes(config, shape, tokens, update, **how)
-    held = weights_bytes(config, load_in) + seeds * trainable * 4
+    needed = parts.evaluation_bytes(config, shape, tokens, update, **how)
+    held = parts.weights_bytes(config, load_in) + seeds * trainable * 4
     np.testing.assert_allclose(held + needed, max(map(_bytes, compiled)), rtol=0.25)
 
 
@@ -446,7 +429,7 @@ _SAME = tuple(Example("a b c", "d e") for _ in range(20))
 def test_a_workload_has_the_batches_of_training_and_evaluation():
     rows = [Example("x" * (4 * n + 2), "yes" if n % 2 else "no") for n in range(40)]
     recipe = lf.FewShotRecipe(epochs=3, batch_size=8, shots=4)
-    found = workload(Task("t", tuple(rows), tuple(rows[:30]), "-"), recipe, eval_batch=16)
+    found = parts.workload(Task("t", tuple(rows), tuple(rows[:30]), "-"), recipe, eval_batch=16)
     # 2 of 40 rows validate; 5 batches hold 38; a row of n tokens and its end is at most 40 wide.
     assert len(found.steps) == 15 and len(found.search) == 5 and found.validation.rows == 2
     assert all(step.rows == 8 and 4 <= step.source <= 48 for step in found.steps)
@@ -459,15 +442,15 @@ def test_a_workload_has_the_batches_of_training_and_evaluation():
     def tokenizer(texts, **_):
         return {"input_ids": [[1] * (10 * len(text.split())) for text in texts]}
 
-    found = workload(Task("t", _SAME, _SAME[:2], "-"), lf.FewShotRecipe(shots=50), tokenizer=tokenizer)
-    assert found.steps[0] == Shape(10, 32, 20) and found.lengths == "tokenised" and found.few_shot is None
+    found = parts.workload(Task("t", _SAME, _SAME[:2], "-"), lf.FewShotRecipe(shots=50), tokenizer=tokenizer)
+    assert found.steps[0] == parts.Shape(10, 32, 20) and found.lengths == "tokenised" and found.few_shot is None
     with pytest.raises(ValueError, match="too few training rows for 50 examples in a prompt: lower shots"):
-        estimate(_SMALL, "few-shot", found, Settings(recipe=lf.FewShotRecipe(shots=50)))
+        estimate(_SMALL, "few-shot", found, parts.Settings(recipe=lf.FewShotRecipe(shots=50)))
 
 
 def _work():
     row = Example("x" * 116, "x" * 8)
-    return workload(Task("t", (row,) * 40, (row,) * 50, "-"), _RECIPE)
+    return parts.workload(Task("t", (row,) * 40, (row,) * 50, "-"), _RECIPE)
 
 
 def test_a_plan_adds_up():
@@ -478,7 +461,7 @@ def test_a_plan_adds_up():
     # Two encoder layers with q and v, a decoder layer with two attentions, rank 8, five modules.
     for granularity, columns in {"global": 1, "block": 3, "site": 8, "rank": 8 * 8}.items():
         settings = dataclasses.replace(_SETTINGS, recipe=dataclasses.replace(_RECIPE, granularity=granularity))
-        assert trained_numbers(_SMALL, "coefficients", settings) == 5 * columns
+        assert parts.trained_numbers(_SMALL, "coefficients", settings) == 5 * columns
     assert fusion.runs == 10 and rows["zero-shot"].runs == 2 and rows["constant"].cost.peak_bytes == 0
     assert fusion.cost.training_flops == pytest.approx(10 * alone.training_flops)
     assert fusion.cost.evaluation_flops == pytest.approx(10 * alone.evaluation_flops)
@@ -499,17 +482,19 @@ def test_ranking_is_one_pass_over_all_modules_in_memory():
         return estimate(_SMALL, "fusion", work, settings)
 
     drawn, whole, inside = cost(), cost(choose="gradient"), cost(choose="basis-gradient")
-    for ranked, (kind, rank) in ((whole, (SumUpdate, 8)), (inside, (BasisUpdate, 12))):
+    for ranked, (kind, rank) in ((whole, (parts.SumUpdate, 8)), (inside, (BasisUpdate, 12))):
         update = kind(rank=rank, modules=60, pool=60, magnitudes=True)
-        once = sum(step_flops(_SMALL, shape, update, trainable=0) for shape in work.search)
+        once = sum(parts.step_flops(_SMALL, shape, update, trainable=0) for shape in work.search)
         assert ranked.training_flops == pytest.approx(drawn.training_flops + once)
         assert (ranked.trainable, ranked.pool_bytes) == (drawn.trainable, drawn.pool_bytes)
-    modules = pool_bytes(_SMALL, SumUpdate(rank=8, pool=60))
+    modules = parts.pool_bytes(_SMALL, parts.SumUpdate(rank=8, pool=60))
     assert whole.activation_bytes > drawn.activation_bytes + modules > inside.activation_bytes > 0
 
 
 def test_a_plan_describes_its_runs_and_costs():
-    out = describe(SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, Settings(recipe=lf.Recipe()))
+    out = parts.describe(
+        SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, parts.Settings(recipe=lf.Recipe())
+    )
     assert "2 methods and 1 tasks, looped; 5 seeds as one program, one after the other." in out
     assert "lengths estimated from characters, padded" in out and "2.92 GiB" in out
     assert "| fusion    |    5 |   148,416 |" in out
@@ -519,7 +504,7 @@ def test_a_plan_describes_its_runs_and_costs():
 
 def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
     options = lf.FuseOptions(base="flan-t5-large", task=_TASK, seeds=(1, 2), method="full")
-    cpu, h100, v5e = (describe_run(options, name) for name in ("cpu", "h100", "v5e"))
+    cpu, h100, v5e = (parts.describe_run(options, name) for name in ("cpu", "h100", "v5e"))
     assert "one after the other" in cpu and "float32 on a CPU" in cpu and "The process takes" in cpu
     assert "batched" in h100 and "float32 on an accelerator" in h100
     assert "The device has 74.51 GiB. All rows fit." in h100
@@ -532,7 +517,7 @@ def test_named_modules_are_those_of_every_seed():
     named = dataclasses.replace(options, adapters=tuple(sorted(path.name for path in adapters.iterdir()))[:3])
 
     def pool(options: lf.FuseOptions, *seeds: int) -> str:
-        described = describe_run(dataclasses.replace(options, seeds=seeds))
+        described = parts.describe_run(dataclasses.replace(options, seeds=seeds))
         (line,) = re.findall(r"^\| coefficients.*", described, re.MULTILINE)
         return line.split("|")[8].strip()
 
@@ -556,7 +541,10 @@ def test_methods_settings_and_rows_that_cannot_be_planned_are_refused():
         with pytest.raises(ValueError, match=message):
             estimate(_SMALL, method, _work(), dataclasses.replace(_SETTINGS, **changes))
     for make, message in (
-        (lambda: workload(Task("t", _SAME[:1], (), "-"), _RECIPE), "t has no test rows: there is nothing to evaluate"),
+        (
+            lambda: parts.workload(Task("t", _SAME[:1], (), "-"), _RECIPE),
+            "t has no test rows: there is nothing to evaluate",
+        ),
         (lambda: plan(_SMALL, ["lora"], {}, _SETTINGS), "a plan of 1 methods for 0 tasks: give at least one of each"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -114,7 +114,7 @@ def _bits(tree: Any) -> str:
 
 
 def _of_pool(printed: str, out: Path) -> Any:
-    from lorafusion_jax.io.pool import ConvertedPool
+    from lorafusion_jax.parts import ConvertedPool
 
     pool = ConvertedPool(out / "pool")
     loaded = pool.load()

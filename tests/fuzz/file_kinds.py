@@ -25,22 +25,11 @@ import one_block
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
+from lorafusion_jax import parts
 from lorafusion_jax.crossbar import load_chip, load_config, load_constants, save_chip, save_config, save_constants
 from lorafusion_jax.hardware.restored import load_restored
 from lorafusion_jax.io import arrays
-from lorafusion_jax.io.peft.adapter import read_adapter, resave
-from lorafusion_jax.io.pool.folder import ConvertedPool, write_manifest
-from lorafusion_jax.parts import (
-    Chips,
-    ConvertOptions,
-    RunFolder,
-    abstract_model,
-    convert,
-    load_chips,
-    open_base,
-    options_to_json,
-    write_adapter,
-)
+from lorafusion_jax.io.pool.folder import write_manifest
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import named
 from lorafusion_jax.tasks import SEPARATE_TEXTS, Example, decode, encode, load_task, write_lorahub_split
@@ -78,8 +67,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
     pool, out = folder / "converted", folder / "out"
     basis = pool / "basis"
     sources = tuple(map(str, sorted(adapters.iterdir())))
-    convert(ConvertOptions(base=str(base), adapters=sources, out=pool, basis=4))
-    entry = ConvertedPool(pool).manifest["adapters"][0]
+    parts.convert(parts.ConvertOptions(base=str(base), adapters=sources, out=pool, basis=4))
+    entry = parts.ConvertedPool(pool).manifest["adapters"][0]
     first = pool / entry["folder"]
     config = json.loads((base / "config.json").read_text())
     decoder = _written(folder / "decoder" / "config.json", _LLAMA)
@@ -87,7 +76,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     _written(folder / "sharded" / "config.json", config)
     os.link(base / "model.safetensors", folder / "sharded" / "one.safetensors")
     pickled = shutil.copytree(one_block.SMALL / "adapters" / "rotl_prev", folder / "pickled")
-    run = RunFolder(folder / "run")
+    run = parts.RunFolder(folder / "run")
     _write_run(run, base, pool)
     chips = _write_chips(folder / "chips")
     append_rows(folder / "rows.jsonl", made_up(methods=("LoRA",), tasks=("easy",), seeds=(1, 2), items=8))
@@ -145,7 +134,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     def whole_pool() -> None:
         lf.load_pool(pool)
-        resave(ConvertedPool(pool).adapter(entry["name"]), out)
+        parts.resave(parts.ConvertedPool(pool).adapter(entry["name"]), out)
         shutil.rmtree(out)
 
     digests = {"base": "0", "modules": {"a": "0", "b": "0"}}
@@ -158,10 +147,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
         found = read_weights(weights_file)
         assert found is not None
         with named(weights_file):
-            coefficients_of(found[0], ConvertedPool(pool).load([*found[0]]), None)
+            coefficients_of(found[0], parts.ConvertedPool(pool).load([*found[0]]), None)
 
     restored = folder / "restored" / "chip_0"
-    one_chip = load_chips(str(chips))
+    one_chip = parts.load_chips(str(chips))
     _write_corrections(restored, one_chip)
 
     def corrections() -> None:
@@ -177,8 +166,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         if not at.exists():
             fields, tensors = _OTHER_KINDS[kind]
             named = {f"base_model.model.{query}.{name}": np.ones(shape, "f4") for name, shape in tensors.items()}
-            write_adapter(at, {"peft_type": kind, "target_modules": ["q"]} | fields, named)
-        return Kind(at / part, lambda: read_adapter(str(at), **checked))
+            parts.write_adapter(at, {"peft_type": kind, "target_modules": ["q"]} | fields, named)
+        return Kind(at / part, lambda: parts.read_adapter(str(at), **checked))
 
     return {
         "pool manifest": Kind(pool / "manifest.json", whole_pool, signed),
@@ -191,14 +180,14 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "final arrays": Kind(
             run.final / "arrays.safetensors", lambda: lf.load_run(run.folder), lambda: stored(run.final)
         ),
-        "T5 config": Kind(base / "config.json", lambda: abstract_model(lf.read_config(base))),
-        "decoder config": Kind(decoder, lambda: abstract_model(lf.read_config(decoder.parent))),
+        "T5 config": Kind(base / "config.json", lambda: parts.abstract_model(lf.read_config(base))),
+        "decoder config": Kind(decoder, lambda: parts.abstract_model(lf.read_config(decoder.parent))),
         "generation config": Kind(base / "generation_config.json", lambda: lf.read_config(base)),
         "base index": Kind(index, lambda: lf.load_base(index.parent)),
         "base weights": Kind(base / "model.safetensors", lambda: lf.load_base(base)),
-        "adapter config": Kind(Path(sources[0]) / "adapter_config.json", lambda: read_adapter(sources[0])),
-        "adapter weights": Kind(Path(sources[0]) / "adapter_model.safetensors", lambda: read_adapter(sources[0])),
-        "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: read_adapter(str(pickled))),
+        "adapter config": Kind(Path(sources[0]) / "adapter_config.json", lambda: parts.read_adapter(sources[0])),
+        "adapter weights": Kind(Path(sources[0]) / "adapter_model.safetensors", lambda: parts.read_adapter(sources[0])),
+        "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: parts.read_adapter(str(pickled))),
         **{f"{kind} config": other(kind, "adapter_config.json") for kind in _OTHER_KINDS},
         **{f"{kind} weights": other(kind, "adapter_model.safetensors") for kind in _OTHER_KINDS},
         "weights file": Kind(weights_file, weights),
@@ -214,8 +203,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "run results": Kind(run.folder / "results.json", run.results),
         "run metrics": Kind(run.folder / "metrics.jsonl", run.metrics),
         "run predictions": Kind(run.folder / "predictions.jsonl", run.predictions),
-        "chips manifest": Kind(chips / "manifest.json", lambda: load_chips(str(chips)).chip_key(0)),
-        "chips config": Kind(chips / "config.yaml", lambda: load_chips(str(chips))),
+        "chips manifest": Kind(chips / "manifest.json", lambda: parts.load_chips(str(chips)).chip_key(0)),
+        "chips config": Kind(chips / "config.yaml", lambda: parts.load_chips(str(chips))),
         "chip arrays": Kind(chips / "chip_0" / "q.npz", lambda: load_chip(chips / "chip_0" / "q.npz")),
         "crossbar config": Kind(chips / "config.yaml", lambda: load_config(chips / "config.yaml")),
         "cost constants": Kind(folder / "constants.yaml", lambda: load_constants(folder / "constants.yaml")),
@@ -363,13 +352,13 @@ def _write_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
     return path
 
 
-def _write_run(run: RunFolder, base: Path, pool: Path) -> None:
+def _write_run(run: parts.RunFolder, base: Path, pool: Path) -> None:
     environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2}
     environment |= {"versions": {"lorafusion-jax": "0.1"}}
     options = lf.FuseOptions(base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2))
     seed = {"seed": 1, "exact_match": 50.0, "loss": 0.5, "steps": 3, "modules": ["a"]}
     with run.locked():
-        written = {"options": options_to_json(options), "modules": [["a"], ["b"]], "task_sha256": "0"}
+        written = {"options": parts.options_to_json(options), "modules": [["a"], ["b"]], "task_sha256": "0"}
         written |= {"trained_sha256": ["0"]}
         written |= {"digests": {"base": "0", "modules": {"a": "0"}, "basis": None}, "folders": {}}
         run.write_config(written | {"max_new_tokens": 8, "environment": environment})
@@ -400,7 +389,7 @@ def _write_chips(folder: Path) -> Path:
     return folder
 
 
-def _write_corrections(folder: Path, chips: Chips) -> None:
+def _write_corrections(folder: Path, chips: parts.Chips) -> None:
     """Write corrections of a made-up chip, as `lorafusion restore` does."""
     key = np.asarray(jax.random.key_data(chips.key)).tolist()
     settings = {"base_sha256": "0", "config_sha256": lf.crossbar.config_hash(chips.config), "key": key, "digital": []}
@@ -413,16 +402,16 @@ def _write_corrections(folder: Path, chips: Chips) -> None:
 
 def _tokenizer(folder: Path, base: Path, name: str) -> Kind:
     """Write a tokenizer of a model of `tokenizers`, with every kind of step around it; return what uses all of it."""
-    at, parts = folder / "tokenizers" / name, _TOKENIZERS[name]
+    at, pieces = folder / "tokenizers" / name, _TOKENIZERS[name]
     shutil.copytree(base, at, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
     _written(at / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
     added = dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | {"normalized": True, "special": False}
     end = {"id": 1, "content": "</s>"} | added | {"special": True}
     content = {"version": "1.0", "truncation": None, "padding": None}
-    content |= {"added_tokens": [end, {"id": 2, "content": "ﷺ"} | added]} | parts
+    content |= {"added_tokens": [end, {"id": 2, "content": "ﷺ"} | added]} | pieces
 
     def use() -> None:
-        tokenizer = open_base(at).tokenizer
+        tokenizer = parts.open_base(at).tokenizer
         with named(at):
             rows = encode(tokenizer, [Example("abb ﷺ Ａ\r\n", "a" * 300)])
             decode(tokenizer, [row.tolist() for row in (*rows.inputs, *rows.labels)] + [[]], SEPARATE_TEXTS)

@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax import FileError, Frozen, Fusion, crossbar, fuse, load_run
+from lorafusion_jax import FileError, Frozen, Fusion, crossbar, fuse, load_run, parts
 from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
@@ -25,29 +25,8 @@ from lorafusion_jax.hardware.evaluate import results_path
 from lorafusion_jax.hardware.folder import seconds
 from lorafusion_jax.hardware.on_arrays import on_arrays
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.hardware.report import report_on_chips, report_path
-from lorafusion_jax.parts import (
-    EvaluateOnChipsOptions,
-    EvaluateOptions,
-    OnArrays,
-    ProgramOptions,
-    RestoreOptions,
-    RunFolder,
-    aged,
-    dense,
-    evaluate_on_chips,
-    load_chips,
-    matrices,
-    module_numbers,
-    prepare,
-    redrawn,
-    restore_chips,
-    run_path,
-    seed_rows,
-    write_chips,
-)
+from lorafusion_jax.hardware.report import report_path
 from lorafusion_jax.runs.evaluate import Evaluation
-from lorafusion_jax.runs.predict import evaluate_run
 
 _ANALOGUE = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
 _DEVICE = Device(programming=Independent(0.02), drift=PowerLaw(0.05, 0.02), time=1.0)
@@ -92,7 +71,7 @@ def test_configurations_that_differ_in_their_device_model_alone_are_different_pr
 @pytest.mark.parametrize("steps", [pytest.param("every", marks=pytest.mark.nightly), "other"])
 def test_steps_draw_chips_of_their_own_from_the_key(steps):
     here = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal")
-    drawing = redrawn(here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal")
+    drawing = parts.redrawn(here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal")
     losses = [float(_loss(drawing, step)) for step in range(4)]
     assert losses == [float(_loss(drawing, step)) for step in range(4)]
     stays = float(_loss(here))
@@ -112,20 +91,22 @@ def test_ages_in_seconds_need_a_unit_and_a_drift_model():
         with pytest.raises(ValueError, match="an age of"):
             seconds(age)
     with pytest.raises(ValueError, match="an age of 1h, but these cells have no drift model: give device.drift"):
-        aged(_ANALOGUE, "1h")
+        parts.aged(_ANALOGUE, "1h")
     with pytest.raises(ValueError, match="--compensate, but these cells have no drift model: give device.drift"):
-        aged(_ANALOGUE, None, compensate=True)
-    assert aged(_ANALOGUE, "0").device.time == 0
-    assert aged(_NOISY, "1h", compensate=True).device.compensate and not aged(_NOISY, "1h").device.compensate
+        parts.aged(_ANALOGUE, None, compensate=True)
+    assert parts.aged(_ANALOGUE, "0").device.time == 0
+    assert (
+        parts.aged(_NOISY, "1h", compensate=True).device.compensate and not parts.aged(_NOISY, "1h").device.compensate
+    )
 
 
 def test_keys_and_numbers_of_chips_have_bounds():
     with pytest.raises(ValueError, match="chip_key is 4294967296: "):
-        load_chips("isaac", key=2**32)
+        parts.load_chips("isaac", key=2**32)
     for number in (-1, 2**32 - 1, 2**40):  # the last but one is that of the steps' chips
         with pytest.raises(ValueError, match="chips are numbered from 0 to 4,294,967,294"):
-            load_chips("isaac").chip_key(number)
-    assert load_chips("isaac").config == ARRAYS["isaac"]
+            parts.load_chips("isaac").chip_key(number)
+    assert parts.load_chips("isaac").config == ARRAYS["isaac"]
 
 
 # Folders and runs.
@@ -141,13 +122,13 @@ def chips(small, tmp_path_factory):
     """A folder with an analogue configuration, and with two chips of all `v`; further files of tests go there."""
     folder = tmp_path_factory.mktemp("chips")
     save_config(_NOISY, folder / "noisy.yaml")
-    write_chips(_programming(small, folder, chips=2, chip_key=7))
+    parts.write_chips(_programming(small, folder, chips=2, chip_key=7))
     return folder
 
 
 def _programming(small, folder, **changes):
     values = {"crossbar": str(folder / "noisy.yaml"), "out": folder / "two", "keep_digital": _NOT_WRITTEN} | changes
-    return ProgramOptions(base=str(small[0]), pool=str(small[1]), **values)
+    return parts.ProgramOptions(base=str(small[0]), pool=str(small[1]), **values)
 
 
 def _fusing(small, chips, name, **changes):
@@ -160,7 +141,7 @@ def _weights_of(folder, number):
 
 
 def _on_chips(options, **changes):
-    return evaluate_on_chips(EvaluateOnChipsOptions(run=run_path(options), **changes))
+    return parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(run=parts.run_path(options), **changes))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +155,7 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
     folder, lines = str(chips / "two"), chips / "lines.txt"
     lines.write_text("".join(f"{json.loads(row)['context']}\n" for row in _TRAIN.read_text().splitlines()[:24]))
     how = {"method": "low-rank", "rank": 1.0, "epochs": 1}
-    restore_chips(RestoreOptions(base=str(small[0]), crossbar=folder, chip=(0, 1), text=(lines,), **how))
+    parts.restore_chips(parts.RestoreOptions(base=str(small[0]), crossbar=folder, chip=(0, 1), text=(lines,), **how))
     options = {"crossbar": folder, "chips": 2}
     plain, restored = (_on_chips(fused, **options, restore=name) for name in (None, "restored-low-rank"))
     assert (plain["restore"], restored["restore"]) == (None, "restored-low-rank")
@@ -183,12 +164,17 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
     with pytest.raises(ValueError, match="corrects chips with another configuration"):
         _on_chips(fused, **options, restore="restored-low-rank", read_noise=0.01)
     # One chip after the other: each has the corrections of its own number.
-    report = report_on_chips(EvaluateOnChipsOptions(run=run_path(fused), **options, restore="restored-low-rank"))
+    report = parts.report_on_chips(
+        parts.EvaluateOnChipsOptions(run=parts.run_path(fused), **options, restore="restored-low-rank")
+    )
     alone = [seed["loss"] for chip in report["chips"] for seed in chip["seeds"]]
     np.testing.assert_allclose(alone, losses[1], rtol=1e-4)
-    arrays = OnArrays(crossbar=folder, train_chip="chip", chip=1, restore="restored-low-rank")
+    arrays = parts.OnArrays(crossbar=folder, train_chip="chip", chip=1, restore="restored-low-rank")
     fuse(trained := _fusing(small, chips, "restored", arrays=arrays))
-    assert fuse(dataclasses.replace(trained, resume=True))["seeds"] == RunFolder(run_path(trained)).results()["seeds"]
+    assert (
+        fuse(dataclasses.replace(trained, resume=True))["seeds"]
+        == parts.RunFolder(parts.run_path(trained)).results()["seeds"]
+    )
     fresh = dataclasses.replace(arrays, train_chip="fresh")
     with pytest.raises(ValueError, match="corrects chip 1 alone: train with --train-chip chip"):
         fuse(_fusing(small, chips, "fresh", arrays=fresh))
@@ -196,13 +182,13 @@ def test_runs_are_evaluated_and_trained_on_restored_chips(small, chips, fused):
 
 @pytest.mark.long
 def test_a_folder_holds_the_chips_that_its_key_draws(small, chips):
-    written = write_chips(_programming(small, chips, out=chips / "all", chips=2, chip_key=7, keep_digital=()))
+    written = parts.write_chips(_programming(small, chips, out=chips / "all", chips=2, chip_key=7, keep_digital=()))
     manifest = json.loads((chips / "all" / "manifest.json").read_text())
     assert manifest == json.loads(json.dumps(written))
     assert manifest["chips"] == 2 and list(manifest["modules"]) == sorted(p.name for p in small[1].iterdir())
     cells = [_weights_of(chips / "all", n) for n in (0, 1)]
     assert not np.array_equal(*cells)
-    again = write_chips(_programming(small, chips, out=chips / "again", chips=2, chip_key=7, keep_digital=()))
+    again = parts.write_chips(_programming(small, chips, out=chips / "again", chips=2, chip_key=7, keep_digital=()))
     assert again["one_chip"] == manifest["one_chip"]
     for n in (0, 1):
         np.testing.assert_array_equal(_weights_of(chips / "again", n), cells[n])
@@ -216,7 +202,7 @@ def test_a_folder_holds_the_chips_that_its_key_draws(small, chips):
 
 @pytest.mark.long
 def test_arrays_that_the_key_no_longer_draws_are_noticed(small, chips, fused):
-    write_chips(_programming(small, chips, out=chips / "changed"))
+    parts.write_chips(_programming(small, chips, out=chips / "changed"))
     first, second = (chips / "changed" / "chip_0" / f"{name}.npz" for name in (_V, "decoder.self.v"))
     first.write_bytes(second.read_bytes())
     with pytest.raises(ValueError, match="encoder.self.v.npz holds other arrays than the key draws now"):
@@ -235,7 +221,7 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
         ({"out": chips / "new", "chip_key": 2**32}, "chip_key is 4294967296: "),
     ):
         with pytest.raises(ValueError, match=message):
-            write_chips(_programming(small, chips, **changes))
+            parts.write_chips(_programming(small, chips, **changes))
     assert sorted(chips.iterdir()) == before
 
 
@@ -243,7 +229,9 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
 def test_a_run_on_chips_of_a_folder(small, chips, fused):
     changes = {"ages": ("1s", "1year"), "compensate": "off"}
     found = _on_chips(fused, crossbar=str(chips / "two"), **changes)
-    where = results_path(EvaluateOnChipsOptions(run=run_path(fused), crossbar=str(chips / "two"), **changes))
+    where = results_path(
+        parts.EvaluateOnChipsOptions(run=parts.run_path(fused), crossbar=str(chips / "two"), **changes)
+    )
     assert json.loads(where.read_text()) == found
     losses = {(r["age"], r["compensate"], r["chip"], r["seed"]): r["loss"] for r in found["rows"]}
     assert len(losses) == 2 * 2 * 2
@@ -253,7 +241,7 @@ def test_a_run_on_chips_of_a_folder(small, chips, fused):
     alone = _on_chips(fused, ages=("1s",), compensate="off", **configured)
     for row in alone["rows"]:
         assert row["loss"] == pytest.approx(losses["1s", False, 0, row["seed"]], rel=1e-4)
-    digital = {row["seed"]: row["loss"] for row in evaluate_run(EvaluateOptions(run=run_path(fused)))}
+    digital = {row["seed"]: row["loss"] for row in parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(fused)))}
     year = np.mean([abs(losses["1year", False, chip, seed] - digital[seed]) for chip in (0, 1) for seed in (1, 2)])
     new = np.mean([abs(losses["1s", False, chip, seed] - digital[seed]) for chip in (0, 1) for seed in (1, 2)])
     assert year > new
@@ -271,7 +259,7 @@ def test_a_run_of_other_weights_is_not_evaluated_on_these_chips(small, chips, fu
     with pytest.raises(ValueError, match=f"fuses the module {module} .* programmed with another pool"):
         _on_chips(other, crossbar=str(chips / "two"))
     with pytest.raises(ValueError, match="programmed with another pool"):
-        fuse(dataclasses.replace(other, name="refused", arrays=OnArrays(crossbar=str(chips / "two"))))
+        fuse(dataclasses.replace(other, name="refused", arrays=parts.OnArrays(crossbar=str(chips / "two"))))
     assert not (chips / "runs" / "refused").exists()
 
 
@@ -287,20 +275,22 @@ def test_what_chips_cannot_do_is_refused(small, chips, fused):
     ):
         with pytest.raises(ValueError, match=message):
             _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
-    folder, control = load_chips(str(chips / "two")), dataclasses.replace(fused, control="random-factors")
+    folder, control = parts.load_chips(str(chips / "two")), dataclasses.replace(fused, control="random-factors")
     with pytest.raises(ValueError, match="two holds no random-factors control"):
-        folder.check(prepare(control), control.control)
+        folder.check(parts.prepare(control), control.control)
 
 
 @pytest.mark.accelerator
 @pytest.mark.nightly
 def test_a_fusion_trained_on_its_chip(small, chips, fused):
-    options = _fusing(small, chips, "chip", arrays=OnArrays(crossbar=str(chips / "two"), train_chip="chip", chip=1))
+    options = _fusing(
+        small, chips, "chip", arrays=parts.OnArrays(crossbar=str(chips / "two"), train_chip="chip", chip=1)
+    )
     trained = [row["loss"] for row in fuse(options)["seeds"]]
     rows = _on_chips(options, crossbar=str(chips / "two"))["rows"]
     assert [row["loss"] for row in rows if row["chip"] == 1] == pytest.approx(trained, rel=1e-4)
     # It learns through its chip, and other numbers than without one.
-    steps = [row for row in RunFolder(run_path(options)).metrics() if "loss" in row]
+    steps = [row for row in parts.RunFolder(parts.run_path(options)).metrics() if "loss" in row]
     for seed in options.seeds:
         of_seed = [row["loss"] for row in steps if row["seed"] == seed]
         assert of_seed[-1] < 0.95 * of_seed[0]
@@ -310,15 +300,17 @@ def test_a_fusion_trained_on_its_chip(small, chips, fused):
 
 @pytest.mark.long
 def test_what_a_run_trains_on(small, chips, fused):
-    setup, params = prepare(fused), load_run(run_path(fused))[1]
+    setup, params = parts.prepare(fused), load_run(parts.run_path(fused))[1]
 
     def asked(noise):
-        options = dataclasses.replace(fused, arrays=OnArrays(crossbar=str(chips / "two"), train_chip=noise, chip=1))
+        options = dataclasses.replace(
+            fused, arrays=parts.OnArrays(crossbar=str(chips / "two"), train_chip=noise, chip=1)
+        )
         placed = on_arrays(setup, options, params)
         return placed.training.problem.frozen, placed.tested(params).problem.frozen
 
     def value(frozen):
-        return np.asarray(dense(matrices(nnx.merge(setup.problem.graph, frozen.base))[_V], jnp.float32))
+        return np.asarray(parts.dense(parts.matrices(nnx.merge(setup.problem.graph, frozen.base))[_V], jnp.float32))
 
     digital, chip = value(setup.problem.frozen), asked("chip")[0]
     np.testing.assert_allclose(value(chip)[0], _weights_of(chips / "two", 1)[0], rtol=1e-5, atol=1e-6)
@@ -347,7 +339,7 @@ def test_a_lora_in_cells_is_the_lora_where_cells_are_ideal(small, chips):
 
 
 def test_results_of_other_options_are_other_files(tmp_path, monkeypatch):
-    first = EvaluateOnChipsOptions(run=tmp_path, crossbar="a/noisy.yaml")
+    first = parts.EvaluateOnChipsOptions(run=tmp_path, crossbar="a/noisy.yaml")
     changed = [{}, *({"crossbar": name} for name in ("b/noisy.yaml", "noisy.yaml", "isaac", "x" * 300))]
     changed += [{name: value} for name in ("task", "restore") for value in ("a/one", "b/one")]
     changed += [{"ages": tuple(f"{n}day" for n in range(45))}, {"ages": ("1s",)}, {"keep_digital": ("a/b",)}]
@@ -364,32 +356,34 @@ def test_results_of_other_options_are_other_files(tmp_path, monkeypatch):
 
 
 def test_a_file_of_results_that_cannot_be_written_is_named_before_anything_is_computed(chips, fused, monkeypatch):
-    options = EvaluateOnChipsOptions(run=run_path(fused), crossbar=str(chips / "two"), calibration_rows=7)
+    options = parts.EvaluateOnChipsOptions(run=parts.run_path(fused), crossbar=str(chips / "two"), calibration_rows=7)
     monkeypatch.setattr("lorafusion_jax.hardware.evaluate.on_every_chip", pytest.fail)
     results_path(options).mkdir()
     with pytest.raises(FileError, match="chips-two-.*: a folder: give a file"):
-        evaluate_on_chips(options)
+        parts.evaluate_on_chips(options)
 
 
 def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys):
-    for noise in (OnArrays(train_chip="chip"), OnArrays(age="1h")):
+    for noise in (parts.OnArrays(train_chip="chip"), parts.OnArrays(age="1h")):
         with pytest.raises(ValueError, match="only for simulated chips: name them with --crossbar"):
             fuse(dataclasses.replace(fused, name="without", arrays=noise))
     assert not (chips / "runs" / "without").exists()
     with pytest.raises(SystemExit, match="2"):
-        main(["evaluate", "--run", str(run_path(fused)), "--ages", "1h", "--lora-in", "cells"])
+        main(["evaluate", "--run", str(parts.run_path(fused)), "--ages", "1h", "--lora-in", "cells"])
     assert "--ages, --lora-in: only for simulated chips: name them with --crossbar" in capsys.readouterr().err
-    beyond = dataclasses.replace(fused, name="beyond", arrays=OnArrays(crossbar=str(chips / "noisy.yaml"), chip=-1))
+    beyond = dataclasses.replace(
+        fused, name="beyond", arrays=parts.OnArrays(crossbar=str(chips / "noisy.yaml"), chip=-1)
+    )
     with pytest.raises(ValueError, match="there is no chip -1: chips are numbered from 0"):
         fuse(beyond)
 
 
 def test_a_control_has_the_places_of_the_modules_that_it_replaces(small, chips):
     options = _fusing(small, chips, "control", control="random-factors", seeds=(1,))
-    setup = prepare(options)
+    setup = parts.prepare(options)
     there = sorted(path.name for path in small[1].iterdir())
     wanted = [there.index(name) for name in there if name in setup.modules[0]]
-    assert module_numbers(setup, options, load_chips("isaac")).tolist() == wanted
+    assert parts.module_numbers(setup, options, parts.load_chips("isaac")).tolist() == wanted
 
 
 def test_examples_in_prompts_need_a_report_on_chips(small, chips):
@@ -401,17 +395,21 @@ def test_examples_in_prompts_need_a_report_on_chips(small, chips):
 
 def test_a_loss_that_is_not_finite_is_null():
     found = Evaluation([["a"]] * 2, np.ones((2, 1), bool), np.array([np.nan, 1.5]), None)
-    rows = [{"age": None, "compensate": None, "chip": chip} | row for chip, row in enumerate(seed_rows((4, 4), found))]
+    rows = [
+        {"age": None, "compensate": None, "chip": chip} | row for chip, row in enumerate(parts.seed_rows((4, 4), found))
+    ]
     assert [row["loss"] for row in rows] == [None, 1.5]
     assert age_table({"rows": rows, "chips": 2}).splitlines()[1].split() == ["-", "-", "100.0", "±", "0.0", "-"]
 
 
 def test_methods_without_a_frozen_model_have_no_place_on_arrays(small, chips):
     for method in ("full", "constant"):
-        options = _fusing(small, chips, f"no-{method}", method=method, pool=None, arrays=OnArrays(crossbar="isaac"))
+        options = _fusing(
+            small, chips, f"no-{method}", method=method, pool=None, arrays=parts.OnArrays(crossbar="isaac")
+        )
         with pytest.raises(ValueError, match=f"the method {method} leaves no frozen model to program"):
             fuse(options)
-    fresh = _fusing(small, chips, "no-noise", arrays=OnArrays(crossbar="isaac", train_chip="fresh"))
+    fresh = _fusing(small, chips, "no-noise", arrays=parts.OnArrays(crossbar="isaac", train_chip="fresh"))
     with pytest.raises(ValueError, match="programming is not random in isaac"):
         fuse(fresh)
 

@@ -11,19 +11,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from lorafusion_jax import (
-    Frozen,
-    Fusion,
-    Gram,
-    Optimisation,
-    Rates,
-    crossbar,
-    fusion_step,
-    generate,
-    init_state,
-    kernels,
-    shared_basis,
-)
+import lorafusion_jax as lf
+from lorafusion_jax import crossbar
 from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Dense, InBasis, Outputs
 from lorafusion_jax.crossbar import PRESETS, Cell, CrossbarConfig, Device, Mapping, observe, site_errors
@@ -86,7 +75,7 @@ def _close(got, wanted, tolerance=2e-4):
 @functools.cache
 def _in_basis(norm=None, pattern="*"):
     """Modules in a basis, digital; or, with the weights of the norms, in arrays."""
-    frozen = Fusion().prepare(Frozen(_BASE, shared_basis(tiny.pool(3), 5)), kernels(tiny.t5()))
+    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, lf.shared_basis(tiny.pool(3), 5)), lf.kernels(tiny.t5()))
     return frozen if norm is None else program(_GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm)
 
 
@@ -94,16 +83,16 @@ _FULL_RANK = tiny.frozen(tiny.t5(), tiny.pool(3, lambda n, site, layer: 8))
 _STACKS = {"encoder.*": PRESETS["ideal"], "decoder.*": PRESETS["ideal"]}
 # Name -> digital weights, the same in ideal arrays, the fusion, and its adapters (of any kind for None).
 _CASES = {
-    "all, a sum": lambda: (_DIGITAL, _in_arrays(), Fusion(granularity="rank"), Outputs),
-    "all, a mix": lambda: (_DIGITAL, _in_arrays(), Fusion(composition="mix"), Outputs),
-    "encoder.*": lambda: (_DIGITAL, _in_arrays("encoder.*"), Fusion(granularity="site"), None),
-    "pool.B.*": lambda: (_DIGITAL, _in_arrays("pool.B.*"), Fusion(granularity="site"), None),
-    "*[1:-1]": lambda: (_DIGITAL, _in_arrays("*[1:-1]"), Fusion(granularity="site"), None),
-    "pool.*[1:]": lambda: (_DIGITAL, _in_arrays("pool.*[1:]"), Fusion(granularity="site"), None),
-    "full rank": lambda: (_FULL_RANK, program(_GRAPH, _FULL_RANK, _STACKS, _KEY), Fusion(), Dense),
-    "a basis": lambda: (_in_basis(), _in_basis("programmed"), Fusion(core=True), InBasis),
-    "a basis, ideal norms": lambda: (_in_basis(), _in_basis("ideal"), Fusion(core=True), InBasis),
-    "V of a basis": lambda: (_in_basis(), _in_basis("ideal", "pool.V.*[1:]"), Fusion(core=True), None),
+    "all, a sum": lambda: (_DIGITAL, _in_arrays(), lf.Fusion(granularity="rank"), Outputs),
+    "all, a mix": lambda: (_DIGITAL, _in_arrays(), lf.Fusion(composition="mix"), Outputs),
+    "encoder.*": lambda: (_DIGITAL, _in_arrays("encoder.*"), lf.Fusion(granularity="site"), None),
+    "pool.B.*": lambda: (_DIGITAL, _in_arrays("pool.B.*"), lf.Fusion(granularity="site"), None),
+    "*[1:-1]": lambda: (_DIGITAL, _in_arrays("*[1:-1]"), lf.Fusion(granularity="site"), None),
+    "pool.*[1:]": lambda: (_DIGITAL, _in_arrays("pool.*[1:]"), lf.Fusion(granularity="site"), None),
+    "full rank": lambda: (_FULL_RANK, program(_GRAPH, _FULL_RANK, _STACKS, _KEY), lf.Fusion(), Dense),
+    "a basis": lambda: (_in_basis(), _in_basis("programmed"), lf.Fusion(core=True), InBasis),
+    "a basis, ideal norms": lambda: (_in_basis(), _in_basis("ideal"), lf.Fusion(core=True), InBasis),
+    "V of a basis": lambda: (_in_basis(), _in_basis("ideal", "pool.V.*[1:]"), lf.Fusion(core=True), None),
 }
 
 
@@ -150,15 +139,15 @@ def test_the_digital_weights_are_left_alone():
 def test_a_tied_head_stays_digital():
     config = dataclasses.replace(tiny.CONFIG, tied=True)
     graph, base = nnx.split(tiny.t5(config))
-    placed = nnx.merge(graph, program(graph, Frozen(base), _IDEAL, _KEY).base)
+    placed = nnx.merge(graph, program(graph, lf.Frozen(base), _IDEAL, _KEY).base)
     assert "head" not in matrices(placed) and isinstance(placed.embedding.get_value(), jax.Array)
     with pytest.raises(ValueError, match="the rule 'head' matches no weight"):
-        program(graph, Frozen(base), {"head": PRESETS["ideal"]}, _KEY)
+        program(graph, lf.Frozen(base), {"head": PRESETS["ideal"]}, _KEY)
 
 
 def test_quantised_weights_are_programmed_as_they_are():
     pool = tiny.pool(3).quantised("int8")
-    digital = Frozen(_BASE, pool, _DIGITAL.gram)
+    digital = lf.Frozen(_BASE, pool, _DIGITAL.gram)
     frozen = program(_GRAPH, digital, {"pool.*": PRESETS["ideal"]}, _KEY)
     for site, A in pool.A.items():
         _close(dense(frozen.pool.A[site], jnp.float32), dense(A, jnp.float32), 1e-6)
@@ -169,17 +158,17 @@ def test_quantised_weights_are_programmed_as_they_are():
 
 def test_norms_are_those_of_the_weights_as_programmed():
     frozen = _in_arrays(config="noisy")
-    for site, kernel in kernels(nnx.merge(_GRAPH, frozen.base)).items():
+    for site, kernel in lf.kernels(nnx.merge(_GRAPH, frozen.base)).items():
         if site in frozen.pool.A:
             W = np.asarray(dense(kernel, jnp.float32), np.float64)
             A = np.asarray(dense(frozen.pool.A[site], jnp.float32), np.float64)
             _close(frozen.gram.squared[site], np.sum(W**2, axis=1), 1e-5)
             _close(frozen.gram.cross[site], np.einsum("lnir,lio->lnro", A, W), 1e-4)
     # With magnitudes at those norms, every adapted column keeps its length.
-    method = Fusion(composition="sum")
+    method = lf.Fusion(composition="sum")
     params = _params(method, frozen)
     adapters, _ = jax.jit(method.adapters)(params, frozen, _INDEX)
-    model = kernels(nnx.merge(_GRAPH, frozen.base))
+    model = lf.kernels(nnx.merge(_GRAPH, frozen.base))
 
     @jax.jit
     def columns(adapter, kernel):
@@ -192,21 +181,21 @@ def test_norms_are_those_of_the_weights_as_programmed():
 
 def test_ideal_norms_of_weights_prepared_for_an_accelerator_are_those_of_a_cpu():
     with tiny.for_tpu():
-        digital = Fusion().prepare(Frozen(_BASE, _DIGITAL.pool), kernels(nnx.merge(_GRAPH, _BASE)))
+        digital = lf.Fusion().prepare(lf.Frozen(_BASE, _DIGITAL.pool), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     assert isinstance(digital.gram, PairTerms)
     rules = {"pool.*.encoder.self.v": _NOISY}
     got, wanted = (program(_GRAPH, frozen, rules, _KEY, norm="ideal") for frozen in (digital, _DIGITAL))
-    assert isinstance(got.gram, Gram) and got.gram.modules is digital.pool
+    assert isinstance(got.gram, lf.Gram) and got.gram.modules is digital.pool
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(wanted))
     training = redrawn(got, digital, rules, _KEY, steps="every", norm="ideal")
-    assert isinstance(training.digital.gram, Gram)
+    assert isinstance(training.digital.gram, lf.Gram)
 
 
 def test_layers_that_a_module_does_not_adapt_add_no_noise():
     digital = tiny.frozen(tiny.t5(), tiny.pool(3, _somewhere))
     frozen = program(_GRAPH, digital, {"pool.*": _NOISY}, _KEY)
     index = jnp.array([0])
-    method = Fusion(magnitudes=False)
+    method = lf.Fusion(magnitudes=False)
     params = {"coefficients": jnp.full((1, 5), 2.0)}
     adapters, _ = jax.jit(method.adapters)(params, frozen, index)
     x = jnp.ones((1, 16))
@@ -225,7 +214,7 @@ def test_layers_that_a_module_does_not_adapt_add_no_noise():
 
 
 def test_every_seed_reads_with_separate_noise():
-    method = Fusion()
+    method = lf.Fusion()
     problem = tiny.problem(method, _in_arrays(_WRITTEN, "read noise"), [[2, 0], [2, 0]])
     params, batch = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), (_params(method), tiny.batch()))
     losses = seed_entropies(params, batch, problem)
@@ -250,12 +239,12 @@ def test_every_evaluation_of_a_search_and_every_batch_reads_with_separate_noise(
 @pytest.mark.long
 def test_every_training_step_reads_anew_and_the_same_seed_the_same():
     frozen = _in_arrays(_WRITTEN, "read noise")
-    problem = tiny.problem(Fusion(), frozen, _INDEX)
-    rates = Rates({"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)}, jnp.float32(0), jnp.float32(0))
-    step = jax.jit(functools.partial(fusion_step, optimisation=Optimisation(steps=9)))
+    problem = tiny.problem(lf.Fusion(), frozen, _INDEX)
+    rates = lf.Rates({"coefficients": jnp.float32(0), "magnitudes": jnp.float32(0)}, jnp.float32(0), jnp.float32(0))
+    step = jax.jit(functools.partial(lf.fusion_step, optimisation=lf.Optimisation(steps=9)))
 
     def losses(steps):
-        state, found = init_state(problem, jax.random.key(0)), []
+        state, found = lf.init_state(problem, jax.random.key(0)), []
         for _ in range(steps):
             state, metrics = step(state, tiny.batch(), problem, rates)
             found.append(float(metrics["loss"]))
@@ -273,7 +262,7 @@ def test_every_token_is_decoded_with_separate_noise():
 
     @jax.jit
     def tokens(frozen):
-        return generate(nnx.merge(_GRAPH, frozen.base), batch.input_ids, batch.input_mask, max_new_tokens=4)
+        return lf.generate(nnx.merge(_GRAPH, frozen.base), batch.input_ids, batch.input_mask, max_new_tokens=4)
 
     np.testing.assert_array_equal(tokens(frozen), tokens(frozen))
     drawn = []
@@ -293,7 +282,7 @@ def test_every_token_is_decoded_with_separate_noise():
     @jax.jit
     def recorded(frozen):
         model = nnx.merge(_GRAPH, frozen.base)
-        return generate(model, batch.input_ids, batch.input_mask, {"decoder.self.o": Recording()}, max_new_tokens=3)
+        return lf.generate(model, batch.input_ids, batch.input_mask, {"decoder.self.o": Recording()}, max_new_tokens=3)
 
     jax.block_until_ready(recorded(frozen))
     jax.effects_barrier()
@@ -309,7 +298,7 @@ def test_every_token_is_decoded_with_separate_noise():
 def test_errors_by_site_layer_and_module():
     config = dataclasses.replace(PRESETS["ideal"], dac=crossbar.DAC(bits=6))
     frozen = program(_GRAPH, _DIGITAL, {"pool.A.*": config, "encoder.self.*": config}, _KEY)
-    method = Fusion()
+    method = lf.Fusion()
     inputs = (_params(method), _INDEX, tiny.batch())
     rows = site_errors(frozen, observe(logits_of(_GRAPH, method), frozen, [inputs]))
     found = {(row["site"], row["layer"], row["module"]): row["sqnr"] for row in rows}

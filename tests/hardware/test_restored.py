@@ -17,29 +17,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax import cli, crossbar
+from lorafusion_jax import cli, crossbar, parts
 from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
 from lorafusion_jax.estimates.bill.methods import base_matrices
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.restored import answered, load_restored
 from lorafusion_jax.io.folders import locked
 from lorafusion_jax.io.source import sha256
-from lorafusion_jax.parts import (
-    CostOptions,
-    Outputs,
-    RestoreOptions,
-    aged,
-    digital_matrices,
-    divergence,
-    load_chips,
-    load_model,
-    logits_of_base,
-    open_base,
-    restore_chips,
-    sampled,
-    shape_config,
-    windows,
-)
 from lorafusion_jax.tasks import IGNORED, decode
 
 _TEXT = "the cold bold gold is old and the tall wall is small. " * 60
@@ -54,17 +38,17 @@ def home(tmp_path_factory):
     noisy = dataclasses.replace(noisy, device=crossbar.Device(programming=Independent(0.05)))
     save_config(noisy, home / "noisy.yaml")
     (home / "page.txt").write_text(_TEXT)
-    restore_chips(_options(home, out=home / "restored", chip=(0, 2), epochs=2, method="low-rank", rank=2.0))
+    parts.restore_chips(_options(home, out=home / "restored", chip=(0, 2), epochs=2, method="low-rank", rank=2.0))
     return home
 
 
 def _options(home, **changed):
     given = {"base": str(home / "base"), "crossbar": str(home / "noisy.yaml"), "text": (home / "page.txt",)}
-    return RestoreOptions(**given | changed)
+    return parts.RestoreOptions(**given | changed)
 
 
 def _loaded(home):
-    return load_model(lf.FuseOptions(base=str(home / "base"), task="", method="zero-shot"))
+    return parts.load_model(lf.FuseOptions(base=str(home / "base"), task="", method="zero-shot"))
 
 
 def _made(folder, number):
@@ -88,19 +72,19 @@ def test_matrices_have_the_rates_that_tuning_preferred():
 
 @pytest.mark.long
 def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
-    loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
+    loaded, chips = _loaded(home), parts.load_chips(str(home / "noisy.yaml"))
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
-    run, key = logits_of_base(graph), chips.chip_key(2)
+    run, key = parts.logits_of_base(graph), chips.chip_key(2)
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
-    batches = windows(loaded, ids)
+    batches = parts.windows(loaded, ids)
     measured = max(1, len(batches) // 8)
     weights = program(graph, frozen, chips.rules(), key).base
     numbers = 2 * crossbar.numbers_per_rank(crossbar.chips_in(weights))
     how = lf.Restoring(method="low-rank", numbers=numbers, epochs=2)
     train = batches[: len(batches) - measured]
     targets = [run(frozen.base, batch) for batch in train]
-    found = lf.restore(run, weights, digital_matrices(loaded, weights), train, targets, how)
-    (of_disk,) = load_restored(str(home / "restored"), chips, [2], open_base(str(home / "base")).digest)
+    found = lf.restore(run, weights, parts.digital_matrices(loaded, weights), train, targets, how)
+    (of_disk,) = load_restored(str(home / "restored"), chips, [2], parts.open_base(str(home / "base")).digest)
     for site, correction in found.items():
         of_site = of_disk.corrections[site]
         np.testing.assert_allclose(of_site.scale, correction.scale, rtol=1e-4)
@@ -108,7 +92,7 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     on_chip = program(graph, frozen, chips.rules(), key, restored=of_disk).base
     again = of_disk.on(program(graph, frozen, chips.rules(), key).base)
     np.testing.assert_array_equal(run(on_chip, batches[0]), run(again, batches[0]))
-    assert divergence(run(on_chip, batches[0]), run(frozen.base, batches[0])) < divergence(
+    assert parts.divergence(run(on_chip, batches[0]), run(frozen.base, batches[0])) < parts.divergence(
         run(weights, batches[0]), run(frozen.base, batches[0])
     )
 
@@ -116,11 +100,11 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
 def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_text(home):
     loaded = _loaded(home)
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
-    rows = [np.concatenate([batch.input_ids[0], batch.labels[0]]) for batch in windows(loaded, ids)]
+    rows = [np.concatenate([batch.input_ids[0], batch.labels[0]]) for batch in parts.windows(loaded, ids)]
     assert {len(row) for row in rows} == {128}
     assert {row[0] for row in rows} == {loaded.tokenizer.bos_token_id}
     np.testing.assert_array_equal(np.concatenate([row[1:] for row in rows]), ids[: 127 * len(rows)])
-    assert len(sampled(loaded, 200, 0)) == 2 * 127  # rows that fill a window each, without that token
+    assert len(parts.sampled(loaded, 200, 0)) == 2 * 127  # rows that fill a window each, without that token
 
 
 def test_a_text_on_which_the_tokenizer_panics_is_a_fault_of_the_base(home, tmp_path):
@@ -128,7 +112,7 @@ def test_a_text_on_which_the_tokenizer_panics_is_a_fault_of_the_base(home, tmp_p
     content = json.loads((base / "tokenizer.json").read_text())
     (base / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": {"type": "FixedLength", "length": 0}}))
     with pytest.raises(ValueError, match=f"the tokenizer of {base} rejects a text .it panics: .*non-zero"):
-        restore_chips(_options(home, base=str(base), out=tmp_path / "out"))
+        parts.restore_chips(_options(home, base=str(base), out=tmp_path / "out"))
 
 
 def test_outputs_are_computed_where_they_are_read():
@@ -138,7 +122,7 @@ def test_outputs_are_computed_where_they_are_read():
         calls.append(batch)
         return jnp.asarray(weights * batch)
 
-    outputs = Outputs(run, 2, [1, 3, 5])
+    outputs = parts.Outputs(run, 2, [1, 3, 5])
     assert (len(outputs), calls) == (3, [])
     assert (outputs[1], [*outputs], calls) == (6, [2, 6, 10], [3, 1, 3, 5])
 
@@ -147,12 +131,12 @@ def test_outputs_are_computed_where_they_are_read():
 def test_a_perfect_chip_stays_as_it_is(home):
     loaded = _loaded(home)
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
-    run, rules = logits_of_base(graph), {"*": crossbar.load_config("ideal")}
+    run, rules = parts.logits_of_base(graph), {"*": crossbar.load_config("ideal")}
     weights = program(graph, frozen, rules, jax.random.key(0)).base
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
-    batches = windows(loaded, ids[:256])
+    batches = parts.windows(loaded, ids[:256])
     targets = [run(frozen.base, batch) for batch in batches]
-    found = lf.restore(run, weights, digital_matrices(loaded, weights), batches, targets, lf.Restoring(epochs=0))
+    found = lf.restore(run, weights, parts.digital_matrices(loaded, weights), batches, targets, lf.Restoring(epochs=0))
     for correction in found.values():
         np.testing.assert_allclose(correction.scale, 1, atol=1e-5)
 
@@ -169,16 +153,16 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     for changed, found in (({"tokens": 100}, 32), ({"text": (tmp_path / "few.txt",)}, 16)):
         refused = f"is not causal, and the text has {found} lines: give more than 16 lines with --text, without"
         with pytest.raises(ValueError, match=refused):
-            restore_chips(_options(home, **given | changed))
-    before, after = restore_chips(_options(home, epochs=2, **given))[0]["divergence"]
+            parts.restore_chips(_options(home, **given | changed))
+    before, after = parts.restore_chips(_options(home, epochs=2, **given))[0]["divergence"]
     assert after < before
     # Answers are shorter than the batch is wide; only their tokens count.
-    loaded = load_model(lf.FuseOptions(base=str(base), task="", method="zero-shot"))
+    loaded = parts.load_model(lf.FuseOptions(base=str(base), task="", method="zero-shot"))
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     (batch,) = answered(loaded, lines[::8])  # the text that is left out
-    chips = load_chips(str(home / "noisy.yaml"), digital=given["keep_digital"])
+    chips = parts.load_chips(str(home / "noisy.yaml"), digital=given["keep_digital"])
     on_chip, wanted = (
-        np.asarray(jax.nn.log_softmax(logits_of_base(graph)(weights, batch)), float)[batch.labels != IGNORED]
+        np.asarray(jax.nn.log_softmax(parts.logits_of_base(graph)(weights, batch)), float)[batch.labels != IGNORED]
         for weights in (program(graph, frozen, chips.rules(), chips.chip_key(0)).base, frozen.base)
     )
     assert before == pytest.approx(np.mean(np.sum(np.exp(wanted) * (wanted - on_chip), axis=1)), rel=1e-2)
@@ -199,13 +183,13 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
     if "crossbar" in changed:
         save_config(crossbar.load_config("ideal"), tmp_path / "other.yaml")
         name = str(tmp_path / "other.yaml")
-    chips = load_chips(name, key=changed.get("key", 0))
+    chips = parts.load_chips(name, key=changed.get("key", 0))
     with pytest.raises(ValueError, match=message):
         load_restored(
             str(home / changed.get("folder", "restored")),
             chips,
             [changed.get("chip", 0)],
-            changed.get("base", open_base(str(home / "base")).digest),
+            changed.get("base", parts.open_base(str(home / "base")).digest),
         )
 
 
@@ -235,7 +219,7 @@ def test_options_that_cannot_work_are_refused(home, tmp_path, changed, message):
     if changed.get("text"):
         changed = {"text": tuple(tmp_path / name for name in changed["text"])}
     with pytest.raises(ValueError, match=message):
-        restore_chips(_options(home, **{"out": tmp_path / "restored"} | changed))
+        parts.restore_chips(_options(home, **{"out": tmp_path / "restored"} | changed))
     assert not list((tmp_path / "restored").glob("chip_*"))
 
 
@@ -259,21 +243,21 @@ def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, 
 
 def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
     given = {"out": tmp_path / "restored", "epochs": 1}
-    first = restore_chips(_options(home, chip=(1,), **given))
+    first = parts.restore_chips(_options(home, chip=(1,), **given))
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "restored").rglob("*.safetensors")}
-    both = restore_chips(_options(home, chip=(0, 1), **given))
+    both = parts.restore_chips(_options(home, chip=(0, 1), **given))
     assert list(both) == [0, 1] and both[1] == first[1]
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    alone = restore_chips(_options(home, chip=(0,), epochs=1, out=tmp_path / "alone"))
+    alone = parts.restore_chips(_options(home, chip=(0,), epochs=1, out=tmp_path / "alone"))
     assert both[0] == alone[0]
     with pytest.raises(ValueError, match=r"chip_0 has corrections with another method \(scales, now offsets\)"):
-        restore_chips(_options(home, chip=(2,), method="offsets", **given))
+        parts.restore_chips(_options(home, chip=(2,), method="offsets", **given))
 
 
 def test_two_processes_do_not_write_into_one_folder(home, tmp_path):
     with locked(out := tmp_path / "restored", "another --out"):
         with pytest.raises(ValueError, match=f"restored is in use by process {os.getpid()}: wait for it, or give"):
-            restore_chips(_options(home, out=out))
+            parts.restore_chips(_options(home, out=out))
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
@@ -284,11 +268,14 @@ def test_a_linked_folder_next_to_the_chips_is_not_written_through(home, tmp_path
     manifest |= {"pool": None, "modules": {}, "basis_sha256": None, "chips": 1}
     counts = dict.fromkeys(("arrays", "cells", "utilisation"), 1) | dict.fromkeys(("pulses", "joules", "seconds"), [])
     save_config(config := crossbar.load_config(str(home / "noisy.yaml")), chips / "config.yaml")
-    manifest |= {"base_sha256": open_base(str(home / "base")).digest, "config_sha256": crossbar.config_hash(config)}
+    manifest |= {
+        "base_sha256": parts.open_base(str(home / "base")).digest,
+        "config_sha256": crossbar.config_hash(config),
+    }
     (chips / "manifest.json").write_text(json.dumps(manifest | {"one_chip": counts | {"simulated_pulses": None}}))
     (chips / "restored-scales").symlink_to(outside)
     with pytest.raises(lf.FileError, match="restored-scales: a link, which could lead out of its folder"):
-        restore_chips(_options(home, crossbar=str(chips)))
+        parts.restore_chips(_options(home, crossbar=str(chips)))
     assert not list(outside.iterdir())
 
 
@@ -316,21 +303,21 @@ def test_other_arrays_under_a_right_digest_are_refused(home, tmp_path, change, m
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["arrays.safetensors"] = sha256(folder / "arrays.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
+    loaded, chips = _loaded(home), parts.load_chips(str(home / "noisy.yaml"))
     weights = program(loaded.problem.graph, loaded.problem.frozen, chips.rules(), chips.chip_key(0)).base
     with pytest.raises(ValueError, match=message):
-        load_restored(str(tmp_path / "restored"), chips, [0], open_base(str(home / "base")).digest)[0].on(weights)
+        load_restored(str(tmp_path / "restored"), chips, [0], parts.open_base(str(home / "base")).digest)[0].on(weights)
 
 
 def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, tmp_path):
     for number, other in ((0, 2), (2, 0)):
         shutil.copytree(home / "restored" / f"chip_{number}", tmp_path / "exchanged" / f"chip_{other}")
-    chips, base = load_chips(str(home / "noisy.yaml")), open_base(str(home / "base")).digest
+    chips, base = parts.load_chips(str(home / "noisy.yaml")), parts.open_base(str(home / "base")).digest
     message = r"chip_0: chip is 2: expected 0; rename it to chip_2"
     with pytest.raises(lf.FileError, match=message):
         load_restored(str(tmp_path / "exchanged"), chips, [0, 2], base)
     with pytest.raises(lf.FileError, match=message):
-        restore_chips(_options(home, out=tmp_path / "exchanged"))
+        parts.restore_chips(_options(home, out=tmp_path / "exchanged"))
     shutil.copytree(home / "restored", tmp_path / "mixed")
     file = tmp_path / "mixed" / "chip_2" / "manifest.json"
     file.write_text(file.read_text().replace('"epochs": 2', '"epochs": 3'))
@@ -341,7 +328,7 @@ def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, tmp_path):
 
 
 def test_chips_whose_pool_stays_digital_are_restored(home, tmp_path):
-    made = restore_chips(_options(home, keep_digital=("pool.*",), epochs=0, out=tmp_path / "restored"))
+    made = parts.restore_chips(_options(home, keep_digital=("pool.*",), epochs=0, out=tmp_path / "restored"))
     assert made[0]["settings"]["digital"] == ["pool.*"]
 
 
@@ -351,19 +338,19 @@ def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):
     save_config(drifting, tmp_path / "drifting.yaml")
     given = {"crossbar": str(tmp_path / "drifting.yaml"), "epochs": 0}
     with pytest.raises(ValueError, match="prepared for an age of chips that drift: give --age"):
-        restore_chips(_options(home, prepared=True, out=tmp_path / "early", **given))
+        parts.restore_chips(_options(home, prepared=True, out=tmp_path / "early", **given))
     for name in ("prepared", "again"):
-        restore_chips(_options(home, age="1year", prepared=name == "prepared", out=tmp_path / name, **given))
-    loaded, chips = _loaded(home), load_chips(str(tmp_path / "drifting.yaml"))
+        parts.restore_chips(_options(home, age="1year", prepared=name == "prepared", out=tmp_path / name, **given))
+    loaded, chips = _loaded(home), parts.load_chips(str(tmp_path / "drifting.yaml"))
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
-    run = logits_of_base(graph)
-    aged_chip = program(graph, frozen, chips.rules(aged(chips.config, "1year")), chips.chip_key(0)).base
-    batch = windows(loaded, loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"])[0]
+    run = parts.logits_of_base(graph)
+    aged_chip = program(graph, frozen, chips.rules(parts.aged(chips.config, "1year")), chips.chip_key(0)).base
+    batch = parts.windows(loaded, loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"])[0]
     target = run(frozen.base, batch)
-    off = [divergence(run(aged_chip, batch), target)]
+    off = [parts.divergence(run(aged_chip, batch), target)]
     for name in ("prepared", "again"):
-        (restored,) = load_restored(str(tmp_path / name), chips, [0], open_base(str(home / "base")).digest)
-        off.append(divergence(run(restored.on(aged_chip), batch), target))
+        (restored,) = load_restored(str(tmp_path / name), chips, [0], parts.open_base(str(home / "base")).digest)
+        off.append(parts.divergence(run(restored.on(aged_chip), batch), target))
     assert off[2] < off[1] < 0.8 * off[0]
 
 
@@ -381,8 +368,8 @@ def test_the_cost_of_corrections_is_in_the_bill(home, tmp_path, capsys):
     assert bill["token"][1] == pytest.approx(made["numbers"] * of_one)
     assert bill["once"][1] > bill["base_token"][1]
     # The model's one layer in the arrays of the default configuration, each cell written once.
-    matrices = base_matrices(shape_config(str(home / "base")))
-    written = [crossbar.counts(matrix, crossbar.load_config(CostOptions.crossbar)) * n for matrix, n in matrices]
+    matrices = base_matrices(parts.shape_config(str(home / "base")))
+    written = [crossbar.counts(matrix, crossbar.load_config(parts.CostOptions.crossbar)) * n for matrix, n in matrices]
     energy = crossbar.write_cost(sum(written, start=crossbar.Counts())).energy
     assert bill["rewriting"]["energy"] == pytest.approx([energy.low, energy.typical, energy.high])
 
@@ -393,8 +380,8 @@ def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):
     on_chip = ["--crossbar", str(home / "noisy.yaml"), "--chip", "2", "--restore", str(home / "restored")]
     cli.main([*asked, *on_chip])
     printed = capsys.readouterr().out.splitlines()
-    loaded, chips = _loaded(home), load_chips(str(home / "noisy.yaml"))
-    (restored,) = load_restored(str(home / "restored"), chips, [2], open_base(str(home / "base")).digest)
+    loaded, chips = _loaded(home), parts.load_chips(str(home / "noisy.yaml"))
+    (restored,) = load_restored(str(home / "restored"), chips, [2], parts.open_base(str(home / "base")).digest)
     weights = program(loaded.problem.graph, loaded.problem.frozen, chips.rules(), chips.chip_key(2)).base
     model = nnx.merge(loaded.problem.graph, restored.on(weights))
     ids = jnp.array(loaded.tokenizer.encode("the cold bold")[:-1])[None]  # without the token that ends a text

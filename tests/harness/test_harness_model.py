@@ -14,8 +14,7 @@ from flax import nnx
 from lab import lm_eval_tasks
 
 from lorafusion_jax import cli, fuse, kernels, load_base, save_base
-from lorafusion_jax.parts import open_pool, run_path, set_matrices
-from lorafusion_jax.runs.export import ExportOptions, export
+from lorafusion_jax.parts import ExportOptions, export, open_pool, run_path, set_matrices
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 

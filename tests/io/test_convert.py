@@ -16,12 +16,9 @@ import pytest
 import small_llama
 from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax import base_tensor, load_basis, load_pool, places, read_config, read_pool
+from lorafusion_jax import base_tensor, load_basis, load_pool, parts, places, read_config, read_pool
 from lorafusion_jax.cli import main
-from lorafusion_jax.io.peft.adapter import AdapterError, read_adapter, resave
-from lorafusion_jax.io.pool import ConvertedPool
 from lorafusion_jax.io.pool.folder import write_manifest
-from lorafusion_jax.parts import ConvertOptions, convert, linear_shapes, open_pool, write_adapter
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SIZES = {"vocab_size": 20, "d_model": 8, "d_kv": 3, "d_ff": 10, "num_heads": 2, "num_layers": 3}
@@ -52,7 +49,7 @@ def _writer(base):
     def write(name, r=2, alpha=3, targets=("q", "v"), dtype="float32", prefix="base_model.model.", extra=(), **fields):
         rng = np.random.default_rng(len(name) + r)
         tensors = {}
-        for path, (d_in, d_out) in linear_shapes(read_config(base)).items():
+        for path, (d_in, d_out) in parts.linear_shapes(read_config(base)).items():
             if path.endswith(tuple(targets)):
                 tensors[f"{prefix}{path}.lora_A.weight"] = rng.standard_normal((r, d_in)).astype(dtype)
                 tensors[f"{prefix}{path}.lora_B.weight"] = rng.standard_normal((d_out, r)).astype(dtype)
@@ -62,14 +59,14 @@ def _writer(base):
         config = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "lora_dropout": 0.1} | fields
         # Spelt as nobody's JSON library would, to see that not a byte is lost.
         text = json.dumps(config, indent=3).replace("\n", "\r\n").encode()
-        write_adapter(base.parent / name, text, tensors | dict(extra))
+        parts.write_adapter(base.parent / name, text, tensors | dict(extra))
         return str(base.parent / name)
 
     return write
 
 
 def _convert(base, adapters, **options):
-    return convert(ConvertOptions(base=str(base), adapters=tuple(adapters), **options))
+    return parts.convert(parts.ConvertOptions(base=str(base), adapters=tuple(adapters), **options))
 
 
 def _printed(capsys, base, adapters, *arguments, command=main) -> str:
@@ -98,7 +95,7 @@ def _assert_holds(pool, config, folders, scalings):
     """Compare with the files: dW is scaling * B A of each module, and zero where an adapter has none."""
     for n, (folder, scaling) in enumerate(zip(folders, scalings, strict=True)):
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
-        for path in linear_shapes(config):
+        for path in parts.linear_shapes(config):
             site, layer = places(config)[path]
             a, b = (tensors.get(f"base_model.model.{path}.lora_{kind}.weight") for kind in "AB")
             if site not in pool.A:
@@ -149,7 +146,7 @@ def test_dtypes_of_a_pool(base, adapter, tmp_path, dtype):
     _convert(base, [folder], out=tmp_path / "pool")
     pool = load_pool(tmp_path / "pool", dtype=dtype)
     _assert_same_pool(read_pool([folder], read_config(base), dtype=dtype), pool)
-    read = read_adapter(folder)
+    read = parts.read_adapter(folder)
     site, layer = places(read_config(base))[_Q]
     a, b = read.factors[_Q]
     np.testing.assert_array_equal(pool.A[site][layer, 0], a.T.astype(dtype))
@@ -180,11 +177,11 @@ def test_an_adapter_of_a_pool_is_its_source(base, adapter, tmp_path):
     assert [entry["dtype"] for entry in entries] == kinds
     for entry, folder in zip(entries, map(Path, folders), strict=True):
         _assert_same_adapter(tmp_path / "pool" / entry["folder"], folder)
-        resave(ConvertedPool(tmp_path / "pool").adapter(folder.name), tmp_path / "again" / folder.name)
+        parts.resave(parts.ConvertedPool(tmp_path / "pool").adapter(folder.name), tmp_path / "again" / folder.name)
         _assert_same_adapter(tmp_path / "again" / folder.name, folder)
     _assert_same_pool(load_pool(tmp_path / "pool"), read_pool(folders, read_config(base)))
     with pytest.raises(ValueError, match="has no adapter 'other': it holds plain, half"):
-        ConvertedPool(tmp_path / "pool").adapter("other")
+        parts.ConvertedPool(tmp_path / "pool").adapter("other")
 
 
 def test_a_dora_adapter_alone(base, adapter, tmp_path):
@@ -212,7 +209,7 @@ def test_dora_is_refused_next_to_others(base, adapter, tmp_path):
 def test_the_manifest(base, adapter, tmp_path, capsys):
     folders = [adapter("one", alpha=4), adapter("wide", r=5, targets=("block.1.layer.0.SelfAttention.q",))]
     returned = _convert(base, folders, out=tmp_path / "pool")
-    manifest = ConvertedPool(tmp_path / "pool").manifest
+    manifest = parts.ConvertedPool(tmp_path / "pool").manifest
     assert manifest == returned
     one, wide = manifest["adapters"]
     assert (one["name"], one["source"], one["folder"]) == ("one", folders[0], "adapters/0000")
@@ -260,7 +257,7 @@ def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(base, adapte
     _refused(f"none of 1 adapters can be used; the first: {message}", base, [bad], out=tmp_path / "p", skip_bad=True)
     manifest = _convert(base, [good, bad, last], out=tmp_path / "pool", skip_bad=True)
     assert [entry["folder"] for entry in manifest["adapters"]] == ["adapters/0000", "adapters/0001"]
-    (skipped,) = ConvertedPool(tmp_path / "pool").manifest["skipped"]
+    (skipped,) = parts.ConvertedPool(tmp_path / "pool").manifest["skipped"]
     assert skipped["source"] == bad and "holds NaN" in skipped["reason"]
     assert f"left out {skipped['reason']}" in _printed(capsys, base, [good, bad, last], "--skip-bad", "--dry-run")
     assert load_pool(tmp_path / "pool").names == ("good", "last")
@@ -293,7 +290,7 @@ def test_no_kind_of_bad_adapter_stops_the_others(base, adapter, tmp_path):
     for folder, entry in zip(folders, manifest["skipped"], strict=True):
         assert entry["source"] == folder and (folder in entry["reason"] or repr(folder) in entry["reason"])
         assert len(entry["reason"]) < 3_000
-    with pytest.raises(AdapterError, match="deep/adapter_config.json: not JSON"):
+    with pytest.raises(parts.AdapterError, match="deep/adapter_config.json: not JSON"):
         read_pool(folders[:1], read_config(base))
 
 
@@ -309,7 +306,7 @@ def test_no_kind_of_bad_adapter_stops_the_others(base, adapter, tmp_path):
 )
 def test_what_a_pool_would_hold_is_finite(base, adapter, tmp_path, kind, value, dtype, pool, message):
     shape = (2, 8) if kind == "lora_A" else (6, 2)
-    paths = [path for path in linear_shapes(read_config(base)) if path.endswith((".q", ".v"))]
+    paths = [path for path in parts.linear_shapes(read_config(base)) if path.endswith((".q", ".v"))]
     key = f"base_model.model.{_Q}.{kind}.weight"
     extra = {f"base_model.model.{path}.{kind}.weight": np.ones(shape, dtype) for path in paths}
     folder = adapter("large", alpha=4, extra=extra | {key: np.full(shape, value, dtype)})
@@ -318,14 +315,14 @@ def test_what_a_pool_would_hold_is_finite(base, adapter, tmp_path, kind, value, 
         site, layer = places(read_config(base))[_Q]
         np.testing.assert_allclose(load_pool(tmp_path / "pool").B[site][layer, 0], 2 * value, rtol=1e-6)
         return
-    with pytest.raises(AdapterError, match=f"^{folder}: {_Q}.{message}"):
+    with pytest.raises(parts.AdapterError, match=f"^{folder}: {_Q}.{message}"):
         read_pool([folder], read_config(base), dtype=pool)
     if pool == "float32":
         _refused(f"^{folder}: {_Q}.{message}", base, [folder], out=tmp_path / "pool")
         assert not (tmp_path / "pool").exists()
         return
     _convert(base, [folder], out=tmp_path / "pool")  # which holds float32
-    with pytest.raises(AdapterError, match=f"{_Q}.{message}"):
+    with pytest.raises(parts.AdapterError, match=f"{_Q}.{message}"):
         load_pool(tmp_path / "pool", dtype="bfloat16")
 
 
@@ -396,13 +393,13 @@ def test_a_manifest_that_was_edited_is_refused(one_pool, tmp_path, change, messa
     shutil.copytree(one_pool, folder)
     original = (folder / "manifest.json").read_bytes()
     _edit_manifest(folder, change, sign=False)
-    for read in (load_pool, open_pool):
+    for read in (load_pool, parts.open_pool):
         with pytest.raises(ValueError, match=r"manifest\.json: damaged or altered, its SHA-256 is not the one"):
             read(folder)
     # Even a manifest with the right digest is compared with the files.
     (folder / "manifest.json").write_bytes(original)
     _edit_manifest(folder, change, sign=True)
-    for read in (load_pool, lambda pool: ConvertedPool(pool).adapter("one")):
+    for read in (load_pool, lambda pool: parts.ConvertedPool(pool).adapter("one")):
         with pytest.raises(ValueError, match=message):
             read(folder)
 
@@ -431,7 +428,7 @@ def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_p
     _refused(message, base, [other, folder], out=out, skip_bad=skip_bad)
     _refused(message, base, [other], out=Path(f"{out}\udcff"))
     with pytest.raises(ValueError, match=message):
-        open_pool(tmp_path, str(base)).load()
+        parts.open_pool(tmp_path, str(base)).load()
     with pytest.raises(SystemExit):
         main(["convert", "--base", str(base), "--adapters", folder, "--out", str(out)])
     assert r"one\udcff': a name that is not UTF-8 text: rename it" in capsys.readouterr().err
@@ -447,14 +444,14 @@ def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_pat
     for options in ({"base": "x"}, {"dtype": "float16"}, {"skip_bad": True}, {"rank": 3}, {"drop_magnitudes": True}):
         (flag,) = options
         with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')}: only for adapters that are converted"):
-            convert(ConvertOptions(out=pool, basis=2, **options))
+            parts.convert(parts.ConvertOptions(out=pool, basis=2, **options))
     assert not (pool / "basis").exists()
 
 
 def test_a_converted_pool_is_projected_on_the_basis_of_another(base, adapter, tmp_path):
     _convert(base, [adapter("one"), adapter("two")], out=tmp_path / "old", basis=2)
     _convert(base, [adapter("three")], out=tmp_path / "new")
-    convert(ConvertOptions(out=tmp_path / "new", basis_from=tmp_path / "old"))
+    parts.convert(parts.ConvertOptions(out=tmp_path / "new", basis_from=tmp_path / "old"))
     assert load_basis(tmp_path / "new").names == ("one", "two", "three")
 
 
@@ -494,9 +491,9 @@ def test_the_list_of_lorahubs_adapters_comes_with_the_package(base, monkeypatch,
 def test_casting(base, adapter, tmp_path):
     folder = adapter("one")
     _convert(base, [folder], out=tmp_path / "pool", dtype="bfloat16")
-    manifest = ConvertedPool(tmp_path / "pool").manifest
+    manifest = parts.ConvertedPool(tmp_path / "pool").manifest
     assert manifest["cast_to"] == "bfloat16" and manifest["adapters"][0]["dtype"] == "bfloat16"
-    got, want = ConvertedPool(tmp_path / "pool").adapter("one"), read_adapter(folder)
+    got, want = parts.ConvertedPool(tmp_path / "pool").adapter("one"), parts.read_adapter(folder)
     for path, pair in want.factors.items():
         for a, b in zip(got.factors[path], pair, strict=True):
             np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16))
@@ -512,7 +509,7 @@ def test_weights_of_the_base_inside_an_adapter(base, adapter, tmp_path):
     save_file({"shared.weight": shared}, base / "model.safetensors")
     manifest = _convert(base, [same], out=tmp_path / "pool")
     assert any("shared.weight, equal to the base's" in note for note in manifest["adapters"][0]["notes"])
-    again = ConvertedPool(tmp_path / "pool").adapter("same")
+    again = parts.ConvertedPool(tmp_path / "pool").adapter("same")
     np.testing.assert_array_equal(again.kept["base_model.model.shared.weight"], shared)
     other = adapter("other", extra={"base_model.model.shared.weight": shared + 1})
     _refused("unlike the base's shared.weight", base, [other], dry_run=True)
@@ -553,7 +550,7 @@ def test_names_of_bases_show_whether_an_adapter_belongs_to_this_one(base, adapte
             _refused(message, base, [folder], out=tmp_path / "pool")
             assert not (tmp_path / "pool").exists()
             with pytest.raises(ValueError, match=message):
-                open_pool(tmp_path, str(base)).load(["one"])
+                parts.open_pool(tmp_path, str(base)).load(["one"])
         manifest = _convert(base, [two, folder], dry_run=True, skip_bad=True)
         assert [entry["name"] for entry in manifest["adapters"]] == ["two", "one"][: 1 if outcome == "refused" else 2]
         notes = [note for note in manifest["adapters"][-1]["notes"] if "trained on" in note]
@@ -595,48 +592,48 @@ def test_a_damaged_pool_is_refused_by_its_file(base, adapter, tmp_path):
         load_pool(tmp_path)
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="lists no adapters: it is not the manifest of a converted pool"):
-        open_pool(tmp_path)
+        parts.open_pool(tmp_path)
 
 
 def test_a_pool_of_another_base(base, adapter, tmp_path):
     _convert(base, [adapter("one")], out=tmp_path / "pool")
-    open_pool(tmp_path / "pool", str(base))
+    parts.open_pool(tmp_path / "pool", str(base))
     (base / "config.json").write_text(json.dumps(_SIZES | {"d_kv": 4}))
     message = r"converted for .*base: encoder\.self\.q is Site\(layers=3, d_in=8, d_out=6\) there and .*d_out=8"
     with pytest.raises(ValueError, match=message):
-        open_pool(tmp_path / "pool", str(base))
+        parts.open_pool(tmp_path / "pool", str(base))
     (base / "config.json").write_text(json.dumps(_SIZES | {"feed_forward_proj": "relu"}))
     with pytest.raises(ValueError, match=r"encoder\.ff\.wi_0 is Site.* there and None here"):
-        open_pool(tmp_path / "pool", str(base))
+        parts.open_pool(tmp_path / "pool", str(base))
 
 
 def test_a_folder_of_peft_adapters_opens_like_a_converted_pool(base, adapter, tmp_path):
     folders = [adapter("one"), adapter("wide", r=5)]
     folder = Path(folders[0]).parent
     _convert(base, folders, out=tmp_path / "pool")
-    converted, plain = open_pool(tmp_path / "pool", str(base)), open_pool(folder, str(base))
+    converted, plain = parts.open_pool(tmp_path / "pool", str(base)), parts.open_pool(folder, str(base))
     for pool in (converted, plain):
         assert (pool.names, pool.largest_rank, pool.targets) == (("one", "wide"), 5, ("q", "v"))
         assert pool.config.sites == read_config(base).sites
     _assert_same_pool(plain.load(["wide", 0]), converted.load(["wide", 0]))
-    assert open_pool(folder).names == plain.names
+    assert parts.open_pool(folder).names == plain.names
     with pytest.raises(ValueError, match="which are read for a base model: give its base"):
-        open_pool(folder).load()
+        parts.open_pool(folder).load()
     with pytest.raises(ValueError, match=r"nothing is not a pool: give one of `lorafusion convert`"):
-        open_pool(tmp_path / "nothing")
-    q = linear_shapes(read_config(base))[_Q]
+        parts.open_pool(tmp_path / "nothing")
+    q = parts.linear_shapes(read_config(base))[_Q]
     loha = {
         f"base_model.model.{_Q}.hada_w{n}_{end}": np.ones((q[1], 2) if end == "a" else (2, q[0]), np.float32)
         for n in (1, 2)
         for end in "ab"
     }
-    write_adapter(tmp_path / "other" / "loha", {"peft_type": "LOHA", "r": 2, "alpha": 2}, loha)
-    other = open_pool(tmp_path / "other", str(base))
+    parts.write_adapter(tmp_path / "other" / "loha", {"peft_type": "LOHA", "r": 2, "alpha": 2}, loha)
+    other = parts.open_pool(tmp_path / "other", str(base))
     assert (other.largest_rank, other.targets) == (other.load().A["encoder.self.q"].shape[3], ("q",))
     shutil.copytree(folders[0], folder / ".new.partial")  # as a command that is killed leaves it
-    assert open_pool(folder).names == plain.names
+    assert parts.open_pool(folder).names == plain.names
     # An adapter behind a link has the name of the link.
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked" / "mine").symlink_to(folders[0], target_is_directory=True)
-    pool = open_pool(tmp_path / "linked", str(base))
+    pool = parts.open_pool(tmp_path / "linked", str(base))
     assert pool.load().names == pool.names == ("mine",)

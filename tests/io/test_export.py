@@ -11,10 +11,9 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.adapters.coefficients import expand, shape
-from lorafusion_jax.io.export import fused_adapter
+from lorafusion_jax import parts
+from lorafusion_jax.adapters.coefficients import shape
 from lorafusion_jax.models.layers import Linear
-from lorafusion_jax.parts import decoder_inputs, dense, linear_shapes, lora_adapter, write_adapter
 
 _MODEL = tiny.t5()
 _INDEX = [3, 0, 2]
@@ -44,7 +43,7 @@ def _in_peft(config, tensors):
     for path in named:
         A, B, *m = (np.asarray(tensors[f"base_model.model.{path}.{kind}"], np.float64) for kind in kinds)
         assert (len(A), *B.shape[1:]) == (config["r"], config["r"])
-        assert (A.shape[1], B.shape[0]) == linear_shapes(_MODEL.config)[path]
+        assert (A.shape[1], B.shape[0]) == parts.linear_shapes(_MODEL.config)[path]
         W = _kernel(*paths[path]).T + config["lora_alpha"] / config["r"] * B @ A
         if m:
             W = W * (m[0] / np.linalg.norm(W, axis=1))[:, None]
@@ -64,11 +63,11 @@ def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
     c = tiny.coefficients(shape(pool, 3, granularity))
     rng = np.random.default_rng(0)
     m = {s: jnp.asarray(rng.uniform(0.5, 2, (b.shape[0], b.shape[3])), jnp.float32) for s, b in pool.B.items()}
-    config, tensors = fused_adapter(
+    config, tensors = parts.fused_adapter(
         _MODEL.config,
         pool,
         jnp.array(_INDEX),
-        expand(c, pool, granularity),
+        parts.expand(c, pool, granularity),
         composition,
         base="some/base",
         magnitudes=m if magnitudes else None,
@@ -92,10 +91,10 @@ def test_a_fusion_is_one_adapter(composition, granularity, magnitudes, ranks):
 @pytest.mark.parametrize("composition", ["mix", "sum"])
 def test_a_quantised_pool_exports_what_it_computes(composition):
     pool = tiny.pool(4).quantised("nf4")
-    plain = {f: {s: dense(w, jnp.float32) for s, w in getattr(pool, f).items()} for f in ("A", "B")}
-    spread = expand(tiny.coefficients((3, 5)), pool, "block")
+    plain = {f: {s: parts.dense(w, jnp.float32) for s, w in getattr(pool, f).items()} for f in ("A", "B")}
+    spread = parts.expand(tiny.coefficients((3, 5)), pool, "block")
     exported, wanted = (
-        fused_adapter(_MODEL.config, p, jnp.array(_INDEX), spread, composition, base="b")
+        parts.fused_adapter(_MODEL.config, p, jnp.array(_INDEX), spread, composition, base="b")
         for p in (pool, dataclasses.replace(pool, **plain))
     )
     assert exported[0] == wanted[0] and exported[1].keys() == wanted[1].keys()
@@ -113,7 +112,7 @@ def test_a_lora_is_a_plain_adapter():
         for site, s in _MODEL.config.sites.items()
         if site.endswith((".o", "wi_1"))
     }
-    config, tensors = lora_adapter(_MODEL.config, adapters, base="b")
+    config, tensors = parts.lora_adapter(_MODEL.config, adapters, base="b")
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (3, 3, False)
     found = _in_peft(config, tensors)
     assert found.keys() == {(s, layer) for s, lora in adapters.items() for layer in range(lora.A.shape[0])}
@@ -134,9 +133,9 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
     params["magnitudes"] = {
         s: m * jnp.asarray(rng.choice([-1.2, 0.0, 0.8], m.shape), jnp.float32) for s, m in params["magnitudes"].items()
     }
-    spread = expand(params["coefficients"], pool, "block")
-    written = fused_adapter(_MODEL.config, pool, index, spread, "sum", base="b", magnitudes=params["magnitudes"])
-    write_adapter(tmp_path / "fused", *written)
+    spread = parts.expand(params["coefficients"], pool, "block")
+    written = parts.fused_adapter(_MODEL.config, pool, index, spread, "sum", base="b", magnitudes=params["magnitudes"])
+    parts.write_adapter(tmp_path / "fused", *written)
     again = lf.read_pool([str(tmp_path / "fused")], _MODEL.config)
     frozen_again = lf.Frozen(base, again, jax.jit(lf.gram)(again, {s: lf.kernels(_MODEL)[s] for s in again.A}))
     next_method = lf.Fusion(magnitudes=magnitudes)
@@ -147,7 +146,7 @@ def test_magnitudes_of_either_sign_and_zero_start_the_next_fusion(tmp_path, magn
     _close(_logits(_MODEL, adapters), _logits(_MODEL, wanted))
     # And exported again it is the same adapter.
     one = {s: jnp.ones((rank.shape[0], 1, 1)) for s, rank in again.rank.items()}
-    config, tensors = fused_adapter(
+    config, tensors = parts.fused_adapter(
         _MODEL.config, again, jnp.arange(1), one, "sum", base="b", magnitudes=start.get("magnitudes")
     )
     assert config == written[0] and tensors.keys() == written[1].keys()
@@ -168,7 +167,7 @@ def _fused(model, composition):
 @functools.partial(jax.jit, static_argnums=0)
 def _run(graph, weights, adapters):
     batch = tiny.batch()
-    start = decoder_inputs(batch.labels, start_id=0, pad_id=0)
+    start = parts.decoder_inputs(batch.labels, start_id=0, pad_id=0)
     return nnx.merge(graph, weights)(batch.input_ids, batch.input_mask, start, adapters)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lorafusion_jax.io.peft.adapter import read_adapter
+from lorafusion_jax.parts import read_adapter
 
 # Fields by the version of PEFT that added them, with their defaults.
 _ADDED: dict[str, dict[str, Any]] = {

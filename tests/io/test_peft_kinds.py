@@ -11,9 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lorafusion_jax import base_tensor, load_pool, read_config
-from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.io.peft.kinds import as_lora
-from lorafusion_jax.parts import ConvertOptions, convert, linear_shapes, write_adapter
+from lorafusion_jax.parts import ConvertOptions, convert, linear_shapes, read_adapter, write_adapter
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 

@@ -12,10 +12,7 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.methods.mean import MeanFusion
-from lorafusion_jax.methods.vera import VeRA
-from lorafusion_jax.parts import FullFineTuning, load_arrays, save_arrays
+from lorafusion_jax.parts import FullFineTuning, Magnitudes, MeanFusion, VeRA, load_arrays, save_arrays
 
 _MODEL = tiny.t5()
 _KERNELS = lf.kernels(_MODEL)

@@ -11,11 +11,8 @@ import recipes
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
+from lorafusion_jax import parts
 from lorafusion_jax.estimates.params import counts
-from lorafusion_jax.hardware.report import report_on_chips
-from lorafusion_jax.parts import EvaluateOnChipsOptions, EvaluateOptions, RunFolder, run_path
-from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.predict import GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.tasks import load_task, split
 
 _SEEDS = (1, 2)
@@ -78,8 +75,8 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
     options, results = runs(method)
     seeds = _SEEDS[:1] if method == "zero-shot" else _SEEDS
     assert [row["seed"] for row in results["seeds"]] == list(seeds)
-    assert _strict((run_path(options) / "results.json").read_text()) == results
-    for line in RunFolder(run_path(options)).metrics():
+    assert _strict((parts.run_path(options) / "results.json").read_text()) == results
+    for line in parts.RunFolder(parts.run_path(options)).metrics():
         _strict(json.dumps(line))
     forward, backward, steps = 0, 0, 0
     if method in _TRAINED:
@@ -99,7 +96,7 @@ def test_a_run_reports_and_counts_and_is_evaluated_alike(method, runs):
         assert (row["loss"] is None) == (method == "constant")
         pooled = method in (*_SEARCHED, "fusion", "coefficients", "mean", "merge", "cat")
         assert len(row["modules"]) == (2 if pooled else 0)
-    rows = evaluate_run(EvaluateOptions(run=run_path(options)))
+    rows = parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(options)))
     assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
 
 
@@ -116,9 +113,9 @@ def test_methods_differ(methods, runs):
 
 def test_the_best_single_module_is_the_one_of_least_loss(runs):
     options, results = runs("single")
-    folder = run_path(options)
+    folder = parts.run_path(options)
     _, params, _ = lf.load_run(folder)
-    lines = RunFolder(folder).metrics()
+    lines = parts.RunFolder(folder).metrics()
     for s, seed in enumerate(results["seeds"]):
         tried = [line for line in lines if line["seed"] == seed["seed"]]
         assert [line["module"] for line in tried] == seed["modules"]
@@ -150,7 +147,7 @@ def test_only_a_seeds_own_five_rows_count(method, small, tmp_path):
 
 def _exported(runs, method, form, tmp_path) -> dict[str, np.ndarray]:
     options, _ = runs(method)
-    export(ExportOptions(out=tmp_path / form, run=run_path(options), seed=2, format=form))
+    parts.export(parts.ExportOptions(out=tmp_path / form, run=parts.run_path(options), seed=2, format=form))
     (file,) = (tmp_path / form).glob("*.safetensors")
     return load_file(file)
 
@@ -159,14 +156,14 @@ def _in_peft(adapter: dict[str, np.ndarray], config: dict, base: dict[str, np.nd
     """Return the base's weights [d_out, d_in] with what PEFT makes of those that an adapter names, in float64."""
     weights = {name: tensor.astype(np.float64) for name, tensor in base.items()}
     for path in config["target_modules"]:
-        parts = {
+        pieces = {
             kind: adapter[f"base_model.model.{path}.{kind}"].astype(np.float64)
             for kind in ["lora_A.weight", "lora_B.weight", *["lora_magnitude_vector"] * config["use_dora"]]
         }
         W = weights[f"{path}.weight"]
-        W = W + config["lora_alpha"] / config["r"] * parts["lora_B.weight"] @ parts["lora_A.weight"]
+        W = W + config["lora_alpha"] / config["r"] * pieces["lora_B.weight"] @ pieces["lora_A.weight"]
         if config["use_dora"]:
-            W = W * (parts["lora_magnitude_vector"] / np.linalg.norm(W, axis=1))[:, None]
+            W = W * (pieces["lora_magnitude_vector"] / np.linalg.norm(W, axis=1))[:, None]
         weights[f"{path}.weight"] = W
     return weights
 
@@ -208,7 +205,7 @@ def test_a_dora_adapter_is_refused_where_its_magnitudes_have_no_place(method, sm
     options = _options(small, tmp_path, method, pool=str(tmp_path / "pool"))
     with pytest.raises(ValueError, match=r"DoRA adapter.* magnitudes"):
         lf.fuse(options)
-    assert not run_path(options).exists()
+    assert not parts.run_path(options).exists()
 
 
 def test_methods_without_an_adapter_are_not_exported(runs, tmp_path):
@@ -216,7 +213,7 @@ def test_methods_without_an_adapter_are_not_exported(runs, tmp_path):
     with pytest.raises(ValueError, match="of the method few-shot, which trains nothing"):
         _exported(runs, "few-shot", "adapter", tmp_path)
     with pytest.raises(ValueError, match="of few-shot, which needs rows of its task"):
-        generate_lines(GenerateOptions(run=run_path(runs("few-shot")[0]), file=tmp_path / "text"))
+        parts.generate_lines(parts.GenerateOptions(run=parts.run_path(runs("few-shot")[0]), file=tmp_path / "text"))
     assert not (tmp_path / "adapter").exists()
 
 
@@ -235,10 +232,10 @@ def test_arrays_hold_what_a_run_reads(runs):
         options, results = runs(method)
         # Of the base, the values alone are in arrays: every kind of matrix is a program of its own.
         digital = ("head", "*.ff.*", "*.q", "*.k", "*.o")
-        asked = EvaluateOnChipsOptions(
-            run=run_path(options), crossbar="isaac", calibration_rows=4, keep_digital=digital
+        asked = parts.EvaluateOnChipsOptions(
+            run=parts.run_path(options), crossbar="isaac", calibration_rows=4, keep_digital=digital
         )
-        found = report_on_chips(asked)
+        found = parts.report_on_chips(asked)
         for digital, row in zip(found["digital"], results["seeds"], strict=True):
             assert digital["loss"] == pytest.approx(row["loss"], rel=1e-5)
         for on_chip, row in zip(found["chips"][0]["seeds"], results["seeds"], strict=True):
@@ -248,7 +245,7 @@ def test_arrays_hold_what_a_run_reads(runs):
     assert sites["merge"] < sites["cat"] and not any(site.startswith("pool") for site in sites["merge"])
     for method in ("full", "constant"):
         with pytest.raises(ValueError, match=f"the method {method} leaves no frozen model to program"):
-            report_on_chips(EvaluateOnChipsOptions(run=run_path(runs(method)[0]), crossbar="isaac"))
+            parts.report_on_chips(parts.EvaluateOnChipsOptions(run=parts.run_path(runs(method)[0]), crossbar="isaac"))
 
 
 def test_bad_options_stop_before_anything_is_written(small, tmp_path):
@@ -268,4 +265,4 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
         options = _options(small, tmp_path, method, **changes)
         with pytest.raises(ValueError, match=message):
             lf.fuse(options)
-        assert not run_path(options).exists()
+        assert not parts.run_path(options).exists()

@@ -20,11 +20,8 @@ from lorafusion_jax.estimates.params import counts, trainable_count
 from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.methods import Built, fields_of, find
 from lorafusion_jax.methods.entry import PlannedPool
-from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.methods.mean import MeanFusion
-from lorafusion_jax.methods.vera import VeRA
 from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.parts import CostOptions, Settings, bills, workload
+from lorafusion_jax.parts import CostOptions, Magnitudes, MeanFusion, Settings, VeRA, bills, workload
 from lorafusion_jax.tasks import load_task
 
 _SMALL = SHAPES["t5-small"]

@@ -10,9 +10,10 @@ import small_llama
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.models.decoder import FAMILY, Decoder
+from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.decoder.rotary import rotation
+from lorafusion_jax.parts import Decoder
 
 _TINY = small_llama.CONFIG | {
     "vocab_size": 40,

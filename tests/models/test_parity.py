@@ -18,9 +18,7 @@ from flax import nnx
 from peft_models import Fused, fused
 
 import lorafusion_jax as lf
-from lorafusion_jax.adapters.coefficients import expand
-from lorafusion_jax.io.export import fused_adapter
-from lorafusion_jax.parts import Model, Params, cross_entropy, lora_adapter, write_adapter
+from lorafusion_jax.parts import Model, Params, cross_entropy, expand, fused_adapter, lora_adapter, write_adapter
 
 pytestmark = pytest.mark.peft
 

@@ -11,12 +11,9 @@ import pytest
 import recipes
 
 import lorafusion_jax as lf
+from lorafusion_jax import parts
 from lorafusion_jax.cli import main
-from lorafusion_jax.estimates.plan import describe_run
 from lorafusion_jax.loading.model import with_whole_modules
-from lorafusion_jax.parts import ConvertOptions, EvaluateOptions, convert, load_model, open_pool, run_path
-from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.predict import evaluate_run
 from lorafusion_jax.runs.prepare import check
 
 
@@ -25,7 +22,7 @@ def converted(small, tmp_path_factory) -> tuple[Path, Path]:
     """Base, and a converted pool of three modules with a basis of 24 directions."""
     (base, adapters), out = small, tmp_path_factory.mktemp("converted") / "pool"
     sources = tuple(str(path) for path in sorted(adapters.iterdir()))[:3]
-    convert(ConvertOptions(base=str(base), adapters=sources, out=out, basis=24))
+    parts.convert(parts.ConvertOptions(base=str(base), adapters=sources, out=out, basis=24))
     return base, out
 
 
@@ -52,10 +49,10 @@ def test_a_basis_on_disk_is_the_one_of_the_modules_and_reads_none_of_them(conver
 def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
     options, results = fused
     assert results["trainable_by_group"] == {"coefficients": 2 * 2, "magnitudes": 6 * 96, "core": 6 * 16 * 16}
-    metrics = [json.loads(line) for line in (run_path(options) / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (parts.run_path(options) / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses[-1] < losses[0]
-    (again,) = evaluate_run(EvaluateOptions(run=run_path(options)))
+    (again,) = parts.evaluate_run(parts.EvaluateOptions(run=parts.run_path(options)))
     assert (again["exact_match"], again["loss"]) == (results["exact_match"], results["seeds"][0]["loss"])
     assert lf.fuse(dataclasses.replace(options, resume=True)) == results
 
@@ -63,8 +60,8 @@ def test_a_run_in_a_basis_learns_and_is_evaluated_again(fused):
 def test_an_exported_adapter_and_a_merged_base_are_the_fusion(fused, converted, tmp_path):
     """A rank-16 DoRA adapter whose W + dW, rescaled, is the merged base's kernel."""
     options, _ = fused
-    export(ExportOptions(run=run_path(options), out=tmp_path / "adapter"))
-    export(ExportOptions(run=run_path(options), out=tmp_path / "merged", format="merged"))
+    parts.export(parts.ExportOptions(run=parts.run_path(options), out=tmp_path / "adapter"))
+    parts.export(parts.ExportOptions(run=parts.run_path(options), out=tmp_path / "merged", format="merged"))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["use_dora"]) == (16, True)
     base, merged = (lf.load_base(folder) for folder in (converted[0], tmp_path / "merged"))
@@ -81,7 +78,7 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
     whole = tmp_path / "pool"
     shutil.copytree(converted[1], whole)
     shutil.rmtree(whole / "basis")
-    convert(ConvertOptions(out=whole, basis=48))
+    parts.convert(parts.ConvertOptions(out=whole, basis=48))
     chosen = {}
     for choose in ("gradient", "basis-gradient"):
         options = _options(
@@ -91,7 +88,7 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
         assert lf.fuse(dataclasses.replace(options, resume=True))["seeds"][0]["modules"] == chosen[choose]
     assert chosen["gradient"] == chosen["basis-gradient"]
     control = _options((converted[0], whole), tmp_path, choose="gradient", basis=48, control="random-factors")
-    ranked = with_whole_modules(load_model(control), control).problem.frozen.pool
+    ranked = with_whole_modules(parts.load_model(control), control).problem.frozen.pool
     np.testing.assert_array_equal(ranked.A["encoder.self.q"], lf.load_pool(whole).A["encoder.self.q"])
     shutil.rmtree(whole / "adapters")
     options = _options((converted[0], whole), tmp_path, name="alone", choose="basis-gradient", epochs=1, basis=48)
@@ -99,16 +96,18 @@ def test_modules_are_ranked_in_whole_or_inside_the_basis(converted, tmp_path):
 
 
 def test_controls_project_the_modules_on_other_directions(converted, tmp_path):
-    own = load_model(_options(converted, tmp_path)).problem.frozen.pool
+    own = parts.load_model(_options(converted, tmp_path)).problem.frozen.pool
     for control in ("random-factors", "shuffled", "rotated", "svd"):
-        pool = load_model(_options(converted, tmp_path, control=control)).problem.frozen.pool
+        pool = parts.load_model(_options(converted, tmp_path, control=control)).problem.frozen.pool
         assert (pool.names, pool.k) == (own.names, 16)
         for site in own.sites if control != "shuffled" else ():  # a stack of one layer is not shuffled
             assert pool.kept()[site].sum() < own.kept()[site].sum()
 
 
 def test_draws_of_a_rotated_control_differ(converted, tmp_path):
-    draws = [load_model(_options(converted, tmp_path, basis=None, control="rotated", control_draw=n)) for n in (0, 1)]
+    draws = [
+        parts.load_model(_options(converted, tmp_path, basis=None, control="rotated", control_draw=n)) for n in (0, 1)
+    ]
     first, second = (loaded.problem.frozen.pool for loaded in draws)
     assert first.names == second.names == tuple(f"rotated {name}" for name in draws[0].modules[0])
     assert all(np.abs(a - second.A[site]).max() > 0.01 for site, a in first.A.items())
@@ -124,7 +123,7 @@ def test_new_modules_join_an_existing_basis(small, converted, tmp_path, capsys):
     assert more.names == (*there.names, new.name)
     np.testing.assert_array_equal(more.U["encoder.self.q"], there.U["encoder.self.q"])
     options = _options((base, out), tmp_path, adapters=(new.name, there.names[0]))
-    assert load_model(options).problem.frozen.pool.names == (there.names[0], new.name)
+    assert parts.load_model(options).problem.frozen.pool.names == (there.names[0], new.name)
     ranked = dataclasses.replace(options, adapters=(), recipe=dataclasses.replace(options.recipe, choose="gradient"))
     with pytest.raises(ValueError, match="rank by --choose basis-gradient"):
         lf.fuse(ranked)
@@ -132,7 +131,7 @@ def test_new_modules_join_an_existing_basis(small, converted, tmp_path, capsys):
 
 def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
     def pool(**changes) -> str:
-        row = describe_run(_options(converted, tmp_path, **changes)).splitlines()[5]
+        row = parts.describe_run(_options(converted, tmp_path, **changes)).splitlines()[5]
         return row.split("|")[8].strip()
 
     # Six matrices of 96 x 96: U, V and U^T W, the cores of two modules, ||W||^2; to rank them, the cores of all three.
@@ -140,7 +139,7 @@ def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
     assert pool() == f"{4 * words / 2**10:.2f} KiB"
     assert pool(choose="gradient") == f"{4 * (words + 6 * 16**2) / 2**10:.2f} KiB"
     with pytest.raises(ValueError, match="24 directions, (and 25 are asked for|expected at least 25)"):
-        describe_run(_options(converted, tmp_path, basis=25))
+        parts.describe_run(_options(converted, tmp_path, basis=25))
 
 
 @pytest.mark.parametrize(
@@ -161,26 +160,26 @@ def test_options_that_contradict_a_basis_are_refused(converted, tmp_path, change
 
 def test_a_pool_without_a_basis_names_the_command_that_makes_one(small, converted, tmp_path):
     with pytest.raises(ValueError, match=r"24 directions, expected at least 25: .* convert --basis 25"):
-        load_model(_options(converted, tmp_path, basis=25))
+        parts.load_model(_options(converted, tmp_path, basis=25))
     base, adapters = small
     with pytest.raises(ValueError, match=r"holds adapters, no basis: .* `lorafusion convert --basis 16`"):
-        load_model(_options((base, adapters), tmp_path))
+        parts.load_model(_options((base, adapters), tmp_path))
     bare, other = tmp_path / "bare", tmp_path / "other"
     shutil.copytree(converted[1], bare, ignore=shutil.ignore_patterns("basis"))
     with pytest.raises(ValueError, match=r"has no basis: .* convert --basis 16 --out"):
-        load_model(_options((base, bare), tmp_path))
+        parts.load_model(_options((base, bare), tmp_path))
     with pytest.raises(ValueError, match="rank of at most 48"):
-        convert(ConvertOptions(out=bare, basis=49))
+        parts.convert(parts.ConvertOptions(out=bare, basis=49))
     assert not (bare / "basis").exists()
     with pytest.raises(ValueError, match="basis exists: move it away"):
-        convert(ConvertOptions(out=converted[1], basis=8))
+        parts.convert(parts.ConvertOptions(out=converted[1], basis=8))
     with pytest.raises(ValueError, match="give one of them"):
-        convert(ConvertOptions(out=bare, basis=8, basis_from=converted[1]))
+        parts.convert(parts.ConvertOptions(out=bare, basis=8, basis_from=converted[1]))
     names = lf.load_pool(converted[1]).names
-    convert(ConvertOptions(base=str(base), adapters=(str(sorted(adapters.iterdir())[3]),), out=other))
+    parts.convert(parts.ConvertOptions(base=str(base), adapters=(str(sorted(adapters.iterdir())[3]),), out=other))
     shutil.copytree(converted[1] / "basis", other / "basis")
     manifest = json.loads((other / "basis" / "manifest.json").read_text())
-    (own,) = open_pool(other).names
+    (own,) = parts.open_pool(other).names
     manifest["metadata"]["modules"] = dict(
         zip((own, *names[1:]), manifest["metadata"]["modules"].values(), strict=True)
     )

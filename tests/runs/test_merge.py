@@ -10,8 +10,7 @@ import recipes
 
 from lorafusion_jax import base_tensor, fuse, kernels, load_base, load_run, places, read_config
 from lorafusion_jax.cli import main
-from lorafusion_jax.io.peft.adapter import read_adapter
-from lorafusion_jax.runs.export import ExportOptions, export
+from lorafusion_jax.parts import ExportOptions, export, read_adapter
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"

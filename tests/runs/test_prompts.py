@@ -17,11 +17,9 @@ import small_llama
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.estimates.plan import describe_run
+from lorafusion_jax import parts
 from lorafusion_jax.loading.model import evaluation_worth
-from lorafusion_jax.parts import EvaluateOptions, RunFolder, load_texts, load_to_evaluate, prepare, run_path
 from lorafusion_jax.runs import evaluate as evaluation
-from lorafusion_jax.runs.predict import GenerateOptions, evaluate_run, generate_lines, stream_lines
 from lorafusion_jax.serving.predict import evaluate_runs
 from lorafusion_jax.tasks import Example, encode, eval_batches
 
@@ -59,11 +57,11 @@ def chat(base, task, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
 
 def test_a_run_with_a_chat_template_is_asked_as_it_was_trained(chat):
     options, _ = chat
-    folder = run_path(options)
+    folder = parts.run_path(options)
     assert json.loads((folder / "config.json").read_text())["options"]["chat"] is True
-    losses = [row["loss"] for row in RunFolder(folder).metrics() if "loss" in row]
+    losses = [row["loss"] for row in parts.RunFolder(folder).metrics() if "loss" in row]
     assert losses[-1] < losses[0]
-    setup, _, _ = load_to_evaluate(EvaluateOptions(run=folder))
+    setup, _, _ = parts.load_to_evaluate(parts.EvaluateOptions(run=folder))
     asked = setup.tokenizer.decode(setup.test.inputs[1])
     assert asked == "<|im_start|>user\nsay the tall<|im_end|>\n<|im_start|>assistant\n"
     assert setup.tokenizer.decode(setup.test.labels[1]) == "short<|im_end|>"
@@ -71,21 +69,23 @@ def test_a_run_with_a_chat_template_is_asked_as_it_was_trained(chat):
 
 def test_evaluating_and_generating_agree_with_the_run_in_batches_of_any_size(chat, tmp_path):
     options, results = chat
-    folder = run_path(options)
-    for row, recorded in zip(evaluate_run(EvaluateOptions(run=folder, eval_batch=2)), results["seeds"], strict=True):
+    folder = parts.run_path(options)
+    for row, recorded in zip(
+        parts.evaluate_run(parts.EvaluateOptions(run=folder, eval_batch=2)), results["seeds"], strict=True
+    ):
         for score in ("exact_match", "option_accuracy"):
             assert row[score] == recorded[score]
         assert row["loss"] == pytest.approx(recorded["loss"], rel=1e-5)
-    said = [row for row in RunFolder(folder).predictions() if row["seed"] == 2]
+    said = [row for row in parts.RunFolder(folder).predictions() if row["seed"] == 2]
     (tmp_path / "lines").write_text("\n".join(row["input"].removeprefix("say ") for row in said))
-    asked = GenerateOptions(run=folder, file=tmp_path / "lines", seed=2, eval_batch=3)
-    assert generate_lines(asked) == [row["prediction"] for row in said]
-    assert ["".join(answer) for answer in stream_lines(asked)] == [row["prediction"] for row in said]
+    asked = parts.GenerateOptions(run=folder, file=tmp_path / "lines", seed=2, eval_batch=3)
+    assert parts.generate_lines(asked) == [row["prediction"] for row in said]
+    assert ["".join(answer) for answer in parts.stream_lines(asked)] == [row["prediction"] for row in said]
 
 
 def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template(chat, base, tmp_path):
     run, other = tmp_path / "run", tmp_path / "base"
-    shutil.copytree(run_path(chat[0]), run)
+    shutil.copytree(parts.run_path(chat[0]), run)
     shutil.copytree(base, other)
     (tmp_path / "lines").write_text("hot")
 
@@ -93,7 +93,7 @@ def test_a_run_is_not_used_with_another_configuration_tokenizer_or_chat_template
         config = json.loads((run / "config.json").read_text())
         config["options"] |= {"base": str(other)} | changes
         (run / "config.json").write_text(json.dumps(config))
-        return generate_lines(GenerateOptions(run=run, file=tmp_path / "lines", max_new_tokens=1))
+        return parts.generate_lines(parts.GenerateOptions(run=run, file=tmp_path / "lines", max_new_tokens=1))
 
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(dict(reversed(settings.items()))))
@@ -123,25 +123,25 @@ def test_a_changed_task_is_refused_and_rows_that_trained_are_left_out_of_another
     file.write_text("\n".join(rows))
     options = _options(base, file, tmp_path, train_rows=8)
     lf.fuse(options)
-    folder = run_path(options)
-    tested = {row["input"] for row in RunFolder(folder).predictions()}
-    own = evaluate_run(EvaluateOptions(run=folder))
+    folder = parts.run_path(options)
+    tested = {row["input"] for row in parts.RunFolder(folder).predictions()}
+    own = parts.evaluate_run(parts.EvaluateOptions(run=folder))
     file.write_text("\n".join(sorted(rows)))
-    for changed in (lambda: evaluate_run(EvaluateOptions(run=folder)), lambda: evaluate_runs((folder,))):
+    for changed in (lambda: parts.evaluate_run(parts.EvaluateOptions(run=folder)), lambda: evaluate_runs((folder,))):
         with pytest.raises(ValueError, match="all.jsonl has other rows than .* was fused on: restore them, .* --task"):
             changed()
-    other = EvaluateOptions(run=folder, task=str(file))
-    assert {row.input for row in load_to_evaluate(other)[0].task.test} == tested and len(tested) == 8
-    for row, of_own in zip(evaluate_run(other), own, strict=True):
+    other = parts.EvaluateOptions(run=folder, task=str(file))
+    assert {row.input for row in parts.load_to_evaluate(other)[0].task.test} == tested and len(tested) == 8
+    for row, of_own in zip(parts.evaluate_run(other), own, strict=True):
         assert row == of_own | {"loss": pytest.approx(of_own["loss"], rel=1e-5)}
     file.write_text("\n".join(row for row in rows if json.loads(row)["input"] not in tested))
     with pytest.raises(ValueError, match="was trained on the inputs of all rows of .*all.jsonl: give others"):
-        evaluate_run(other)
+        parts.evaluate_run(other)
 
 
 def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
     options, _ = chat
-    setup, _, params = load_to_evaluate(EvaluateOptions(run=run_path(options)))
+    setup, _, params = parts.load_to_evaluate(parts.EvaluateOptions(run=parts.run_path(options)))
     of_seed = jax.tree.map(lambda p: p[1], params)
     problem = setup.problem
     adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index[1])
@@ -171,7 +171,7 @@ def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
 @pytest.mark.parametrize(("chat", "answer"), [(False, " cold"), (True, " cold\n\nQ")])
 def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answer, base, task, tmp_path, monkeypatch):
     options = _options(base, task, tmp_path, method="few-shot", chat=chat, test_rows=2)
-    tokenizer = load_texts(options).tokenizer
+    tokenizer = parts.load_texts(options).tokenizer
     said = tokenizer(" cold\n\nQ", add_special_tokens=False)["input_ids"]
     prompts = []
 
@@ -181,7 +181,7 @@ def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answ
 
     monkeypatch.setattr(evaluation, "generate_rows", generate_rows)
     results = lf.fuse(options)
-    assert [row["prediction"] for row in RunFolder(run_path(options)).predictions()] == [answer] * 2
+    assert [row["prediction"] for row in parts.RunFolder(parts.run_path(options)).predictions()] == [answer] * 2
     assert results["seeds"][0]["exact_match"] == (0 if chat else 50)
     shown = r"((the )*\w+ (cold|short|old|the gold)\n\n){2}"
     around = (r"<\|im_start\|>user\n", r"<\|im_end\|>\n<\|im_start\|>assistant\n") if chat else ("<s>", "")
@@ -206,7 +206,7 @@ def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(changes
     options = _options(no_weights, task, tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         lf.fuse(options)
-    assert not run_path(options).exists()
+    assert not parts.run_path(options).exists()
     with pytest.raises(ValueError, match="has no weights"):
         lf.fuse(_options(no_weights, task, tmp_path))
 
@@ -214,19 +214,19 @@ def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(changes
 def test_chat_needs_a_template(task, tmp_path):
     plain = small_llama.make(tmp_path / "plain", chat_template=None)
     with pytest.raises(ValueError, match="plain has no chat template: leave out --chat, and describe the task with"):
-        prepare(_options(plain, task, tmp_path, chat=True))
+        parts.prepare(_options(plain, task, tmp_path, chat=True))
     conversation = [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join([json.dumps({"messages": conversation})] * 3))
     with pytest.raises(ValueError, match="rows.jsonl, line 1 is a conversation, .*: give --chat"):
-        prepare(_options(plain, rows, tmp_path, train_rows=1))
+        parts.prepare(_options(plain, rows, tmp_path, train_rows=1))
 
 
 def test_a_plan_counts_the_tokens_of_the_template(base, task, tmp_path):
     runs = [_options(base, task, tmp_path, chat=chat) for chat in (False, True)]
-    plans = [describe_run(run) for run in runs]
+    plans = [parts.describe_run(run) for run in runs]
     for plan, run in zip(plans, runs, strict=True):
-        setup = prepare(run)
+        setup = parts.prepare(run)
         worth = evaluation_worth(setup.config)
         batches = [batch for _, batch in eval_batches(setup.test, run.eval_batch, pad_id=0, worth=worth)]
         found = re.search(r"evaluation in .*?(\d+) source", plan)
@@ -239,8 +239,10 @@ def test_a_plan_counts_the_tokens_of_the_template(base, task, tmp_path):
 
 def _ask(base: Path, monkeypatch, text: str, **changes) -> list[str]:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    options = GenerateOptions(base=str(base), max_new_tokens=8, **changes)
-    return ["".join(answer) for answer in stream_lines(options)] if options.stream else generate_lines(options)
+    options = parts.GenerateOptions(base=str(base), max_new_tokens=8, **changes)
+    return (
+        ["".join(answer) for answer in parts.stream_lines(options)] if options.stream else parts.generate_lines(options)
+    )
 
 
 def test_a_base_model_answers_without_a_run(base, monkeypatch):
@@ -295,8 +297,8 @@ def test_draws_depend_on_the_seed_and_the_line_alone(base, monkeypatch):
 )
 def test_options_without_an_answer_are_refused(changes, message, base, tmp_path):
     (tmp_path / "lines").write_text("hot\n")
-    options = dataclasses.replace(GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes)
+    options = dataclasses.replace(parts.GenerateOptions(base=str(base), file=tmp_path / "lines"), **changes)
     with pytest.raises(ValueError, match=message):
-        generate_lines(options)
+        parts.generate_lines(options)
     with pytest.raises(ValueError, match=message):
-        next(stream_lines(options))
+        next(parts.stream_lines(options))

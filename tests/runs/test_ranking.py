@@ -9,9 +9,8 @@ import pytest
 import recipes
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import EvaluateOptions, prepare, run_path
+from lorafusion_jax.parts import EvaluateOptions, evaluate_run, prepare, run_path
 from lorafusion_jax.runs.descent import gradient_at_zero
-from lorafusion_jax.runs.predict import evaluate_run
 
 
 def _options(folder: Path, **changes) -> lf.FuseOptions:

@@ -16,8 +16,8 @@ import lorafusion_jax as lf
 from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Mapping, ReadNoise
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.loading.model import evaluation_worth
-from lorafusion_jax.models.decoder import FAMILY, Decoder
-from lorafusion_jax.parts import GREEDY, T5, generate_rows, make_mesh, on_mesh
+from lorafusion_jax.models.decoder import FAMILY
+from lorafusion_jax.parts import GREEDY, T5, Decoder, generate_rows, make_mesh, on_mesh
 from lorafusion_jax.runs.rows import draw_keys
 from lorafusion_jax.tasks import Encoded, eval_batches, pad
 from lorafusion_jax.training.frozen import GENERATION

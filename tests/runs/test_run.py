@@ -18,20 +18,8 @@ import recipes
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
+from lorafusion_jax import parts
 from lorafusion_jax.io import checkpoint
-from lorafusion_jax.parts import (
-    GREEDY,
-    EvaluateOptions,
-    RunFolder,
-    SeedModels,
-    advance_rows,
-    begin_rows,
-    prepare,
-    run_path,
-    start,
-)
-from lorafusion_jax.runs.export import ExportOptions, export
-from lorafusion_jax.runs.predict import GenerateOptions, evaluate_run, generate_lines
 from lorafusion_jax.support import interrupts, processes
 from lorafusion_jax.support.writing import WriteError
 from lorafusion_jax.tasks import eval_batches
@@ -52,8 +40,8 @@ def fused(small, tmp_path_factory) -> tuple[lf.FuseOptions, dict]:
 def copied(fused, tmp_path) -> tuple[lf.FuseOptions, Path]:
     """A copy of the run that can be changed: its options, and its folder."""
     options = dataclasses.replace(fused[0], out=tmp_path, resume=True)
-    shutil.copytree(run_path(fused[0]), run_path(options))
-    return options, run_path(options)
+    shutil.copytree(parts.run_path(fused[0]), parts.run_path(options))
+    return options, parts.run_path(options)
 
 
 def _change_config(folder: Path, **changes) -> None:
@@ -70,20 +58,20 @@ def _assert_resumes(options: lf.FuseOptions, fused: tuple[lf.FuseOptions, dict])
     resumed = lf.fuse(dataclasses.replace(options, resume=True))
     assert {**resumed, "seconds": None} == {**results, "seconds": None}
     for name in ("metrics.jsonl", "predictions.jsonl"):
-        assert (run_path(options) / name).read_bytes() == (run_path(whole) / name).read_bytes()
-    jax.tree.map(np.testing.assert_array_equal, *(lf.load_run(run_path(of))[1] for of in (options, whole)))
+        assert (parts.run_path(options) / name).read_bytes() == (parts.run_path(whole) / name).read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, *(lf.load_run(parts.run_path(of))[1] for of in (options, whole)))
 
 
 @pytest.mark.accelerator
 def test_a_run_writes_results_that_agree_with_its_rows(fused):
     options, results = fused
-    folder = run_path(options)
+    folder = parts.run_path(options)
     assert json.loads((folder / "results.json").read_text()) == results and (folder / "final").is_dir()
-    rows = RunFolder(folder).predictions()
+    rows = parts.RunFolder(folder).predictions()
     assert len(rows) == 2 * 5
     shares = [100 * np.mean([r["correct"] for r in rows if r["seed"] == seed]) for seed in options.seeds]
     assert shares == [s["exact_match"] for s in results["seeds"]]
-    steps = [m for m in RunFolder(folder).metrics() if "loss" in m]
+    steps = [m for m in parts.RunFolder(folder).metrics() if "loss" in m]
     assert len(steps) == 2 * 3 * 2  # seeds, epochs, steps of 95 rows by 48
     for seed in options.seeds:
         losses = [m["loss"] for m in steps if m["seed"] == seed]
@@ -99,7 +87,7 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
         with pytest.raises(ValueError, match=r"no seed has had a finite loss for 2\d steps, up to step 2\d: try lower"):
             lf.fuse(dataclasses.replace(options, resume=resume))
     folder = tmp_path / "diverged"
-    assert len([row for row in RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
+    assert len([row for row in parts.RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
     newest = checkpoint.load_newest(checkpoint.steps(folder / "checkpoints"), note=pytest.fail)
     assert newest is not None and all(np.isfinite(p).all() for p in jax.tree.leaves(newest[0]["best"]))
 
@@ -130,18 +118,20 @@ def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
 def test_batched_seeds_equal_sequential_ones(fused, tmp_path):
     options = dataclasses.replace(fused[0], seed_mode="batched", out=tmp_path)
     lf.fuse(options)
-    batched, sequential = (lf.load_run(run_path(of))[1] for of in (options, fused[0]))
+    batched, sequential = (lf.load_run(parts.run_path(of))[1] for of in (options, fused[0]))
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), batched, sequential)
 
 
 def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
-    setup = prepare(_options(small, Path("unused")))
+    setup = parts.prepare(_options(small, Path("unused")))
     problem = setup.problem.replace(seed_mode="batched")
     batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
-    models = SeedModels(start(problem, (1, 2)).params, problem, np.arange(2))
+    models = parts.SeedModels(parts.start(problem, (1, 2)).params, problem, np.arange(2))
     rows = (batch.input_ids, batch.input_mask, batch.row_mask, np.full(5, 4, np.int32), None)
-    state = begin_rows(models, *rows, max_new_tokens=4, sampling=GREEDY)
-    program = jax.make_jaxpr(partial(advance_rows, sampling=GREEDY))(models, *state, (np.int32(10), np.int32(4)))
+    state = parts.begin_rows(models, *rows, max_new_tokens=4, sampling=parts.GREEDY)
+    program = jax.make_jaxpr(partial(parts.advance_rows, sampling=parts.GREEDY))(
+        models, *state, (np.int32(10), np.int32(4))
+    )
     inner = [equation.params["jaxpr"].eqns for equation in program.eqns if "jaxpr" in equation.params]
     (loop,) = (equation for equations in inner for equation in equations if equation.primitive.name == "while")
     column, token, *_ = loop.outvars
@@ -246,7 +236,7 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(waits_at, whole,
     assert "; its state is saved in " in seen.advice[-1]
     folder = tmp_path / "whole"
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_00000{step}"]
-    assert RunFolder(folder).metrics()[-1]["step"] == step
+    assert parts.RunFolder(folder).metrics()[-1]["step"] == step
     _assert_resumes(options, fused)
 
 
@@ -255,10 +245,10 @@ def test_a_stopped_run_has_saved_a_step_and_resumes_bit_for_bit(waits_at, whole,
 
 def test_a_run_starts_from_the_numbers_of_another_one(fused, small, tmp_path):
     options, _ = fused
-    more = dataclasses.replace(options, start_from=run_path(options), out=tmp_path)
+    more = dataclasses.replace(options, start_from=parts.run_path(options), out=tmp_path)
     lf.fuse(more)
-    first = RunFolder(run_path(more)).metrics()[0]["loss"]
-    assert first < RunFolder(run_path(options)).metrics()[0]["loss"]
+    first = parts.RunFolder(parts.run_path(more)).metrics()[0]["loss"]
+    assert first < parts.RunFolder(parts.run_path(options)).metrics()[0]["loss"]
     with pytest.raises(ValueError, match="other modules or seeds"):
         lf.fuse(dataclasses.replace(more, seeds=(5,), name="other"))
     with pytest.raises(ValueError, match="trained with the method fusion"):
@@ -271,24 +261,24 @@ def test_a_run_starts_from_the_numbers_of_another_one(fused, small, tmp_path):
 def test_evaluate_and_generate_agree_with_the_run(fused, copied):
     options, results = fused
     _, folder = copied
-    assert lf.load_run(str(folder))[2] == RunFolder(folder).config()
-    rows = evaluate_run(EvaluateOptions(run=folder))
+    assert lf.load_run(str(folder))[2] == parts.RunFolder(folder).config()
+    rows = parts.evaluate_run(parts.EvaluateOptions(run=folder))
     assert rows == [{k: s[k] for k in ("seed", "exact_match", "option_accuracy", "loss")} for s in results["seeds"]]
     with pytest.raises(ValueError, match="--train-rows divides another task: name it with --task"):
-        evaluate_run(EvaluateOptions(run=folder, train_rows=0))
+        parts.evaluate_run(parts.EvaluateOptions(run=folder, train_rows=0))
     with pytest.raises(ValueError, match="test_rows is 0: "):
-        evaluate_run(EvaluateOptions(run=folder, test_rows=0))
+        parts.evaluate_run(parts.EvaluateOptions(run=folder, test_rows=0))
     _change_config(folder, task=str(folder / "gone.jsonl"))  # generating needs no task
     text = folder / "lines.txt"
-    text.write_text("\n".join(p["input"] for p in RunFolder(folder).predictions() if p["seed"] == 2))
-    assert generate_lines(GenerateOptions(run=folder, file=text, seed=2)) == recipes.answers(options, 2)
+    text.write_text("\n".join(p["input"] for p in parts.RunFolder(folder).predictions() if p["seed"] == 2))
+    assert parts.generate_lines(parts.GenerateOptions(run=folder, file=text, seed=2)) == recipes.answers(options, 2)
     with pytest.raises(ValueError, match=r"gone.jsonl"):
-        evaluate_run(EvaluateOptions(run=folder))
+        parts.evaluate_run(parts.EvaluateOptions(run=folder))
     with pytest.raises(ValueError, match="has no seed 7: it has 1, 2"):
-        generate_lines(GenerateOptions(run=folder, file=text, seed=7))
+        parts.generate_lines(parts.GenerateOptions(run=folder, file=text, seed=7))
     text.write_text(" \n")
     with pytest.raises(ValueError, match="holds no text"):
-        generate_lines(GenerateOptions(run=folder, file=text))
+        parts.generate_lines(parts.GenerateOptions(run=folder, file=text))
 
 
 def _with_base(source: Path, folder: Path, number: float) -> Path:
@@ -317,9 +307,9 @@ def _uses(run: Path, options: lf.FuseOptions) -> dict:
         return lf.fuse(options)
 
     return {
-        "evaluate": lambda: evaluate_run(EvaluateOptions(run=run)),
-        "generate": lambda: generate_lines(GenerateOptions(run=run, file=run.parent / "lines")),
-        "export": lambda: export(ExportOptions(run=run, out=run.parent / "out")),
+        "evaluate": lambda: parts.evaluate_run(parts.EvaluateOptions(run=run)),
+        "generate": lambda: parts.generate_lines(parts.GenerateOptions(run=run, file=run.parent / "lines")),
+        "export": lambda: parts.export(parts.ExportOptions(run=run, out=run.parent / "out")),
         "serve": lambda: lf.Service([lf.FusedRun.read(run)], capacity=1),
         "resume": resumed,
     }
@@ -343,7 +333,7 @@ def test_a_run_is_not_used_with_other_weights_of_the_same_shapes(use, moved, sma
 
 def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, capsys):
     run, options = moved
-    config = RunFolder(run).config()
+    config = parts.RunFolder(run).config()
     assert set(config["digests"]) == {"base", "modules", "basis", "tokenizer", "config"}
     assert set(config["digests"]["modules"]) == {name for names in config["modules"] for name in names}
     tensors = load_file(Path(options.base) / "model.safetensors")
@@ -352,7 +342,7 @@ def test_a_run_of_the_same_weights_is_used_in_another_format_and_dtype(moved, ca
     shutil.move(run / "model.safetensors", Path(options.base) / "model.safetensors")
     for changes in ({"dtype": "bfloat16"}, {"dtype": "float32", "load_in": "nf4"}):
         _change_config(run, **changes)
-        assert len(generate_lines(GenerateOptions(run=run, file=run.parent / "lines"))) == 1
+        assert len(parts.generate_lines(parts.GenerateOptions(run=run, file=run.parent / "lines"))) == 1
     assert capsys.readouterr().err == ""
 
 
@@ -367,11 +357,11 @@ def test_a_base_with_a_relative_path_is_found_from_another_folder(fused, small, 
     run = there / "runs" / "whole"
     monkeypatch.chdir(elsewhere)
     assert lf.load_run(run)[0].base == str(there / "owner" / "name")
-    evaluate_run(EvaluateOptions(run=run))
+    parts.evaluate_run(parts.EvaluateOptions(run=run))
     there.rename(tmp_path / "moved")  # the whole project
     monkeypatch.chdir(tmp_path / "moved")
     assert lf.load_run("runs/whole")[0].base == "owner/name"
-    evaluate_run(EvaluateOptions(run=Path("runs/whole")))
+    parts.evaluate_run(parts.EvaluateOptions(run=Path("runs/whole")))
     monkeypatch.chdir(elsewhere)
     assert capsys.readouterr().err == ""
 
@@ -381,12 +371,15 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
     options, folder = copied
     (folder / "results.json").unlink()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
-    with RunFolder(folder).locked():
+    with parts.RunFolder(folder).locked():
         with pytest.raises(ValueError, match=rf"whole is in use by process {os.getpid()}: wait for it, or give"):
             lf.fuse(options)
     assert before == {path: path.read_bytes() for path in before}
     new = dataclasses.replace(options, name="new", resume=False)
-    with RunFolder(run_path(new)).locked(), pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+    with (
+        parts.RunFolder(parts.run_path(new)).locked(),
+        pytest.raises(ValueError, match=f"in use by process {os.getpid()}"),
+    ):
         lf.fuse(new)
 
 
@@ -432,7 +425,7 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
     for changes, message in (({"pool": str(tmp_path)}, "is not a pool"), ({"base": str(tmp_path)}, "config.json")):
         with pytest.raises(ValueError, match=message):
             lf.fuse(dataclasses.replace(new, **changes))
-    assert not run_path(new).exists()
+    assert not parts.run_path(new).exists()
     with pytest.raises(ValueError, match="prune is an option of the methods fusion, mean-fusion, not of coefficients"):
         dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, prune=0.1), method="coefficients")
     with pytest.raises(ValueError, match="holds a run"):
@@ -448,8 +441,10 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
 def test_an_export_is_pushed_with_its_card(fused, hub, tmp_path, monkeypatch):
     options, results = fused
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-    of_run = ExportOptions(run=run_path(options), seed=2, out=tmp_path / "out", push="me/fused", private=True)
-    assert export(of_run).endswith("/me/fused") and "me/fused" in hub.private
+    of_run = parts.ExportOptions(
+        run=parts.run_path(options), seed=2, out=tmp_path / "out", push="me/fused", private=True
+    )
+    assert parts.export(of_run).endswith("/me/fused") and "me/fused" in hub.private
     there = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert hub.repositories["me/fused"] == there
     assert there.keys() >= {"README.md", "adapter_config.json", "adapter_model.safetensors"}
@@ -462,36 +457,36 @@ def test_an_export_is_pushed_with_its_card(fused, hub, tmp_path, monkeypatch):
     # Nothing of this machine's folders; the hub would refuse one as the base.
     assert str(options.out) not in card and "base_model" not in card and "library_name: peft" in card
 
-    again = export(dataclasses.replace(of_run, out=tmp_path / "again"))  # into the repository that is there
+    again = parts.export(dataclasses.replace(of_run, out=tmp_path / "again"))  # into the repository that is there
     assert again.endswith("/me/fused")
 
 
 def test_a_push_that_is_refused_writes_nothing(fused, hub, tmp_path, monkeypatch):
-    of_run = ExportOptions(run=run_path(fused[0]), out=tmp_path / "out", push="me/fused")
+    of_run = parts.ExportOptions(run=parts.run_path(fused[0]), out=tmp_path / "out", push="me/fused")
     with pytest.raises(ValueError, match=r"the hub did not take me/fused: .*token by `hf auth login` or in HF_TOKEN"):
-        export(of_run)
+        parts.export(of_run)
     assert not (tmp_path / "out").exists() and "me/fused" not in hub.repositories
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     for changes in ({"run": tmp_path / "gone"}, {"seed": 9}):  # found before a repository is made
         with pytest.raises(ValueError, match="gone: not a run|has no seed 9"):
-            export(dataclasses.replace(of_run, **changes))
+            parts.export(dataclasses.replace(of_run, **changes))
     assert "me/fused" not in hub.repositories
     with pytest.raises(ValueError, match="--private needs a repository of the hub: name it with --push"):
-        export(dataclasses.replace(of_run, push=None, private=True))
+        parts.export(dataclasses.replace(of_run, push=None, private=True))
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(run_path(fused[0]), run)
+    shutil.copytree(parts.run_path(fused[0]), run)
     predictions = (run / "predictions.jsonl").read_text()
     (run / "predictions.jsonl").write_text("{}\n")  # so that the card, which is written last, cannot be made
-    options = ExportOptions(run=run, out=tmp_path / "out", format=form)
+    options = parts.ExportOptions(run=run, out=tmp_path / "out", format=form)
     with pytest.raises(ValueError, match=r"predictions.jsonl, line 1: seed is missing"):
-        export(options)
+        parts.export(options)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     (run / "predictions.jsonl").write_text(predictions)
-    export(options)
+    parts.export(options)
     assert (tmp_path / "out" / "README.md").is_file()
 
 
@@ -506,7 +501,7 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
     ],
 )
 def test_a_run_is_named_after_its_task_method_and_control(task, changes, name):
-    assert run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes)) == Path("runs") / name
+    assert parts.run_path(lf.FuseOptions(base="base", pool="pool", task=task, **changes)) == Path("runs") / name
 
 
 @pytest.mark.parametrize("task", ["some.task/v1.5", "."])
@@ -514,4 +509,4 @@ def test_a_run_of_a_task_folder_is_named_after_the_whole_folder(task, tmp_path, 
     folder = tmp_path / "some.task" / "v1.5"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder if task == "." else tmp_path)
-    assert run_path(lf.FuseOptions(base="base", pool="pool", task=task)) == Path("runs/v1.5-fusion")
+    assert parts.run_path(lf.FuseOptions(base="base", pool="pool", task=task)) == Path("runs/v1.5-fusion")

@@ -17,8 +17,7 @@ from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
 from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.parts import dense, log_likelihood, matrices, set_matrices
+from lorafusion_jax.parts import Magnitudes, dense, log_likelihood, matrices, set_matrices
 from lorafusion_jax.serving.rows import RowModules
 from lorafusion_jax.training.loss import batch_logits
 

@@ -19,14 +19,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
-from lorafusion_jax import cli
+from lorafusion_jax import cli, parts
 from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.io import arrays
 from lorafusion_jax.loading.identity import digests
 from lorafusion_jax.methods import find
-from lorafusion_jax.parts import EvaluateOptions, RunFolder, load_model, options_to_json
 from lorafusion_jax.runs.options import row_format
-from lorafusion_jax.runs.predict import GenerateOptions, evaluate_run, generate_lines, stream_lines
 from lorafusion_jax.runs.rows import Rows
 from lorafusion_jax.serving.bank import TaskModels
 from lorafusion_jax.serving.predict import evaluate_runs, generate_rows
@@ -51,13 +49,13 @@ def write(small, tmp_path_factory):
         drawn = [(options.adapters or draw_modules(names, 2, seed)) if fuses else () for seed in seeds]
         environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}}
         task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=())
-        config = {"options": options_to_json(options), "modules": drawn, "environment": environment}
+        config = {"options": parts.options_to_json(options), "modules": drawn, "environment": environment}
         config |= {"task_sha256": task.sha256, "trained_sha256": []}
         config["max_new_tokens"] = options.recipe.max_new_tokens or 8
-        config |= {"digests": digests(load_model(options)), "folders": {}}
+        config |= {"digests": digests(parts.load_model(options)), "folders": {}}
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
-        RunFolder(folder).write_config(config)
+        parts.RunFolder(folder).write_config(config)
         arrays.save(folder / "final", params, {"steps": [1] * len(seeds)})
         return folder
 
@@ -102,7 +100,7 @@ def answers(tmp_path_factory):
     """A function that returns the answers of one run to the lines."""
     file = tmp_path_factory.mktemp("lines") / "lines"
     file.write_text("\n".join(_LINES))
-    return lambda folder: generate_lines(GenerateOptions(run=folder, file=file))
+    return lambda folder: parts.generate_lines(parts.GenerateOptions(run=folder, file=file))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +142,7 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
         write("asked", {"magnitudes": magnitudes}, (1,), prompt="Q: {input}\nA:", max_new_tokens=4, **shared),
     ]
     (tmp_path / "lines").write_text("hot\nthe tall")
-    alone = [generate_lines(GenerateOptions(run=folder, file=tmp_path / "lines")) for folder in folders]
+    alone = [parts.generate_lines(parts.GenerateOptions(run=folder, file=tmp_path / "lines")) for folder in folders]
     rows = [{"run": run, "input": line} for run in ("chat", "asked") for line in ("hot", "the tall")]
     said = generate_rows(folders, file=_file(tmp_path, rows))
     assert said == [answer for of_run in alone for answer in of_run]
@@ -160,8 +158,10 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(write, small, a
     rows = [{"how": way, "letters": letters, "mark": ""} for way, letters in texts]
     how |= {"task": str(_file(tmp_path, [row | {"target": "a"} for row in rows])), "train_rows": 1}
     named = write("named", params, (_MIXED,), prompt="{how} : {letters}{mark}", **how)
-    alone = GenerateOptions(run=named, file=_file(tmp_path, rows))
-    assert generate_lines(alone)[:-1] == ["".join(said) for said in stream_lines(alone)][:-1] == answers(plain)
+    alone = parts.GenerateOptions(run=named, file=_file(tmp_path, rows))
+    assert (
+        parts.generate_lines(alone)[:-1] == ["".join(said) for said in parts.stream_lines(alone)][:-1] == answers(plain)
+    )
     run = lf.FusedRun.read(named)
     service = lf.Service([run], capacity=1)
     service.add("named", run)
@@ -172,7 +172,7 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(write, small, a
     assert generate_rows((named,), file=_file(tmp_path, [{"run": "named"} | row for row in rows])) == answers(plain)
     for row, message in (('{"run": "named", "how": "a"}', "no column letters"), ("a b", "not JSON"), ("[]", "a list")):
         alone.file.write_text(row)
-        for generate in (lambda: generate_lines(alone), lambda: generate_rows((named,), file=alone.file)):
+        for generate in (lambda: parts.generate_lines(alone), lambda: generate_rows((named,), file=alone.file)):
             with pytest.raises(ValueError, match=f"(line 1|rows.jsonl:1).*{message}"):
                 generate()
 
@@ -182,7 +182,7 @@ def test_each_seed_of_a_run_is_scored_with_its_own_numbers(runs):
         [row["loss"] for row in rows]
         for rows in (
             evaluate_runs((runs["fused"],), test_rows=2),
-            evaluate_run(EvaluateOptions(run=runs["fused"], test_rows=2)),
+            parts.evaluate_run(parts.EvaluateOptions(run=runs["fused"], test_rows=2)),
         )
     )
     assert together == pytest.approx(alone, rel=1e-5) and together[0] != pytest.approx(together[1], rel=1e-3)
@@ -194,7 +194,7 @@ def test_scores_are_those_of_each_run_alone(runs, capsys):
     rows = evaluate_runs(tuple(runs.values()))
     assert [(row["run"], row["seed"]) for row in rows] == [("fused", 1), ("fused", 2), ("mixed", _MIXED), ("scaled", 1)]
     assert [row["task"] for row in rows] == [_TASK.name, _TASK.name, "closed", _TASK.name]
-    alone = [row for name in ("fused", "mixed") for row in evaluate_run(EvaluateOptions(run=runs[name]))]
+    alone = [row for name in ("fused", "mixed") for row in parts.evaluate_run(parts.EvaluateOptions(run=runs[name]))]
     for got, wanted in zip(rows, alone, strict=False):
         assert {name: got[name] for name in wanted} == wanted | {"loss": pytest.approx(wanted["loss"], rel=1e-5)}
     assert rows[2]["option_accuracy"] is not None and rows[0]["option_accuracy"] is None
@@ -300,7 +300,9 @@ def test_lora_runs_and_single_modules_answer_next_to_fusions_as_alone(runs, alon
     (tmp_path / "lines").write_text("\n".join(_LINES))
     expected = dict(alone)
     for name, run, seed in (("lora", folder, 2), ("module", single, 1)):
-        expected[name] = generate_lines(GenerateOptions(run=run, file=tmp_path / "lines", seed=seed, max_new_tokens=5))
+        expected[name] = parts.generate_lines(
+            parts.GenerateOptions(run=run, file=tmp_path / "lines", seed=seed, max_new_tokens=5)
+        )
     found = {name: lf.FusedRun.read(run) for name, run in (runs | {"lora": folder}).items()}
     service = lf.Service([*found.values()], capacity=5, modules=(module,))
     for name, run in found.items():

@@ -19,29 +19,17 @@ import transformers
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
-from lorafusion_jax import crossbar
+from lorafusion_jax import crossbar, parts
 from lorafusion_jax.crossbar import load_chip
 from lorafusion_jax.io import safetensors
-from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.io.source import sha256
-from lorafusion_jax.parts import (
-    ConvertOptions,
-    RunFolder,
-    convert,
-    new_folder,
-    options_to_json,
-    printable,
-    read_json,
-    structured,
-)
 from lorafusion_jax.report import write_text
 from lorafusion_jax.runs.folder import RunConfig
-from lorafusion_jax.runs.predict import GenerateOptions, generate_lines
 from lorafusion_jax.runs.weight_list import read_weights
 from lorafusion_jax.tasks import Example, encode, load_task
 from lorafusion_jax.trials import append_rows, read_rows
 
-_OPTIONS = options_to_json(lf.FuseOptions(base="base", task="task"))
+_OPTIONS = parts.options_to_json(lf.FuseOptions(base="base", task="task"))
 _CONFIG: dict[str, Any] = {
     "options": _OPTIONS,
     "modules": [[]],
@@ -83,16 +71,16 @@ def test_a_fault_names_the_file_the_field_and_the_fix(tmp_path, content, message
     path = tmp_path / "x.json"
     path.write_text(content)
     with pytest.raises(lf.FileError, match=f"^{path}: .*{message}"):
-        read_json(path, _Outer, "a thing")
+        parts.read_json(path, _Outer, "a thing")
 
 
 def test_a_sound_file_is_its_type(tmp_path):
     (tmp_path / "x.json").write_text('{"inner": {"sizes": {"a": [1, 2]}}}')
-    assert read_json(tmp_path / "x.json", _Outer, "a thing") == _Outer({"sizes": {"a": [1, 2]}})
+    assert parts.read_json(tmp_path / "x.json", _Outer, "a thing") == _Outer({"sizes": {"a": [1, 2]}})
     with pytest.raises(lf.FileError, match=f"^{tmp_path}: not a thing: it has no y.json"):
-        read_json(tmp_path / "y.json", _Outer, "a thing")
+        parts.read_json(tmp_path / "y.json", _Outer, "a thing")
     with pytest.raises(lf.FileError, match=r"^x\.json: not UTF-8 text \(.*surrogates not allowed\)"):
-        structured("\ud800", _Outer, "x.json")
+        parts.structured("\ud800", _Outer, "x.json")
 
 
 @pytest.mark.parametrize(
@@ -100,8 +88,8 @@ def test_a_sound_file_is_its_type(tmp_path):
     [
         ("weights.json", '{"a": 1, "a": 2}', read_weights),
         ("merge.json", '{"weights": {"a": {"x": 1, "x": 2}}, "digests": {}}', lambda path: read_weights(path.parent)),
-        ("adapter_config.json", '{"r": 8, "r": 9}', lambda path: read_adapter(str(path.parent))),
-        ("metrics.jsonl", '{"step": 1, "step": 2}\n', lambda path: RunFolder(path.parent).metrics()),
+        ("adapter_config.json", '{"r": 8, "r": 9}', lambda path: parts.read_adapter(str(path.parent))),
+        ("metrics.jsonl", '{"step": 1, "step": 2}\n', lambda path: parts.RunFolder(path.parent).metrics()),
         ("task.jsonl", '{"input": "x", "input": "y", "target": "z"}\n', load_task),
         ("task.json", '[{"input": "x", "output": "y", "output": "z"}]', load_task),
         ("state.json", '{"a": 1, "a": 2}', lambda path: load_task(path.parent)),
@@ -136,7 +124,9 @@ def test_an_array_or_a_key_that_a_chip_has_twice_is_refused(tmp_path):
 def test_an_option_of_a_newer_version_says_which():
     newer = _CONFIG["environment"] | {"versions": {"lorafusion-jax": "9.9"}}
     with pytest.raises(lf.FileError) as error:
-        structured(_CONFIG | {"environment": newer, "options": _OPTIONS | {"colour": "red"}}, RunConfig, "config.json")
+        parts.structured(
+            _CONFIG | {"environment": newer, "options": _OPTIONS | {"colour": "red"}}, RunConfig, "config.json"
+        )
     assert (error.value.file, error.value.field) == ("config.json", "options.colour")
     assert f"(written by version '9.9', this is {lf.__version__})" in str(error.value)
 
@@ -160,7 +150,7 @@ def test_a_run_whose_config_is_damaged(tmp_path, change, message):
 
 
 def test_metrics_that_are_damaged(tmp_path):
-    run = RunFolder(tmp_path)
+    run = parts.RunFolder(tmp_path)
     run.append_metrics([{"step": 1, "loss": float("inf")}, {"step": 2, "loss": 0.5}])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
@@ -188,27 +178,27 @@ def test_a_shape_that_numpy_refuses_is_a_fault_of_its_file(tmp_path):
 def test_two_processes_cannot_make_one_folder(tmp_path):
     """The second stops before it writes; what a killed process left is no obstacle."""
     (tmp_path / ".pool.partial" / "left").mkdir(parents=True)
-    with new_folder(tmp_path / "pool") as first:
+    with parts.new_folder(tmp_path / "pool") as first:
         assert list(first.iterdir()) == []
         (first / "mine").write_text("")
         with pytest.raises(ValueError, match="is being written by another process: wait for it, or give another"):
-            with new_folder(tmp_path / "pool"):
+            with parts.new_folder(tmp_path / "pool"):
                 pass
         assert (first / "mine").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["pool"]
 
 
 def test_what_a_terminal_would_obey_is_spelled_out():
-    assert printable("a\x1b[31mb\r\nc\u202e\ud800\u200d é") == "a\\x1b[31mb\\r\nc\\u202e\\ud800\u200d é"
+    assert parts.printable("a\x1b[31mb\r\nc\u202e\ud800\u200d é") == "a\\x1b[31mb\\r\nc\\u202e\\ud800\u200d é"
 
 
 def test_text_that_is_not_utf8_is_named(tmp_path, monkeypatch):
     (tmp_path / "lines").write_bytes(b"good\n\xff\n")
     with pytest.raises(lf.FileError, match=f"^{tmp_path}/lines: not UTF-8 text"):
-        generate_lines(GenerateOptions(base=str(tmp_path), file=tmp_path / "lines"))
+        parts.generate_lines(parts.GenerateOptions(base=str(tmp_path), file=tmp_path / "lines"))
     monkeypatch.setattr(sys, "stdin", io.StringIO("half\udcff"))  # what Python makes of it in a C locale
     with pytest.raises(lf.FileError, match="^standard input: not UTF-8 text"):
-        generate_lines(GenerateOptions(base=str(tmp_path)))
+        parts.generate_lines(parts.GenerateOptions(base=str(tmp_path)))
 
 
 _ENDLESS = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
@@ -237,7 +227,7 @@ def test_links_that_replace_files_to_write_are_not_followed(tmp_path):
     (outside := tmp_path / "outside").mkdir()
     (outside / "file").write_text("kept")
     (tmp_path / ".new.partial").symlink_to(outside)
-    with new_folder(tmp_path / "new") as partial:
+    with parts.new_folder(tmp_path / "new") as partial:
         (partial / "file").write_text("new")
     assert (outside / "file").read_text() == "kept" and (tmp_path / "new" / "file").read_text() == "new"
 
@@ -272,7 +262,7 @@ def test_neither_a_link_nor_a_pipe_in_the_way_is_written_to(put, tmp_path):
 )
 def test_a_run_with_links_to_files_elsewhere_is_refused(name, link, message, tmp_path):
     (outside := tmp_path / "outside").write_text("kept")
-    run = RunFolder(tmp_path / "run")
+    run = parts.RunFolder(tmp_path / "run")
     run.folder.mkdir()
     link(run.folder / name, outside)
     with pytest.raises(lf.FileError, match=f"{run.folder / name}: {message}"), run.locked():
@@ -292,7 +282,7 @@ def test_rows_are_not_added_to_a_link_or_a_pipe(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-@pytest.mark.parametrize("read", [read_rows, load_chip, lambda path: RunFolder(path.parent).predictions()])
+@pytest.mark.parametrize("read", [read_rows, load_chip, lambda path: parts.RunFolder(path.parent).predictions()])
 def test_what_is_no_file_is_not_read(read, kind, tmp_path):
     path = tmp_path / "predictions.jsonl"
     if kind == "pipe":
@@ -311,9 +301,12 @@ def test_what_is_no_file_is_not_read(read, kind, tmp_path):
     [
         *((f"rows{suffix}", load_task) for suffix in (".jsonl", ".json", ".csv", ".parquet")),
         *((f"config{suffix}", crossbar.load_config) for suffix in (".yaml", ".json")),
-        ("config.json", lambda path: read_json(path, dict[str, Any], "a run")),
+        ("config.json", lambda path: parts.read_json(path, dict[str, Any], "a run")),
         ("weights.safetensors", sha256),
-        ("adapters.txt", lambda path: convert(ConvertOptions(adapters_file=path, out=path.parent / "pool"))),
+        (
+            "adapters.txt",
+            lambda path: parts.convert(parts.ConvertOptions(adapters_file=path, out=path.parent / "pool")),
+        ),
         ("tokenizer.json", lambda path: lf.load_tokenizer(path.parent)),
         ("merges.txt", lambda path: lf.load_tokenizer(path.parent)),
     ],

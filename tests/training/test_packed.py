@@ -14,34 +14,22 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
+from lorafusion_jax import parts
 from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.hardware.program import program
-from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.methods.vera import VeRA
-from lorafusion_jax.models.decoder import FAMILY, Decoder
+from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.layers import line_of
-from lorafusion_jax.parts import (
-    T5,
-    FullFineTuning,
-    cross_entropy,
-    fit,
-    make_mesh,
-    on_mesh,
-    set_matrices,
-    start,
-    step_operations,
-)
 from lorafusion_jax.tasks import Encoded, Packing, Split, TrainingRows, train_batches
 
 _CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
 _LLAMA = small_llama.CONFIG | {"vocab_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
 _MODELS = {
-    "t5": lambda: T5(tiny.CONFIG, rngs=nnx.Rngs(0)),
-    "llama": lambda: Decoder(FAMILY.read_config(_LLAMA), rngs=nnx.Rngs(0)),
+    "t5": lambda: parts.T5(tiny.CONFIG, rngs=nnx.Rngs(0)),
+    "llama": lambda: parts.Decoder(FAMILY.read_config(_LLAMA), rngs=nnx.Rngs(0)),
     # Windows that are shorter than rows, soft limits, and frequencies that depend on the lengths of rows.
-    "gemma2": lambda: Decoder(
+    "gemma2": lambda: parts.Decoder(
         FAMILY.read_config(
             _LLAMA
             | {"model_type": "gemma2", "sliding_window": 3, "head_dim": 8, "attn_logit_softcapping": 1.5}
@@ -63,7 +51,7 @@ def _rows(config, count=8):
 
 def _packing(config):
     """Every width that saves tokens is worth a program."""
-    return Packing(config.causal, lambda *shape: 1e9 * step_operations(config, *shape))
+    return Packing(config.causal, lambda *shape: 1e9 * parts.step_operations(config, *shape))
 
 
 def _both(config, order=(0, 1, 2, 3, 4, 5, -1, -1)):
@@ -101,7 +89,7 @@ def test_models_have_the_loss_and_gradients_of_padded_rows(name):
             def loss(base):
                 tokens = batch.input_ids, batch.input_mask, batch.labels
                 logits = nnx.merge(graph, base).label_logits(*tokens, {}, batch.rows)
-                return cross_entropy(logits, batch.labels)
+                return parts.cross_entropy(logits, batch.labels)
 
             return jax.value_and_grad(loss)(base)
 
@@ -114,9 +102,9 @@ _METHODS = {
     "a mix": lf.Fusion(composition="mix", magnitudes=False),
     "lora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0),
     "dora": lf.LoRA(sites=_SITES, rank=3, alpha=5.0, dora=True),
-    "vera": VeRA(sites=_SITES, rank=7),
-    "magnitudes": Magnitudes(tuple(name for name, _ in _SITES)),
-    "full": FullFineTuning(),
+    "vera": parts.VeRA(sites=_SITES, rank=7),
+    "magnitudes": parts.Magnitudes(tuple(name for name, _ in _SITES)),
+    "full": parts.FullFineTuning(),
 }
 
 
@@ -124,7 +112,7 @@ _METHODS = {
 def _frozen(nf4=False):
     model, pool = tiny.t5(_CONFIG), tiny.pool(3, config=_CONFIG)
     if nf4:
-        set_matrices(model, {site: lf.quantise(w, "nf4", tiled_axis=-2) for site, w in lf.kernels(model).items()})
+        parts.set_matrices(model, {site: lf.quantise(w, "nf4", tiled_axis=-2) for site, w in lf.kernels(model).items()})
         pool = pool.quantised("nf4")
     return tiny.frozen(model, pool)
 
@@ -161,9 +149,9 @@ def _losses(seed_mode, *, pack, mesh=None):
     rows = TrainingRows(_rows(_CONFIG), Split(train, train[:, :3]), 0, _packing(_CONFIG))
     recipe = dataclasses.replace(lf.PRESETS["default"], epochs=5, batch_size=4, pack=pack)
     epochs = []
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(make_mesh(mesh, len(seeds))):
-        problem = problem.replace(index=on_mesh(problem.index, of_seeds=True))
-        fit(problem, rows, start(problem, seeds), recipe, seeds, after_epoch=epochs.append)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(parts.make_mesh(mesh, len(seeds))):
+        problem = problem.replace(index=parts.on_mesh(problem.index, of_seeds=True))
+        parts.fit(problem, rows, parts.start(problem, seeds), recipe, seeds, after_epoch=epochs.append)
     return np.concatenate([[*epoch.metrics["loss"], epoch.validation_loss] for epoch in epochs])
 
 

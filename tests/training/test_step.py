@@ -6,21 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from lorafusion_jax import (
-    Frozen,
-    Fusion,
-    FusionRecipe,
-    Optimisation,
-    Rates,
-    Recipe,
-    fusion_step,
-    init_state,
-    kernels,
-    objective,
-)
+import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import present
-from lorafusion_jax.methods.magnitudes import Magnitudes
-from lorafusion_jax.parts import FullFineTuning
+from lorafusion_jax.parts import FullFineTuning, Magnitudes
 from lorafusion_jax.training import step as step_lib
 from lorafusion_jax.training.step import end_epoch, prune
 
@@ -35,17 +23,17 @@ def frozen():
 
 @pytest.fixture(scope="module")
 def problem(frozen):
-    return tiny.problem(Fusion(), frozen, _INDEX)
+    return tiny.problem(lf.Fusion(), frozen, _INDEX)
 
 
 @pytest.fixture(scope="module")
 def start(problem):
-    return init_state(problem, jax.random.key(0))
+    return lf.init_state(problem, jax.random.key(0))
 
 
 def _rates(coefficients=0.02, magnitudes=0.005, l2=0.0, l1=0.0):
     learning_rate = {"coefficients": jnp.float32(coefficients), "magnitudes": jnp.float32(magnitudes)}
-    return Rates(learning_rate, jnp.float32(l2), jnp.float32(l1))
+    return lf.Rates(learning_rate, jnp.float32(l2), jnp.float32(l1))
 
 
 @pytest.fixture
@@ -59,7 +47,9 @@ def take(monkeypatch, problem):
             return sum(jax.tree.leaves(products)), {}
 
         monkeypatch.setattr(step_lib, "objective", linear)
-        return fusion_step(state, tiny.batch(), problem, rates, optimisation=optimisation or Optimisation(steps=100))
+        return lf.fusion_step(
+            state, tiny.batch(), problem, rates, optimisation=optimisation or lf.Optimisation(steps=100)
+        )
 
     return take
 
@@ -68,16 +58,16 @@ def test_a_state_starts_from_given_numbers(problem, start):
     """All of them or a group; `best` too, and no array is one that was given or occurs twice."""
     given = jax.tree.map(lambda p: np.asarray(p) + 1, start.params)
     for some in (given, {"coefficients": given["coefficients"]}, {}):
-        state = init_state(problem, jax.random.key(0), some)
+        state = lf.init_state(problem, jax.random.key(0), some)
         _equal(state.params, start.params | some)
         _equal(state.best, state.params)
         _equal(state._replace(params=None, best=None), start._replace(params=None, best=None))
     keep = jax.tree.map(jnp.asarray, given)
     donated = jax.jit(lambda state: jax.tree.map(lambda a: a, state), donate_argnums=0)
     for state in (
-        init_state(problem, jax.random.key(0), keep),
-        jax.jit(lambda p: init_state(problem, jax.random.key(0), p))(keep),
-        init_state(problem, jax.random.key(0)),
+        lf.init_state(problem, jax.random.key(0), keep),
+        jax.jit(lambda p: lf.init_state(problem, jax.random.key(0), p))(keep),
+        lf.init_state(problem, jax.random.key(0)),
     ):
         donated(state)
     _equal(keep, given)
@@ -85,8 +75,8 @@ def test_a_state_starts_from_given_numbers(problem, start):
 
 @pytest.mark.parametrize("method", [Magnitudes(), FullFineTuning()])
 def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
-    frozen = method.prepare(frozen, kernels(_MODEL))
-    state = init_state(tiny.problem(method, frozen), jax.random.key(0))
+    frozen = method.prepare(frozen, lf.kernels(_MODEL))
+    state = lf.init_state(tiny.problem(method, frozen), jax.random.key(0))
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
     assert len(set(places)) == len(places)
     assert not {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(frozen)} & set(places)
@@ -100,14 +90,14 @@ def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start
         ({"magnitudes": {}}, "expected magnitudes of the shapes .*, got {}"),
     ):
         with pytest.raises(ValueError, match=message):
-            init_state(problem, jax.random.key(0), given)
+            lf.init_state(problem, jax.random.key(0), given)
     for there, message in (
         ({"coefficients": jnp.float32(0.1)}, "no learning rate for magnitudes: add it"),
         ({}, "no learning rate for coefficients, magnitudes: add it"),
     ):
         with pytest.raises(ValueError, match=message):
             rates = _rates()._replace(learning_rate=there)
-            fusion_step(start, tiny.batch(), problem, rates, optimisation=Optimisation(steps=2))
+            lf.fusion_step(start, tiny.batch(), problem, rates, optimisation=lf.Optimisation(steps=2))
     for numbers, message in (
         ({"clip": -1.0}, "clip is -1.0: give a norm above 0, or None for no clipping"),
         ({"clip": 0.0}, "clip is 0.0"),
@@ -115,17 +105,17 @@ def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start
         ({"warmup": -1}, "warmup is -1: "),
     ):
         with pytest.raises(ValueError, match=message):
-            Optimisation(steps=6, **numbers)
+            lf.Optimisation(steps=6, **numbers)
 
 
 @pytest.mark.parametrize("index", [(0, 3), (0, -1)])
 def test_no_module_stands_for_one_outside_of_the_pool(frozen, problem, start, index):
     with pytest.raises(ValueError, match="expected index from 0 to 2, for a pool of 3"):
-        tiny.problem(Fusion(), frozen, index)
+        tiny.problem(lf.Fusion(), frozen, index)
     loss = jax.jit(lambda index: tiny.loss(start.params, problem.replace(index=index)))
     assert np.isnan(loss(jnp.array(index))) and np.isfinite(loss(_INDEX))
     with pytest.raises(ValueError, match=r"expected each module once, got index \[1, 1\]"):
-        tiny.problem(Fusion(), frozen, (1, 1))
+        tiny.problem(lf.Fusion(), frozen, (1, 1))
 
 
 def _random_like(params, seed):
@@ -182,7 +172,7 @@ def test_two_learning_rates_and_coupled_l2_as_torch_adam(start, take):
 
 def test_a_step_reads_the_weights_of_its_number(start, take, monkeypatch):
     read = []
-    monkeypatch.setattr(Frozen, "of_step", lambda frozen, step, graph: read.append(int(step)) or frozen)
+    monkeypatch.setattr(lf.Frozen, "of_step", lambda frozen, step, graph: read.append(int(step)) or frozen)
     state = start
     for _ in range(3):
         state, _ = take(state, start.params, _rates())
@@ -213,7 +203,7 @@ def test_clipping_by_the_norm_of_all_groups(start, take, clip):
     gradients = _random_like(start.params, 0)
     norm = _norm(gradients)
     assert norm > 0.5
-    state, metrics = take(start, gradients, _rates(l2=1.0), Optimisation(steps=9, clip=clip))
+    state, metrics = take(start, gradients, _rates(l2=1.0), lf.Optimisation(steps=9, clip=clip))
     factor = 0.5 / norm if clip == 0.5 else 1.0
     # After one step Adam's first moment is a tenth of what it was given; L2 comes after clipping.
     wanted = jax.tree.map(lambda g: 0.1 * factor * np.asarray(g), gradients)
@@ -225,11 +215,11 @@ def test_clipping_by_the_norm_of_all_groups(start, take, clip):
 @pytest.mark.parametrize(
     ("optimisation", "factor"),
     [
-        (Optimisation(steps=6), lambda t: 1.0),
-        (Optimisation(steps=6, schedule="cosine"), lambda t: 0.5 * (1 + np.cos(np.pi * t / 6))),
-        (Optimisation(steps=6, warmup=3), lambda t: min((t + 1) / 3, 1.0)),
+        (lf.Optimisation(steps=6), lambda t: 1.0),
+        (lf.Optimisation(steps=6, schedule="cosine"), lambda t: 0.5 * (1 + np.cos(np.pi * t / 6))),
+        (lf.Optimisation(steps=6, warmup=3), lambda t: min((t + 1) / 3, 1.0)),
         (
-            Optimisation(steps=6, warmup=2, schedule="cosine"),
+            lf.Optimisation(steps=6, warmup=2, schedule="cosine"),
             lambda t: (t + 1) / 2 if t < 2 else 0.5 * (1 + np.cos(np.pi * (t - 2) / 4)),
         ),
     ],
@@ -249,11 +239,11 @@ def test_schedules(start, take, optimisation, factor):
 
 
 def test_a_recipe_stops_after_a_third_of_its_epochs_counted_from_a_fifth():
-    recipe = FusionRecipe(epochs=16, schedule="cosine", warmup=4, clip=0.5, stop_early=True, prune=0.25)
+    recipe = lf.FusionRecipe(epochs=16, schedule="cosine", warmup=4, clip=0.5, stop_early=True, prune=0.25)
     settings = {"schedule": "cosine", "warmup": 4, "clip": 0.5, "prune": 0.25}
-    assert recipe.optimisation(60) == Optimisation(steps=60, **settings, patience=5, patience_from=3)
-    assert Recipe(epochs=2, stop_early=True).optimisation(9).patience == 1
-    assert Recipe(epochs=2).optimisation(9).patience is None
+    assert recipe.optimisation(60) == lf.Optimisation(steps=60, **settings, patience=5, patience_from=3)
+    assert lf.Recipe(epochs=2, stop_early=True).optimisation(9).patience == 1
+    assert lf.Recipe(epochs=2).optimisation(9).patience is None
 
 
 def _losses(state, losses, optimisation):
@@ -279,7 +269,7 @@ def _losses(state, losses, optimisation):
     ],
 )
 def test_stopping_keeps_the_best_of_all_groups(start, losses, patience, patience_from, last, best):
-    state = _losses(start, losses, Optimisation(steps=9, patience=patience, patience_from=patience_from))
+    state = _losses(start, losses, lf.Optimisation(steps=9, patience=patience, patience_from=patience_from))
     assert bool(state.stopped) == (last < 6 or patience is not None and state.waited >= patience)
     for params, epoch in ((state.params, last), (state.best, best)):
         # Magnitudes are those of the same epoch as coefficients: the paper's code kept the last ones.
@@ -290,7 +280,7 @@ def test_stopping_keeps_the_best_of_all_groups(start, losses, patience, patience
 def test_a_stopped_seed_stays_bit_for_bit_while_another_goes_on(start, take):
     seeds = jax.tree.map(lambda a, b: jnp.stack([a, b]), start, start._replace(stopped=jnp.bool_(True)))
     gradients = _random_like(start.params, 0)
-    optimisation = Optimisation(steps=9, patience=1, prune=0.2)
+    optimisation = lf.Optimisation(steps=9, patience=1, prune=0.2)
 
     def of_seed(state):
         state, _ = take(state, gradients, _rates(l2=1.0), optimisation)
@@ -317,7 +307,7 @@ def test_pruning_takes_the_smallest_of_all_entries_and_keeps_them_at_zero(start,
     state, _ = take(
         start._replace(params=start.params | {"magnitudes": magnitudes}), _random_like(start.params, 1), _rates()
     )
-    state = end_epoch(state, jnp.float32(1.0), jnp.int32(1), Optimisation(steps=9))
+    state = end_epoch(state, jnp.float32(1.0), jnp.int32(1), lf.Optimisation(steps=9))
     pruned = prune(state, share)
     flat, flat_pruned = (
         np.concatenate([np.asarray(m).ravel() for m in jax.tree.leaves(s.params["magnitudes"])])
@@ -336,7 +326,7 @@ def test_pruning_takes_the_smallest_of_all_entries_and_keeps_them_at_zero(start,
 
     for number in range(2):
         gradients = _random_like(start.params, 10 + number)
-        pruned, _ = take(pruned, gradients, _rates(), Optimisation(steps=9, prune=share))
+        pruned, _ = take(pruned, gradients, _rates(), lf.Optimisation(steps=9, prune=share))
         for tree in (pruned.params, pruned.adam.mu, pruned.adam.nu):
             _equal(jax.tree.map(lambda m: m == 0, tree["magnitudes"]), jax.tree.map(lambda k: ~k, pruned.kept))
     assert sum(int(np.sum(~k)) for k in jax.tree.leaves(pruned.kept)) == count
@@ -356,7 +346,7 @@ def test_the_objective(frozen, problem, start):
     @jax.jit
     def value(c, batch):
         params = start.params | {"coefficients": c}
-        return objective(params, batch, problem, jnp.float32(0.5))
+        return lf.objective(params, batch, problem, jnp.float32(0.5))
 
     total, metrics = value(c, filled)
     # L1 is a mean over the coefficients that meet a module; the others are not penalised.
