@@ -178,38 +178,31 @@ _GENERATE = ("-m", "lorafusion_jax.cli", "generate", "--base", "no base")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-def test_a_command_that_computes_keeps_its_memory(tmp_path):
-    found = _malloc(tmp_path / "computes", *_GENERATE)
-    assert found == MALLOC
-    assert _malloc(tmp_path / "counts", "-m", "lorafusion_jax.cli", "cost") is None
+@pytest.mark.parametrize(
+    ("command", "variables", "malloc"),
+    [
+        (_GENERATE, {}, MALLOC),
+        (("-m", "lorafusion_jax.cli", "cost"), {}, None),  # computes nothing
+        (("-c", "from lorafusion_jax import cli; cli.main()", *_GENERATE[2:]), {}, None),  # another program
+        (_GENERATE, {"GLIBC_TUNABLES": ""}, ""),
+        (_GENERATE, {"JAX_PLATFORMS": "cuda"}, None),
+        (_GENERATE, {"PYTEST_VERSION": "9"}, None),
+        # A plugin for another platform counts unless a CPU is asked for.
+        (_GENERATE, {"PYTHONPATH": "plugin", "JAX_PLATFORMS": "cpu"}, MALLOC),
+        (_GENERATE, {"PYTHONPATH": "plugin", "JAX_PLATFORMS": ""}, None),
+    ],
+    ids=str,
+)
+def test_a_command_that_computes_on_a_cpu_keeps_its_memory(tmp_path, command, variables, malloc):
+    if "PYTHONPATH" in variables:
+        (tmp_path / "libtpu.py").touch()
+        variables = variables | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    assert _malloc(tmp_path / "cache", *command, **variables) == malloc
 
 
 def test_make_sets_the_malloc_of_commands():
     makefile = Path(__file__).parents[2] / "Makefile"
     assert f"\nexport GLIBC_TUNABLES ?= {MALLOC}\n" in makefile.read_text()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-@pytest.mark.parametrize(
-    ("variables", "malloc"),
-    [({"GLIBC_TUNABLES": ""}, ""), ({"JAX_PLATFORMS": "cuda"}, None), ({"PYTEST_VERSION": "9"}, None)],
-    ids=str,
-)
-def test_malloc_stays_as_it_is_if_it_is_set_on_accelerators_and_in_tests(tmp_path, variables, malloc):
-    assert _malloc(tmp_path, *_GENERATE, **variables) == malloc
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
-@pytest.mark.parametrize(("platforms", "malloc"), [("cpu", MALLOC), ("", None)])
-def test_a_plugin_for_another_platform_counts_unless_a_cpu_is_asked_for(tmp_path, platforms, malloc):
-    (tmp_path / "libtpu.py").touch()
-    found = {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "JAX_PLATFORMS": platforms}
-    assert _malloc(tmp_path / "cache", *_GENERATE, **found) == malloc
-
-
-def test_another_program_that_calls_commands_is_not_started_again(tmp_path):
-    code = "from lorafusion_jax import cli; cli.main()"
-    assert _malloc(tmp_path, "-c", code, *_GENERATE[2:]) is None
 
 
 @pytest.mark.parametrize(
