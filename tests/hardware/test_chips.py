@@ -24,7 +24,6 @@ from lorafusion_jax.hardware.chips import Redrawn, limits_of, stack_chips
 from lorafusion_jax.hardware.evaluate import results_path
 from lorafusion_jax.hardware.folder import seconds
 from lorafusion_jax.hardware.on_arrays import on_arrays
-from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.report import report_path
 from lorafusion_jax.runs.evaluate import Evaluation
 
@@ -49,7 +48,7 @@ def _loss(frozen, step=0):
 def test_chips_in_one_program_are_the_single_ones():
     converted = dataclasses.replace(_NOISY, adc=crossbar.ADC(bits=6, range="max"))
     rules = {_WRITTEN: converted}
-    singles = [program(_GRAPH, _DIGITAL, rules, key, norm="ideal") for key in _KEYS]
+    singles = [parts.program_on_arrays(_GRAPH, _DIGITAL, rules, key, norm="ideal") for key in _KEYS]
     limits = limits_of(singles[0])
     both = stack_chips(_GRAPH, _DIGITAL, rules, _KEYS, jnp.array([1, 0, 1]), limits=limits)
     found = [_loss(both.of_seed(jnp.int32(number))) for number in range(3)]
@@ -63,14 +62,14 @@ def test_configurations_that_differ_in_their_device_model_alone_are_different_pr
     """Trees of registered dataclasses compare equal in jaxlib if only a class differs."""
     devices = [Device(programming=model(0.1)) for model in (Independent, crossbar.Proportional)]
     rules = [{_WRITTEN: dataclasses.replace(_ANALOGUE, device=device)} for device in devices]
-    drawn = [program(_GRAPH, _DIGITAL, rule, _KEYS[0]) for rule in rules]
+    drawn = [parts.program_on_arrays(_GRAPH, _DIGITAL, rule, _KEYS[0]) for rule in rules]
     assert _loss(drawn[0]) != _loss(drawn[1])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("steps", [pytest.param("every", marks=pytest.mark.nightly), "other"])
 def test_steps_draw_chips_of_their_own_from_the_key(steps):
-    here = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal")
+    here = parts.program_on_arrays(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[0], norm="ideal")
     drawing = parts.redrawn(here, _DIGITAL, {_WRITTEN: _NOISY}, _KEYS[1], steps=steps, norm="ideal")
     losses = [float(_loss(drawing, step)) for step in range(4)]
     assert losses == [float(_loss(drawing, step)) for step in range(4)]
@@ -80,7 +79,7 @@ def test_steps_draw_chips_of_their_own_from_the_key(steps):
     else:
         assert losses[1] == losses[3] == pytest.approx(stays, rel=1e-6) and len({*losses}) == 3
     # The chip of a step is the one of its key.
-    chip = program(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, jax.random.fold_in(_KEYS[1], 2), norm="ideal")
+    chip = parts.program_on_arrays(_GRAPH, _DIGITAL, {_WRITTEN: _NOISY}, jax.random.fold_in(_KEYS[1], 2), norm="ideal")
     assert losses[2] == pytest.approx(float(_loss(chip)), rel=1e-5)
 
 

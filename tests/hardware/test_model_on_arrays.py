@@ -17,11 +17,10 @@ from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Dense, InBasis, Outputs
 from lorafusion_jax.crossbar import PRESETS, Cell, CrossbarConfig, Device, Mapping, observe, site_errors
 from lorafusion_jax.hardware.calibration import logits_of
-from lorafusion_jax.hardware.program import program
 from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.lorahub import LORAHUB, objective_of
 from lorafusion_jax.models.weights import is_in_arrays
-from lorafusion_jax.parts import dense, matrices, redrawn, seed_entropies
+from lorafusion_jax.parts import dense, matrices, program_on_arrays, redrawn, seed_entropies
 
 _KEY = jax.random.key(5)
 _IDEAL = {"*": PRESETS["ideal"]}
@@ -48,7 +47,7 @@ def _somewhere(n, site, layer):
 @functools.cache
 def _in_arrays(pattern="*", config="ideal"):
     found = {"ideal": PRESETS["ideal"], "noisy": _NOISY, "read noise": _READ_NOISE}[config]
-    return program(_GRAPH, _DIGITAL, {pattern: found}, _KEY)
+    return program_on_arrays(_GRAPH, _DIGITAL, {pattern: found}, _KEY)
 
 
 _value_and_grad = jax.jit(jax.value_and_grad(tiny.loss))
@@ -76,7 +75,7 @@ def _close(got, wanted, tolerance=2e-4):
 def _in_basis(norm=None, pattern="*"):
     """Modules in a basis, digital; or, with the weights of the norms, in arrays."""
     frozen = lf.Fusion().prepare(lf.Frozen(_BASE, lf.shared_basis(tiny.pool(3), 5)), lf.kernels(tiny.t5()))
-    return frozen if norm is None else program(_GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm)
+    return frozen if norm is None else program_on_arrays(_GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm)
 
 
 _FULL_RANK = tiny.frozen(tiny.t5(), tiny.pool(3, lambda n, site, layer: 8))
@@ -89,7 +88,7 @@ _CASES = {
     "pool.B.*": lambda: (_DIGITAL, _in_arrays("pool.B.*"), lf.Fusion(granularity="site"), None),
     "*[1:-1]": lambda: (_DIGITAL, _in_arrays("*[1:-1]"), lf.Fusion(granularity="site"), None),
     "pool.*[1:]": lambda: (_DIGITAL, _in_arrays("pool.*[1:]"), lf.Fusion(granularity="site"), None),
-    "full rank": lambda: (_FULL_RANK, program(_GRAPH, _FULL_RANK, _STACKS, _KEY), lf.Fusion(), Dense),
+    "full rank": lambda: (_FULL_RANK, program_on_arrays(_GRAPH, _FULL_RANK, _STACKS, _KEY), lf.Fusion(), Dense),
     "a basis": lambda: (_in_basis(), _in_basis("programmed"), lf.Fusion(core=True), InBasis),
     "a basis, ideal norms": lambda: (_in_basis(), _in_basis("ideal"), lf.Fusion(core=True), InBasis),
     "V of a basis": lambda: (_in_basis(), _in_basis("ideal", "pool.V.*[1:]"), lf.Fusion(core=True), None),
@@ -139,16 +138,16 @@ def test_the_digital_weights_are_left_alone():
 def test_a_tied_head_stays_digital():
     config = dataclasses.replace(tiny.CONFIG, tied=True)
     graph, base = nnx.split(tiny.t5(config))
-    placed = nnx.merge(graph, program(graph, lf.Frozen(base), _IDEAL, _KEY).base)
+    placed = nnx.merge(graph, program_on_arrays(graph, lf.Frozen(base), _IDEAL, _KEY).base)
     assert "head" not in matrices(placed) and isinstance(placed.embedding.get_value(), jax.Array)
     with pytest.raises(ValueError, match="the rule 'head' matches no weight"):
-        program(graph, lf.Frozen(base), {"head": PRESETS["ideal"]}, _KEY)
+        program_on_arrays(graph, lf.Frozen(base), {"head": PRESETS["ideal"]}, _KEY)
 
 
 def test_quantised_weights_are_programmed_as_they_are():
     pool = tiny.pool(3).quantised("int8")
     digital = lf.Frozen(_BASE, pool, _DIGITAL.gram)
-    frozen = program(_GRAPH, digital, {"pool.*": PRESETS["ideal"]}, _KEY)
+    frozen = program_on_arrays(_GRAPH, digital, {"pool.*": PRESETS["ideal"]}, _KEY)
     for site, A in pool.A.items():
         _close(dense(frozen.pool.A[site], jnp.float32), dense(A, jnp.float32), 1e-6)
 
@@ -184,7 +183,7 @@ def test_ideal_norms_of_weights_prepared_for_an_accelerator_are_those_of_a_cpu()
         digital = lf.Fusion().prepare(lf.Frozen(_BASE, _DIGITAL.pool), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     assert isinstance(digital.gram, PairTerms)
     rules = {"pool.*.encoder.self.v": _NOISY}
-    got, wanted = (program(_GRAPH, frozen, rules, _KEY, norm="ideal") for frozen in (digital, _DIGITAL))
+    got, wanted = (program_on_arrays(_GRAPH, frozen, rules, _KEY, norm="ideal") for frozen in (digital, _DIGITAL))
     assert isinstance(got.gram, lf.Gram) and got.gram.modules is digital.pool
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(got), jax.tree.leaves(wanted))
     training = redrawn(got, digital, rules, _KEY, steps="every", norm="ideal")
@@ -193,7 +192,7 @@ def test_ideal_norms_of_weights_prepared_for_an_accelerator_are_those_of_a_cpu()
 
 def test_layers_that_a_module_does_not_adapt_add_no_noise():
     digital = tiny.frozen(tiny.t5(), tiny.pool(3, _somewhere))
-    frozen = program(_GRAPH, digital, {"pool.*": _NOISY}, _KEY)
+    frozen = program_on_arrays(_GRAPH, digital, {"pool.*": _NOISY}, _KEY)
     index = jnp.array([0])
     method = lf.Fusion(magnitudes=False)
     params = {"coefficients": jnp.full((1, 5), 2.0)}
@@ -297,7 +296,7 @@ def test_every_token_is_decoded_with_separate_noise():
 @pytest.mark.long
 def test_errors_by_site_layer_and_module():
     config = dataclasses.replace(PRESETS["ideal"], dac=crossbar.DAC(bits=6))
-    frozen = program(_GRAPH, _DIGITAL, {"pool.A.*": config, "encoder.self.*": config}, _KEY)
+    frozen = program_on_arrays(_GRAPH, _DIGITAL, {"pool.A.*": config, "encoder.self.*": config}, _KEY)
     method = lf.Fusion()
     inputs = (_params(method), _INDEX, tiny.batch())
     rows = site_errors(frozen, observe(logits_of(_GRAPH, method), frozen, [inputs]))

@@ -20,7 +20,6 @@ import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar, parts
 from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
 from lorafusion_jax.estimates.bill.methods import base_matrices
-from lorafusion_jax.hardware.program import program
 from lorafusion_jax.hardware.restored import answered, load_restored
 from lorafusion_jax.io.folders import locked
 from lorafusion_jax.io.source import sha256
@@ -51,6 +50,12 @@ def _loaded(home):
     return parts.load_model(lf.FuseOptions(base=str(home / "base"), task="", method="zero-shot"))
 
 
+def _on_chip(loaded, chips, number, *at):
+    """The base's weights as a chip has them, at an age."""
+    key = chips.chip_key(number)
+    return parts.program_on_arrays(loaded.problem.graph, loaded.problem.frozen, chips.rules(*at), key).base
+
+
 def _made(folder, number):
     return json.loads((folder / f"chip_{number}" / "manifest.json").read_text())["metadata"]
 
@@ -78,7 +83,7 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     batches = parts.windows(loaded, ids)
     measured = max(1, len(batches) // 8)
-    weights = program(graph, frozen, chips.rules(), key).base
+    weights = parts.program_on_arrays(graph, frozen, chips.rules(), key).base
     numbers = 2 * crossbar.numbers_per_rank(crossbar.chips_in(weights))
     how = lf.Restoring(method="low-rank", numbers=numbers, epochs=2)
     train = batches[: len(batches) - measured]
@@ -89,8 +94,8 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
         of_site = of_disk.corrections[site]
         np.testing.assert_allclose(of_site.scale, correction.scale, rtol=1e-4)
         np.testing.assert_allclose(of_site.U @ of_site.V, correction.U @ correction.V, atol=1e-4)
-    on_chip = program(graph, frozen, chips.rules(), key, restored=of_disk).base
-    again = of_disk.on(program(graph, frozen, chips.rules(), key).base)
+    on_chip = parts.program_on_arrays(graph, frozen, chips.rules(), key, restored=of_disk).base
+    again = of_disk.on(parts.program_on_arrays(graph, frozen, chips.rules(), key).base)
     np.testing.assert_array_equal(run(on_chip, batches[0]), run(again, batches[0]))
     assert parts.divergence(run(on_chip, batches[0]), run(frozen.base, batches[0])) < parts.divergence(
         run(weights, batches[0]), run(frozen.base, batches[0])
@@ -132,7 +137,7 @@ def test_a_perfect_chip_stays_as_it_is(home):
     loaded = _loaded(home)
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     run, rules = parts.logits_of_base(graph), {"*": crossbar.load_config("ideal")}
-    weights = program(graph, frozen, rules, jax.random.key(0)).base
+    weights = parts.program_on_arrays(graph, frozen, rules, jax.random.key(0)).base
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     batches = parts.windows(loaded, ids[:256])
     targets = [run(frozen.base, batch) for batch in batches]
@@ -163,7 +168,7 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     chips = parts.load_chips(str(home / "noisy.yaml"), digital=given["keep_digital"])
     on_chip, wanted = (
         np.asarray(jax.nn.log_softmax(parts.logits_of_base(graph)(weights, batch)), float)[batch.labels != IGNORED]
-        for weights in (program(graph, frozen, chips.rules(), chips.chip_key(0)).base, frozen.base)
+        for weights in (_on_chip(loaded, chips, 0), frozen.base)
     )
     assert before == pytest.approx(np.mean(np.sum(np.exp(wanted) * (wanted - on_chip), axis=1)), rel=1e-2)
 
@@ -304,7 +309,7 @@ def test_other_arrays_under_a_right_digest_are_refused(home, tmp_path, change, m
     manifest["files"]["arrays.safetensors"] = sha256(folder / "arrays.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest))
     loaded, chips = _loaded(home), parts.load_chips(str(home / "noisy.yaml"))
-    weights = program(loaded.problem.graph, loaded.problem.frozen, chips.rules(), chips.chip_key(0)).base
+    weights = _on_chip(loaded, chips, 0)
     with pytest.raises(ValueError, match=message):
         load_restored(str(tmp_path / "restored"), chips, [0], parts.open_base(str(home / "base")).digest)[0].on(weights)
 
@@ -344,7 +349,7 @@ def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):
     loaded, chips = _loaded(home), parts.load_chips(str(tmp_path / "drifting.yaml"))
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     run = parts.logits_of_base(graph)
-    aged_chip = program(graph, frozen, chips.rules(parts.aged(chips.config, "1year")), chips.chip_key(0)).base
+    aged_chip = _on_chip(loaded, chips, 0, parts.aged(chips.config, "1year"))
     batch = parts.windows(loaded, loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"])[0]
     target = run(frozen.base, batch)
     off = [parts.divergence(run(aged_chip, batch), target)]
@@ -382,7 +387,7 @@ def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     loaded, chips = _loaded(home), parts.load_chips(str(home / "noisy.yaml"))
     (restored,) = load_restored(str(home / "restored"), chips, [2], parts.open_base(str(home / "base")).digest)
-    weights = program(loaded.problem.graph, loaded.problem.frozen, chips.rules(), chips.chip_key(2)).base
+    weights = _on_chip(loaded, chips, 2)
     model = nnx.merge(loaded.problem.graph, restored.on(weights))
     ids = jnp.array(loaded.tokenizer.encode("the cold bold")[:-1])[None]  # without the token that ends a text
     wanted = lf.generate(model, ids, jnp.ones_like(ids, bool), max_new_tokens=6)

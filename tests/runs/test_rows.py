@@ -14,10 +14,9 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Mapping, ReadNoise
-from lorafusion_jax.hardware.program import program
 from lorafusion_jax.loading.model import evaluation_worth
 from lorafusion_jax.models.decoder import FAMILY
-from lorafusion_jax.parts import GREEDY, T5, Decoder, generate_rows, make_mesh, on_mesh
+from lorafusion_jax.parts import GREEDY, T5, Decoder, generate_rows, make_mesh, on_mesh, program_on_arrays
 from lorafusion_jax.runs.rows import draw_keys
 from lorafusion_jax.tasks import Encoded, eval_batches, pad
 from lorafusion_jax.training.frozen import GENERATION
@@ -168,7 +167,7 @@ def test_chips_with_read_noise_answer_batch_after_batch():
     noisy = CrossbarConfig(
         cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, device=Device(read_noise=ReadNoise(0.1))
     )
-    chip = program(problem.graph, problem.frozen, {"decoder.self.v": noisy}, jax.random.key(3))
+    chip = program_on_arrays(problem.graph, problem.frozen, {"decoder.self.v": noisy}, jax.random.key(3))
     problem, prompts = problem.replace(frozen=chip), _prompts(11)
     wanted = np.zeros((2, 11, 6), np.int32)
 

@@ -16,8 +16,7 @@ from lorafusion_jax import crossbar
 from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
 from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
-from lorafusion_jax.hardware.program import program
-from lorafusion_jax.parts import Magnitudes, dense, log_likelihood, matrices, set_matrices
+from lorafusion_jax.parts import Magnitudes, dense, log_likelihood, matrices, program_on_arrays, set_matrices
 from lorafusion_jax.serving.rows import RowModules
 from lorafusion_jax.training.loss import batch_logits
 
@@ -206,7 +205,7 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
     tasks[2][1]["core"] = {site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape) for site, s in basis.S.items()}
     frozen = lf.Fusion().prepare(lf.Frozen(_BASE, basis), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     batch = _rows(5)
-    weights = program(_GRAPH, frozen, {"pool.*": crossbar.PRESETS["ideal"]}, _KEY) if arrays else frozen
+    weights = program_on_arrays(_GRAPH, frozen, {"pool.*": crossbar.PRESETS["ideal"]}, _KEY) if arrays else frozen
     bank = _filled(weights, tasks, granularity="site", cores=True)
     got = np.asarray(bank.logits(batch, _numbers(2, 0, 1, -1, -1)))
     for row, (method, params) in ((0, tasks[2]), (1, tasks[0]), (2, tasks[1])):
@@ -305,7 +304,7 @@ _NOISY = crossbar.CrossbarConfig(
 def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
     """Cells err; the run alone is what `compose` makes of modules in arrays."""
     frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE)))
-    frozen = program(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*.self.v": _NOISY}, _KEY, norm="ideal")
+    frozen = program_on_arrays(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*.self.v": _NOISY}, _KEY, norm="ideal")
     method, params = _FEW[number]
     bank = _filled(frozen, _FEW, granularity="site")
     problem = lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.array(_MODULES))

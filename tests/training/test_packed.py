@@ -17,7 +17,6 @@ import lorafusion_jax as lf
 from lorafusion_jax import parts
 from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
-from lorafusion_jax.hardware.program import program
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.models.layers import line_of
 from lorafusion_jax.tasks import Encoded, Packing, Split, TrainingRows, train_batches
@@ -177,7 +176,9 @@ def test_steps_have_the_losses_of_padded_steps(seed_mode, mesh, padded):
 
 @pytest.mark.long
 def test_ideal_arrays_have_the_loss_of_padded_rows():
-    chips = program(nnx.split(tiny.t5(_CONFIG))[0], _frozen(), {"*": ARRAYS["ideal"]}, jax.random.key(5))
+    chips = parts.program_on_arrays(
+        nnx.split(tiny.t5(_CONFIG))[0], _frozen(), {"*": ARRAYS["ideal"]}, jax.random.key(5)
+    )
     problem = _problem(lf.Fusion(), (2, 0), chips)
     params = problem.init(jax.random.key(1))
     losses = [float(jax.jit(lambda b: lf.objective(params, b, problem, jnp.float32(0))[0])(b)) for b in _both(_CONFIG)]
@@ -189,7 +190,7 @@ def test_few_tokens_meet_other_codes_on_chips_without_read_noise():
     """Sums differ in the last bits, so a code may flip at a tie, which moves a token by more than rounding."""
     config = CrossbarConfig(adc=ADC(bits=8, range="max"), dac=DAC(bits=8))
     graph = nnx.split(tiny.t5(_CONFIG))[0]
-    base = program(graph, _frozen(), {"*": config}, jax.random.key(5)).base
+    base = parts.program_on_arrays(graph, _frozen(), {"*": config}, jax.random.key(5)).base
 
     @jax.jit
     def encode(batch):
