@@ -7,7 +7,7 @@ a plot.
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import _script
@@ -52,7 +52,7 @@ def _options(method: str) -> FuseOptions:
     return options_of(MAIN[method], EXAMPLES / "tasks" / "ing", seeds=(1,), **where)
 
 
-def _show(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> None:
+def _show(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
     """Print a few answers of the base and of the fusion."""
     print(f"\n{PROMPT.format(input='...')}\n")
     print(f"{'':14}{'before':32}after")

@@ -285,7 +285,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
         best = best_tried(tuning, name, number)
         if best and {*cells(name, number)} <= {key_of(row) for row in rows}:
             rates = [f"{best.rates[rate]:g}" if rate in best.rates else "-" for rate in _RATES]
-            found["rates"].append([name, str(number), *rates, f"{best.loss:.3f}", str(best.count)])
+            found["rates"].append([name, str(number), *rates, f"{best.loss:.3f}", str(best.number)])
     return {name: lines for name, lines in found.items() if len(lines) > 1}
 
 

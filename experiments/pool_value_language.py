@@ -383,7 +383,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
             arms.append([arm, counts, str(number), str(len(own)), f"{loss:.3f}", f"{match:.1f}"])
         if own and (best := best_tried(tuning, arm, number)):
             shown = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in best.rates.items())
-            rates.append([arm, str(number), shown, f"{best.loss:.3f}", str(best.count)])
+            rates.append([arm, str(number), shown, f"{best.loss:.3f}", str(best.number)])
     pairs = [(arm, FUSION) for arm in ARMS if arm != FUSION]
     for number, (arm, other) in itertools.product(EPOCHS, [*pairs, *MORE_PAIRS]):
         first, second = complete(rows, arm, number, targets), complete(rows, other, number, targets)

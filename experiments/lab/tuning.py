@@ -71,7 +71,7 @@ class Tried(NamedTuple):
 
     rates: dict[str, float]
     loss: float
-    count: int
+    number: int
 
 
 def best_tried(trials: Iterable[Row], arm: str, rows: int) -> Tried | None:
