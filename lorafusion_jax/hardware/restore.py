@@ -37,7 +37,7 @@ class Restoring:
       ridge: ridge of the closed forms (see `crossbar.fit_corrections`).
       epochs: passes of distillation over the inputs; 0 for the closed form alone.
       rate: Adam's learning rate of factors and offsets.
-      rate_low_rank: that of the matrices; by default 0.001, and 0.003 for `lora`, as tuned on SmolLM2.
+      rate_low_rank: that of the matrices; by default 0.001, and 0.003 for `lora`.
       seed: seed of the order of the inputs, and of the start of `lora`.
     """
 

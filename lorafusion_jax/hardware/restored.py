@@ -110,7 +110,7 @@ class RestoreOptions:
       rank: mean rank of the matrices of `low-rank` and `lora`; by default 4.
       epochs: passes of distillation over the text; 0 for the closed form alone.
       rate: learning rate of factors and offsets.
-      rate_low_rank: learning rate of the matrices; by default 0.001, and 0.003 for `lora`, as tuned on SmolLM2.
+      rate_low_rank: learning rate of the matrices; by default 0.001, and 0.003 for `lora`.
       seed: seed of the order of the text, and of sampled text.
       age: age of the chips: seconds, or as in 1h, 1day, 1month, 1year.
       prepared: compute corrections for that age in advance, with other draws of the drift than the chips will have.

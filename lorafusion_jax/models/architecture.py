@@ -287,6 +287,7 @@ class GGUFLayout:
       stored: function from that content and the names of a file's tensors to the tensors' descriptions.
       names: function from that content to the names of all tensors that a file can hold.
       metadata: function from a structure to the keys of a file that describe it, and further tensors by their names.
+      lost: field of the structure that no file can hold, also if llama.cpp's converter writes it.
     """
 
     architectures: Mapping[str, str]
@@ -294,6 +295,7 @@ class GGUFLayout:
     stored: Callable[[Mapping[str, Any], Collection[str]], dict[str, Stored]]
     names: Callable[[Mapping[str, Any]], list[str]]
     metadata: Callable[[Any], tuple[dict[str, Any], dict[str, np.ndarray]]]
+    lost: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

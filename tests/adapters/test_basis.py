@@ -215,7 +215,7 @@ def test_directions_of_controls_are_orthonormal_and_keep_less():
         (lambda pool: directions(pool.select([0]), 5), "1 modules of rank 4 .* at most 4"),
         (lambda pool: lf.shared_basis(pool, 3).first(4), "has 3 directions, not 4"),
         (lambda pool: _frozen(lf.Fusion(basis=2), pool), "no shared basis: run `lorafusion convert"),
-        (lambda pool: in_directions(pool, directions(_shallow(pool), 3)), r"the modules have \(3, 16, 12\)"),
+        (lambda pool: in_directions(pool, directions(_shallow(pool), 3)), r"give ones for \(3, 16, 12\)"),
         (lambda pool: lf.Fusion(basis=4, composition="mix"), "a shared basis lacks a mix's factors"),
         (lambda pool: lf.Fusion(basis=4, granularity="rank"), "a shared basis mixes the modules' ranks"),
         (lambda pool: _frozen(lf.Fusion(composition="mix"), lf.shared_basis(pool, 3)), "lacks a mix's factors"),

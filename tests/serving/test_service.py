@@ -366,8 +366,8 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, 
     monkeypatch.setattr(sys, "stdin", io.StringIO("not JSON"))
     with pytest.raises(ValueError, match="standard input:1: not JSON"):
         generate_rows((runs["mixed"],))
-    of_folder = GenerateOptions(run=runs["mixed"], file=tmp_path)
-    for generate in (lambda: generate_rows((runs["mixed"],), file=tmp_path), lambda: generate_lines(of_folder)):
+    of_folder = parts.GenerateOptions(run=runs["mixed"], file=tmp_path)
+    for generate in (lambda: generate_rows((runs["mixed"],), file=tmp_path), lambda: parts.generate_lines(of_folder)):
         with pytest.raises(ValueError, match="a pipe, a device or a folder, not a file: give a file"):
             generate()
     (tmp_path / "empty").write_text("\n")

@@ -120,8 +120,7 @@ def _described(
     )
     for name in given.keys() - _UNLIKE:
         if read_back[name] != given[name]:
-            # llama.cpp's converter would lose it too.
-            fix = "no GGUF file holds it; use --format merged" if name == "query_scale" else _CONVERTER
+            fix = "no GGUF file holds it; use --format merged" if name == layout.lost else _CONVERTER
             raise ValueError(f"{base.place}: GGUF would hold {name} {read_back[name]}, not {given[name]}: {fix}")
     return metadata, stored
 

@@ -318,4 +318,5 @@ GGUF = GGUFLayout(
     stored=_stored,
     names=_names,
     metadata=_metadata,
+    lost="query_scale",
 )
