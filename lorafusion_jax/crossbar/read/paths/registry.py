@@ -67,7 +67,7 @@ def in_models(plan: Plan, geometry: Geometry, config: CrossbarConfig) -> str:
 
 def read(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
     """Return weights times input codes, by the plan's path."""
-    if chip.plan.tabulates and len(n) >= _MANY:
+    if chip.plan.tabulates and PATHS[chip.plan.path].converts and len(n) >= _MANY:
         plan = dataclasses.replace(chip.plan, path=TablesPath.name, packing=None)
         chip = dataclasses.replace(chip, columns=columns_of(chip), occupied=None, plan=plan)
     return PATHS[chip.plan.path].read(n, quantise, chip)
