@@ -206,6 +206,16 @@ def test_a_model_reads_many_vectors_as_it_reads_few(changes, least):
         _equal(read(x, chip), jnp.concatenate([read(x[:35], chip), read(x[35:], chip)]))
 
 
+def test_a_model_whose_converters_have_no_ranges_yet_is_probed_with_many_vectors():
+    config = CrossbarConfig(dac=crossbar.DAC(bits=4), adc=ADC(bits=5))
+    rng = np.random.default_rng(0)
+    weights, x = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((20, 3), (70, 20)))
+    chip = program_tree({"w": weights}, {"*": config}, _KEY)["w"]
+    assert chip.plan.tabulates and chip.limits is None
+    many, few = crossbar.probe(x, chip)[0], [crossbar.probe(part, chip)[0] for part in (x[:35], x[35:])]
+    np.testing.assert_allclose(many, jnp.concatenate(few), rtol=1e-5, atol=1e-5)
+
+
 # Reads.
 
 
