@@ -67,9 +67,6 @@ from .models.weights import matmul as matmul
 from .models.weights import quantise as quantise
 from .runs.descent import Descent as Descent
 from .runs.descent import descent as descent
-from .runs.forecast import Forecast as Forecast
-from .runs.forecast import ForecastOptions as ForecastOptions
-from .runs.forecast import forecast as forecast
 from .runs.options import FuseOptions as FuseOptions
 from .runs.run import load_run as load_run
 from .serving.bank import TaskBank as TaskBank

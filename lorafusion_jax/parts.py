@@ -120,13 +120,6 @@ from .models.t5 import T5Config as T5Config
 from .models.t5.model import decoder_inputs as decoder_inputs
 from .models.weights import Unstacked as Unstacked
 from .models.weights import dense as dense
-from .runs.advantage import FEATURES as FEATURES
-from .runs.advantage import Case as Case
-from .runs.advantage import Feature as Feature
-from .runs.advantage import Prediction as Prediction
-from .runs.advantage import fit as _fit_advantage
-from .runs.descent import descent_of as descent_of
-from .runs.descent import with_copies as with_copies
 from .runs.evaluate import evaluate as evaluate
 from .runs.evaluate import seed_rows as seed_rows
 from .runs.export import ExportOptions as ExportOptions
@@ -186,4 +179,3 @@ program_on_arrays = _program_on_arrays
 RestoreMethod = _RestoreMethod
 load_arrays = _load_arrays
 save_arrays = _save_arrays
-fit_advantage = _fit_advantage

@@ -5,7 +5,7 @@
 from ..support.text_tables import EMPTY
 from ..support.writing import write_text
 from .formats import Column, Table, counts, markdown, spread
-from .plots import colour, literal, load_matplotlib, plot, plot_coefficients, plot_descent, plot_means
+from .plots import colour, literal, load_matplotlib, plot, plot_coefficients, plot_means
 from .scores import Row, Scores, key, name, scores
 from .statistics import OverTasks, Paired, Summary, over_tasks, paired, summary
 from .tables import best_method, main_tables, paired_table, shots_name

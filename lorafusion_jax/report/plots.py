@@ -121,32 +121,3 @@ def plot_coefficients(
         bar.outline.set_visible(False)
 
     plot(path, (max(4.0, 0.75 * min(len(columns), 12)) + 3, 0.3 * len(names) + 1.2), draw)
-
-
-def plot_descent(
-    modules: Sequence[str],
-    descent: Float[np.ndarray, " N"],
-    rotated: Float[np.ndarray, "draws N"],
-    path: Path,
-    *,
-    title: str = "",
-) -> None:
-    """Draw the gradient norm of each module as a bar, the greatest on top, with its rotated copies as dots."""
-    order = np.argsort(descent, kind="stable")
-    places = np.arange(len(order))
-
-    def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
-        axes.barh(places, descent[order], color=colour(3), label="module")
-        for n, copies in enumerate(rotated[:, order]):
-            axes.scatter(copies, places, s=14, color=colour(1), zorder=3, label=None if n else "rotated copies")
-        axes.set_yticks(places, [literal(modules[int(n)]) for n in order])
-        axes.set_ylim(-0.6, len(order) - 0.4)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
-        axes.grid(axis="x")
-        axes.set_xlabel("gradient norm, nats per answer token for a unit of a module's coefficients")
-        axes.set_title(title, loc="left")
-        axes.legend(loc="lower right")
-
-    plot(path, (7.0, 0.24 * len(order) + 1.4), draw)

@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..adapters.pool import LoraPool, rotated_pool
-from ..adapters.updates import Composition
 from ..methods.fusion import Fusion
 from ..support.checks import at_least
 from ..support.progress import progress
@@ -40,24 +39,11 @@ class Descent(NamedTuple):
       modules: [N], nats per answer token.
       rotated: [draws, N], the same for rotated copies.
       loss: loss of the base model on the rows, in nats per answer token.
-      rows: number of rows.
     """
 
     modules: Float[np.ndarray, " N"]
     rotated: Float[np.ndarray, "draws N"]
     loss: float
-    rows: int
-
-    @property
-    def of_copies(self) -> Float[np.ndarray, " N"]:
-        """Root mean square over the rotated copies of each module."""
-        return np.sqrt(np.mean(np.square(self.rotated), axis=0))
-
-    @property
-    def log_ratio(self) -> float:
-        """Logarithm of the pool's descent divided by that of its rotated copies, both root mean squares."""
-        pool, copies = (np.mean(np.square(descent)) for descent in (self.modules, self.rotated))
-        return float((np.log(pool) - np.log(copies)) / 2)
 
 
 def descent(problem: Problem, batches: Sequence[Batch], *, key: Array, draws: int = 3) -> Descent:
@@ -72,16 +58,14 @@ def descent(problem: Problem, batches: Sequence[Batch], *, key: Array, draws: in
     Raises:
       ValueError: the method is not such a fusion, the pool does not have whole modules, or there are no rows or draws.
     """
-    return descent_of(with_copies(problem, key, draws), batches)
-
-
-def with_copies(problem: Problem, key: Array, draws: int) -> list[Problem]:
-    """Return the problem of coefficients alone, and those of rotated copies of its modules; errors as in `descent`."""
     method, pool = problem.method, problem.frozen.pool
     if not isinstance(method, Fusion) or not isinstance(pool, LoraPool) or pool.magnitude is not None:
         raise ValueError("the descent needs a fusion of whole LoRA modules without separate magnitudes (DoRA)")
-    check_sum(method.composition)
+    if method.composition != "sum":
+        raise ValueError(f"a {method.composition} has no gradient at zero coefficients: use the composition sum")
     at_least(1, draws=draws)
+    if not batches:
+        raise ValueError("no rows to compute a descent from: give at least one batch")
     alone = problem.replace(method=dataclasses.replace(method, magnitudes=False), index=problem.index[None])
     problems = [alone]
     for draw in progress("rotated copies", range(draws)):
@@ -89,24 +73,10 @@ def with_copies(problem: Problem, key: Array, draws: int) -> list[Problem]:
         copy = dataclasses.replace(rotated_pool(pool, jax.random.fold_in(key, draw)), names=pool.names)
         frozen = dataclasses.replace(problem.frozen, pool=on_mesh(copy, problem.config))
         problems.append(alone.replace(frozen=frozen))
-    return problems
-
-
-def descent_of(problems: Sequence[Problem], batches: Sequence[Batch]) -> Descent:
-    """Return the descent of modules and copies, as `with_copies` returns them, on some rows."""
-    if not batches:
-        raise ValueError("no rows to compute a descent from: give at least one batch")
     of_seed = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], batch) for batch in batches]
     of_problems = [gradient_at_zero(problem, (0,), of_seed) for problem in progress("backward passes", problems)]
     norms = [np.linalg.norm(gradient.reshape(len(gradient), -1), axis=1) for _, (gradient,) in of_problems]
-    rows = sum(int(np.sum(batch.row_mask)) for batch in batches)
-    return Descent(modules=norms[0], rotated=np.stack(norms[1:]), loss=float(of_problems[0][0][0]), rows=rows)
-
-
-def check_sum(composition: Composition) -> None:
-    """Raise ValueError for a composition whose gradient is zero at zero coefficients."""
-    if composition != "sum":
-        raise ValueError(f"a {composition} has no gradient at zero coefficients: use the composition sum")
+    return Descent(modules=norms[0], rotated=np.stack(norms[1:]), loss=float(of_problems[0][0][0]))
 
 
 def gradient_at_zero(

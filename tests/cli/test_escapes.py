@@ -55,7 +55,6 @@ def test_every_command_escapes_the_names_that_it_prints(small, tmp_path, capsys,
         ["crossbar", "program", "--base", base, "--pool", home / "pool", "--crossbar", "ideal", "--out", chips, *few],
         ["evaluate", "--run", run, "--crossbar", chips],
         ["restore", "--base", base, "--crossbar", chips, "--text", home / "lines.txt", "--epochs", "0"],
-        ["forecast", "--base", base, "--pool", home / "pool", "--task", task, "--json", home / "forecast.json"],
         ["evaluate", "--run", home],
     ):
         try:

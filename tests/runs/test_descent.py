@@ -139,9 +139,6 @@ def test_descents_are_norms_of_finite_differences_in_float64(batches):
         rotated = lf.rotated_pool(pool, jax.random.fold_in(_KEY, draw))
         np.testing.assert_allclose(descent, _by_differences(problem, rotated, batches), rtol=1e-4)
     assert found.loss == pytest.approx(_loss(problem, {}, batches), rel=1e-5)
-    assert found.rows == 5
-    ratio = np.mean(np.square(found.modules)) / np.mean(np.square(found.rotated))
-    assert found.log_ratio == pytest.approx(np.log(ratio) / 2)
 
 
 def test_the_order_of_the_modules_makes_no_difference(batches):
