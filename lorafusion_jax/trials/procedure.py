@@ -1,0 +1,216 @@
+"""Procedure of a trial: tune the rates of each arm, then cross-validate all arms on the same folds."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from .folds import TUNING_PARTS, divide
+from .tuning import Candidate, Rates, Tuned, tune
+
+Role = Literal["base", "examples", "magnitudes", "pool", "control", "single", "lora", "other"]
+
+
+class Training(NamedTuple):
+    """One training and its test.
+
+    Attributes:
+      arm: name of the arm.
+      draw: number of the random draw of a control.
+      rates: name and value of each learning rate, none for arms without rates.
+      share: share of the recipe's epochs.
+      train: numbers of the training rows, none for arms that do not learn.
+      test: numbers of the rows to score.
+    """
+
+    arm: str
+    draw: int
+    rates: Rates
+    share: float
+    train: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+class Scores(NamedTuple):
+    """Scores of the test rows of a training.
+
+    Attributes:
+      loss: minus the log-likelihood of each answer, in nats, divided by the mean number of answer tokens of all rows of
+        the task, so that the mean over rows is nats per answer token.
+      correct: answers that match exactly.
+      option_correct: answers that are more likely than the task's other options, if it has options.
+    """
+
+    loss: Float[np.ndarray, " test"]
+    correct: Bool[np.ndarray, " test"]
+    option_correct: Bool[np.ndarray, " test"] | None = None
+
+
+Measure = Callable[[Sequence[Training]], Iterable[Scores]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialArm:
+    """An arm of a trial.
+
+    Attributes:
+      name: name in tables.
+      rates: learning rates of its recipe; an arm without rates is not tuned.
+      draws: numbers of the random draws, of a control.
+      learns: whether it uses training rows; if not, one evaluation of all rows is enough.
+      role: what the sentence of the verdict calls it.
+      parameters: trained parameters, 0 for none: the cheaper one of two arms that are as good is preferred.
+    """
+
+    name: str
+    rates: dict[str, float] = dataclasses.field(default_factory=dict)
+    draws: tuple[int, ...] = (0,)
+    learns: bool = True
+    role: Role = "other"
+    parameters: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """Outcomes of a task after a look.
+
+    Attributes:
+      arms: the arms, in order.
+      groups: [rows], number of each row's input.
+      fold: [rows], fold that tests each row.
+      loss: [draws, rows] of each arm, NaN for rows that are not measured yet.
+      correct: [draws, rows] of each arm, 1, 0 or NaN.
+      option_correct: the same for options, without arms that have no scores of options.
+      tuned: rates of each tuned arm, for a training on all rows.
+      spent: trained steps of each arm, in trainings on all rows.
+      look: number of this look, from 1.
+      looks: number of looks that were planned.
+    """
+
+    arms: tuple[TrialArm, ...]
+    groups: Int[np.ndarray, " rows"]
+    fold: Int[np.ndarray, " rows"]
+    loss: dict[str, Float[np.ndarray, "_draws rows"]]
+    correct: dict[str, Float[np.ndarray, "_draws rows"]]
+    option_correct: dict[str, Float[np.ndarray, "_draws rows"]]
+    tuned: dict[str, Tuned]
+    spent: dict[str, float]
+    look: int
+    looks: int
+
+
+def procedure(
+    arms: Sequence[TrialArm],
+    groups: Sequence[Hashable],
+    measure: Measure,
+    *,
+    folds: int = 5,
+    nested: bool = False,
+    seed: int = 0,
+    by_fold: bool = False,
+) -> Iterator[Outcomes]:
+    """Return an iterator over looks at the outcomes. It trains when its next element is taken.
+
+    Rates are tuned once, on an inner split of all rows, of a control on its first draw.
+
+    Args:
+      arms: the arms, whose names differ.
+      groups: input of each row.
+      measure: function that trains and tests, and returns scores in the order of the trainings.
+      folds: number of folds.
+      nested: whether the rates are also tuned inside each fold, for its test.
+      seed: seed of the folds.
+      by_fold: whether there is a look after each fold, instead of one at the end.
+
+    Raises:
+      ValueError: names of arms are equal, or the rows are too few for the folds.
+    """
+    if len({arm.name for arm in arms}) < len(arms):
+        raise ValueError(f"arms have the same name: {', '.join(arm.name for arm in arms)}: give each its own")
+    groups = list(groups)
+    fold = divide(groups, folds, (seed,))
+    every = range(len(groups))
+    own_rows = [tuple(row for row in every if fold[row] != number) for number in range(folds)]
+    sets = [tuple(every), *(own_rows if nested else ())]  # rows that rates are tuned on
+    splits = [_split(rows, groups, (seed, number)) for number, rows in enumerate(sets)]
+    return _run(tuple(arms), groups, measure, fold, own_rows, splits, by_fold)
+
+
+def _split(rows: tuple[int, ...], groups: list[Hashable], key: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return training and test rows for tuning."""
+    part = divide([groups[row] for row in rows], TUNING_PARTS, key)
+    pairs = list(zip(rows, part, strict=True))
+    return tuple(row for row, part in pairs if part > 0), tuple(row for row, part in pairs if part == 0)
+
+
+def _run(
+    arms: tuple[TrialArm, ...],
+    groups: list[Hashable],
+    measure: Measure,
+    fold: Int[np.ndarray, " rows"],
+    own_rows: list[tuple[int, ...]],
+    splits: list[tuple[tuple[int, ...], ...]],
+    by_fold: bool,
+) -> Iterator[Outcomes]:
+    every, folds = tuple(range(len(groups))), len(own_rows)
+    spent = {arm.name: 0.0 for arm in arms}
+
+    def scored(trainings: list[Training]) -> Iterator[tuple[Training, Scores]]:
+        for training, scores in zip(trainings, measure(trainings), strict=True):
+            spent[training.arm] += training.share * len(training.train) / len(every)
+            yield training, scores
+
+    problems = [(arm, split) for arm in arms if arm.rates for split in splits]
+
+    def losses(candidates: list[Candidate]) -> list[float]:
+        trainings = []
+        for candidate in candidates:
+            arm, (train, test) = problems[candidate.problem]
+            trainings.append(Training(arm.name, arm.draws[0], candidate.rates, candidate.share, train, test))
+        return [float(np.mean(scores.loss)) for _, scores in scored(trainings)]
+
+    found = tune([tuple(arm.rates.items()) for arm, _ in problems], [arm.name for arm, _ in problems], losses)
+    of_arm: dict[str, list[Tuned]] = {}
+    for (arm, _), tuned in zip(problems, found, strict=True):
+        of_arm.setdefault(arm.name, []).append(tuned)
+
+    def trainings(arm: TrialArm, number: int) -> Iterator[Training]:
+        """Yield the trainings that a fold tests."""
+        rates = of_arm[arm.name][(1 + number) % len(splits)].rates if arm.rates else ()
+        for draw in arm.draws:
+            if arm.learns:
+                test = tuple(row for row in every if fold[row] == number)
+                yield Training(arm.name, draw, rates, 1.0, own_rows[number], test)
+            elif number == 0:
+                yield Training(arm.name, draw, rates, 1.0, (), every)
+
+    def empty() -> dict[str, Float[np.ndarray, "_draws rows"]]:
+        return {arm.name: np.full((len(arm.draws), len(every)), np.nan) for arm in arms}
+
+    loss, correct, option_correct = empty(), empty(), empty()
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    draws = {arm.name: arm.draws for arm in arms}
+    looks = [[number] for number in range(folds)] if by_fold else [[*range(folds)]]
+    for look, parts in enumerate(looks, start=1):
+        for training, scores in scored([one for arm in arms for number in parts for one in trainings(arm, number)]):
+            place = draws[training.arm].index(training.draw), list(training.test)
+            loss[training.arm][place] = scores.loss
+            correct[training.arm][place] = scores.correct
+            if scores.option_correct is not None:
+                option_correct[training.arm][place] = scores.option_correct
+        yield Outcomes(
+            arms=arms,
+            groups=np.array([numbers[group] for group in groups]),
+            fold=fold,
+            loss={name: values.copy() for name, values in loss.items()},
+            correct={name: values.copy() for name, values in correct.items()},
+            option_correct={
+                name: values.copy() for name, values in option_correct.items() if not np.isnan(values).all()
+            },
+            tuned={name: found[0] for name, found in of_arm.items()},
+            spent=dict(spent),
+            look=look,
+            looks=len(looks),
+        )

@@ -1,0 +1,103 @@
+"""Learning rates by successive halving (Jamieson and Talwalkar, 2016), with the same steps for every arm.
+
+| stage | rates, as multiples of the recipe's | share of the epochs |
+|---|---|---:|
+| 1 | all rates times 3^-3, 3^-2, ..., 3^3 | 1/4 |
+| 2 | the best two, and two neighbours of the best one | 1/2 |
+| 3 | the best two | 1 |
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+Rates = tuple[tuple[str, float], ...]
+
+STEP = 3.0
+REACH = 3  # steps to both sides of the recipe's rates
+SHARES = (1 / 4, 1 / 2, 1.0)
+TRAININGS = 7 * SHARES[0] + 4 * SHARES[1] + 2 * SHARES[2]  # full trainings that the tuning of an arm is worth
+
+
+class Candidate(NamedTuple):
+    """Training of a stage.
+
+    Attributes:
+      problem: number of the arm and rows that are tuned.
+      rates: name and value of each rate.
+      share: share of the recipe's epochs.
+    """
+
+    problem: int
+    rates: Rates
+    share: float
+
+
+class Tuned(NamedTuple):
+    """Best rates.
+
+    Attributes:
+      rates: name and value of each rate.
+      edge: end of the grid that the rates lie at, so that others beyond it may be better.
+    """
+
+    rates: Rates
+    edge: Literal["low", "high"] | None
+
+
+def tune(
+    defaults: Sequence[Rates], names: Sequence[str], evaluate: Callable[[list[Candidate]], Sequence[float]]
+) -> list[Tuned]:
+    """Return the best rates of several problems, which pass through each stage together.
+
+    A rate whose loss is NaN or infinite at the end is never chosen.
+
+    Args:
+      defaults: rates of the recipe of each problem.
+      names: name of each problem in error messages.
+      evaluate: function that returns the loss of each candidate.
+
+    Raises:
+      ValueError: no rate of a problem has a finite loss.
+    """
+    found = [dict[Rates, float]() for _ in defaults]  # the latest loss of each candidate
+    leaders: list[list[Rates]] = [_line(rates) for rates in defaults]
+    for share in SHARES:
+        candidates = [Candidate(number, rates, share) for number, own in enumerate(leaders) for rates in own]
+        for candidate, loss in zip(candidates, evaluate(candidates), strict=True):
+            found[candidate.problem][candidate.rates] = loss if math.isfinite(loss) else math.inf
+        for number, losses in enumerate(found):
+            best = sorted(leaders[number], key=losses.__getitem__)[:2]
+            leaders[number] = best + _neighbours(best[0]) if share == SHARES[0] else best
+    return [_chosen(*problem) for problem in zip(defaults, names, leaders, found, strict=True)]
+
+
+def _line(defaults: Rates) -> list[Rates]:
+    return [_times(defaults, STEP**power) for power in range(-REACH, REACH + 1)]
+
+
+def _neighbours(best: Rates) -> list[Rates]:
+    """Return two rates next to the best ones, that are not on the line: another ratio, or half a step."""
+    step = STEP if len(best) > 1 else math.sqrt(STEP)
+    return [_times(best[:1], factor) + best[1:] for factor in (1 / step, step)]
+
+
+def _times(rates: Rates, factor: float) -> Rates:
+    return tuple((name, value * factor) for name, value in rates)
+
+
+def _chosen(defaults: Rates, name: str, leaders: list[Rates], losses: dict[Rates, float]) -> Tuned:
+    """Return the better one of the last two; if both diverged, the best one of the shorter trainings."""
+    rates = min(leaders, key=losses.__getitem__)
+    if math.isinf(losses[rates]):
+        rates = min(losses, key=losses.__getitem__)
+    if math.isinf(losses[rates]):
+        tried = ", ".join(f"{name} {value:.2g}" for name, value in defaults)
+        raise ValueError(
+            f"{name}: the loss is NaN or infinite at all rates within a factor of {STEP**REACH:g} of {tried}: "
+            "give other rates, or leave this arm out"
+        )
+    steps = [math.log(value / start, STEP) for (_, value), (_, start) in zip(rates, defaults, strict=True)]
+    far = max(steps, key=abs)
+    edge = None if abs(far) < REACH - 1e-6 else "high" if far > 0 else "low"
+    return Tuned(rates, edge)
