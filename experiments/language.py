@@ -44,7 +44,7 @@ from lab.language import (
     unseen,
 )
 from lab.smollm2 import EXAMPLES, HUB_ID, base
-from results_page import main as report
+from results_page import report
 
 from lorafusion_jax import LowRank, fuse, random_pool, read_config
 from lorafusion_jax.methods import find as find_method
@@ -117,9 +117,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         make_pools(options.adapters)
         run_jobs(jobs, file, fuse, root=ROOT)
         reference = "0 relevant" if "relevance" in group else _FUSION
-        there = {row["method"] for row in read_rows(file)}
-        compared = ["--reference", reference] if reference in there else []
-        report([str(file), "--out", str(options.out / group), "--title", f"SmolLM2: {group}", *compared])
+        report(read_rows(file), options.out / group, f"SmolLM2: {group}", reference)
     files = [options.out / f"{group}.jsonl" for group in ("relevance", "more-relevance")]
     if rows := [row for file in files if file.exists() for row in read_rows(file)]:
         draw(scores(rows)[0], options.out / "relevance.png")

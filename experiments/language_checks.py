@@ -21,13 +21,13 @@ import tyro
 from lab.common import ROOT
 from lab.language import EVALUATED_ROWS, MOST_SHARED, TRAIN_ROWS, UNSEEN, find, pair, shares, trained_pairs
 from language import LanguageOptions, make_pools, pool_of
-from results_page import main as report
+from results_page import report
 
 from lorafusion_jax import LoraPool, random_pool
 from lorafusion_jax.parts import dense, markdown, open_pool
 from lorafusion_jax.report import Row, scores
 from lorafusion_jax.tasks import load_task
-from lorafusion_jax.trials import append_rows, merge
+from lorafusion_jax.trials import merge
 
 # Tasks of earlier rows that a source has too many pairs of.
 _SEEN = ("lowercase_last_letter", "alphabetically_first_3")
@@ -86,10 +86,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             if row["task"] in found and found[row["task"]].share <= MOST_SHARED
         ]
         print(f"The same without these pairs\n\n{by_task([row for row in clean if row['method'] in options.methods])}")
-        file = options.out / "rows.jsonl"
-        file.unlink(missing_ok=True)
-        append_rows(file, clean)
-        report([str(file), "--out", str(options.out), "--reference", options.methods[0]])
+        report(clean, options.out, "Without leaked pairs", options.methods[0])
 
 
 def leaks(path: Path, trained: dict[str, set[tuple[str, str]]], train_rows: int) -> Leaks:

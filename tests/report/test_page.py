@@ -1,0 +1,159 @@
+"""The folder of a report: the formats of its tables, the content of its page, and how a browser shows it."""
+
+import csv
+import html
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import results_page
+from made_up_rows import made_up, row
+
+from lorafusion_jax.report import Column, Table, markdown, plot_means, provenance, scores, write_report
+from lorafusion_jax.trials import append_rows
+
+_BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --enable-logging=stderr"
+).split()
+# Appended to a copy of the page: how wide its images came out, and whether anything but boxes that scroll is too wide.
+_PROBE = """<script>
+addEventListener("load", () => {
+  const body = document.body;
+  body.dataset.widths = [...document.images].map(image => image.naturalWidth).join(" ");
+  body.dataset.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A report with both numbers of shots, of 5 seeds, 6 tasks and 16 methods."""
+    rows = [*made_up(), *made_up(shots="5", options=False, start=1)]
+    out = tmp_path_factory.mktemp("report")
+    results_page.report(rows, out, "Fusing <frozen> & other LoRAs", "fusion sum")
+    return out
+
+
+def _page(out, *arguments, **options):
+    write_report(out, *arguments, **options)
+    return (out / "report.html").read_text()
+
+
+def test_a_table_is_written_as_markdown_csv_latex_and_html(tmp_path):
+    columns = [Column("method", "text"), Column("x_1", "spread"), Column("ci", "interval"), Column("n", "counts")]
+    first = ["a|b & <i>", (44.84, 1.46), (-2.0, 3.25), (900, 1000)]
+    table = Table("50 % of <b> & a_b", columns, [first, ["$c_1$ 100% #~^\\{}", (5.0, None), None, (1232, 1232)]])
+    lines = markdown(table).splitlines()
+    assert lines[0] == r"50 % of \<b> & a_b"
+    assert [cell.strip() for cell in lines[4].replace(r"\|", "¦").strip("|").split("|")] == [
+        r"a¦b & \<i>",
+        "44.8 ± 1.5",
+        "−2.0 to 3.2",
+        "900 to 1,000",
+    ]
+    assert len({len(line) for line in lines[2:]}) == 1
+    page = _page(tmp_path, "", {"some": table}, {})
+    assert list(csv.reader((tmp_path / "some.csv").read_text().splitlines())) == [
+        ["method", "x_1", "x_1 sd", "ci low", "ci high", "n min", "n max"],
+        ["a|b & <i>", "44.84", "1.46", "-2", "3.25", "900", "1000"],
+        ["$c_1$ 100% #~^\\{}", "5", "", "", "", "1232", "1232"],
+    ]
+    text = (tmp_path / "table.tex").read_text()
+    assert r"\caption{50 \% of $<$b$>$ \& a\_b}" in text
+    assert r"\begin{tabular}{lrrr}" in text and r"method & x\_1 & ci & n \\" in text
+    assert r"a|b \& $<$i$>$ & 44.8 $\pm$ 1.5 & $-$2.0 to 3.2 & 900 to 1,000 \\" in text
+    assert r"\$c\_1\$ 100\% \#\textasciitilde{}\textasciicircum{}\textbackslash{}\{\} & 5.0 & -- & 1,232 \\" in text
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1, 1, 1]
+    assert "<caption>50 % of &lt;b&gt; &amp; a_b</caption>" in page
+    assert '<th scope="col" class="number">x_<wbr>1</th>' in page
+    assert '<th scope="row">a|b &amp; &lt;i&gt;</th><td class="number">44.8 ± 1.5</td>' in page
+
+
+def test_without_a_complete_method_there_is_a_page_and_no_plot(tmp_path):
+    rows = [row(task, method, 1, np.ones(8, bool)) for task, method in (("easy", "a"), ("hard", "b"))]
+    with pytest.raises(ValueError, match="no method has results of all 2 tasks: there are no means to draw"):
+        plot_means(scores(rows)[0], tmp_path / "means.png")
+    results_page.report(rows, tmp_path, "early", "LoRAFusion")
+    assert {path.name for path in tmp_path.iterdir()} == {"table.csv", "paired.csv", "table.tex", "report.html"}
+
+
+def test_all_text_is_escaped(tmp_path):
+    name = "<script>alert('a\"b')</script>&"
+    rows = [row(name, f"{method}{name}", 1, np.ones(8, bool)) for method in "ab"]
+    for found in rows:
+        found.update(device=name, versions={name: name}, config={name: {"x": found["method"]}})
+    (tmp_path / "x.png").touch()
+    page = _page(tmp_path, name, {}, {"x.png": name}, text=name, provenance=provenance(rows))
+    assert "<script" not in page and "&lt;script&gt;alert(&#x27;a&quot;b&#x27;)" in page
+
+
+def test_the_page_is_whole_and_needs_no_other_file(folder):
+    whole = (folder / "report.html").read_text()
+    bare, unclosed = re.sub('base64,[^"]*', "", whole), []
+    for end, tag in re.findall(r"<(/?)(\w+)", bare):
+        if end:
+            assert unclosed.pop() == tag
+        elif tag not in ("meta", "link", "img", "wbr"):
+            unclosed.append(tag)
+    assert not unclosed
+    addresses = re.findall(r'\b(?:src|href|srcset|data)="([^"]*)"', bare)
+    assert len(addresses) == 3 and all(address.startswith("data:") for address in addresses)
+    assert "http" not in bare and "url(" not in whole and "@import" not in whole
+    shown = html.unescape(re.sub("<[^>]*>", "", bare))
+    for text in ("95 + 5 examples", "5 examples", "recipe.lr", "jax 0.10.2", "fusion sum minus each"):
+        assert text in shown
+    assert whole.count("prefers-color-scheme: dark") == 1 and 'name="viewport"' in whole
+
+
+def test_the_page_shows_how_configurations_differ(tmp_path):
+    rows = made_up(methods=("LoRA", "fusion sum"), tasks=("easy",), seeds=(1, 2), items=8)
+    rows[0]["config"]["only"] = [1, 2]
+    page = _page(tmp_path, "title", {}, {}, text="First <b>.\n\nSecond.", provenance=provenance(rows))
+    assert "<p>First &lt;b&gt;.</p>\n<p>Second.</p>" in page
+    assert '<th scope="row">recipe.lr</th><td>0.002</td><td>0.02</td>' in page
+    assert '<th scope="row">only</th><td>[1, 2]</td><td>–</td>' in page
+    assert '<th scope="row">recipe.epochs</th><td>20</td></tr>' in page
+    assert rows[0]["data_sha256"] in page
+
+
+def test_each_number_of_shots_has_its_files(folder):
+    of_shots = {f"{name}_{s}.{e}" for s in ("95+5", "5") for name, e in (("table", "csv"), ("paired", "csv"))}
+    plots = {"means_95+5.png", "means_5.png"}
+    assert {path.name for path in folder.iterdir()} == of_shots | plots | {"table.tex", "report.html"}
+
+
+@pytest.mark.skipif(_BROWSER is None, reason="needs a browser: apt-get install chromium")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_browser_shows_tables_and_images_without_errors(folder, tmp_path, width):
+    probed = tmp_path / "page.html"
+    probed.write_text((folder / "report.html").read_text().replace("</body>", f"{_PROBE}</body>"))
+    # A window is never narrower than 500: a frame is, which shows the same page.
+    frame = tmp_path / "frame.html"
+    script = "f.onload = () => setTimeout(() => { dom.textContent = f.contentDocument.body.outerHTML; }, 200)"
+    frame.write_text(
+        f'<link rel="icon" href="data:,"><iframe id="f" src="page.html" width="{width}" height="800"></iframe>'
+        f'<pre id="dom"></pre><script>{script}</script>'
+    )
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = [_BROWSER, *_FLAGS, profile, "--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run([*command, frame.as_uri()], capture_output=True, text=True, timeout=100, check=True)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    dom = done.stdout.replace("&lt;", "<").replace("&gt;", ">")
+    widths = [int(found) for found in re.search('data-widths="([^"]*)"', dom)[1].split()]
+    assert len(widths) == 2 and min(widths) > 500
+    assert re.search('data-overflow="([^"]*)"', dom)[1] == "0"
+    assert dom.count("<table>") == 8 and dom.count("</table>") == 8
+    assert dom.count("<caption>fusion sum minus each other method") == 2
+
+
+def test_the_script_compares_with_a_method_that_has_rows(tmp_path):
+    file = tmp_path / "results.jsonl"
+    append_rows(file, made_up(methods=("zero-shot", "LoRA"), items=20))
+    results_page.main([str(file), "--out", str(tmp_path / "out"), "--reference", "zero-shot"])
+    assert "zero-shot minus each other method" in (tmp_path / "out" / "table.tex").read_text()
+    with pytest.raises(ValueError, match="no results of 'LoRa' to compare with: choose one of zero-shot, LoRA"):
+        results_page.main([str(file), "--out", str(tmp_path / "out"), "--reference", "LoRa"])
