@@ -11,8 +11,7 @@ from lorafusion_jax.models.registry import FAMILIES
 from lorafusion_jax.parts import known_shapes
 
 _PACKAGE = Path(__file__).resolve().parent.parent / "lorafusion_jax"
-# The parts of a tokenizer.json have a decoder too.
-_OF_FAMILIES = {_PACKAGE / "models" / "registry.py", _PACKAGE / "io" / "tokenizer_bounds.py"}.union(
+_OF_FAMILIES = {_PACKAGE / "models" / "registry.py"}.union(
     *((_PACKAGE / "models" / family).glob("*.py") for family in FAMILIES)
 )
 _MEMBERS = {"T5", "t5", "Llama", "SmolLM2", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi"}

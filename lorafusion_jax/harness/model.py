@@ -37,8 +37,7 @@ from ..models.generate import GREEDY, Sampling
 from ..runs.rows import draw_keys, generate_rows
 from ..support.checks import at_least
 from ..support.progress import progress
-from ..tasks import IGNORED, Batch, Encoded, decode, eval_batches, tokenise
-from ..tasks.chat_template import render
+from ..tasks import IGNORED, Batch, Encoded, decode, eval_batches, render_chat, tokenise
 from ..training.frozen import GENERATION, OPTIONS
 from ..training.loss import batch_logits, log_likelihood
 from ..training.method import Params
@@ -147,12 +146,12 @@ class HarnessLM(TemplateLM):
             raise ValueError(f"{self.tokenizer.name_or_path} has no chat template: leave out --apply_chat_template")
         how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         try:
-            return render(self.tokenizer, chat_history, **how)
+            return render_chat(self.tokenizer, chat_history, **how)
         except ValueError:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
-            return render(self.tokenizer, others, **how)
+            return render_chat(self.tokenizer, others, **how)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of the model's context."""

@@ -14,7 +14,7 @@ from ..models.registry import family_of_json
 from ..support.checks import panics
 from ..support.reading import FileError, check_regular, read_json, structured
 from . import safetensors as safetensors_map
-from . import tokenizer_bounds, torch_pickle
+from . import torch_pickle
 from .fast_tokenizer import FastTokenizer
 from .source import inside, resolve, sha256
 
@@ -127,11 +127,9 @@ class FolderBase:
 
         try:
             folder = self._texts()
-            tokenizer_bounds.check_files(folder)
             # By default, transformers may offer on a terminal to run the repository's code.
             with panics():
                 tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-            tokenizer_bounds.check_growth(tokenizer)
             if not isinstance(longest := tokenizer.model_max_length, int | float):
                 raise ValueError(f"model_max_length is {longest!r}: expected a number")
             tokenizer.name_or_path = self._source  # for messages
@@ -162,7 +160,6 @@ class FolderBase:
             return self.tokenizer()
         if not file.is_file() or any((folder / name).is_file() for name in _FURTHER):
             return self.tokenizer()
-        tokenizer_bounds.check_files(folder)
         try:
             with panics():
                 backend = Tokenizer.from_file(str(file))

@@ -9,7 +9,6 @@ from typing import Any
 
 from ..support.reading import FileError, check_lfs, check_regular, parse_json, utf8
 from ..support.text import shown, some
-from .parquet_pages import unpacked_bytes
 
 Row = Any  # any JSON: checked where rows become examples
 Rows = Iterator[tuple[str, Row]]  # each with its place, for messages
@@ -18,8 +17,6 @@ Rows = Iterator[tuple[str, Row]]  # each with its place, for messages
 _PARTS = {"train.jsonl": "train", "example.jsonl": "train", "test.jsonl": "test", "zero_shot.jsonl": "test"}
 # In CSV, where a number has no quotes to tell it from a text.
 _NOT_FINITE = re.compile(r"\s*[+-]?(nan|inf|infinity)\s*", re.IGNORECASE)
-_MOST_GROWTH = 64  # bytes of texts for each byte of a Parquet file; it holds equal texts once
-_VALUE = 256  # bytes that a value takes with its part of the row
 _HUB_ID = re.compile(r"([\w-][\w.-]*(?:/[\w-][\w.-]*)?)(?:@([\w./-]+))?(?::([\w.-]+))?")
 
 
@@ -117,24 +114,10 @@ def _parquet_rows(path: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
-    most = max(1 << 26, path.stat().st_size * _MOST_GROWTH)
-
-    def check(taken: int) -> None:
-        if taken > most:
-            expected = f"at most {most:,}, {_MOST_GROWTH} times its size or 64 MiB"
-            raise FileError(path, got=f"rows of over {taken:,} bytes", expected=expected, fix="save them as JSONL")
-
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(file.schema_arrow.names, path)
-            groups = map(file.metadata.row_group, range(file.num_row_groups))
-            columns = [group.column(n) for group in groups for n in range(group.num_columns)]
-            sizes = unpacked_bytes(path, columns)
-            check(taken := sum(sizes) + sum(_VALUE * column.num_values for column in columns))
-            largest = max(sizes, default=1)  # all bytes of a column may be one text, which every row repeats
-            batches = file.iter_batches(min(1000, max(1, most // max(1, largest))))
-            for n, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                check(taken := taken + len(str(row)))
+            for n, row in enumerate(row for batch in file.iter_batches(1000) for row in batch.to_pylist()):
                 yield f"{path}, row {n}", row
     except FileError:
         raise

@@ -9,15 +9,13 @@ from jaxtyping import Int, Int32
 
 from ..support.checks import panics
 from ..support.text import shown
-from . import chat_template
 from .data import Example
 
 # transformers' tokenizer, or one with the methods that are called here.
 Tokenizer: TypeAlias = Any
 
 LONGEST = 2048  # tokens that a text is cut to, as in the paper's code
-# Characters of a row's texts, also as a chat template renders them: each token takes up to 300 bytes.
-LONGEST_ROW = chat_template.LONGEST
+LONGEST_ROW = 1 << 20  # characters of a row's texts, also rendered by a chat template; a token takes up to 300 bytes
 _SHOWN = 40  # characters of a text in a message
 _NO_TOKENS = "the tokenizer makes no tokens of {text!r}: take the row out"
 
@@ -180,11 +178,27 @@ def _rendered(tokenizer: Tokenizer, example: Example, text_format: TextFormat) -
 
 def _chat(tokenizer: Tokenizer, said: list[tuple[str, str]], *, add_generation_prompt: bool) -> str:
     messages = [{"role": role, "content": content} for role, content in said]
+    return render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
+
+
+def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], **how: bool) -> str:
+    """Return the text of a conversation, as `tokenizer.apply_chat_template` renders it, in jinja2's sandbox.
+
+    `how` are that method's `add_generation_prompt` and `continue_final_message`. Raises a ValueError for a template
+    that fails or renders more than `LONGEST_ROW` characters.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template, special = tokenizer.get_chat_template(), tokenizer.special_tokens_map
     try:
-        return chat_template.render(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    except ValueError as error:
-        roles = ", ".join(role for role, _ in said)
-        raise ValueError(f"the chat template rejects messages of {roles}: {error}") from error
+        rendered: Any = render_jinja_template(conversations=[messages], chat_template=template, **how, **special)
+    except Exception as error:  # a template may raise anything
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template rejects messages of {roles}: {error}: leave out --chat") from error
+    text: str = rendered[0][0]
+    if len(text) > LONGEST_ROW:
+        raise ValueError(f"the chat template renders {len(text):,} characters: expected at most {LONGEST_ROW:,}")
+    return text
 
 
 def tokenise(tokenizer: Tokenizer, texts: str | list[str], **how: Any) -> Any:

@@ -11,9 +11,6 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import yaml
 
 # In C where PyYAML has it, ten times as fast.
@@ -150,33 +147,6 @@ def _npz(content: bytes, draw: random.Random) -> bytes:
     return out.getvalue()
 
 
-def _parquet(content: bytes, draw: random.Random) -> bytes:
-    """Change the type of a column, its name or the number of rows."""
-    table = pyarrow.parquet.read_table(io.BytesIO(content))
-    rows = draw.choice((table.num_rows, table.num_rows, 0, 10**4, 10**7))
-    one, kind = draw.choice(
-        (
-            *((0, pyarrow.timestamp("us", zone)) for zone in ("UTC", "Mars/Olympus", "+99:99")),
-            *((10**17, kind) for kind in (pyarrow.timestamp("s"), pyarrow.duration("s"), pyarrow.date64())),
-            *((b"\xff" * size, pyarrow.binary()) for size in (1, 10**6)),
-            *(("x" * size, pyarrow.string()) for size in (0, 10**6)),
-            *((number, pyarrow.float64()) for number in (float("nan"), float("inf"), 1.0)),
-            *(([{"role": "user", "content": None}], None), ({"a": {"b": [1]}}, None), (None, None)),
-        )
-    )
-    table = table.take([0] * rows) if rows < 10**5 else pyarrow.table({"input": _same("x", None, rows)})
-    place = draw.randrange(table.num_columns)
-    table = table.set_column(place, draw.choice((*table.column_names, "y")), _same(one, kind, table.num_rows))
-    pyarrow.parquet.write_table(table, out := io.BytesIO(), compression=draw.choice(("none", "zstd", "gzip")))
-    return out.getvalue()
-
-
-def _same(one: Any, kind: pyarrow.DataType | None, rows: int) -> pyarrow.Array:
-    """Return a column of equal values, which takes little memory in a file."""
-    values = pyarrow.array([one], kind)
-    return pyarrow.DictionaryArray.from_arrays(np.zeros(rows, np.int32), values)
-
-
 def _gguf(content: bytes, draw: random.Random) -> bytes:
     """Overwrite a number of the header: a count, a type, the length of a text or a list, a size or a place."""
     end = max(at for name in (b"output_norm.weight", b"attention.head_count") if (at := content.find(name)) > 0)
@@ -195,5 +165,4 @@ _STRUCTURED: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".safetensors": _safetensors,
     ".npz": _npz,
     ".gguf": _gguf,
-    ".parquet": _parquet,
 }

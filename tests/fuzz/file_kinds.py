@@ -1,6 +1,5 @@
 """Every kind of file that is read: a real one, and what reads it; and what may come of a damaged one."""
 
-import base64
 import contextlib
 import dataclasses
 import hashlib
@@ -32,7 +31,7 @@ from lorafusion_jax.io import arrays
 from lorafusion_jax.io.pool.folder import write_manifest
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import named
-from lorafusion_jax.tasks import SEPARATE_TEXTS, Example, decode, encode, load_task, write_lorahub_split
+from lorafusion_jax.tasks import load_task, write_lorahub_split
 from lorafusion_jax.trials import append_rows, read_rows
 
 SECONDS = 5.0  # of CPU time for one file
@@ -96,9 +95,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
     sharegpt, messages = _written(folder / "sharegpt.json", rows), folder / "messages.jsonl"
     said = [[{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "a"}] for n in range(4)]
     messages.write_text("".join(json.dumps({"messages": each}) + "\n" for each in said))
-    csv_file, parquet_file = folder / "task.csv", folder / "task.parquet"
+    csv_file = folder / "task.csv"
     table.to_csv(csv_file)
-    table.to_parquet(parquet_file)
 
     def resealed() -> None:
         manifest = json.loads((pool / "manifest.json").read_text())
@@ -194,9 +192,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "corrections manifest": Kind(restored / "manifest.json", corrections),
         "corrections arrays": Kind(restored / "arrays.safetensors", corrections, lambda: stored(restored)),
         "merged list": Kind(merged / "merge.json", lambda: read_weights(merged)),
-        "tokenizer": Kind(base / "tokenizer.json", lambda: lf.load_tokenizer(base)),
-        **{f"tokenizer, {name}": _tokenizer(folder, base, name) for name in _TOKENIZERS},
-        "tokenizer config": Kind(base / "tokenizer_config.json", lambda: lf.load_tokenizer(base)),
         "GGUF, byte level": Kind(bytes_file, lambda: gguf_base(bytes_file)),
         "GGUF, pieces": Kind(pieces_file, lambda: gguf_base(pieces_file)),
         "run config": Kind(run.folder / "config.json", lambda: lf.load_run(run.folder)),
@@ -214,7 +209,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "ShareGPT": Kind(sharegpt, lambda: load_task(sharegpt, train_rows=2, chat=True)),
         "messages": Kind(messages, lambda: load_task(messages, train_rows=2, chat=True)),
         "task CSV": Kind(csv_file, lambda: load_task(csv_file, train_rows=2)),
-        "task Parquet": Kind(parquet_file, lambda: load_task(parquet_file, train_rows=2)),
         "bbh task": Kind(bbh, lambda: load_task(bbh, train_rows=2)),
         "bbh split": Kind(split, of_lorahub),
         "data set state": Kind(saved / "state.json", lambda: load_task(saved, train_rows=2)),
@@ -400,25 +394,6 @@ def _write_corrections(folder: Path, chips: parts.Chips) -> None:
     arrays.save(folder, {"q": {part: np.ones(shape, np.float32) for part, shape in shapes.items()}}, metadata)
 
 
-def _tokenizer(folder: Path, base: Path, name: str) -> Kind:
-    """Write a tokenizer of a model of `tokenizers`, with every kind of step around it; return what uses all of it."""
-    at, pieces = folder / "tokenizers" / name, _TOKENIZERS[name]
-    shutil.copytree(base, at, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*"))
-    _written(at / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
-    added = dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | {"normalized": True, "special": False}
-    end = {"id": 1, "content": "</s>"} | added | {"special": True}
-    content = {"version": "1.0", "truncation": None, "padding": None}
-    content |= {"added_tokens": [end, {"id": 2, "content": "ﷺ"} | added]} | pieces
-
-    def use() -> None:
-        tokenizer = parts.open_base(at).tokenizer
-        with named(at):
-            rows = encode(tokenizer, [Example("abb ﷺ Ａ\r\n", "a" * 300)])
-            decode(tokenizer, [row.tolist() for row in (*rows.inputs, *rows.labels)] + [[]], SEPARATE_TEXTS)
-
-    return Kind(_written(at / "tokenizer.json", content), use)
-
-
 # Fields and shapes of tensors of adapters that are converted to LoRA.
 _OTHER_KINDS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
     "LOHA": (
@@ -429,91 +404,6 @@ _OTHER_KINDS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         {"r": 0, "oft_block_size": 4, "coft": True, "eps": 0.1, "num_cayley_neumann_terms": 5},
         {"oft_R.weight": (24, 6)},
     ),
-}
-_VOCABULARY = {token: n for n, token in enumerate(["<unk>", "</s>", "ﷺ", "a", "b", "ab", "▁", "Ġ", "##b"])}
-_TOKENIZERS: dict[str, dict[str, Any]] = {
-    "BPE": {
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                *({"type": kind} for kind in ("Nmt", "NFKD", "Lowercase", "StripAccents")),
-                {"type": "Strip", "strip_left": True, "strip_right": False},
-                {"type": "Prepend", "prepend": "▁"},
-                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "x"},
-            ],
-        },
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": "Isolated", "invert": False},
-                *({"type": kind} for kind in ("WhitespaceSplit", "Whitespace", "UnicodeScripts")),
-                *({"type": "Digits", "individual_digits": True}, {"type": "Punctuation", "behavior": "Removed"}),
-                *({"type": "FixedLength", "length": 200}, {"type": "CharDelimiterSplit", "delimiter": "c"}),
-                {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True},
-            ],
-        },
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                *({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}),
-                *({"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}),
-            ],
-        },
-        "model": {
-            **{"type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None},
-            **{"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
-            **{"vocab": _VOCABULARY, "merges": [["a", "b"]]},
-        },
-    },
-    "WordPiece": {
-        "normalizer": {
-            **{"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True},
-            **{"strip_accents": None, "lowercase": True},
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": {"type": "BertProcessing", "sep": ["</s>", 1], "cls": ["<unk>", 0]},
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-        "model": {
-            **{"type": "WordPiece", "unk_token": "<unk>", "continuing_subword_prefix": "##"},
-            **{"max_input_chars_per_word": 100, "vocab": _VOCABULARY},
-        },
-    },
-    "Unigram": {
-        "normalizer": {
-            "type": "Precompiled",
-            "precompiled_charsmap": base64.b64encode((1024).to_bytes(4, "little") + bytes(1024) + b"x\0").decode(),
-        },
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "post_processor": {
-            "type": "Sequence",
-            "processors": [
-                {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
-                {
-                    **{"type": "RobertaProcessing", "sep": ["</s>", 1], "cls": ["<unk>", 0]},
-                    **{"trim_offsets": True, "add_prefix_space": True},
-                },
-            ],
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                *({"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},),
-                *({"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": True},),
-                {"type": "BPEDecoder", "suffix": "</w>"},
-            ],
-        },
-        "model": {
-            **{"type": "Unigram", "unk_id": 0, "byte_fallback": False},
-            "vocab": [[token, -float(n)] for token, n in _VOCABULARY.items()],
-        },
-    },
 }
 _BYTE_LEVEL = {
     "model": "gpt2",

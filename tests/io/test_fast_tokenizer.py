@@ -82,12 +82,8 @@ def test_transformers_loads_what_its_settings_change(tmp_path, changes):
 
 @pytest.mark.parametrize(
     ("file", "message"),
-    [
-        ("{}", "not a tokenizer"),
-        ("[", "not a tokenizer"),
-        ('{"added_tokens": [' + "0," * 100_000 + "0]}", "added_tokens is 100,001: expected at most 100,000"),
-    ],
-    ids=["no model", "no JSON", "too many tokens"],
+    [("{}", "not a tokenizer"), ("[", "not a tokenizer")],
+    ids=["no model", "no JSON"],
 )
 def test_faults_of_the_file_are_reported_and_not_left_to_transformers(tmp_path, file, message):
     folder = shutil.copytree(_BASE, tmp_path / "base")

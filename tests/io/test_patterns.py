@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafusion_jax.io.peft.patterns import Clock, PatternError, check, compiled
+from lorafusion_jax.io.peft.patterns import Clock, PatternError, compiled
 
 _ITEMS = ["a", "b", ".", r"\.", r"\d", r"\W", "[ab]", "[^a-c]", r"[\w.]", "[]a]"]
 _ITEMS += ["^", "$", r"\b", r"\B", r"\Z", "(?!)", ""]
@@ -77,43 +77,29 @@ def test_the_time_of_all_matches_of_a_file_is_bounded():
             clock.matches(pattern.match, "a" * 390 + "c")
 
 
-@pytest.mark.parametrize("text", ["a{40000}b{40000}", "((a{100}){100}){100}", "(?:[ab]c){30000}", "(?:a?){4000000000}"])
-def test_repeats_that_take_memory_when_they_are_compiled_are_refused(text):
-    with pytest.raises(PatternError, match="its repeats come to more than 50,000 items"):
-        compiled(text)
-
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
+        ("a{40000}b{40000}", "its repeats come to more than 10,000 items"),
+        ("((a{100}){100}){100}", "its repeats come to more than 10,000 items"),
         ("(" * 4_000 + "a" + ")" * 4_000, "recursion"),
-        ("(" * 40 + "a" + ")*" * 40, "nests deeper than 30 levels"),
-        ("q{99999999999}", "repetition number is too large"),
-        ("(?i)q", "sets flags"),
-        ("(?s:q)", "sets flags"),
-        ("(?#[)q{e<=1}(?#])", "sets flags or has a comment"),
+        ("q{99999999999}", "its repeats come to more than"),
+        ("(?i)q", "it has (?i"),
+        ("(?#[)q{e<=1}(?#])", "it has (?#"),
         ("(q", "missing"),
-        ("q" * 20_000, "has 20,000 characters: expected at most 10,000"),
-        ("qü", "characters beyond ASCII"),
-        # Approximate matches, which `re` reads as text.
-        ("q{e<=1}", "a { that begins no repeat"),
-        ("(?:q_proj){s<=1,i<=1}", "a { that begins no repeat"),
-        (r"q[\]]{1<=e<=2}", "a { that begins no repeat"),
-        ("q{e}", "a { that begins no repeat"),
-        # Sets in sets, which `re` reads as characters.
-        ("[[:alpha:]]", "in a set"),
-        ("[a||b]", "in a set"),
+        ("q" * 20_000, "expected at most 10,000 ASCII characters, got 20,000"),
+        ("qü", "ASCII characters"),
+        # Approximate matches, which `re` reads as text, and sets in sets, which it reads as characters.
+        *((text, "it has {") for text in ("q{e<=1}", "(?:q_proj){s<=1,i<=1}", r"q[\]]{1<=e<=2}", "q{e}")),
+        *(("[[:alpha:]]", "it has [["), ("[a||b]", "it has ||")),
         # What `re` does not have.
-        (r"\p{L}", "bad escape"),
-        ("(?|q|v)", "unknown extension"),
-        ("(?e)q", "unknown extension"),
+        *((r"\p{L}", "it has {"), ("(?|q|v)", "unknown extension"), ("(?e)q", "unknown extension")),
         ("q**", "multiple repeat"),
     ],
 )
 def test_what_regex_reads_differently_or_re_not_at_all_is_refused(text, reason):
-    for read in (check, compiled):
-        with pytest.raises(PatternError, match=re.escape(reason)):
-            read(text)
+    with pytest.raises(PatternError, match=re.escape(reason)):
+        compiled(text)
 
 
 def test_paths_beyond_ascii_are_not_matched():

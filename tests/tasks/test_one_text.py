@@ -108,28 +108,13 @@ def test_prompt_and_answer_are_the_rendered_conversation_token_by_token(template
             "the chat template rejects messages of user, assistant: no assistant",
         ),
         ("{{ nothing.at.all }}", "the chat template rejects messages of user: "),
+        ("{{ 'x' * 2**20 }}.", "the chat template renders 1,048,577 characters: expected at most 1,048,576"),
     ],
 )
 def test_templates_that_cannot_tell_an_answer_from_its_prompt(template, message):
     tokenizer = small_llama.make_tokenizer(chat_template=template)
     with pytest.raises(ValueError, match=message):
         encode(tokenizer, [Example("hot", "cold")], _CHAT)
-
-
-# Too much memory in one call, without an end, and too long a text.
-@pytest.mark.parametrize(
-    "body",
-    [
-        "{{ 'x' * 10**10 }}",
-        "{% for a in range(10**5) %}{% for b in range(10**5) %}{% endfor %}{% endfor %}",
-        "{{ 'x' * 2**20 }}.",
-    ],
-)
-def test_a_template_that_takes_too_much_is_refused_and_the_next_is_rendered(body):
-    hostile = small_llama.make_tokenizer(chat_template=body)
-    with pytest.raises(ValueError, match="the chat template rejects messages of user"):
-        encode(hostile, [Example("hot", "")], _CHAT)
-    assert len(encode(small_llama.make_tokenizer(), [Example("hot", "cold")], _CHAT)) == 1
 
 
 def test_rows_that_the_context_does_not_hold(tokenizer):

@@ -389,5 +389,5 @@ def test_no_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} gives no tokenizer: expected a folder or hub id"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer .*: give a base with a sound tokenizer"):
+    with pytest.raises(ValueError, match=f"{tmp_path} gives no tokenizer: .*double quotes"):
         load_tokenizer(tmp_path)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...support.text import shown
 from ..fast_tokenizer import FastTokenizer
-from ..tokenizer_bounds import MOST_ADDED
 
 if TYPE_CHECKING:
     import tokenizers
@@ -83,8 +82,6 @@ def build_tokenizer(metadata: Mapping[str, Any], base: str = "") -> FastTokenize
             raise ValueError(
                 f"tokenizer.ggml.{key} holds {len(numbers)} numbers, and tokens {len(tokens)} tokens: {_AGAIN}"
             )
-    if (added := sum(kind in (_CONTROL, _USER_DEFINED) for kind in kinds)) > MOST_ADDED:
-        raise ValueError(f"tokenizer.ggml.token_type makes {added:,} tokens special: expected at most {MOST_ADDED:,}")
     special: dict[str, str | None] = {}
     for name in ("bos", "eos", "unknown", "padding"):
         number = metadata.get(f"{name}_token_id")

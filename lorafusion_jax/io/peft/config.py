@@ -18,7 +18,7 @@ from msgspec import Meta
 from ...models.registry import last_part, types_of_name
 from ...support.reading import structured
 from ...support.text import shown, some
-from .patterns import Clock, PatternError, check, compiled
+from .patterns import Clock, PatternError, compiled
 
 # The regular expressions by which PEFT matches a module to a key of a pattern: since 0.15, and up to 0.13.
 _PATTERN = r"(.*\.)?({})$"
@@ -195,7 +195,7 @@ def check_fields(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{field} has {len(patterns):,} keys: expected at most {_MAX_KEYS:,}")
         for key in patterns:
             try:
-                check(_PATTERN.format(key))
+                compiled(_PATTERN.format(key))
             except PatternError as error:
                 raise ValueError(f"{field} has the key {shown(key)}, not a pattern: {error}") from None
     if (length := sum(len(key) for patterns in keys.values() for key in patterns)) > _MAX_CHARACTERS:
