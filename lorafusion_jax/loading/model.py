@@ -112,26 +112,37 @@ def shallow_unrolled(config: Architecture) -> Architecture:
     return dataclasses.replace(config, unroll=True, remat="none") if config.layers <= _SHALLOW else config
 
 
-def load_model(options: LoadOptions, seed_mode: SeedMode | None = None, base: Base | None = None) -> LoadedModel:
+def load_model(
+    options: LoadOptions,
+    seed_mode: SeedMode | None = None,
+    base: Base | None = None,
+    *,
+    like: LoadedModel | None = None,
+) -> LoadedModel:
     """Load the model and the modules of the options.
 
     Args:
       options: the base, the pool and the method.
       seed_mode: mode of the seeds of a run that is resumed; by default the options' own.
       base: the base model of the options, if it is open already.
+      like: a model of the same base and dtype, whose weights are shared instead of loaded.
     """
-    base = base or open_base(options.base)
+    base = base or (open_base(options.base) if like is None else like.base)
     sharding.check_model(base.config)
     texts = load_texts(options, base)
     stored = open_pool(options.pool, base) if options.pool and find(options.method).pool else None
     names, modules = _draw(options, () if stored is None else module_names(stored, options))
-    quantise = None if options.load_in == "full" else options.load_in
-    with sharding.loading():
-        model = base.load(dtype=options.dtype, quantise=quantise, hashed=True)
-    model.config = shallow_unrolled(model.config)
-    graph, weights = nnx.split(model)
-    weights = on_mesh(weights, model.config)
-    nnx.update(model, weights)
+    if like is None:
+        quantise = None if options.load_in == "full" else options.load_in
+        with sharding.loading():
+            model = base.load(dtype=options.dtype, quantise=quantise, hashed=True)
+        model.config = shallow_unrolled(model.config)
+        graph, weights = nnx.split(model)
+        weights = on_mesh(weights, model.config)
+        nnx.update(model, weights)
+    else:
+        graph, weights = like.problem.graph, like.problem.frozen.base
+        model = nnx.merge(graph, weights)
     method, frozen, digests = _frozen(model, weights, options, stored, names, modules)
     problem = Problem(
         graph=graph,

@@ -39,12 +39,12 @@ class Scores(NamedTuple):
     Attributes:
       loss: minus the log-likelihood of each answer, in nats, divided by the mean number of answer tokens of all rows of
         the task, so that the mean over rows is nats per answer token.
-      correct: answers that match exactly.
+      correct: answers that match exactly; None after a training of less than all epochs.
       option_correct: answers that are more likely than the task's other options, if it has options.
     """
 
     loss: Float[np.ndarray, " test"]
-    correct: Bool[np.ndarray, " test"]
+    correct: Bool[np.ndarray, " test"] | None = None
     option_correct: Bool[np.ndarray, " test"] | None = None
 
 
@@ -176,15 +176,16 @@ def _run(
     for (arm, _), tuned in zip(problems, found, strict=True):
         of_arm.setdefault(arm.name, []).append(tuned)
 
-    def trainings(arm: TrialArm, number: int) -> Iterator[Training]:
-        """Yield the trainings that a fold tests."""
-        rates = of_arm[arm.name][(1 + number) % len(splits)].rates if arm.rates else ()
-        for draw in arm.draws:
-            if arm.learns:
-                test = tuple(row for row in every if fold[row] == number)
-                yield Training(arm.name, draw, rates, 1.0, own_rows[number], test)
-            elif number == 0:
-                yield Training(arm.name, draw, rates, 1.0, (), every)
+    def trainings(numbers: list[int]) -> Iterator[Training]:
+        """Yield the trainings that folds test; those of an arm and a draw are neighbours."""
+        for arm, draw in ((each, draw) for each in arms for draw in each.draws):
+            for number in numbers:
+                rates = of_arm[arm.name][(1 + number) % len(splits)].rates if arm.rates else ()
+                if arm.learns:
+                    test = tuple(row for row in every if fold[row] == number)
+                    yield Training(arm.name, draw, rates, 1.0, own_rows[number], test)
+                elif number == 0:
+                    yield Training(arm.name, draw, rates, 1.0, (), every)
 
     def empty() -> dict[str, Float[np.ndarray, "_draws rows"]]:
         return {arm.name: np.full((len(arm.draws), len(every)), np.nan) for arm in arms}
@@ -194,7 +195,7 @@ def _run(
     draws = {arm.name: arm.draws for arm in arms}
     looks = [[number] for number in range(folds)] if by_fold else [[*range(folds)]]
     for look, parts in enumerate(looks, start=1):
-        for training, scores in scored([one for arm in arms for number in parts for one in trainings(arm, number)]):
+        for training, scores in scored([*trainings(parts)]):
             place = draws[training.arm].index(training.draw), list(training.test)
             loss[training.arm][place] = scores.loss
             correct[training.arm][place] = scores.correct
