@@ -1,6 +1,5 @@
 """A server with the layout of the Hugging Face hub, on this machine: models in memory, faults on request."""
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -35,7 +34,6 @@ class Hub:
         self.busy = 0
         self.answers: dict[str, tuple[int, dict[str, str], Iterable[bytes]]] = {}
         self.requests: list[tuple[str, str]] = []
-        self.uploaded: dict[str, bytes] = {}
 
     def add(self, name: str, folder: Path) -> None:
         """Put a folder's files into a repository."""
@@ -91,28 +89,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         hub, path = self.hub, unquote(urlsplit(self.path).path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            body = self._chunks()
         hub.requests.append((self.command, path))
         if hub.busy:
             hub.busy -= 1
             return self._send(429, b"slow down", {"Retry-After": "0"})
         if path in hub.answers:
             return self._given(*hub.answers[path])
-        if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
-        if path == "/api/repos/create":
-            return self._create(json.loads(body))
-        if found := re.fullmatch(r"/upload/(\w+)", path):
-            hub.uploaded[found[1]] = body
-            return self._send(200)
         if found := re.fullmatch(r"/stored/([\w-]+/[\w.-]+)/(.+)", path):  # where the hub keeps large files
             return self._file(found[1], found[2])
-        if found := re.fullmatch(r"/api/models/([\w-]+/[\w.-]+)/(preupload|commit)/[^/]+", path):
-            return self._allowed(found[1], writes=True) and getattr(self, f"_{found[2]}")(found[1], body)
-        if found := re.fullmatch(r"/([\w-]+/[\w.-]+)\.git/info/lfs/objects/batch", path):
-            return self._lfs(json.loads(body))
         if found := re.fullmatch(r"/api/(?:models|datasets)/([\w-]+/[\w.-]+)/tree/.+", path):
             return self._allowed(found[1]) and self._tree(found[1])
         if found := re.fullmatch(r"/api/(?:models|datasets)/([\w-]+/[\w.-]+)(/revision/([^/]+))?", path):
@@ -121,15 +105,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self._allowed(found[1], revision=found[2]) and self._resolve(found[1], found[3])
         return self._send(404)
 
-    do_HEAD = do_GET = do_POST = do_PUT = _answer
+    do_HEAD = do_GET = _answer
 
-    def _allowed(self, name: str, *, writes: bool = False, revision: str | None = None) -> bool:
+    def _allowed(self, name: str, *, revision: str | None = None) -> bool:
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if name not in self.hub.repositories or (name in self.hub.private and not known):
             # As the hub does: who may not see a repository cannot tell whether it is there.
             self._send(401, headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-        elif writes and not known:
-            self._send(403, headers={"X-Error-Message": "Forbidden: you may not write here"})
         elif name in self.hub.gated:
             message = f"Access to model {name} is restricted. You must have access to it and be authenticated."
             self._send(403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": message})
@@ -164,46 +146,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": _etag(content), "X-Repo-Commit": COMMIT}
         self._send(200, content, headers)
 
-    def _create(self, asked: dict[str, str]) -> None:
-        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self._send(401, headers={"X-Error-Message": "Invalid username or password."})
-        if name in self.hub.repositories:
-            return self._json({"error": "You already created this model repo", "url": self._url(name)}, 409)
-        self.hub.repositories[name] = {}
-        if asked.get("private") or asked.get("visibility") == "private":
-            self.hub.private.add(name)
-        return self._json({"url": self._url(name), "name": name})
-
-    def _preupload(self, name: str, body: bytes) -> None:
-        paths = [file["path"] for file in json.loads(body)["files"]]
-        modes = {path: "lfs" if path.endswith(".safetensors") else "regular" for path in paths}
-        self._json({"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]})
-
-    def _lfs(self, asked: dict[str, list[dict[str, str]]]) -> None:
-        objects = [o | {"actions": {"upload": {"href": self._url(f"upload/{o['oid']}")}}} for o in asked["objects"]]
-        self._json({"transfer": "basic", "objects": objects})
-
-    def _commit(self, name: str, body: bytes) -> None:
-        for line in map(json.loads, body.splitlines()):
-            value = line["value"]
-            if line["key"] == "file":
-                self.hub.repositories[name][value["path"]] = base64.b64decode(value["content"])
-            elif line["key"] == "lfsFile":
-                self.hub.repositories[name][value["path"]] = self.hub.uploaded[value["oid"]]
-        found = {"success": True, "commitOid": COMMIT, "commitUrl": self._url(f"{name}/commit/{COMMIT}")}
-        self._json(found | {"hookOutput": ""})
-
     def _url(self, path: str) -> str:
         return f"http://{self.headers['Host']}/{path}"
-
-    def _chunks(self) -> bytes:
-        parts = []
-        while size := int(self.rfile.readline().strip(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
 
     def _given(self, status: int, headers: dict[str, str], parts: Iterable[bytes]) -> None:
         self.send_response(status)

@@ -1,11 +1,10 @@
-"""Sources of weights: a local folder or a hub id, uploads to a hub, and the checks of every file."""
+"""Sources of weights: a local folder or a hub id, and the checks of every file."""
 
-import contextlib
 import hashlib
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..support.reading import FileError, check_lfs, check_regular
@@ -89,40 +88,8 @@ def _reason(error: Exception) -> str:
         return f"there is no such repository, or it is private: check the spelling, or {login}"
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision: check the text after the @"
-    return f"{_first_line(error)} (check the spelling, the network and HF_HUB_OFFLINE)"
-
-
-def _first_line(error: Exception) -> str:
-    """Return the beginning of an error's first line, or its type if the message is empty."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:_LONGEST_REASON]
-
-
-def make_repository(name: str, *, private: bool) -> None:
-    """Make the repository `owner/name`, private or not, or check that an existing one can be written to."""
-    from huggingface_hub import HfApi
-
-    with _refusals(name):
-        HfApi().create_repo(name, private=private or None, exist_ok=True)
-
-
-def upload(folder: Path, name: str) -> str:
-    """Upload a folder to a repository of the hub in one commit, and return its address; other files there stay."""
-    from huggingface_hub import HfApi
-
-    with _refusals(name, f"; {folder} is complete, upload it again with: hf upload {name} {folder}"):
-        commit = HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by lorafusion-jax")
-        return commit.repo_url
-
-
-@contextlib.contextmanager
-def _refusals(name: str, then: str = "") -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # the HTTP library raises others if the hub cannot be reached
-        raise ValueError(
-            f"the hub did not take {name}: {_first_line(error)} (expected owner/name of an account that you may write "
-            f"to, and its token by `hf auth login` or in HF_TOKEN){then}"
-        ) from error
+    first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:_LONGEST_REASON]
+    return f"{first} (check the spelling, the network and HF_HUB_OFFLINE)"
 
 
 def inside(folder: Path, name: str) -> Path:

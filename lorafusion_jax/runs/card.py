@@ -3,7 +3,6 @@
 Axis letters: L layer, N modules.
 """
 
-import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,15 +14,13 @@ from jaxtyping import Float
 
 from ..io.source import is_hub_id, split_revision
 from ..models.architecture import Architecture
-from ..report import plot_coefficients, summary
+from ..report import summary
 from ..support.text import printable
 from ..support.text_tables import escaped, markdown
 from ..support.version import __version__
 from ..support.writing import write_text
 from .folder import RunFolder
 from .options import FuseOptions
-
-_PLOT = "coefficients.png"
 
 
 def write_card(
@@ -34,13 +31,11 @@ def write_card(
     config: Architecture,
     *,
     format: str,
-    repository: str | None,
     coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]] | None,
 ) -> None:
-    """Write README.md into an exported folder, and a plot of the coefficients if matplotlib is installed.
+    """Write README.md into an exported folder.
 
-    The format is one of `export.Format`, and `repository` the folder's place on the hub. The coefficients, by site, are
-    None if the run fused no modules.
+    The format is one of `export.Format`. The coefficients, by site, are None if the run fused no modules.
     """
     recorded, results = run.config(), run.results()
     merged, gguf = format not in ("adapter", "gguf"), format.startswith("gguf")
@@ -54,7 +49,7 @@ def write_card(
         f"# {_text(Path(_shown(options.task)).stem)}, by {options.method}\n",
         f"{what}, made of {_code(_shown(options.base))} by lorafusion-jax {__version__} with the method "
         f"`{options.method}`{control} and the seed {seed}.\n",
-        _how_to_load(options, config, repository or "THIS_FOLDER", merged=merged, gguf=gguf),
+        _how_to_load(options, config, merged=merged, gguf=gguf),
         f"## Data\n\nThe task {task}: at most {options.train_rows:,} rows were used for training{tested}.\n",
     ]
     if results is not None:
@@ -62,10 +57,6 @@ def write_card(
     if coefficients:
         table = _by_module(coefficients, modules)
         parts.append(f"## The pool\n\nThe adapters that were fused, with their coefficients.\n\n{table}")
-        if importlib.util.find_spec("matplotlib"):
-            by_block, blocks = _by_block(coefficients)
-            plot_coefficients(by_block, modules, blocks, out / _PLOT)
-            parts.append(f"![coefficients of each adapter, mean of a layer's matrices]({_PLOT})\n")
     write_text(out / "README.md", "\n".join(parts))
 
 
@@ -92,10 +83,10 @@ def _code(name: str) -> str:
     return _text(name) if "`" in name or "\n" in name else f"`{printable(name)}`"
 
 
-def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merged: bool, gguf: bool) -> str:
+def _how_to_load(options: FuseOptions, config: Architecture, *, merged: bool, gguf: bool) -> str:
     kind = "AutoModelForCausalLM" if config.causal else "AutoModelForSeq2SeqLM"
     # A string of JSON is also one of Python, whatever the name contains.
-    of, (name, revision) = json.dumps(where), split_revision(options.base)
+    name, revision = split_revision(options.base)
     base = json.dumps(printable(_shown(name)), ensure_ascii=False)
     if revision is not None:
         base += f", revision={json.dumps(printable(revision), ensure_ascii=False)}"
@@ -103,12 +94,12 @@ def _how_to_load(options: FuseOptions, config: Architecture, where: str, *, merg
     if gguf:
         language, code = "bash", "llama-cli --model " + ("model.gguf" if merged else "BASE.gguf --lora adapter.gguf")
     elif merged:
-        code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({of})"
+        code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained(\"THIS_FOLDER\")"
     else:
         code = (
             f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
             f"base = {kind}.from_pretrained({base})\n"
-            f"model = PeftModel.from_pretrained(base, {of})"
+            'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'
         )
     prompt = ""
     if options.chat:
@@ -138,13 +129,3 @@ def _by_module(coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]], modules
         of_module = (flat[i].mean(), flat[i].min(), flat[i].max())
         lines.append([_text(str(modules[i])), *(f"{value:.3f}" for value in of_module)])
     return markdown(lines)
-
-
-def _by_block(coefficients: Mapping[str, Float[np.ndarray, "_L N _k"]]) -> tuple[np.ndarray, list[str]]:
-    """Return coefficients of modules by layers, the mean of a layer's matrices, and the layers' names."""
-    stacks: dict[str, list[np.ndarray]] = {}
-    for site, of_site in coefficients.items():
-        stacks.setdefault(site.partition(".")[0], []).append(of_site.mean(axis=2))
-    columns = [np.mean(of_stack, axis=0).T for of_stack in stacks.values()]
-    names = [f"{stack} {layer}" for stack, of in stacks.items() for layer in range(len(of[0]))]
-    return np.concatenate(columns, axis=1), names

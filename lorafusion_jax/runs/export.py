@@ -17,7 +17,6 @@ from ..io.gguf.write import write_lora, write_merged
 from ..io.hf import Base, hf_tensors, open_base, put_base
 from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
-from ..io.source import make_repository, upload
 from ..loading.model import load_model
 from ..methods import find
 from ..models.architecture import Model
@@ -41,7 +40,6 @@ class ExportOptions:
     Examples:
       lorafusion export --run runs/snarks-fusion --seed 1 --out adapter
       lorafusion export --run runs/snarks-fusion --seed 1 --format merged --out model
-      lorafusion export --run runs/snarks-fusion --seed 1 --out adapter --push me/snarks
       lorafusion export --pool pool --adapter flan_t5_large-super_glue_wic --out adapter
 
     Attributes:
@@ -52,9 +50,6 @@ class ExportOptions:
         `gguf` of a run without magnitudes, or a merged model in `gguf-f16` or `gguf-q8_0`.
       pool: converted pool, to save one of its adapters again.
       adapter: name of that adapter.
-      push: also upload the folder to this repository of the Hugging Face hub, owner/name, which is made if it does not
-        exist; the token is that of `hf auth login` or HF_TOKEN.
-      private: make a new repository private.
     """
 
     out: Path
@@ -63,31 +58,22 @@ class ExportOptions:
     format: Format = "adapter"
     pool: Path | None = None
     adapter: str | None = None
-    push: str | None = None
-    private: bool = False
 
 
 def export(options: ExportOptions) -> str:
     """Write the export, and return a description of it; ValueError if `out` exists or the options do not fit."""
     if options.out.exists():
         raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
-    if options.private and options.push is None:
-        raise ValueError("--private needs a repository of the hub: name it with --push")
     if (options.run is None) == (options.pool is None) or (options.pool is None) != (options.adapter is None):
         raise ValueError("nothing to export: give --run RUN, or --pool POOL --adapter NAME")
     if options.run is None and (flags := flags_given(options, ("seed", "format"))):
         fix = "`lorafusion merge` writes modules of a pool in other formats"
         raise ValueError(f"{flags}: only for a run, because an adapter of a pool is saved as it came: {fix}")
     if options.run is not None:
-        what = _export_run(options, options.run)
-    else:
-        assert options.pool is not None and options.adapter is not None
-        adapter = ConvertedPool(options.pool).adapter(options.adapter)
-        if options.push is not None:
-            make_repository(options.push, private=options.private)
-        resave(adapter, options.out)
-        what = f"adapter {options.adapter} of {options.pool}"
-    return what if options.push is None else f"{what}\npushed to {upload(options.out, options.push)}"
+        return _export_run(options, options.run)
+    assert options.pool is not None and options.adapter is not None
+    resave(ConvertedPool(options.pool).adapter(options.adapter), options.out)
+    return f"adapter {options.adapter} of {options.pool}"
 
 
 def _export_run(options: ExportOptions, folder: Path) -> str:
@@ -100,8 +86,6 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
         raise ValueError(f"{folder} fine-tuned all weights, not an adapter: export it with --format merged")
     base = open_base(fused.base)
     check_format(options.format, base)
-    if options.push is not None:  # before the weights are loaded, because the hub may refuse
-        make_repository(options.push, private=options.private)
     loaded = of_run(load_model(fused, base=base), fused, folder, config, of_seed)
     problem = loaded.problem.replace(index=loaded.problem.index[place])
     fusion = problem.method.as_fusion(of_seed, problem.frozen, problem.index)
@@ -120,7 +104,6 @@ def _export_run(options: ExportOptions, folder: Path) -> str:
             seed,
             problem.config,
             format=options.format,
-            repository=options.push,
             coefficients=None if fusion is None else {site: np.asarray(c) for site, c in fusion[0].items()},
         )
     return f"seed {seed} of {folder}, {fused.method}"

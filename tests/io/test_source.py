@@ -24,11 +24,8 @@ def test_an_error_of_the_hub_that_says_nothing_is_named(monkeypatch):
         raise TimeoutError
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
     with pytest.raises(ValueError, match=r"the hub did not give it: TimeoutError \(check the spelling"):
         source.resolve("owner/name", patterns=None)
-    with pytest.raises(ValueError, match=r"the hub did not take owner/name: TimeoutError \(expected owner/name"):
-        source.make_repository("owner/name", private=False)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c", "", "~nosuchuser/x"])

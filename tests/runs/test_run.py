@@ -5,12 +5,12 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import hub_server
 import jax
 import numpy as np
 import pytest
@@ -437,44 +437,6 @@ def test_folders_that_are_no_inputs_stop_a_run_and_other_options_its_resumption(
 # Exports.
 
 
-@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the hub's library
-def test_an_export_is_pushed_with_its_card(fused, hub, tmp_path, monkeypatch):
-    options, results = fused
-    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-    of_run = parts.ExportOptions(
-        run=parts.run_path(options), seed=2, out=tmp_path / "out", push="me/fused", private=True
-    )
-    assert parts.export(of_run).endswith("/me/fused") and "me/fused" in hub.private
-    there = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert hub.repositories["me/fused"] == there
-    assert there.keys() >= {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-
-    card = there["README.md"].decode()
-    assert all(f"| {name} " in card for name in results["seeds"][1]["modules"])
-    score = f"{results['seeds'][1]['exact_match']:.1f}"
-    assert any(line.startswith("| seed 2, this one") and score in line for line in card.splitlines())
-    assert "AutoModelForSeq2SeqLM" in card and 'PeftModel.from_pretrained(base, "me/fused")' in card
-    # Nothing of this machine's folders; the hub would refuse one as the base.
-    assert str(options.out) not in card and "base_model" not in card and "library_name: peft" in card
-
-    again = parts.export(dataclasses.replace(of_run, out=tmp_path / "again"))  # into the repository that is there
-    assert again.endswith("/me/fused")
-
-
-def test_a_push_that_is_refused_writes_nothing(fused, hub, tmp_path, monkeypatch):
-    of_run = parts.ExportOptions(run=parts.run_path(fused[0]), out=tmp_path / "out", push="me/fused")
-    with pytest.raises(ValueError, match=r"the hub did not take me/fused: .*token by `hf auth login` or in HF_TOKEN"):
-        parts.export(of_run)
-    assert not (tmp_path / "out").exists() and "me/fused" not in hub.repositories
-    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-    for changes in ({"run": tmp_path / "gone"}, {"seed": 9}):  # found before a repository is made
-        with pytest.raises(ValueError, match="gone: not a run|has no seed 9"):
-            parts.export(dataclasses.replace(of_run, **changes))
-    assert "me/fused" not in hub.repositories
-    with pytest.raises(ValueError, match="--private needs a repository of the hub: name it with --push"):
-        parts.export(dataclasses.replace(of_run, push=None, private=True))
-
-
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_path):
     run = tmp_path / "run"
@@ -487,7 +449,13 @@ def test_an_export_gets_its_name_with_its_card_or_not_at_all(form, fused, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     (run / "predictions.jsonl").write_text(predictions)
     parts.export(options)
-    assert (tmp_path / "out" / "README.md").is_file()
+    card, seed = (tmp_path / "out" / "README.md").read_text(), fused[1]["seeds"][0]
+    assert all(f"| {name} " in card for name in seed["modules"]) and "AutoModelForSeq2SeqLM" in card
+    assert re.search(rf"^\| seed {seed['seed']}, this one.*{seed['exact_match']:.1f}", card, re.MULTILINE)
+    # Nothing of this machine's folders; the hub would refuse one as the base.
+    assert str(fused[0].out) not in card and "base_model" not in card
+    with pytest.raises(ValueError, match="has no seed 9"):
+        parts.export(dataclasses.replace(options, seed=9, out=tmp_path / "other"))
 
 
 @pytest.mark.parametrize(
