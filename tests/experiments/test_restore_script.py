@@ -40,7 +40,7 @@ def test_means_and_intervals_over_chips():
 
 
 def test_a_contrast_is_paired_by_chip_and_needs_three_chips():
-    scales, low_rank, other = *experiment.FIRST[1:], experiment.OF_TEXT[0]
+    scales, low_rank, other = experiment.SCALES, *experiment.PLANNED[4:]
     rows = [_row(chip, scales, 3.0 + 0.5 * chip) for chip in (1, 2, 3, 4)]
     rows += [_row(chip, low_rank, 2.8 + 0.5 * chip + 0.1 * (chip == 3)) for chip in (1, 2, 3)]
     rows += [_row(chip, other, 3.0) for chip in (1, 2)]
@@ -68,7 +68,6 @@ def test_matches_of_fusions_are_means_over_chips():
         "digital_task_loss": 0.2,
         "task_loss": 0.3,
         "text": "continued",
-        "calibration_tokens": experiment.BEST[2],
     }
     arm = experiment.BEST[0]
     rows = [_row(chip, arm, 3.1) | of_task | {"exact_match": 70.0 + chip} for chip in (1, 2, 3)]
@@ -99,9 +98,9 @@ def test_the_page_has_the_tables_of_its_rows():
 
 
 def test_measured_rows_are_not_asked_for_again(tmp_path, capsys):
-    experiment.main(["--plan", "--chips", "1", "--out", str(tmp_path)])
-    everything = capsys.readouterr().out
-    (job, *_) = experiment.jobs(experiment.Options(chips=(1,)))
-    append_lines(tmp_path / "rows.jsonl", [_row(1, job.arm, 3.5)])
-    experiment.main(["--plan", "--chips", "1", "--out", str(tmp_path)])
-    assert len(capsys.readouterr().out.splitlines()) == len(everything.splitlines()) - 1
+    plan = ["--again", "main", "--chips", "1", "--out", str(tmp_path), "--plan"]
+    experiment.main(plan)
+    assert "13 cells, " in capsys.readouterr().out
+    append_lines(tmp_path / "rows.jsonl", [_row(1, experiment.SCALES, 3.5)])
+    experiment.main(plan)
+    assert "12 cells, " in capsys.readouterr().out
