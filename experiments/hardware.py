@@ -2,29 +2,57 @@
 
     python experiments/hardware.py                                    # 3 tasks x 3 seeds x 8 chips
     python experiments/hardware.py --tasks odd_dash --chips 2 --seeds 1 --out runs/hardware-quick
-    python experiments/hardware.py --crossbar mine.yaml --out runs/hardware-mine
+    python experiments/hardware.py --sweeps noise adc cell age --tasks swapends_prev pairswap_numvow --seeds 1 2 \\
+        --chips 2 --out runs/hardware_sweeps
 
 The pool and the base are written once onto every chip. Fusion of as many steps everywhere is trained digitally and
 put there as it is (untouched), on arrays without noise (noise-blind), on another chip at every step (fresh noise), or
-on the very chip (its chip). A month later the numbers are trained a little more on the chip as it is by then. Written
-to the folder: new.csv and aged.csv (tables of new and aged chips), rows.csv, hardware.png, every row and trained
-number; interrupted, the same command continues.
+on the very chip (its chip). A month later the numbers are trained a little more on the chip as it is by then.
+
+Sweeps compare fusion with its rivals instead, against the `noise` of programming (share of Gmax), the bits of the
+`adc`, the bits of each `cell` (for 7-bit weights), or `age`; and, from the sweep of noise, against energy.
+
+Written to the folder: tables, rows and plots, every row and trained number; interrupted, the same command continues.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import _script
+import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
-from lab.common import ROOT, with_spread, write_csv, write_tables
-from lab.hardware import ChipsOptions, Row, Store, again, as_lines, matches, of_tasks, slug, subject
+from lab.common import ROOT, SMALL, with_spread, write_csv, write_tables
+from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, matches, of_tasks, slug, subject
 
-from lorafusion_jax.parts import OnArrays, aged, load_chips
+from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, load_config
+from lorafusion_jax.parts import CostOptions, OnArrays, aged, bills, load_chips, shape_config
 from lorafusion_jax.report import colour, plot
 from lorafusion_jax.trials import ARMS
+
+Sweep = Literal["noise", "adc", "cell", "age"]
+
+AGE = "1month"
+# How numbers are trained; the first are read digitally, all others on the chips.
+TRAINED = ("digital", "untouched", "noise-blind", "fresh noise", "its chip")
+# Training again: name, rows of the training set, epochs over them (None: as the options have).
+BUDGETS: tuple[tuple[str, int | None, int | None], ...] = (("all rows", None, None), ("a handful", 20, 10))
+POINTS: dict[Sweep, tuple[Any, ...]] = {
+    "noise": (0, 0.025, 0.05, 0.1, 0.2),
+    "adc": (4, 6, 8, 10),
+    "cell": (1, 2, 3, 6),
+    "age": ("1s", "1h", "1day", "1month", "1year"),
+}
+_LABELS: dict[Sweep, str] = {
+    "noise": "programming error, share of Gmax",
+    "adc": "bits of the ADC",
+    "cell": "bits of a cell, 7-bit weights",
+    "age": "age (dashed: drift not compensated)",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,32 +60,68 @@ class Options(ChipsOptions):
     """Options of the measurements.
 
     Attributes:
-      age: at which numbers are trained again.
-      few_rows: of training again on a handful of rows.
-      few_epochs: over them.
+      sweeps: sweeps to run instead.
     """
 
-    age: str = "1month"
-    few_rows: int = 20
-    few_epochs: int = 10
+    sweeps: tuple[Sweep, ...] = ()
     out: Path = ROOT / "runs" / "hardware"
 
 
-# How numbers are trained; the first are read digitally, all others on the chips.
-TRAINED = ("digital", "untouched", "noise-blind", "fresh noise", "its chip")
-# Of training again.
-BUDGETS = ("all rows", "a handful")
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A line of the plots.
+
+    Attributes:
+      method: a row of `ARMS`.
+      training: `digital` numbers are put on the chips, those of `chip` trained there.
+      in_cells: a LoRA is written into cells, its task's own.
+      bill: its name in the bill of a task.
+    """
+
+    method: str
+    training: Literal["digital", "chip"] = "digital"
+    in_cells: bool = False
+    bill: str | None = None
+
+
+LINES = {
+    "LoRAFusion, digital": Line("LoRAFusion"),
+    "LoRAFusion": Line("LoRAFusion", bill="LoRAFusion"),
+    "LoRAFusion, its chip": Line("LoRAFusion", "chip", bill="LoRAFusion"),
+    "coefficients only": Line("coefficients only"),
+    "magnitudes only": Line("magnitudes only"),
+    "LoraHub": Line("LoraHub", bill="LoraHub"),
+    "LoRA in cells": Line("LoRA", in_cells=True, bill="LoRA in cells"),
+    "LoRA in SRAM": Line("LoRA", bill="LoRA in SRAM"),
+    "LoRA in SRAM, its chip": Line("LoRA", "chip", bill="LoRA in SRAM"),
+}
+_AGAIN = "LoRAFusion, trained again"
 
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     options.check()
-    aged(load_chips(options.crossbar).config, options.age, compensate=True)  # raises ValueError before any training
-    store = options.store()
-    rows = of_tasks(options.tasks, "", lambda task: task_rows(store, task, options))
-    write_tables(options.out, tables(rows, options))
-    write_csv(options.out / "rows.csv", as_lines(rows))
-    draw(rows, options, options.out / "hardware.png")
+    config = load_chips(options.crossbar).config
+    for sweep in options.sweeps:  # these and the age raise ValueError before anything is trained
+        for point in POINTS[sweep]:
+            at(config, sweep, point)
+    aged(config, AGE, compensate=True)
+    store = options.store("sweeps")
+    for sweep in options.sweeps:
+        rows = of_tasks(options.tasks, f"{sweep}, ", lambda task, sweep=sweep: sweep_rows(store, sweep, task, options))
+        found = {f"{sweep}_table": table(rows)}
+        if sweep == "noise":
+            energy = energies(rows, options)
+            found["energy"] = energy_table(energy)
+            draw_energy(energy, options.out / "energy.png")
+        write_tables(options.out, found)
+        write_csv(options.out / f"{sweep}.csv", as_lines(rows))
+        draw_sweep(rows, sweep, options.out / f"{sweep}.png")
+    if not options.sweeps:
+        rows = of_tasks(options.tasks, "", lambda task: task_rows(store, task, options))
+        write_tables(options.out, tables(rows))
+        write_csv(options.out / "rows.csv", as_lines(rows))
+        draw(rows, options.out / "hardware.png")
     print(f"written to {options.out}")
 
 
@@ -88,32 +152,31 @@ def task_rows(store: Store, task: str, options: Options) -> Iterator[Row]:
     for case, params in numbers.items():
         yield from scored(case, params)
         for compensate in (False, True):
-            yield from scored(case, params, options.age, compensate=compensate)
+            yield from scored(case, params, AGE, compensate=compensate)
     # Trained again a month later, compared with as many more steps without any noise.
-    month = aged(new, options.age, compensate=True)
-    budgets = ((None, options.again_epochs), (options.few_rows, options.few_epochs))
-    for name, (count, epochs) in zip(BUDGETS, budgets, strict=True):
-        shorter = again(recipe, epochs)
+    month = aged(new, AGE, compensate=True)
+    for name, count, epochs in BUDGETS:
+        shorter = again(recipe, epochs or options.again_epochs)
         more = {"recipe": shorter, "train_rows": count or on.options.train_rows}
         run = on.options.out / (on.options.name or "")
         clean = on.trained(slug(f"{task}-digital-{name}"), start_from=run, **more)
         yield from scored(f"digital, {name}", clean, digital=True)
-        yield from scored(f"untouched, {name}", clean, options.age, compensate=True)
+        yield from scored(f"untouched, {name}", clean, AGE, compensate=True)
         blind = on.trained(
             slug(f"{task}-blind-{name}"),
             start_from=on.options.out / f"{task}-blind",
             arrays=dataclasses.replace(arrays, train_chip="none"),
             **more,
         )
-        yield from scored(f"noise-blind, {name}", blind, options.age, compensate=True)
+        yield from scored(f"noise-blind, {name}", blind, AGE, compensate=True)
         here = store.numbers(
             slug(f"{task}-again-{name}"),
             lambda r=shorter, count=count: on.train_on_chips(month, r, begin=numbers["its chip"], rows=count),
         )
-        yield from scored(f"its chip, {name}", here, options.age, compensate=True)
+        yield from scored(f"its chip, {name}", here, AGE, compensate=True)
 
 
-def tables(rows: Sequence[Row], options: Options) -> dict[str, list[list[str]]]:
+def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     """Return the tables by name: new chips, and chips of the age; mean ± standard deviation between chips."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
 
@@ -133,14 +196,14 @@ def tables(rows: Sequence[Row], options: Options) -> dict[str, list[list[str]]]:
     month = [["exact match, %", *head]]
     for case in TRAINED[1:]:
         for compensate, note in ((False, ""), (True, ", drift compensated")):
-            month.append([f"{case}{note}", *spread(case, options.age, compensate)])
-    for budget in BUDGETS:
+            month.append([f"{case}{note}", *spread(case, AGE, compensate)])
+    for budget, *_ in BUDGETS:
         month.append([f"digital, {budget} again", *spread(f"digital, {budget}")])
         for case in ("untouched", "noise-blind", "its chip"):
-            month.append([f"{case}, {budget} again on it", *spread(f"{case}, {budget}", options.age, compensate=True)])
+            month.append([f"{case}, {budget} again on it", *spread(f"{case}, {budget}", AGE, compensate=True)])
         for case in ("noise-blind", "its chip"):
             names = (f"{case}, {budget}", f"untouched, {budget}", f"digital, {budget}")
-            month.append([f"won back by {case}, %", *back(*names, options.age, True)])
+            month.append([f"won back by {case}, %", *back(*names, AGE, True)])
     return {"new": new, "aged": month}
 
 
@@ -163,15 +226,15 @@ def won_back(
     return None if could == without else 100 * (here - without) / (could - without)
 
 
-def draw(rows: Sequence[Row], options: Options, path: Path) -> None:
+def draw(rows: Sequence[Row], path: Path) -> None:
     """Accuracy by case and task, a dot for each chip: new chips, and those of the age."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     aged_cases = [(case, True) for case in TRAINED[1:]] + [
-        (f"{case}, {budget}", True) for budget in BUDGETS for case in ("untouched", "its chip")
+        (f"{case}, {budget}", True) for budget, *_ in BUDGETS for case in ("untouched", "its chip")
     ]
     panels: list[tuple[str, list[tuple[str, str | None, bool | None]]]] = [
         ("new chips", [(case, None, None) for case in TRAINED]),
-        (f"{options.age}, drift compensated", [(case, options.age, compensate) for case, compensate in aged_cases]),
+        (f"{AGE}, drift compensated", [(case, AGE, compensate) for case, compensate in aged_cases]),
     ]
 
     def on(figure: Any) -> None:
@@ -191,6 +254,174 @@ def draw(rows: Sequence[Row], options: Options, path: Path) -> None:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(tasks))
 
     plot(path, (11, 4.5), on)
+
+
+def at(base: CrossbarConfig, sweep: Sweep, point: Any) -> CrossbarConfig:
+    """Return the configuration at a point of a sweep; ValueError if it lacks what is swept."""
+    if sweep == "age":
+        return aged(base, point)
+    if sweep == "noise":
+        model = base.device.programming
+        if not isinstance(model, Independent | Proportional):
+            raise ValueError(
+                "the configuration has no programming error of one sigma to sweep: give another --crossbar"
+            )
+        model = dataclasses.replace(model, sigma=jnp.float32(point))
+        return dataclasses.replace(base, device=dataclasses.replace(base.device, programming=model))
+    if sweep == "adc":
+        if base.adc is None:
+            raise ValueError("the configuration has no ADC to sweep: give another --crossbar")
+        return dataclasses.replace(base, adc=dataclasses.replace(base.adc, bits=point))
+    return dataclasses.replace(
+        base,
+        cell=dataclasses.replace(base.cell, bits=(point,) * (6 // point)),
+        mapping=dataclasses.replace(base.mapping, weight_bits=7),
+    )
+
+
+def sweep_rows(store: Store, sweep: Sweep, task: str, options: Options) -> Iterator[Row]:
+    """Yield point, line, compensate (of drift, None without ages), chip, seed, exact match (percent), loss."""
+    methods = dict.fromkeys(line.method for line in LINES.values())
+    subjects = {method: subject(store, task, method, ARMS[method], options) for method in methods}
+    new = load_config(options.crossbar)
+    for value in POINTS[sweep]:
+        config, point = at(new, sweep, value), str(value)
+        for name, line in LINES.items():
+            on = subjects[line.method]
+            if name == "LoRAFusion, digital":
+                yield from on.rows(f"{task}-digital", None, on.params, point=point, line=name, compensate=None)
+                continue
+            trained_at = new if sweep == "age" else config
+            where = "new" if sweep == "age" else f"{sweep}-{point}"
+            params = _numbers(store, on, line, trained_at, f"{task}-{slug(name)}-{where}")
+            for compensate in (False, True) if sweep == "age" else (None,):
+                here = config if compensate is None else aged(config, None, compensate=compensate)
+                key, of = f"{task}-{name}-{sweep}-{point}-{compensate}", {"point": point, "line": name}
+                yield from on.rows(key, here, params, in_cells=line.in_cells, **of, compensate=compensate)
+        if sweep == "age":
+            on, config = subjects["LoRAFusion"], aged(config, None, compensate=True)
+            recipe = again(on.options.recipe, options.again_epochs)
+            key, name = f"{task}-again-{point}", "LoRAFusion, its chip"
+            begin = _numbers(store, on, LINES[name], new, f"{task}-{slug(name)}-new")
+            params = store.numbers(
+                key, lambda on=on, c=config, b=begin, recipe=recipe: on.train_on_chips(c, recipe, begin=b)
+            )
+            yield from on.rows(key, config, params, point=point, line=_AGAIN, compensate=True)
+        if sweep in ("adc", "cell"):
+            jax.clear_caches()  # other bits are other programs, which take gigabytes
+
+
+def _numbers(store: Store, on: Subject, line: Line, config: CrossbarConfig, name: str) -> Any:
+    if line.training == "digital":
+        return on.params
+    return store.numbers(name, lambda: on.train_on_chips(config, on.options.recipe))
+
+
+def mean(rows: Sequence[Row], line: str, point: str, compensate: bool | None = None) -> float | None:
+    """Return exact match, the mean over tasks, chips and seeds, or None without any."""
+    found = [
+        row["exact_match"]
+        for row in rows
+        if row["line"] == line and row["point"] == point and row["compensate"] in (compensate, None)
+    ]
+    return float(np.mean(found)) if found else None
+
+
+def lines_of(rows: Sequence[Row]) -> list[tuple[str, str, bool | None]]:
+    """Return label, line and compensation of what is drawn: with ages, both with and without compensation."""
+    found = list(dict.fromkeys((row["line"], row["compensate"]) for row in rows))
+    return [(f"{line}, compensated" if compensate else line, line, compensate) for line, compensate in found]
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return exact match in percent, lines by points: means over tasks, chips and seeds."""
+    points = list(dict.fromkeys(row["point"] for row in rows))
+    body = [
+        [label, *(_said(mean(rows, line, point, compensate)) for point in points)]
+        for label, line, compensate in lines_of(rows)
+    ]
+    return [["", *points], *body]
+
+
+def draw_sweep(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
+    """Draw every line against the points; dashed: without compensation of drift."""
+    points = list(dict.fromkeys(row["point"] for row in rows))
+    names = list(dict.fromkeys(row["line"] for row in rows))
+
+    def on(figure: Any) -> None:
+        axis = figure.subplots()
+        for _, line, compensate in lines_of(rows):
+            values = [mean(rows, line, point, compensate) for point in points]
+            values = [np.nan if value is None else value for value in values]
+            i, digital = names.index(line), line == "LoRAFusion, digital"
+            axis.plot(
+                range(len(points)),
+                values,
+                ":" if digital else "--" if compensate is False else "-",
+                marker="" if digital else "os"[i // 8],
+                markersize=4,
+                color=colour(i),
+                label=None if compensate is False else line,
+            )
+        axis.set_xticks(range(len(points)), [re.sub(r"^(\d+)([a-z])", r"\1 \2", point) for point in points])
+        axis.set_xlabel(_LABELS[sweep])
+        axis.set_ylabel("exact match, %")
+        axis.set_ylim(bottom=0)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+
+    plot(path, (9, 4.5), on)
+
+
+def energies(rows: Sequence[Row], options: Options) -> dict[str, tuple[float, Any, Any]]:
+    """Return exact match on the chips of the configuration, and joules to learn and to answer, of billed lines."""
+    base = load_config(options.crossbar)
+    model = base.device.programming
+    assert isinstance(model, Independent | Proportional)
+    point = f"{model.sigma:g}"
+    asked = CostOptions(modules=20, rank=16, epochs=options.epochs, source=12, target=8)
+    found = bills(shape_config(str(SMALL / "base")), base, asked)
+    return {
+        name: (match, found[line.bill].learning, found[line.bill].inference)
+        for name, line in LINES.items()
+        if line.bill is not None and (match := mean(rows, name, point)) is not None
+    }
+
+
+def energy_table(energy: dict[str, tuple[float, Any, Any]]) -> list[list[str]]:
+    """Return the methods with accuracy and energy (low / typical / high)."""
+    head = ["", "exact match, %", "J to learn the task", "J for 1,000 tokens"]
+    body = [[name, f"{match:.1f}", _range(learning), _range(task)] for name, (match, learning, task) in energy.items()]
+    return [head, *body]
+
+
+def draw_energy(energy: dict[str, tuple[float, Any, Any]], path: Path) -> None:
+    """Draw accuracy against energy, to learn a task and to use it, a point for every method, with its range."""
+
+    def on(figure: Any) -> None:
+        from matplotlib.ticker import EngFormatter
+
+        axes = figure.subplots(1, 2, sharey=True)
+        for i, (name, (match, *joules)) in enumerate(energy.items()):
+            for axis, of in zip(axes, joules, strict=True):
+                axis.hlines(match, of.low, of.high, color=colour(i), linewidth=1.5)
+                axis.plot(of.typical, match, "o", color=colour(i), label=name)
+        for axis, label in zip(axes, ("energy to learn the task", "energy of 1,000 generated tokens"), strict=True):
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(EngFormatter("J"))
+            axis.set_xlabel(label)
+            axis.set_ylim(bottom=0)
+        axes[0].set_ylabel("exact match on chips, %")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
+
+    plot(path, (11, 4.5), on)
+
+
+def _range(of: Any) -> str:
+    return " / ".join(f"{value:.2g}" for value in (of.low, of.typical, of.high))
+
+
+def _said(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Check what the page on real language rests on: leaked test pairs, the random pool, and differences between tasks.
+"""Check what the page on real language rests on: leaked test pairs, and the random pool.
 
     python experiments/language_checks.py --tasks FOLDER
     python experiments/language_checks.py --tasks FOLDER --rows results/language/main.jsonl --out runs/clean
 
-Printed: the pairs of each task that something was trained on; the updates of the pool's modules next to those of random
-ones; and with --rows, how two methods differ on each task, with and without those pairs. Without them, the report of
-`experiments/results_page.py` is written to OUT.
+Printed: the pairs of each task that something was trained on, and the updates of the pool's modules next to those of
+random ones. With --rows, the report of `experiments/results_page.py` without these pairs is written to OUT.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from results_page import report
 
 from lorafusion_jax import LoraPool, random_pool
 from lorafusion_jax.parts import dense, markdown, open_pool
-from lorafusion_jax.report import Row, scores
+from lorafusion_jax.report import Row
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import merge
 
@@ -39,25 +38,20 @@ class Options:
 
     Attributes:
       tasks: folder of the function-vector data sets, also in subfolders.
-      adapters: folder of the pool's adapters.
       train_rows: rows that the tasks were learned from.
       rows: files of result rows.
-      methods: two methods of these rows to compare, task by task.
-      out: folder of the report on rows without leaked pairs; the first method is its reference.
+      out: folder of the report on rows without leaked pairs.
     """
 
     tasks: Path
-    adapters: Path = LanguageOptions.adapters
     train_rows: int = TRAIN_ROWS
     rows: tuple[Path, ...] = ()
-    methods: tuple[str, str] = ("LoRAFusion", "random pool")
     out: Path = ROOT / "runs" / "language_checks"
 
 
 class Leaks(NamedTuple):
-    """Shares of a task's test pairs that trained it or a source, the source with most, and which of those evaluated."""
+    """Share of a task's test pairs that the source with most was trained on, and which evaluated ones something was."""
 
-    own: float
     share: float
     source: str
     evaluated: list[bool]
@@ -66,38 +60,31 @@ class Leaks(NamedTuple):
 def main(arguments: Sequence[str] = ()) -> None:
     """Print the checks."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    trained = trained_pairs(sorted(path.name for path in options.adapters.iterdir() if path.is_dir()), options.tasks)
+    adapters = LanguageOptions.adapters
+    trained = trained_pairs(sorted(path.name for path in adapters.iterdir() if path.is_dir()), options.tasks)
     names = [*(name for tasks in UNSEEN.values() for name in tasks), *_SEEN]
     found = {name: leaks(find(name, options.tasks), trained, options.train_rows) for name in names}
-    head = ["task", "its own, %", "most of a source, %", "source", f"of the first {EVALUATED_ROWS}"]
-    lines = [
-        [name, f"{100 * of.own:.1f}", f"{100 * of.share:.1f}", of.source if of.share else "-", str(sum(of.evaluated))]
-        for name, of in found.items()
-    ]
+    head = ["task", "most of a source, %", "source", f"of the first {EVALUATED_ROWS}"]
+    lines = [[name, f"{100 * of.share:.1f}", of.source, str(sum(of.evaluated))] for name, of in found.items()]
     print(f"Test pairs that are training pairs too, ignoring case\n\n{markdown([head, *lines])}")
-    make_pools(options.adapters)
-    print(updates(open_pool(pool_of(options.adapters)).load()))
+    make_pools(adapters)
+    print(updates(open_pool(pool_of(adapters)).load()))
     if options.rows:
-        rows = [row for row in merge(options.rows) if row["task"] in found and row["method"] in options.methods]
-        print(f"{' minus '.join(options.methods)}\n\n{by_task(rows)}")
         clean = [
             without(row, found[row["task"]].evaluated)
             for row in merge(options.rows)
             if row["task"] in found and found[row["task"]].share <= MOST_SHARED
         ]
-        print(f"The same without these pairs\n\n{by_task([row for row in clean if row['method'] in options.methods])}")
-        report(clean, options.out, "Without leaked pairs", options.methods[0])
+        report(clean, options.out, "Without leaked pairs", "LoRAFusion")
 
 
 def leaks(path: Path, trained: dict[str, set[tuple[str, str]]], train_rows: int) -> Leaks:
-    """Return which test pairs of a task are training pairs too."""
+    """Return which test pairs of a task are training pairs too, its own or a source's."""
     task = load_task(path, train_rows=train_rows)
-    own, pairs = set(map(pair, task.train)), [*map(pair, task.test)]
     of_sources = shares(task, trained)
     source = max(of_sources, key=lambda name: of_sources[name])
-    known = own.union(*trained.values())
-    evaluated = [pair in known for pair in pairs[:EVALUATED_ROWS]]
-    return Leaks(sum(pair in own for pair in pairs) / len(pairs), of_sources[source], source, evaluated)
+    known = set(map(pair, task.train)).union(*trained.values())
+    return Leaks(of_sources[source], source, [pair(example) in known for example in task.test[:EVALUATED_ROWS]])
 
 
 def without(row: Row, leaked: Sequence[bool]) -> Row:
@@ -105,23 +92,6 @@ def without(row: Row, leaked: Sequence[bool]) -> Row:
     correct = "".join(mark for mark, of in zip(row["correct"], leaked, strict=True) if not of)
     clean: Row = {**row, "correct": correct, "exact_match": 100 * correct.count("1") / len(correct)}
     return {**clean, "option_correct": None, "option_accuracy": None, "loss": None if any(leaked) else row["loss"]}
-
-
-def by_task(rows: Sequence[Row]) -> str:
-    """Return the difference of two methods on each task, and whether the tasks differ by more than chance."""
-    (results,) = scores(rows)
-    lines, differences, errors = [["task", "difference", "95 % interval"]], [], []
-    for task in results.tasks:
-        (of_task,) = scores([row for row in rows if row["task"] == task])
-        found = of_task.paired(*of_task.methods[:2])
-        assert found is not None
-        differences.append(found.difference)
-        errors.append((found.high - found.low) / (2 * 1.96))
-        lines.append([task, f"{found.difference:+.1f}", f"{found.low:.1f} to {found.high:.1f}"])
-    weights = np.array(errors) ** -2.0
-    mean = np.average(differences, weights=weights)
-    Q = float(np.sum(weights * (differences - mean) ** 2))
-    return f"{markdown(lines)}\nCochran's Q = {Q:.1f} on {len(differences) - 1} degrees of freedom\n"
 
 
 def updates(pool: LoraPool) -> str:
