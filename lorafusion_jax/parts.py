@@ -48,6 +48,7 @@ from .hardware.chips import redrawn as redrawn
 from .hardware.evaluate import EvaluateOnChipsOptions as EvaluateOnChipsOptions
 from .hardware.evaluate import evaluate_on_chips as evaluate_on_chips
 from .hardware.evaluate import lora_in_cells as lora_in_cells
+from .hardware.evaluate import results_path as results_path
 from .hardware.folder import STEP_CHIPS as STEP_CHIPS
 from .hardware.folder import Chips as Chips
 from .hardware.folder import aged as aged
@@ -64,6 +65,7 @@ from .hardware.restore import divergence as divergence
 from .hardware.restored import Outputs as Outputs
 from .hardware.restored import RestoreOptions as RestoreOptions
 from .hardware.restored import digital_matrices as digital_matrices
+from .hardware.restored import load_restored as load_restored
 from .hardware.restored import logits_of_base as logits_of_base
 from .hardware.restored import prepared as prepared
 from .hardware.restored import restore_chips as restore_chips
@@ -144,6 +146,7 @@ from .runs.run import environment as environment
 from .runs.run import options_to_json as options_to_json
 from .runs.run import run_path as run_path
 from .runs.run import with_targets as with_targets
+from .serving.predict import evaluate_runs as evaluate_runs
 from .support.checks import at_least as at_least
 from .support.platform import for_cpu as for_cpu
 from .support.progress import progress as progress

@@ -4,6 +4,7 @@ Embeddings, norms, softmax, coefficients, magnitudes and S of a basis stay digit
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from ..adapters.pool import LoraPool
 from ..crossbar import Correction, Rules, chips_in, place, program_tree, with_chips, with_corrections
 from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
+from ..support.reading import named
 from ..training.frozen import Frozen
 
 # Weights that the magnitudes' norms are computed from: those on the chip, which have to be read back, or their targets.
@@ -30,18 +32,23 @@ class Restored:
 
     corrections: dict[str, Correction]
     ranges: dict[str, dict[str, Array]]
+    folder: str = dataclasses.field(default="the corrections", metadata={"static": True})
 
     def on(self, weights: Any) -> Any:
-        """Return a tree of weights with these corrections and ranges on its chips; other chips keep theirs."""
-        for chip in chips_in(weights):
-            for part, values in self.ranges.get(place(chip), {}).items():
-                lead = chip.shape[:-2]
-                if values.shape[: len(lead)] != lead or values.ndim != len(lead) + (3 if part == "limits" else 0):
-                    raise ValueError(
-                        f"{part} of {place(chip)!r} in the corrections has the shape {values.shape}, not that of "
-                        f"{math.prod(lead)} matrices: run `lorafusion restore` again"
-                    )
-        weights = with_corrections(weights, self.corrections)
+        """Return a tree of weights with these corrections and ranges on its chips; other chips keep theirs.
+
+        Raises a ValueError that names the folder of corrections that do not fit the chips.
+        """
+        with named(self.folder):
+            for chip in chips_in(weights):
+                for part, values in self.ranges.get(place(chip), {}).items():
+                    lead = chip.shape[:-2]
+                    if values.shape[: len(lead)] != lead or values.ndim != len(lead) + (3 if part == "limits" else 0):
+                        raise ValueError(
+                            f"{part} of {place(chip)!r} in the corrections has the shape {values.shape}, not that of "
+                            f"{math.prod(lead)} matrices: run `lorafusion restore` again"
+                        )
+            weights = with_corrections(weights, self.corrections)
         ranged = [dataclasses.replace(chip, **self.ranges.get(place(chip), {})) for chip in chips_in(weights)]
         return with_chips(weights, ranged)
 
@@ -85,7 +92,11 @@ def program(
     if modules is not None and isinstance(pool, LoraPool):
         layered = ((f"pool.{factor}.{site}", len(w)) for factor, sites in factors.items() for site, w in sites.items())
         numbers = {path: (jnp.arange(layers), modules) for path, layers in layered}
-    placed = program_tree(base | ({"pool": factors} if factors else {}), rules, key, numbers=numbers)
+    write = functools.partial(program_tree, rules=rules, key=key, numbers=numbers)
+    written = base | ({"pool": factors} if factors else {})
+    if restored is not None:  # corrections that do not fit are refused before anything is written
+        jax.eval_shape(lambda weights: len(restored.on(write(weights))), written)
+    placed = write(written)
     if any(config is not None for config in rules.values()) and not chips_in(placed):
         raise ValueError(f"the digital weights {', '.join(map(repr, rules))} leave none for arrays: name fewer")
     factors = placed.pop("pool", None)

@@ -275,7 +275,7 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
                 )
         trees.append(tree)
     _of_one_rank(trees)
-    return [_restored(tree) for tree in trees]
+    return [_restored(tree, str(folder)) for tree in trees]
 
 
 def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
@@ -478,13 +478,13 @@ def _of_one_rank(of_chips: Sequence[dict[str, dict[str, np.ndarray]]]) -> None:
             part["U"], part["V"] = np.pad(part["U"], [*lead, (0, 0), more]), np.pad(part["V"], [*lead, more, (0, 0)])
 
 
-def _restored(tree: dict[str, dict[str, np.ndarray]]) -> Restored:
+def _restored(tree: dict[str, dict[str, np.ndarray]], folder: str) -> Restored:
     corrections, ranges = {}, {}
     for site, parts in tree.items():
         values = {part: jnp.asarray(value) for part, value in parts.items()}
         ranges[site] = {part: values.pop(part) for part in _RANGES if part in values}
         corrections[site] = crossbar.Correction(**values)
-    return Restored(corrections, ranges)
+    return Restored(corrections, ranges, folder)
 
 
 def _drifted_otherwise(drift: Callable[..., Array], G: Array, key: Array, time: Any) -> Array:

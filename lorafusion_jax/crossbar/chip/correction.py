@@ -69,7 +69,8 @@ def check_correction(correction: Correction, name: str, shape: tuple[int, ...]) 
         values = getattr(correction, part)
         if values is not None and values.shape != (*lead, *of_one):
             raise ValueError(
-                f"the {part} of the correction of {name!r} has shape {values.shape}: expected {(*lead, *of_one)}"
+                f"the {part} of the correction of {name!r} has shape {values.shape}: expected {(*lead, *of_one)}. Give "
+                "the correction of this chip"
             )
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from ...support.platform import is_traced
 from ..chip.chip import Chip
+from ..chip.correction import check_correction, place
 from ..chip.plan import loses_nothing
 from ..config.schema import CrossbarConfig
 from ..devices.physical import is_moved
@@ -40,8 +41,8 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
     chip needs another key for every read (see `with_read_key`).
 
     Raises:
-      ValueError: the inputs have another width, a key is missing, an ADC has not been calibrated, or these arrays
-        cannot be read with its ranges, or another library has replaced JAX's products, as qwix does.
+      ValueError: the inputs or the correction have another width, a key is missing, an ADC has not been calibrated,
+        these arrays cannot be read with its ranges, or another library has replaced JAX's products, as qwix does.
     """
     if (jax.lax.dot_general, jax.lax.dot_general.__code__) != _PRODUCT:
         # The read would be compiled with that product, and used by later reads of its shape.
@@ -55,6 +56,8 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
     key, ranges = "with_read_key(chip, jax.random.fold_in(key, step))", "calibrated(chip, probe(x, chip)[1])"
     check_ready(chip, "this crossbar", key=f"chip = {key}", ranges=f"chip = {ranges}")
     _check_limits(chip)
+    if chip.correction is not None:
+        check_correction(chip.correction, place(chip), chip.shape)
     if 0 in x.shape:
         return jnp.zeros((*x.shape[:-1], chip.shape[1]), x.dtype)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(chip.codes.dtype)
