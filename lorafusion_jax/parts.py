@@ -146,7 +146,6 @@ from .runs.run import environment as environment
 from .runs.run import options_to_json as options_to_json
 from .runs.run import run_path as run_path
 from .runs.run import with_targets as with_targets
-from .serving.predict import evaluate_runs as evaluate_runs
 from .support.checks import at_least as at_least
 from .support.platform import for_cpu as for_cpu
 from .support.progress import progress as progress

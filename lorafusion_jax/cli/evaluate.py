@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
-from ..hardware.report import report_on_chips, report_path
+from ..hardware.report import report_on_chips
 from ..runs.options import check_digital
 from ..runs.predict import EvaluateOptions, evaluate_run
 from ..serving.predict import evaluate_runs
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str]) -> None:
         check_digital(options, [name for name in every if name not in digital])
         show(score_table(evaluate_run(options)))
     elif options.report:
-        results = report_on_chips(options)
-        show(f"{site_table(results)}\n{chip_table(results)}\nwritten to {report_path(options)}")
+        results, path = report_on_chips(options), results_path(options, "crossbar")
+        show(f"{site_table(results)}\n{chip_table(results)}\nwritten to {path}")
     else:
         show(f"{age_table(evaluate_on_chips(options))}\nwritten to {results_path(options)}")
 

@@ -66,7 +66,11 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
     Raises:
       ValueError: an unknown method or target, a number below its least, or too few rows for a few-shot prompt.
     """
-    entry, recipe = _checked(method, settings)
+    entry, recipe = _of(method, settings)
+    recipe.check()
+    at_least(1, rank=settings.rank, seeds=settings.seeds)
+    if settings.pool is not None and settings.pool < (modules := modules_of(recipe)):
+        raise ValueError(f"a pool of {settings.pool} for seeds that draw {modules} modules each: give at least as many")
     update, trainable = update_of(config, method, settings), trained_numbers(config, method, settings)
     if entry.answers == "nothing":
         return Cost()
@@ -114,17 +118,6 @@ def estimate(config: Architecture, method: str, work: Workload, settings: Settin
         peak_bytes=sum(parts.values()),
         **parts,
     )
-
-
-def _checked(method: str, settings: Settings) -> tuple[MethodEntry, Any]:
-    """Return a method and its recipe, after checks of the settings."""
-    entry, recipe = _of(method, settings)
-    recipe.check()
-    at_least(1, rank=settings.rank, seeds=settings.seeds)
-    modules = modules_of(recipe)
-    if settings.pool is not None and settings.pool < modules:
-        raise ValueError(f"a pool of {settings.pool} for seeds that draw {modules} modules each: give at least as many")
-    return entry, recipe
 
 
 def seeds_of(method: str, settings: Settings) -> int:

@@ -1,7 +1,7 @@
 """Several chips in one program, and chips that are drawn again at every step.
 
-A fusion runs on one chip (`program`), each seed of a program on one of several (`stack_chips`; `on_every_chip` makes
-one seed of each seed and chip), or, to become robust on any chip, every training step on another one (`redrawn`).
+A fusion runs on one chip (`program`), on several, each seed on each of them (`on_every_chip`), or, to become robust on
+any chip, every training step on another one (`redrawn`).
 
 Axis letters: C chips, S seeds.
 """
@@ -121,34 +121,6 @@ def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: Array, *, steps: S
     return Redrawn(**_fields(chip), digital=digital, values=values, key=key, structures=kinds, steps=steps, norm=norm)
 
 
-def stack_chips(
-    graph: nnx.GraphDef,
-    digital: Frozen,
-    rules: Rules,
-    keys: Array,
-    of_seed: Int[Array, " S"],
-    *,
-    limits: Limits,
-    modules: Int[Array, " P"] | None = None,
-    norm: Norms = "ideal",
-    restored: Restored | None = None,
-) -> ChipPerSeed:
-    """Return frozen weights on several chips, in one program; further arguments as for `program`.
-
-    Args:
-      graph: structure of the model.
-      digital: weights that are written.
-      keys: [C], keys of the chips.
-      of_seed: chip of each seed of a program.
-      limits: converters' ranges that all chips share, from `limits_of`; restored weights have ranges of their chips.
-      restored: digital corrections of all chips, chips first.
-    """
-    structures, values = _split(rules)
-    arrays = (digital, (keys, restored), values, limits, modules)
-    weights = _program_all(*arrays, structures=structures, graph=graph, norm=norm)
-    return ChipPerSeed(**_fields(weights), chip_of_seed=of_seed)
-
-
 def on_every_chip(
     setup: Setup,
     params: Params,
@@ -180,10 +152,11 @@ def on_every_chip(
     first = program(problem.graph, problem.frozen, rules, keys[0], restored=of_first, **how)
     limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
     count, seeds = len(keys), len(problem.index)
-    chip_of_seed = jnp.repeat(jnp.arange(count), seeds)
+    structures, values = _split(rules)
     on_chips = jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored) if restored else None
-    arguments = (problem.graph, problem.frozen, rules, keys, chip_of_seed)
-    frozen = stack_chips(*arguments, limits=limits, restored=on_chips, **how)
+    arrays = (problem.frozen, (keys, on_chips), values, limits, modules)
+    weights = _program_all(*arrays, structures=structures, graph=problem.graph, norm=norm)
+    frozen = ChipPerSeed(**_fields(weights), chip_of_seed=jnp.repeat(jnp.arange(count), seeds))
     split = setup.split and Split(*(np.tile(rows, (count, 1)) for rows in setup.split))
     on_all = setup.with_problem(frozen=frozen, index=jnp.tile(problem.index, (count, 1)))
     return dataclasses.replace(on_all, split=split)

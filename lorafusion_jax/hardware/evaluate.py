@@ -166,8 +166,8 @@ def settings(method: str, options: EvaluateOnChipsOptions) -> dict[str, Any]:
     }
 
 
-def results_path(options: EvaluateOnChipsOptions, kind: str = "chips") -> Path:
-    """Return the file that an evaluation on chips writes: the options that change its content are in its digest."""
+def results_path(options: EvaluateOnChipsOptions, kind: Literal["chips", "crossbar"] = "chips") -> Path:
+    """Return the file of an evaluation, or of a report, `crossbar`: its digest is of the options that change it."""
     digest = hashlib.sha256(json.dumps(_given(options)).encode()).hexdigest()[:12]
     return options.run / f"{kind}-{Path(options.crossbar or '').name[:_LONGEST_NAME]}-{digest}.json"
 

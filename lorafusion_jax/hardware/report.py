@@ -2,7 +2,6 @@
 
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 from ..crossbar import calibrate_tree, chips_in, config_hash, explain, observe, site_errors
@@ -16,11 +15,6 @@ from .evaluate import EvaluateOnChipsOptions, asked, cases, results_path, settin
 from .program import program
 
 
-def report_path(options: EvaluateOnChipsOptions) -> Path:
-    """Return the file that a report is written to."""
-    return results_path(options, "crossbar")
-
-
 def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return and write the scores of a run digitally and on every chip, its arrays, and their errors by site.
 
@@ -30,7 +24,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     if len(cases(options)) > 1:
         raise ValueError("a report is of one age, compensated or not: give one of --ages, and not --compensate both")
     on = asked(options)
-    check_writable(report_path(options))
+    check_writable(path := results_path(options, "crossbar"))
     (((age, compensate), config),) = on.configs.items()
     params, chips = on.params, on.chips
     digital = seed_rows(*evaluate_seeds(on.setup, on.fused, params))
@@ -67,7 +61,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         "sites": sites,
         "arrays": sum(site["arrays"] for site in sites),
     }
-    write_json(report_path(options), results)
+    write_json(path, results)
     return results
 
 

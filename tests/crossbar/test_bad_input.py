@@ -307,16 +307,6 @@ def test_arrays_of_another_configuration_are_not_read(programmed, read, message)
             multiply(X, state)
 
 
-def test_calibration_with_another_configuration_is_refused():
-    state = chip(adc=ADC(bits=4))
-    _, statistics = probe(X, state)
-    with pytest.raises(ValueError, match=r"another configuration: adc.bits = 5, not 4"):
-        crossbar.calibrated(crossbar.with_config(state, CrossbarConfig(adc=ADC(bits=5))), statistics)
-    crossbar.calibrated(
-        crossbar.with_config(state, CrossbarConfig(adc=ADC(bits=4, quantile=0.9, clip_share=0.5))), statistics
-    )
-
-
 def test_a_chip_is_read_with_other_settings_of_a_read():
     """The size of read noise, warnings, swept values, and functions, which cannot be compared."""
 

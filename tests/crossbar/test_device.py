@@ -79,6 +79,13 @@ TECHNOLOGIES = {
     ),
     # Half-way between both rows, in the logarithm of time.
     "polynomial of age": ("programming", _BY_AGE, lambda g: g + 0.05, lambda g: 0.04, 10.0),
+    "polynomial beyond its last age": (
+        "programming",
+        dataclasses.replace(_BY_AGE, extrapolate=True, scale=0.5),
+        lambda g: g + 0.075,
+        lambda g: 0.04,
+        1000.0,
+    ),
     "table": (
         "programming",
         crossbar.Table(_TARGETS, _SPREADS, (_SHIFT,) * 2, seconds=(1.0, 100.0)),
@@ -115,40 +122,6 @@ def test_a_cell_technology_is_programmed_read_and_saved(name, tmp_path):
     field, model, *_, age = TECHNOLOGIES[name]
     cell, device = crossbar.Cell(on_off_ratio=10.0), Device(**{field: model, "time": age})
     check_chip(CrossbarConfig(cell=cell, tile=Tile(rows=10, cols=5), device=device), tmp_path)
-
-
-def test_two_independent_fits_of_the_same_measurement_agree():
-    """CrossSim fitted the same figures in uS: a quadratic to Joshi's, a cubic to Wan's at one second."""
-    G = jnp.linspace(0.2, 0.95, 16)
-    z = crossbar.ReadNoise(1.0).draw(jnp.zeros_like(G), KEY)
-
-    def ours(model: Polynomial, g_max: float) -> np.ndarray:
-        return np.asarray((model(G, KEY) - G) / z) * g_max
-
-    x = np.asarray(G) * 25
-    np.testing.assert_allclose(
-        ours(crossbar.PCM_JOSHI_2020, 25), -0.00178767 * x**2 + 0.07585724 * x + 0.28638599, rtol=0.03
-    )
-    x = np.asarray(G) * 40
-    wan = 1.536e-4 * x**3 - 1.167e-2 * x**2 + 2.374e-1 * x + 1.053
-    np.testing.assert_allclose(ours(crossbar.RERAM_WAN_2022, 40), wan, rtol=0.3)
-
-
-def test_polynomial_in_time_interpolates_and_shifts():
-    model = Polynomial(((0.02,), (0.06,)), shift=((0.0,), (0.1,)), seconds=(1.0, 100.0))
-    for time, deviation, shift in [(None, 0.02, 0.0), (0.0, 0.02, 0.0), (100.0, 0.06, 0.1)]:
-        assert_normal(model(cells(0.5), KEY, time), [0.5 + shift], [deviation])
-    further = dataclasses.replace(model, extrapolate=True)
-    assert_normal(further(cells(0.5), KEY, 1000.0), [0.5 + 0.15], [0.08])
-    half = dataclasses.replace(model, scale=0.5)
-    assert_normal(half(cells(0.5), KEY, 10.0), [0.525], [0.02])
-    # A fit that dips below zero is no noise, and not noise of the other sign.
-    np.testing.assert_array_equal(Polynomial(((-0.1, 0.1),))(cells(0.5), KEY), cells(0.5))
-
-
-def test_a_table_of_a_line_is_a_polynomial():
-    line, G = crossbar.Table((0.0, 1.0), ((0.02, 0.05),)), cells(0.1, 0.4, 0.85)
-    np.testing.assert_allclose(line(G, KEY), Polynomial(((0.02, 0.03),))(G, KEY), rtol=1e-5)
 
 
 def test_ages_beyond_the_last_measurement_are_refused_or_nan():
@@ -245,33 +218,10 @@ def test_exponents_of_a_power_law_have_their_mean_and_spread():
     assert abs(np.corrcoef(flicker[0], exponents[0])[0, 1]) < 5 / math.sqrt(N)
 
 
-def test_pcm_drifts_as_in_aihwkit():
-    """Exponents of aihwkit's model at each conductance; 1/f noise gathers before the first read, too."""
-    G = np.asarray((0.02, 0.1, 0.5, 1.0))
-    nu = np.clip(-0.0155 * np.log(G) + 0.0244, 0.049, 0.1)
-    spread = np.clip(-0.0125 * np.log(G) - 0.0059, 0.008, 0.045)
-    quiet = dataclasses.replace(PCM_DRIFT, flicker=None)
-    exponents = -jnp.log(quiet(cells(*G), KEY, 86_400.0) / cells(*G)) / math.log(86_420 / 20)
-    wide = nu > 4 * spread  # elsewhere |nu| folds the lower tail
-    assert wide.any()
-    assert_normal(np.asarray(exponents)[wide], nu[wide], spread[wide])
-    still = dataclasses.replace(PCM_DRIFT, exponent=0.0, spread=0.0)
-    q = np.minimum(0.0088 / G**0.65, 0.2)
-    late = dataclasses.replace(still, start=1e4)
-    assert_normal(late(cells(*G), KEY, 1.0), G, G * q * math.sqrt(math.log(10_001 / 500e-9)))
-
-
 def test_cells_that_do_not_conduct_stay_finite():
     drifted = PCM_DRIFT(jnp.zeros(8), KEY, 1e6)
     np.testing.assert_array_equal(drifted, 0)
     assert np.isfinite(jax.grad(lambda G: PCM_DRIFT(G, KEY, 1e6).sum())(jnp.zeros(8))).all()
-
-
-def test_flicker_gathers_with_the_logarithm_of_time():
-    flicker = crossbar.Flicker(magnitude=0.01, exponent=0.5, largest=0.015, read_time=1.0)
-    found = flicker.deviation(jnp.array([1.0, 0.64, 0.01]), jnp.array(99.0))
-    np.testing.assert_allclose(found, np.array([0.01, 0.0125, 0.015]) * math.sqrt(math.log(50)), rtol=1e-6)
-    assert not flicker.deviation(jnp.array([0.5]), jnp.array(0.1)).any()  # within the first read
 
 
 def test_conductances_begin_to_relax_after_a_second():

@@ -1,28 +1,17 @@
 """Reads besides their numbers: configurations as arguments, one product, measured cells, and the range of floats."""
 
 import dataclasses
-import inspect
 
-import crossbar_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from crossbar_strategies import ENCODINGS, problem
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, CrossbarConfig, Tile, calibrated, matmul, probe, program, programmed_weights
 
 KEY = jax.random.key(11)
-
-
-@given(st.integers(1, 300), st.integers(1, 40), st.sampled_from(["equal", "full"]))
-def test_no_part_of_an_axis_is_larger_than_an_array(size, limit, how):
-    parts = crossbar.Geometry.of((size, 1), CrossbarConfig(tile=Tile(rows=limit, partition=how))).rows
-    assert list(parts) == crossbar_oracle.parts(size, limit, how)
-    assert sum(parts) == size and max(parts) <= limit and len(parts) == -(-size // limit)
 
 
 def test_calibrating_again_keeps_a_range_that_loses_nothing():
@@ -112,13 +101,6 @@ def test_only_results_out_of_range_are_lost(config):
     for of_weights, of_inputs in ((1, -120), (118, -40), (-90, 100)):
         found = read(weights * jnp.float32(2.0**of_weights), x * jnp.float32(2.0**of_inputs))
         np.testing.assert_array_equal(np.asarray(found, float), wanted * 2.0 ** (of_weights + of_inputs))
-
-
-def test_weights_of_eight_bits_are_programmed_as_float32():
-    weights, x = problem()
-    narrow = weights.astype(jnp.float8_e4m3fn)
-    found = matmul(x, inspect.unwrap(program)(narrow, CrossbarConfig()))
-    np.testing.assert_array_equal(found, matmul(x, program(narrow.astype(jnp.float32), CrossbarConfig())))
 
 
 def test_a_calibrated_chip_that_became_one_product_is_read_inside_a_jit():

@@ -55,18 +55,6 @@ def test_currents_are_those_of_nodal_analysis(shape, row, column):
     np.testing.assert_allclose(y, nodal(v, G, row, column), rtol=1e-8, atol=1e-10)
 
 
-def test_a_full_array_is_right_in_float32():
-    v, G = array(64, 64)
-    v, wires = np.abs(v), {"row_resistance": 4e-3, "column_resistance": 4e-3}
-    y = currents(v.astype(np.float32), G.astype(np.float32), Wire(**wires))
-    with jax.enable_x64(True):
-        exact = currents(v, G, Wire(**wires, **TIGHT))
-    assert y.dtype == jnp.float32
-    # Errors of the voltages, at most the tolerance each, add up along a column.
-    np.testing.assert_allclose(y, exact, atol=64 * 1e-5)
-    assert np.linalg.norm(y - v @ G) > 0.5 * np.linalg.norm(v @ G)
-
-
 def test_no_convergence_is_nan_and_chebyshev_converges():
     v, G = jnp.ones(32), jnp.ones((32, 32))
     wires = {"row_resistance": 4e-2, "column_resistance": 4e-2}

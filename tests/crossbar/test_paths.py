@@ -5,7 +5,6 @@ What the paths compute is held against loops in `test_fuzz.py`.
 
 import dataclasses
 import functools
-from fractions import Fraction
 
 import crossbar_strategies
 import jax
@@ -17,7 +16,7 @@ from scipy.special import erfinv
 from testers import check_chip
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import ADC, DAC, Cell, CrossbarConfig, Device, Mapping, ReadNoise, Tile, matmul, program
+from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig, Device, Mapping, ReadNoise, Tile, matmul, program
 
 _KEY = jax.random.key(3)
 problem = functools.partial(crossbar_strategies.problem, d_in=40, d_out=6, batch=4, seed=1)
@@ -37,22 +36,6 @@ def test_slices_share_a_word_where_the_sums_of_the_columns_allow():
 
     assert words(np.random.default_rng(0).integers(-255, 256, (80, 70)), 40)[:3] == [0, 0, 0]
     assert words(np.full((600, 70), 255), 300) == [0, 0, 1, 1]  # 900 does not fit a field of a third
-
-
-@pytest.mark.parametrize("bits", [3, 8])
-def test_codes_are_those_of_fractions(bits):
-    """Every sum of two rows, at a step that is no power of two; Python rounds halves to even."""
-    dac = DAC(bits=6, slice_bits=None, scaling="fixed")
-    config = CrossbarConfig(
-        cell=Cell(bits=(5,)), mapping=Mapping(weight_bits=6), dac=dac, adc=ADC(bits=bits, range="max")
-    )
-    codes = np.stack(np.meshgrid(np.arange(-31, 32), np.arange(-31, 32)), axis=-1).reshape(-1, 2)
-    sums, top = codes @ [31, 1], 2 ** (bits - 1) - 1
-    wanted = [round(Fraction(int(s) * top, 2 * 31 * 31)) * (2 * 31 * 31 / top) for s in sums]
-    for path in ("definition", "loop"):
-        chip = program(jnp.asarray([[31.0], [1.0]]), config, path=path)
-        found = np.asarray(matmul(jnp.asarray(codes / 31, jnp.float32), chip))[:, 0] * 31
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-2)
 
 
 # By name: the bits of an ADC that the path can read exactly.

@@ -23,18 +23,6 @@ _CONFIGS = {
 }
 
 
-def test_a_saved_chip_keeps_its_name(tmp_path):
-    """By which layers of a model draw different read noise."""
-    device = crossbar.Device(read_noise=crossbar.ReadNoise(0.01))
-    chip = crossbar.program_tree({"blocks.0": jnp.ones((2, 6, 5))}, {"*": CrossbarConfig(device=device)}, _KEY)[
-        "blocks.0"
-    ]
-    chip = dataclasses.replace(chip, first=3)
-    save_chip(chip, tmp_path / "chip.npz")
-    loaded = load_chip(tmp_path / "chip.npz")
-    assert (loaded.name, loaded.first) == ("blocks.0", 3)
-
-
 def test_a_chip_of_float64_is_not_read_as_float32(tmp_path):
     path = tmp_path / "chip.npz"
     with jax.enable_x64(True):

@@ -21,10 +21,9 @@ from lorafusion_jax.crossbar import ADC, CONSTANTS, PRESETS, CrossbarConfig, Enc
 from lorafusion_jax.estimates.bill.show import constants_table
 from lorafusion_jax.estimates.flops import forward_flops
 from lorafusion_jax.methods.lora import LowRankUpdate
-from lorafusion_jax.models.t5.config import SHAPES
 
 _ROOT = Path(__file__).resolve().parents[2]
-_LARGE, _ISAAC = SHAPES["flan-t5-large"], PRESETS["isaac"]
+_LARGE, _ISAAC = parts.known_shapes()["flan-t5-large"], PRESETS["isaac"]
 _OPTIONS = parts.CostOptions()
 _LITTLE = parts.CostOptions(modules=2, rank=4, bases=(3,), source=16, target=8, train_rows=20, batch_size=5, epochs=3)
 _BASES = ("LoRAFusion, basis of 16", "LoRAFusion, basis of 32")
@@ -331,7 +330,7 @@ def test_the_experiment_writes_tables_and_plots(tmp_path):
     assert {row["shape"] for row in rows} == {"t5-small", "flan-t5-small"}
     assert all(float(row["low"]) <= float(row["typical"]) <= float(row["high"]) for row in rows)
     of = {(row["method"], row["quantity"]): row for row in rows if row["shape"] == "t5-small"}
-    found = parts.bills(SHAPES["t5-small"], PRESETS["puma"], _OPTIONS)["LoRA in cells"]
+    found = parts.bills(parts.known_shapes()["t5-small"], PRESETS["puma"], _OPTIONS)["LoRA in cells"]
     assert float(of["LoRA in cells", "learned"]["high"]) == pytest.approx(found.learning.high, rel=1e-5)
     assert float(of["LoRA in cells", "cells written"]["low"]) == found.written.cells
     assert float(of["once: base", "cells written"]["low"]) > 0

@@ -11,8 +11,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.estimates.params import counts, size
-from lorafusion_jax.models.t5.config import SHAPES
-from lorafusion_jax.parts import FullFineTuning, Magnitudes, T5Config, VeRA, abstract_model, shape_config
+from lorafusion_jax.parts import FullFineTuning, Magnitudes, T5Config, VeRA, abstract_model, known_shapes, shape_config
 
 _LARGE = {
     "LoRAFusion": 148_416,
@@ -39,8 +38,8 @@ _COUNTS = {"modules": 5, "rank": 3, "vera_rank": 7, "basis": 6}
 
 
 def test_the_command_prints_the_counts_as_a_markdown_table(capsys):
-    assert counts(SHAPES["flan-t5-large"]) == _LARGE
-    assert {name: size(config) for name, config in SHAPES.items()} == _SIZES
+    assert counts(known_shapes()["flan-t5-large"]) == _LARGE
+    assert {name: size(known_shapes()[name]) for name in _SIZES} == _SIZES
     main(["params", "--shape", "flan-t5-large", "--modules", "20", "--rank", "16"])
     head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines())
     assert head == ["method", "trainable parameters", "of flan-t5-large"]
@@ -128,4 +127,4 @@ def test_models_and_numbers_without_counts_are_refused():
         ({"basis": 1025}, "1025 directions, but encoder.self.q is 1024 x 1024: use at most 1024"),
     ):
         with pytest.raises(ValueError, match=message):
-            counts(SHAPES["flan-t5-large"], **changes)
+            counts(known_shapes()["flan-t5-large"], **changes)

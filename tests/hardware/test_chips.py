@@ -20,11 +20,8 @@ from lorafusion_jax.cli.evaluate import age_table
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Independent, Mapping, PowerLaw, load_chip, save_config
 from lorafusion_jax.hardware.calibration import logits_of
-from lorafusion_jax.hardware.chips import Redrawn, limits_of, stack_chips
-from lorafusion_jax.hardware.evaluate import results_path
-from lorafusion_jax.hardware.folder import seconds
+from lorafusion_jax.hardware.chips import Redrawn
 from lorafusion_jax.hardware.on_arrays import on_arrays
-from lorafusion_jax.hardware.report import report_path
 from lorafusion_jax.runs.evaluate import Evaluation
 
 _ANALOGUE = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
@@ -41,20 +38,6 @@ _WRITTEN = "*.self.v"
 def _loss(frozen, step=0):
     frozen = frozen.of_step(jnp.int32(step), _GRAPH)
     return tiny.loss({"coefficients": jnp.full((2, 5), 0.4)}, tiny.problem(Fusion(magnitudes=False), frozen, (2, 1)))
-
-
-@pytest.mark.accelerator
-@pytest.mark.nightly
-def test_chips_in_one_program_are_the_single_ones():
-    converted = dataclasses.replace(_NOISY, adc=crossbar.ADC(bits=6, range="max"))
-    rules = {_WRITTEN: converted}
-    singles = [parts.program_on_arrays(_GRAPH, _DIGITAL, rules, key, norm="ideal") for key in _KEYS]
-    limits = limits_of(singles[0])
-    both = stack_chips(_GRAPH, _DIGITAL, rules, _KEYS, jnp.array([1, 0, 1]), limits=limits)
-    found = [_loss(both.of_seed(jnp.int32(number))) for number in range(3)]
-    wanted = [_loss(chip.of_seed(jnp.int32(0))) for chip in singles]
-    assert wanted[0] != wanted[1]
-    np.testing.assert_allclose(found, [wanted[1], wanted[0], wanted[1]], rtol=1e-5)
 
 
 @pytest.mark.long
@@ -85,10 +68,10 @@ def test_steps_draw_chips_of_their_own_from_the_key(steps):
 
 def test_ages_in_seconds_need_a_unit_and_a_drift_model():
     days = {"0": 0, "90": 90, "1s": 1, "2min": 120, "1h": 3600, "1.5days": 129_600, "1month": 2_592_000}
-    assert {age: seconds(age) for age in days} == days
+    assert {age: parts.aged(_NOISY, age).device.time for age in days} == days
     for age in ("", "h", "1 fortnight", "-1h", "1e", "NaN", "1e400"):
         with pytest.raises(ValueError, match="an age of"):
-            seconds(age)
+            parts.aged(_NOISY, age)
     with pytest.raises(ValueError, match="an age of 1h, but these cells have no drift model: give device.drift"):
         parts.aged(_ANALOGUE, "1h")
     with pytest.raises(ValueError, match="--compensate, but these cells have no drift model: give device.drift"):
@@ -228,7 +211,7 @@ def test_what_cannot_be_programmed_is_refused_before_anything_is_written(small, 
 def test_a_run_on_chips_of_a_folder(small, chips, fused):
     changes = {"ages": ("1s", "1year"), "compensate": "off"}
     found = _on_chips(fused, crossbar=str(chips / "two"), **changes)
-    where = results_path(
+    where = parts.results_path(
         parts.EvaluateOnChipsOptions(run=parts.run_path(fused), crossbar=str(chips / "two"), **changes)
     )
     assert json.loads(where.read_text()) == found
@@ -343,21 +326,21 @@ def test_results_of_other_options_are_other_files(tmp_path, monkeypatch):
     changed += [{name: value} for name in ("task", "restore") for value in ("a/one", "b/one")]
     changed += [{"ages": tuple(f"{n}day" for n in range(45))}, {"ages": ("1s",)}, {"keep_digital": ("a/b",)}]
     asked = [dataclasses.replace(first, **change) for change in changed]
-    paths = {path(options) for options in asked for path in (results_path, report_path)}
+    paths = {parts.results_path(options, kind) for options in asked for kind in ("chips", "crossbar")}
     for folder in ("c", "d"):  # the same name in two folders
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "noisy.yaml").touch()
         monkeypatch.chdir(tmp_path / folder)
-        paths.add(results_path(dataclasses.replace(first, crossbar="noisy.yaml")))
+        paths.add(parts.results_path(dataclasses.replace(first, crossbar="noisy.yaml")))
     assert len(paths) == 2 * len(asked) + 2 and {path.parent for path in paths} == {tmp_path}
     assert max(len(path.name) for path in paths) < 80
-    assert results_path(dataclasses.replace(first, eval_batch=2)) == results_path(first)
+    assert parts.results_path(dataclasses.replace(first, eval_batch=2)) == parts.results_path(first)
 
 
 def test_a_file_of_results_that_cannot_be_written_is_named_before_anything_is_computed(chips, fused, monkeypatch):
     options = parts.EvaluateOnChipsOptions(run=parts.run_path(fused), crossbar=str(chips / "two"), calibration_rows=7)
     monkeypatch.setattr("lorafusion_jax.hardware.evaluate.on_every_chip", pytest.fail)
-    results_path(options).mkdir()
+    parts.results_path(options).mkdir()
     with pytest.raises(FileError, match="chips-two-.*: a folder: give a file"):
         parts.evaluate_on_chips(options)
 

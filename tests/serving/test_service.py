@@ -21,7 +21,6 @@ from safetensors.numpy import load_file, save_file
 import lorafusion_jax as lf
 from lorafusion_jax import cli, parts
 from lorafusion_jax.adapters.pool import joined
-from lorafusion_jax.io import arrays
 from lorafusion_jax.loading.identity import digests
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.options import row_format
@@ -56,7 +55,7 @@ def write(small, tmp_path_factory):
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
         parts.RunFolder(folder).write_config(config)
-        arrays.save(folder / "final", params, {"steps": [1] * len(seeds)})
+        parts.save_arrays(folder / "final", params, {"steps": [1] * len(seeds)})
         return folder
 
     return write_run

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ...support.platform import is_traced
-from ..config.schema import CrossbarConfig, check_limits
+from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
 from ..devices.device import Device, depends_on_time, realise
 from ..devices.drift import drift_compensation
@@ -183,8 +183,6 @@ def _check(weights: Array, config: CrossbarConfig, key: Array | None, conductanc
     time = drawn.device.time
     if isinstance(time, NUMBER) and time > 0 and not depends_on_time(drawn.device):
         raise ValueError(f"device.time = {time} changes nothing without device.drift: give one, such as PowerLaw(0.05)")
-    limits = None if config.adc is None else config.adc.limits
-    check_limits(limits, len(config.weight_slices), signed=config.signed_sums)
     if conductances is None:
         return
     if config.device.drift is not None and config.device.time is not None:

@@ -26,38 +26,24 @@ import yaml
 from ...support.reading import FileError, parse_json, structured
 from ...support.text import shown
 from ...support.writing import write_text
+from ..devices import drift, write_error
 from ..devices.device import Sinh
-from ..devices.drift import PCM_DRIFT, RERAM_CMO_DRIFT, PowerLaw, Relaxation
-from ..devices.write_error import (
-    PCM_JOSHI_2020,
-    RERAM_CMO_2025,
-    RERAM_MILO_2021,
-    RERAM_WAN_2022,
-    Independent,
-    Polynomial,
-    Proportional,
-    Table,
-)
 from .presets import PRESETS
 from .schema import ADC, DAC, CrossbarConfig
 from .tables import kind_of, read_table
 
 # Fields that may hold one of several classes, named by the key `model`; the annotation gives the class of the others.
 _MODELS: dict[str, tuple[type, ...]] = {
-    "programming": (Independent, Proportional, Polynomial, Table),
-    "drift": (PowerLaw, Relaxation),
+    "programming": (write_error.Independent, write_error.Proportional, write_error.Polynomial, write_error.Table),
+    "drift": (drift.PowerLaw, drift.Relaxation),
     "iv": (Sinh,),
 }
 _WHAT = "a configuration is"
 _UNIONS = (typing.Union, types.UnionType)
-_PUBLISHED: dict[str, dict[str, Any]] = {
-    "programming": {
-        "PCM_JOSHI_2020": PCM_JOSHI_2020,
-        "RERAM_WAN_2022": RERAM_WAN_2022,
-        "RERAM_MILO_2021": RERAM_MILO_2021,
-        "RERAM_CMO_2025": RERAM_CMO_2025,
-    },
-    "drift": {"PCM_DRIFT": PCM_DRIFT, "RERAM_CMO_DRIFT": RERAM_CMO_DRIFT},
+# Models with published values are constants of these modules.
+_PUBLISHED = {
+    field: {name: value for name, value in vars(module).items() if isinstance(value, _MODELS[field])}
+    for field, module in {"programming": write_error, "drift": drift}.items()
 }
 
 

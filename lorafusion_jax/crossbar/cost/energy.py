@@ -52,7 +52,7 @@ class Counts:
 
 def counts(shape: tuple[int, ...], config: CrossbarConfig) -> Counts:
     """Return the counts of a [d_in, d_out] matrix; there are no conversions without an ADC."""
-    geometry = _geometry(shape, config)
+    geometry = geometry_of(shape, config)
     d_in, d_out = shape
     rows, cols, slices = geometry.rows, geometry.cols, len(config.weight_slices)
     each = slices * geometry.polarities
@@ -149,16 +149,18 @@ def read_latency(shape: tuple[int, ...], config: CrossbarConfig, constants: Cons
     While the sums of an input slice are converted, the next slice is read; `adc.convert="sum"` waits for the last one.
     """
     dac, adc = _converters(config)
-    columns = max(_geometry(shape, config).cols) + config.encoding.unit_column
+    columns = max(geometry_of(shape, config).cols) + config.encoding.unit_column
     conversion = ARCHITECTURES[adc.architecture].time(adc.bits, columns, constants) * (2 if config.converts_each else 1)
     read, slices = constants["array_read_time"], len(dac.slices)
     return read * slices + conversion if adc.convert == "sum" else longest([read, conversion]) * slices
 
 
-def _geometry(shape: Any, config: CrossbarConfig) -> Geometry:
-    if len(shape) != 2 or not all(isinstance(size, int | np.integer) and size > 0 for size in shape):
+def geometry_of(shape: Any, config: CrossbarConfig) -> Geometry:
+    """Return the geometry of a [d_in, d_out] matrix; raises a ValueError for a shape that no matrix has."""
+    sizes = shape if isinstance(shape, tuple | list) and len(shape) == 2 else (0,)
+    if not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
         raise ValueError(f"a matrix of shape {shape}: give two whole numbers above 0, (d_in, d_out)")
-    return Geometry.of(tuple(shape), config)
+    return Geometry.of(tuple(sizes), config)
 
 
 def _converters(config: CrossbarConfig) -> tuple[DAC, ADC]:

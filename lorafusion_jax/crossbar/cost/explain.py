@@ -5,14 +5,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..chip.chip import Chip
 from ..chip.plan import Plan, sums_integers
 from ..chip.program import program
 from ..config.schema import CrossbarConfig
 from ..mapping.geometry import Geometry
-from .energy import counts
+from .energy import counts, geometry_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,12 +77,10 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None) -
         if shape is not None and tuple(shape) != what.matrix_shape:
             raise ValueError(f"shape {tuple(shape)}: the arrays of this chip hold a matrix of {what.matrix_shape}")
         shape = what.matrix_shape
-    sizes = shape if isinstance(shape, tuple | list) and len(shape) == 2 else [0]
-    if shape is None or not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
-        raise ValueError(f"shape {shape!r}: give (d_in, d_out), both 1 or more")
-    d_in, d_out = shape
-    config, plan = (what.config, what.plan) if isinstance(what, Chip) else (what, _plan(what, (d_in, d_out)))
-    geometry, taken = Geometry.of((d_in, d_out), config), counts((d_in, d_out), config)
+    config = what.config if isinstance(what, Chip) else what
+    geometry = geometry_of(shape, config)
+    (d_in, d_out), taken = geometry.shape, counts(geometry.shape, config)
+    plan = what.plan if isinstance(what, Chip) else _plan(what, geometry.shape)
     tiles, array = (len(geometry.rows), len(geometry.cols)), (config.tile.rows or d_in, config.tile.cols or d_out)
     return Explanation(
         shape=(d_in, d_out),

@@ -148,13 +148,12 @@ def realise(
 ) -> tuple[Float[Array, "..."], Int[Array, "..."] | None]:
     """Return the actual conductances of one chip's cells, `device.time` after programming, and each cell's pulses.
 
-    Pulses are None without write-verify. Raises a ValueError if the device is random and there is no key.
+    Pulses are None without write-verify. A random device needs the chip's key.
     """
     drift = None if device.time is None else device.drift
     if device.programming is None and device.stuck is None and drift is None:
         return _clip(G, device, g_min), None
-    if key is None:
-        raise ValueError("this device is random (programming, stuck cells or drift): give the chip's key")
+    assert key is not None
     program_key, stuck_key, drift_key = (jax.random.fold_in(key, purpose) for purpose in range(3))
 
     def write(target: Array, pulse_key: Array) -> Array:

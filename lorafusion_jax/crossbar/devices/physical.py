@@ -7,7 +7,6 @@ from math import inf
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
@@ -102,11 +101,6 @@ def varying_as(value: Num[Array, "..."], *inputs: Any) -> Num[Array, "..."]:
         data = jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         value = value + jnp.zeros_like(data, dtype=value.dtype, shape=value.shape)
     return value
-
-
-def is_traced(tree: Any) -> bool:
-    """Return whether any leaf is a tracer of a transformation."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def is_moved(tangent: Any) -> bool:
