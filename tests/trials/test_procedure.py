@@ -46,7 +46,7 @@ def test_arms_of_one_name_are_refused():
         procedure(_ARMS[:1] * 2, _GROUPS, pytest.fail)
 
 
-@pytest.mark.parametrize("best", [(0.001, 0.0003), (0.1, 0.01), (0.3, 0.01), (0.03, 0.03), (2.7, 0.27), (9.0, 0.9)])
+@pytest.mark.parametrize("best", [(0.001, 0.0003), (0.1, 0.01), (0.3, 0.01), (0.03, 0.03), (2.7, 0.27), (9.0, 0.03)])
 def test_halving_finds_the_best_rates_of_all_that_it_may_try(best):
     losses = []
 
@@ -58,8 +58,7 @@ def test_halving_finds_the_best_rates_of_all_that_it_may_try(best):
         return [math.nan if one.rates[0][1] > 2.71 else loss(one.rates) for one in candidates]
 
     (found,) = tune([(("a", 0.1), ("b", 0.01))], ["pool"], evaluate)
-    line = [(0.1 * 3.0**power, 0.01 * 3.0**power) for power in range(-3, 4)]
-    grid = [(a * factor, b) for a, b in line for factor in (1 / 3, 1, 3)]
+    grid = [(0.1 * 3.0**power, 0.01 * factor) for power in range(-3, 4) for factor in (1 / 3, 1, 3)]
     oracle = min((loss((("a", a), ("b", b))) for a, b in grid if a < 2.71), default=None)
     assert loss(found.rates) == pytest.approx(oracle) and sum(share for _, share in losses) == TRAININGS == 5.75
     assert found.edge == {0.001: "low", 2.7: "high", 9.0: "high"}.get(best[0])
