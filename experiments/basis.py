@@ -51,12 +51,10 @@ class BasisOptions(SmallPoolOptions):
 
     Attributes:
       groups: rows to run; all by default.
-      main: rows of the main table.
       out: folder of results.jsonl, the runs and what is made of them; what is there already is not run again.
     """
 
     groups: tuple[Group, ...] = get_args(Group)
-    main: tuple[Path, ...] = tuple(ROOT / "results" / of / "results.jsonl" for of in ("small_pool", "small_pool_5"))
     out: Path = ROOT / "runs" / "basis"
 
 
@@ -202,15 +200,11 @@ def main(arguments: Sequence[str] = ()) -> None:
     there = {(row["task"], row["seed"], row["shots"]) for row in own}
     compared = [
         row
-        for row in merge(options.main)
+        for row in merge([ROOT / "results" / of / "results.jsonl" for of in ("small_pool", "small_pool_5")])
         if row["method"] in ("LoRA", _FUSION) and (row["task"], row["seed"], row["shots"]) in there
     ]
-    fused = {row["shots"] for row in compared if row["method"] == _FUSION}
-    if lacking := [shots for shots in dict.fromkeys(row["shots"] for row in own) if shots not in fused]:
-        raise ValueError(
-            f"{', '.join(map(str, options.main))}: no {_FUSION} of {lacking[0]} shots on the tasks and seeds of "
-            f"{options.out / 'results.jsonl'}: run experiments/small_pool.py on them, and give its rows with --main"
-        )
+    if not any(row["method"] == _FUSION for row in compared):
+        raise ValueError("the main table has none of these tasks, seeds and shots: run experiments/small_pool.py first")
     basis = load_basis(Path(options.pool))
     for results in scores([*compared, *own]):
         suffix = "" if results.shots == "95+5" else f"_{results.shots}"

@@ -2,7 +2,6 @@ r"""Fusion on real language: SmolLM2 and its pool of 24 adapters, on tasks that 
 
     python experiments/language.py --tasks function_vectors/dataset_files                  # runs what is missing
     python experiments/language.py --tasks function_vectors/dataset_files --groups main
-    python experiments/language.py --tasks function_vectors/dataset_files --plan           # what is missing
     python experiments/language.py --tasks function_vectors/dataset_files --adapters runs/language_second/adapters \
         --out runs/language_second --groups main --seeds 1 --methods LoRAFusion "random pool"    # of another pool
 
@@ -22,7 +21,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import _script
 import jax
@@ -47,10 +46,9 @@ from lab.smollm2 import EXAMPLES, HUB_ID, base
 from results_page import report
 
 from lorafusion_jax import LowRank, fuse, random_pool, read_config
-from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.parts import dense, lora_adapter, open_pool, write_adapter
 from lorafusion_jax.report import Scores, colour, plot, scores
-from lorafusion_jax.trials import Arm, Job, cells_of_jobs, read_rows, run_jobs
+from lorafusion_jax.trials import Arm, Job, read_rows, run_jobs
 
 Group = Literal["main", "more", "five", "twenty", "relevance", "more-relevance"]
 
@@ -80,7 +78,6 @@ class LanguageOptions:
       seeds: each orders the rows, and draws modules where some are drawn.
       adapters: folder of the pool's 24 adapters, which are converted once, with a shared basis.
       out: folder of the rows, the runs and what is made of them; what is there already is not run again.
-      plan: print the programs that are missing, and run nothing.
     """
 
     tasks: Path
@@ -90,7 +87,6 @@ class LanguageOptions:
     seeds: tuple[int, ...] = (1, 2, 3)
     adapters: Path = _SHIPPED
     out: Path = ROOT / "runs" / "language"
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -111,9 +107,6 @@ def main(arguments: Sequence[str] = ()) -> None:
     for group, paths in of_groups.items():
         file = options.out / f"{group}.jsonl"
         jobs = [job for job in jobs_of(group, options, paths) if not options.methods or job.method in options.methods]
-        if options.plan:
-            _print_missing(group, jobs, file)
-            continue
         make_pools(options.adapters)
         run_jobs(jobs, file, fuse, root=ROOT)
         reference = "0 relevant" if "relevance" in group else _FUSION
@@ -214,13 +207,6 @@ def _job(
         **how,
     )
     return Job(task, method, "5" if train_rows == 5 else "95+5", run, tuple(how))
-
-
-def _print_missing(group: Group, jobs: Sequence[Job], file: Path) -> None:
-    keys = {*cells_of_jobs(file).missing(key for job in jobs for key in job.keys)}
-    missing = [(job, count) for job in jobs if (count := len(keys.intersection(job.keys)))]
-    trained = sum(count for job, count in missing if find_method(job.options.method).learns == "trained")
-    print(f"{group}: {len(missing)} of {len(jobs)} programs are missing, {trained} trainings in them")
 
 
 def link_tasks(folder: Path) -> Path:

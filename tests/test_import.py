@@ -196,7 +196,6 @@ _INTERNAL = {
     "lorafusion_jax.support.interrupts": "a script handles Ctrl-C before the public names are loaded",
     "lorafusion_jax.cli.run": "the same",
     "lorafusion_jax.cli.MALLOC": "benchmarks measure processes with the settings of commands",
-    "lorafusion_jax.cli.fuse.report": "a script prints what `lorafusion fuse` prints",
     "lorafusion_jax.harness.model.HarnessLM": "needs lm-evaluation-harness, an extra",
     "lorafusion_jax.crossbar.read.definition": "the oracle of the read paths, which fast paths are measured against",
     "lorafusion_jax.crossbar.devices.normal_draws.normal": "a kernel is compiled alone",

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -116,19 +115,6 @@ def test_trained_numbers_of_other_shapes_under_a_right_digest_are_refused(run, c
         with pytest.raises(SystemExit):
             cli.main([*command, str(folder)])
         assert f"error: {folder / 'final'}: " in (error := capsys.readouterr().err) and message in error
-
-
-@pytest.mark.long
-def test_the_originals_command_line_runs(tmp_path, monkeypatch):
-    arguments = "--epoch 1 --batch_size 32 --lr 0.02 --lora_num 3 --load_in_4bit --seeds 1".split()
-    script = str(_ROOT / "experiments" / "train.py")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    runpy.run_path(script, run_name="__main__")
-    config = json.loads((tmp_path / "runs" / "double_digit-fusion" / "config.json").read_text())
-    recipe = config["options"]["recipe"]
-    assert (recipe["composition"], recipe["lr_coefficients"], recipe["protocol"]) == ("mix", 0.02, "reference")
-    assert config["options"]["load_in"] == "nf4"
 
 
 _PRINTS = "import sys; from lorafusion_jax import cli; cli.run(lambda _: print('x' * int(sys.argv[1])), [])"

@@ -1,14 +1,12 @@
-"""The experiments' bookkeeping and settings: folders, rows, trials, ablations, plans, the sweep as one program."""
+"""The experiments' bookkeeping and settings: folders, rows, trials, ablations, plans."""
 
 import dataclasses
 import json
 
 import ablations
 import demo
-import numpy as np
 import one_block
 import pytest
-import seed_sweep
 import tune
 from lab import common, methods
 
@@ -68,25 +66,6 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
         if group in ("granularity", "composition", "start", "bits", "pruning", "controls"):
             first = next(iter(entries.values()))
             assert trials.recipe_of(first) == plain and first.control == "none"
-
-
-@pytest.mark.nightly
-def test_a_sweep_has_the_results_of_its_runs(small, tmp_path, capsys):
-    where = {"base": str(small[0]), "pool": str(small[1]), "task": str(_TASKS / "rotr_next")}
-    given = {f"--{name}": [value] for name, value in where.items()} | {"--seeds": [1, 2], "--epochs": [2]}
-    given |= {"--lr-coefficients": [0.05, 0.2], "--lr-magnitudes": [0.02], "--out": [tmp_path / "sweep"]}
-    seed_sweep.main([str(word) for name, values in given.items() for word in (name, *values)])
-    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    losses, scores = np.array(found["loss"]), np.array(found["exact_match"])
-    assert losses.shape == scores.shape == (2, 1, 2) and len(set(losses.ravel().tolist())) == 4
-    assert (tmp_path / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert "4 runs as one program (sequential)" in capsys.readouterr().out
-    recipe = trials.recipe_of(trials.ARMS["LoRAFusion"])
-    for loss, score, rate in zip(losses, scores, (0.05, 0.2), strict=True):
-        own = dataclasses.replace(recipe, lr_coefficients=rate, lr_magnitudes=0.02, epochs=2)
-        alone = fuse(FuseOptions(**where, seeds=(1, 2), out=tmp_path, name=f"alone-{rate}", recipe=own))
-        assert [seed["loss"] for seed in alone["seeds"]] == loss[0].tolist()
-        assert [seed["exact_match"] for seed in alone["seeds"]] == score[0].tolist()
 
 
 @pytest.mark.nightly
