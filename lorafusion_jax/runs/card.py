@@ -94,7 +94,7 @@ def _how_to_load(options: FuseOptions, config: Architecture, *, merged: bool, gg
     if gguf:
         language, code = "bash", "llama-cli --model " + ("model.gguf" if merged else "BASE.gguf --lora adapter.gguf")
     elif merged:
-        code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained(\"THIS_FOLDER\")"
+        code = f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("THIS_FOLDER")'
     else:
         code = (
             f"from peft import PeftModel\nfrom transformers import {kind}\n\n"

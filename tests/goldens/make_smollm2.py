@@ -22,21 +22,8 @@ import transformers
 from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-STEPS, NEW_TOKENS = 6, 24
+NEW_TOKENS = 24
 ADAPTERS = ("lora_a", "lora_b", "lora_c_all_rslora", "lora_d_patterns", "dora_e", "lora_f")
-POOLS = {"pool": ("lora_a", "lora_b", "lora_f"), "mixed": ("lora_a", "lora_c_all_rslora", "lora_d_patterns")}
-# Adapters, whether factors are mixed (else products are summed), whether magnitudes are trained, and the name of the
-# coefficients at the start, chosen so that no generated token hangs on a small difference of two logits.
-FUSIONS = {
-    "pool_factors_lora": ("pool", True, False, "pool/coefficients"),
-    "pool_factors_dora": ("pool", True, True, "pool/coefficients"),
-    "pool_products_lora": ("pool", False, False, "pool/coefficients"),
-    "pool_products_dora": ("pool", False, True, "pool/coefficients"),
-    "mixed_products_lora": ("mixed", False, False, "mixed/coefficients/1"),
-    "mixed_products_dora": ("mixed", False, True, "mixed/coefficients/1"),
-}
-# The matrices whose magnitudes are kept whole.
-WHOLE = ("model.layers.0.self_attn.q_proj", "model.layers.14.self_attn.v_proj", "model.layers.29.self_attn.q_proj")
 ASKED = (1, 4)  # the prompts that adapted models answer
 
 
@@ -112,29 +99,26 @@ class Model:
         self.model, self.arrays = model, arrays
         self.prompts = [torch.from_numpy(arrays[f"prompt_{i}"][None].astype(np.int64)) for i in range(6)]
 
-    def run(self, weights: dict[str, torch.Tensor] | None = None, **batch: torch.Tensor) -> Any:
-        return torch.func.functional_call(self.model, weights or {}, kwargs=batch)
-
-    def loss(self, k: int, weights: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    def loss(self, k: int) -> torch.Tensor:
         """Return the mean cross-entropy of a batch."""
         names = {"input_ids": "ids", "attention_mask": "mask", "labels": "labels"}
         batch = {key: torch.from_numpy(self.arrays[f"loss_{name}_{k}"].astype(np.int64)) for key, name in names.items()}
-        return self.run(weights, **batch).loss
+        return self.model(**batch).loss
 
-    def of_prompts(self, weights: dict[str, torch.Tensor] | None = None, which: Any = range(6), prefix: str = "p"):
+    def of_prompts(self) -> dict[str, np.ndarray]:
         """Return summaries of prompts, one at a time and without padding."""
         with torch.no_grad():
             return {
                 name: array
-                for i in which
-                for name, array in self.summary(self.run(weights, input_ids=self.prompts[i]).logits[0], f"{prefix}{i}")
+                for i in range(6)
+                for name, array in self.summary(self.model(input_ids=self.prompts[i]).logits[0], f"p{i}")
             }
 
-    def of_batch(self, side: str, weights: dict[str, torch.Tensor] | None = None) -> dict[str, np.ndarray]:
+    def of_batch(self, side: str) -> dict[str, np.ndarray]:
         """Return a summary of the positions of a padded batch that hold tokens."""
         ids, mask = (torch.from_numpy(self.arrays[f"batch_{side}_{name}"].astype(np.int64)) for name in ("ids", "mask"))
         with torch.no_grad():
-            return dict(self.summary(self.run(weights, input_ids=ids, attention_mask=mask).logits[mask > 0], side))
+            return dict(self.summary(self.model(input_ids=ids, attention_mask=mask).logits[mask > 0], side))
 
     def summary(self, logits: torch.Tensor, name: str):
         """Yield the log-sum-exp of every position, and of some the largest logits and those of fixed ids."""
@@ -147,12 +131,12 @@ class Model:
         yield f"{name}_top_id", best.indices.numpy().astype(np.int32)
         yield f"{name}_probe_val", some[:, self.arrays["probe_ids"]].numpy()
 
-    def answers(self, which: Any, weights: dict[str, torch.Tensor] | None = None) -> dict[str, list[int]]:
+    def answers(self, which: Any) -> dict[str, list[int]]:
         """Return greedily generated ids, the closing one among them."""
         found = {}
         for i in which:
             prompt = {"input_ids": self.prompts[i], "attention_mask": torch.ones_like(self.prompts[i])}
-            row = make_fusion.greedy(self.model, prompt, NEW_TOKENS, weights)[0]
+            row = make_fusion.greedy(self.model, prompt, NEW_TOKENS)[0]
             found[f"prompt_{i}"] = row[self.prompts[i].shape[1] :].tolist()
         return found
 
@@ -167,44 +151,6 @@ def single(model: Model, folder: Path, name: str) -> tuple[dict[str, np.ndarray]
     answers = live.answers(ASKED)
     adapted.unload()
     return found, answers
-
-
-def fusion(
-    model: Model, pool: dict, start: np.ndarray, *, mix: bool, magnitudes: bool
-) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
-    """Return a fusion's logits, losses and gradients at the start, some steps of Adam, and the end."""
-    c = torch.tensor(start, requires_grad=True)
-    m = [row.requires_grad_() for row in make_fusion.start_magnitudes(model.model, pool)] if magnitudes else None
-    whole = [list(pool).index(path) for path in WHOLE]
-
-    def weights() -> dict[str, torch.Tensor]:
-        return make_fusion.fused(model.model, pool, c, m, mix=mix)
-
-    def fixed() -> dict[str, torch.Tensor]:
-        return {name: weight.detach() for name, weight in weights().items()}
-
-    def norms(rows: Any) -> np.ndarray:
-        return np.array([float(torch.linalg.vector_norm(row.detach())) for row in rows], np.float32)
-
-    rows = {k: len(model.arrays[f"loss_ids_{k}"]) for k in (0, 1)}
-    found: dict[str, Any] = {"coeff0": start} | model.of_prompts(fixed())
-    mean = model.loss(0, weights())
-    gradients = torch.autograd.grad(mean / rows[0], [c, *(m or [])])
-    found |= {"loss_mean_ce": mean, "loss": mean / rows[0], "grad_coeff": gradients[0]}
-    if m is not None:
-        before = [row.detach().clone() for row in m]
-        found |= {"mag0_norm": norms(before), "grad_mag_norm": norms(gradients[1:])}
-        found |= {f"grad_mag_{i}": gradients[1 + at] for i, at in enumerate(whole)}
-    steps = make_fusion.adam_steps(c, m, STEPS, lambda k: model.loss(k, weights()) / rows[k])
-    found |= make_fusion.trajectory(c.detach().clone(), list(steps))
-    if m is not None:
-        found["mag_move_norm"] = norms(after - first for after, first in zip(m, before, strict=True))
-        found |= {f"mag_after_{i}": m[at] for i, at in enumerate(whole)}
-    found |= model.of_prompts(fixed(), ASKED, "after_p")
-    with torch.no_grad():
-        found["loss_mean_ce_after"] = model.loss(0, fixed())
-    arrays = {name: x.detach().numpy() if isinstance(x, torch.Tensor) else x for name, x in found.items()}
-    return arrays, model.answers(ASKED, fixed())
 
 
 def write_base(model: torch.nn.Module, target: Path) -> None:
@@ -248,7 +194,7 @@ def main() -> None:
     found = model.of_prompts() | model.of_batch("left") | model.of_batch("right")
     with torch.no_grad():
         found |= {f"loss_mean_ce_{k}": model.loss(k).numpy() for k in (0, 1)}
-        found["p4_last"] = model.run(input_ids=model.prompts[4]).logits[0, -1].numpy()
+        found["p4_last"] = model.model(input_ids=model.prompts[4]).logits[0, -1].numpy()
     np.savez_compressed(out / "base.npz", **found)
     answers = {"base": model.answers(range(6))}
     with tempfile.TemporaryDirectory() as temporary:
@@ -256,11 +202,6 @@ def main() -> None:
         for name in ADAPTERS:
             found, answers[name] = single(model, folder, name)
             np.savez_compressed(out / f"single_{name}.npz", **found)
-        for name, (kind, mix, magnitudes, first) in FUSIONS.items():
-            pool = make_fusion.read_pool(base, folder, POOLS[kind])
-            start = seeded.normal(f"smollm2/{first}", (3, 30), 0.25)
-            found, answers[name] = fusion(model, pool, start, mix=mix, magnitudes=magnitudes)
-            np.savez_compressed(out / f"{name}.npz", **found)
     seeded.write_answers(out / "greedy.json", answers)
 
 

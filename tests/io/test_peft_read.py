@@ -191,6 +191,13 @@ def test_mixed_ranks_and_dtypes_are_kept(write, tmp_path):
 
 
 _IDLE = "without effect on the trained adapter, kept for re-saving: "
+# Fields that PEFT up to 0.21 writes without being asked.
+_EMPTY = "alora_invocation_tokens arrow_config auto_mapping corda_config eva_config exclude_modules kasa_config"
+_EMPTY += " layer_replication layers_pattern layers_to_transform lora_ga_config megatron_config revision"
+_EMPTY += " target_parameters trainable_token_indices use_bdlora velora_config"
+_DEFAULTS = dict.fromkeys(_EMPTY.split()) | {"loftq_config": {}, "megatron_core": "megatron.core", "bias": "none"}
+_DEFAULTS |= dict.fromkeys(("lora_bias", "use_dora", "use_qalora", "use_rslora"), False) | {"qalora_group_size": 16}
+_DEFAULTS |= {"inference_mode": True, "peft_version": "0.21.2", "alpha_pattern": {}, "rank_pattern": {}}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +212,7 @@ _IDLE = "without effect on the trained adapter, kept for re-saving: "
         ({"enable_lora": None}, ()),
         ({"enable_lora": False, "use_qalora": False}, ()),
         ({"target_parameters": []}, ()),
+        (_DEFAULTS, (f"{_IDLE}inference_mode, peft_version",)),
     ],
 )
 def test_fields_without_effect_are_noted_and_kept(write, tmp_path, fields, notes):

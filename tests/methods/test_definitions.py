@@ -127,6 +127,22 @@ def test_seeds_of_one_program_are_those_of_two(name):
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", _SOME_LONG)
+def test_a_base_in_bfloat16_trains_the_same_numbers(name):
+    """Parameters and gradients stay in float32."""
+    exact, config = _problem(name), dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
+    base = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), exact.frozen.base)
+    frozen = dataclasses.replace(exact.frozen, base=base)
+    narrow = exact.replace(graph=nnx.split(tiny.t5(config))[0], frozen=frozen)
+    params = exact.init(_KEY)
+    value_and_grad = jax.jit(jax.value_and_grad(tiny.loss))
+    (loss, slope), (wanted, exact_slope) = (value_and_grad(params, of) for of in (narrow, exact))
+    assert float(loss) == pytest.approx(float(wanted), rel=0.02)
+    for got, of_exact in zip(jax.tree.leaves(slope), jax.tree.leaves(exact_slope), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, of_exact, atol=0.2 * float(jnp.max(jnp.abs(of_exact))) + 1e-6)
+
+
 def test_the_norm_of_a_dora_update_counts_as_constant():
     shapes = (7, 5), (7, 2), (2, 5), (5,), (3, 7), (3, 5)
     rng = np.random.default_rng(0)

@@ -1,7 +1,6 @@
-"""A real language model from its GGUF file, its adapters and their fusions, against PyTorch, PEFT and its tokenizer.
+"""A real language model from its GGUF file, and its adapters, against PyTorch, PEFT and its tokenizer.
 
-Bounds are those of the goldens: logits, which reach 44, 5e-4 (1e-3 after six steps), losses 2e-5, gradients 1e-5 + 1e-4
-relative, coefficients after steps 4e-5, which detects a missing L1 term or weight decay. Ids are equal.
+Bounds are those of the goldens: logits, which reach 44, 5e-4, losses 5e-5. Ids are equal.
 """
 
 import copy
@@ -23,12 +22,7 @@ from lorafusion_jax.parts import cross_entropy, open_base
 pytestmark = pytest.mark.usefixtures("optimised_by_llvm")
 
 _SINGLES = ("lora_a", "lora_b", "lora_c_all_rslora", "lora_d_patterns", "dora_e", "lora_f")
-_FUSIONS = [f"{pool}_{magnitudes}" for pool in ("pool_factors", "pool_products", "mixed_products")
-            for magnitudes in ("lora", "dora")]  # fmt: skip
 _TOKENS = 24
-_POOLS = {"pool": ("lora_a", "lora_b", "lora_f"), "mixed": ("lora_a", "lora_c_all_rslora", "lora_d_patterns")}
-# The matrices whose magnitudes the goldens have whole.
-_WHOLE = ("model.layers.0.self_attn.q_proj", "model.layers.14.self_attn.v_proj", "model.layers.29.self_attn.q_proj")
 
 
 class _Golden(NamedTuple):
@@ -40,15 +34,12 @@ class _Golden(NamedTuple):
     graph: nnx.GraphDef
     base: nnx.State
 
-    def problem(self, names, method):
-        pool = lf.read_pool(
-            [str(self.folder / "adapters" / name) for name in names],
-            self.model.config,
-            base_tensor=lf.base_tensor(smollm2.gguf_file()),
-        )
+    def problem(self, name, method):
+        source = str(self.folder / "adapters" / name)
+        pool = lf.read_pool([source], self.model.config, base_tensor=lf.base_tensor(smollm2.gguf_file()))
         used = {site: lf.kernels(self.model)[site] for site in pool.A}
         frozen = lf.Frozen(self.base, pool, jax.jit(lf.gram)(pool, used))
-        return lf.Problem(graph=self.graph, method=method, frozen=frozen, index=jnp.arange(len(names)))
+        return lf.Problem(graph=self.graph, method=method, frozen=frozen, index=jnp.arange(1))
 
     def prompts(self, numbers=range(6)):
         """Some prompts as one batch, padded on the right."""
@@ -85,17 +76,17 @@ class _Golden(NamedTuple):
             found = jnp.argmax(_label_logits(self.graph, self.base, ids, mask, labels, adapters), axis=-1)
         np.testing.assert_array_equal(np.where(labels >= 0, found, -100), labels)
 
-    def check_logits(self, file, logits, numbers=range(6), prefix="p", tolerance=5e-4):
+    def check_logits(self, file, logits, numbers):
         for number, row in zip(numbers, logits, strict=True):
             row = row[: len(self.inputs[f"prompt_{number}"])]
-            self.check_row(row, file, f"{prefix}{number}", tolerance)
+            self.check_row(row, file, f"p{number}")
 
-    def check_row(self, row, file, name, tolerance=5e-4):
+    def check_row(self, row, file, name):
         """Compare the log-sum-exp of every position, and of some the largest logits and those of fixed ids."""
-        _close(jax.nn.logsumexp(row, axis=-1), file[f"{name}_lse"], tolerance)
+        _close(jax.nn.logsumexp(row, axis=-1), file[f"{name}_lse"], 5e-4)
         some = row[file[f"{name}_positions"]]
-        _close(np.take_along_axis(some, file[f"{name}_top_id"], axis=-1), file[f"{name}_top_val"], tolerance)
-        _close(some[:, self.inputs["probe_ids"]], file[f"{name}_probe_val"], tolerance)
+        _close(np.take_along_axis(some, file[f"{name}_top_id"], axis=-1), file[f"{name}_top_val"], 5e-4)
+        _close(some[:, self.inputs["probe_ids"]], file[f"{name}_probe_val"], 5e-4)
 
     def batch(self, k):
         """A loss batch: prompts of different lengths, and the completions behind them; both batches get four rows."""
@@ -114,8 +105,8 @@ def _widened(leaf):
     return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def _close(got, wanted, tolerance, relative=0.0):
-    np.testing.assert_allclose(np.asarray(got), wanted, rtol=relative, atol=tolerance)
+def _close(got, wanted, tolerance):
+    np.testing.assert_allclose(np.asarray(got), wanted, rtol=0.0, atol=tolerance)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -135,7 +126,6 @@ def _label_logits(graph, base, ids, mask, labels, adapters):
 
 
 _adapters = jax.jit(lambda problem, params: problem.method.adapters(params, problem.frozen, problem.index)[0])
-_step = jax.jit(lf.fusion_step, static_argnames="optimisation")
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +207,7 @@ def test_greedy_ids_of_the_base(golden):
 def test_single_adapter(golden, name, numbers):
     """Ranks, patterns, rslora and magnitudes, on two or on all maps."""
     file = dict(np.load(golden.folder / f"single_{name}.npz"))
-    problem = golden.problem([name], lf.Fusion(composition="sum", magnitudes=name == "dora_e"))
+    problem = golden.problem(name, lf.Fusion(composition="sum", magnitudes=name == "dora_e"))
     adapters = _adapters(problem, problem.init(jax.random.key(0)))
     # Position 0 of one prompt is off by 5.7e-4 in float32 with all maps adapted, and by 1e-5 in float64.
     logits = golden.exact_logits if name == "lora_c_all_rslora" else golden.logits
@@ -226,78 +216,3 @@ def test_single_adapter(golden, name, numbers):
         _close(golden.entropy(k, adapters), file[f"loss_mean_ce_{k}"], 5e-5)
     said = json.loads((golden.folder / "greedy.json").read_text())[name]
     golden.check_greedy(adapters, said, by_generation=name == "lora_a" and 5 in numbers)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", _FUSIONS)
-def test_fusion(golden, name):
-    """Start, gradients, six steps of the reference protocol, and the end of a fusion."""
-    file = dict(np.load(golden.folder / f"{name}.npz"))
-    kind, mode, magnitudes = name.split("_")
-    trained = magnitudes == "dora"
-    method = lf.Fusion(composition="mix" if mode == "factors" else "sum", start="uniform", magnitudes=trained)
-    problem = golden.problem(_POOLS[kind], method)
-    params = problem.init(jax.random.key(0)) | {"coefficients": jnp.asarray(file["coeff0"])}
-    sites = _Sites(golden, problem, _WHOLE)
-
-    adapters = _adapters(problem, params)
-    golden.check_logits(file, golden.logits(*golden.prompts(), adapters))
-    batches, recipe = (golden.batch(0), golden.batch(1)), lf.PRESETS["reference"]
-    _close(golden.entropy(0, adapters), file["loss_mean_ce"], 5e-5)
-
-    def step(state, batch, *, l1, l2):
-        rates = {"coefficients": jnp.float32(recipe.lr_coefficients), "magnitudes": jnp.float32(recipe.lr_magnitudes)}
-        rates = lf.Rates({group: rates[group] for group in params}, l1=jnp.float32(l1), l2=jnp.float32(l2))
-        return _step(state, batch, problem, rates, optimisation=recipe.optimisation(6))
-
-    start = lf.init_state(problem, jax.random.key(0), params)
-    # The golden's gradients leave L1 and L2 out. After one step Adam's first moment is a tenth of the gradient.
-    state, metrics = step(start, batches[0], l1=0.0, l2=0.0)
-    gradients = jax.tree.map(lambda moment: 10 * moment, state.adam.mu)
-    _close(metrics["loss"], file["loss"], 2e-5)
-    _close(gradients["coefficients"], file["grad_coeff"], 1e-5, 1e-4)
-    if trained:
-        sites.check_norms(params["magnitudes"], file["mag0_norm"], 1e-4, 1e-5)
-        sites.check_norms(gradients["magnitudes"], file["grad_mag_norm"], 1e-5, 1e-4)
-        for number, gradient in enumerate(sites.whole(gradients["magnitudes"])):
-            _close(gradient, file[f"grad_mag_{number}"], 1e-5, 1e-4)
-
-    state = lf.init_state(problem, jax.random.key(0), params)
-    for number in range(6):
-        state, metrics = step(state, batches[number % 2], l1=recipe.l1, l2=recipe.l2)
-        _close(metrics["loss"], file["traj_loss"][number], 3e-5)
-        _close(metrics["l1"], file["traj_l1"][number], 3e-5)
-        _close(state.params["coefficients"], file["traj_coeff"][number + 1], 4e-5)
-    if trained:
-        moved = jax.tree.map(lambda after, before: after - before, state.params["magnitudes"], params["magnitudes"])
-        sites.check_norms(moved, file["mag_move_norm"], 5e-4, 0.0)
-        for number, after in enumerate(sites.whole(state.params["magnitudes"])):
-            # Adam divides by the gradient's own size: where that is float noise, an entry may move either way.
-            off = np.abs(after - file[f"mag_after_{number}"])
-            assert np.mean(off < 1e-4) >= 0.99 and off.max() < 5e-3
-    adapters = _adapters(problem, state.params)
-    golden.check_logits(file, golden.logits(*golden.prompts((1, 4)), adapters), (1, 4), "after_p", 1e-3)
-    _close(golden.entropy(0, adapters), file["loss_mean_ce_after"], 1e-4)
-    said = json.loads((golden.folder / "greedy.json").read_text())[name]
-    golden.check_greedy(adapters, said, by_generation=name == "mixed_products_dora")
-
-
-class _Sites:
-    """The golden's order of adapted matrices: block by block, then as the model computes them."""
-
-    def __init__(self, golden, problem, whole):
-        pool, order = problem.frozen.pool, lf.places(golden.model.config)
-        there = [
-            (site, layer)
-            for site, layer in order.values()
-            if site in pool.rank and np.asarray(pool.rank[site])[layer].any()
-        ]
-        self.rows = sorted(there, key=lambda row: row[1])  # stable: sites keep their order
-        self.of_whole = [order[path] for path in whole]
-
-    def whole(self, magnitudes):
-        return [np.asarray(magnitudes[site][layer]) for site, layer in self.of_whole]
-
-    def check_norms(self, magnitudes, wanted, tolerance, relative):
-        norms = [np.linalg.norm(magnitudes[site][layer]) for site, layer in self.rows]
-        _close(norms, wanted, tolerance, relative)

@@ -3,10 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import one_block
 import pytest
 import recipes
+import tiny
 
 import lorafusion_jax as lf
 from lorafusion_jax.parts import EvaluateOptions, evaluate_run, prepare, run_path
@@ -36,6 +39,20 @@ def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
         # 95 rows trained once and ranked once, 5 validated.
         assert (seed["forward_rows"], seed["backward_rows"]) == (195, 190)
     assert any("digit" in name for name in results["seeds"][0]["modules"])  # the task's own character op
+
+
+def test_the_gradient_is_a_finite_difference_of_the_loss():
+    problem = tiny.problem(lf.Fusion(magnitudes=False), tiny.frozen(tiny.t5()))
+    of_seed = jax.tree.map(lambda leaf: np.asarray(leaf)[None], tiny.batch())
+    _, (gradient,) = gradient_at_zero(problem.replace(index=problem.index[None]), (0,), [of_seed])
+    size = float(np.sum(gradient**2))
+    step = 1e-2 / size**0.5
+    ahead, behind = (
+        lf.objective({"coefficients": jnp.asarray(sign * step * gradient)}, tiny.batch(), problem, jnp.float32(0))[1]
+        for sign in (1, -1)
+    )
+    slope = float(ahead["cross_entropy"] - behind["cross_entropy"]) / (2 * step)
+    assert slope == pytest.approx(size, rel=0.02)
 
 
 def test_rows_count_alike_in_batches_of_any_size(ranked):
