@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32
 
 from .. import tasks
+from ..io.digests import Digests
+from ..loading.identity import digests
 from ..loading.model import LoadedModel, Texts, load_model, packing_of
 from ..loading.spec import LoadOptions
 from ..methods import find
@@ -49,11 +52,26 @@ class Lanes:
     seed: int
 
     def measure(self, trainings: Sequence[Training]) -> Iterator[Scores]:
-        """Yield the scores of trainings, in their order; neighbours of one arm, draw and length are one program."""
-        for (arm, draw, _), group in itertools.groupby(trainings, key=lambda each: (each.arm, each.draw, each.share)):
-            options, lanes = dataclasses.replace(self.arms[arm], control_draw=draw), [*group]
-            learns = find(options.method).learns != "untrained"
-            yield from self._adapted(options, lanes) if learns else self._untrained(options, lanes)
+        """Yield the scores of trainings, in their order."""
+        for lanes in self.together(trainings):
+            options = dataclasses.replace(self.arms[lanes[0].arm], control_draw=lanes[0].draw)
+            yield from self._adapted(options, lanes) if self._learns(lanes[0]) else self._untrained(options, lanes)
+
+    def together(self, trainings: Sequence[Training]) -> list[list[Training]]:
+        """Return trainings in groups that are measured at once: neighbours of one arm, draw and length.
+
+        On a CPU each training is a group: programs for other numbers of lanes would take longer to compile than lanes
+        save.
+        """
+
+        def group_of(each: Training) -> tuple[Any, ...]:
+            alone = for_cpu() and self._learns(each)
+            return each.arm, each.draw, each.share, each if alone else None
+
+        return [[*group] for _, group in itertools.groupby(trainings, key=group_of)]
+
+    def _learns(self, training: Training) -> bool:
+        return find(self.arms[training.arm].method).learns != "untrained"
 
     def steps(self, training: Training) -> int:
         """Return the number of steps that a training takes."""
@@ -68,6 +86,12 @@ class Lanes:
         """The base model alone."""
         of_arm = next(iter(self.arms.values()))
         return load_model(LoadOptions(base=of_arm.base, method="zero-shot", chat=of_arm.chat, dtype=of_arm.dtype))
+
+    @functools.cached_property
+    def digests(self) -> Digests:
+        """Digests of the base and of the modules that the first arm with a pool fuses, which are loaded for this."""
+        pools = (options for options in self.arms.values() if options.pool is not None)
+        return digests(next((self._loaded(options) for options in pools), self.base))
 
     @functools.cached_property
     def tokens(self) -> Encoded:

@@ -138,6 +138,35 @@ def procedure(
     return _run(tuple(arms), groups, measure, fold, own_rows, splits, by_fold)
 
 
+def tuned_rates(
+    arms: Sequence[TrialArm], groups: Sequence[Hashable], measure: Measure, *, seed: int = 0
+) -> dict[str, Tuned]:
+    """Return the best rates of each arm that has rates, on an inner split of all rows, as `procedure` tunes them."""
+    groups = list(groups)
+    split = _split(tuple(range(len(groups))), groups, (seed, 0))
+    return {name: found for name, (found,) in _tuned(arms, [split], measure).items()}
+
+
+def _tuned(
+    arms: Sequence[TrialArm], splits: list[tuple[tuple[int, ...], ...]], measure: Measure
+) -> dict[str, list[Tuned]]:
+    """Return the best rates of each arm that has rates, on each split into rows to train on and to compare on."""
+    problems = [(arm, split) for arm in arms if arm.rates for split in splits]
+
+    def losses(candidates: list[Candidate]) -> list[float]:
+        trainings = []
+        for candidate in candidates:
+            arm, (train, test) = problems[candidate.problem]
+            trainings.append(Training(arm.name, arm.draws[0], candidate.rates, candidate.share, train, test))
+        return [float(np.mean(scores.loss)) for scores in measure(trainings)]
+
+    found = tune([tuple(arm.rates.items()) for arm, _ in problems], [arm.name for arm, _ in problems], losses)
+    of_arm: dict[str, list[Tuned]] = {}
+    for (arm, _), tuned in zip(problems, found, strict=True):
+        of_arm.setdefault(arm.name, []).append(tuned)
+    return of_arm
+
+
 def _split(rows: tuple[int, ...], groups: list[Hashable], key: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Return training and test rows for tuning."""
     part = divide([groups[row] for row in rows], TUNING_PARTS, key)
@@ -157,24 +186,12 @@ def _run(
     every, folds = tuple(range(len(groups))), len(own_rows)
     spent = {arm.name: 0.0 for arm in arms}
 
-    def scored(trainings: list[Training]) -> Iterator[tuple[Training, Scores]]:
+    def counted(trainings: Sequence[Training]) -> Iterator[Scores]:
         for training, scores in zip(trainings, measure(trainings), strict=True):
             spent[training.arm] += training.share * len(training.train) / len(every)
-            yield training, scores
+            yield scores
 
-    problems = [(arm, split) for arm in arms if arm.rates for split in splits]
-
-    def losses(candidates: list[Candidate]) -> list[float]:
-        trainings = []
-        for candidate in candidates:
-            arm, (train, test) = problems[candidate.problem]
-            trainings.append(Training(arm.name, arm.draws[0], candidate.rates, candidate.share, train, test))
-        return [float(np.mean(scores.loss)) for _, scores in scored(trainings)]
-
-    found = tune([tuple(arm.rates.items()) for arm, _ in problems], [arm.name for arm, _ in problems], losses)
-    of_arm: dict[str, list[Tuned]] = {}
-    for (arm, _), tuned in zip(problems, found, strict=True):
-        of_arm.setdefault(arm.name, []).append(tuned)
+    of_arm = _tuned(arms, splits, counted)
 
     def trainings(numbers: list[int]) -> Iterator[Training]:
         """Yield the trainings that folds test; those of an arm and a draw are neighbours."""
@@ -195,7 +212,8 @@ def _run(
     draws = {arm.name: arm.draws for arm in arms}
     looks = [[number] for number in range(folds)] if by_fold else [[*range(folds)]]
     for look, parts in enumerate(looks, start=1):
-        for training, scores in scored([*trainings(parts)]):
+        tested = [*trainings(parts)]
+        for training, scores in zip(tested, counted(tested), strict=True):
             place = draws[training.arm].index(training.draw), list(training.test)
             loss[training.arm][place] = scores.loss
             correct[training.arm][place] = scores.correct
