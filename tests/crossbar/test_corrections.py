@@ -160,20 +160,6 @@ def test_gradients_reach_corrections_and_inputs():
     np.testing.assert_allclose(along, (up - down) / 2e-3, rtol=2e-2)
 
 
-def test_scales_of_noisy_reads_bring_outputs_closer():
-    noisy = CrossbarConfig(**_ANALOG, device=Device(programming=Independent(0.05), read_noise=crossbar.ReadNoise(0.02)))
-    chips, x = _chips(noisy), jax.random.normal(jax.random.key(9), (30, 8))
-    fitted = _fit(chips)
-    corrected = crossbar.with_corrections(chips, fitted)
-    errors = []
-    for tree in (chips, corrected):
-        outputs = [_outputs(crossbar.reads(tree, number), x) for number in range(10, 20)]  # the fit has read 0 and 1
-        assert not np.array_equal(outputs[0], outputs[1])
-        errors.append(np.mean(np.square(np.stack(outputs) - np.asarray(_outputs(_WEIGHTS, x)))))
-    assert errors[1] < 0.9 * errors[0]
-    jax.tree.map(np.testing.assert_array_equal, _fit(chips), fitted)
-
-
 def test_a_converted_flax_model_is_restored():
     digital = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), jnp.tanh, nnx.Linear(16, 5, rngs=nnx.Rngs(1)))
     on_arrays = crossbar_flax.convert(digital, {"*": _NOISY}, jax.random.key(3))

@@ -137,13 +137,6 @@ def test_ages_beyond_the_last_measurement_are_refused_or_nan():
     assert jnp.isfinite(dataclasses.replace(wan, extrapolate=True)(cells(0.5), KEY, 200_000.0)).all()
 
 
-def test_zero_cells_get_half_normal_noise():
-    G, _ = written(Device(programming=Independent(0.05)), 0.0)
-    assert abs(np.mean(G == 0) - 0.5) < 5 * math.sqrt(0.25 / N)
-    mean, deviation = 0.05 / math.sqrt(2 * math.pi), 0.05 * math.sqrt(0.5 - 0.5 / math.pi)
-    assert abs(G.mean() - mean) < 5 * deviation / math.sqrt(N)
-
-
 def test_conductances_are_clipped_after_programming_and_after_drift():
     def drifted(programmed, change, clip="positive"):
         device = Device(
@@ -208,16 +201,6 @@ def test_drift_follows_programming_and_time():
     np.testing.assert_allclose(written(dataclasses.replace(device, time=None), 0.5)[0], 0.6, rtol=1e-6)
 
 
-def test_exponents_of_a_power_law_have_their_mean_and_spread():
-    model = PowerLaw(0.06, 0.01, start=20.0)
-    exponents = -jnp.log(model(cells(0.3, 0.9), KEY, 1e5) / cells(0.3, 0.9)) / math.log((1e5 + 20) / 20)
-    assert_normal(exponents, [0.06, 0.06], [0.01, 0.01])
-    assert (PowerLaw(0.0, 0.05)(cells(0.5), KEY, 1e5) <= 0.5).all()  # no cell gains
-    noisy = dataclasses.replace(model, flicker=crossbar.Flicker())
-    flicker = noisy(cells(0.3, 0.9), KEY, 1e5) / model(cells(0.3, 0.9), KEY, 1e5) - 1
-    assert abs(np.corrcoef(flicker[0], exponents[0])[0, 1]) < 5 / math.sqrt(N)
-
-
 def test_cells_that_do_not_conduct_stay_finite():
     drifted = PCM_DRIFT(jnp.zeros(8), KEY, 1e6)
     np.testing.assert_array_equal(drifted, 0)
@@ -227,20 +210,6 @@ def test_cells_that_do_not_conduct_stay_finite():
 def test_conductances_begin_to_relax_after_a_second():
     at_start = crossbar.Relaxation(shift=-0.1, spread=0.02, growth=0.01)(cells(0.4), KEY, 0.5)
     assert_normal(at_start, [0.4], [0.02])
-
-
-def test_drift_compensation_restores_the_mean():
-    before = np.linspace(0.1, 1, 5)
-    device = Device(drift=PowerLaw(0.05), time=1e6)
-    later, _ = written(device, *before)
-    np.testing.assert_allclose(
-        later * crossbar.drift_compensation(jnp.asarray(cells(*before)), jnp.asarray(later, jnp.float32)),
-        cells(*before),
-        rtol=1e-5,
-    )
-    signed = jnp.asarray([[1.0, -3.0]])
-    assert float(crossbar.drift_compensation(signed, signed / 2)) == 2
-    assert float(crossbar.drift_compensation(jnp.zeros(4), jnp.zeros(4))) == 1
 
 
 def test_compensation_is_of_weights_whatever_both_cells_of_a_pair_share():
@@ -272,16 +241,6 @@ def test_read_noise_of_a_cell_has_its_spread_and_may_be_clipped(kind, spread):
     assert_normal(model.draw(G, KEY), [0.5, 1.0], spread)
     assert float(dataclasses.replace(model, clip=True).draw(cells(0.0), KEY).min()) == 0
     assert float(dataclasses.replace(model, sigma=2.0).draw(cells(0.5), KEY).min()) < 0
-
-
-def test_a_nonlinear_cell_has_the_current_of_sinh():
-    iv = crossbar.Sinh(read_voltage=0.5, scale=0.25)
-    v, G = jnp.linspace(-1, 1, 9)[:, None], jnp.linspace(0, 1, 5)[None, :]
-    np.testing.assert_allclose(iv(v, G), np.asarray(G) * np.sinh(2 * np.asarray(v)) / np.sinh(2), rtol=1e-5, atol=1e-7)
-    ones = jnp.ones((1, 1))
-    np.testing.assert_allclose(iv(ones, G), G, rtol=1e-6)
-    np.testing.assert_allclose(iv(0.01 * ones, ones) / iv(0.005 * ones, ones), 2, rtol=1e-3)
-    assert float(iv(ones / 2, ones)[0, 0]) < 0.4
 
 
 def test_a_key_is_a_chip_and_effects_draw_independently():

@@ -79,16 +79,6 @@ def test_an_adc_with_the_lost_bits_loses_nothing(bits, dac, kind):
     assert exact.lost_bits == (0.0,) * len(bits)
 
 
-def test_lost_bits_by_hand():
-    puma = explain(PRESETS["puma"], (1024, 1024))
-    assert puma.lost_bits == pytest.approx([math.log2(128 * 3 / 127)] * 8)
-    assert explain(PRESETS["isaac"], (1024, 1024)).lost_bits == (0.0,) * 8
-    assert explain(PRESETS["neurram"], (1024, 1024)).lost_bits is None
-    assert explain(CrossbarConfig(), (8, 8)).lost_bits == (0.0,) * 4
-    raella = explain(PRESETS["raella"], (512, 16))
-    assert raella.lost_bits == pytest.approx([math.log2(512 * top / 63) for top in (3, 3, 15)])
-
-
 @pytest.mark.parametrize(
     "changes",
     [

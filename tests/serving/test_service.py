@@ -15,7 +15,6 @@ import pytest
 import recipes
 import small_llama
 import tiny
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
@@ -24,10 +23,8 @@ from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.loading.identity import digests
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.options import row_format
-from lorafusion_jax.runs.rows import Rows
-from lorafusion_jax.serving.bank import TaskModels
 from lorafusion_jax.serving.predict import evaluate_runs, generate_rows
-from lorafusion_jax.tasks import Example, draw_modules, eval_batches, load_task
+from lorafusion_jax.tasks import draw_modules, load_task
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
 _SITES = ("encoder.self.q", "encoder.self.v", "decoder.self.q", "decoder.self.v", "decoder.cross.q", "decoder.cross.v")
@@ -398,23 +395,3 @@ def test_two_runs_with_the_same_last_name_differ_by_their_folders(runs, alone, t
     rows = _file(tmp_path, [{"run": str(folder), "input": _LINES[0]} for folder in folders])
     said = generate_rows(folders, file=rows)
     assert said == [alone["fused"][0], alone["mixed"][0]]
-
-
-def test_a_row_that_has_ended_gives_its_place_to_the_next_prompt(service):
-    """Every other answer has one token: in batches these would wait for six steps."""
-    limits = np.array([1, 6] * 6)
-    encoded = service.encode([Example(_LINES[0], "")] * len(limits), None, 6)
-    tasks, bank = np.full(len(limits), -1), service.bank
-    bank = dataclasses.replace(bank, frozen=bank.frozen.unstacked())
-    batches = list(eval_batches(encoded, 4, pad_id=0))
-    how = {"pad_id": 0, "room": 6, "sampling": lf.Sampling()}
-    config = nnx.merge(bank.graph, bank.frozen.base).config
-
-    def plain(numbers):
-        return TaskModels(bank, np.full(numbers.shape, -1, np.int32))
-
-    rows = Rows(plain, 1, config, batches, limits, lambda numbers: None, **how)
-    found = {row: tokens[: limits[row]].tolist() for _, row, tokens in rows.ended(False, None, 6)}
-    assert [found[row] for row in range(len(limits))] == service.tokens(encoded, tasks, limits.tolist(), eval_batch=64)
-    kept = sum(sum(token != 0 for token in tokens) for tokens in found.values())
-    assert kept > len(limits) and rows.computed < kept + 4 * 6
