@@ -5,7 +5,7 @@ them, with digests of the weights, and the programmed arrays, which a drawn chip
 
     CHIPS/manifest.json   key, digital weights, digests of base and modules, arrays and cost of writing them
     CHIPS/config.yaml     configuration of the crossbar
-    CHIPS/chip_0/         SITE.npz, ...: one file for each stack of matrices (`crossbar.load_chip`)
+    CHIPS/chip_0/         SITE.safetensors, ...: a file for each stack of matrices (`crossbar.load_chip`)
 """
 
 import dataclasses
@@ -137,17 +137,17 @@ class Chips:
         """
         folder = Path(self.name) / "chip_0"
         base = matrices(nnx.merge(fused.problem.graph, fused.problem.frozen.base))
-        site = next((site for site in base if (folder / f"{site}.npz").is_file()), None)
+        site = next((site for site in base if (folder / f"{site}.safetensors").is_file()), None)
         if site is None:
             return
         weight = {site: dense(base[site], jnp.float32)}
         drawn = crossbar.program_tree(weight, {site: self.config}, self.chip_key(0))[site]
-        written = crossbar.programmed_weights(crossbar.load_chip(folder / f"{site}.npz", self.config))
+        written = crossbar.programmed_weights(crossbar.load_chip(folder / f"{site}.safetensors", self.config))
         now = crossbar.programmed_weights(drawn)[: len(written)]
         if not np.allclose(now, written, rtol=0, atol=1e-2 * float(np.abs(written).max())):
             raise ValueError(
-                f"{folder / site}.npz holds other arrays than the key draws now: another version of this package or of "
-                "JAX wrote them, or the run loads its weights in fewer bits. Program chips again"
+                f"{folder / site}.safetensors holds other arrays than the key draws now: another version of this "
+                "package or of JAX wrote them, or the run loads its weights in fewer bits. Program chips again"
             )
 
 

@@ -79,7 +79,9 @@ def write_chips(options: ProgramOptions) -> Manifest:
                 leaves = crossbar.chips_in(chip)
                 (of_chip := folder / f"chip_{number}").mkdir()
                 for leaf in leaves:
-                    crossbar.save_chip(leaf, of_chip / f"{leaf.name}{f'.{leaf.first}' if leaf.first else ''}.npz")
+                    crossbar.save_chip(
+                        leaf, of_chip / f"{leaf.name}{f'.{leaf.first}' if leaf.first else ''}.safetensors"
+                    )
                 bar.update()
         of_weights = digests(fused)
         manifest: Manifest = {

@@ -213,9 +213,9 @@ def _wide_head():
 
 
 def test_a_saved_correction_of_another_width_is_refused(tmp_path):
-    crossbar.save_chip(_wide_head(), tmp_path / "chip.npz")
-    with pytest.raises(ValueError, match=r"chip\.npz: the scale of the correction of 'head' has shape \(1,\)"):
-        crossbar.load_chip(tmp_path / "chip.npz")
+    crossbar.save_chip(_wide_head(), tmp_path / "chip.safetensors")
+    with pytest.raises(ValueError, match=r"chip\.safetensors: the scale of the correction of 'head' has shape \(1,\)"):
+        crossbar.load_chip(tmp_path / "chip.safetensors")
 
 
 _NAN = [_BATCHES[0].at[3, 2].set(jnp.nan)]

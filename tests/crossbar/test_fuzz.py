@@ -612,8 +612,8 @@ def test_a_corrected_chip_reads_what_numpy_corrects(case: Case, parts: set[str])
     chip = jit(lambda W: program(W, case.config, case.key, path=case.path))(jnp.asarray(case.W))
     corrections = {chip.name: Correction(**{part: jnp.asarray(drawn[part]) for part in given})}
     with tempfile.TemporaryDirectory() as folder:
-        save_chip(with_corrections(chip, corrections), f"{folder}/chip.npz")
-        loaded = load_chip(f"{folder}/chip.npz", case.config)
+        save_chip(with_corrections(chip, corrections), f"{folder}/chip.safetensors")
+        loaded = load_chip(f"{folder}/chip.safetensors", case.config)
     s, o, U, V = (drawn[part] if part in given else np.float64(part == "scale") for part in shapes)
     low_rank = (case.x @ U @ V, np.abs(case.x) @ np.abs(U) @ np.abs(V)) if "U" in given else (0, 0)
     plain = oracle.read(programmed_chip(case), case.x, case.config, limits_of(loaded))

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 _FOLDER = Path(__file__).resolve().parents[2] / "lorafusion_jax" / "crossbar"
-_THIRD_PARTY = {"jax", "numpy", "yaml", "jaxtyping"}
+_THIRD_PARTY = {"jax", "numpy", "yaml", "jaxtyping", "safetensors"}
 
 
 def test_only_its_folder_flax_imports_flax_and_nothing_imports_that_folder():

@@ -86,8 +86,8 @@ def check_chip(
     same(y, read(x, defined))
     same(y, matmul(x, program(W, config, KEY, path=path)))
     # A saved chip reads the same.
-    crossbar.save_chip(chip, folder / "chip.npz")
-    loaded = crossbar.load_chip(folder / "chip.npz")
+    crossbar.save_chip(chip, folder / "chip.safetensors")
+    loaded = crossbar.load_chip(folder / "chip.safetensors")
     assert loaded.config == config and jax.tree.structure(loaded) == jax.tree.structure(chip)
     np.testing.assert_array_equal(read(x, loaded), y)
     # Any leading axes are a batch: none, two, and an empty one.

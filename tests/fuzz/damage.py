@@ -2,12 +2,9 @@
 
 import contextlib
 import copy
-import io
 import itertools
 import json
 import random
-import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -122,31 +119,6 @@ def _safetensors(content: bytes, draw: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
-def _npz(content: bytes, draw: random.Random) -> bytes:
-    """Change a header, a name or the compression of one entry."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    n = draw.randrange(len(entries))
-    name, data = entries[n]
-    length = struct.unpack_from("<H", data, 8)[0]
-    header = data[10 : 10 + length].decode()
-    larger = f"'shape': ({draw.choice((10**6, 10**13, 2**62))}, "
-    changes = [("'shape': (", larger), ("'<", "'>"), ("f4", "O8"), ("4'", "2'")]
-    new = header.replace(*draw.choice(changes)).encode()
-    body = data[10 + length :]
-    if "meta" in name and draw.random() < 0.8:  # a text of UTF-32
-        text = _json(body.decode("utf-32-le").encode(), draw).decode()
-        new = f"{{'descr': '<U{len(text)}', 'fortran_order': False, 'shape': (), }}\n".encode()
-        body = text.encode("utf-32-le", "surrogatepass")
-    new_name = draw.choice((name, name, name, f"../{name}", "x.npy"))
-    entries[n] = (new_name, data[:8] + struct.pack("<H", len(new)) + new + body)
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", draw.choice((zipfile.ZIP_STORED,) * 3 + (zipfile.ZIP_DEFLATED,))) as archive:
-        for name, data in entries:
-            archive.writestr(name, data)
-    return out.getvalue()
-
-
 def _gguf(content: bytes, draw: random.Random) -> bytes:
     """Overwrite a number of the header: a count, a type, the length of a text or a list, a size or a place."""
     end = max(at for name in (b"output_norm.weight", b"attention.head_count") if (at := content.find(name)) > 0)
@@ -163,6 +135,5 @@ _STRUCTURED: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".jsonl": _lines,
     ".yaml": _yaml,
     ".safetensors": _safetensors,
-    ".npz": _npz,
     ".gguf": _gguf,
 }

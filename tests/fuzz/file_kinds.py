@@ -154,7 +154,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     def corrections() -> None:
         (found,) = load_restored(str(restored.parent), one_chip, [0], "0")
         with named(restored):
-            found.on({"q": load_chip(chips / "chip_0" / "q.npz")})
+            found.on({"q": load_chip(chips / "chip_0" / "q.safetensors")})
 
     query = "encoder.block.0.layer.0.SelfAttention.q"
     checked = {"shapes": {query: (96, 96)}, "base_tensor": lf.base_tensor(base)}
@@ -200,7 +200,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "run predictions": Kind(run.folder / "predictions.jsonl", run.predictions),
         "chips manifest": Kind(chips / "manifest.json", lambda: parts.load_chips(str(chips)).chip_key(0)),
         "chips config": Kind(chips / "config.yaml", lambda: parts.load_chips(str(chips))),
-        "chip arrays": Kind(chips / "chip_0" / "q.npz", lambda: load_chip(chips / "chip_0" / "q.npz")),
+        "chip arrays": Kind(chips / "chip_0" / "q.safetensors", lambda: load_chip(chips / "chip_0" / "q.safetensors")),
         "crossbar config": Kind(chips / "config.yaml", lambda: load_config(chips / "config.yaml")),
         "cost constants": Kind(folder / "constants.yaml", lambda: load_constants(folder / "constants.yaml")),
         "result rows": Kind(folder / "rows.jsonl", lambda: read_rows(folder / "rows.jsonl")),
@@ -373,7 +373,7 @@ def _write_chips(folder: Path) -> Path:
     config = load_config("isaac")
     save_config(config, folder / "config.yaml")
     chip = lf.program(jax.random.normal(jax.random.key(0), (8, 4), jnp.float32), config, jax.random.key(1))
-    save_chip(dataclasses.replace(chip, name="q"), folder / "chip_0" / "q.npz")
+    save_chip(dataclasses.replace(chip, name="q"), folder / "chip_0" / "q.safetensors")
     one = {"arrays": 1, "cells": 8, "utilisation": 0.5, "simulated_pulses": None}
     one |= {name: [1.0, 2.0, 3.0] for name in ("pulses", "joules", "seconds")}
     manifest = {"base": "base", "base_sha256": "0", "pool": "pool", "modules": {"a": "0"}, "basis_sha256": None}

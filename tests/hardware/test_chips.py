@@ -118,7 +118,7 @@ def _fusing(small, chips, name, **changes):
 
 
 def _weights_of(folder, number):
-    state = load_chip(folder / f"chip_{number}" / f"{_V}.npz", _NOISY)
+    state = load_chip(folder / f"chip_{number}" / f"{_V}.safetensors", _NOISY)
     return np.asarray(crossbar.programmed_weights(state))
 
 
@@ -185,9 +185,9 @@ def test_a_folder_holds_the_chips_that_its_key_draws(small, chips):
 @pytest.mark.long
 def test_arrays_that_the_key_no_longer_draws_are_noticed(small, chips, fused):
     parts.write_chips(_programming(small, chips, out=chips / "changed"))
-    first, second = (chips / "changed" / "chip_0" / f"{name}.npz" for name in (_V, "decoder.self.v"))
+    first, second = (chips / "changed" / "chip_0" / f"{name}.safetensors" for name in (_V, "decoder.self.v"))
     first.write_bytes(second.read_bytes())
-    with pytest.raises(ValueError, match="encoder.self.v.npz holds other arrays than the key draws now"):
+    with pytest.raises(ValueError, match="encoder.self.v.safetensors holds other arrays than the key draws now"):
         _on_chips(fused, crossbar=str(chips / "changed"))
 
 

@@ -5,14 +5,11 @@ import io
 import json
 import os
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any, TypedDict
 
 import datasets
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -100,25 +97,6 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path, name, content, read):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=rf"{tmp_path}.*'\w+' is given twice: keep one"):
         read(tmp_path / name)
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_an_array_or_a_key_that_a_chip_has_twice_is_refused(tmp_path):
-    chip = crossbar.program(jnp.ones((2, 2)), crossbar.CrossbarConfig(), jax.random.key(0))
-    crossbar.save_chip(chip, tmp_path / "x.npz")
-    with zipfile.ZipFile(tmp_path / "x.npz") as file:
-        arrays = {name: file.read(name) for name in file.namelist()}
-    meta = str(np.load(io.BytesIO(arrays["meta_json.npy"])))
-    np.save(twice := io.BytesIO(), np.array(meta.replace('"first"', '"first": 1, "first"')))
-    for changed, message in (
-        ([*arrays.items()] * 2, "is there twice"),
-        ((arrays | {"meta_json.npy": twice.getvalue()}).items(), "'first' is given twice"),
-    ):
-        with zipfile.ZipFile(tmp_path / "x.npz", "w") as file:
-            for name, content in changed:
-                file.writestr(name, content)
-        with pytest.raises(ValueError, match=f"{tmp_path}/x.npz.*{message}"):
-            crossbar.load_chip(tmp_path / "x.npz")
 
 
 def test_an_option_of_a_newer_version_says_which():
@@ -241,7 +219,7 @@ def test_neither_a_link_nor_a_pipe_in_the_way_is_written_to(put, tmp_path):
         "x.json": lambda path: write_text(path, "{}"),
         "config.yaml": lambda path: crossbar.save_config(crossbar.CrossbarConfig(), path),
         "constants.yaml": crossbar.save_constants,
-        "chip.npz": lambda path: crossbar.save_chip(chip, path),
+        "chip.safetensors": lambda path: crossbar.save_chip(chip, path),
     }.items():
         for taken in (f".{name}.partial", f".{name}.{os.getpid()}.partial", name):
             put(folder / taken)

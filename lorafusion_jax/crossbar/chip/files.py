@@ -1,18 +1,18 @@
-"""Chips on disk: one .npz file with the arrays, the configuration and its hash."""
+"""Chips on disk: a safetensors file with the arrays, whose metadata has the configuration and its hash."""
 
 import dataclasses
-import io
 import json
-import math
-import zipfile
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
-from ...support.reading import parse_json
+from ...support.reading import check_regular, parse_json
 from ...support.writing import write
 from ..config.files import config_hash, from_json, to_json
 from ..config.schema import CrossbarConfig
@@ -24,14 +24,14 @@ from .chip import Chip, reconfigured
 from .correction import Correction, check_correction
 from .plan import Plan
 
-_META = "meta_json"
+_META = "chip"
 _ARRAYS = (
     *("codes", "scale", "cells", "columns", "units", "variance", "occupied", "flipped"),
     *("gain", "offset", "limits", "input_limit", "pulses"),
 )
-# What zipfile, NumPy's headers, JSON of another layout and impossible numbers raise.
-_DAMAGED = (zipfile.BadZipFile, OSError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError)
-_DAMAGED += (RecursionError, NotImplementedError, json.JSONDecodeError)
+# What the library, JSON of another layout and impossible numbers raise.
+_DAMAGED = (SafetensorError, OSError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+_DAMAGED += (json.JSONDecodeError,)
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
@@ -51,8 +51,14 @@ def save_chip(chip: Chip, path: str | Path) -> None:
     config = chip.structure.config(first if same else chip.values)
     meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
     meta |= {"name": chip.name, "first": chip.first}
-    arrays[_META] = np.array(json.dumps(meta | {"plan": dataclasses.asdict(chip.plan)}))
-    write(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+    meta |= {"plan": dataclasses.asdict(chip.plan)}
+
+    def writer(file: BinaryIO) -> None:
+        save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, file.name, {_META: json.dumps(meta)})
+        # The library replaces the file by one that only its owner can read.
+        Path(file.name).chmod(os.fstat(file.fileno()).st_mode)
+
+    write(path, writer)
 
 
 def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
@@ -66,21 +72,24 @@ def load_chip(path: str | Path, config: CrossbarConfig | None = None) -> Chip:
     Raises:
       ValueError: the file cannot be read, or the chip has another configuration, or float64 that JAX lacks.
     """
+    check_regular(path := Path(path))
     try:
-        return _load(Path(path), config)
+        return _load(path, config)
     except FileNotFoundError:
         raise
     except _DAMAGED as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): program the weights again") from error
-    except ValueError as error:  # ours, and NumPy's of a header
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _load(path: Path, config: CrossbarConfig | None) -> Chip:
-    arrays = _arrays(path)
-    if _META not in arrays:
+    with safe_open(path, framework="np") as file:
+        described = (file.metadata() or {}).get(_META)
+        arrays = {name: file.get_tensor(name) for name in file.keys()}
+    if described is None:
         raise ValueError("it does not hold programmed arrays: give a file that save_chip wrote")
-    meta = parse_json(str(arrays.pop(_META)))
+    meta = parse_json(described)
     if "codes" in arrays and arrays["codes"].dtype != (held := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)):
         raise ValueError(f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set jax_enable_x64 first")
     stored = {name: jnp.asarray(array) for name, array in arrays.items()}
@@ -116,24 +125,3 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     if own := [stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored]:
         return dataclasses.replace(chip, values=own)
     return reconfigured(chip, config)
-
-
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file; none may be larger than its bytes in the file."""
-    found, left = {}, path.stat().st_size
-    if not path.is_file():
-        raise ValueError("it is a pipe, a device or a folder: give a file that save_chip wrote")
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            name, left = entry.filename.removesuffix(".npy"), left - entry.file_size
-            if entry.compress_type != zipfile.ZIP_STORED or left < 0 or name in found:
-                raise ValueError(f"{name} is compressed, shares its bytes or is there twice: program the weights again")
-            content = io.BytesIO(archive.read(entry))
-            version = np.lib.format.read_magic(content)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, columns_first, dtype = read(content)
-            if dtype.hasobject or math.prod(shape) * dtype.itemsize != entry.file_size - content.tell():
-                raise ValueError(f"{name} is not {dtype}{list(shape)} as in its header: program the weights again")
-            array = np.frombuffer(content.getbuffer()[content.tell() :], dtype)
-            found[name] = array.reshape(shape, order="F" if columns_first else "C")
-    return found
