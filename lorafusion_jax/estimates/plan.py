@@ -152,8 +152,21 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
     The base may be the name of a shape, such as flan-t5-large; lengths are then estimated from characters. A pool that
     does not exist counts as LoraHub's adapters: 196 of rank 16, on the family's own choice of linear maps.
     """
+    where = machine(name)
+    config, work, settings = _planned(options, where)
+    return describe(config, [options.method], work, settings, capacity=where.capacity)
+
+
+def run_cost(options: FuseOptions, device: Device) -> Cost:
+    """Return the cost of a run on one device of a kind; the base and the pool are as in `describe_run`."""
+    where = Machine(device, "sequential" if device == "cpu" else "batched")
+    config, work, settings = _planned(options, where)
+    return estimate(config, options.method, next(iter(work.values())), settings)
+
+
+def _planned(options: FuseOptions, where: Machine) -> tuple[Architecture, dict[str, Workload], Settings]:
     check(options)
-    where, recipe = machine(name), options.recipe
+    recipe = options.recipe
     k = basis_of(recipe) if options.control == "none" else None  # a control projects whole modules
     base = None if options.base in known_shapes() else options.base
     rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k, base)
@@ -175,7 +188,7 @@ def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
     )
     config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
     work = workloads([options], recipe, config, where)
-    return describe(config, [options.method], work, settings, capacity=where.capacity)
+    return config, work, settings
 
 
 def workloads(

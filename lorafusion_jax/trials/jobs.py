@@ -4,24 +4,24 @@ A job that runs out of memory has no result. It is a line of `failed.jsonl` next
 """
 
 import dataclasses
-import gc
-import itertools
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-import jax
-
+from ..estimates.plan import run_cost
+from ..io.hf import open_base
+from ..io.pool import open_pool
 from ..methods import find
 from ..report import key, name
 from ..runs.folder import RunFolder, read_options
 from ..runs.options import FuseOptions
 from ..runs.run import options_to_json, run_path, with_targets
 from ..support.reading import read_lines
-from ..support.text import printable
 from .cells import Cells, append_lines
+from .engines import LOCAL, EngineOptions, OutOfMemory, run_items
 from .rows import Key, append_rows, read_rows
 
 # Options of a run that do not affect its results.
@@ -29,7 +29,7 @@ _BOOKKEEPING = (
     *("seeds", "name", "out", "resume", "start_from", "save_seconds", "profile"),
     *("coordinator", "processes", "process"),
 )
-_LONGEST_ERROR = 500
+_PROCESS_BYTES = 2**30  # of Python, libraries, compiled programs and freed memory (docs/results/bbh.md)
 
 
 class Job(NamedTuple):
@@ -79,6 +79,7 @@ def run_jobs(
     *,
     root: Path | None = None,
     retry_failed: bool = False,
+    engine: EngineOptions = LOCAL,
 ) -> None:
     """Run the jobs whose rows are not in a file yet, and add their rows.
 
@@ -88,9 +89,11 @@ def run_jobs(
     Args:
       jobs: jobs, in the order to run them.
       file: file of rows (see `report`).
-      run: function that runs the options of a job, such as `lorafusion_jax.fuse`.
+      run: function that runs the options of a job, such as `lorafusion_jax.fuse`. Its folder is written on the node
+        that runs it, and only this process writes rows.
       root: paths inside this folder are written relative to it, so that rows of two checkouts are alike.
       retry_failed: also run what ran out of memory before.
+      engine: where the jobs run.
 
     Raises:
       ValueError: before anything is run: a method cannot be used here, or the file has rows of other settings; and at
@@ -113,23 +116,18 @@ def run_jobs(
 
     def measure(missing: Sequence[Key]) -> Iterator[Mapping[str, Any]]:
         nonlocal left_out
-        for job, keys in itertools.groupby(missing, key=of_seed.__getitem__):
-            wanted, failure = set(keys), _failure(job, root)
-            if failure in failed:
+        cells_left = set(missing)
+        wanted = [*dict.fromkeys(of_seed[cell] for cell in missing)]
+        now = [job for job in wanted if _failure(job, root) not in failed]
+        left_out = len(wanted) - len(now)
+        how: Any = {"check": functools.partial(_open, now), "memory": _memory}
+        for job, found in run_items(functools.partial(_rows, run, root), now, engine, **how):
+            if isinstance(found, OutOfMemory):
+                append_lines(failures, [_failure(job, root) | {"error": found.error}])
                 left_out += 1
-                continue
-            try:
-                results = run(job.options)
-            except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                failure["error"] = printable(str(error).partition("\n")[0][:_LONGEST_ERROR]) or type(error).__name__
-                append_lines(failures, [failure])
-                left_out += 1
-                print(f"{', '.join(job[:3])}: out of memory ({failure['error']})", file=sys.stderr, flush=True)
+                print(f"{', '.join(job[:3])}: out of memory ({found.error})", file=sys.stderr, flush=True)
             else:
-                yield from (row for row in _rows(job, results, root) if key(row) in wanted)
-            gc.collect()  # the error's traceback held the arrays of the run
+                yield from (row for row in found if key(row) in cells_left)
 
     cells.fill(
         (cell for job in todo for cell in job.keys),
@@ -169,9 +167,24 @@ def _check_same(
         raise ValueError(f"{where} was run with other settings ({changes}): give another --out")
 
 
-def _rows(job: Job, results: Mapping[str, Any], root: Path | None) -> Iterator[dict[str, Any]]:
-    run = RunFolder(run_path(job.options))
-    config, predictions = run.config(), run.predictions()
+def _open(jobs: Sequence[Job]) -> None:
+    """Raise ValueError if a base or a pool of the jobs cannot be opened."""
+    for base, pool in {(job.options.base, job.options.pool) for job in jobs}:
+        _ = open_base(base).config
+        if pool is not None:
+            open_pool(pool)
+
+
+def _memory(job: Job) -> int:
+    """Return the bytes of memory that a job needs on a CPU."""
+    return run_cost(job.options, "cpu").peak_bytes + _PROCESS_BYTES
+
+
+def _rows(run: Callable[[FuseOptions], Mapping[str, Any]], root: Path | None, job: Job) -> list[dict[str, Any]]:
+    """Run a job and return its rows."""
+    results = run(job.options)
+    folder = RunFolder(run_path(job.options))
+    config, predictions = folder.config(), folder.predictions()
     shared = {
         "task": job.task,
         "method": job.method,
@@ -182,11 +195,14 @@ def _rows(job: Job, results: Mapping[str, Any], root: Path | None) -> Iterator[d
         "data_sha256": config["task_sha256"],
         **{name: config["environment"][name] for name in ("versions", "device", "cores")},
     }
+    rows = []
     for seed in results["seeds"]:
         of_seed = [row for row in predictions if row["seed"] == seed["seed"]]
         scored = all(row["option_correct"] is not None for row in of_seed)
-        yield shared | {
+        scores = {
             "correct": "".join(str(int(row["correct"])) for row in of_seed),
             "option_correct": "".join(str(int(row["option_correct"] or False)) for row in of_seed) if scored else None,
             **{name: value for name, value in seed.items() if name != "modules"},
         }
+        rows.append(shared | scores)
+    return rows

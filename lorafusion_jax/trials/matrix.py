@@ -18,11 +18,12 @@ from ..methods import find
 from ..methods.fusion import PRESETS
 from ..runs.options import FuseOptions
 from .arms import TRAIN_ROWS, Arm, Shots, recipe_of
+from .engines import EngineOptions
 from .jobs import Job, run_jobs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatrixOptions:
+class MatrixOptions(EngineOptions):
     """Common options of matrices.
 
     Attributes:
@@ -66,6 +67,7 @@ class MatrixOptions:
     plan_for: Annotated[MachineName | None, tyro.conf.arg(name="for")] = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.plan_for is not None and not self.plan:
             raise ValueError(f"--for {self.plan_for} names the machine of a plan: add --plan, or leave it out")
 
@@ -78,7 +80,7 @@ def run_matrix(options: MatrixOptions, arms: Mapping[str, Arm], *, root: Path | 
         every job ran out of memory; and as `fuse` does.
     """
     file = options.out / "results.jsonl"
-    run_jobs(jobs(options, arms), file, fuse, root=root, retry_failed=options.retry_failed)
+    run_jobs(jobs(options, arms), file, fuse, root=root, retry_failed=options.retry_failed, engine=options)
     return file
 
 

@@ -1,0 +1,169 @@
+"""The engine `ray` on a real cluster: rows of the local engine, lost nodes and drivers, memory, versions.
+
+Drivers are processes of their own, as users start them.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+
+import one_block
+import pytest
+
+from lorafusion_jax.report import key
+from lorafusion_jax.support.checks import load_optional
+from lorafusion_jax.trials import ARMS, MatrixOptions, read_rows, run_matrix
+
+# Ray forks this process, where JAX has threads, and starts another program at once.
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")]
+
+_OPTIONS = {
+    "tasks": tuple(str(one_block.SMALL / "tasks" / name) for name in ("double_digit", "odd_dash")),
+    "methods": ("zero-shot", "constant answer", "magnitudes only", "coefficients only"),
+    "seeds": (1, 2),
+    "modules": 2,
+    "epochs": 2,
+    "test_rows": 5,
+}
+_MATRIX = """
+import sys, tyro
+from lorafusion_jax.cli import run
+from lorafusion_jax.trials import ARMS, MatrixOptions, run_matrix
+run(lambda arguments: run_matrix(tyro.cli(MatrixOptions, args=arguments), ARMS))
+"""
+# An item waits for its file, or allocates so many bytes.
+_ITEMS = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from lorafusion_jax.trials import EngineOptions, run_items
+
+def work(item):
+    while isinstance(item, str) and not Path(item).exists():
+        time.sleep(0.1)
+    return item if isinstance(item, str) else np.ones(item, np.int8).size
+
+def main(arguments):
+    address, *items = arguments
+    numbers = [int(item) if item.isdigit() else item for item in items]
+    for item, result in run_items(work, numbers, EngineOptions(engine="ray", address=address)):
+        print(item, type(result).__name__, flush=True)
+
+from lorafusion_jax.cli import run
+run(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster with one node of one core; tests add others."""
+    with pytest.MonkeyPatch.context() as patch:
+        # All addresses are 127.0.0.1, which Ray's variable means for other systems.
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        cluster = load_optional("ray.cluster_utils", extra="ray", needed_by="this test").Cluster()
+        cluster.add_node()
+        yield cluster
+        cluster.shutdown()
+
+
+@contextlib.contextmanager
+def _node(cluster, **variables):
+    """Another node of one core."""
+    node = cluster.add_node(env_vars=variables)
+    try:
+        yield node
+    finally:
+        if node in cluster.worker_nodes:
+            cluster.remove_node(node, allow_graceful=False)
+
+
+@contextlib.contextmanager
+def _driver(code, *arguments, **variables):
+    """A process that runs code; its output is read as lines."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | variables, **streams) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _error(driver, code=2):
+    """The last line on stderr of a driver that ends with the code."""
+    error = driver.communicate(timeout=300)[1]
+    assert driver.returncode == code, error
+    return error
+
+
+def _matrix(cluster, small, out):
+    where = {"engine": "ray", "address": cluster.address, "base": small[0], "pool": small[1], "out": out}
+    flags = []
+    for name, value in (where | _OPTIONS).items():
+        flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
+    return _driver(_MATRIX, *flags)
+
+
+def _wait_for_rows(file, count):
+    end = time.monotonic() + 120
+    while not file.exists() or file.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def local(small, tmp_path_factory):
+    """The rows of the local engine, without their times, by their keys."""
+    out = tmp_path_factory.mktemp("local")
+    return _rows(run_matrix(MatrixOptions(base=str(small[0]), pool=str(small[1]), out=out, **_OPTIONS), ARMS))
+
+
+def _rows(file):
+    rows = {key(row): dict(row) for row in read_rows(file)}
+    assert len(rows) == file.read_bytes().count(b"\n")
+    for row in rows.values():
+        row["loss"] = None if row["loss"] is None else pytest.approx(row["loss"], rel=1e-4)
+        del row["seconds"]
+    return rows
+
+
+def test_rows_are_those_of_the_local_engine_after_a_driver_and_a_node_are_killed(cluster, small, local, tmp_path):
+    file = tmp_path / "results.jsonl"
+    with _node(cluster) as node:
+        with _matrix(cluster, small, tmp_path):
+            _wait_for_rows(file, 1)
+        before = file.read_bytes()
+        with _matrix(cluster, small, tmp_path) as driver:
+            _wait_for_rows(file, before.count(b"\n") + 1)
+            cluster.remove_node(node, allow_graceful=False)
+            _error(driver, 0)
+    assert file.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert _rows(file) == local
+
+
+def test_items_that_run_out_of_memory_fail_alone(cluster, tmp_path):
+    """One allocates more than there is, one is killed by Ray's memory monitor, on a node without free memory."""
+    held, killed, more = tmp_path / "held", tmp_path / "killed", 2**50
+    with _driver(_ITEMS, cluster.address, more, held, killed) as driver:
+
+        def result(item):  # among lines of Ray
+            return next(line for line in driver.stdout if line.startswith(str(item))).split()[1]
+
+        assert result(more) == "OutOfMemory"
+        with _node(cluster, RAY_memory_usage_threshold="0.001"):
+            assert result(killed) == "OutOfMemory"
+            held.touch()
+            assert result(held) == "str"
+        _error(driver, 0)
+
+
+def test_nodes_are_checked_before_anything_runs(cluster, small, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import lorafusion_jax\nlorafusion_jax.__version__ = '9.9'\n")
+    path = os.pathsep.join((str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])))
+    with _node(cluster, PYTHONPATH=path), _matrix(cluster, small, tmp_path / "out") as driver:
+        assert "error: node 127.0.0.1: lorafusion_jax is 9.9, and 0." in (error := _error(driver))
+    assert "install the same version" in error
+    assert not (tmp_path / "out").exists()
