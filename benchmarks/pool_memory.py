@@ -2,10 +2,10 @@
 
     python benchmarks/pool_memory.py [--shape flan-t5-large] [--adapters 196] [--modules 20] [--basis 32] [--json]
 
-A random base and a converted pool of random adapters of rank 16 on q and v (20 different ones, over and over) are
-written to a temporary folder. Processes of their own load all of the pool, take steps with a few modules of it,
-and steps with all of them in 4 bits, as `--load-in nf4` does, make a shared basis of all, and load it; their peaks
-are the system's (VmHWM) above their imports. Batches of 5 rows of 128 source and 8 target tokens. FLAN-T5-large's
+A random base and random adapters of rank 16 on q and v (20 different ones, over and over) are written to a temporary
+folder. Processes of their own convert the adapters, load all of the pool, take steps with a few modules of it, and
+steps with all of them in 4 bits, as `--load-in nf4` does, make a shared basis of all, and load it; their peaks are the
+system's (VmHWM) above their imports. Batches of 5 rows of 128 source and 8 target tokens. FLAN-T5-large's
 shape takes 12 GiB of disk.
 """
 
@@ -61,6 +61,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write(folder, options.shape, options.adapters)
+        converted = _measured(folder, options.adapters, "convert")
         loaded = _measured(folder, options.adapters, "load")
         few = _measured(folder, options.modules, "full")
         every = _measured(folder, options.adapters, "nf4")
@@ -68,6 +69,13 @@ def main() -> None:
         basis = _measured(folder, options.basis, "load basis")
     size = f"{options.adapters} adapters of {options.shape}'s shape"
     cases = [
+        case(
+            f"{size} converted: peak / bytes of the output",
+            converted["peak"] / converted["bytes"],
+            2.0,
+            0.1,
+            **converted,
+        ),
         case(f"{size} loaded: peak / bytes of the pool", loaded["peak"] / loaded["pool"], 1.25, 1.05, **loaded),
         case(f"{options.modules} of {size} fused: peak / 8 GiB", few["peak"] / _BAR, 1.0, 0.75, **few),
         case(f"{size} fused, all in 4 bits: peak / 8 GiB", every["peak"] / _BAR, 1.0, 0.75, **every),
@@ -79,12 +87,11 @@ def main() -> None:
 
 
 def _write(folder: Path, shape: str, adapters: int) -> None:
-    """Write a base and a pool, random ones."""
+    """Write a base and adapters, random ones."""
     config = config_of(shape)
     write_config(folder / "source", config)
     save_base(family_of(config).model(config, rngs=nnx.Rngs(0)), folder / "base", folder / "source")
-    sources = tuple(map(str, write_adapters(folder, config, adapters)))
-    convert(ConvertOptions(base=str(folder / "base"), out=folder / "pool", adapters=sources))
+    write_adapters(folder, config, adapters)
 
 
 def _measured(folder: Path, modules: int, what: str) -> dict[str, Any]:
@@ -100,6 +107,11 @@ def _point(name: str, modules: str, what: str) -> dict[str, Any]:
     folder, count = Path(name), int(modules)
     jax.devices()
     before = _memory("VmRSS")
+    if what == "convert":
+        sources = tuple(map(str, sorted(folder.glob("adapter_*"))))
+        convert(ConvertOptions(base=str(folder / "base"), out=folder / "pool", adapters=sources))
+        written = sum(file.stat().st_size for file in (folder / "pool").rglob("*") if file.is_file())
+        return {"peak": _memory("VmHWM") - before, "bytes": written}
     if what == "make basis":
         began = time.perf_counter()
         add_basis(folder / "pool", count)

@@ -1,4 +1,4 @@
-"""Time of a step on several devices: the prediction of `_step_time.py` against measurements on a CPU's cores.
+"""Time of a step on several devices: a prediction against measurements on a CPU's cores.
 
     python benchmarks/scaling.py [--shape flan-t5-small] [--seeds 4] [--json]
 
@@ -6,10 +6,18 @@ Every point is a process of its own with as many cores as devices (XLA's forced 
 rate of a device, sums of arrays over two give bandwidth and latency. Then seeds are shared out over two devices, and
 matrices. They are compared with one device on two cores. The step of `fusion_step.py`: `mix`, float32,
 layers in a loop.
+
+Every device maps or batches its own seeds, without communication between seeds:
+
+    t = seeds / seed * (flops / (rate * model) + sums * (latency + bytes / bandwidth))
+
+Matrices that are split over the axis `model` need sums over its devices: one after every matrix that is split by rows,
+and another one in the backward pass. Work that is not split (norms and the fusion itself) is not treated separately.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -23,16 +31,16 @@ import jax.numpy as jnp
 import numpy as np
 from _measure import case, in_turns
 from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Step, config_of, frozen
-from _step_time import Rates, step_seconds
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax import FusionRecipe
-from lorafusion_jax.parts import MixUpdate, Settings, Shape, make_mesh, on_mesh, step_flops, trained_numbers
+from lorafusion_jax import Architecture, FusionRecipe, Update
+from lorafusion_jax.parts import MixUpdate, Settings, Shape, make_mesh, on_mesh, step_flops, tokens, trained_numbers
 
 _REQUIRED, _AMBITION = 1.25, 1.1  # measured / predicted, either way
 _UPDATE = MixUpdate(rank=RANK, modules=MODULES, pool=MODULES, magnitudes=True)
 _SHAPE = Shape(BATCH, SOURCE, TARGET)
+_ITEM = {"float32": 4, "bfloat16": 2}
 
 
 def main() -> None:
@@ -75,6 +83,74 @@ def main() -> None:
         )
     )
     _measure.show(cases, as_json=options.json)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Measured rates of one device.
+
+    Attributes:
+      flops: FLOPs per second of a training step on one device.
+      bandwidth: bytes per second that a sum over devices moves on each.
+      latency: fixed time of a sum, in seconds.
+    """
+
+    flops: float
+    bandwidth: float
+    latency: float
+
+
+def sums(config: Architecture) -> int:
+    """Return the number of sums over the axis `model` in a step, forward and backward."""
+    return 2 * sum(site.layers for site in config.sites.values() if site.split == "rows")
+
+
+def sum_bytes(config: Architecture, shape: Shape, model: int) -> float:
+    """Return the bytes that each device moves for all sums of a step, in a ring: 2 (model - 1) / model of the array.
+
+    Args:
+      config: the base model.
+      shape: shape of one seed's batch.
+      model: size of the axis.
+    """
+    by_rows = [site for site in config.sites.values() if site.split == "rows"]
+    array = 2 * sum(s.layers * tokens(s.reads, shape) * s.d_out for s in by_rows) * _ITEM[config.dtype]
+    return 2 * (model - 1) / model * array
+
+
+def step_seconds(
+    config: Architecture,
+    shape: Shape,
+    update: Update,
+    rates: Rates,
+    *,
+    trainable: int,
+    seeds: int,
+    seed: int = 1,
+    model: int = 1,
+) -> float:
+    """Return the seconds of one training step of all seeds.
+
+    Args:
+      config: the base model.
+      shape: shape of one seed's batch.
+      update: the method's update of the adapted matrices.
+      rates: rates of a device.
+      trainable: number of trained parameters of one seed.
+      seeds: number of seeds of the run.
+      seed: size of the mesh's axis `seed`, a divisor of `seeds`.
+      model: size of the mesh's axis `model`.
+
+    Raises:
+      ValueError: the seeds cannot be shared out evenly.
+    """
+    if seeds % seed:
+        raise ValueError(f"{seeds} seeds cannot be shared out evenly over {seed}: give a divisor")
+    compute = step_flops(config, shape, update, trainable=trainable) / (rates.flops * model)
+    exchange = 0.0
+    if model > 1:
+        exchange = sums(config) * rates.latency + sum_bytes(config, shape, model) / rates.bandwidth
+    return seeds // seed * (compute + exchange)
 
 
 def _trainable(shape: str) -> int:

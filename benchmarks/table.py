@@ -17,12 +17,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from _measure import MALLOC, PRODUCT, ROOT, features, has_peft, met, processor
 
+from lorafusion_jax.parts import markdown
 from lorafusion_jax.report import write_text
 
 _SMALL, _LARGE = "fusion_step.py --shape flan-t5-small", "fusion_step.py --shape flan-t5-large --rounds 2"
@@ -99,7 +100,7 @@ def main() -> None:
 
 def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the lines of a Markdown table with one row a case, columns aligned."""
-    return _markdown([_HEAD, *map(_cells, cases)], numbers=("ratio", "required", "ambition"))
+    return markdown([_HEAD, *map(_cells, cases)], left=(0, 4)).splitlines()
 
 
 def csv_of(cases: Sequence[Mapping[str, Any]]) -> str:
@@ -121,20 +122,7 @@ def rates_table(rates: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         for row in rates
     ]
-    return _markdown([head, *rows], numbers=libraries)
-
-
-def _markdown(rows: Sequence[Sequence[str]], numbers: Collection[str]) -> list[str]:
-    """Return a table's lines, the first row its head; columns of `numbers` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [name in numbers for name in rows[0]]
-
-    def line(row: Sequence[str]) -> str:
-        cells = (cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True))
-        return f"| {' | '.join(cells)} |"
-
-    rule = [f"{'-' * (w + 1)}:" if r else "-" * (w + 2) for w, r in zip(widths, right, strict=True)]
-    return [line(rows[0]), f"|{'|'.join(rule)}|", *map(line, rows[1:])]
+    return markdown([head, *rows], left=(0, 1)).splitlines()
 
 
 def _cells(case: Mapping[str, Any]) -> tuple[str, ...]:

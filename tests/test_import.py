@@ -198,7 +198,6 @@ _INTERNAL = {
     "lorafusion_jax.cli.MALLOC": "benchmarks measure processes with the settings of commands",
     "lorafusion_jax.harness.model.HarnessLM": "needs lm-evaluation-harness, an extra",
     "lorafusion_jax.crossbar.read.definition": "the oracle of the read paths, which fast paths are measured against",
-    "lorafusion_jax.crossbar.devices.normal_draws.normal": "a kernel is compiled alone",
     "lorafusion_jax.tasks.packing.MOST_SHAPES": "the bar of a benchmark",
     "lorafusion_jax.training.fit": "a benchmark counts the calls inside of the loop",
 }

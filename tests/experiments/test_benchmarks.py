@@ -16,8 +16,8 @@ import peer
 import pytest
 import table
 import tiny
-from _step_time import Rates, step_seconds, sum_bytes, sums
 from flax import nnx
+from scaling import Rates, step_seconds, sum_bytes, sums
 
 from lorafusion_jax.estimates.flops import Shape, step_flops
 from lorafusion_jax.methods.fused import MixUpdate

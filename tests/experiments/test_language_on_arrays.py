@@ -1,21 +1,15 @@
-"""Perplexity on arrays, on a small Llama and texts made up here; and the loop that stands in for CrossSim."""
+"""Perplexity on arrays, on a small Llama and texts made up here."""
 
-import dataclasses
 import json
-from pathlib import Path
 
-import decoder_on_arrays
-import jax
 import jax.numpy as jnp
 import language_on_arrays
 import numpy as np
 import pytest
 import small_llama
 
-from lorafusion_jax import crossbar
 from lorafusion_jax.io.hf import load_base, load_tokenizer
 
-_ROOT = Path(__file__).resolve().parents[2]
 _WORDS = "the cold bold gold is old and the tall wall is small "
 
 
@@ -65,16 +59,3 @@ def test_rows_of_perplexity_by_setting(script, tmp_path):
         script.main([*given[:-4], "--tokens", "16", "--errors", "0"])
     with pytest.raises(ValueError, match=r"--tokens is 8000 tokens, and .* has \d+: give 1 to"):
         script.main(["--out", str(tmp_path / "other"), "--tokens", "8000"])
-
-
-def test_crosssims_loop_reads_what_a_chip_reads():
-    config = crossbar.load_config(_ROOT / "examples" / "smollm2" / "chip.yaml")
-    # No sum is half-way between two codes, where CrossSim rounds to the other one: its codes begin with the lowest.
-    coarse = dataclasses.replace(config, adc=crossbar.ADC(bits=5, range="given", limits=[[-20.1, 20.1]] * 4))
-    key = jax.random.key(0)
-    weights, x = jax.random.normal(key, (150, 12)), jax.random.normal(jax.random.fold_in(key, 1), (4, 150))
-    chip = crossbar.program(weights, coarse, path="loop")
-    y, exact = np.asarray(crossbar.matmul(x, chip)), np.asarray(x @ weights)
-    found = decoder_on_arrays.crosssim_loop(np.asarray(x), chip)()
-    np.testing.assert_allclose(found, y, rtol=0, atol=1e-4 * abs(y).max())
-    assert abs(y - exact).max() > 1e-2 * abs(exact).max()
