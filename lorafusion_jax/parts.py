@@ -4,11 +4,16 @@ The parts of a run: load a model, prepare a task, train, evaluate, put weights o
 `lorafusion_jax` has the stable names, and `tasks`, `methods`, `report` and `crossbar` their own.
 """
 
+# Coefficients of modules, and merges.
 from .adapters.coefficients import column_names as column_names
 from .adapters.coefficients import expand as expand
 from .adapters.merges import MergeKind as MergeKind
+
+# Codes of crossbars.
 from .crossbar.mapping.encoding import input_codes as input_codes
 from .crossbar.mapping.encoding import pulses as pulses
+
+# Estimates: energy, FLOPs, memory, plans.
 from .estimates.bill import Bill as Bill
 from .estimates.bill import Comparison as Comparison
 from .estimates.bill import CostOptions as CostOptions
@@ -40,6 +45,8 @@ from .estimates.plan import describe as describe
 from .estimates.plan import describe_run as describe_run
 from .estimates.workload import CHARACTERS_PER_TOKEN as CHARACTERS_PER_TOKEN
 from .estimates.workload import workload as workload
+
+# Chips: program, evaluate, correct.
 from .hardware.calibration import calibrate as calibrate
 from .hardware.calibration import looped as looped
 from .hardware.chips import for_every_chip as for_every_chip
@@ -73,6 +80,8 @@ from .hardware.restored import sampled as sampled
 from .hardware.restored import windows as windows
 from .hardware.write import ProgramOptions as ProgramOptions
 from .hardware.write import write_chips as write_chips
+
+# Files: adapters, pools, base models, arrays.
 from .io.arrays import load as _load_arrays
 from .io.arrays import save as _save_arrays
 from .io.convert import ConvertOptions as ConvertOptions
@@ -89,6 +98,8 @@ from .io.peft.adapter import resave as resave
 from .io.peft.adapter import write_adapter as write_adapter
 from .io.pool import ConvertedPool as ConvertedPool
 from .io.pool import open_pool as open_pool
+
+# Load a model.
 from .loading.model import LoadedModel as LoadedModel
 from .loading.model import Texts as Texts
 from .loading.model import load_model as load_model
@@ -96,12 +107,16 @@ from .loading.model import load_texts as load_texts
 from .loading.model import packing_of as packing_of
 from .loading.model import shallow_unrolled as shallow_unrolled
 from .loading.spec import LoadIn as LoadIn
+
+# Methods.
 from .methods.full import FullFineTuning as FullFineTuning
 from .methods.fused import MixUpdate as MixUpdate
 from .methods.fused import SumUpdate as SumUpdate
 from .methods.magnitudes import Magnitudes as Magnitudes
 from .methods.mean import MeanFusion as MeanFusion
 from .methods.vera import VeRA as VeRA
+
+# Models, their matrices and generation.
 from .models.architecture import Model as Model
 from .models.architecture import linear_shapes as linear_shapes
 from .models.architecture import matrices as matrices
@@ -122,6 +137,8 @@ from .models.t5 import T5Config as T5Config
 from .models.t5.model import decoder_inputs as decoder_inputs
 from .models.weights import Unstacked as Unstacked
 from .models.weights import dense as dense
+
+# Runs: prepare, evaluate, export.
 from .runs.evaluate import evaluate as evaluate
 from .runs.evaluate import seed_rows as seed_rows
 from .runs.export import ExportOptions as ExportOptions
@@ -146,6 +163,8 @@ from .runs.run import environment as environment
 from .runs.run import options_to_json as options_to_json
 from .runs.run import run_path as run_path
 from .runs.run import with_targets as with_targets
+
+# Numbers, tables and files.
 from .support.checks import at_least as at_least
 from .support.platform import for_cpu as for_cpu
 from .support.progress import progress as progress
@@ -156,6 +175,8 @@ from .support.text_tables import escaped as escaped
 from .support.text_tables import markdown as markdown
 from .support.writing import write as write
 from .support.writing import writing as writing
+
+# Training: steps, losses, meshes, seeds.
 from .training.compiled import make_room as make_room
 from .training.fit import Epoch as Epoch
 from .training.fit import fit as fit

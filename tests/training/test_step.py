@@ -135,41 +135,6 @@ def _equal(got, wanted):
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
-class _TorchAdam:
-    """torch.optim.Adam by its documentation, in float64: weight decay joins the gradient."""
-
-    def __init__(self, value, rate, weight_decay=0.0):
-        self.value, self.rate, self.weight_decay = np.asarray(value, np.float64), rate, weight_decay
-        self.first, self.second, self.steps = np.zeros_like(self.value), np.zeros_like(self.value), 0
-
-    def step(self, gradient):
-        self.steps += 1
-        gradient = np.asarray(gradient, np.float64) + self.weight_decay * self.value
-        self.first = 0.9 * self.first + 0.1 * gradient
-        self.second = 0.999 * self.second + 0.001 * gradient**2
-        first, second = self.first / (1 - 0.9**self.steps), self.second / (1 - 0.999**self.steps)
-        self.value = self.value - self.rate * first / (np.sqrt(second) + 1e-8)
-
-
-def test_two_learning_rates_and_coupled_l2_as_torch_adam(start, take):
-    # A decay this large shows: it moves coefficients as far as the gradients do.
-    rates = _rates(l2=1.0)
-    coefficients = _TorchAdam(start.params["coefficients"], 0.02, weight_decay=1.0)
-    magnitudes = {site: _TorchAdam(m, 0.005) for site, m in start.params["magnitudes"].items()}
-    state = start
-    for number in range(10):
-        gradients = _random_like(start.params, number)
-        # So small that Adam's eps shows.
-        gradients["magnitudes"] = jax.tree.map(lambda g: 1e-7 * g, gradients["magnitudes"])
-        state, _ = take(state, gradients, rates)
-        coefficients.step(gradients["coefficients"])
-        for site, adam in magnitudes.items():
-            adam.step(gradients["magnitudes"][site])
-    assert state.step == 10
-    _close(state.params["coefficients"], coefficients.value, 1e-5)
-    _close(state.params["magnitudes"], {site: adam.value for site, adam in magnitudes.items()}, 1e-5)
-
-
 def test_a_step_reads_the_weights_of_its_number(start, take, monkeypatch):
     read = []
     monkeypatch.setattr(lf.Frozen, "of_step", lambda frozen, step, graph: read.append(int(step)) or frozen)
