@@ -1,10 +1,10 @@
 """Cost of a new task on arrays: every method's bill for several base models and kinds of array.
 
     python experiments/cost.py          # FLAN-T5-small, base, large and SmolLM2-135M on isaac, puma, neurram
-    python experiments/cost.py --shapes t5-base --crossbars raella --constants mine.yaml
+    python experiments/cost.py --shapes t5-base --crossbars raella
 
 Written to the folder: table.csv (one line for each quantity of a method, in joules, seconds and counts), and a plot for
-each shape. LoRA in cells against LoRAFusion is printed. No weights are loaded; seconds.
+each shape. No weights are loaded; seconds.
 """
 
 import dataclasses
@@ -16,21 +16,18 @@ import _script
 import tyro
 from lab.common import write_csv
 
-from lorafusion_jax.crossbar import CONSTANTS, Range, WriteCost, load_config, load_constants
+from lorafusion_jax.crossbar import Range, WriteCost, load_config
 from lorafusion_jax.parts import (
     Bill,
     Comparison,
     CostOptions,
     Once,
     activities,
-    bill_markdown,
     comparisons,
     installed_once,
     known_shapes,
-    number,
     price,
     price_once,
-    quantity,
 )
 from lorafusion_jax.report import colour, plot
 
@@ -44,19 +41,11 @@ class Options:
     Attributes:
       shapes: of base models, by name.
       crossbars: of arrays: names or files.
-      modules: modules that are fused.
-      rank: of each.
-      bases: numbers of directions of shared bases.
-      constants: a file that replaces the table of constants.
       out: folder to write to.
     """
 
     shapes: tuple[str, ...] = ("flan-t5-small", "flan-t5-base", "flan-t5-large", "smollm2-135m")
     crossbars: tuple[str, ...] = ("isaac", "puma", "neurram")
-    modules: int = 20
-    rank: int = 16
-    bases: tuple[int, ...] = (16, 32)
-    constants: Path | None = None
     out: Path = Path("runs/cost")
 
 
@@ -74,57 +63,26 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     if unknown := [shape for shape in options.shapes if shape not in known_shapes()]:
         raise ValueError(f"no shapes {', '.join(unknown)}: choose of {', '.join(known_shapes())}")
-    constants = CONSTANTS if options.constants is None else load_constants(options.constants)
     found = []
     for shape in options.shapes:
         for name in options.crossbars:
-            asked = CostOptions(
-                shape=shape, crossbar=name, modules=options.modules, rank=options.rank, bases=options.bases
-            )
+            asked = CostOptions(shape=shape, crossbar=name)
             config, crossbar = known_shapes()[shape], load_config(name)
             of = {activity.method: activity for activity in activities(config, crossbar, asked)}
             written = installed_once(config, crossbar, asked)
             found.append(
                 Billed(
                     asked,
-                    {name: price(activity, crossbar, asked, constants) for name, activity in of.items()},
-                    comparisons(of, crossbar, asked, constants),
-                    {name: price_once(standing, constants) for name, standing in written.items()},
+                    {name: price(activity, crossbar, asked) for name, activity in of.items()},
+                    comparisons(of, crossbar, asked),
+                    {name: price_once(standing) for name, standing in written.items()},
                 )
             )
     options.out.mkdir(parents=True, exist_ok=True)
-    of_all = "LoRA in cells against LoRAFusion: one new task (low / typical / high)"
     write_csv(options.out / "table.csv", table(found))
     for shape in options.shapes:
         draw([b for b in found if b.options.shape == shape], options.out / f"{shape}.png")
-    print(f"{bill_markdown({of_all: summary(found)})}\nwritten to {options.out}")
-
-
-def summary(found: Sequence[Billed]) -> list[list[str]]:
-    """Headings, and a line for each shape, preset and layout of the pool or basis."""
-    head = ["model and arrays", "pool", "cells saved", "energy saved", "time saved", "LoRA tasks until wear-out"]
-    ratios = ["ratio in place", "ratio with updates", "ratio learned"]
-    lines = [[*head, *ratios, "more a token", "break-even tokens"]]
-    for billed in found:
-        lora = billed.bills["LoRA in cells"].written
-        for name, c in billed.against.items():
-            assert lora.until_worn is not None
-            lines.append(
-                [
-                    f"{billed.options.shape}, {billed.options.crossbar}",
-                    name.partition(", ")[2] or "own arrays",
-                    f"{lora.cells:,}",
-                    quantity(lora.energy, "J"),
-                    quantity(lora.time, "s"),
-                    number(lora.until_worn),
-                    number(c.install),
-                    number(c.with_update),
-                    number(c.learning_all),
-                    quantity(c.extra_per_token, "J"),
-                    number(c.break_even),
-                ]
-            )
-    return lines
+    print(f"written to {options.out}")
 
 
 def table(found: Sequence[Billed]) -> list[list[str]]:
