@@ -24,7 +24,6 @@ from .estimates.bill import comparisons as comparisons
 from .estimates.bill import installed_once as installed_once
 from .estimates.bill import price as price
 from .estimates.bill import price_once as price_once
-from .estimates.bill.show import markdown as _bill_markdown
 from .estimates.bill.show import number as number
 from .estimates.bill.show import quantity as quantity
 from .estimates.estimate import Settings as Settings
@@ -197,7 +196,6 @@ from .training.seeds import SeedMode as SeedMode
 from .training.seeds import default_seed_mode as default_seed_mode
 from .training.step import standard_promotion as standard_promotion
 
-bill_markdown = _bill_markdown
 program_on_arrays = _program_on_arrays
 RestoreMethod = _RestoreMethod
 load_arrays = _load_arrays

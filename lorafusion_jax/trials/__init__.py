@@ -5,7 +5,7 @@
 from .arms import ARMS, EPOCHS, TRAIN_ROWS, Arm, Shots, recipe_of
 from .cells import Cells, Row, append_lines, print_plan, read_lines
 from .engines import EngineOptions, OutOfMemory, run_items
-from .jobs import Job, cells_of_jobs, run_jobs, settings_of
+from .jobs import Job, run_jobs, settings_of
 from .matrix import MatrixOptions, run_matrix
 from .plan import print_matrix_plan
 from .rows import append_rows, merge, read_rows

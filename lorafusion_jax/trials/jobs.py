@@ -67,11 +67,6 @@ class _Failed(TypedDict):
     error: str
 
 
-def cells_of_jobs(file: Path) -> Cells[Key]:
-    """Return the cells of a file of results, whose rows are checked when they are read and written."""
-    return Cells(file, key, read=read_rows, append=append_rows)
-
-
 def run_jobs(
     jobs: Iterable[Job],
     file: Path,
@@ -102,7 +97,7 @@ def run_jobs(
     todo = list(jobs)
     for job in todo:
         find(job.options.method).check()
-    cells = cells_of_jobs(file)
+    cells = Cells(file, key, read=read_rows, append=append_rows)  # whose rows are checked
     of_any = {job[:3]: job for job in todo}
     of_seed = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}
     for row in cells.rows():
