@@ -21,7 +21,6 @@ import numpy as np
 import scipy.stats
 import tyro
 from lab.common import ROOT, with_interval, write_csv, write_tables
-from lab.holm import holm
 from lab.pool_cells import (
     ARMS,
     BARE,
@@ -41,7 +40,7 @@ from lab.pool_cells import (
 from lab.string_pools import CLASSES, design, write_pools
 from lab.tuning import best_tried, rates_at, tune
 
-from lorafusion_jax.report import colour, over_tasks, plot
+from lorafusion_jax.report import colour, holm, over_tasks, plot
 from lorafusion_jax.trials import Cells, read_lines
 
 TUNING_SEEDS = (1, 2, 3)

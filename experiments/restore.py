@@ -27,7 +27,6 @@ import numpy as np
 import scipy.stats
 import tyro
 from lab.common import ROOT, with_interval, write_tables
-from lab.holm import holm
 from lab.language import EVALUATED_ROWS, PROMPT, TRAIN_ROWS, find, options_of
 from lab.language import MAIN as METHODS
 from lab.language import SOURCES as POOL
@@ -79,7 +78,7 @@ from lorafusion_jax.parts import (
     windows,
     without_merged_pool,
 )
-from lorafusion_jax.report import colour, plot
+from lorafusion_jax.report import colour, holm, plot
 from lorafusion_jax.tasks import Batch, load_task
 from lorafusion_jax.trials import Cells, Row, print_plan, read_lines
 

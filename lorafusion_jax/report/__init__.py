@@ -9,5 +9,5 @@ from .page import write_report
 from .plots import colour, literal, load_matplotlib, plot, plot_coefficients, plot_means
 from .provenance import provenance
 from .scores import Row, Scores, key, name, scores
-from .statistics import OverTasks, Paired, Summary, over_tasks, paired, summary
+from .statistics import OverTasks, Paired, Summary, holm, over_tasks, paired, summary
 from .tables import best_method, main_tables, paired_table, shots_name

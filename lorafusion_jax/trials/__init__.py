@@ -8,4 +8,6 @@ from .engines import EngineOptions, OutOfMemory, run_items
 from .jobs import Job, run_jobs, settings_of
 from .matrix import MatrixOptions, run_matrix
 from .plan import print_matrix_plan
+from .procedure import Outcomes, Scores, Training, TrialArm, procedure
 from .rows import append_rows, merge, read_rows
+from .verdict import Verdict, judge, judge_tasks

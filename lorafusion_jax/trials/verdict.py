@@ -1,0 +1,270 @@
+"""Verdict of a trial: contrasts with LoRAFusion, and a sentence by fixed rules.
+
+Folds share most training rows, so losses of different folds are not independent. Intervals of a task are t intervals
+over inputs (rows with the same input are one unit) whose variance is multiplied by 1 + folds / (folds - 1): the
+correction of Nadeau and Bengio (2003), on rows instead of folds. An arm is named if it is not worse than each other arm
+by a margin; because each bound must hold, none is corrected for the number of arms. Levels and margins were chosen by
+`experiments/trial_coverage.py`; `results/trial` has the shares of intervals and sentences that are right.
+
+Intervals hold for the folds and for the draws of a control that were measured, whose losses are averaged per row.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ..report import holm
+from .procedure import Outcomes, Role, TrialArm
+
+MARGIN = 0.05  # nats per answer token: arms that differ by less are as good
+CLOSE = 0.3  # nats per answer token: an arm will do if no other one is better by more
+LEVEL = 0.95  # of the two-sided intervals of contrasts
+NAMING = 0.9  # of the one-sided bounds that name an arm
+
+_WINS: dict[Role, str] = {
+    "base": "Train nothing: the base alone is as good.",
+    "examples": "Train nothing: examples in the prompt are as good.",
+    "single": "The best single module is as good: no fusion needed.",
+    "magnitudes": "Magnitudes alone are as good: no pool needed.",
+    "pool": "Use the pool.",
+    "control": "Rotated modules are better than the pool's: its content does not help.",
+    "lora": "Train a LoRA.",
+    "other": "Use {name}.",
+}
+_WILL_DO: dict[Role, str] = {
+    "base": "The base alone",
+    "examples": "A prompt with examples",
+    "single": "The best single module",
+    "magnitudes": "Training magnitudes alone",
+    "pool": "The pool",
+    "control": "A pool of rotated modules",
+    "lora": "A LoRA",
+    "other": "{name}",
+}
+_ORDER = tuple(_WINS)  # cheaper first, of arms that train as many parameters
+
+
+class Interval(NamedTuple):
+    """Mean difference with the ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Contrast(NamedTuple):
+    """An arm minus LoRAFusion.
+
+    Attributes:
+      arm: name of the arm.
+      loss: nats per answer token.
+      p: two-sided p of the loss after Holm's correction over all contrasts.
+      correct: percentage points of exact match.
+      option_correct: percentage points of right options, if the task has options.
+    """
+
+    arm: str
+    loss: Interval
+    p: float
+    correct: Interval
+    option_correct: Interval | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Verdict on a task, or over tasks.
+
+    Attributes:
+      decision: "named" if no other arm is better by more than `MARGIN`, "close" if none is by more than `CLOSE`.
+      arm: name of the cheapest such arm, None if more rows are needed.
+      sentence: the verdict.
+      rows: rows, or tasks, that would name an arm, or that would decide if more are needed; None for a named arm.
+      notes: sentences about the pool's content, ends of grids, and arms that diverged.
+      contrasts: contrasts with LoRAFusion, of arms that did not diverge.
+    """
+
+    decision: Literal["named", "close", "more"]
+    arm: str | None
+    sentence: str
+    rows: int | None
+    notes: tuple[str, ...]
+    contrasts: tuple[Contrast, ...]
+
+
+def judge(outcomes: Outcomes) -> Verdict:
+    """Return the verdict on a task after a look; levels are corrected for the number of looks (Bonferroni).
+
+    Raises:
+      ValueError: not exactly one arm has the role "pool".
+    """
+    measured = np.all([np.isfinite(table).all(axis=0) for table in outcomes.correct.values()], axis=0)
+    loss, correct, option_correct = (
+        {name: table.mean(axis=0)[measured] for name, table in tables.items()}
+        for tables in (outcomes.loss, outcomes.correct, outcomes.option_correct)
+    )
+    notes = [
+        f"The best rates of {name} lie at the {tuned.edge} end of the grid: others beyond it may be better."
+        for name, tuned in outcomes.tuned.items()
+        if tuned.edge
+    ]
+    folds = int(outcomes.fold.max()) + 1
+    sample = _Sample(outcomes.groups[measured], 1 + folds / (folds - 1), outcomes.looks, "rows")
+    return _judge(outcomes.arms, sample, loss, correct, option_correct, notes)
+
+
+def judge_tasks(tasks: Sequence[Outcomes]) -> Verdict:
+    """Return the verdict over tasks that count as a random sample of their kind, each after its last look.
+
+    Raises:
+      ValueError: a task has other arms than the first one, or not exactly one arm has the role "pool".
+    """
+    arms = tasks[0].arms
+    for number, outcomes in enumerate(tasks):
+        if (names := [arm.name for arm in outcomes.arms]) != [arm.name for arm in arms]:
+            raise ValueError(f"task {number} has the arms {', '.join(names)}: give all tasks the arms of the first one")
+
+    def means(tables: Sequence[dict[str, Float[np.ndarray, "_draws _rows"]]]) -> dict[str, Float[np.ndarray, " tasks"]]:
+        common = [name for name in tables[0] if all(name in table for table in tables)]
+        return {name: np.array([table[name].mean() for table in tables]) for name in common}
+
+    sample = _Sample(np.arange(len(tasks)), 1.0, 1, "tasks")
+    tables = zip(*((one.loss, one.correct, one.option_correct) for one in tasks), strict=True)
+    return _judge(arms, sample, *map(means, tables), notes=[])
+
+
+class _Sample(NamedTuple):
+    """Rows of a task, or tasks, with what their intervals depend on."""
+
+    groups: Int[np.ndarray, " units"]
+    inflation: float
+    looks: int
+    unit: Literal["rows", "tasks"]
+
+    @property
+    def freedom(self) -> int:
+        return len(np.unique(self.groups)) - 1
+
+    def error(self, values: Float[np.ndarray, "... units"]) -> Float[np.ndarray, "..."]:
+        """Return the standard error of the mean; units of one group are one unit."""
+        if self.freedom < 1:
+            return np.full(values.shape[:-1], np.inf)
+        groups, of_group = np.unique(self.groups, return_inverse=True)
+        sums = (values - values.mean(axis=-1, keepdims=True)) @ np.eye(len(groups))[of_group]
+        variance = np.sum(sums**2, axis=-1) / len(self.groups) ** 2 * len(groups) / self.freedom
+        return np.asarray(np.sqrt(self.inflation * variance))
+
+    def reach(self, alpha: float) -> float:
+        """Return how many standard errors away a one-sided bound is that fails with probability alpha in any look."""
+        from scipy.special import stdtrit
+
+        return float(stdtrit(max(self.freedom, 1), 1 - alpha / self.looks))
+
+    def interval(self, values: Float[np.ndarray, " units"]) -> Interval:
+        """Return the mean with its two-sided interval."""
+        mean, half = values.mean(), self.reach((1 - LEVEL) / 2) * float(self.error(values))
+        return Interval(float(mean), float(mean - half), float(mean + half))
+
+    def p(self, values: Float[np.ndarray, " units"]) -> float:
+        """Return the two-sided p of the mean."""
+        from scipy.special import stdtr
+
+        mean, error = abs(values.mean()), float(self.error(values))
+        if mean == 0 or np.isinf(error):
+            return 1.0
+        return min(1.0, self.looks * 2 * float(stdtr(self.freedom, -mean / error if error else -np.inf)))
+
+
+def _judge(
+    arms: Sequence[TrialArm],
+    sample: _Sample,
+    loss: dict[str, Float[np.ndarray, " units"]],
+    correct: dict[str, Float[np.ndarray, " units"]],
+    option_correct: dict[str, Float[np.ndarray, " units"]],
+    notes: list[str],
+) -> Verdict:
+    if len(pools := [arm.name for arm in arms if arm.role == "pool"]) != 1:
+        raise ValueError(f'{len(pools)} arms have the role "pool": contrasts need exactly one')
+    diverged = [arm.name for arm in arms if not np.isfinite(loss[arm.name]).all()]
+    notes = [*notes, *(f"{name} is not compared, because its loss is NaN or infinite." for name in diverged)]
+    arms = sorted((arm for arm in arms if arm.name not in diverged), key=_cost)
+    if not arms:
+        raise ValueError("the loss of every arm is NaN or infinite: check the base and the rows")
+    contrasts = () if pools[0] in diverged else _contrasts(arms, pools[0], sample, loss, correct, option_correct)
+    losses = np.stack([loss[arm.name] for arm in arms])
+    difference = losses.mean(axis=1)[:, None] - losses.mean(axis=1)  # of the row's arm minus the column's
+    error = sample.error(losses[:, None] - losses)
+    np.fill_diagonal(error, 0)
+    half = sample.reach(1 - NAMING) * error
+    bounds = difference + half
+    worst = bounds.max(axis=1)
+    if (named := worst < MARGIN).any():
+        place = int(np.argmax(named))  # the first one is the cheapest
+        arm, decision, rows = arms[place], "named", None
+        sentence = _WINS[arm.role].format(name=arm.name)
+        if arm.role == "pool":
+            as_good = [one.name for one, bound in zip(arms, bounds[:, place], strict=True) if bound < MARGIN]
+            controls = [one.name for one in arms if one.role == "control" and one.name in as_good]
+            notes += [f"{name} is as good, so it is not the pool's content that helps." for name in controls]
+    elif (close := worst < CLOSE).any():
+        arm, decision = arms[int(np.argmax(close))], "close"
+        rows = _deciding(difference, half, MARGIN, sample)
+        sentence = f"{_WILL_DO[arm.role].format(name=arm.name)} will do: no arm is better by more than {CLOSE:g} nats; "
+        sentence += f"about {rows} {sample.unit} would find the best one."
+    else:
+        arm, decision = None, "more"
+        rows = _deciding(difference, half, CLOSE, sample)
+        first = int(np.argmin(worst))
+        width = sample.reach((1 - LEVEL) / 2) * error[first, int(np.argmax(bounds[first]))]
+        sentence = f"More {sample.unit} needed"
+        sentence += f": the interval is ±{width:.2f} nats; about {rows} {sample.unit} would decide." if rows else "."
+    return Verdict(
+        decision=decision,
+        arm=arm and arm.name,
+        sentence=sentence,
+        rows=rows,
+        notes=tuple(notes),
+        contrasts=contrasts,
+    )
+
+
+def _cost(arm: TrialArm) -> tuple[int, int]:
+    return arm.parameters, _ORDER.index(arm.role)
+
+
+def _deciding(
+    difference: Float[np.ndarray, "arms arms"], half: Float[np.ndarray, "arms arms"], margin: float, sample: _Sample
+) -> int | None:
+    """Return how many rows bring the bounds of an arm below a margin, if the differences stay; None if none do."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        times = np.where(difference < margin, half / (margin - difference), np.inf)
+    rows = len(sample.groups) * np.min(np.max(times, axis=1)) ** 2
+    step = 10 if sample.unit == "rows" else 1
+    return math.ceil(rows / step) * step if np.isfinite(rows) else None
+
+
+def _contrasts(
+    arms: Sequence[TrialArm],
+    pool: str,
+    sample: _Sample,
+    loss: dict[str, Float[np.ndarray, " units"]],
+    correct: dict[str, Float[np.ndarray, " units"]],
+    option_correct: dict[str, Float[np.ndarray, " units"]],
+) -> tuple[Contrast, ...]:
+    others = [arm.name for arm in arms if arm.name != pool]
+    corrected = holm([sample.p(loss[name] - loss[pool]) for name in others])
+    return tuple(
+        Contrast(
+            arm=name,
+            loss=sample.interval(loss[name] - loss[pool]),
+            p=p,
+            correct=sample.interval(100 * (correct[name] - correct[pool])),
+            option_correct=sample.interval(100 * (option_correct[name] - option_correct[pool]))
+            if {name, pool} <= option_correct.keys()
+            else None,
+        )
+        for name, p in zip(others, corrected, strict=True)
+    )
