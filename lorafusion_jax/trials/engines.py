@@ -63,7 +63,7 @@ def run_items(
     Raises:
       ValueError: Ray is not installed, there is no cluster at the address, or a node has another version of this
         package or of JAX.
-      Exception: what the function raises, other than errors of memory, or what `check` raises.
+      Exception: an error of the function, other than those of memory, or of `check`.
     """
     if options.engine == "ray":
         from .ray_engine import run_on_ray

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from ..methods import METHODS
 from ..support.checks import load_optional
 from ..support.text import printable
 from ..support.version import __version__
@@ -42,7 +43,7 @@ def run_on_ray(
         held = _accelerators(nodes)
 
         def submit(call: Callable[[], Any], **options: Any) -> Any:
-            return task.options(**options).remote(_VERSIONS, os.getcwd(), ray.cloudpickle.dumps(call))
+            return task.options(**options).remote(_VERSIONS, os.getcwd(), ray.cloudpickle.dumps((call, METHODS)))
 
         _check(ray, nodes, functools.partial(submit, check or int))
         most = max(int(node["Resources"]["memory"]) for node in nodes)
@@ -94,7 +95,11 @@ def _on_worker() -> Callable[..., Any]:
             os._exit(1)
         os.makedirs(folder, exist_ok=True)
         os.chdir(folder)
-        return pickle.loads(pickled)()
+        call, methods = pickle.loads(pickled)
+        from lorafusion_jax.methods import METHODS
+
+        METHODS.update({name: entry for name, entry in methods.items() if name not in METHODS})
+        return call()
 
     return on_worker
 
