@@ -11,10 +11,10 @@ from typing import Any
 
 import _script
 from lab.common import ROOT, convert_small_pool, fresh_folder, options_of_small
-from lab.demo_report import Row, plot_accuracy, plot_learning_curves, run_all, write_report
+from lab.demo_report import Row, plot_accuracy, run_all, write_report
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse, load_pool, load_run
-from lorafusion_jax.parts import RunFolder, column_names
+from lorafusion_jax.parts import column_names
 from lorafusion_jax.report import plot_coefficients
 from lorafusion_jax.trials import ARMS
 
@@ -49,11 +49,6 @@ def _options(task: str, method: str) -> FuseOptions:
 def _plot(rows: Sequence[Row]) -> None:
     title = f"Tasks that no adapter was trained on: mean of {len(SEEDS)} seeds, their spread, and each one as a dot"
     plot_accuracy(rows, FOLDER / "accuracy.png", apart=(OUT_OF_REACH,), title=title)
-    metrics = {
-        task: {method: RunFolder(FOLDER / "runs" / _name(task, method)).metrics() for method in SHOWN}
-        for task in (*TASKS, OUT_OF_REACH)
-    }
-    plot_learning_curves(metrics, FOLDER / "learning_curves.png", title="Loss of the training batches")
     columns = column_names(load_pool(FOLDER / "pool"), PRESETS["default"].granularity)
     for task in TASKS:
         _, params, config = load_run(FOLDER / "runs" / _name(task, "LoRAFusion"))

@@ -2,7 +2,8 @@
 
     python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0 ideal-0.01 ideal-0.03
     python experiments/language_fused_on_arrays.py --tasks FOLDER --settings 8-0 6-0 5-0        # ADCs, perfect cells
-    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0.03 --its-chip --other-chip
+    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0.03 \\
+        --trained digitally "on another chip" "on the chip"
 
 LoRAFusion of all 24 adapters, as in `experiments/language.py`. The seven projections of every layer and all modules are
 written onto one chip of examples/smollm2/chip.yaml, whose ADC ranges are calibrated on training rows. Written to the
@@ -10,13 +11,14 @@ folder: table.csv and rows.csv of what was asked for, every row and the runs; in
 """
 
 import dataclasses
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import _script
 import jax
@@ -44,8 +46,7 @@ class Options:
       tasks: folder of the function-vector data sets, also in subfolders.
       unseen: names of the tasks to fuse for.
       settings: bits of the ADC, or `ideal`, and standard deviation of the programming error as a share of Gmax: 8-0.01.
-      its_chip: also train on the chip of each setting, from the beginning.
-      other_chip: also train on another chip of each setting, in as many steps: the control of `its_chip`.
+      trained: where fusions are trained, in as many steps; another chip is the control of `on the chip`.
       seeds: of the fusions, in one program.
       test_rows: evaluate on the first rows of the test set only.
       calibration_rows: training rows that the ADCs are calibrated on, for numbers that are trained digitally; a run
@@ -56,8 +57,7 @@ class Options:
     tasks: Path
     unseen: tuple[str, ...] = ("sentiment", "person-sport")
     settings: tuple[str, ...] = ("ideal-0", "ideal-0.01", "ideal-0.03", "ideal-0.05", "ideal-0.1")
-    its_chip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    other_chip: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    trained: tuple[Case, ...] = ("digitally",)
     seeds: tuple[int, ...] = (1, 2, 3)
     test_rows: int = 100
     calibration_rows: int = 16
@@ -72,13 +72,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     make_pools(ADAPTERS)
     store = Store(options.out)
     store.claim({name: getattr(options, name) for name in ("seeds", "test_rows", "calibration_rows")})
-    asked: list[tuple[Setting, Case]] = [(DIGITAL, "digitally")]
-    for setting in settings:
-        asked.append((setting, "digitally"))
-        if options.other_chip and setting.error:
-            asked.append((setting, "on another chip"))
-        if options.its_chip:
-            asked.append((setting, "on the chip"))
+    asked: list[tuple[Setting, Case]] = [(DIGITAL, "digitally"), *itertools.product(settings, options.trained)]
     rows = []
     for task, path in paths.items():
         for setting, case in asked:

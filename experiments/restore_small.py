@@ -33,32 +33,28 @@ from lorafusion_jax.parts import (
 from lorafusion_jax.report import over_tasks, write_text
 from lorafusion_jax.trials import ARMS
 
+METHODS: tuple[RestoreMethod, ...] = ("scales", "low-rank")
+PROMPTS = 10  # without answers, of each of the pool's tasks
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(ChipsOptions):
-    """Options of the measurements.
+    __doc__ = ChipsOptions.__doc__
 
-    Attributes:
-      methods: kinds of corrections.
-      prompts: number of unlabelled prompts of each of the pool's tasks.
-    """
-
-    methods: tuple[RestoreMethod, ...] = ("scales", "low-rank")
-    prompts: int = 10
     chips: int = 4
     out: Path = ROOT / "runs" / "restore-small"
 
 
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    options.check(methods=options.methods)
-    store = options.store("methods")
+    options.check()
+    store = options.store()
     text = options.out / "prompts.txt"
-    prompts = [row["context"] for task in split().pool for row in draw(task, options.prompts, (0,))]
+    prompts = [row["context"] for task in split().pool for row in draw(task, PROMPTS, (0,))]
     write_text(text, "\n".join(prompts) + "\n")
     common: dict[str, Any] = {"crossbar": options.crossbar, "chip_key": options.chip_key}
     shares = {"none": 0.0}
-    for method in options.methods:
+    for method in METHODS:
         print(f"corrections: {method}", file=sys.stderr, flush=True)
         made = restore_chips(
             RestoreOptions(

@@ -1,7 +1,6 @@
-"""The demos' report: tasks by methods, with the spread over seeds, as a table and as bars; and learning curves."""
+"""The demos' report: tasks by methods, with the spread over seeds, as a table and as bars."""
 
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,7 +14,6 @@ from lorafusion_jax.parts import escaped, markdown
 from lorafusion_jax.report import EMPTY, colour, counts, literal, plot, spread, write_text
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
@@ -108,41 +106,6 @@ def plot_accuracy(rows: Sequence[Row], path: Path, *, apart: Collection[str] = (
     plot(path, (1.6 * len(scores) + 1.5, 4.8), draw)
 
 
-def plot_learning_curves(metrics: Mapping[str, Mapping[str, Sequence[Row]]], path: Path, *, title: str = "") -> None:
-    """Draw the cross-entropy against the step, a panel a task: every seed as a thin line, their mean as a thick one.
-
-    The axis of the loss is logarithmic. `metrics` has the lines of metrics.jsonl by task and method. A method without
-    any has no curve, but takes a colour, as in the plot of accuracy.
-    """
-    methods = list(dict.fromkeys(method for by_method in metrics.values() for method in by_method))
-    curves = {task: {m: _curves(lines) for m, lines in by_method.items()} for task, by_method in metrics.items()}
-    drawn = [m for m in methods if any(by_method.get(m) for by_method in curves.values())]
-    if not drawn:
-        raise ValueError("no learning curves: give lines with step, seed and cross_entropy")
-    columns = min(len(curves), 3 if len(curves) <= 6 else 4)
-    rows = math.ceil(len(curves) / columns)
-
-    def draw(figure: "Figure") -> None:
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        for i, panel in enumerate(panels.flat):
-            if i >= len(curves):
-                panel.remove()
-            elif i + columns >= len(curves):
-                panel.set_xlabel("step")
-                panel.tick_params(labelbottom=True)
-        for panel, (task, by_method) in zip(panels.flat, curves.items(), strict=False):
-            for method, by_seed in by_method.items():
-                _draw_curves(panel, by_seed, colour(methods.index(method)))
-            panel.set_yscale("log")
-            panel.set_title(literal(task), loc="left")
-        figure.supylabel("cross-entropy, nats per token", size=11)
-        figure.suptitle(title, x=0.01, ha="left", size=12)
-        lines = [panels[0, 0].plot([], [], color=colour(methods.index(m)), linewidth=2)[0] for m in drawn]
-        figure.legend(lines, [*map(literal, drawn)], loc="outside lower center", ncols=len(drawn))
-
-    plot(path, (3.4 * columns + 0.5, 2.6 * rows + 0.9), draw)
-
-
 def _seed_scores(
     rows: Sequence[Row], apart: Collection[str]
 ) -> tuple[list[str], dict[str, dict[str, dict[int, float]]]]:
@@ -163,24 +126,3 @@ def _seed_scores(
 def _deviation(values: Sequence[float]) -> float | None:
     """Return the sample standard deviation, None of a single value."""
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _curves(lines: Sequence[Row]) -> dict[int, tuple[list[int], list[float]]]:
-    """Return (steps, values) by seed."""
-    curves: dict[int, tuple[list[int], list[float]]] = {}
-    for line in lines:
-        if "cross_entropy" in line:
-            steps, values = curves.setdefault(line["seed"], ([], []))
-            steps.append(line["step"])
-            values.append(math.nan if (loss := line["cross_entropy"]) is None else loss)  # None: it was not finite
-    return curves
-
-
-def _draw_curves(panel: "Axes", by_seed: Mapping[int, tuple[list[int], list[float]]], shade: str) -> None:
-    for steps, values in by_seed.values():
-        panel.plot(steps, values, color=shade, linewidth=0.6, alpha=0.35)
-    shortest = min((len(steps) for steps, _ in by_seed.values()), default=0)
-    if shortest:
-        steps = next(iter(by_seed.values()))[0][:shortest]
-        mean = np.mean([values[:shortest] for _, values in by_seed.values()], axis=0)
-        panel.plot(steps, mean, color=shade, linewidth=2)

@@ -1,8 +1,8 @@
-"""The demos' report: means, the spread over seeds, bars and learning curves."""
+"""The demos' report: means, the spread over seeds, and bars."""
 
 import numpy as np
 import pytest
-from lab.demo_report import markdown_table, plot_accuracy, plot_learning_curves
+from lab.demo_report import markdown_table, plot_accuracy
 
 
 def _row(task, method, seed, exact_match, trainable=1232, seconds=1.0):
@@ -18,17 +18,6 @@ _ROWS = [
     *(_row("hard", "fusion", seed, match) for seed, match in ((1, 20.0), (2, 30.0))),
     *(_row("impossible", "fusion", seed, 0.0) for seed in (1, 2)),
 ]
-
-
-_METRICS = {
-    "easy": {
-        "zero-shot": [],
-        "fusion": [{"step": t, "seed": s, "cross_entropy": 2 / t + s} for t in range(1, 6) for s in (1, 2)]
-        # What an epoch adds, and a seed that stopped early.
-        + [{"step": 5, "seed": 1, "validation_loss": 1.0}, {"step": 6, "seed": 1, "cross_entropy": 1.0}],
-    },
-    "hard": {"fusion": [{"step": t, "seed": 1, "cross_entropy": 3 / t} for t in range(1, 6)]},
-}
 
 
 def test_a_table_has_means_and_spreads_of_tasks_by_methods():
@@ -48,21 +37,13 @@ def test_a_table_has_means_and_spreads_of_tasks_by_methods():
     assert "| 900 to 1,232 |" in markdown_table([*_ROWS, _row("hard", "fusion", 3, 1.0, 900)])
 
 
-def test_bars_and_curves_are_the_numbers_of_the_rows(tmp_path, figures):
+def test_bars_are_the_numbers_of_the_rows(tmp_path, figures):
     late = _row("hard", "late", 1, 5.0)  # it lacks the first task
     plot_accuracy([*_ROWS, late], tmp_path / "accuracy.png", apart=("impossible",))
-    plot_learning_curves(_METRICS, tmp_path / "curves.png")
-    bars, curves = (figure.axes[0] for figure in figures)
+    bars = figures[0].axes[0]
     heights = [bar.get_height() for group in bars.containers if hasattr(group, "patches") for bar in group]
     assert heights == pytest.approx([10, 2, 6, 55, 25, 40, 0, 5])
     dots = np.concatenate([points.get_offsets()[:, 1] for points in bars.collections if len(points.get_offsets())])
     assert sorted(dots[dots > 0]) == pytest.approx([20, 30, 35, 45, 50, 60])
     assert [label.get_text() for label in bars.get_xticklabels()] == ["easy", "hard", "mean", "impossible"]
-    legends = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
-    assert legends == [["zero-shot", "fusion", "late"], ["fusion"]]
-    # Curves are the seeds and their mean over the steps of all.
-    lines = [line.get_xydata() for line in curves.lines if len(line.get_xydata())]
-    assert [len(line) for line in lines] == [6, 5, 5]
-    np.testing.assert_allclose(lines[2], [(t, 2 / t + 1.5) for t in range(1, 6)])
-    with pytest.raises(ValueError, match="no learning curves: give lines with step"):
-        plot_learning_curves({"easy": {"zero-shot": []}}, tmp_path / "none.png")
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["zero-shot", "fusion", "late"]

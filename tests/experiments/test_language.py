@@ -233,7 +233,7 @@ def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(trained,
     given = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "arrays"), "--unseen", "new"]
     given += ["--seeds", "1", "--test-rows", "6", "--calibration-rows", "4"]
     cases = ("digitally", "on another chip", "on the chip")
-    on_arrays.main([*given, "--settings", "ideal-0.5", "--its-chip", "--other-chip"])
+    on_arrays.main([*given, "--settings", "ideal-0.5", "--trained", *cases])
     with (tmp_path / "arrays" / "rows.csv").open() as file:
         rows = {(row["bits"], row["error"], row["trained"]): float(row["loss"]) for row in csv.DictReader(file)}
     assert len(rows) == 4
