@@ -59,8 +59,8 @@ class TrialArm:
       name: name in tables.
       rates: learning rates of its recipe; an arm without rates is not tuned.
       draws: numbers of the random draws, of a control.
-      learns: whether it uses training rows; if not, one evaluation of all rows is enough.
-      role: what the sentence of the verdict calls it.
+      learns: True if it uses training rows; without it, one evaluation of all rows is enough.
+      role: role in the sentence of the verdict.
       parameters: trained parameters, 0 for none: the cheaper one of two arms that are as good is preferred.
     """
 
@@ -120,9 +120,9 @@ def procedure(
       groups: input of each row.
       measure: function that trains and tests, and returns scores in the order of the trainings.
       folds: number of folds.
-      nested: whether the rates are also tuned inside each fold, for its test.
+      nested: tune the rates also inside each fold, for its test.
       seed: seed of the folds.
-      by_fold: whether there is a look after each fold, instead of one at the end.
+      by_fold: look after each fold, instead of once at the end.
 
     Raises:
       ValueError: names of arms are equal, or the rows are too few for the folds.

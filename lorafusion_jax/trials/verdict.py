@@ -96,7 +96,9 @@ class Verdict:
 
 
 def judge(outcomes: Outcomes) -> Verdict:
-    """Return the verdict on a task after a look; levels are corrected for the number of looks (Bonferroni).
+    """Return the verdict on a task after a look.
+
+    Error rates are divided by the number of looks, except after the last look (Haybittle and Peto).
 
     Raises:
       ValueError: not exactly one arm has the role "pool".
@@ -112,7 +114,8 @@ def judge(outcomes: Outcomes) -> Verdict:
         if tuned.edge
     ]
     folds = int(outcomes.fold.max()) + 1
-    sample = _Sample(outcomes.groups[measured], 1 + folds / (folds - 1), outcomes.looks, "rows")
+    looks = outcomes.looks if outcomes.look < outcomes.looks else 1
+    sample = _Sample(outcomes.groups[measured], 1 + folds / (folds - 1), looks, "rows")
     return _judge(outcomes.arms, sample, loss, correct, option_correct, notes)
 
 
@@ -158,7 +161,7 @@ class _Sample(NamedTuple):
         return np.asarray(np.sqrt(self.inflation * variance))
 
     def reach(self, alpha: float) -> float:
-        """Return how many standard errors away a one-sided bound is that fails with probability alpha in any look."""
+        """Return how many standard errors away a one-sided bound is that fails with probability alpha."""
         from scipy.special import stdtrit
 
         return float(stdtrit(max(self.freedom, 1), 1 - alpha / self.looks))

@@ -116,8 +116,8 @@ def test_contrasts_are_t_intervals_over_inputs_with_holms_p():
     assert [one.p for one in found.values()] == pytest.approx(holm([p[name] for name in found]))
 
 
-def test_a_look_counts_measured_rows_and_is_corrected_for_all_looks():
-    outcomes = _outcomes(0.3, LoRA=1.5)
+def test_a_look_counts_measured_rows_and_only_the_last_one_has_full_levels():
+    outcomes = _outcomes(0.3, LoRA=1.7)
     for arm in _ARMS[1:]:
         for table in (outcomes.loss, outcomes.correct, outcomes.option_correct):
             if arm.name in table:
@@ -126,7 +126,10 @@ def test_a_look_counts_measured_rows_and_is_corrected_for_all_looks():
     values = (outcomes.loss["LoRA"] - outcomes.loss["LoRAFusion"])[0, outcomes.fold < 2]
     half = stats.t.ppf(1 - 0.025 / 5, 15) * 1.5 * stats.sem(values)
     np.testing.assert_allclose(contrast.loss, values.mean() + half * np.array([0, -1, 1]))
-    one_input = dataclasses.replace(outcomes, groups=np.where(outcomes.fold < 2, 0, outcomes.groups))
+    p = 5 * 2 * stats.t.sf(abs(values.mean()) / stats.sem(values) / 1.5, 15)
+    assert contrast.p == pytest.approx(min(1, 7 * p))  # the smallest of seven
+    assert judge(dataclasses.replace(outcomes, look=5, looks=5)) == judge(outcomes)
+    one_input = dataclasses.replace(outcomes, look=2, looks=5, groups=np.where(outcomes.fold < 2, 0, outcomes.groups))
     assert judge(one_input).sentence == "More rows needed."
 
 
