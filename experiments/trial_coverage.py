@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Array, Bool, Float, Int
-from lab.common import ROOT, with_interval, write_tables
+from lab.common import ROOT, write_tables
 from scipy import stats
 
 from lorafusion_jax.trials import Cells, Outcomes, Row, Scores, Training, TrialArm, judge, procedure
@@ -223,68 +223,66 @@ def measured(number: int, rows: int) -> Row:
     }
 
 
-def share(hits: Sequence[bool]) -> list[str]:
-    """Return count and percentage, with its exact binomial interval (Clopper and Pearson, 1934)."""
+def share(hits: Sequence[bool]) -> str:
+    """Return a percentage with its exact binomial interval (Clopper and Pearson, 1934), and the number of cases."""
     if not hits:
-        return ["0", "-"]
+        return "-"
     count, right = len(hits), sum(hits)
     low = stats.beta.ppf(0.025, right, count - right + 1) if right else 0.0
     high = stats.beta.ppf(0.975, right + 1, count - right) if right < count else 1.0
-    return [str(count), f"{100 * right / count:.1f} ({100 * low:.1f} to {100 * high:.1f})"]
+    return f"{100 * right / count:.1f} ({100 * low:.1f} to {100 * high:.1f}) of {count}"
 
 
-def wrong(row: Row, decision: str, arm: str | None, wanted: str, margin: float) -> bool:
-    """Return whether a decision is the wanted one, and its arm is worse than the best one by more than a margin."""
-    return decision == wanted and arm is not None and row["truth"][arm] - min(row["truth"].values()) > margin
+def figures(own: Sequence[Row], at: Mapping[tuple[int, int], Row]) -> dict[str, list[bool]]:
+    """Return what holds for each of some rows; `at` has the rows by task and number of rows."""
 
+    def worse(row: Row, margin: float, arm: str | None = None) -> bool:
+        return row["truth"][arm or row["arm"]] - min(row["truth"].values()) > margin
 
-def covers(row: Row, arm: str) -> bool:
-    _, low, high = row["contrasts"][arm]
-    return low <= row["truth"][arm] - row["truth"]["pool"] <= high
+    def covers(row: Row, arm: str) -> bool:
+        _, low, high = row["contrasts"][arm]
+        return low <= row["truth"][arm] - row["truth"]["pool"] <= high
+
+    decided = {kind: [row for row in own if row["decision"] == kind] for kind in ("named", "close", "more")}
+    early = [[arm for kind, arm in row["looks"][:-1] if kind == "named"] for row in own]
+    names = [[arm for kind, arm in row["looks"] if kind == "named"] for row in own]
+    more = decided["more"]
+    doubled = [at[row["task"], 2 * row["rows"]]["decision"] for row in more]
+    sizes = [(row["task"], [size for size in SIZES if size >= row["needed"]]) for row in more]
+    return {
+        **{
+            f"interval covers, {arm.name} minus pool": [covers(row, arm.name) for row in own]
+            for arm in ARMS
+            if arm.role != "pool"
+        },
+        "an arm is named": [row["decision"] == "named" for row in own],
+        "an arm will do": [row["decision"] == "close" for row in own],
+        "more rows are needed": [row["decision"] == "more" for row in own],
+        "an arm is named that is more than 0.05 nats worse than the best": [
+            row["decision"] == "named" and worse(row, 0.05) for row in own
+        ],
+        "the same, of named arms": [worse(row, 0.05) for row in decided["named"]],
+        "an arm that will do is more than 0.05 nats worse": [worse(row, 0.05) for row in decided["close"]],
+        "an arm that will do is more than 0.3 nats worse": [worse(row, 0.3) for row in decided["close"]],
+        "an earlier look than the last names an arm": [bool(arms) for arms in early],
+        "any of five looks names an arm that is more than 0.05 nats worse": [
+            any(worse(row, 0.05, arm) for arm in arms) for row, arms in zip(own, names, strict=True)
+        ],
+        "doubling decides if more rows are needed": [kind != "more" for kind in doubled],
+        "doubling names an arm if more rows are needed": [kind == "named" for kind in doubled],
+        "the stated number decides if it is at most 160": [
+            at[task, min(enough)]["decision"] != "more" for task, enough in sizes if enough
+        ],
+    }
 
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the figures of each number of rows, and of all but the largest."""
+    """Return a line for each figure, and columns for each number of rows and for all but the largest."""
     at = {(row["task"], row["rows"]): row for row in rows}
-    others = [arm.name for arm in ARMS if arm.role != "pool"]
-    lines = [["figure", "rows", "of", "%"]]
-    for sizes in (*((size,) for size in SIZES[:-1]), SIZES[:-1]):
-        own = [row for row in rows if row["rows"] in sizes]
-        label = ", ".join(map(str, sizes))
-
-        def add(figure: str, hits: Sequence[bool], label: str = label) -> None:
-            lines.append([figure, label, *share(hits)])
-
-        of_task: dict[int, list[bool]] = {}
-        for row in own:
-            of_task.setdefault(row["task"], []).extend(covers(row, arm) for arm in others)
-        mean, ends = with_interval([100 * float(np.mean(hits)) for hits in of_task.values()], 1)
-        lines.append(["interval covers, mean of the contrasts", label, str(len(of_task)), f"{mean} ({ends})"])
-        for arm in others:
-            add(f"interval covers, {arm} minus pool", [covers(row, arm) for row in own])
-        for decision in ("named", "close", "more"):
-            add(f"decision: {decision}", [row["decision"] == decision for row in own])
-        verdicts = [(row, row["decision"], row["arm"]) for row in own]
-        add(
-            "names an arm that is more than 0.05 nats worse than the best",
-            [wrong(*one, "named", 0.05) for one in verdicts],
-        )
-        add("an arm that will do is more than 0.3 nats worse", [wrong(*one, "close", 0.3) for one in verdicts])
-        early = [any(decision == "named" for decision, _ in row["looks"][:-1]) for row in own]
-        add("an earlier look than the last names an arm", early)
-        looks = [any(wrong(row, decision, arm, "named", 0.05) for decision, arm in row["looks"]) for row in own]
-        add("any of the five looks names an arm that is more than 0.05 nats worse", looks)
-        more = [row for row in own if row["decision"] == "more"]
-        doubled = [at[row["task"], 2 * row["rows"]]["decision"] for row in more]
-        add("asks for more rows, and doubling them decides", [decision != "more" for decision in doubled])
-        add("asks for more rows, and doubling them names an arm", [decision == "named" for decision in doubled])
-        enough = [
-            (row["task"], min(size for size in SIZES if size >= row["needed"]))
-            for row in more
-            if row["needed"] <= SIZES[-1]
-        ]
-        add("asks for at most 160 rows, and so many decide", [at[key]["decision"] != "more" for key in enough])
-    return lines
+    groups = [[row for row in rows if row["rows"] in sizes] for sizes in (*zip(SIZES[:-1]), SIZES[:-1])]
+    columns = [figures(own, at) for own in groups]
+    heading = ["share, %", *(f"{size} rows" for size in SIZES[:-1]), "all"]
+    return [heading, *([name, *(share(column[name]) for column in columns)] for name in columns[0])]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
