@@ -256,14 +256,14 @@ def figures(own: Sequence[Row], at: Mapping[tuple[int, int], Row]) -> dict[str, 
             if arm.role != "pool"
         },
         "an arm is named": [row["decision"] == "named" for row in own],
-        "an arm will do": [row["decision"] == "close" for row in own],
+        "no clear winner, but a best arm so far": [row["decision"] == "close" for row in own],
         "more rows are needed": [row["decision"] == "more" for row in own],
         "an arm is named that is more than 0.05 nats worse than the best": [
             row["decision"] == "named" and worse(row, 0.05) for row in own
         ],
         "the same, of named arms": [worse(row, 0.05) for row in decided["named"]],
-        "an arm that will do is more than 0.05 nats worse": [worse(row, 0.05) for row in decided["close"]],
-        "an arm that will do is more than 0.3 nats worse": [worse(row, 0.3) for row in decided["close"]],
+        "the best arm so far is more than 0.05 nats worse": [worse(row, 0.05) for row in decided["close"]],
+        "the best arm so far is more than 0.3 nats worse": [worse(row, 0.3) for row in decided["close"]],
         "an earlier look than the last names an arm": [bool(arms) for arms in early],
         "any of five looks names an arm that is more than 0.05 nats worse": [
             any(worse(row, 0.05, arm) for arm in arms) for row, arms in zip(own, names, strict=True)
@@ -296,7 +296,7 @@ class Options:
     """
 
     tasks: int = 200
-    first: int = 10_000
+    first: int = 10_200
     out: Path = ROOT / "results" / "trial"
 
 

@@ -21,7 +21,7 @@ from ..report import holm
 from .procedure import Outcomes, Role, TrialArm
 
 MARGIN = 0.05  # nats per answer token: arms that differ by less are as good
-CLOSE = 0.3  # nats per answer token: an arm will do if no other one is better by more
+CLOSE = 0.3  # nats per answer token: without a winner, the rows suffice if the best arm so far is as close as that
 LEVEL = 0.95  # of the two-sided intervals of contrasts
 NAMING = 0.9  # of the one-sided bounds that name an arm
 
@@ -34,16 +34,6 @@ _WINS: dict[Role, str] = {
     "control": "Rotated modules are better than the pool's: its content does not help.",
     "lora": "Train a LoRA.",
     "other": "Use {name}.",
-}
-_WILL_DO: dict[Role, str] = {
-    "base": "The base alone",
-    "examples": "A prompt with examples",
-    "single": "The best single module",
-    "magnitudes": "Training magnitudes alone",
-    "pool": "The pool",
-    "control": "A pool of rotated modules",
-    "lora": "A LoRA",
-    "other": "{name}",
 }
 _ORDER = tuple(_WINS)  # cheaper first, of arms that train as many parameters
 
@@ -80,7 +70,7 @@ class Verdict:
 
     Attributes:
       decision: "named" if no other arm is better by more than `MARGIN`, "close" if none is by more than `CLOSE`.
-      arm: name of the cheapest such arm, None if more rows are needed.
+      arm: name of the cheapest such arm, or of the best one so far; None if more rows are needed.
       sentence: the verdict.
       rows: rows, or tasks, that would name an arm, or that would decide if more are needed; None for a named arm.
       notes: sentences about the pool's content, ends of grids, and arms that diverged.
@@ -212,11 +202,11 @@ def _judge(
             as_good = [one.name for one, bound in zip(arms, bounds[:, place], strict=True) if bound < MARGIN]
             controls = [one.name for one in arms if one.role == "control" and one.name in as_good]
             notes += [f"{name} is as good, so it is not the pool's content that helps." for name in controls]
-    elif (close := worst < CLOSE).any():
-        arm, decision = arms[int(np.argmax(close))], "close"
+    elif worst.min() < CLOSE:
+        arm, decision = arms[int(np.argmin(worst))], "close"
         rows = _deciding(difference, half, MARGIN, sample)
-        sentence = f"{_WILL_DO[arm.role].format(name=arm.name)} will do: no arm is better by more than {CLOSE:g} nats; "
-        sentence += f"about {rows} {sample.unit} would find the best one."
+        sentence = f"No clear winner: {arm.name} is the best so far, no arm is better by more than {CLOSE:g} nats, and "
+        sentence += f"about {rows} {sample.unit} would decide."
     else:
         arm, decision = None, "more"
         rows = _deciding(difference, half, CLOSE, sample)
