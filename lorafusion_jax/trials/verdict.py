@@ -94,10 +94,10 @@ def judge(outcomes: Outcomes) -> Verdict:
       ValueError: not exactly one arm has the role "pool".
     """
     measured = np.all([np.isfinite(table).all(axis=0) for table in outcomes.correct.values()], axis=0)
-    loss, correct, option_correct = (
-        {name: table.mean(axis=0)[measured] for name, table in tables.items()}
-        for tables in (outcomes.loss, outcomes.correct, outcomes.option_correct)
-    )
+    tables = [
+        {name: values.mean(axis=0)[measured] for name, values in table.items()}
+        for table in (outcomes.loss, outcomes.correct, outcomes.option_correct)
+    ]
     notes = [
         f"The best rates of {name} lie at the {tuned.edge} end of the grid: others beyond it may be better."
         for name, tuned in outcomes.tuned.items()
@@ -106,7 +106,7 @@ def judge(outcomes: Outcomes) -> Verdict:
     folds = int(outcomes.fold.max()) + 1
     looks = outcomes.looks if outcomes.look < outcomes.looks else 1
     sample = _Sample(outcomes.groups[measured], 1 + folds / (folds - 1), looks, "rows")
-    return _judge(outcomes.arms, sample, loss, correct, option_correct, notes)
+    return _judge(outcomes.arms, sample, tables, notes)
 
 
 def judge_tasks(tasks: Sequence[Outcomes]) -> Verdict:
@@ -120,13 +120,11 @@ def judge_tasks(tasks: Sequence[Outcomes]) -> Verdict:
         if (names := [arm.name for arm in outcomes.arms]) != [arm.name for arm in arms]:
             raise ValueError(f"task {number} has the arms {', '.join(names)}: give all tasks the arms of the first one")
 
-    def means(tables: Sequence[dict[str, Float[np.ndarray, "_draws _rows"]]]) -> dict[str, Float[np.ndarray, " tasks"]]:
-        common = [name for name in tables[0] if all(name in table for table in tables)]
-        return {name: np.array([table[name].mean() for table in tables]) for name in common}
-
-    sample = _Sample(np.arange(len(tasks)), 1.0, 1, "tasks")
-    tables = zip(*((one.loss, one.correct, one.option_correct) for one in tasks), strict=True)
-    return _judge(arms, sample, *map(means, tables), notes=[])
+    tables = [
+        {name: np.array([one[name].mean() for one in of_task]) for name in set.intersection(*map(set, of_task))}
+        for of_task in zip(*((one.loss, one.correct, one.option_correct) for one in tasks), strict=True)
+    ]
+    return _judge(arms, _Sample(np.arange(len(tasks)), 1.0, 1, "tasks"), tables, notes=[])
 
 
 class _Sample(NamedTuple):
@@ -174,19 +172,18 @@ class _Sample(NamedTuple):
 def _judge(
     arms: Sequence[TrialArm],
     sample: _Sample,
-    loss: dict[str, Float[np.ndarray, " units"]],
-    correct: dict[str, Float[np.ndarray, " units"]],
-    option_correct: dict[str, Float[np.ndarray, " units"]],
+    tables: Sequence[dict[str, Float[np.ndarray, " units"]]],
     notes: list[str],
 ) -> Verdict:
     if len(pools := [arm.name for arm in arms if arm.role == "pool"]) != 1:
         raise ValueError(f'{len(pools)} arms have the role "pool": contrasts need exactly one')
+    loss = tables[0]
     diverged = [arm.name for arm in arms if not np.isfinite(loss[arm.name]).all()]
     notes = [*notes, *(f"{name} is not compared, because its loss is NaN or infinite." for name in diverged)]
     arms = sorted((arm for arm in arms if arm.name not in diverged), key=_cost)
     if not arms:
         raise ValueError("the loss of every arm is NaN or infinite: check the base and the rows")
-    contrasts = () if pools[0] in diverged else _contrasts(arms, pools[0], sample, loss, correct, option_correct)
+    contrasts = () if pools[0] in diverged else _contrasts(arms, pools[0], sample, tables)
     losses = np.stack([loss[arm.name] for arm in arms])
     difference = losses.mean(axis=1)[:, None] - losses.mean(axis=1)  # of the row's arm minus the column's
     error = sample.error(losses[:, None] - losses)
@@ -240,24 +237,20 @@ def _deciding(
 
 
 def _contrasts(
-    arms: Sequence[TrialArm],
-    pool: str,
-    sample: _Sample,
-    loss: dict[str, Float[np.ndarray, " units"]],
-    correct: dict[str, Float[np.ndarray, " units"]],
-    option_correct: dict[str, Float[np.ndarray, " units"]],
+    arms: Sequence[TrialArm], pool: str, sample: _Sample, tables: Sequence[dict[str, Float[np.ndarray, " units"]]]
 ) -> tuple[Contrast, ...]:
     others = [arm.name for arm in arms if arm.name != pool]
-    corrected = holm([sample.p(loss[name] - loss[pool]) for name in others])
+    loss, correct, option_correct = (
+        {name: table[name] - table[pool] for name in others if name in table and pool in table} for table in tables
+    )
+    corrected = holm([sample.p(loss[name]) for name in others])
     return tuple(
         Contrast(
             arm=name,
-            loss=sample.interval(loss[name] - loss[pool]),
+            loss=sample.interval(loss[name]),
             p=p,
-            correct=sample.interval(100 * (correct[name] - correct[pool])),
-            option_correct=sample.interval(100 * (option_correct[name] - option_correct[pool]))
-            if {name, pool} <= option_correct.keys()
-            else None,
+            correct=sample.interval(100 * correct[name]),
+            option_correct=sample.interval(100 * option_correct[name]) if name in option_correct else None,
         )
         for name, p in zip(others, corrected, strict=True)
     )
