@@ -31,16 +31,6 @@ def settled(chip, x):
 # Every vector counts.
 
 
-@pytest.mark.parametrize("config", [pytest.param(ONE, marks=pytest.mark.long), REAL], ids=["whole", "real"])
-def test_sequences_are_calibrated_on_all_their_tokens(config):
-    """The first token of each of 256 sequences is small."""
-    x = (0.3 * normal(256, 5, 40)).at[:, 0].multiply(0.02)
-    chip = settled(program(normal(40, 6), config, KEY), x)
-    seen = probe(x, chip)[1]
-    assert float(seen.clip_share.max()) < 0.01 and float(seen.sqnr) > 30
-    assert float(seen.histogram.sum()) == 256 * 5 * 6
-
-
 def test_clipped_conversions_of_all_vectors_are_counted():
     """Ranges of small vectors clip most conversions of the last ten, which are large."""
     vectors = 5000

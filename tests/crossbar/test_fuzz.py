@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from crossbar_strategies import OPTIONS, build, dtype, inputs, reads, simplest, weights
+from crossbar_strategies import build, dtype, inputs, reads, simplest, weights
 from hypothesis import Phase, given, note, settings
 from hypothesis import strategies as st
 
@@ -33,7 +33,6 @@ from lorafusion_jax.crossbar import (
     probe,
     program,
     save_chip,
-    with_config,
     with_corrections,
     with_read_key,
 )
@@ -795,28 +794,3 @@ def test_gradients_of_physical_values_are_slopes(case: Case, leaf: str):
         wanted = (ends[1] - ends[0]) / (2e-6 * at)
     size = abs(float(y) / at) + np.abs(C).sum() * np.abs(W).max()
     np.testing.assert_allclose(slope, wanted, rtol=1e-4, atol=1e-6 * size, err_msg=leaf)
-
-
-# What must be refused, or be right
-
-
-_CHANGED = "cells encoding ratio scale rows cols bits slice_bits signed scaling adc_bits convert separate".split()
-_OTHER = {name: OPTIONS[name] for name in _CHANGED} | {"adc": ["max", "granular", None]}
-
-
-@cases(
-    40,
-    case=reads(
-        *(None, "definition"), device=None, nonlinear=None, gain=None, offset=None, adc=st.sampled_from(_OTHER["adc"])
-    ),
-    name=st.sampled_from(list(_OTHER)),
-    pick=st.integers(0, 11),
-)
-def test_a_state_read_with_another_configuration_is_refused_or_right(case: Case, name: str, pick: int):
-    other = case_of(case.path, {**case.c, name: _OTHER[name][pick % len(_OTHER[name])]})
-    note(repr(other.config))
-    W, x = arrays_of(other.W, other.x)
-    state = jit(lambda W: with_config(program(W, case.config, path=case.path), other.config))(W)
-    y = jit(matmul)(x, state)
-    wanted = oracle.read(oracle.program(other.W, other.config), other.x, other.config, limits_of(state))
-    assert_within(y, wanted, other, f"{name} changed")

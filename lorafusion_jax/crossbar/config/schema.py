@@ -173,7 +173,7 @@ class ADC:
         for name in ("gain_error", "offset_error", "noise"):
             value = getattr(self, name)
             valid = not isinstance(value, NUMBER) or value >= 0
-            require(self, name, bool(valid), "a standard deviation cannot be negative")
+            require(self, name, bool(valid), "give a standard deviation of at least 0, or None")
 
 
 @model("rows", "cols", "partition", kw_only=True)
@@ -350,7 +350,7 @@ def check_limits(limits: Any, slices: int, *, signed: bool) -> None:
     if values.shape[-2:] != (slices, 2):
         raise ValueError(f"ADC limits of shape {values.shape}: give [lowest, highest] for each of {slices} slices")
     if not np.isfinite(values).all():
-        raise ValueError(f"ADC limits {values.tolist()} are not finite")
+        raise ValueError(f"ADC limits {values.tolist()} are not finite: give currents")
     low, high = values[..., 0], values[..., 1]
     if not (low < high).all():
         raise ValueError(f"ADC range {values.tolist()} is empty: the lowest current must be below the highest")

@@ -72,7 +72,7 @@ def load_constants(path: Path) -> Constants:
     """
     kind = kind_of(path, _WHAT)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file of constants")
+        raise ValueError(f"{path}: no such file of constants: make one with save_constants")
     found = read_table(path, kind)
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {shown(found)}: give a table of constants by name")

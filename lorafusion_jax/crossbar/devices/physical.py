@@ -86,7 +86,8 @@ def noise(key: Array, G: Float[Array, "..."]) -> Float[Array, "..."]:
 def for_each_cell(name: str, values: Any, shape: tuple[int, ...]) -> Any:
     """Return the result of a device model, which may be a user's function; raises a ValueError for another shape."""
     if jnp.shape(values) != shape:
-        raise ValueError(f"Device.{name} returned values of shape {jnp.shape(values)} for cells of shape {shape}")
+        got = f"Device.{name} returned values of shape {jnp.shape(values)} for cells of shape {shape}"
+        raise ValueError(f"{got}: return one for each cell")
     return values
 
 

@@ -102,7 +102,7 @@ def fixed_limits(
     if adc.range == "given":
         given = xp.asarray(adc.limits, dtype)
         if given.ndim == 3 and len(given) not in (1, len(rows)):
-            raise ValueError(f"ADC limits of {len(given)} row tiles, but this matrix has {len(rows)}")
+            raise ValueError(f"ADC limits of {len(given)} row tiles, but this matrix has {len(rows)}: give as many")
         return given[None] if given.ndim == 2 else given
     if adc.range == "max":
         heights = (max(rows),) if len(set(rows)) == 1 else rows

@@ -29,7 +29,9 @@ class PackedPath(KernelPath):
             raise ValueError("path='packed' has no room for this noise: leave path out")
         spans, packing = certificate(laid, written, FLOAT_BITS)
         if packing is None:
-            raise ValueError(f"path='packed': sums of up to {max(spans)} levels do not fit {FLOAT_BITS} bits")
+            raise ValueError(
+                f"path='packed': sums of up to {max(spans)} levels do not fit {FLOAT_BITS} bits: leave path out"
+            )
         return in_words(laid, written, packing)
 
 
