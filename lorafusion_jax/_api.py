@@ -20,7 +20,7 @@ from .crossbar import CrossbarConfig as CrossbarConfig
 from .crossbar import program as program
 from .crossbar import program_tree as program_tree
 from .crossbar import with_read_key as with_read_key
-from .hardware.fuse import fuse as fuse
+from .hardware.on_arrays import fuse as fuse
 from .hardware.restore import Restoring as Restoring
 from .hardware.restore import restore as restore
 from .io.export import merged_base as merged_base

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from ..estimates.plan import MachineName, describe_run
-from ..hardware.fuse import fuse
+from ..hardware.on_arrays import fuse
 from ..methods import METHODS, fields_of, find, having, not_an_option
 from ..methods.entry import MethodEntry
 from ..methods.fusion import PRESETS

@@ -1,6 +1,7 @@
-"""A run on arrays: its chips for training and for evaluation."""
+"""A run, digitally or on arrays: its chips for training and for evaluation."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from ..methods import find
 from ..methods.merge import Merge
 from ..runs.options import FuseOptions, OnArrays
 from ..runs.prepare import Setup
-from ..runs.run import HardwareSetup
+from ..runs.run import HardwareSetup, run
 from ..training.frozen import Frozen
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, calibrate, looped
@@ -23,6 +24,15 @@ from .chips import redrawn
 from .folder import STEP_CHIPS, Chips, aged, load_chips
 from .program import Restored, program
 from .restored import load_restored
+
+
+def fuse(options: FuseOptions) -> dict[str, Any]:
+    """Do the run that the options describe, and return the results as they are in results.json.
+
+    Raises:
+      ValueError: before anything is written, on options or files that cannot be used.
+    """
+    return run(options, None if options.arrays.crossbar is None else on_arrays)
 
 
 def check(setup: Setup, options: FuseOptions) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ..estimates.plan import MachineName
-from ..hardware.fuse import fuse
+from ..hardware.on_arrays import fuse
 from ..io.pool import open_pool
 from ..loading.spec import LoadIn
 from ..methods import find
