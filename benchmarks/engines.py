@@ -7,6 +7,7 @@ at most 1 s: Ray's start, the two compilations of what both nodes run, memory es
 """
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -14,8 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-
-from lorafusion_jax.support.checks import load_optional
 
 _SCRIPT = Path(__file__).parent.parent / "experiments" / "small_pool.py"
 _METHODS = (
@@ -37,7 +36,7 @@ def main() -> None:
     times = []
     for turn in range(options.turns):
         local = _seconds(options.epochs, cores[:1])
-        cluster = load_optional("ray.cluster_utils", extra="ray", needed_by="this benchmark").Cluster()
+        cluster = importlib.import_module("ray.cluster_utils").Cluster()  # of the extra ray
         for core in cores:
             os.sched_setaffinity(0, {core})  # which the node and its workers inherit
             cluster.add_node(num_cpus=1)
