@@ -14,11 +14,12 @@ from .start import MALLOC as MALLOC
 from .start import keep_compiled, keep_memory, widen_vectors
 
 _PROGRAMS = ("lorafusion", "__main__.py")
-_COMPUTING = ("fuse", "evaluate", "generate", "lm-eval", "restore", "crossbar")
+_COMPUTING = ("trial", "fuse", "evaluate", "generate", "lm-eval", "restore", "crossbar")
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ends
 _NARROW = 40  # columns; in a few, tyro would take minutes to lay out a help text
 # Each subcommand is a module of this folder.
 COMMANDS = {
+    "trial": "whether a pool is worth fusing for your task, by a tuned comparison",
     "convert": "PEFT adapters -> a pool on disk",
     "fuse": "train coefficients and magnitudes on a task, evaluate by generation",
     "evaluate": "fused runs on a task, digitally or on simulated ReRAM arrays",

@@ -1,0 +1,35 @@
+"""`lorafusion trial`: find out whether a pool is worth it on a task."""
+
+from collections.abc import Sequence
+
+from ..report import markdown
+from ..support.reading import show
+from ..trials.report import arms_table, train_command, write_trial
+from ..trials.run import TrialOptions, trial
+from ..trials.trial_plan import describe_trial
+from ..trials.verdict import judge
+from .parsing import parse
+
+GROUPS = {
+    "data and base": ("base", "pool", "task", "prompt", "input", "target", "chat", "train_rows", "dtype"),
+    "comparison": ("arms", "folds", "nested", "epochs", "seed"),
+    "run": ("out", "minutes", "plan", "engine", "address"),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print a table and a sentence for each task, and write the report."""
+    options = parse(TrialOptions, arguments, "trial", groups=GROUPS)
+    if options.plan:
+        show(describe_trial(options))
+        return
+    done = []
+    for one, outcomes in trial(options):
+        done.append((one, outcomes))
+        said = judge(outcomes)
+        show("\n".join((markdown(arms_table(one, outcomes, said)), said.sentence, *said.notes)))
+        if said.arm is not None:
+            show(f"\n{train_command(one, outcomes, said.arm)}\n")
+    if (together := write_trial(options.out, done)) is not None:
+        show("\n".join((f"over {len(done)} tasks: {together.sentence}", *together.notes)))
+    show(f"written to {options.out / 'report.html'}")

@@ -1,0 +1,117 @@
+"""Report of a trial: tables, a figure, a page, and the commands that train the arm of the sentence."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..methods import find
+from ..report import Column, Table, colour, literal, plot, write_report
+from ..runs.options import FuseOptions, row_format
+from ..tasks import load_task
+from .procedure import Outcomes
+from .run import TaskTrial
+from .verdict import Verdict, judge, judge_tasks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_GIVEN = ("base", "pool", "prompt", "input", "target", "chat", "dtype", "method", "control")  # to `fuse`
+_COLUMNS = [
+    Column("arm", "text"),
+    Column("trained parameters", "count"),
+    Column("loss", "nats"),
+    Column("minus LoRAFusion", "more nats"),
+    Column("95 % interval", "nats interval"),
+    Column("exact match, %", "percent"),
+    Column("rates", "text"),
+    Column("trained rows", "count"),
+]
+
+
+def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
+    """Return a line for each arm of a task."""
+    contrasts, lines = {contrast.arm: contrast.loss for contrast in said.contrasts}, []
+    for arm in outcomes.arms:
+        contrast, tuned = contrasts.get(arm.name), outcomes.tuned.get(arm.name)
+        rates = ", ".join(f"{name} {value:.2g}" for name, value in tuned.rates) if tuned else None
+        edge = f" ({tuned.edge} end of the grid)" if tuned and tuned.edge else ""
+        lines.append(
+            [
+                arm.name,
+                arm.parameters,
+                np.nanmean(outcomes.loss[arm.name]),
+                contrast and contrast.mean,
+                contrast and (contrast.low, contrast.high),
+                100 * np.nanmean(outcomes.correct[arm.name]),
+                rates and rates + edge,
+                round(outcomes.spent[arm.name] * len(one.rows)),
+            ]
+        )
+    caption = f"{one.task}: {len(one.rows)} rows, loss in nats per answer token on rows of other folds"
+    return Table(caption, _COLUMNS, lines)
+
+
+def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
+    """Return the commands that train an arm at its best rates and export it; none for an arm that trains nothing.
+
+    `fuse` keeps a row of a list to test on, and 5 % of the others to validate on.
+    """
+    arm, run = one.arms[winner]
+    if find(run.method).learns == "untrained":
+        return f"lorafusion generate {_flags({'base': run.base, 'chat': run.chat or None})}"
+    rows = load_task(one.source, **row_format(run), train_rows=0, need=())
+    train_rows = len(one.rows) - (not rows.train and len(rows.test) == len(one.rows))
+    tuned = outcomes.tuned.get(winner)
+    default = find(run.method).recipe()
+    recipe = {name: value for name, value in vars(run.recipe).items() if value != getattr(default, name)}
+    given = {name: getattr(run, name) for name in _GIVEN if getattr(run, name) != getattr(FuseOptions, name, None)}
+    recipe |= {name: f"{rate:.3g}" for name, rate in (tuned.rates if tuned else ())}
+    name = "-".join((one.task, run.method, "all"))
+    train = _flags(given | {"task": one.source, "train_rows": train_rows, "name": name} | recipe)
+    return f"lorafusion fuse {train}\nlorafusion export --run runs/{name} --out {name}-adapter"
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+    parts = []
+    for name, value in values.items():
+        if value is not None:
+            texts = [] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)]
+            parts += [f"--{name.replace('_', '-')}", *map(shlex.quote, texts)]
+    return " ".join(parts)
+
+
+def draw_arms(path: Path, one: TaskTrial, said: Verdict) -> None:
+    """Draw each arm's difference from LoRAFusion with its interval; ValueError if matplotlib is not installed."""
+
+    def draw(figure: "Figure") -> None:
+        axes, shade = figure.subplots(), colour(3)
+        axes.axvline(0, color="#333333", linewidth=1)
+        for place, contrast in enumerate(said.contrasts):
+            axes.hlines(place, contrast.loss.low, contrast.loss.high, color=shade, linewidth=2)
+            axes.plot(contrast.loss.mean, place, "o", color=shade, markersize=6)
+        axes.set_yticks(range(len(said.contrasts)), [literal(contrast.arm) for contrast in said.contrasts])
+        axes.set_ylim(len(said.contrasts) - 0.4, -0.6)
+        axes.grid(visible=True, axis="x")
+        axes.set_xlabel("loss minus that of LoRAFusion, nats per answer token, with 95 % interval")
+        figure.suptitle(literal(one.task), x=0.01, ha="left", size=12)
+
+    plot(path, (7.0, 0.3 * len(said.contrasts) + 1.2), draw)
+
+
+def write_trial(folder: Path, done: Sequence[tuple[TaskTrial, Outcomes]]) -> Verdict | None:
+    """Write tables, a figure for each task and report.html, and return the verdict over several tasks."""
+    text, tables, figures, together = [], {}, {}, None
+    for one, outcomes in done:
+        said = judge(outcomes)
+        text.append(f"{one.task}: {' '.join((said.sentence, *said.notes))}")
+        tables[one.task] = arms_table(one, outcomes, said)
+        draw_arms(folder / f"{one.task}.png", one, said)
+        figures[f"{one.task}.png"] = f"{one.task}: differences of the arms from LoRAFusion"
+    if len(done) > 1:
+        together = judge_tasks([outcomes for _, outcomes in done])
+        text.append(f"Over {len(done)} tasks: {' '.join((together.sentence, *together.notes))}")
+    write_report(folder, "Is the pool worth it?", tables, figures, text="\n\n".join(text))
+    return together

@@ -1,0 +1,345 @@
+"""`lorafusion trial`: whether fusing a pool is worth it on a task, by tuned and cross-validated alternatives."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import tyro
+
+from ..estimates.estimate import Settings, trained_numbers
+from ..io.hf import Base, open_base
+from ..io.pool import AdapterFolders, ConvertedPool, open_pool
+from ..methods import METHODS, find
+from ..methods.lora import LoRARecipe
+from ..methods.magnitudes import MagnitudesRecipe
+from ..methods.recipes import PoolRecipe, TargetedRecipe
+from ..runs.options import FuseOptions, options_to_json
+from ..runs.prepare import check
+from ..support.checks import at_least
+from ..support.progress import progress
+from ..tasks import Example, load_task
+from ..training.recipe import Recipe
+from .cells import Cells, Row
+from .engines import EngineOptions, OutOfMemory, run_items
+from .folds import divide
+from .lanes import Lanes
+from .procedure import Measure, Outcomes, Role, Scores, Training, TrialArm, procedure
+from .verdict import judge
+
+_DRAWS = (1, 2, 3)  # of a control
+_COEFFICIENTS = 0.03  # rate of coefficients to start from, which fits few rows (see `tuning`)
+_FORMAT = ("prompt", "input", "target", "chat")  # of rows
+# Options of a run that a score depends on, besides base, pool and rows.
+_SETTINGS = ("method", "control", "recipe", "adapters", "chat", "dtype")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialOptions:
+    """Find out whether fusing a pool is worth it on a task: a tuned, cross-validated comparison and a sentence.
+
+    Without the pool: the base alone, examples in the prompt, magnitudes, a LoRA of the pool's rank. With it:
+    LoRAFusion, the same with rotated modules (a control), and the best single module. The rates of each are tuned with
+    the same number of steps. An interrupted trial continues when the same command is given again.
+
+    Examples:
+      lorafusion trial --base examples/small/base --pool examples/small/adapters --task examples/small/tasks/odd_dash \
+--train-rows 40
+      lorafusion trial --base base --pool pool --task rows.csv --input question --target answer --minutes 30
+      lorafusion trial --base base --pool pool --task rows.csv --arms DoRA=dora "shuffled=fusion:shuffled"
+
+    Attributes:
+      base: the base model: a Hugging Face folder, a hub id (owner/name, owner/name@revision) or a GGUF file.
+      pool: a converted pool, or a folder of PEFT adapter folders.
+      task: one or more tasks, as in `lorafusion fuse`; of one with a training and a test part, only the first is used.
+      prompt: template of the model's input, with {input} or other columns of the task's rows.
+      input: column of a row's input, if it is not input or context.
+      target: column of a row's answer, if it is not target, completion or output.
+      chat: put the input into the model's own chat template.
+      train_rows: use at most so many rows; by default all.
+      arms: further arms, or others instead of those of the same names, as NAME=METHOD or NAME=METHOD:CONTROL.
+      folds: parts of the rows; each is tested by models that were trained on the others.
+      nested: tune the rates again inside each fold, which takes several times as long.
+      minutes: stop after about so long, or earlier when the answer is clear, with what is decided then.
+      epochs: passes over the training rows.
+      dtype: dtype of weights and activations.
+      seed: seed of folds, starts and orders of rows.
+      out: folder of the report and of all measurements.
+      plan: print trainings, steps and time, and train nothing.
+    """
+
+    base: str
+    pool: str
+    task: tuple[str, ...]
+    prompt: str | None = None
+    input: str | None = None
+    target: str | None = None
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    train_rows: int | None = None
+    arms: tuple[str, ...] = ()
+    folds: int = 5
+    nested: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    minutes: float | None = None
+    epochs: int = Recipe.epochs
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    out: Path = Path("runs/trial")
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    engine: Annotated[EngineOptions, tyro.conf.arg(name="")] = EngineOptions()
+
+
+class Contestant(NamedTuple):
+    """An arm of a trial, and the run that it stands for."""
+
+    arm: TrialArm
+    options: FuseOptions
+
+
+def contestants(
+    options: TrialOptions, task: str, rows: int, base: Base, pool: ConvertedPool | AdapterFolders
+) -> dict[str, Contestant]:
+    """Return the arms of a trial on a task of so many rows, by name.
+
+    Raises:
+      ValueError: an arm that is not NAME=METHOD or NAME=METHOD:CONTROL, has no loss, or cannot be used here.
+    """
+    shots = min(5, rows - -(-rows // options.folds))
+    lora = LoRARecipe(lora_rank=pool.largest_rank, lora_targets=pool.targets)
+    given: dict[str, tuple[Role, str, str, Recipe]] = {
+        "base alone": ("base", "zero-shot", "none", Recipe()),
+        "examples in the prompt": ("examples", "few-shot", "none", METHODS["few-shot"].recipe(shots=shots)),
+        "magnitudes": ("magnitudes", "magnitudes", "none", MagnitudesRecipe(lora_targets=pool.targets)),
+        "LoRAFusion": ("pool", "fusion", "none", METHODS["fusion"].recipe()),
+        "rotated modules": ("control", "fusion", "rotated", METHODS["fusion"].recipe()),
+        "LoRA": ("lora", "lora", "none", lora),
+        "best single module": ("single", "single", "none", METHODS["single"].recipe()),
+    }
+    for text in options.arms:
+        name, _, what = text.partition("=")
+        method, _, control = what.partition(":")
+        if not (name.strip() and method):
+            raise ValueError(f"--arms {text!r} is no arm: give NAME=METHOD or NAME=METHOD:CONTROL")
+        recipe = find(method).recipe()
+        if isinstance(recipe, TargetedRecipe):
+            recipe = dataclasses.replace(recipe, lora_targets=pool.targets)
+        role = given[name][0] if name in given else "other"
+        given[name] = (role, method, control or "none", recipe)
+    chosen = {}
+    for name, (role, method, control, recipe) in given.items():
+        entry = find(method)
+        if entry.answers == "nothing":
+            raise ValueError(f"arm {name}: the method {method} has no loss: leave it out of --arms")
+        entry.check()
+        if isinstance(recipe, PoolRecipe):
+            recipe = dataclasses.replace(recipe, modules=min(recipe.modules, len(pool.names)))
+        run = FuseOptions(
+            base=options.base,
+            pool=options.pool if entry.pool else None,
+            task=task,
+            **{name: getattr(options, name) for name in (*_FORMAT, "dtype")},
+            method=method,
+            control=control,  # pyright: ignore[reportArgumentType] (`check` refuses others)
+            recipe=dataclasses.replace(recipe, epochs=options.epochs),
+            seeds=(options.seed,),
+        )
+        check(run)
+        fused = Settings(recipe=run.recipe, rank=pool.largest_rank, targets=pool.targets, pool=len(pool.names))
+        arm = TrialArm(
+            name=name,
+            rates=_rates(run) if entry.learns == "trained" else {},
+            draws=(0,) if control == "none" else _DRAWS,
+            learns=entry.learns != "untrained" or entry.answers == "examples",
+            role=role,
+            parameters=trained_numbers(base.config, method, fused),
+        )
+        chosen[name] = Contestant(arm, run)
+    return chosen
+
+
+def _rates(run: FuseOptions) -> dict[str, float]:
+    """Return the learning rates that tuning starts from: those of the recipe that the method has a use for."""
+    rates = {name: value for name, value in vars(run.recipe).items() if name.startswith("lr_")}
+    if not getattr(run.recipe, "train_core", False):
+        rates.pop("lr_core", None)
+    if {"lr_coefficients", "lr_magnitudes"} <= rates.keys():
+        rates = {"lr_magnitudes": rates.pop("lr_magnitudes"), "lr_coefficients": _COEFFICIENTS} | rates
+    return rates
+
+
+def rows_of(options: TrialOptions, task: str) -> tuple[str, tuple[Example, ...]]:
+    """Return the name of a task and the rows to use; ValueError for a task that cannot be read."""
+    at_least(1, train_rows=options.train_rows)
+    loaded = load_task(task, **{name: getattr(options, name) for name in _FORMAT}, train_rows=0, need=())
+    rows = (loaded.train or loaded.test)[: options.train_rows]
+    if not rows:
+        raise ValueError(f"{task} has no rows: give it rows with inputs and answers")
+    return loaded.name, rows
+
+
+class TaskTrial(NamedTuple):
+    """A trial on one task.
+
+    Attributes:
+      task: name of the task.
+      source: path or hub id of the task.
+      rows: rows that are used.
+      arms: arms by name, with their runs.
+    """
+
+    task: str
+    source: str
+    rows: tuple[Example, ...]
+    arms: dict[str, Contestant]
+
+    def looks(self, options: TrialOptions, measure: Measure) -> Iterator[Outcomes]:
+        """Return an iterator over looks at the outcomes, which measures what the next one needs."""
+        arms, inputs = [arm for arm, _ in self.arms.values()], [row.input_sha256 for row in self.rows]
+        how: Any = {"folds": options.folds, "nested": options.nested, "seed": options.seed}
+        return procedure(arms, inputs, measure, **how, by_fold=options.minutes is not None)
+
+    def trainings(self, options: TrialOptions) -> list[Training]:
+        """Return what is trained and tested, with rates as if the recipe's were the best."""
+        planned: list[Training] = []
+
+        def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
+            planned.extend(trainings)
+            for training in trainings:
+                far = sum(
+                    abs(math.log(value / self.arms[training.arm].arm.rates[name])) for name, value in training.rates
+                )
+                yield Scores(np.full(len(training.test), far), np.zeros(len(training.test), bool))
+
+        for _ in self.looks(options, measure):
+            pass
+        return planned
+
+
+def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
+    """Yield each task with its outcomes of the last look; what OUT has already is not measured again.
+
+    Raises:
+      ValueError: before anything is trained: options, rows or arms that cannot be used, or an OUT of another trial.
+    """
+    if options.minutes is not None and not options.minutes > 0:
+        raise ValueError(f"minutes is {options.minutes}: give a time above 0")
+    tried = prepared(options)
+    for one in tried:
+        one.trainings(options)  # raises for rows that are too few to tune on
+    ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    for left, one in zip(range(len(tried), 0, -1), tried, strict=True):
+        until = None if ends is None else time.monotonic() + (ends - time.monotonic()) / left
+        yield one, _outcomes(options, one, until)
+
+
+def prepared(options: TrialOptions) -> list[TaskTrial]:
+    """Return the tasks of a trial with their rows and arms; errors are those of `trial`."""
+    base, tried = open_base(options.base), []
+    pool = open_pool(options.pool, base)
+    for source in options.task:
+        task, rows = rows_of(options, source)
+        divide([row.input_sha256 for row in rows], options.folds, (options.seed,))  # raises for too few rows
+        tried.append(TaskTrial(task, source, rows, contestants(options, source, len(rows), base, pool)))
+    if len({one.task for one in tried}) < len(tried):
+        raise ValueError(f"two tasks have the same name in {', '.join(one.task for one in tried)}: rename one")
+    return tried
+
+
+class _OutOfTime(Exception):
+    """`--minutes` are over."""
+
+
+def _outcomes(options: TrialOptions, one: TaskTrial, until: float | None) -> Outcomes:
+    """Measure what is missing of a task, and return the outcomes of the last look."""
+    outcomes = None
+    weights = {training: _weight(one, training) for training in one.trainings(options)}
+    with progress(one.task, sum(weights.values()), unit="row") as bar:
+        try:
+            for outcomes in one.looks(options, _measure(options, one, until, bar.update)):
+                if options.minutes is not None and judge(outcomes).decision == "named":
+                    break
+        except _OutOfTime:
+            if outcomes is None:
+                raise ValueError(
+                    f"{one.task}: --minutes {options.minutes:g} were over before the rates were tuned and a fold was "
+                    f"tested. {options.out} keeps what was measured: the same command continues"
+                ) from None
+    return outcomes
+
+
+def _weight(one: TaskTrial, training: Training) -> int:
+    """Return the number of rows that a training and its test pass through the model, about."""
+    arm, run = one.arms[training.arm]
+    epochs = 3 * training.share * run.recipe.epochs if arm.rates else 1
+    return round(epochs * len(training.train)) + len(training.test)
+
+
+def _measure(options: TrialOptions, one: TaskTrial, until: float | None, update: Callable[[int], Any]) -> Measure:
+    """Return a function that reads scores from OUT, and measures those that are missing there."""
+    lanes, settings = lanes_of(options, one.source), {name: _settings(run) for name, (_, run) in one.arms.items()}
+    common = {"digests": lanes.digests, "rows": _rows_sha256(one.rows), "seed": options.seed}
+    cells = Cells(options.out / one.task / "measured.jsonl", _key_of, common)
+
+    def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
+        keys = [(settings[training.arm], training) for training in trainings]
+        missing = [training for _, training in cells.missing(keys)]
+        update(sum(_weight(one, training) for training in {*trainings} - {*missing}))
+        if missing and until is not None and time.monotonic() > until:
+            raise _OutOfTime
+        work = functools.partial(scores_of, options, one.source)
+        for group, scores in run_items(work, lanes.together(missing), options.engine):
+            if isinstance(scores, OutOfMemory):
+                what = f"{one.task}, {group[0].arm}: out of memory ({scores.error})"
+                raise ValueError(f"{what}: use --dtype bfloat16 or another machine; {cells.file} keeps what it has")
+            pairs = zip(group, scores, strict=True)
+            cells.append(cells.file, [common | _row(settings[each.arm], each, of) for each, of in pairs])
+            update(sum(_weight(one, training) for training in group))
+            if until is not None and time.monotonic() > until:
+                raise _OutOfTime
+        rows = {_key_of(row): row for row in cells.rows()}
+        yield from (_scores(rows[key]) for key in keys)
+
+    return measure
+
+
+def scores_of(options: TrialOptions, source: str, group: Sequence[Training]) -> list[Scores]:
+    """Return the scores of trainings of one arm, draw and length on a task of the trial."""
+    return [*lanes_of(options, source).measure(group)]
+
+
+@functools.lru_cache(maxsize=1)
+def lanes_of(options: TrialOptions, source: str) -> Lanes:
+    """Return the models of a trial's arms on a task; a process keeps those of the last one."""
+    (one,) = prepared(dataclasses.replace(options, task=(source,)))
+    return Lanes({name: run for name, (_, run) in one.arms.items()}, one.rows, options.seed)
+
+
+def _settings(run: FuseOptions) -> str:
+    """Return a digest of the settings of an arm, other than its rates."""
+    values = options_to_json(run)
+    return hashlib.sha256(json.dumps([values[name] for name in _SETTINGS], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rows_sha256(rows: Sequence[Example]) -> str:
+    return hashlib.sha256("".join(row.row for row in rows).encode()).hexdigest()
+
+
+def _row(settings: str, training: Training, scores: Scores) -> Row:
+    marks = {name: values if values is None else values.tolist() for name, values in scores._asdict().items()}
+    return {"settings": settings, **training._asdict(), **marks}
+
+
+def _key_of(row: Row) -> tuple[str, Training]:
+    rates = tuple((name, rate) for name, rate in row["rates"])
+    rows = tuple(row["train"]), tuple(row["test"])
+    return row["settings"], Training(row["arm"], row["draw"], rates, row["share"], *rows)
+
+
+def _scores(row: Row) -> Scores:
+    """Return the scores of a row; a loss that JSON holds as null was not finite."""
+    return Scores(*(None if row[name] is None else np.array(row[name]) for name in Scores._fields))

@@ -1,0 +1,92 @@
+"""Plan of a trial: trained steps and time of each arm, from a short calibration on this machine."""
+
+import dataclasses
+import time
+from typing import NamedTuple
+
+from ..methods import find
+from ..methods.recipes import modules_of
+from ..support.text_tables import plain
+from .lanes import Lanes
+from .procedure import Training
+from .run import TaskTrial, TrialOptions, lanes_of, prepared
+
+# Programs of different shapes that an arm compiles, in the embedded trial: one for each stage of the tuning, two for
+# the folds.
+_PROGRAMS = 5
+
+
+class Calibration(NamedTuple):
+    """Seconds of LoRAFusion: for a row of an epoch, for one that is answered, and to compile both programs."""
+
+    trained: float
+    generated: float
+    compiled: float
+    compiled_generation: float
+
+
+def describe_trial(options: TrialOptions) -> str:
+    """Return trainings, steps and minutes of each arm; errors are those of `trial`."""
+    tried = prepared(options)
+    calibration = _calibrated(options, tried[0])
+    lines, total = [["arm", "trainings", "steps", "minutes"]], 0.0
+    by_arm: dict[str, list[tuple[TaskTrial, Training]]] = {}
+    for one in tried:
+        for training in one.trainings(options):
+            by_arm.setdefault(training.arm, []).append((one, training))
+    compiled: set[str] = set()
+    for name, trainings in by_arm.items():
+        method = trainings[0][0].arms[name].options.method
+        seconds = sum(_seconds(one, training, calibration) for one, training in trainings)
+        if method not in compiled:
+            learns = find(method).learns != "untrained"
+            seconds += learns * _PROGRAMS * calibration.compiled + calibration.compiled_generation
+        compiled.add(method)
+        steps = sum(lanes_of(options, one.source).steps(training) for one, training in trainings)
+        counted = len(trainings) if trainings[0][0].arms[name].arm.rates else 0
+        lines.append([name, f"{counted:,}", f"{steps:,}", f"{seconds / 60:.1f}"])
+        total += seconds
+    lines.append(["all", "", "", f"{total / 60:.1f}"])
+    rows = ", ".join(f"{one.task} with {len(one.rows)} rows" for one in tried)
+    return (
+        f"{rows}; {options.folds} folds\n{plain(lines)}\n"
+        "Minutes are those of this machine, idle, from an epoch of LoRAFusion; about, within a factor of 1.5."
+    )
+
+
+def _seconds(one: TaskTrial, training: Training, calibration: Calibration) -> float:
+    run = one.arms[training.arm].options
+    entry, final = find(run.method), training.share == 1
+    generated = final * len(training.test) * calibration.generated
+    if entry.learns == "trained":
+        epochs = max(round(run.recipe.epochs * training.share), 1)
+        return epochs * len(training.train) * calibration.trained + generated
+    passes = entry.evaluations(run.recipe, modules_of(run.recipe)) if entry.search is not None else 0
+    return passes * len(training.train) * calibration.trained / 3 + generated
+
+
+def _calibrated(options: TrialOptions, one: TaskTrial) -> Calibration:
+    """Return the seconds of a short training of LoRAFusion."""
+    arm = next(arm for arm, _ in one.arms.values() if arm.role == "pool")
+    last = [training for training in one.trainings(options) if training.arm == arm.name][-1]
+    run = one.arms[arm.name].options
+    short = dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, epochs=2))
+    lanes = Lanes({arm.name: short}, one.rows, options.seed)
+    rates = tuple(arm.rates.items())
+
+    def seconds(share: float) -> float:
+        began = time.perf_counter()
+        list(lanes.measure([last._replace(rates=rates, share=share)]))
+        return time.perf_counter() - began
+
+    _ = lanes.digests  # loads the model
+    one_epoch, one_epoch_again = seconds(0.5), seconds(0.5)
+    both, both_again = seconds(1.0), seconds(1.0)
+    tested = len(last.test) / 3 / len(last.train)  # of an epoch, for the loss of the test rows
+    epoch = one_epoch_again / (1 + tested)
+    return Calibration(
+        trained=epoch / len(last.train),
+        generated=max(both_again - (2 + tested) * epoch, 0) / len(last.test),
+        compiled=max(one_epoch - one_epoch_again, 0),
+        compiled_generation=max(both - both_again, 0),
+    )
