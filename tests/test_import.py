@@ -35,10 +35,10 @@ _MAY_IMPORT = {
     "serving": {"loading", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
     "hardware": {"loading", "crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
     "estimates": {"loading", "crossbar", "models", "adapters", "io", "tasks", "training", "methods", "runs"},
-    "trials": set("hardware io loading methods runs report training estimates".split()),
-    "harness": {"loading", "models", "io", "tasks", "training", "methods", "runs", "hardware"},
+    "trials": set("hardware io loading methods runs report tasks training estimates".split()),
+    "harness": {"loading", "models", "io", "tasks", "training", "runs", "hardware"},
     "parts": set("crossbar models adapters io loading training methods runs hardware estimates".split()),
-    "cli": set("crossbar io report training methods runs serving hardware estimates harness".split()),
+    "cli": set("crossbar io report training methods runs serving hardware estimates harness trials".split()),
 }
 
 _PROBE = """

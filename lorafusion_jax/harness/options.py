@@ -11,10 +11,9 @@ from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadIn, LoadOptions
-from ..methods import find
 from ..runs.options import ChipOptions, FuseOptions, OnArrays, check_digital
 from ..runs.prepare import Setup, of_run, own_task, prepare
-from ..runs.run import load_run, seed_place
+from ..runs.run import check_answers, load_run, seed_place
 from ..support.checks import flags_given
 from ..training.method import Params
 
@@ -92,8 +91,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
         if flags := flags_given(options, _OF_BASES):
             raise ValueError(f"{flags}: only for a base without a run, since a run has its own: leave it out")
         fused, params, config = load_run(options.run)
-        if find(fused.method).answers != "model":
-            raise ValueError(f"{options.run} is of the method {fused.method}, which trains no model: give another run")
+        check_answers(options.run, fused)
         place = seed_place(options.run, fused, options.run_seed)
     if options.crossbar is None:
         loaded = load_model(fused)

@@ -40,7 +40,7 @@ from .folder import RunConfig, note
 from .options import FuseOptions, row_format
 from .prepare import Setup, of_run, own_task, prepare
 from .rows import SeedModels, advance_rows, begin_rows, draw_keys, generate_rows
-from .run import load_run, load_seed
+from .run import check_answers, load_run, load_seed
 
 _NEW_TOKENS = 256  # of a base model's answer
 
@@ -265,7 +265,6 @@ def _answering(options: GenerateOptions) -> _Answering:
     if options.chat:
         raise ValueError("a run uses the chat template if it was fused with it: leave out --chat")
     fused, params, config, place = load_seed(options.run, options.seed)
-    if find(fused.method).answers != "model":
-        raise ValueError(f"{options.run} is of {fused.method}, which needs rows of its task: use `lorafusion evaluate`")
+    check_answers(options.run, fused)
     new_tokens = options.max_new_tokens or config["max_new_tokens"]
     return _Answering(fused, open_base(fused.base), (options.run, config), params, place, new_tokens)

@@ -166,6 +166,12 @@ def load_seed(folder: Path, seed: int | None) -> tuple[FuseOptions, Params, RunC
     return options, jax.tree.map(lambda p: p[place], params), config, place
 
 
+def check_answers(folder: Path, options: FuseOptions) -> None:
+    """Raise a ValueError for a run whose method needs rows of the task to answer."""
+    if find(options.method).answers != "model":
+        raise ValueError(f"{folder} is of {options.method}, which needs rows of its task: use `lorafusion evaluate`")
+
+
 def seed_place(folder: Path, options: FuseOptions, seed: int | None) -> int:
     """Return the place of one of a run's seeds (by default its first) among them; raises a ValueError for others."""
     if seed is not None and seed not in options.seeds:

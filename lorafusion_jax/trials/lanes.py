@@ -42,7 +42,7 @@ class Lanes:
     """The models of a trial's arms, which share the base's weights.
 
     Attributes:
-      arms: what each arm loads, and its recipe.
+      arms: options of each arm: its base, pool, method and recipe.
       rows: all rows of the task; trainings name them by their numbers.
       seed: seed of starts, orders of rows, modules drawn from a larger pool, and examples in prompts.
     """

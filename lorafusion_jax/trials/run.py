@@ -36,7 +36,7 @@ from .verdict import judge
 _DRAWS = (1, 2, 3)  # of a control
 _COEFFICIENTS = 0.03  # rate of coefficients to start from, which fits few rows (see `tuning`)
 _FORMAT = ("prompt", "input", "target", "chat")  # of rows
-# Options of a run that a score depends on, besides base, pool and rows.
+# Options of a run that a score depends on. Base, pool and rows have digests.
 _SETTINGS = ("method", "control", "recipe", "adapters", "chat", "dtype")
 
 

@@ -40,7 +40,7 @@ def test_help_lists_the_subcommands(capsys):
     main(["--help"])
     out = capsys.readouterr().out
     assert all(f"\n  {name} " in out for name in COMMANDS)
-    with pytest.raises(SystemExit, match="no subcommand 'fly': choose one of convert, fuse"):
+    with pytest.raises(SystemExit, match="no subcommand 'fly': choose one of trial, convert, fuse"):
         main(["fly"])
 
 
