@@ -19,7 +19,7 @@ from typing import Any
 import _script
 import numpy as np
 import tyro
-from lab.common import ROOT, SMALL, write_csv
+from lab.common import ROOT, SMALL, with_interval, write_csv
 from lab.language import EVALUATED_ROWS, find, load
 from lab.smollm2 import EXAMPLES, base
 from pool_value_language import RESULTS, TUNING
@@ -27,7 +27,6 @@ from pool_value_language import draw as language_targets
 from string_tasks import Task, draw
 
 from lorafusion_jax import FuseOptions, LoRARecipe
-from lorafusion_jax.report import over_tasks
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import (
     Cells,
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str] = ()) -> None:
             yield {"task": name, "rows": rows} | compared(trials[name], rows)
 
     keys = [(name, rows) for rows in ROWS for name in trials]
-    cells.fill(keys, measure, lambda row: f"{row['task']}: {row['sentence']}")
+    cells.fill(keys, measure, lambda row: f"{row['task']}, {row['rows']} rows: {row['sentence']}")
     write_csv(options.out / "truth.csv", table(cells.rows()))
     of_lora = Cells(options.out / "lora.jsonl", lambda row: row["task"])
     if options.lora and options.tasks is not None:
@@ -172,7 +171,7 @@ def lora(options: Options, name: str, path: Path) -> dict[str, Any]:
     run = FuseOptions(base=str(base()), task=name, method="lora", recipe=LoRARecipe(lora_rank=8), seeds=(0,))
     lanes = Lanes({"LoRA": run}, (*rows, *test), 0)
     arm = TrialArm(name="LoRA", rates={"lr_lora": LoRARecipe.lr_lora}, role="lora")
-    ((tuned,),) = tuned_rates([arm], [row.input_sha256 for row in rows], lanes.measure, seed=0).values()
+    (tuned,) = tuned_rates([arm], [row.input_sha256 for row in rows], lanes.measure, seed=0).values()
     training = Training("LoRA", 0, tuned.rates, 1.0, tuple(range(20)), tuple(range(20, 20 + len(test))))
     (scores,) = lanes.measure([training])
     losses = scores.loss * np.mean([len(labels) for labels in lanes.tokens.labels])
@@ -187,8 +186,8 @@ def against_page(rows: Sequence[dict[str, Any]]) -> str:
         for row in read_lines(RESULTS / "language.jsonl")
         if (row["arm"], row["rows"], row["seed"]) == ("LoRA, rank 8", 20, 1)
     }
-    mean, low, high = over_tasks([row["test_loss"] - of_page[row["task"]] for row in rows])
-    return f"tuned LoRA minus the page's, {len(rows)} tasks: {mean:.3f} nats ({low:.3f} to {high:.3f})"
+    mean, ends = with_interval([row["test_loss"] - of_page[row["task"]] for row in rows], 3)
+    return f"tuned LoRA minus the page's, {len(rows)} tasks: {mean} nats ({ends})"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:

@@ -20,6 +20,7 @@ from ..methods import METHODS, find
 from ..methods.lora import LoRARecipe
 from ..methods.magnitudes import MagnitudesRecipe
 from ..methods.recipes import PoolRecipe, TargetedRecipe
+from ..methods.untrained import FewShotRecipe
 from ..runs.options import FuseOptions, options_to_json
 from ..runs.prepare import check
 from ..support.checks import at_least
@@ -113,7 +114,7 @@ def contestants(
     lora = LoRARecipe(lora_rank=pool.largest_rank, lora_targets=pool.targets)
     given: dict[str, tuple[Role, str, str, Recipe]] = {
         "base alone": ("base", "zero-shot", "none", Recipe()),
-        "examples in the prompt": ("examples", "few-shot", "none", METHODS["few-shot"].recipe(shots=shots)),
+        "examples in the prompt": ("examples", "few-shot", "none", FewShotRecipe(shots=shots)),
         "magnitudes": ("magnitudes", "magnitudes", "none", MagnitudesRecipe(lora_targets=pool.targets)),
         "LoRAFusion": ("pool", "fusion", "none", METHODS["fusion"].recipe()),
         "rotated modules": ("control", "fusion", "rotated", METHODS["fusion"].recipe()),
@@ -269,6 +270,7 @@ def _outcomes(options: TrialOptions, one: TaskTrial, until: float | None) -> Out
                     f"{one.task}: --minutes {options.minutes:g} were over before the rates were tuned and a fold was "
                     f"tested. {options.out} keeps what was measured: the same command continues"
                 ) from None
+    assert outcomes is not None  # there is at least one look
     return outcomes
 
 
@@ -342,4 +344,5 @@ def _key_of(row: Row) -> tuple[str, Training]:
 
 def _scores(row: Row) -> Scores:
     """Return the scores of a row; a loss that JSON holds as null was not finite."""
-    return Scores(*(None if row[name] is None else np.array(row[name]) for name in Scores._fields))
+    values: Any = (None if row[name] is None else np.array(row[name]) for name in Scores._fields)
+    return Scores(*values)
