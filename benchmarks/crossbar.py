@@ -205,7 +205,8 @@ def _calibrated(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig, row
     state = crossbar.program(w, config, jax.random.key(1))
     if config.adc is None or config.adc.range != "calibrated":
         return state
-    return crossbar.calibrated(state, crossbar.probe(x[:rows], state)[1])
+    probe = jax.jit(lambda x, state: crossbar.probe(x, state)[1])
+    return crossbar.calibrated(state, probe(x[:rows], state))
 
 
 def _given(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.ADC:

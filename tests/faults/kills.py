@@ -85,12 +85,6 @@ def _fuse(inputs: Inputs, out: Path, epochs: str = "8") -> list[str]:
     return _cli("fuse", *where, *_QUICK, "--epochs", epochs, "--save-seconds", "0", "--resume")
 
 
-def _sweep(inputs: Inputs, out: Path) -> list[str]:
-    rates = "--lr-coefficients 0.03 0.1 --lr-magnitudes 0.01 --seeds 1 2 --epochs 2".split()
-    where = ("--base", inputs.base, "--pool", inputs.pool, "--task", _TASK, "--out", out)
-    return list(map(str, (_ROOT / "experiments" / "seed_sweep.py", *where, *rates)))
-
-
 def _matrix(inputs: Inputs, out: Path) -> list[str]:
     options = "--methods LoRAFusion zero-shot --modules 2 --test-rows 5 --seeds 1 2 --epochs 2".split()
     where = ("--base", inputs.base, "--pool", inputs.pool, "--tasks", _TASK, "--out", out)
@@ -133,11 +127,6 @@ def _of_run(printed: str, out: Path) -> Any:
     return [results, files, _bits([arrays.load(run / "final", what="trained parameters")[0], newest and newest[0]])]
 
 
-def _of_sweep(printed: str, out: Path) -> Any:
-    found = json.loads((out / "sweep.json").read_text())
-    return {name: of for name, of in found.items() if name not in ("seconds", "out")}, (out / "sweep.png").exists()
-
-
 def _of_matrix(printed: str, out: Path) -> Any:
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("seconds", "config")} for row in rows]
@@ -147,7 +136,6 @@ COMMANDS = {
     "convert": Command(_convert, _of_pool),
     "convert --basis": Command(lambda inputs, out: _convert(inputs, out, "--basis", "4"), _of_pool),
     "fuse": Command(_fuse, _of_run),
-    "sweep": Command(_sweep, _of_sweep, writes=False, compiles=True),
     "matrix": Command(_matrix, _of_matrix, compiles=True),
     "evaluate": Command(_evaluate, lambda printed, out: printed, writes=False, compiles=True),
 }
