@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import jax
 
 from ..methods import METHODS
+from ..support import interrupts
 from ..support.checks import load_optional
 from ..support.text import printable
 from ..support.version import __version__
@@ -49,14 +50,16 @@ def run_on_ray(
         most = max(int(node["Resources"]["memory"]) for node in nodes)
         running: dict[Any, Item] = {}
         for item in items:
+            if interrupts.asked():
+                return
             needed = min(memory(item), most) if memory is not None and not held else None
             running[submit(functools.partial(attempt, function, item), memory=needed, **held)] = item
             yield from _finished(ray, running, timeout=0)
-        while running:
-            yield from _finished(ray, running, timeout=None)
+        while running and not interrupts.asked():
+            yield from _finished(ray, running, timeout=1)
 
 
-def _finished(ray: Any, running: dict[Any, Item], timeout: float | None) -> Iterator[tuple[Item, Any]]:
+def _finished(ray: Any, running: dict[Any, Item], timeout: int) -> Iterator[tuple[Item, Any]]:
     for ref in ray.wait([*running], timeout=timeout)[0]:
         yield running.pop(ref), _result(ray, ref)
 
@@ -138,18 +141,19 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address or "local", log_to_driver=False, logging_level="error")
-    except ConnectionError as error:
-        raise ValueError(
-            f"--address {address}: no Ray cluster can be joined there ({error}): start its head with `ray start "
-            "--head`, or leave out --address"
-        ) from error
-    if main:
-        signal.signal(signal.SIGTERM, handler)  # Ray's would end the process without its message
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with interrupts.released():
+        interrupts.hold("Ray")  # whose processes would be left
+        try:
+            ray.init(address or "local", log_to_driver=False, logging_level="error")
+        except ConnectionError as error:
+            raise ValueError(
+                f"--address {address}: no Ray cluster can be joined there ({error}): start its head with `ray start "
+                "--head`, or leave out --address"
+            ) from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray's would end the process without its message
+        try:
+            yield
+        finally:
+            ray.shutdown()
