@@ -108,7 +108,7 @@ def _matrix(cluster, small, out):
 
 
 def _wait_for_rows(file, count):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not file.exists() or file.read_bytes().count(b"\n") < count:
         assert time.monotonic() < end
         time.sleep(0.05)
