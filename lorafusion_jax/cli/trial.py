@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import jax
+
 from ..report import markdown
 from ..support.reading import show
 from ..trials.report import arms_table, train_command, write_trial
@@ -21,6 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print a table and a sentence for each task, and write the report."""
     options = parse(TrialOptions, arguments, "trial", groups=GROUPS)
     if options.plan:
+        jax.config.update("jax_enable_compilation_cache", False)  # the plan counts the time of compilation
         show(describe_trial(options))
         return
     done = []

@@ -190,11 +190,12 @@ class Lanes:
     def _likelihoods(
         self, params: Params, problem: Problem, tokens: Encoded, asked: Sequence[Sequence[int]], purpose: int
     ) -> Float[np.ndarray, "lanes rows"]:
-        orders, parts = tasks.batch_orders(_table(asked), batch_size=_BATCH), []
+        table, parts = _table(asked), []
+        orders = tasks.batch_orders(table, batch_size=_BATCH)
         for number, batch in enumerate(tasks.train_batches(tokens, orders, pad_id=self.base.tokenizer.pad_token_id)):
             of_batch = seed_likelihoods(params, on_mesh(batch, of_seeds=True), problem.read(purpose, number))
             parts.append(to_host(of_batch).astype(float))
-        return np.concatenate(parts, axis=1)
+        return np.concatenate(parts, axis=1)[:, : table.shape[1]]
 
     def _chosen(
         self,

@@ -108,19 +108,20 @@ def test_minutes_stop_a_trial_with_what_is_decided_and_another_base_is_refused(o
 
 
 def test_a_plan_counts_steps_and_the_time_of_a_calibration(options, monkeypatch):
-    seconds = trial_plan.Calibration(trained=60.0, generated=600.0, compiled=12.0, compiled_generation=60.0)
+    seconds = trial_plan.Calibration(trained=60.0, generated=600.0, compiled=60.0)
     monkeypatch.setattr(trial_plan, "_calibrated", lambda options, one: seconds)
     lines = trial_plan.describe_trial(dataclasses.replace(options, epochs=4)).splitlines()
     by_arm = {line[:22].strip(): line[22:].split() for line in lines[1:-1]}
     # Eight rows for 7 quarters, 4 halves and 2 wholes of 4 epochs, then six rows twice; answers to 2 x 4 + 12 rows.
-    minutes = 8 * (7 + 4 * 2 + 2 * 4) + 2 * 6 * 4 + 20 * 10 + 1 + 1
+    minutes = 8 * (7 + 4 * 2 + 2 * 4) + 2 * 6 * 4 + 20 * 10 + 4
     assert by_arm["LoRA"] == ["15", "31", f"{minutes:.1f}"]
-    assert by_arm["base alone"] == ["0", "0", f"{12 * 10 + 1:.1f}"]
+    assert by_arm["base alone"] == ["0", "0", f"{12 * 10 + 0.5:.1f}"]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
-def test_lanes_equal_runs_of_fuse_on_the_same_rows(small, tmp_path, mode):
+def test_lanes_equal_runs_of_fuse_on_the_same_rows(small, tmp_path, mode, monkeypatch):
+    monkeypatch.setattr(lanes, "_BATCH", 4)
     base, pool = map(str, small)
     recipe = lf.FusionRecipe(epochs=3, batch_size=16, modules=3, max_new_tokens=16)
     options = lf.FuseOptions(base=base, pool=pool, task=str(TASK), seeds=(1,), recipe=recipe, seed_mode=mode)
