@@ -207,6 +207,13 @@ def test_cells_that_do_not_conduct_stay_finite():
     assert np.isfinite(jax.grad(lambda G: PCM_DRIFT(G, KEY, 1e6).sum())(jnp.zeros(8))).all()
 
 
+def test_flicker_gathers_with_the_logarithm_of_time():
+    flicker = crossbar.Flicker(magnitude=0.01, exponent=0.5, largest=0.015, read_time=1.0)
+    found = flicker.deviation(jnp.array([1.0, 0.64, 0.01]), jnp.array(99.0))
+    np.testing.assert_allclose(found, np.array([0.01, 0.0125, 0.015]) * math.sqrt(math.log(50)), rtol=1e-6)
+    assert not flicker.deviation(jnp.array([0.5]), jnp.array(0.1)).any()  # within the first read
+
+
 def test_conductances_begin_to_relax_after_a_second():
     at_start = crossbar.Relaxation(shift=-0.1, spread=0.02, growth=0.01)(cells(0.4), KEY, 0.5)
     assert_normal(at_start, [0.4], [0.02])
