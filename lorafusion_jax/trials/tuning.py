@@ -6,8 +6,8 @@
 | 2 | the best two, and two neighbours of the best one: another second rate, or half a step of the only one | 1/2 |
 | 3 | the best two | 1 |
 
-On the tuning tasks of docs/results/pool_value.md, the best rate of magnitudes is 0.003 to 0.01 on the small T5 and 0.03
-to 0.1 on SmolLM2; that of coefficients is 0.03 on both. So magnitudes come first.
+On the tuning tasks of docs/results/pool_value.md, the best rate of magnitudes is 0.003 to 0.01 on one model and 0.03 to
+0.1 on another; that of coefficients is 0.03 on both. So magnitudes come first.
 """
 
 import math
