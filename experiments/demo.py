@@ -1,7 +1,6 @@
 """The embedded pool, converted and fused for tasks that none of its adapters was trained on: `make demo`.
 
-Everything goes through the commands that a user has. Written to runs/demo: the pool, every run, results.json,
-table.md and plots.
+Written to runs/demo: the pool, every run, results.jsonl, table.md and plots.
 """
 
 import argparse
@@ -11,12 +10,12 @@ from typing import Any
 
 import _script
 from lab.common import ROOT, convert_small_pool, fresh_folder, options_of_small
-from lab.demo_report import Row, plot_accuracy, run_all, write_report
+from lab.demo_report import Row, markdown_table, plot_accuracy
 
 from lorafusion_jax import PRESETS, FuseOptions, fuse, load_pool, load_run
 from lorafusion_jax.parts import column_names
-from lorafusion_jax.report import plot_coefficients
-from lorafusion_jax.trials import ARMS
+from lorafusion_jax.report import plot_coefficients, write_text
+from lorafusion_jax.trials import ARMS, Job, read_rows, run_jobs
 
 FOLDER = ROOT / "runs" / "demo"
 SEEDS = (1, 2, 3)
@@ -33,11 +32,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     with fresh_folder(FOLDER):
         convert_small_pool(FOLDER / "pool")
         everything = [(task, method) for task in (*TASKS, OUT_OF_REACH) for method in SHOWN]
-        rows, environment = run_all({of: _options(*of) for of in everything}, fuse)
+        file = FOLDER / "results.jsonl"
+        run_jobs([Job(task, method, "95+5", _options(task, method)) for task, method in everything], file, fuse)
+        rows = read_rows(file)
         _plot(rows)
-        minutes = (time.perf_counter() - began) / 60
-        summary = {"rates": {method: ARMS[method].rates for method in SHOWN}, "minutes": minutes}
-        table = write_report(FOLDER, rows, summary | {"environment": environment}, (OUT_OF_REACH,))
+        table = markdown_table(rows, apart=(OUT_OF_REACH,))
+        write_text(FOLDER / "table.md", table)
+    minutes = (time.perf_counter() - began) / 60
     print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
 
 

@@ -1,8 +1,8 @@
 """A real language model, before and after a pool of 24 adapters is fused for a task that none saw: `make demo-llm`.
 
 SmolLM2-135M-Instruct is read from its GGUF file. Its adapters were trained on relations of words, facts, letters and
-lists; the new task is the -ing form of verbs. Written to runs/demo-llm: the pool, every run, results.json, table.md and
-a plot.
+lists; the new task is the -ing form of verbs. Written to runs/demo-llm: the pool, every run, results.jsonl, table.md
+and a plot.
 """
 
 import argparse
@@ -12,12 +12,14 @@ from typing import Any
 
 import _script
 from lab.common import ROOT, convert, fresh_folder
-from lab.demo_report import plot_accuracy, run_all, write_report
+from lab.demo_report import markdown_table, plot_accuracy
 from lab.language import MAIN, PROMPT, options_of
 from lab.smollm2 import EXAMPLES, base
 
 from lorafusion_jax import FuseOptions, fuse
 from lorafusion_jax.parts import RunFolder
+from lorafusion_jax.report import write_text
+from lorafusion_jax.trials import Job, read_rows, run_jobs
 
 FOLDER = ROOT / "runs" / "demo-llm"
 TITLE = "the -ing form of verbs"
@@ -36,10 +38,13 @@ def main(arguments: Sequence[str] = ()) -> None:
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         convert(base(), sorted((EXAMPLES / "adapters").iterdir()), FOLDER / "pool")
-        rows, environment = run_all({(TITLE, method): _options(method) for method in METHODS}, fuse)
+        file = FOLDER / "results.jsonl"
+        run_jobs([Job(TITLE, method, "95+5", _options(method)) for method in METHODS], file, fuse)
+        rows = read_rows(file)
         plot_accuracy(rows, FOLDER / "accuracy.png", title="SmolLM2-135M: a task that no adapter was trained on")
-        minutes = (time.perf_counter() - began) / 60
-        table = write_report(FOLDER, rows, {"minutes": minutes, "environment": environment})
+        table = markdown_table(rows)
+        write_text(FOLDER / "table.md", table)
+    minutes = (time.perf_counter() - began) / 60
     _show(*(RunFolder(FOLDER / "runs" / _name(method)).predictions() for method in ("zero-shot", "LoRAFusion")))
     print()
     for method, meaning in METHODS.items():

@@ -1,17 +1,14 @@
 """The demos' report: tasks by methods, with the spread over seeds, as a table and as bars."""
 
-import json
 import statistics
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafusion_jax import FuseOptions
 from lorafusion_jax.parts import escaped, markdown
-from lorafusion_jax.report import EMPTY, colour, counts, literal, plot, spread, write_text
+from lorafusion_jax.report import EMPTY, colour, counts, literal, plot, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,33 +16,6 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 _MEAN = "mean"
-
-
-def run_all(
-    runs: Mapping[tuple[str, str], FuseOptions], fuse: Callable[[FuseOptions], dict[str, Any]]
-) -> tuple[list[Row], dict[str, Any]]:
-    """Run the options of tasks and methods, and return the rows of all seeds, and the environment.
-
-    Of the seconds of training, which all seeds take together, a row has its share.
-    """
-    rows, environment = [], {}
-    for number, ((task, method), options) in enumerate(runs.items(), start=1):
-        results = fuse(options)
-        environment = results["environment"]
-        seconds = results["seconds"]["train"] / len(results["seeds"])
-        shared = {"task": task, "method": method, "trainable": results["trainable"], "seconds": seconds}
-        rows += [shared | {key: seed[key] for key in ("seed", "exact_match", "loss")} for seed in results["seeds"]]
-        score = f"{results['exact_match']:.1f} % in {sum(results['seconds'].values()):.1f} s"
-        print(f"[{number}/{len(runs)}] {task}, {method}: {score}", file=sys.stderr, flush=True)
-    return rows, environment
-
-
-def write_report(folder: Path, rows: Sequence[Row], summary: Mapping[str, Any], apart: Collection[str] = ()) -> str:
-    """Write table.md and results.json, and return the table."""
-    table = markdown_table(rows, apart=apart)
-    write_text(folder / "table.md", table)
-    write_text(folder / "results.json", json.dumps({**summary, "rows": rows}, indent=1) + "\n")
-    return table
 
 
 def markdown_table(rows: Sequence[Row], *, apart: Collection[str] = ()) -> str:
