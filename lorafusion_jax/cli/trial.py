@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import jax
 
-from ..report import markdown
+from ..report import Table, markdown
 from ..support.reading import show
 from ..trials.report import arms_table, train_command, write_trial
 from ..trials.run import TrialOptions, trial
 from ..trials.trial_plan import describe_trial
-from ..trials.verdict import judge
+from ..trials.verdict import Verdict, judge
 from .parsing import parse
 
 GROUPS = {
@@ -29,10 +29,13 @@ def main(arguments: Sequence[str]) -> None:
     done = []
     for one, outcomes in trial(options):
         done.append((one, outcomes))
-        said = judge(outcomes)
-        show("\n".join((markdown(arms_table(one, outcomes, said)), said.sentence, *said.notes)))
+        _show(arms_table(one, outcomes, said := judge(outcomes)), said)
         if said.arm is not None:
             show(f"\n{train_command(one, outcomes, said.arm)}\n")
     if (together := write_trial(options.out, done)) is not None:
-        show("\n".join((f"over {len(done)} tasks: {together.sentence}", *together.notes)))
+        _show(*together)
     show(f"written to {options.out / 'report.html'}")
+
+
+def _show(table: Table, said: Verdict) -> None:
+    show("\n".join((markdown(table), said.sentence, *said.notes)))

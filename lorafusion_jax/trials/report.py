@@ -13,45 +13,64 @@ from ..runs.options import FuseOptions, row_format
 from ..tasks import load_task
 from .procedure import Outcomes
 from .run import TaskTrial
-from .verdict import Verdict, judge, judge_tasks
+from .verdict import Interval, Verdict, judge, judge_tasks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _GIVEN = ("base", "pool", "prompt", "input", "target", "chat", "dtype", "method", "control")  # to `fuse`
-_COLUMNS = [
-    Column("arm", "text"),
-    Column("trained parameters", "count"),
+_LOSS = [
     Column("loss", "nats"),
     Column("minus LoRAFusion", "more nats"),
     Column("95 % interval", "nats interval"),
-    Column("exact match, %", "percent"),
-    Column("rates", "text"),
-    Column("trained rows", "count"),
+    Column("p (Holm)", "p"),
 ]
+_POINTS = [Column("more points", "points"), Column("95 % of points", "interval")]
+_RATES = [Column("learning rates", "text"), Column("trained rows", "count")]
 
 
 def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
-    """Return a line for each arm of a task."""
-    contrasts, lines = {contrast.arm: contrast.loss for contrast in said.contrasts}, []
+    """Return a line for each arm of a task; of options instead of exact match, if the task has some."""
+    contrasts, lines = {contrast.arm: contrast for contrast in said.contrasts}, []
+    scores = outcomes.option_correct or outcomes.correct
     for arm in outcomes.arms:
         contrast, tuned = contrasts.get(arm.name), outcomes.tuned.get(arm.name)
-        rates = ", ".join(f"{name} {value:.2g}" for name, value in tuned.rates) if tuned else None
-        edge = f" ({tuned.edge} end of the grid)" if tuned and tuned.edge else ""
+        rates = ", ".join(f"{name.removeprefix('lr_')} {value:.2g}" for name, value in tuned.rates) if tuned else None
+        points = contrast and (contrast.option_correct if outcomes.option_correct else contrast.correct)
         lines.append(
             [
                 arm.name,
                 arm.parameters,
-                np.nanmean(outcomes.loss[arm.name]),
-                contrast and contrast.mean,
-                contrast and (contrast.low, contrast.high),
-                100 * np.nanmean(outcomes.correct[arm.name]),
-                rates and rates + edge,
+                *_cells(np.nanmean(outcomes.loss[arm.name]), contrast and contrast.loss),
+                contrast and contrast.p,
+                100 * np.nanmean(scores[arm.name]),
+                points and points.mean,
+                points and (points.low, points.high),
+                rates and rates + (f" ({tuned.edge} end)" if tuned and tuned.edge else ""),
                 round(outcomes.spent[arm.name] * len(one.rows)),
             ]
         )
-    caption = f"{one.task}: {len(one.rows)} rows, loss in nats per answer token on rows of other folds"
-    return Table(caption, _COLUMNS, lines)
+    scored = Column("right options, %" if outcomes.option_correct else "exact match, %", "percent")
+    columns = [Column("arm", "text"), Column("trained parameters", "count"), *_LOSS, scored, *_POINTS, *_RATES]
+    return Table(
+        f"{one.task}: {len(one.rows)} rows, loss in nats per answer token on rows of other folds", columns, lines
+    )
+
+
+def tasks_table(done: Sequence[tuple[TaskTrial, Outcomes]], said: Verdict) -> Table:
+    """Return a line for each arm: its loss on each task, and its difference from LoRAFusion over the tasks."""
+    contrasts, lines = {contrast.arm: contrast for contrast in said.contrasts}, []
+    for arm in done[0][1].arms:
+        losses = [float(np.nanmean(outcomes.loss[arm.name])) for _, outcomes in done]
+        contrast = contrasts.get(arm.name)
+        own = _cells(float(np.mean(losses)), contrast and contrast.loss)
+        lines.append([arm.name, *losses, *own, contrast and contrast.p])
+    columns = [Column("arm", "text"), *(Column(one.task, "nats") for one, _ in done), *_LOSS]
+    return Table(f"{len(done)} tasks: loss in nats per answer token, and intervals over tasks", columns, lines)
+
+
+def _cells(loss: float, contrast: Interval | None) -> list[Any]:
+    return [loss, contrast and contrast.mean, contrast and (contrast.low, contrast.high)]
 
 
 def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
@@ -101,8 +120,8 @@ def draw_arms(path: Path, one: TaskTrial, said: Verdict) -> None:
     plot(path, (7.0, 0.3 * len(said.contrasts) + 1.2), draw)
 
 
-def write_trial(folder: Path, done: Sequence[tuple[TaskTrial, Outcomes]]) -> Verdict | None:
-    """Write tables, a figure for each task and report.html, and return the verdict over several tasks."""
+def write_trial(folder: Path, done: Sequence[tuple[TaskTrial, Outcomes]]) -> tuple[Table, Verdict] | None:
+    """Write tables, a figure for each task and report.html, and return table and verdict over several tasks."""
     text, tables, figures, together = [], {}, {}, None
     for one, outcomes in done:
         said = judge(outcomes)
@@ -111,7 +130,9 @@ def write_trial(folder: Path, done: Sequence[tuple[TaskTrial, Outcomes]]) -> Ver
         draw_arms(folder / f"{one.task}.png", one, said)
         figures[f"{one.task}.png"] = f"{one.task}: differences of the arms from LoRAFusion"
     if len(done) > 1:
-        together = judge_tasks([outcomes for _, outcomes in done])
-        text.append(f"Over {len(done)} tasks: {' '.join((together.sentence, *together.notes))}")
+        over = judge_tasks([outcomes for _, outcomes in done])
+        tables["all_tasks"] = tasks_table(done, over)
+        text.append(f"Over {len(done)} tasks: {' '.join((over.sentence, *over.notes))}")
+        together = tables["all_tasks"], over
     write_report(folder, "Is the pool worth it?", tables, figures, text="\n\n".join(text))
     return together

@@ -97,6 +97,17 @@ def test_a_finished_trial_is_read_and_its_command_trains_the_arm(options, measur
     assert all(given in command for given in ("--method lora", "--train-rows 12", "--lr-lora 0.006", "--epochs 1"))
 
 
+def test_several_tasks_have_a_verdict_together(options, measured, capsys):
+    tasks = (str(TASK), str(TASK.parent / "odd_dash"))
+    arguments = ["--base", options.base, "--pool", options.pool, "--task", *tasks, "--out", str(options.out)]
+    main(["trial", *arguments, "--train-rows", "12", "--folds", "2", "--epochs", "1"])
+    said = capsys.readouterr().out
+    assert said.count("Train a LoRA.") == 3 and "2 tasks: loss in nats per answer token" in said
+    lines = (options.out / "all_tasks.csv").read_text().splitlines()
+    (losses,) = (line.split(",")[1:4] for line in lines if line.startswith("LoRA,"))
+    np.testing.assert_allclose([float(loss) for loss in losses], 0.2 + 0.055, atol=1e-6)
+
+
 def test_minutes_stop_a_trial_with_what_is_decided_and_another_base_is_refused(options, measured, monkeypatch):
     with pytest.raises(ValueError, match="--minutes 1e-09 were over before the rates were tuned"):
         [*trial(dataclasses.replace(options, minutes=1e-9))]
