@@ -41,7 +41,7 @@ def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
             [
                 arm.name,
                 arm.parameters,
-                *_cells(np.nanmean(outcomes.loss[arm.name]), contrast and contrast.loss),
+                *_cells(float(np.nanmean(outcomes.loss[arm.name])), contrast and contrast.loss),
                 contrast and contrast.p,
                 100 * np.nanmean(scores[arm.name]),
                 points and points.mean,
