@@ -25,6 +25,7 @@ from ..runs.prepare import encode_shown
 from ..runs.rows import generate_rows
 from ..support.platform import for_cpu
 from ..tasks import Encoded, Example, Split, Task, TrainingRows
+from ..training.compiled import make_room
 from ..training.fit import fit, recipe_rates, start
 from ..training.frozen import GENERATION, LOSS, OPTIONS
 from ..training.loss import seed_likelihoods
@@ -54,6 +55,7 @@ class Lanes:
     def measure(self, trainings: Sequence[Training]) -> Iterator[Scores]:
         """Yield the scores of trainings, in their order."""
         for lanes in self.together(trainings):
+            make_room()
             options = dataclasses.replace(self.arms[lanes[0].arm], control_draw=lanes[0].draw)
             yield from self._adapted(options, lanes) if self._learns(lanes[0]) else self._untrained(options, lanes)
 
