@@ -35,11 +35,12 @@ from lab.language import (
     find,
     load,
     shares,
+    test_batch,
     test_losses,
     trained_pairs,
     unseen,
 )
-from lab.pool_cells import Arm
+from lab.pool_cells import Arm, Watch
 from lab.smollm2 import base
 from lab.tuning import best_tried, rates_at, tune
 
@@ -233,7 +234,15 @@ class Lab:
         self.model = functools.lru_cache(maxsize=len(ARMS))(self._model)
 
     def measure(
-        self, name: str, path: Path, rows: int, seed: int, rates: Mapping[str, float], *, answer: bool = True
+        self,
+        name: str,
+        path: Path,
+        rows: int,
+        seed: int,
+        rates: Mapping[str, float],
+        *,
+        answer: bool = True,
+        watch: Watch = lambda epoch, problem, test: None,
     ) -> Row:
         """Train an arm on a seed's rows of a task, and return its row; without `answer` no test row is answered."""
         make_room()
@@ -244,7 +253,9 @@ class Lab:
         steps = 0
         if arm.rates:
             recipe = dataclasses.replace(recipe_for(arm, rows), **rates)
-            state = fit(setup.problem, setup.rows, start(setup.problem, (seed,)), recipe, (seed,))
+            begin, test = start(setup.problem, (seed,)), test_batch(setup)
+            watched: Any = {"after_epoch": lambda epoch: watch(epoch, setup.problem, test)}
+            state = fit(setup.problem, setup.rows, begin, recipe, (seed,), **watched)
             params, steps = state.best, int(state.step[0])
         row: Row = {"numbers": sum(trainable_count(setup).values()), "steps": steps, "test_rows": len(setup.test)}
         if answer:

@@ -17,7 +17,7 @@ from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.parts import LOSS, Params, Setup, seed_entropies
 from lorafusion_jax.report import write_text
-from lorafusion_jax.tasks import Example, Task, batch_orders, load_task, train_batches
+from lorafusion_jax.tasks import Batch, Example, Task, batch_orders, load_task, train_batches
 from lorafusion_jax.trials import ARMS, Arm, recipe_of
 
 from .methods import IN_BASIS
@@ -250,11 +250,16 @@ def shares(task: Task, trained: Mapping[str, set[tuple[str, str]]]) -> dict[str,
     return {source: sum(pair in rows for pair in pairs) / len(pairs) for source, rows in trained.items()}
 
 
-def test_losses(setup: Setup, params: Params) -> list[float]:
-    """Return the loss of each seed on the test rows, in nats per token."""
+def test_batch(setup: Setup) -> Batch:
+    """Return the test rows, leaves [seeds, rows, ...]."""
     rows = np.tile(np.arange(len(setup.test), dtype=np.int32), (setup.problem.index.shape[0], 1))
     orders = batch_orders(rows, batch_size=len(setup.test))
-    batch = next(train_batches(setup.test, orders, pad_id=setup.tokenizer.pad_token_id))
+    return next(train_batches(setup.test, orders, pad_id=setup.tokenizer.pad_token_id))
+
+
+def test_losses(setup: Setup, params: Params) -> list[float]:
+    """Return the loss of each seed on the test rows, in nats per token."""
+    batch = test_batch(setup)
     return jax.device_get(seed_entropies(params, batch, setup.problem.read(LOSS, 0))).tolist()
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax.methods import Built, find, recipe_of
-from lorafusion_jax.parts import fit, generate_rows, open_pool, seed_entropies, start
+from lorafusion_jax.parts import Epoch, fit, generate_rows, open_pool, seed_entropies, start
 from lorafusion_jax.tasks import (
     IGNORED,
     SEPARATE_TEXTS,
@@ -41,6 +41,8 @@ EPOCHS = {5: 40, 10: 40, 20: 20, 95: 20}
 SOURCE_WIDTH, TARGET_WIDTHS = 12, (8, 16)
 
 Row = dict[str, Any]
+# Called after each epoch, with the problem and the test rows, leaves [seeds, rows, ...].
+Watch = Callable[[Epoch, lf.Problem, Batch], None]
 
 
 class Arm(NamedTuple):
@@ -107,6 +109,7 @@ class Lab:
         *,
         draw: int = 0,
         answer: bool = True,
+        watch: Watch = lambda epoch, problem, test: None,
     ) -> list[Row]:
         """Return a row for each entry, a seed with its rates; without `answer` no test row is answered."""
         if ARMS[name].method == "constant":
@@ -116,7 +119,7 @@ class Lab:
             part = entries[first : first + len(SEEDS)]
             # Programs have as many entries as there are seeds: the last one is repeated.
             filled = [*part, *[part[-1]] * (len(SEEDS) - len(part))]
-            found += self._measure(name, target, rows, filled, draw, answer)[: len(part)]
+            found += self._measure(name, target, rows, filled, draw, answer, watch)[: len(part)]
         return found
 
     def _measure(
@@ -127,6 +130,7 @@ class Lab:
         entries: Sequence[tuple[int, Mapping[str, float]]],
         draw: int,
         answer: bool,
+        watch: Watch,
     ) -> list[Row]:
         problem = self.problem(name, target.pool, draw)
         tokens, test, test_texts = self.tokens(target.task)
@@ -135,6 +139,7 @@ class Lab:
         own = order[:, None] * (TRAIN_ROWS + VALIDATION_ROWS)
         training = own + np.arange(rows, dtype=np.int32)
         problem = problem.replace(index=problem.index[order])
+        for_all = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(entries), *leaf.shape)), test)
         if name == ZERO:
             params, steps = {}, 0
         else:
@@ -147,9 +152,9 @@ class Lab:
             )
             validation = own + np.arange(TRAIN_ROWS, TRAIN_ROWS + VALIDATION_ROWS, dtype=np.int32)
             of_seeds = TrainingRows(tokens, Split(training, validation), self.pad_id)
-            state = fit(problem, of_seeds, start(problem, seeds), recipe, seeds, rates=rates)
+            watched: Any = {"after_epoch": lambda epoch: watch(epoch, problem, for_all)}
+            state = fit(problem, of_seeds, start(problem, seeds), recipe, seeds, rates=rates, **watched)
             params, steps = state.best, int(state.step[0])
-        for_all = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(entries), *leaf.shape)), test)
         losses = np.asarray(seed_entropies(params, for_all, problem))
         found: list[Row] = [
             {"numbers": self._numbers(name, problem), "steps": steps, "test_loss": round(float(loss), 5)}
