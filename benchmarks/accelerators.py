@@ -58,6 +58,7 @@ from lorafusion_jax.parts import (
     begin,
     evaluation_bytes,
     generation_flops,
+    machine,
     pool_bytes,
     row_tokens,
     shardings,
@@ -125,10 +126,14 @@ class _Chip(NamedTuple):
     platform: str = "tpu"
 
 
+def _peak(name: Any) -> float:
+    return machine(name).peak["bfloat16"]
+
+
 _CHIPS = {
-    "v5e": _Chip("v5e:2x4", "v5litepod-8", 197e12, 819e9),
-    "v6e": _Chip("v6e:2x4", "v6e-8", 918e12, 1640e9),
-    "h100": _Chip("1x1x1", "NVIDIA H100 80GB HBM3", 989e12, 3350e9, "cuda"),
+    "v5e": _Chip("v5e:2x4", "v5litepod-8", _peak("v5e"), 819e9),
+    "v6e": _Chip("v6e:2x4", "v6e-8", _peak("v6e"), 1640e9),
+    "h100": _Chip("1x1x1", "NVIDIA H100 80GB HBM3", _peak("h100"), 3350e9, "cuda"),
 }
 # XLA's description of an H100; without a card there is no choice of kernels by measurement.
 _H100 = """

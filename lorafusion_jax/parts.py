@@ -34,6 +34,8 @@ from .estimates.flops import generation_flops as generation_flops
 from .estimates.flops import row_tokens as row_tokens
 from .estimates.flops import step_flops as step_flops
 from .estimates.flops import tokens as tokens
+from .estimates.machines import PlanOptions as PlanOptions
+from .estimates.machines import machine as machine
 from .estimates.memory import evaluation_bytes as evaluation_bytes
 from .estimates.memory import pool_bytes as pool_bytes
 from .estimates.memory import state_bytes as state_bytes
@@ -42,6 +44,7 @@ from .estimates.memory import weights_bytes as weights_bytes
 from .estimates.params import shape_config as shape_config
 from .estimates.plan import describe as describe
 from .estimates.plan import describe_run as describe_run
+from .estimates.plan import plan as plan
 from .estimates.workload import CHARACTERS_PER_TOKEN as CHARACTERS_PER_TOKEN
 from .estimates.workload import workload as workload
 

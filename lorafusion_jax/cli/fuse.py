@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ..estimates.plan import MachineName, describe_run
+from ..estimates.machines import PlanOptions
+from ..estimates.plan import describe_run
 from ..hardware.on_arrays import fuse
 from ..methods import METHODS, fields_of, find, having, not_an_option
 from ..methods.entry import MethodEntry
@@ -36,7 +37,7 @@ class Preset:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FuseCommand(FuseOptions, Preset):
+class FuseCommand(FuseOptions, Preset, PlanOptions):
     """Fuse a pool of LoRA modules for a new task, and evaluate it by generation.
 
     Shown are the options of the method fusion, or of another one: `lorafusion fuse --method lora --help`.
@@ -45,17 +46,9 @@ class FuseCommand(FuseOptions, Preset):
       lorafusion fuse --base google/flan-t5-large --pool pool --task bbh/snarks.json --seeds 1 2 3
       lorafusion fuse --preset reference --base base --pool pool --task task
       lorafusion fuse --base google/flan-t5-large --pool pool --basis 32 --task bbh/snarks.json
-      lorafusion fuse --base flan-t5-large --pool pool --task bbh/snarks.json --plan --for h100
+      lorafusion fuse --base flan-t5-large --pool pool --task bbh/snarks.json --plan --for h100 --price 2.5
       lorafusion fuse --base base --pool pool --task task --crossbar chips/noisy --train-chip chip --chip 3
-
-    Attributes:
-      plan: print what the run needs (FLOPs, memory), and run nothing. The base may be the name of a shape, such as
-        flan-t5-large, whose weights are not needed.
-      plan_for: plan for this machine instead of the one that the command runs on.
     """
-
-    plan: bool = False
-    plan_for: Annotated[MachineName | None, tyro.conf.arg(name="for")] = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,14 +69,13 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError("--adapters names the modules: leave it out, or --modules, which draws that many")
     recipe = recipe_of(entry.recipe, vars(PRESETS[asked.preset]))
     command = parse(_command(entry), arguments, "fuse", groups=groups_of(entry), defaults=vars(recipe))
+    command.check_plan()
     options = with_listed_modules(plain(command))
     if command.plan:
-        show(describe_run(options, command.plan_for))
+        show(describe_run(options, command))
         if options.arrays.crossbar is not None:
             show(f"counted digitally: simulated arrays ({options.arrays.crossbar}) take more time and memory")
         return
-    if command.plan_for is not None:
-        raise ValueError(f"--for {command.plan_for} names the machine of a plan: add --plan, or leave it out")
     results = fuse(options)
     if processes.first():
         show(report(results, run_path(options)))
@@ -110,8 +102,9 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
         f"method {entry.name}": own,
         "training": (*common, "start_from"),
         "hardware": ("crossbar", "train_chip", "chip", "chip_key", "keep_digital", "age", "norm", "restore"),
+        "plan": ("plan", "plan_for", "utilisation", "price", "devices"),
         "run": (
-            "seeds", "out", "name", "plan", "plan_for", "resume", "eval_batch", "max_new_tokens", "save_seconds",
+            "seeds", "out", "name", "resume", "eval_batch", "max_new_tokens", "save_seconds",
             "seed_mode", "mesh", "distributed", "coordinator", "processes", "process", "profile",
         ),
     }  # fmt: skip

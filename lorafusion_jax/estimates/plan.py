@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ..io.pool import open_pool
 from ..loading.model import load_texts, module_names, named_modules, packing_of
@@ -13,37 +13,14 @@ from ..models.architecture import Architecture
 from ..models.registry import known_shapes
 from ..runs.options import FuseOptions, row_format
 from ..runs.prepare import check
-from ..support.platform import for_cpu
 from ..support.text_tables import markdown
 from ..tasks import load_task
 from ..training.recipe import Recipe
-from ..training.seeds import SeedMode, default_seed_mode
 from .estimate import Cost, Settings, estimate, seeds_of
+from .machines import Machine, Pace, PlanOptions, duration, machine, pace, spent
 from .memory import Device
 from .params import shape_config
 from .workload import Shapes, Workload, workload
-
-
-class Machine(NamedTuple):
-    """A machine to plan for, with its default mode of seeds."""
-
-    device: Device
-    seed_mode: SeedMode
-    capacity: int | None = None  # bytes of the device's memory, as its maker states them
-
-
-# H100 SXM: 80 GB (NVIDIA's data sheet). TPU v5e: 16 GB a chip (Google Cloud's "TPU v5e").
-MachineName = Literal["h100", "v5e", "cpu"]
-_MACHINES: dict[MachineName, Machine] = {
-    "h100": Machine("accelerator", "batched", 80 * 10**9),
-    "v5e": Machine("accelerator", "batched", 16 * 10**9),
-    "cpu": Machine("cpu", "sequential"),
-}
-
-
-def machine(name: MachineName | None) -> Machine:
-    """Return a machine by its name; this one without a name."""
-    return _MACHINES[name] if name else Machine("cpu" if for_cpu() else "accelerator", default_seed_mode())
 
 
 class PoolShape(NamedTuple):
@@ -60,6 +37,7 @@ class Row(NamedTuple):
     method: str
     runs: int  # tasks times seeds
     cost: Cost
+    jobs: tuple[float, ...]  # FLOPs of each task with all its seeds
 
 
 def plan(
@@ -68,16 +46,18 @@ def plan(
     tasks: Mapping[str, Workload],
     settings: Settings,
     *,
+    names: Sequence[str] = (),
     recipes: Sequence[Recipe] = (),
 ) -> list[Row]:
     """Return the cost of every method for all tasks and seeds.
 
-    Recipes are in the order of the methods; by default all have that of the settings.
+    Names of the rows and recipes are in the order of the methods; by default all have that of the settings.
     """
     if not tasks or not methods:
         raise ValueError(f"a plan of {len(methods)} methods for {len(tasks)} tasks: give at least one of each")
     rows = []
-    for method, recipe in zip(methods, recipes or [settings.recipe] * len(methods), strict=True):
+    recipes = recipes or [settings.recipe] * len(methods)
+    for method, name, recipe in zip(methods, names or methods, recipes, strict=True):
         settings = dataclasses.replace(settings, recipe=recipe)
         costs = [estimate(config, method, work, settings) for work in tasks.values()]
         seeds = seeds_of(method, settings)
@@ -86,42 +66,47 @@ def plan(
             training_flops=seeds * sum(cost.training_flops for cost in costs),
             evaluation_flops=seeds * sum(cost.evaluation_flops for cost in costs),
         )
-        rows.append(Row(method, seeds * len(costs), cost))
+        jobs = tuple(seeds * (cost.training_flops + cost.evaluation_flops) for cost in costs)
+        rows.append(Row(name, seeds * len(costs), cost, jobs))
     return rows
 
 
-def plan_table(rows: Sequence[Row]) -> str:
-    """Return a Markdown table of the rows and their sum."""
+def plan_table(rows: Sequence[Row], at: Pace | None = None) -> str:
+    """Return a Markdown table of the rows and their sum, with times at a pace."""
     head = "method,runs,trainable,forward,training,evaluation,weights,pool,state,activations,peak"
+    head += "" if at is None else ",time of a job,time"
     lines: list[list[str]] = [[*head.split(",")]]
-    for method, runs, (trainable, *numbers) in rows:
+    for method, runs, (trainable, *numbers), jobs in rows:
         flops, held = map(_flops, numbers[:3]), map(_bytes, numbers[3:])
-        lines.append([method, f"{runs:,}", f"{trainable:,}", *flops, *held])
+        lines.append([method, f"{runs:,}", f"{trainable:,}", *flops, *held, *_times(jobs, at)])
     total = [sum(row.cost.training_flops for row in rows), sum(row.cost.evaluation_flops for row in rows)]
     peak = _bytes(max(row.cost.peak_bytes for row in rows))
-    lines.append(["all", f"{sum(row.runs for row in rows):,}", "", "", *map(_flops, total), "", "", "", "", peak])
+    times = _times([job for row in rows for job in row.jobs], at)
+    runs = f"{sum(row.runs for row in rows):,}"
+    lines.append(["all", runs, "", "", *map(_flops, total), "", "", "", "", peak, *times])
     return markdown(lines)
 
 
+def _times(jobs: Sequence[float], at: Pace | None) -> list[str]:
+    """Return the mean time of jobs and that of all, none without a pace."""
+    return [] if at is None else [duration(sum(jobs) / len(jobs) / at.flops), duration(sum(jobs) / at.flops)]
+
+
 def describe(
+    rows: Sequence[Row],
     config: Architecture,
-    methods: Sequence[str],
     tasks: Mapping[str, Workload],
     settings: Settings,
     *,
-    names: Sequence[str] = (),
-    recipes: Sequence[Recipe] = (),
     capacity: int | None = None,
+    at: Pace | None = None,
 ) -> str:
-    """Return a description of how a matrix runs, and its costs; arguments and errors are those of `plan`.
+    """Return a description of how a matrix runs, and the costs of its rows, as `plan` returns them.
 
-    Rows have other names than their methods where these occur several times. Those that need more bytes than the
-    device's capacity are listed.
+    Rows that need more bytes than the device's capacity are listed, and times are those at a pace.
     """
-    rows = plan(config, methods, tasks, settings, recipes=recipes)
-    rows = [row._replace(method=name) for row, name in zip(rows, names or methods, strict=True)]
     how = "batched" if settings.seed_mode == "batched" else "one after the other"
-    lines = [f"{len(methods)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."]
+    lines = [f"{len(rows)} methods and {len(tasks)} tasks, looped; {settings.seeds} seeds as one program, {how}."]
     lines += [
         f"{name}: training in {_batches(work.steps)}, evaluation in {_batches(work.test.rows)}, "
         f"{work.new_tokens} new tokens at most; lengths {work.lengths}, padded."
@@ -140,21 +125,26 @@ def describe(
             fits = f"More than that need: {'; '.join(over)}." if over else "All rows fit."
             more += f"\nThe device has {_bytes(capacity)}. {fits}"
     return (
-        "\n".join(lines) + f"\n\n{plan_table(rows)}\n"
+        "\n".join(lines) + f"\n\n{plan_table(rows, at)}\n"
         f"{config.dtype} on {where}{held}. Forward FLOPs are those of one batch, other FLOPs those of all runs of a "
         f"method.\nBytes are those of one program with all its seeds, at its largest batch. {more}"
     )
 
 
-def describe_run(options: FuseOptions, name: MachineName | None = None) -> str:
-    """Return a description of the cost of a run, on this machine or a named one.
+def describe_run(options: FuseOptions, asked: PlanOptions | None = None) -> str:
+    """Return a description of the cost of a run, by default on this machine.
 
     The base may be the name of a shape, such as flan-t5-large; lengths are then estimated from characters. A pool that
     does not exist counts as LoraHub's adapters: 196 of rank 16, on the family's own choice of linear maps.
     """
-    where = machine(name)
+    asked = asked or PlanOptions(plan=True)
+    asked.check_plan()
+    where = machine(asked.plan_for)
     config, work, settings = _planned(options, where)
-    return describe(config, [options.method], work, settings, capacity=where.capacity)
+    at = pace(asked, config, next(iter(work.values())).steps[0])
+    rows = plan(config, [options.method], work, settings)
+    described = describe(rows, config, work, settings, capacity=where.capacity, at=at)
+    return f"{described}\n{spent(rows[0].jobs, at, asked)}"
 
 
 def run_cost(options: FuseOptions, device: Device) -> Cost:
@@ -191,9 +181,7 @@ def _planned(options: FuseOptions, where: Machine) -> tuple[Architecture, dict[s
     return config, work, settings
 
 
-def workloads(
-    runs: Iterable[FuseOptions], recipe: Recipe, config: Architecture, where: Machine
-) -> dict[str, Workload]:
+def workloads(runs: Iterable[FuseOptions], recipe: Recipe, config: Architecture, where: Machine) -> dict[str, Workload]:
     """Return the workloads of runs by the names of their tasks, with batches and prompts of one recipe.
 
     The runs differ in their tasks. Their base may be the name of a shape.

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ..estimates.plan import MachineName
+from ..estimates.machines import PlanOptions
 from ..hardware.on_arrays import fuse
 from ..io.pool import open_pool
 from ..loading.spec import LoadIn
@@ -23,7 +23,7 @@ from .jobs import Job, run_jobs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatrixOptions(EngineOptions):
+class MatrixOptions(EngineOptions, PlanOptions):
     """Common options of matrices.
 
     Attributes:
@@ -43,8 +43,6 @@ class MatrixOptions(EngineOptions):
       test_rows: evaluate on the first rows only.
       eval_batch: rows in a batch of generation.
       retry_failed: also run what ran out of memory before, which OUT/failed.jsonl lists.
-      plan: print what the matrix needs, and run nothing.
-      plan_for: plan for this machine instead of the one that the script runs on.
     """
 
     base: str
@@ -63,13 +61,10 @@ class MatrixOptions(EngineOptions):
     test_rows: int | None = None
     eval_batch: int = 64
     retry_failed: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    plan_for: Annotated[MachineName | None, tyro.conf.arg(name="for")] = None
 
     def __post_init__(self):
         super().__post_init__()
-        if self.plan_for is not None and not self.plan:
-            raise ValueError(f"--for {self.plan_for} names the machine of a plan: add --plan, or leave it out")
+        self.check_plan()
 
 
 def run_matrix(options: MatrixOptions, arms: Mapping[str, Arm], *, root: Path | None = None) -> Path:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..estimates.estimate import Settings
+from ..estimates.machines import machine, pace, spent
 from ..estimates.params import shape_config
-from ..estimates.plan import describe, machine, pool_shape, workloads
+from ..estimates.plan import describe, plan, pool_shape, workloads
 from ..methods.entry import WITH_CORE
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of
@@ -29,6 +30,7 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
     config = dataclasses.replace(shape_config(options.base), dtype=options.dtype)
     pool, where = Path(options.pool), machine(options.plan_for)
     groups: dict[tuple[Any, ...], list[Job]] = {}
+    at, of_all = None, []
     for job in jobs(options, arms, check_pool=pool.is_dir()):
         recipe = job.options.recipe
         # Methods without a pool are planned next to those that fuse the matrix' number of modules.
@@ -58,5 +60,8 @@ def print_matrix_plan(options: MatrixOptions, arms: Mapping[str, Arm]) -> None:
         few = "" if rows == TRAIN_ROWS[shots] else f" over {rows} rows"
         print(f"{shots} shots, {epochs} epochs{few}, {chosen}{within}")
         methods = [options.method for options in of_method.values()]
-        shown: Any = {"names": [*of_method], "recipes": recipes, "capacity": where.capacity}
-        print(describe(config, methods, work, settings, **shown))
+        at = at or pace(options, config, next(iter(work.values())).steps[0])
+        planned = plan(config, methods, work, settings, names=[*of_method], recipes=recipes)
+        print(describe(planned, config, work, settings, capacity=where.capacity, at=at))
+        of_all += [job for row in planned for job in row.jobs]
+    print(spent(of_all, at, options))

@@ -66,10 +66,10 @@ def test_every_help_text_describes_every_option(subcommand):
 
 def test_options_are_shown_in_groups_and_the_common_ones_first():
     boxes = _boxes("fuse")
-    assert list(boxes) == ["", "data and base", "method", "method fusion", "training", "hardware", "run"]
+    assert list(boxes) == ["", "data and base", "method", "method fusion", "training", "hardware", "plan", "run"]
     assert boxes[""] == ["help", "preset"]
     first = [options[0] for options in list(boxes.values())[1:]]
-    assert first == ["base", "method", "modules", "epochs", "crossbar", "seeds"]
+    assert first == ["base", "method", "modules", "epochs", "crossbar", "plan", "seeds"]
     assert list(_boxes("evaluate")) == ["", "data and base", "hardware"]
 
 

@@ -17,6 +17,7 @@ import lorafusion_jax as lf
 from lorafusion_jax import parts
 from lorafusion_jax.estimates.estimate import estimate
 from lorafusion_jax.estimates.flops import forward_flops
+from lorafusion_jax.estimates.machines import Pace, pace, spent
 from lorafusion_jax.estimates.params import size
 from lorafusion_jax.estimates.plan import plan, plan_table
 from lorafusion_jax.methods import METHODS
@@ -492,9 +493,8 @@ def test_ranking_is_one_pass_over_all_modules_in_memory():
 
 
 def test_a_plan_describes_its_runs_and_costs():
-    out = parts.describe(
-        SHAPES["flan-t5-large"], ["zero-shot", "fusion"], {"snarks": _work()}, parts.Settings(recipe=lf.Recipe())
-    )
+    large = (SHAPES["flan-t5-large"], {"snarks": _work()}, parts.Settings(recipe=lf.Recipe()))
+    out = parts.describe(plan(large[0], ["zero-shot", "fusion"], *large[1:]), *large)
     assert "2 methods and 1 tasks, looped; 5 seeds as one program, one after the other." in out
     assert "lengths estimated from characters, padded" in out and "2.92 GiB" in out
     assert "| fusion    |    5 |   148,416 |" in out
@@ -504,11 +504,56 @@ def test_a_plan_describes_its_runs_and_costs():
 
 def test_a_plan_for_a_named_machine_is_the_same_on_every_machine():
     options = lf.FuseOptions(base="flan-t5-large", task=_TASK, seeds=(1, 2), method="full")
-    cpu, h100, v5e = (parts.describe_run(options, name) for name in ("cpu", "h100", "v5e"))
+    cpu, h100, v5e = (
+        parts.describe_run(options, parts.PlanOptions(plan=True, plan_for=name)) for name in ("cpu", "h100", "v5e")
+    )
     assert "one after the other" in cpu and "float32 on a CPU" in cpu and "The process takes" in cpu
     assert "batched" in h100 and "float32 on an accelerator" in h100
     assert "The device has 74.51 GiB. All rows fit." in h100
     assert "The device has 14.90 GiB. More than that need: full." in v5e
+
+
+def test_times_and_costs_by_hand():
+    options = parts.PlanOptions(plan=True, plan_for="a100", utilisation=0.5, price=2.5, devices=2)
+    at = pace(options, _SMALL, _SHAPE)
+    assert at is not None and at.flops == 78e12  # half of 156 TFLOP/s
+    # 1, 2 and 3 hours: the longest on one device, the others on the second.
+    out = spent([78e12 * 3600 * hours for hours in (1, 2, 3)], at, options)
+    assert out.startswith("Time at 0.5 of the 156 TFLOP/s of a100 in float32 (--utilisation), without ")
+    assert "compilation: 6.0 h on one device" in out
+    assert out.endswith(" on one device, 3.0 h on 2. At 2.5 an hour: 15.00.")
+    half = pace(dataclasses.replace(options, utilisation=None), dataclasses.replace(_SMALL, **_BFLOAT16), _SHAPE)
+    assert half is not None and half.flops == pytest.approx(0.3 * 312e12)
+    (row,) = plan(_SMALL, ["lora"], {"a": _work(), "b": _work()}, _SETTINGS)
+    assert row.jobs == ((row.cost.training_flops + row.cost.evaluation_flops) / 2,) * 2
+    ends = [line.split("|")[-3:-1] for line in plan_table([row], Pace(row.jobs[0] / 90, "")).splitlines()]
+    assert [[cell.strip() for cell in cells] for cells in ends[2:]] == [["1.5 min", "3.0 min"]] * 2
+
+
+def test_the_rate_of_a_cpu_is_measured():
+    whole, half = (
+        pace(parts.PlanOptions(plan=True, plan_for="cpu", utilisation=share), _SMALL, _SHAPE) for share in (1.0, 0.5)
+    )
+    assert whole is not None and half is not None and whole.flops == 2 * half.flops > 0
+    # Four rows of 32 tokens, and the largest matrices.
+    assert "GFLOP/s, measured: 128 x 128 by 128 x 320" in whole.source
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"utilisation": 0.0}, "utilisation is 0.0: expected a share of the peak, above 0 and at most 1"),
+        ({"utilisation": 1.5}, "utilisation is 1.5"),
+        ({"price": -1.0}, "price is -1.0: expected the price of a device's hour, 0 or more"),
+        ({"price": float("inf")}, "price is inf"),
+        ({"devices": 0}, "devices is 0: expected at least 1"),
+        ({"plan": False, "price": 2.5}, "--price 2.5 is an option of a plan: add --plan, or leave it out"),
+        ({"plan": False, "plan_for": "h100"}, "--for h100 is an option of a plan: add --plan"),
+    ],
+)
+def test_options_of_a_plan_that_cannot_be_used_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        parts.PlanOptions(**{"plan": True} | changes).check_plan()
 
 
 def test_named_modules_are_those_of_every_seed():
