@@ -184,9 +184,9 @@ def trained(task: Task, rows: int, trainings: Sequence[Training]) -> Iterator[tu
 def truth(task: Task, rows: int, outcomes: Outcomes) -> dict[str, float]:
     """Return the loss on fresh rows of each arm that is trained on all rows; controls are averaged over draws."""
     every = tuple(range(rows))
-    rates = {name: tuned.rates for name, tuned in outcomes.tuned.items()}
+    chosen = {name: tuned[:2] for name, tuned in outcomes.tuned.items()}
     trainings = [
-        Training(arm.name, number, rates.get(arm.name, ()), 1.0, every if arm.learns else (), every)
+        Training(arm.name, number, *chosen.get(arm.name, ((), 1.0)), every if arm.learns else (), every)
         for arm in ARMS
         for number in arm.draws
     ]
@@ -296,7 +296,7 @@ class Options:
     """
 
     tasks: int = 200
-    first: int = 10_200
+    first: int = 10_400
     out: Path = ROOT / "results" / "trial"
 
 

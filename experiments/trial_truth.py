@@ -145,8 +145,10 @@ def compared(options: TrialOptions, rows: int) -> dict[str, Any]:
     train, test = tuple(range(rows)), tuple(range(rows, rows + len(further)))
     losses: dict[str, Any] = {}
     for arm in outcomes.arms:
-        rates = outcomes.tuned[arm.name].rates if arm.rates else ()
-        trainings = [Training(arm.name, draw, rates, 1.0, train if arm.learns else (), test) for draw in arm.draws]
+        of = outcomes.tuned[arm.name][:2] if arm.rates else ((), 1.0)
+        trainings = [
+            Training(arm.name, draw, *of, train if arm.learns else (), test, answers=False) for draw in arm.draws
+        ]
         losses[arm.name] = np.mean([scores.loss for scores in lanes.measure(trainings)], axis=0)
     of_pool = losses[next(arm.name for arm in outcomes.arms if arm.role == "pool")]
     return {
@@ -158,6 +160,7 @@ def compared(options: TrialOptions, rows: int) -> dict[str, Any]:
         "true_loss": {name: float(np.mean(of)) for name, of in losses.items()},
         "true_contrast_error": {n: float(np.std(of - of_pool, ddof=1) / len(of) ** 0.5) for n, of in losses.items()},
         "rates": {name: dict(tuned.rates) for name, tuned in outcomes.tuned.items()},
+        "shares": {name: tuned.share for name, tuned in outcomes.tuned.items()},
         "edge": {name: tuned.edge for name, tuned in outcomes.tuned.items() if tuned.edge},
         "test_rows": len(further),
         "cpu_seconds": round(seconds),
@@ -172,11 +175,12 @@ def lora(options: Options, name: str, path: Path) -> dict[str, Any]:
     lanes = Lanes({"LoRA": run}, (*rows, *test), 0)
     arm = TrialArm(name="LoRA", rates={"lr_lora": LoRARecipe.lr_lora}, role="lora")
     (tuned,) = tuned_rates([arm], [row.input_sha256 for row in rows], lanes.measure, seed=0).values()
-    training = Training("LoRA", 0, tuned.rates, 1.0, tuple(range(20)), tuple(range(20, 20 + len(test))))
+    numbers = tuple(range(20)), tuple(range(20, 20 + len(test)))
+    training = Training("LoRA", 0, tuned.rates, tuned.share, *numbers, answers=False)
     (scores,) = lanes.measure([training])
     losses = scores.loss * np.mean([len(labels) for labels in lanes.tokens.labels])
     loss = losses.sum() / sum(len(labels) for labels in lanes.tokens.labels[20:])
-    return {"test_loss": float(loss), "rates": dict(tuned.rates), "edge": tuned.edge}
+    return {"test_loss": float(loss), "rates": dict(tuned.rates), "share": tuned.share, "edge": tuned.edge}
 
 
 def against_page(rows: Sequence[dict[str, Any]]) -> str:

@@ -68,7 +68,7 @@ class Lanes:
 
         def group_of(each: Training) -> tuple[Any, ...]:
             alone = for_cpu() and self._learns(each)
-            return each.arm, each.draw, each.share, each if alone else None
+            return each.arm, each.draw, each.share, each.answers, each if alone else None
 
         return [[*group] for _, group in itertools.groupby(trainings, key=group_of)]
 
@@ -80,7 +80,7 @@ class Lanes:
         options = self.arms[training.arm]
         if find(options.method).learns != "trained":
             return 0
-        recipe = _shortened(options.recipe, training.share)
+        recipe = shortened(options.recipe, training.share)
         return recipe.epochs * -(-len(training.train) // recipe.batch_size)
 
     @functools.cached_property
@@ -143,13 +143,13 @@ class Lanes:
         yield from map(Scores, *of_lanes, options_of_lanes)
 
     def _adapted(self, options: LoadOptions, lanes: Sequence[Training]) -> Iterator[Scores]:
-        """Train the lanes, and score the test rows of each; generate only after a whole training."""
+        """Train the lanes, and score the test rows of each."""
         loaded = self._loaded(options)
         problem = loaded.problem.replace(index=jnp.tile(loaded.problem.index, (len(lanes), 1)))
         params = self._params(problem, loaded, options, lanes)
         asked = [lane.test for lane in lanes]
         losses = self._losses(params, problem, self.tokens, asked)
-        if lanes[0].share < 1:
+        if not lanes[0].answers:
             yield from (Scores(losses[i, : len(rows)]) for i, rows in enumerate(asked))
             return
         chosen = self._chosen(params, problem, self.tokens, asked, asked)
@@ -167,7 +167,7 @@ class Lanes:
     def _params(self, problem: Problem, loaded: LoadedModel, options: LoadOptions, lanes: Sequence[Training]) -> Params:
         """Return the parameters of all lanes, trained, searched or given."""
         entry, seeds = find(options.method), (self.seed,) * len(lanes)
-        recipe = _shortened(options.recipe, lanes[0].share)
+        recipe = shortened(options.recipe, lanes[0].share)
         if entry.learns == "given":
             return start(problem, seeds).params
         train = _table([lane.train for lane in lanes])
@@ -248,7 +248,8 @@ class Lanes:
         return tasks.exact_match([said], [row.target for row in rows])[0]
 
 
-def _shortened(recipe: Recipe, share: float) -> Recipe:
+def shortened(recipe: Recipe, share: float) -> Recipe:
+    """Return a recipe with a share of its epochs, at least one."""
     return dataclasses.replace(recipe, epochs=max(round(recipe.epochs * share), 1))
 
 

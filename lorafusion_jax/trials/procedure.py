@@ -23,6 +23,7 @@ class Training(NamedTuple):
       share: share of the recipe's epochs.
       train: numbers of the training rows, none for arms that do not learn.
       test: numbers of the rows to score.
+      answers: whether the rows are answered too, not only their losses computed.
     """
 
     arm: str
@@ -31,6 +32,7 @@ class Training(NamedTuple):
     share: float
     train: tuple[int, ...]
     test: tuple[int, ...]
+    answers: bool = True
 
 
 class Scores(NamedTuple):
@@ -39,7 +41,7 @@ class Scores(NamedTuple):
     Attributes:
       loss: minus the log-likelihood of each answer, in nats, divided by the mean number of answer tokens of all rows of
         the task, so that the mean over rows is nats per answer token.
-      correct: answers that match exactly; None after a training of less than all epochs.
+      correct: answers that match exactly; None if the rows are not answered.
       option_correct: answers that are more likely than the task's other options, if it has options.
     """
 
@@ -48,6 +50,7 @@ class Scores(NamedTuple):
     option_correct: Bool[np.ndarray, " test"] | None = None
 
 
+_UNTUNED = Tuned((), 1.0, None)  # of an arm without rates
 Measure = Callable[[Sequence[Training]], Iterable[Scores]]
 
 
@@ -83,7 +86,7 @@ class Outcomes:
       loss: [draws, rows] of each arm, NaN for rows that are not measured yet.
       correct: [draws, rows] of each arm, 1, 0 or NaN.
       option_correct: the same for options, without arms that have no scores of options.
-      tuned: rates of each tuned arm, for a training on all rows.
+      tuned: rates and share of the epochs of each tuned arm, for a training on all rows.
       spent: trained steps of each arm, in trainings on all rows.
       look: number of this look, from 1.
       looks: number of looks that were planned.
@@ -157,7 +160,8 @@ def _tuned(
         trainings = []
         for candidate in candidates:
             arm, (train, test) = problems[candidate.problem]
-            trainings.append(Training(arm.name, arm.draws[0], candidate.rates, candidate.share, train, test))
+            of_rates = (candidate.rates, candidate.share)
+            trainings.append(Training(arm.name, arm.draws[0], *of_rates, train, test, answers=False))
         return [float(np.mean(scores.loss)) for scores in measure(trainings)]
 
     found = tune([tuple(arm.rates.items()) for arm, _ in problems], [arm.name for arm, _ in problems], losses)
@@ -197,12 +201,12 @@ def _run(
         """Yield the trainings that folds test; those of an arm and a draw are neighbours."""
         for arm, draw in ((each, draw) for each in arms for draw in each.draws):
             for number in numbers:
-                rates = of_arm[arm.name][(1 + number) % len(splits)].rates if arm.rates else ()
+                chosen = of_arm[arm.name][(1 + number) % len(splits)] if arm.rates else _UNTUNED
                 if arm.learns:
                     test = tuple(row for row in every if fold[row] == number)
-                    yield Training(arm.name, draw, rates, 1.0, own_rows[number], test)
+                    yield Training(arm.name, draw, *chosen[:2], own_rows[number], test)
                 elif number == 0:
-                    yield Training(arm.name, draw, rates, 1.0, (), every)
+                    yield Training(arm.name, draw, *chosen[:2], (), every)
 
     def empty() -> dict[str, Float[np.ndarray, "_draws rows"]]:
         return {arm.name: np.full((len(arm.draws), len(every)), np.nan) for arm in arms}

@@ -26,7 +26,7 @@ _LOSS = [
     Column("p (Holm)", "p"),
 ]
 _POINTS = [Column("more points", "points"), Column("95 % of points", "interval")]
-_RATES = [Column("learning rates", "text"), Column("trained rows", "count")]
+_RATES = [Column("learning rates", "text"), Column("epochs", "count"), Column("trained rows", "count")]
 
 
 def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
@@ -36,6 +36,7 @@ def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
     for arm in outcomes.arms:
         contrast, tuned = contrasts.get(arm.name), outcomes.tuned.get(arm.name)
         rates = ", ".join(f"{name.removeprefix('lr_')} {value:.2g}" for name, value in tuned.rates) if tuned else None
+        epochs = tuned and one.epochs(arm.name, tuned)
         points = contrast and (contrast.option_correct if outcomes.option_correct else contrast.correct)
         lines.append(
             [
@@ -47,6 +48,7 @@ def arms_table(one: TaskTrial, outcomes: Outcomes, said: Verdict) -> Table:
                 points and points.mean,
                 points and (points.low, points.high),
                 rates and rates + (f" ({tuned.edge} end)" if tuned and tuned.edge else ""),
+                epochs,
                 round(outcomes.spent[arm.name] * len(one.rows)),
             ]
         )
@@ -87,7 +89,8 @@ def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
     default = find(run.method).recipe()
     recipe = {name: value for name, value in vars(run.recipe).items() if value != getattr(default, name)}
     given = {name: getattr(run, name) for name in _GIVEN if getattr(run, name) != getattr(FuseOptions, name, None)}
-    recipe |= {name: f"{rate:.3g}" for name, rate in (tuned.rates if tuned else ())}
+    if tuned:
+        recipe |= {"epochs": one.epochs(winner, tuned)} | {name: f"{rate:.3g}" for name, rate in tuned.rates}
     name = "-".join((one.task, run.method, "all"))
     train = _flags(given | {"task": one.source, "train_rows": train_rows, "name": name} | recipe)
     return f"lorafusion fuse {train}\nlorafusion export --run runs/{name} --out {name}-adapter"

@@ -30,8 +30,9 @@ from ..training.recipe import Recipe
 from .cells import Cells, Row
 from .engines import EngineOptions, OutOfMemory, run_items
 from .folds import divide
-from .lanes import Lanes
+from .lanes import Lanes, shortened
 from .procedure import Measure, Outcomes, Role, Scores, Training, TrialArm, procedure
+from .tuning import Tuned
 from .verdict import judge
 
 _DRAWS = (1, 2, 3)  # of a control
@@ -198,6 +199,10 @@ class TaskTrial(NamedTuple):
     rows: tuple[Example, ...]
     arms: dict[str, Contestant]
 
+    def epochs(self, arm: str, tuned: Tuned) -> int:
+        """Return the epochs that an arm trains for."""
+        return shortened(self.arms[arm].options.recipe, tuned.share).epochs
+
     def looks(self, options: TrialOptions, measure: Measure) -> Iterator[Outcomes]:
         """Return an iterator over looks at the outcomes, which measures what the next one needs."""
         arms, inputs = [arm for arm, _ in self.arms.values()], [row.input_sha256 for row in self.rows]
@@ -211,9 +216,10 @@ class TaskTrial(NamedTuple):
         def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
             planned.extend(trainings)
             for training in trainings:
-                far = sum(
-                    abs(math.log(value / self.arms[training.arm].arm.rates[name])) for name, value in training.rates
-                )
+                default = self.arms[training.arm].arm.rates
+                far = sum(abs(math.log(value / default[name])) for name, value in training.rates)
+                # The longest training counts as the best one, so that a plan is not too short.
+                far -= training.share
                 yield Scores(np.full(len(training.test), far), np.zeros(len(training.test), bool))
 
         for _ in self.looks(options, measure):
@@ -339,7 +345,7 @@ def _row(settings: str, training: Training, scores: Scores) -> Row:
 def _key_of(row: Row) -> tuple[str, Training]:
     rates = tuple((name, rate) for name, rate in row["rates"])
     rows = tuple(row["train"]), tuple(row["test"])
-    return row["settings"], Training(row["arm"], row["draw"], rates, row["share"], *rows)
+    return row["settings"], Training(row["arm"], row["draw"], rates, row["share"], *rows, row["answers"])
 
 
 def _scores(row: Row) -> Scores:

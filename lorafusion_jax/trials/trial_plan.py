@@ -55,8 +55,8 @@ def describe_trial(options: TrialOptions) -> str:
 
 def _seconds(one: TaskTrial, training: Training, calibration: Calibration) -> float:
     run = one.arms[training.arm].options
-    entry, final = find(run.method), training.share == 1
-    generated = final * len(training.test) * calibration.generated
+    entry = find(run.method)
+    generated = training.answers * len(training.test) * calibration.generated
     if entry.learns == "trained":
         epochs = max(round(run.recipe.epochs * training.share), 1)
         return epochs * len(training.train) * calibration.trained + generated
@@ -78,7 +78,7 @@ def _calibrated(options: TrialOptions, one: TaskTrial) -> Calibration:
 
     def seconds(share: float) -> float:
         began = clock()
-        list(lanes.measure([last._replace(rates=rates, share=share)]))
+        list(lanes.measure([last._replace(rates=rates, share=share, answers=share == 1)]))
         return clock() - began
 
     _ = lanes.digests  # loads the model

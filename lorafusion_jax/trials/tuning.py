@@ -1,4 +1,4 @@
-"""Learning rates by successive halving (Jamieson and Talwalkar, 2016), with the same steps for every arm.
+"""Learning rates and epochs by successive halving (Jamieson and Talwalkar, 2016), with the same steps for every arm.
 
 | stage | rates, as multiples of the recipe's | share of the epochs |
 |---|---|---:|
@@ -6,6 +6,7 @@
 | 2 | the best two, and two neighbours of the best one: another second rate, or half a step of the only one | 1/2 |
 | 3 | the best two | 1 |
 
+The best one of all these is chosen, with its share of the epochs: with few rows, a LoRA overfits in all of them.
 On the tuning tasks of docs/results/pool_value.md, the best rate of magnitudes is 0.003 to 0.01 on one model and 0.03 to
 0.1 on another; that of coefficients is 0.03 on both. So magnitudes come first.
 """
@@ -37,14 +38,16 @@ class Candidate(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """Best rates.
+    """Best rates and epochs.
 
     Attributes:
       rates: name and value of each rate.
+      share: share of the recipe's epochs.
       edge: end of the grid that the first rate lies at, so that others beyond it may be better.
     """
 
     rates: Rates
+    share: float
     edge: Literal["low", "high"] | None
 
 
@@ -53,7 +56,7 @@ def tune(
 ) -> list[Tuned]:
     """Return the best rates of several problems, which pass through each stage together.
 
-    A rate whose loss is NaN or infinite at the end is never chosen.
+    A candidate whose loss is NaN or infinite is never chosen.
 
     Args:
       defaults: rates of the recipe of each problem.
@@ -63,16 +66,16 @@ def tune(
     Raises:
       ValueError: no rate of a problem has a finite loss.
     """
-    found = [dict[Rates, float]() for _ in defaults]  # the latest loss of each candidate
+    found = [dict[tuple[Rates, float], float]() for _ in defaults]  # loss by rates and share
     leaders: list[list[Rates]] = [_line(rates) for rates in defaults]
     for share in SHARES:
         candidates = [Candidate(number, rates, share) for number, own in enumerate(leaders) for rates in own]
         for candidate, loss in zip(candidates, evaluate(candidates), strict=True):
-            found[candidate.problem][candidate.rates] = loss if math.isfinite(loss) else math.inf
+            found[candidate.problem][candidate.rates, share] = loss if math.isfinite(loss) else math.inf
         for number, losses in enumerate(found):
-            best = sorted(leaders[number], key=losses.__getitem__)[:2]
+            best = sorted(leaders[number], key=lambda rates, losses=losses, share=share: losses[rates, share])[:2]
             leaders[number] = best + _neighbours(best[0]) if share == SHARES[0] else best
-    return [_chosen(*problem) for problem in zip(defaults, names, leaders, found, strict=True)]
+    return [_chosen(*problem) for problem in zip(defaults, names, found, strict=True)]
 
 
 def _line(defaults: Rates) -> list[Rates]:
@@ -90,12 +93,9 @@ def _times(rates: Rates, place: int, factor: float) -> Rates:
     return (*rates[:place], (name, value * factor), *rates[place + 1 :])
 
 
-def _chosen(defaults: Rates, name: str, leaders: list[Rates], losses: dict[Rates, float]) -> Tuned:
-    """Return the better one of the last two; if both diverged, the best one of the shorter trainings."""
-    rates = min(leaders, key=losses.__getitem__)
-    if math.isinf(losses[rates]):
-        rates = min(losses, key=losses.__getitem__)
-    if math.isinf(losses[rates]):
+def _chosen(defaults: Rates, name: str, losses: dict[tuple[Rates, float], float]) -> Tuned:
+    rates, share = min(losses, key=losses.__getitem__)
+    if math.isinf(losses[rates, share]):
         tried = f"{defaults[0][0]} {defaults[0][1]:.2g}"
         raise ValueError(
             f"{name}: the loss is NaN or infinite at all rates within a factor of {STEP**REACH:g} of {tried}: "
@@ -103,4 +103,4 @@ def _chosen(defaults: Rates, name: str, leaders: list[Rates], losses: dict[Rates
         )
     far = math.log(rates[0][1] / defaults[0][1], STEP)
     edge = None if abs(far) < REACH - 1e-6 else "high" if far > 0 else "low"
-    return Tuned(rates, edge)
+    return Tuned(rates, share, edge)

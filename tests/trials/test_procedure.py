@@ -55,12 +55,13 @@ def test_halving_finds_the_best_rates_of_all_that_it_may_try(best):
 
     def evaluate(candidates):
         losses.extend((loss(one.rates), one.share) for one in candidates)
-        return [math.nan if one.rates[0][1] > 2.71 else loss(one.rates) for one in candidates]
+        return [math.nan if one.rates[0][1] > 2.71 else loss(one.rates) - one.share / 1e6 for one in candidates]
 
     (found,) = tune([(("a", 0.1), ("b", 0.01))], ["pool"], evaluate)
     grid = [(0.1 * 3.0**power, 0.01 * factor) for power in range(-3, 4) for factor in (1 / 3, 1, 3)]
     oracle = min((loss((("a", a), ("b", b))) for a, b in grid if a < 2.71), default=None)
-    assert loss(found.rates) == pytest.approx(oracle) and sum(share for _, share in losses) == TRAININGS == 5.75
+    assert sum(share for _, share in losses) == TRAININGS == 5.75
+    assert found.share == 1 and loss(found.rates) == pytest.approx(oracle)
     assert found.edge == {0.001: "low", 2.7: "high", 9.0: "high"}.get(best[0])
 
 
@@ -68,9 +69,9 @@ def test_one_rate_is_refined_by_half_steps_and_diverged_ends_are_not_chosen():
     def evaluate(candidates, last):
         return [abs(math.log(one.rates[0][1])) if one.share < 1 else last for one in candidates]
 
-    for last, best in ((1.0, 0.55 * 3**0.5), (math.inf, 0.55)):  # the second best one has 1.65
+    for last, share in ((0.0, 1.0), (1.0, 0.5), (math.inf, 0.5)):
         (found,) = tune([(("a", 0.55),)], ["LoRA"], lambda candidates, last=last: evaluate(candidates, last))
-        assert found.rates == (("a", pytest.approx(best)),) and found.edge is None
+        assert found == ((("a", pytest.approx(0.55 * 3**0.5)),), share, None)
     with pytest.raises(ValueError, match="LoRA: the loss is NaN or infinite at all rates within a factor of 27 of a"):
         tune([(("a", 0.55),)], ["LoRA"], lambda candidates: [math.nan] * len(candidates))
 
@@ -85,7 +86,8 @@ def test_each_row_is_tested_by_a_training_without_its_input(nested, by_fold):
             assert not {_GROUPS[row] for row in one.train} & {_GROUPS[row] for row in one.test}
             # With the first rows, the best rates are others than with the last ones.
             best = 0.3 if 0 in one.train else 0.03
-            loss = sum(abs(math.log(value / best)) for _, value in one.rates[:1]) + one.draw + np.array(one.test) / 100
+            far = sum(abs(math.log(value / best)) for _, value in one.rates[:1]) - len(one.rates) * one.share / 1e6
+            loss = far + one.draw + np.array(one.test) / 100
             yield Scores(loss, loss > 1)
 
     looks = list(procedure(_ARMS, _GROUPS, measure, nested=nested, by_fold=by_fold))
