@@ -89,7 +89,7 @@ def generate_rows(
     turns = 1 if problem.seed_mode == "batched" else seeds // jax.sharding.get_mesh().shape.get("seed", 1)
     tokens, computed = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32), 0
     limits = np.full(len(encoded), max_new_tokens)
-    how: Any = {"pad_id": pad_id, "sampling": sampling, "room": room_for(max_new_tokens, batch_size, worth)}
+    how: Any = {"sampling": sampling, "room": room_for(max_new_tokens, batch_size, worth)}
     for number, of_turn in enumerate([[batch] for batch in batches] if noisy else [batches]):
         problem = problem if number == 0 else read(number)
         if "base" not in params:  # otherwise those of a seed replace the frozen ones
@@ -173,7 +173,6 @@ class Rows:
       batches: prompts in the batches of `eval_batches`. There are as many places as the first batch has rows.
       limits: most tokens of each prompt's answer, by its number.
       keys: function from row numbers to keys of the rows' draws.
-      pad_id: token that fills up prompts.
       room: most tokens of an answer that a state has room for.
       sampling: choice of tokens.
     """
@@ -187,11 +186,10 @@ class Rows:
         limits: Int[np.ndarray, " rows"],
         keys: Keys,
         *,
-        pad_id: int,
         room: int,
         sampling: Sampling,
     ):
-        self.models, self.limits, self.keys, self.pad_id = models, limits.astype(np.int32), keys, pad_id
+        self.models, self.limits, self.keys, self.pad_id = models, limits.astype(np.int32), keys, config.pad_id
         self.room, self.sampling, self.causal, self.computed = room, sampling, config.causal, 0
         self.waiting = [
             _Prompt(int(row), batch.input_ids[place][batch.input_mask[place]], batch.input_ids.shape[1])

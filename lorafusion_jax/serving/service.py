@@ -331,12 +331,11 @@ class Service:
         The number of the plain base is -1.
         """
         worth = evaluation_worth(self._config)
-        pad_id = self.tokenizer.pad_token_id
-        batches = list(eval_batches(encoded, eval_batch, pad_id=pad_id, worth=worth))
+        batches = list(eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id, worth=worth))
         answers: list[list[int]] = [[]] * len(encoded)
         bank = dataclasses.replace(self.bank, frozen=self.bank.frozen.unstacked())
         keys, longest = partial(draw_keys, sampling, sampling_seed), max(limits, default=1)
-        how: dict[str, Any] = {"pad_id": pad_id, "room": room_for(longest, eval_batch, worth), "sampling": sampling}
+        how: dict[str, Any] = {"room": room_for(longest, eval_batch, worth), "sampling": sampling}
 
         def models(prompts: Int[np.ndarray, "1 B"]) -> TaskModels:
             return TaskModels(bank, np.where(prompts < 0, -1, numbers[prompts]).astype(np.int32))
