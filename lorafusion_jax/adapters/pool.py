@@ -118,7 +118,7 @@ def positions(names: Sequence[str], chosen: Sequence[str | int]) -> list[int]:
     numbers = [position.get(c, -1) if isinstance(c, str) else c for c in chosen]
     for given, index in zip(chosen, numbers, strict=True):
         if not 0 <= index < len(names):
-            raise ValueError(f"the pool lacks {given!r}: it holds {len(names)}, from {names[0]!r} to {names[-1]!r}")
+            raise ValueError(f"the pool lacks {given!r}: choose one of {len(names)}, {names[0]!r} to {names[-1]!r}")
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"an adapter is chosen twice in {list(chosen)}: name each one once")
     return numbers

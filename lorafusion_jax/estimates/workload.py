@@ -57,7 +57,7 @@ def workload(
     """
     task = dataclasses.replace(task, test=task.test[:test_rows])
     if not task.test:
-        raise ValueError(f"{task.name} has no test rows: there is nothing to evaluate")
+        raise ValueError(f"{task.name} has no test rows: give at least one")
     train = _encode(task.train, tokenizer, text_format)
     rows = tasks.split(len(task.train), (_SEED,), protocol=recipe.protocol, limit=train_rows)
     shuffle = None if recipe.protocol == "reference" else (_SEED,)

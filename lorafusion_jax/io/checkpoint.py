@@ -81,7 +81,7 @@ def load_newest(
         return None
     folder, manifest, described = sound
     if abstract is not None:
-        fix = "it was saved by a run of another configuration"
+        fix = "resume the run that saved it, or restore it from a copy"
         check_signature(folder, manifest.get("arrays", {}), signature(abstract), fix=fix)
         abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract)
     return ocp.load(str((folder / _ARRAYS).absolute()), abstract), described

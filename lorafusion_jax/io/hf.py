@@ -224,7 +224,7 @@ def hf_tensors(model: Model, source: str | Path | Base) -> dict[str, np.ndarray]
 def _check_tensors(tensors: Mapping[str, Tensor], slots: list[Slot], layout: Checkpoint, *, tied: bool) -> None:
     shapes = {name: slot.shape for slot in slots for name in slot.names}
     optional = {*layout.copies} | ({layout.head} if tied else set())
-    advice = "do the configuration and the weights belong together?"
+    advice = "give a configuration and weights that belong together"
     if missing := [name for name in shapes if name not in tensors]:
         raise ValueError(f"the weights lack {some(missing)}: {advice}")
     unused = {name for pattern in layout.unused for name in fnmatch.filter(tensors, pattern)}

@@ -98,7 +98,7 @@ def inside(folder: Path, name: str) -> Path:
     parts = re.split(r"[/\\]", name)
     impossible = "\0" in name or len(name) > _LONGEST_PATH or max(len(part.encode()) for part in parts) > _LONGEST_NAME
     if not name or Path(name).is_absolute() or ".." in parts or impossible:
-        raise FileError(folder, field=shown(name), got="not a file inside this folder", fix="refused")
+        raise FileError(folder, field=shown(name), got="not a file inside this folder", fix="correct the name")
     return folder / name
 
 

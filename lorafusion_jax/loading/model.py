@@ -191,12 +191,12 @@ def with_modules(loaded: AnyLoaded, options: LoadOptions, of_seeds: Sequence[Seq
     """Return the loaded model with the modules that the run fused; ValueError if the pool or the draws differ."""
     wanted = tuple(map(tuple, of_seeds))
     if choice_of(options.recipe) == "draw" and loaded.modules != wanted:
-        raise ValueError(f"{options.pool} is not the pool that the run fused: its seeds draw other modules from it")
+        raise ValueError(f"{options.pool} is not the pool of the run, whose seeds drew other modules: give that pool")
     if loaded.modules == wanted:
         return loaded
     position = {name: i for i, name in enumerate(loaded.modules[0])}
     if missing := sorted({name for names in wanted for name in names} - position.keys()):
-        raise ValueError(f"{options.pool} is not the pool that the run fused: it has no {', '.join(missing)}")
+        raise ValueError(f"{options.pool} is not the pool of the run: it lacks {', '.join(missing)}; give that pool")
     return dataclasses.replace(loaded.with_problem(index=_index(wanted, position)), modules=wanted)
 
 

@@ -83,6 +83,6 @@ def recorded_config(base: Mapping[str, Any]) -> Architecture:
     """Return the structure of the base model that the manifest of a converted pool records, or raise a FileError."""
     name = base.get("family", next(iter(FAMILIES)))
     if name not in FAMILIES:
-        fix = "a newer version wrote it, or it was edited"
+        fix = "restore it from a copy, or use the version that wrote it"
         raise FileError("", field="family", got=repr(name), expected=f"one of {', '.join(FAMILIES)}", fix=fix)
     return structured(base["config"], FAMILIES[name].config, "")

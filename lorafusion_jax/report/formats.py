@@ -26,7 +26,7 @@ class Table:
     def __post_init__(self):
         for line in self.lines:
             if len(line) != len(self.columns):
-                raise ValueError(f"a line has {len(line)} cells for {len(self.columns)} columns: {line}")
+                raise ValueError(f"a line has {len(line)} cells: expected {len(self.columns)}, got {line}")
 
     @property
     def texts(self) -> list[list[str]]:

@@ -54,7 +54,7 @@ def check(options: FuseOptions) -> None:
     if not options.seeds:
         raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
     if len(set(options.seeds)) < len(options.seeds):
-        raise ValueError(f"a seed is given twice in {list(options.seeds)}: equal seeds are equal runs")
+        raise ValueError(f"a seed is given twice in {list(options.seeds)}: give each one once")
     for seed in options.seeds:
         check_uint32(seed=seed)
     check_uint32(control_draw=options.control_draw)

@@ -321,7 +321,7 @@ def _flat(recipe: dict[str, Any], arrays: dict[str, Any], **others: Any) -> dict
 def _compare_environment(recorded: RunConfig, now: RunConfig) -> None:
     for key in ("modules", "task_sha256"):
         if recorded[key] != now[key]:
-            raise ValueError(f"the run cannot be resumed: the {key} are not those it was begun with")
+            raise ValueError(f"the {key} changed since the run was begun: restore them, or begin another run")
     was, is_ = recorded["environment"], now["environment"]
     if different := [key for key in is_ if was[key] != is_[key]]:
         changes = "; ".join(f"{key} was {was[key]}, is {is_[key]}" for key in different)

@@ -66,7 +66,8 @@ def _row(
     row = decode_json(line, dict[str, Any], where, own=False, fix=f"give a row such as {_EXAMPLE}")
     run = row.pop("run", None)
     if run is not None and run not in [*names]:  # JSON of any type
-        raise ValueError(f"{where} names the run {shown(run)}: there are {', '.join(dict.fromkeys(names.values()))}")
+        known = ", ".join(dict.fromkeys(names.values()))
+        raise ValueError(f"{where} names the run {shown(run)}: expected one of {known}")
     name = None if run is None else names[run]
     run_input(row, where, None if name is None else runs[name])  # raises ValueError before anything is loaded
     return row, name

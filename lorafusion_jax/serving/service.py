@@ -176,7 +176,7 @@ class Service:
             used = {*modules, *(name for run in fused_runs for of_seed in run.modules for name in of_seed)}
             there = module_names(open_pool(options.pool), options)
             if missing := ", ".join(sorted(used - set(there))):
-                raise ValueError(f"{options.pool} is not the pool that was fused: it has no {missing}")
+                raise ValueError(f"{options.pool} is not the pool of the runs: it lacks {missing}; give that pool")
             names = tuple(name for name in there if name in used)
             # Modules that no run mixes with each other may differ in rank.
             recipe = recipe_of(CoefficientsRecipe, vars(options.recipe) | {"composition": "sum", "train_core": False})

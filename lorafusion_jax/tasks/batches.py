@@ -108,7 +108,7 @@ def pad(sequences: Sequence[Int[np.ndarray, " _"]], pad_id: int, width: int) -> 
     padded = np.full((len(sequences), width), pad_id, np.int32)
     for row, sequence in enumerate(sequences):
         if len(sequence) > width:
-            raise ValueError(f"sequence {row} has {len(sequence)} tokens, which do not fit into {width}")
+            raise ValueError(f"sequence {row} has {len(sequence)} tokens: expected at most {width}")
         padded[row, : len(sequence)] = sequence
     return padded
 

@@ -86,10 +86,10 @@ def _read_index(index: Path) -> dict[str, _Entry]:
         raise FileError(index, got="no such file", fix="give the JSON file that lists the rows of LoraHub's split")
     entries = read_json(index, dict[str, _Entry], "LoraHub's split", own=False)
     if not entries:
-        raise FileError(index, got="holds no tasks", fix="it is not LoraHub's index")
+        raise FileError(index, got="holds no tasks", fix="give LoraHub's index")
     for name in entries:
         if name != Path(name).name or name == "..":  # folders of this name are written
-            raise FileError(index, field=shown(name), got="a path", expected="the name of a task", fix="refused")
+            raise FileError(index, field=shown(name), got="a path", expected="the name of a task", fix="rename it")
     return entries
 
 

@@ -38,7 +38,7 @@ def split(count: int, seeds: Sequence[int], *, protocol: Protocol = "default", l
     """
     used = min(count, limit)
     if used < 1:
-        raise ValueError(f"{used} of {count} rows to split: training needs at least one")
+        raise ValueError(f"{used} of {count} rows to split: give at least one to train on")
     keys = [REFERENCE_SEED if protocol == "reference" else f"split, seed {seed}" for seed in seeds]
     order = np.array([shuffled(count, key)[:used] for key in keys], np.int32)
     held_out = used * 5 // 100

@@ -179,7 +179,7 @@ def _dataset_rows(source: str) -> dict[str, Rows]:
     except Exception as error:  # of many kinds; a saved data set without rows gives an IndexError
         said = f"{type(error).__name__}: {error}"
         if local:
-            raise ValueError(f"{source} cannot be loaded by datasets: {said}") from error
+            raise ValueError(f"{source} cannot be loaded by datasets ({said}): save it again") from error
         raise ValueError(
             f"{source} is not a local path, and could not be loaded from the hub: {said} (check the spelling, the "
             "network and HF_HUB_OFFLINE; private data, and data with terms to accept, need `hf auth login` or HF_TOKEN)"

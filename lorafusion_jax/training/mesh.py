@@ -45,8 +45,8 @@ def make_mesh(asked: str, seeds: int) -> Mesh:
         raise ValueError(f"{seeds} seeds cannot be shared out evenly over --mesh seed={sizes['seed']}: give a multiple")
     size, there = sizes["seed"] * sizes["model"], jax.device_count()
     if size > there:
-        forced = f"; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count={size} gives JAX {size} devices"
-        raise ValueError(f"--mesh {asked} needs {size} devices, got {there}" + (forced if for_cpu() else ""))
+        forced = f", or set XLA_FLAGS=--xla_force_host_platform_device_count={size}"
+        raise ValueError(f"--mesh {asked} needs {size} devices, got {there}: use fewer" + (forced if for_cpu() else ""))
     if jax.process_count() > 1 and size < there:
         raise ValueError(f"--mesh {asked} uses {size} of {there} devices of {jax.process_count()} processes: use all")
     shape = tuple(sizes.values())

@@ -187,7 +187,7 @@ def _like(params: Params, own: Params) -> Params:
     """Return copies of given numbers in the types of a method's own."""
     for group, values in params.items():
         if group not in own:
-            raise ValueError(f"no group {group!r} to start from: the method has {', '.join(own) or 'none'}")
+            raise ValueError(f"no group {group!r} to start from: expected some of {', '.join(own) or 'none'}")
         given, shapes = (jax.tree.map(jnp.shape, numbers) for numbers in (values, own[group]))
         if given != shapes:
             raise ValueError(f"numbers to start from: expected {group} of the shapes {shapes}, got {given}")

@@ -500,7 +500,7 @@ def test_pools_choose_by_name_and_index():
         np.testing.assert_array_equal(chosen.A[site], np.asarray(pool.A[site])[:, [2, 0]])
         np.testing.assert_array_equal(chosen.rank[site], np.asarray(pool.rank[site])[:, [2, 0]])
     for wrong, message in (
-        (["module_9"], "the pool lacks 'module_9': it holds 4, from 'module_0' to 'module_3'"),
+        (["module_9"], "the pool lacks 'module_9': choose one of 4, 'module_0' to 'module_3'"),
         ([4], "the pool lacks 4"),
         ([-1], "the pool lacks -1"),
         (["module_1", 1], "chosen twice"),

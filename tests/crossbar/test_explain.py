@@ -112,5 +112,5 @@ def test_it_prints_what_it_knows():
 
 
 def test_another_shape_than_that_of_a_chip_is_refused():
-    with pytest.raises(ValueError, match=r"shape \(4, 5\): the arrays of this chip hold a matrix of \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"shape \(4, 5\): expected that of the chip, \(4, 4\)"):
         explain(program(jnp.ones((4, 4)), CrossbarConfig()), (4, 5))

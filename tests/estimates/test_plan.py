@@ -588,7 +588,7 @@ def test_methods_settings_and_rows_that_cannot_be_planned_are_refused():
     for make, message in (
         (
             lambda: parts.workload(Task("t", _SAME[:1], (), "-"), _RECIPE),
-            "t has no test rows: there is nothing to evaluate",
+            "t has no test rows: give at least one",
         ),
         (lambda: plan(_SMALL, ["lora"], {}, _SETTINGS), "a plan of 1 methods for 0 tasks: give at least one of each"),
     ):

@@ -199,6 +199,6 @@ def test_a_step_of_a_newer_version_is_not_damaged(change, message, two_steps, tm
 
 
 def test_a_sound_step_of_another_run_is_not_passed_over(two_steps):
-    with pytest.raises(ValueError, match="x is int64.* it was saved by a run of another configuration"):
+    with pytest.raises(ValueError, match="x is int64.* resume the run that saved it"):
         checkpoint.load_newest(checkpoint.steps(two_steps), {"x": np.ones(3, np.float32)}, note=print)
     assert len(checkpoint.steps(two_steps)) == 2

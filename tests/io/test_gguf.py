@@ -620,7 +620,7 @@ _FILES = [
     ({"model.layers.1.mlp.up_proj.weight": None}, r"the weights lack model\.layers\.1\.mlp\.up_proj\.weight"),
     ({"model.embed_tokens.weight": None}, r"the tensors lack token_embd\.weight: \w+ a model, not an adapter"),
     ({"llama.feed_forward_length": 64}, r"layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], not \[64, 64\]"),
-    ({"llama.attention.head_count_kv": 4}, r"self_attn\.k_proj\.weight has shape \[32, 64\], not \[64, 64\]: do the"),
+    ({"llama.attention.head_count_kv": 4}, r"self_attn\.k_proj\.weight has shape \[32, 64\], not \[64, 64\]: give a"),
     ({"llama.block_count": 1}, r"the model has no place for model\.layers\.1\."),
     ({"llama.context_length": None}, r"the metadata lack llama\.context_length: fetch the file again"),
     ({"llama.attention.head_count_kv": [2, 1]}, r"attention\.head_count_kv is a list: \w+ one number for all"),
@@ -635,7 +635,7 @@ _FILES = [
     ({"split.count": 3}, r"is one of 3 parts: merge them by `llama-gguf-split --merge`"),
     ({"general.architecture": "mamba"}, r"general\.architecture is 'mamba': \w+ one of llama, qwen2, qwen3"),
     ({"general.architecture": "x" * 100_000}, "general.architecture is 'xxx"),
-    ({"tokenizer.ggml.eos_token_id": 4000}, r"the eos token is 4000, and tokenizer\.ggml\.tokens holds 262"),
+    ({"tokenizer.ggml.eos_token_id": 4000}, r"the eos token is 4000, but there are 262 tokens"),
     ({"tokenizer.ggml.eos_token_id": None}, r"eos_token_id is missing: \w+ the token, or tokens, that end an"),
 ]
 _TOO_LONG = {"tokens": ["a", "a" * 300], "scores": [0.0, 1.0], "model": "llama", "token_type": [1, 1]}

@@ -291,7 +291,7 @@ def _forget(*names):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_forget(_V), f"the weights lack {_V}: do the configuration and the weights belong together"),
+        (_forget(_V), f"the weights lack {_V}: give a configuration and weights that belong together"),
         (_forget("lm_head.weight"), r"the weights lack lm_head\.weight"),
         (_forget("shared.weight"), r"the weights lack shared\.weight"),
         (lambda t: t.update({f"odd.{i}": t[_V].copy() for i in range(5)}), "no place for odd.0, odd.1, odd.2"),
@@ -331,7 +331,7 @@ def test_shards_outside_the_folder_are_refused_unread(base, tmp_path, name):
     index = folder / "model.safetensors.index.json"
     files = json.loads(index.read_text())["weight_map"]
     for weight_map, message in (
-        (files | {_V: name}, " is not a file inside this folder: refused"),
+        (files | {_V: name}, " is not a file inside this folder: correct the name"),
         (files | {"odd": files[_V]}, r" does not hold odd, though model\.safetensors\.index\.json lists it"),
         (files | {"odd": "model-00009-of-00003.safetensors"}, r"-00009-of-00003\.safetensors: no such file"),
     ):

@@ -105,7 +105,7 @@ def test_rows_and_references_that_make_no_table_are_refused():
     columns = [Column("method", "text"), Column("mean", "percent")]
     for make, message in (
         (lambda: paired_table(scores(_ROWS)[0], "LoRa"), "no results of 'LoRa' to compare with: choose one of"),
-        (lambda: Table("", columns, [["LoRA"]]), r"a line has 1 cells for 2 columns: \['LoRA'\]"),
+        (lambda: Table("", columns, [["LoRA"]]), r"a line has 1 cells: expected 2, got \['LoRA'\]"),
         (lambda: scores([]), "no results to report"),
         (lambda: scores([one, one]), r"easy, LoRA, 95\+5 shots, seed 1 occurs twice"),
         (lambda: scores([one, another]), r"easy has 8 \(LoRA\) and 9 \(DoRA\) test rows"),

@@ -257,7 +257,7 @@ def test_a_run_whose_modules_were_not_loaded_needs_them_from_the_start(runs, sma
     roomy = lf.Service([mixed], capacity=1, modules=names)
     roomy.add("other", other)
     assert roomy.bank.frozen.pool.names == tuple(names)
-    with pytest.raises(ValueError, match="is not the pool that was fused: it has no nobody"):
+    with pytest.raises(ValueError, match="is not the pool of the runs: it lacks nobody; give"):
         lf.Service([mixed], capacity=1, modules=["nobody"])
 
 
@@ -351,8 +351,8 @@ def test_runs_whose_modules_adapt_other_matrices_are_served_together(granularity
 
 def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, capsys, monkeypatch):
     for row, message in (
-        ({"run": "nobody", "input": "a"}, "names the run 'nobody': there are fused, mixed, scaled"),
-        ({"run": ["fused"], "input": "a"}, r"names the run \['fused'\]: there are fused, mixed, scaled"),
+        ({"run": "nobody", "input": "a"}, "names the run 'nobody': expected one of fused, mixed, scaled"),
+        ({"run": ["fused"], "input": "a"}, r"names the run \['fused'\]: expected one of fused, mixed, scaled"),
         ({"run": "fused"}, ": its input is None: give it a text"),
         ({"run": "fused", "input": " "}, ": its input is ' ': give it a text"),
         ([], ": holds a list, not an object: give a row such as"),
@@ -375,7 +375,7 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, 
             evaluate_runs((runs["mixed"], other))
     with pytest.raises(ValueError, match="train_rows is -1: expected at least 0"):
         evaluate_runs((runs["mixed"],), train_rows=-1)
-    with pytest.raises(ValueError, match=f"names the run 'none': there are {runs['mixed'].name}"):
+    with pytest.raises(ValueError, match=f"names the run 'none': expected one of {runs['mixed'].name}"):
         generate_rows((Path(),), file=_file(tmp_path, [{"run": "none", "input": "a"}]))
     mixed = str(runs["mixed"])
     for arguments, message in [

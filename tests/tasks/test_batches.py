@@ -61,7 +61,7 @@ def test_pad(sequences, room):
     padded = tasks.pad([np.array(sequence, np.int32) for sequence in sequences], -7, width)
     assert padded.dtype == np.int32
     assert padded.tolist() == [sequence + [-7] * (width - len(sequence)) for sequence in sequences]
-    with pytest.raises(ValueError, match=f"sequence 0 has {width + 1} tokens, which do not fit into {width}"):
+    with pytest.raises(ValueError, match=f"sequence 0 has {width + 1} tokens: expected at most {width}"):
         tasks.pad([np.arange(width + 1)], _PAD, width)
 
 

@@ -187,7 +187,7 @@ def test_datasets_folder_whose_texts_lie_behind_its_end(tmp_path):
     offsets = np.arange(0, 10, 2, dtype=np.int32)
     assert offsets.tobytes() in (content := arrow.read_bytes())
     arrow.write_bytes(content.replace(offsets.tobytes(), (offsets * 2**27).tobytes()))
-    with pytest.raises(ValueError, match=f"{tmp_path}/saved cannot be loaded by datasets: ArrowInvalid"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/saved cannot be loaded by datasets .ArrowInvalid.*save it again"):
         load_task(tmp_path / "saved", train_rows=2)
 
 
@@ -215,7 +215,7 @@ _LOST = "does not exist: give a task file, a task folder or a data set's hub id"
         (lambda folder: _files(folder, "train.jsonl", "example.jsonl"), "example.jsonl, two files for one part"),
         (lambda folder: _files(folder, "test.jsonl"), f"has no train rows: {_BOTH}"),
         (lambda folder: _files(folder, "train.jsonl"), f"has no test rows: {_BOTH}"),
-        (lambda folder: (folder / "dataset_dict.json").write_text("{}"), "cannot be loaded by datasets: "),
+        (lambda folder: (folder / "dataset_dict.json").write_text("{}"), "cannot be loaded by datasets"),
         (lambda folder: _saved(folder, a=_rows(1), b=_rows(1)), "splits a, b: expected train, and test or validation"),
         (lambda folder: _saved(folder, train=_rows(1), test=[{"text": "a"}]), "split test, row 0 has text: "),
     ],
@@ -256,7 +256,7 @@ def test_data_set_without_rows(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="owner/empty, split train is empty: a task needs at least one row"):
         load_task("owner/empty")
     empty.save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded by datasets: IndexError"):
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be loaded by datasets .IndexError"):
         load_task(tmp_path)
 
 
@@ -310,7 +310,7 @@ def test_draws_are_the_same_everywhere():
 
 @pytest.mark.parametrize(("count", "limit"), [(0, 100), (50, 0)])
 def test_split_needs_a_row(count, limit):
-    with pytest.raises(ValueError, match=f"0 of {count} rows to split: training needs at least one"):
+    with pytest.raises(ValueError, match=f"0 of {count} rows to split: give at least one"):
         split(count, [0], limit=limit)
 
 

@@ -159,7 +159,7 @@ def test_what_a_mesh_cannot_do_is_refused_before_anything_is_written(tmp_path):
         ("seed=0", "'seed=0' is not an axis"),
         ("seed", "'seed' is not an axis"),
         ("seed=3", "2 seeds cannot be shared out evenly over --mesh seed=3: give a multiple"),
-        ("seed=2,model=4", "needs 8 devices, got 4; on a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8"),
+        ("seed=2,model=4", "8 devices, got 4: use fewer, or set XLA_FLAGS=--xla_force_host_platform_device_count=8"),
         ("model=4", "--mesh model=4 does not divide vocab_size, which is 66"),
         ("model=3", "--mesh model=3 does not divide num_heads, which is 4"),
     ):

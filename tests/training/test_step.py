@@ -85,7 +85,7 @@ def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
 def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start):
     c = start.params["coefficients"]
     for given, message in (
-        ({"lora": c}, "no group 'lora' to start from: the method has coefficients, magnitudes"),
+        ({"lora": c}, "no group 'lora' to start from: expected some of coefficients, magnitudes"),
         ({"coefficients": c[:1]}, r"expected coefficients of the shapes \(2, 5\), got \(1, 5\)"),
         ({"magnitudes": {}}, "expected magnitudes of the shapes .*, got {}"),
     ):

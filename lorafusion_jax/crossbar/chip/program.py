@@ -127,7 +127,7 @@ def _write(
             fresh = (fresh - g_min) / (1 - g_min) * top
     elif conductances.shape != targets.shape:
         raise ValueError(
-            f"conductances of shape {conductances.shape}: this matrix takes {targets.shape} "
+            f"conductances of shape {conductances.shape}: expected {targets.shape} "
             "[weight slices, polarities, row tiles, column tiles, rows, columns]"
         )
     return (conductances.astype(targets.dtype) - g_min) / (1 - g_min) * top, fresh, pulses

@@ -179,7 +179,7 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
         matched = [path for path, _ in places]
         if not matched:
             there = ", ".join(weights) or "a single layer, which has no name and matches '*'"
-            raise ValueError(f"the rule {pattern!r} matches no weight: there are {there}")
+            raise ValueError(f"the rule {pattern!r} matches no weight: there are {there}; correct it")
         if config is not None and all(weights[path].ndim < 2 for path in matched):
             raise ValueError(
                 f"the rule {pattern!r} matches {', '.join(matched) or 'the model'} of shape "

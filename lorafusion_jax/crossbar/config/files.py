@@ -75,7 +75,7 @@ def load_config(name_or_path: str | Path) -> CrossbarConfig:
         raise ValueError(f"no preset {str(path)!r}: choose one of {', '.join(PRESETS)}, or give a .yaml or .json file")
     kind = kind_of(path, _WHAT)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; presets are {', '.join(PRESETS)}")
+        raise ValueError(f"{path}: no such file: give one, or a preset: {', '.join(PRESETS)}")
     fields = read_table(path, kind)
     try:
         return _build(CrossbarConfig, {} if fields is None else fields, "")
@@ -156,7 +156,7 @@ def _build(cls: type, fields: Any, where: str) -> Any:
     values = {name: _value(name, hints[name], value, f"{where}.{name}".lstrip(".")) for name, value in fields.items()}
     for field in dataclasses.fields(cls):
         if field.default is field.default_factory is dataclasses.MISSING and field.name not in values:
-            raise ValueError(f"{where} lacks {field.name}")
+            raise ValueError(f"{where} lacks {field.name}: add it")
     return cls(**values)
 
 

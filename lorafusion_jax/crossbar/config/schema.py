@@ -72,9 +72,9 @@ class Encoding:
 
     def __post_init__(self):
         if self.kind == "differential" and (self.unit_column or self.flip):
-            raise ValueError("encoding: a unit column and flipped columns belong to kind='offset'")
+            raise ValueError("encoding: unit_column and flip need kind='offset': set it, or leave them out")
         if self.kind == "offset" and self.two_sided:
-            raise ValueError("encoding: two_sided belongs to kind='differential'")
+            raise ValueError("encoding: two_sided needs kind='differential': set it, or leave it out")
         if self.flip and not self.unit_column:
             raise ValueError("encoding: flipped columns are recovered by the unit column: set unit_column=True")
 
@@ -163,7 +163,7 @@ class ADC:
     def __post_init__(self):
         require(self, "bits", _is_whole(self.bits, 2, 16), "give 2 to 16 bits, or adc=None for an ideal ADC")
         if (self.range == "given") != (self.limits is not None):
-            raise ValueError("adc.limits go with adc.range='given', and only with it")
+            raise ValueError("adc.limits go with adc.range='given', and only with it: give both or neither")
         require(self, "quantile", 0.5 <= self.quantile <= 1, "give a share of conversions from 0.5 to 1")
         require(self, "clip_share", 0 <= self.clip_share <= 1, "give a share of conversions from 0 to 1")
         if isinstance(self.limits, list | tuple):

@@ -53,7 +53,7 @@ def _check(root: Any, inside: Callable[[Any], Iterable[Any]]) -> None:
         value, depth = waiting.pop()
         values += 1
         if depth > _DEEPEST or values > _MOST_VALUES:
-            raise ValueError(f"it holds over {_MOST_VALUES:,} values, or tables over {_DEEPEST} deep")
+            raise ValueError(f"it holds over {_MOST_VALUES:,} values, or tables over {_DEEPEST} deep: shorten it")
         waiting += [(each, depth + 1) for each in inside(value)]
 
 
@@ -71,10 +71,10 @@ def _nodes(node: yaml.Node) -> Iterable[yaml.Node]:
 def _integer(text: str, parse: Callable[[str], int] = int) -> int:
     """Return an integer of at most 64 bits, by `parse` or as JSON has it."""
     if len(text) > _LONGEST_INTEGER:
-        raise ValueError(f"an integer has {len(text):,} characters")
+        raise ValueError(f"an integer has {len(text):,} characters: expected at most {_LONGEST_INTEGER}")
     number = parse(text)
     if not -(1 << 63) <= number < 1 << 63:
-        raise ValueError(f"{number} is an integer of over 64 bits")
+        raise ValueError(f"{number} is an integer of over 64 bits: give a smaller one")
     return number
 
 

@@ -75,7 +75,7 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None) -
     """
     if isinstance(what, Chip):
         if shape is not None and tuple(shape) != what.matrix_shape:
-            raise ValueError(f"shape {tuple(shape)}: the arrays of this chip hold a matrix of {what.matrix_shape}")
+            raise ValueError(f"shape {tuple(shape)}: expected that of the chip, {what.matrix_shape}; leave it out")
         shape = what.matrix_shape
     config = what.config if isinstance(what, Chip) else what
     geometry = geometry_of(shape, config)

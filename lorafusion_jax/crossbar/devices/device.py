@@ -28,7 +28,7 @@ class StuckAt:
         check_bounds(self, "low", 0, 1)
         check_bounds(self, "high", 0, 1)
         if isinstance(self.low, NUMBER) and isinstance(self.high, NUMBER) and self.low + self.high > 1:
-            raise ValueError(f"StuckAt: low + high = {self.low + self.high}: together at most all cells can be stuck")
+            raise ValueError(f"StuckAt: low + high = {self.low + self.high}: expected a sum of at most 1")
 
     def __call__(self, G: Float[Array, "..."], key: Array, g_min: Physical) -> Float[Array, "..."]:
         """Return `G` with the stuck cells in it."""

@@ -58,7 +58,7 @@ class Measured:
         if not self.seconds or self.seconds[0] <= 0 or list(self.seconds) != sorted(set(self.seconds)):
             raise ValueError(f"{name}.seconds = {self.seconds}: give rising positive times")
         if self.extrapolate and len(self.seconds) < 2:
-            raise ValueError(f"{name}.extrapolate needs two times or more: seconds = {self.seconds}")
+            raise ValueError(f"{name}.extrapolate needs two times, got seconds = {self.seconds}: give another one")
         for field, rows in {"deviation": self.deviation, "shift": self.shift}.items():
             if rows is not None and (len(rows) != len(self.seconds) or not rows[0] or len({*map(len, rows)}) != 1):
                 raise ValueError(

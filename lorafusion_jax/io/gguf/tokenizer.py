@@ -93,7 +93,7 @@ def build_tokenizer(metadata: Mapping[str, Any], base: str = "") -> FastTokenize
     except ValueError:
         raise
     except Exception as error:  # tokenizers raises bare ones, on merges of unknown tokens for example
-        raise ValueError(f"tokenizer.ggml.tokens and its merges give no tokenizer: {error}") from error
+        raise ValueError(f"tokenizer.ggml.tokens and its merges give no tokenizer ({error}): {_AGAIN}") from error
 
 
 def tokenizer_metadata(tokenizer: "transformers.PreTrainedTokenizerBase", rows: int) -> dict[str, Any]:

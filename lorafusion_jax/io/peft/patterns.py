@@ -36,7 +36,7 @@ class Clock:
     def matches(self, match: Callable[..., Any], text: str) -> bool:
         """Return whether a text matches; `match` is a pattern's method `match` or `fullmatch`."""
         if not text.isascii():
-            raise PatternError(f"{text!a} has characters beyond ASCII, which patterns are not matched with")
+            raise PatternError(f"{text!a} has characters beyond ASCII: expected ASCII names")
         began = time.process_time()
         try:
             return match(text, timeout=max(self.left, 1e-3)) is not None
@@ -60,4 +60,4 @@ def compiled(text: str) -> regex.Pattern:
             re.compile(text)
         return regex.compile(text)
     except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
-        raise PatternError(str(error)) from None
+        raise PatternError(f"{error}; correct it") from None

@@ -91,7 +91,7 @@ def _check_shapes(folder: Path, tree: Mapping[str, Any], description: Descriptio
         site = config.sites.get(name)
         if site is None or [len(row) for row in rank] != [modules] * site.layers:
             got, needed = f"ranks of {len(rank)} layers", "those of each of its modules in every layer of its base"
-            raise FileError(folder, field=name, got=got, expected=needed, fix="it is of another base, or was edited")
+            raise FileError(folder, field=name, got=got, expected=needed, fix=RESTORE)
         shapes = {"U": (site.d_in, k), "V": (k, site.d_out), "S": (modules, k, k), "energy": (modules,)}
         expected |= {f"{field}/{name}": f"float32{[site.layers, *shape]}" for field, shape in shapes.items()}
     arrays.check_signature(folder, arrays.signature(tree), expected, fix=RESTORE)

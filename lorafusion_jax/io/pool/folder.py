@@ -241,7 +241,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def _read_manifest(path: Path) -> Manifest:
     raw = read_json(path, dict[str, Any], "a converted pool")
     if "adapters" not in raw:
-        raise FileError(path, got="lists no adapters", fix="it is not the manifest of a converted pool")
+        raise FileError(path, got="lists no adapters", fix="give a pool of `lorafusion convert`")
     stated = raw.pop(_DIGEST, None)
     try:
         same = stated == _digest(raw)

@@ -236,7 +236,7 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name, token in ids.items():
         if token is not None and token >= len(tokens):
-            raise ValueError(f"the {name} token is {token}, and tokenizer.ggml.tokens holds {len(tokens)}")
+            raise ValueError(f"the {name} token is {token}, but there are {len(tokens)} tokens: fetch the file again")
     if ids["eot"] is None:
         ids["eot"] = next((tokens.index(text) for text in _ENDS_OF_TURN if text in tokens), None)
     ends = [token for token in dict.fromkeys((ids["eos"], ids["eot"], ids["eom"])) if token is not None]

@@ -60,7 +60,7 @@ def integers(facts: Facts) -> str | None:
 
 def quiet(facts: Facts) -> str | None:
     """Conversions draw no noise."""
-    return "computes no variances: leave out the noise, or the path" if facts.config.draws_at_conversion else None
+    return "computes no variances of noise" if facts.config.draws_at_conversion else None
 
 
 def products(facts: Facts) -> str | None:

@@ -20,7 +20,7 @@ from .path import ReadPath
 def _telescopes(facts: Facts) -> str | None:
     if facts.telescopes:
         return None
-    return f"is not exact here: {facts.nonlinear or 'the ADC loses bits'}; leave path out"
+    return f"is not exact here: {facts.nonlinear or 'the ADC loses bits'}"
 
 
 class ProductPath(ReadPath):

@@ -55,7 +55,7 @@ def choose(
     elif path not in PATHS:
         raise ValueError(f"path={path!r} is unknown: choose from {', '.join(PATHS)}, or leave it out")
     elif why := next(filter(None, (need(facts) for need in PATHS[path].needs)), None):
-        raise ValueError(f"path={path!r} {why}")
+        raise ValueError(f"path={path!r} {why}; leave path out")
     return Plan(path, reason, facts.integers, ties=facts.ties)
 
 
