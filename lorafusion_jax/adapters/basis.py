@@ -25,7 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..models.weights import Weight, dense, quantise
 from .pool import LoraPool, positions
@@ -189,7 +189,7 @@ def extended(basis: SharedBasis, pool: LoraPool) -> SharedBasis:
     return dataclasses.replace(basis, **fields, names=(*basis.names, *pool.names))
 
 
-def random_directions(pool: LoraPool, k: int, key: Array) -> Directions:
+def random_directions(pool: LoraPool, k: int, key: PRNGKeyArray) -> Directions:
     """Return a control: directions at a pool's sites, drawn evenly and independently of the modules."""
     check_size(pool, k)
     U, V = {}, {}

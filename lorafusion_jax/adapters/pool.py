@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..models.architecture import stack_of
 from ..models.weights import Weight, dense, quantise
@@ -141,7 +141,7 @@ def in_pool(modules: int, index: Int[Array, "..."]) -> Float[Array, ""] | float:
     return 1.0
 
 
-def random_pool(pool: LoraPool, key: Array) -> LoraPool:
+def random_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
     """Return a control: a pool of Gaussian matrices, each with the Frobenius norm of the one it replaces.
 
     A module's draw depends only on the key, its name and its ranks; inside a compiled function, where ranks have no
@@ -169,7 +169,7 @@ def random_pool(pool: LoraPool, key: Array) -> LoraPool:
     )
 
 
-def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
+def shuffled_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
     """Return a control: a pool whose modules keep their matrices, but each in another layer of its stack.
 
     The layers of a module are permuted by one random cycle, the same at all sites of a stack, so A and B of a layer
@@ -203,7 +203,7 @@ def shuffled_pool(pool: LoraPool, key: Array) -> LoraPool:
     )
 
 
-def rotated_pool(pool: LoraPool, key: Array, *, together: bool = False) -> LoraPool:
+def rotated_pool(pool: LoraPool, key: PRNGKeyArray, *, together: bool = False) -> LoraPool:
     """Return a control: a pool whose updates B A keep their singular values, but not their singular vectors.
 
     Each update's singular vectors, left and right, are replaced by random ones (Haar). They are drawn separately for

@@ -175,6 +175,6 @@ def _scaled(y: Array, scale: Array | None) -> Array:
 
 
 def gather(weight: Weight, index: Array) -> Weight:
-    """Return the chosen modules of a weight [P, ...], which may be plain, quantised or programmed."""
+    """Return the modules `index` [*N] of a weight [P, ...], which may be plain, quantised or programmed."""
     # `compose` checks the index: to fill in for others, a device would write all chosen modules again for every token.
     return jax.tree.map(lambda a: jnp.take(a, index, axis=0, mode="clip"), weight)

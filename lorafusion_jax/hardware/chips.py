@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..adapters.norms import PairTerms
 from ..crossbar import Rules, Structure, chips_in, split_config, with_chips
@@ -113,7 +113,7 @@ class ChipPerSeed(Frozen):
         return self
 
 
-def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: Array, *, steps: Steps, norm: Norms) -> Redrawn:
+def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: PRNGKeyArray, *, steps: Steps, norm: Norms) -> Redrawn:
     """Return a chip that training steps leave for others; further arguments as for `program`."""
     kinds, values = _split(rules)
     if isinstance(digital.gram, PairTerms):  # every step would compute Gram terms instead

@@ -15,7 +15,7 @@ Tensor = np.ndarray | StoredTensor
 
 
 def aligned_zeros(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """Return zeros that `jax.device_put` uses in place on a CPU. Write to them only before that call."""
+    """Return zeros of this shape that `jax.device_put` uses in place on a CPU. Write to them only before that call."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.zeros(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT

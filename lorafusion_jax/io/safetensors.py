@@ -17,7 +17,7 @@ _DTYPES |= {"BOOL": "bool", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a safetensors file as read-only views of the mapped file.
+    """Return the tensors of a safetensors file in any shapes, as read-only views.
 
     The safetensors library checks that the tensors cover the file without gaps or overlaps. Sorted by offset, each
     tensor therefore starts where the one before it ends.
@@ -47,7 +47,7 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def save(path: Path, arrays: Mapping[str, ArrayLike]) -> None:
-    """Write arrays of any device to a safetensors file."""
+    """Write arrays of any shape and device to a safetensors file."""
     from safetensors.numpy import save_file
 
     path.touch()

@@ -51,7 +51,7 @@ _MAX_REPEATS, _SMALL = 8, 1 << 20
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a file that `torch.save` wrote from a flat dict, as read-only views of the file.
+    """Return the tensors, of any shape, that `torch.save` wrote from a flat dict, as read-only views of the file.
 
     Strides, shared storages and offsets are kept; devices are ignored; dtypes are NumPy's and ml_dtypes'. Members of
     the archive that no tensor uses are ignored, and so are CRC sums (as in `torch.load`). The size of the file bounds

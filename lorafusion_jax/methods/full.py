@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import PRNGKeyArray
 
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
@@ -34,7 +34,7 @@ class FullFineTuning(Method):
     def learning_rates(self, recipe: Any) -> dict[str, float]:
         return {"base": recipe.lr_full}
 
-    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         by_path, _ = jax.tree.flatten_with_path(frozen.base)
         return {"base": {jax.tree_util.keystr(path): weight.astype(jnp.float32) for path, weight in by_path}}
 

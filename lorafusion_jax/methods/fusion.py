@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..adapters import coefficients as coefficients_lib
 from ..adapters.basis import Pool, SharedBasis
@@ -193,7 +193,7 @@ class Fusion(Method):
         elif self.composition == "mix":
             check_mix(pool)
 
-    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         pool, terms = _pool_of(frozen)
         if self.composition == "mix" and not isinstance(pool, SharedBasis):
             check_mix(pool, index)

@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import PRNGKeyArray
 
 from ..adapters.pool import LoraPool
 from ..adapters.updates import LowRank, WeightDecomposed
@@ -94,7 +94,7 @@ class LoRA(Method):
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         return with_norms(frozen, kernels, [name for name, _ in self.sites]) if self.dora else frozen
 
-    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         keys = jax.random.split(key, len(self.sites))
         bounds = {name: site.d_in**-0.5 for name, site in self.sites}
         A = {

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 import jax
-from jaxtyping import Array
+from jaxtyping import PRNGKeyArray
 
 from ..adapters.norms import norms
 from ..adapters.updates import Rescaled
@@ -41,7 +41,7 @@ class Magnitudes(Method):
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         return with_norms(frozen, kernels, self.sites)
 
-    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         assert frozen.norms is not None
         return {"magnitudes": frozen.norms}
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float, PRNGKeyArray
 
 from ..adapters.coefficients import expand
 from ..adapters.pool import LoraPool
@@ -39,7 +39,7 @@ class MeanFusion(Fusion):
         rates = super().learning_rates(recipe)
         return {"mean": rates.pop("coefficients")} | rates
 
-    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         params = super().init(frozen, index, key)
         return {"mean": jnp.sum(params.pop("coefficients"), axis=0)} | params
 

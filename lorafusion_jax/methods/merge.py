@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..adapters.basis import Pool
 from ..adapters.coefficients import expand
@@ -56,7 +56,7 @@ class Merge(Method):
     def check(self, pool: Pool) -> None:
         check_merge(_whole(pool), self.kind)
 
-    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         weights = jnp.full(index.shape[0], 1 / index.shape[0])
         if self.kind == "cat":
             return {"weights": weights}

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxtyping import Array
+from jaxtyping import PRNGKeyArray
 
 from ..training.frozen import Frozen
 from ..training.method import Adapted, Index, Method, Params
@@ -25,7 +25,7 @@ class FewShotRecipe(Recipe):
 class ZeroShot(Method):
     """The unchanged base model: nothing is trained."""
 
-    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         return {}
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..adapters.updates import LowRank
 from ..models.architecture import Site
@@ -77,7 +77,7 @@ class VeRA(Method):
     def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         return dataclasses.replace(frozen, prepared=self.projections(jax.random.key(_PROJECTION_KEY)))
 
-    def projections(self, key: Array) -> Projections:
+    def projections(self, key: PRNGKeyArray) -> Projections:
         """Return the random matrices, Kaiming uniform as PEFT draws them."""
         widest_in, widest_out = (max(getattr(site, d) for _, site in self.sites) for d in ("d_in", "d_out"))
         bounds = math.sqrt(6 / widest_in), math.sqrt(6 / self.rank)
@@ -88,7 +88,7 @@ class VeRA(Method):
         )
         return Projections(A, B)
 
-    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         d = {name: jnp.full((site.layers, self.rank), _START) for name, site in self.sites}
         return {"vera": {"d": d, "b": {name: jnp.zeros((site.layers, site.d_out)) for name, site in self.sites}}}
 

@@ -107,7 +107,7 @@ class Generation(NamedTuple):
     cache: Any
 
     def rows(self, of_rows: Callable[..., Array], *others: "Generation") -> "Generation":
-        """Return the state with `of_rows` (axis of rows, array, the others' arrays) for each of its arrays."""
+        """Return the state with `of_rows` (axis of rows, array [..., B, ...], others' arrays) for every array."""
 
         def of_field(name: str) -> Any:
             parts = (getattr(state, name) for state in (self, *others))

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from ..models.layers import widened
 from ..tasks.batches import IGNORED, Batch
-from .method import Params
+from .method import Metrics, Params
 from .problem import Problem, per_seed
 
 
@@ -27,9 +27,7 @@ def log_likelihood(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> 
     return jnp.sum(jnp.where(real, picked, 0.0), axis=1)
 
 
-def objective(
-    params: Params, batch: Batch, problem: Problem, l1: Float[Array, ""]
-) -> tuple[Float[Array, ""], dict[str, Array]]:
+def objective(params: Params, batch: Batch, problem: Problem, l1: Float[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
     """Return the training objective of one seed and its parts.
 
     Mean token cross-entropy over the number of rows, plus `l1 * mean |c|` (the paper's code).
@@ -45,7 +43,7 @@ def objective(
     return loss + penalty, {"loss": loss, "cross_entropy": entropy, "l1": penalty, **metrics}
 
 
-def batch_logits(params: Params, batch: Batch, problem: Problem) -> tuple[Float[Array, "B T V"], dict[str, Array]]:
+def batch_logits(params: Params, batch: Batch, problem: Problem) -> tuple[Float[Array, "B T V"], Metrics]:
     """Return the logits of teacher forcing, and the method's metrics."""
     model, adapters, metrics = problem.adapted_model(params)
     return model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters, batch.rows), metrics

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from ..adapters.updates import Composition
 from ..models.weights import Weight
@@ -19,8 +19,9 @@ from .recipe import Recipe
 Params = dict[str, Any]
 # Modules of the pool that a seed fuses; a method without a pool ignores them.
 Index = Int[Array, " N"]
+Metrics = dict[str, Num[Array, ""]]
 # Adapters by site, and metrics about them.
-Adapted = tuple[dict[str, Any], dict[str, Array]]
+Adapted = tuple[dict[str, Any], Metrics]
 # Coefficients of whole modules by site, and their composition.
 Fused = tuple[dict[str, Float[Array, "_L N _k"]], Composition]
 
@@ -33,7 +34,7 @@ class Method(Protocol):
     with its learning rate. A class that inherits from this one only has to add `init` and `adapters`.
     """
 
-    def init(self, frozen: Frozen, index: Index, key: Array) -> Params:
+    def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:
         """Return the parameters that training starts from, by group."""
         ...
 

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from ..adapters.pool import in_pool
 from ..models.architecture import Architecture, Model
 from ..models.weights import reads
 from ..support.platform import check_mesh
 from .frozen import Frozen
-from .method import Method, Params
+from .method import Method, Metrics, Params
 from .seeds import SeedMode, over_seeds
 
 
@@ -67,7 +67,7 @@ class Problem:
         """Return the problem whose crossbar arrays are read with the noise of this purpose and number."""
         return self.replace(frozen=reads(self.frozen, purpose, number))
 
-    def init(self, key: Array) -> Params:
+    def init(self, key: PRNGKeyArray) -> Params:
         """Return the parameters that training of one seed starts from."""
         return self.method.init(self.frozen, self.index, key)
 
@@ -95,7 +95,7 @@ class Problem:
         seeds = (numbers, self.index, *of_seeds)
         return over_seeds(one_seed, self.seed_mode)(seeds, (self.frozen, shared))
 
-    def adapted_model(self, params: Params) -> tuple[Model, dict[str, Any], dict[str, Array]]:
+    def adapted_model(self, params: Params) -> tuple[Model, dict[str, Any], Metrics]:
         """Return the model of one seed, the adapters to call it with, and metrics about them.
 
         Weights in the group `base`, by path, replace the frozen ones.

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..tasks.batches import Batch
 from .loss import objective
-from .method import Params
+from .method import Metrics, Params
 from .problem import Problem
 from .recipe import Optimisation, Rates
 
@@ -49,7 +49,7 @@ def standard_promotion() -> Any:
     return jax.numpy_dtype_promotion("standard")
 
 
-def init_state(problem: Problem, key: Array, params: Params | None = None) -> TrainState:
+def init_state(problem: Problem, key: PRNGKeyArray, params: Params | None = None) -> TrainState:
     """Return the state that training of one seed starts from, given the key of the method's draws.
 
     Arrays are copied, so the state's buffers can be donated. `params` are groups of numbers to start from, instead of
@@ -72,7 +72,7 @@ def init_state(problem: Problem, key: Array, params: Params | None = None) -> Tr
 
 def fusion_step(
     state: TrainState, batch: Batch, problem: Problem, rates: Rates, *, optimisation: Optimisation
-) -> tuple[TrainState, dict[str, Array]]:
+) -> tuple[TrainState, Metrics]:
     """Take one step of one seed, with the weights that its problem has for this step.
 
     Non-finite gradients are set to zero and counted, then clipped; L2 joins the coefficients' gradient;

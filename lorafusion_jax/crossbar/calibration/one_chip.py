@@ -153,7 +153,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
 
 
 def check_numbers(chip: Chip, sums: Array | np.ndarray) -> None:
-    """Raise a ValueError if sums over the reads of a chip are NaN; tracers pass."""
+    """Raise a ValueError if sums [...] over the reads of a chip are NaN; tracers pass."""
     if not is_traced(sums) and np.isnan(sums).any():
         name = place(chip) or "the chip"
         raise ValueError(f"inputs or outputs of {name} are NaN or infinite: give batches whose activations are finite")

@@ -56,10 +56,10 @@ def summed(
       run: function from weights and a batch to an array that depends on every product, such as logits.
       weights: tree with chips.
       batches: inputs, without labels.
-      read: function from x, a chip and its own arrays to x @ W, or what stands for it, and a tree of what was found.
-        Use one for all calls, as for `run`.
+      read: function from x [..., d_in], a chip and its own arrays to x @ W [..., d_out], or what stands for it, and a
+        tree of what was found. Use one for all calls, as for `run`.
       zeros: such a tree for every chip, without any read.
-      own: arrays of every chip, if `read` needs some.
+      own: arrays [*N, ...] of every chip, with the axes of its stack, if `read` needs some.
     """
     total, batch = zeros, None
     own = own or [()] * len(zeros)

@@ -204,7 +204,7 @@ def over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., A
 
 
 def typed_key(key: Array) -> Array:
-    """Return a key as `jax.random.key` makes it, given that or the raw one of `jax.random.PRNGKey`."""
+    """Return a key [...] as `jax.random.key` makes it, given that or the raw one [..., 2] of `jax.random.PRNGKey`."""
     return jax.random.wrap_key_data(key) if key.dtype == jnp.uint32 else key
 
 
@@ -214,7 +214,7 @@ def fold(keys: Array, number: Array | int) -> Array:
 
 
 def stacked_keys(key: Array, numbers: Sequence[Int[Array, " _size"]]) -> Array:
-    """Return a key for every matrix of a stack, given the numbers of its axes: fold_in(fold_in(key, l), n) at l, n."""
+    """Return keys [*N] of a stack, given one [] and the numbers of its axes: fold_in(fold_in(key, l), n) at l, n."""
     for of_axis in numbers:
         key = jax.vmap(fold, in_axes=(None, 0), out_axes=-1)(key, of_axis)
     return key

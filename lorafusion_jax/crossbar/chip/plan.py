@@ -60,7 +60,7 @@ class Facts:
     def of(
         cls, geometry: Geometry, config: CrossbarConfig, limits: Array | np.ndarray | None, *, perfect: bool
     ) -> "Facts":
-        """Return the facts of a read. Traced `limits` count as unknown; `perfect` cells are at their target levels."""
+        """Return the facts of a read. Traced `limits` [_, K, 2] are unknown; `perfect` cells are at their targets."""
         known = None if limits is None or is_traced((limits, level_units(geometry, config))) else np.asarray(limits)
         nonlinear, of_cells = _nonlinearity(config), _needs_cells(config)
         integers = perfect and nonlinear is None and sums_integers(config)

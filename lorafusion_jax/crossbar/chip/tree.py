@@ -45,6 +45,7 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | N
     Args:
       weights: a tree of matrices [d_in, d_out], or stacks [L, d_in, d_out] and [L, N, d_in, d_out]. Rules match its
         paths, joined by dots. Vectors, such as biases, stay digital. (Give a stack of vectors a rule of None.)
+      key: one PRNG key [].
       numbers: path -> for each leading axis of that stack, the numbers of its entries on the chip, if the stack is part
         of a larger one. For other stacks they are 0, 1, ...
 
@@ -158,7 +159,7 @@ def check_rules(rules: Any) -> None:
 
 
 def one_key(key: Any) -> Array:
-    """Return a PRNG key, typed; raises a ValueError for anything but one key, typed or raw."""
+    """Return a PRNG key [], typed; raises a ValueError for anything but one key, typed or raw."""
     if isinstance(key, jax.Array):
         typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
         if typed and key.ndim == 0 or key.dtype == jnp.uint32 and key.ndim == 1:

@@ -111,7 +111,7 @@ def is_moved(tangent: Any) -> bool:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def without_gradient(value: Array, why: str) -> Array:
-    """Return `value`, whose differentiation raises a ValueError instead of giving zero."""
+    """Return `value` [...], whose differentiation raises a ValueError instead of giving zero."""
     return value
 
 

@@ -54,7 +54,7 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
       model: an NNX module, or a Linen module with its variables, `module.bind(variables)`.
       rules: as for `program_tree`. The paths are those of layers: `blocks.layers.0.query`. Layers that are stacked, by
         `nnx.vmap` or `nn.scan`, are one path and have one rule; their axis is the first of their parameters.
-      key: key of the chip. The arrays of a layer depend on it and on the layer's path.
+      key: key [] of the chip. The arrays of a layer depend on it and on the layer's path.
       inputs: an example of the model's inputs; only shapes and dtypes matter. A Linen model needs one. With one, an
         NNX model's embeddings that are only looked up are left digital.
       options: keyword arguments of the model in this example.
@@ -142,7 +142,7 @@ def _counted(x: Float[Array, "*B d_in"], chip: chips.Chip) -> tuple[Float[Array,
 def with_read_key(model: AnyModel, key: Array) -> AnyModel:
     """Return the model with new noise for its next reads.
 
-    The same key gives the same noise, so every step needs another one. Layers differ by path; a layer that is called
+    The same key [] gives the same noise, so every step needs another one. Layers differ by path; a layer that is called
     several times in a step has the same noise each time.
     """
     key = one_key(key)

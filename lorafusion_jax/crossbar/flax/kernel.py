@@ -72,7 +72,7 @@ class Kernel:
 
 
 def dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any = None, **result: Any) -> Array:
-    """Return `jax.lax.dot_general(x, kernel, ...)`; the precision is that of the arrays."""
+    """Return `jax.lax.dot_general(x, kernel, ...)`, in its shape; the precision is that of the arrays."""
     (of_x, of_kernel), (groups_of_x, groups_of_kernel) = dimension_numbers
     free = [axis for axis in range(x.ndim) if axis not in (*of_x, *groups_of_x)]
     features = [size for axis, size in enumerate(kernel.shape) if axis not in (*of_kernel, *groups_of_kernel)]
@@ -81,7 +81,7 @@ def dot_general(x: Array, kernel: Kernel, dimension_numbers: Any, precision: Any
 
 
 def einsum(equation: str, x: Array, kernel: Kernel, precision: Any = None, **result: Any) -> Array:
-    """Return `jnp.einsum(equation, x, kernel, ...)`, of the equation that the kernel was programmed for."""
+    """Return `jnp.einsum(equation, x, kernel, ...)`, in its shape; the kernel was programmed for the equation."""
     if equation != kernel.equation:
         name = kernel.chip.name or "the model"
         raise ValueError(f"{name} is on arrays for {kernel.equation!r}, not {equation!r}: leave it digital")

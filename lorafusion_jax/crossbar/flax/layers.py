@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from ..chip.chip import is_chip
 from ..chip.segments import Segments
@@ -105,7 +105,7 @@ def found_layer(
 
 
 def found_digital(parameter: Array) -> Found:
-    """Return the entry of a parameter that stays digital: a vector of its last axis."""
+    """Return the entry of a parameter that stays digital: a vector [d] of its last axis."""
     return Found(parameter[(0,) * (parameter.ndim - 1)])
 
 
@@ -124,7 +124,7 @@ def found_parameter(parameter: Any) -> Found:
     return Found(parameter, None if parameter.ndim < 2 else obstacle)
 
 
-def kernels(found: Mapping[str, Found], rules: Rules, key: Array) -> dict[str, Kernel]:
+def kernels(found: Mapping[str, Found], rules: Rules, key: PRNGKeyArray) -> dict[str, Kernel]:
     """Return the kernels that rules put on arrays, by path; raises a ValueError where that is impossible."""
     for path, each in found.items():
         if each.obstacle is not None and _is_placed(path, each.weight.shape, rules):

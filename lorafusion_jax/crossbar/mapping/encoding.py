@@ -12,7 +12,7 @@ The rules are those of CrossSim 3.2 (Sandia). Slices run from the least signific
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..config.schema import CrossbarConfig
 from .geometry import Cells, Codes, Flipped, Geometry
@@ -144,7 +144,7 @@ def to_arrays(
 
 
 def input_codes(
-    x: Float[Array, "B d_in"], limit: Array, geometry: Geometry, config: CrossbarConfig, key: Array | None = None
+    x: Float[Array, "B d_in"], limit: Array, geometry: Geometry, config: CrossbarConfig, key: PRNGKeyArray | None = None
 ) -> Float[Array, "B d_in"]:
     """Return the signed input codes n, given the full scale [] or [B, 1], or for an ideal DAC x / limit itself."""
     if config.dac is None:

@@ -69,7 +69,7 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
 
 
 def check_inputs(x: Array, chip: Chip) -> None:
-    """Raise a ValueError for inputs of another width or of integers, and for a stack of chips."""
+    """Raise a ValueError for inputs [..., d_in] of another width or of integers, and for a stack of chips."""
     shape = chip.matrix_shape
     if chip.codes.ndim != 2:
         raise ValueError(f"a stack of chips of shape {chip.shape}: take one, or map over the stack with jax.vmap")

@@ -121,7 +121,7 @@ def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> 
 
 
 def check_finite(adapter: PeftAdapter, path: str, kind: str, array: np.ndarray) -> None:
-    """Raise an AdapterError if the numbers of a module's tensor are infinite in the dtype and the scale of a pool."""
+    """Raise an AdapterError if a module's tensor [...] is infinite in the dtype and the scale of a pool."""
     if not np.isfinite(array).all():
         raise AdapterError(
             f"{adapter.source}: {path}.{kind} is infinite in {array.dtype} with the scaling {adapter.scaling[path]:g}: "

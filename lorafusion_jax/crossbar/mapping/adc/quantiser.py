@@ -140,7 +140,7 @@ def converter(limits: Float[Array, "_R K 2"], geometry: Geometry, config: Crossb
 
 
 def are_power_steps(limits: np.ndarray, geometry: Geometry, config: CrossbarConfig) -> bool:
-    """Return whether every step of known `limits` is a power of two levels."""
+    """Return whether every step of known `limits` [_, K, 2] is a power of two levels."""
     assert geometry.code_range is not None
     units = np.asarray([float(unit) for unit in level_units(geometry, config)])
     steps = limits[..., 1] * units / geometry.code_range[1]

@@ -47,7 +47,7 @@ def choose(
     perfect: bool,
     path: str | None = None,
 ) -> Plan:
-    """Return the fastest exact path, or a ValueError if the requested one would not be exact; arguments of `Facts`."""
+    """Return the fastest exact path for `limits` [_, K, 2]; raises a ValueError if the requested one is not exact."""
     facts, reason = Facts.of(geometry, config, limits, perfect=perfect), ON_REQUEST
     if path is None:
         reasons = ((name, each.chosen(facts)) for name, each in PATHS.items())
