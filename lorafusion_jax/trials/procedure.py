@@ -23,7 +23,7 @@ class Training(NamedTuple):
       share: share of the recipe's epochs.
       train: numbers of the training rows, none for arms that do not learn.
       test: numbers of the rows to score.
-      answers: whether answers are generated and scored, in addition to the losses.
+      answers: answers are generated and scored, in addition to the losses.
     """
 
     arm: str
