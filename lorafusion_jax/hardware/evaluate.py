@@ -16,7 +16,6 @@ from ..adapters.norms import gram
 from ..crossbar import CrossbarConfig, ReadNoise, is_random
 from ..io.folders import write_json
 from ..loading.identity import digests
-from ..methods import find
 from ..methods.fusion import PLAIN_SUM
 from ..methods.lora import LoRA, as_pool
 from ..models.architecture import kernels
@@ -120,7 +119,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """
     on = asked(options)
     check_writable(results_path(options))
-    if find(on.fused.method).answers == "examples":
+    if on.fused.entry.answers == "examples":
         raise ValueError(
             f"{on.fused.method} has other examples in its prompts for every seed, but all chips of a program get the "
             "same prompts: give --report, which evaluates one chip after another"

@@ -12,7 +12,6 @@ from ..crossbar import CrossbarConfig, deterministic, is_random
 from ..io.pool import open_pool
 from ..loading.identity import digests
 from ..loading.model import LoadedModel
-from ..methods import find
 from ..methods.merge import Merge
 from ..runs.options import FuseOptions, OnArrays
 from ..runs.prepare import Setup
@@ -37,7 +36,7 @@ def fuse(options: FuseOptions) -> dict[str, Any]:
 
 def check(setup: Setup, options: FuseOptions) -> None:
     """Raise ValueError for a run that leaves no frozen model to program, or has no rows to calibrate ADCs on."""
-    method = find(options.method)
+    method = options.entry
     if "base" in method.groups or method.answers == "nothing":
         raise ValueError(f"the method {options.method} leaves no frozen model to program: leave out --crossbar")
     if not len(setup.train):

@@ -17,7 +17,6 @@ from ..adapters.pool import LoraPool, positions, random_pool, rotated_pool, shuf
 from ..io.digests import PoolDigests, pool_digests
 from ..io.hf import Base, open_base
 from ..io.pool import AdapterFolders, ConvertedPool, open_pool
-from ..methods import find
 from ..methods.entry import Built
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of
@@ -130,7 +129,7 @@ def load_model(
     base = base or (open_base(options.base) if like is None else like.base)
     sharding.check_model(base.config)
     texts = load_texts(options, base)
-    stored = open_pool(options.pool, base) if options.pool and find(options.method).pool else None
+    stored = open_pool(options.pool, base) if options.pool and options.entry.pool else None
     names, modules = _draw(options, () if stored is None else module_names(stored, options))
     if like is None:
         quantise = None if options.load_in == "full" else options.load_in
@@ -169,7 +168,7 @@ def _frozen(
             pool, digests = _load_pool(stored, names, options, kernels(model))
         pool = on_mesh(pool, model.config)
     built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
-    method = find(options.method).build(built)
+    method = options.entry.build(built)
     return method, on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config), digests
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from ..methods import METHODS, fields_of, not_an_option
+from ..methods import METHODS, fields_of, find, not_an_option
 from ..methods.entry import MethodEntry
 from ..methods.recipes import recipe_of
 from ..training.recipe import Recipe
@@ -53,6 +53,11 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if self.method in METHODS:
             object.__setattr__(self, "recipe", _recipe_for(METHODS[self.method], self.recipe))
+
+    @property
+    def entry(self) -> MethodEntry:
+        """The method's entry in the registry; ValueError for an unknown name."""
+        return find(self.method)
 
 
 def _recipe_for(entry: MethodEntry, recipe: Recipe) -> Recipe:

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from ..loading.model import Texts, evaluation_worth
-from ..methods import find
 from ..support.progress import progress
 from ..tasks import (
     BETWEEN_EXAMPLES,
@@ -106,7 +105,7 @@ def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[
 
     A method answers with a model, with a model and examples in the prompt, or without a model.
     """
-    method = find(options.method)
+    method = options.entry
     if method.answers == "nothing":
         return options.seeds, _constant(setup, options)
     if method.answers == "examples":

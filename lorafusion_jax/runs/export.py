@@ -18,7 +18,6 @@ from ..io.hf import Base, hf_tensors, open_base, put_base
 from ..io.peft.adapter import put_adapter, resave
 from ..io.pool import ConvertedPool
 from ..loading.model import load_model
-from ..methods import find
 from ..models.architecture import Model
 from ..models.registry import gguf_layout
 from ..support.checks import flags_given
@@ -78,7 +77,7 @@ def export(options: ExportOptions) -> str:
 
 def _export_run(options: ExportOptions, folder: Path) -> str:
     fused, of_seed, config, place = load_seed(folder, options.seed)
-    seed, method = fused.seeds[place], find(fused.method)
+    seed, method = fused.seeds[place], fused.entry
     if method.learns == "untrained":
         raise ValueError(f"{folder} is of the method {fused.method}, which trains nothing: export another run")
     merged = options.format in MERGED

@@ -14,7 +14,6 @@ import tyro
 from ..io.hf import Base, open_base
 from ..loading.model import Texts, load_model, load_texts
 from ..loading.spec import LoadOptions
-from ..methods import find
 from ..models.generate import GREEDY, Sampling
 from ..support.checks import at_least, check_uint32
 from ..support.reading import check_regular, utf8
@@ -158,7 +157,7 @@ def task_to_evaluate(
         if train_rows is not None:
             raise ValueError("--train-rows divides another task: name it with --task, or leave it out")
         return own_task(fused, folder, config)
-    needed = find(fused.method).answers != "model"
+    needed = fused.entry.answers != "model"
     if train_rows is None:
         train_rows = fused.train_rows if needed else 0
     need = ("train", "test") if needed else ("test",)

@@ -16,7 +16,6 @@ from ..io.hf import Base, open_base
 from ..loading.identity import check_digests, digests
 from ..loading.model import AnyLoaded, LoadedModel, Texts, load_model, load_texts, packing_of, with_modules
 from ..loading.spec import Control, LoadOptions
-from ..methods import find
 from ..methods.fusion import GIVE_BASIS, choice_of
 from ..methods.recipes import basis_of
 from ..methods.untrained import FewShotRecipe
@@ -50,7 +49,7 @@ class Setup(LoadedModel):
 
 def check(options: FuseOptions) -> None:
     """Raise ValueError for options that contradict each other, before anything is loaded."""
-    name, method, recipe = options.method, find(options.method), options.recipe
+    name, method, recipe = options.method, options.entry, options.recipe
     if not options.seeds:
         raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
     if len(set(options.seeds)) < len(options.seeds):
@@ -127,7 +126,7 @@ def prepare(
     training rows for a method that trains. `task` and `base` are those of the options, if they have been read.
     """
     check(options)
-    recipe, method = options.recipe, find(options.method)
+    recipe, method = options.recipe, options.entry
     if options.prompt is None and not options.chat and tasks.is_bbh(options.task):
         note(
             f"note: {options.task} is a file of BIG-Bench Hard, whose inputs are used as they are. The paper's "

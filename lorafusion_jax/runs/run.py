@@ -19,7 +19,6 @@ from ..io.digests import Digests
 from ..io.hf import Base, open_base
 from ..loading.identity import check_digests, digests
 from ..loading.model import with_modules, with_whole_modules
-from ..methods import find
 from ..methods.fusion import choice_of
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
 from ..support import processes
@@ -86,7 +85,7 @@ def with_targets(options: FuseOptions, base: Base | None = None) -> FuseOptions:
 
 
 def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict[str, Any]:
-    find(options.method).check()
+    options.entry.check()
     run = RunFolder(run_path(options))
     if not options.resume:
         _refuse_begun(run)
@@ -148,7 +147,7 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     run = RunFolder(Path(folder))
     config = run.config()
     options = _located(config)
-    if find(options.method).learns == "untrained":
+    if options.entry.learns == "untrained":
         return options, {}, config
     if not run.final.is_dir():
         raise ValueError(f"{folder} has not been trained to its end: resume it with --resume")
@@ -168,7 +167,7 @@ def load_seed(folder: Path, seed: int | None) -> tuple[FuseOptions, Params, RunC
 
 def check_answers(folder: Path, options: FuseOptions) -> None:
     """Raise a ValueError for a run whose method needs rows of the task to answer."""
-    if find(options.method).answers != "model":
+    if options.entry.answers != "model":
         raise ValueError(f"{folder} is of {options.method}, which needs rows of its task: use `lorafusion evaluate`")
 
 
@@ -199,7 +198,7 @@ def _complete(
     seeds, evaluation = evaluate_seeds(hardware.tested(params), options, params)
     evaluated = time.perf_counter()
     run.write_predictions(_prediction_rows(setup, seeds, evaluation))
-    counts = trainable_count(setup) if find(options.method).groups else {}
+    counts = trainable_count(setup) if options.entry.groups else {}
     tested = "".join(row.row for row in setup.task.test[: len(setup.test)])
     results = {
         "task": setup.task.name,
@@ -248,7 +247,7 @@ def _start_params(setup: Setup, options: FuseOptions, now: Digests) -> dict[str,
 
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> dict[str, int]:
     """Return the number of rows that one seed passed forward and backward to adapt, validation included."""
-    method, recipe = find(options.method), options.recipe
+    method, recipe = options.entry, options.recipe
     if setup.split is None or method.learns == "given":
         return {"forward_rows": 0, "backward_rows": 0}
     train, validation = setup.split.train.shape[1], setup.split.validation.shape[1]

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..io import arrays, checkpoint
-from ..methods import find
 from ..methods.entry import SearchJob
 from ..support import interrupts, processes
 from ..support.writing import writing
@@ -46,7 +45,7 @@ def train(
     run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None
 ) -> tuple[dict[str, Any], list[int], float]:
     """Return the trained parameters, each seed's steps, and seconds of training; `begin` has those to start from."""
-    method, began = find(options.method), time.monotonic()
+    method, began = options.entry, time.monotonic()
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds), 0.0
     saved = arrays.load_sound(run.final, metadata=FinalSteps, what=FINAL, note=note)

@@ -17,7 +17,6 @@ from ..adapters.basis import Pool
 from ..adapters.coefficients import column_names, refined
 from ..io.digests import Digests
 from ..loading.identity import check_digests
-from ..methods import find
 from ..methods.fusion import CoefficientsRecipe, Fusion, choice_of
 from ..methods.recipes import basis_of
 from ..support.reading import read_json
@@ -83,7 +82,7 @@ def with_listed_modules(options: FuseOptions) -> FuseOptions:
     """
     if options.start_from is None or (listed := read_weights(options.start_from)) is None:
         return options
-    names, recipe, method = tuple(listed[0]), options.recipe, find(options.method)
+    names, recipe, method = tuple(listed[0]), options.recipe, options.entry
     for wrong, message in (
         (not names, "it has none: give a weight for each module to fuse"),
         (

@@ -22,7 +22,6 @@ from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..loading.identity import check_digests, digests
 from ..loading.model import evaluation_worth, load_model, module_names
-from ..methods import find
 from ..methods.entry import Built
 from ..methods.fusion import PLAIN_SUM, CoefficientsRecipe, Fusion
 from ..methods.lora import LoRA, as_pool
@@ -72,7 +71,7 @@ class FusedRun(NamedTuple):
             coefficients, magnitudes and cores, or one LoRA.
         """
         options, params, config = load_run(folder)
-        groups = {*find(options.method).groups} or params.keys()
+        groups = {*options.entry.groups} or params.keys()
         if not params or (groups - {"coefficients", "magnitudes", "core"} and groups != {"lora"}):
             raise ValueError(
                 f"{folder} is of the method {options.method}, which no bank holds: give runs of a fusion, with "
@@ -87,11 +86,11 @@ class FusedRun(NamedTuple):
     @property
     def is_lora(self) -> bool:
         """Whether the run trained one LoRA instead of fusing modules."""
-        return find(self.options.method).groups == ("lora",)
+        return self.options.entry.groups == ("lora",)
 
     def loras(self, config: Architecture) -> LoraPool:
         """Return the LoRAs of a LoRA run's seeds as a pool."""
-        method = find(self.options.method).build(Built(config, self.options.recipe, None, 0))
+        method = self.options.entry.build(Built(config, self.options.recipe, None, 0))
         assert isinstance(method, LoRA)
         return as_pool(method, self.params, [name for (name,) in self.modules])
 
@@ -112,7 +111,7 @@ class FusedRun(NamedTuple):
                 A = {name: jnp.zeros((s.layers, *size, s.d_in, width)) for name, s in shapes.items()}
                 B = {name: jnp.zeros((s.layers, *size, width, s.d_out)) for name, s in shapes.items()}
                 pool = dataclasses.replace(pool, A=A, B=B)
-            method = find(self.options.method).build(Built(model.config, self.options.recipe, pool, len(names)))
+            method = self.options.entry.build(Built(model.config, self.options.recipe, pool, len(names)))
             ready = method.prepare(Frozen(frozen.base, pool), kernels(model))
             return method.init(ready, jnp.arange(len(names)), jax.random.key(0))
 
@@ -125,7 +124,7 @@ class FusedRun(NamedTuple):
         if pool is not None and self.modules[0]:
             pool = pool if isinstance(pool, SharedBasis) else dataclasses.replace(pool, A={}, B={})
             pool = pool.select(self.modules[0])  # the ranks of other modules do not matter
-        return find(self.options.method).build(Built(config, self.options.recipe, pool, len(self.modules[0])))
+        return self.options.entry.build(Built(config, self.options.recipe, pool, len(self.modules[0])))
 
 
 class Task(NamedTuple):
@@ -160,7 +159,7 @@ class Service:
         if not runs:
             raise ValueError("no runs: give at least one, whose base and pool are loaded")
         # Magnitudes alone need no pool.
-        self._first = next((run for run in runs if find(run.options.method).pool), runs[0])
+        self._first = next((run for run in runs if run.options.entry.pool), runs[0])
         for run in runs:
             self._check_shares(run)
         options = dataclasses.replace(self._first.options, seeds=(0,))
@@ -170,7 +169,7 @@ class Service:
                 f"{loras[0].folder} is of a LoRA, which joins whole modules in full precision: serve it apart from "
                 "runs in a basis or with --load-in"
             )
-        if find(options.method).pool:
+        if options.entry.pool:
             assert options.pool is not None
             fused_runs = [run for run in runs if not run.is_lora]
             used = {*modules, *(name for run in fused_runs for of_seed in run.modules for name in of_seed)}
@@ -377,12 +376,12 @@ class Service:
 
     def _check_shares(self, run: FusedRun) -> None:
         first = self._first
-        if find(run.options.method).pool and basis_of(run.options.recipe) != basis_of(first.options.recipe):
+        if run.options.entry.pool and basis_of(run.options.recipe) != basis_of(first.options.recipe):
             k, other = (basis_of(of.options.recipe) for of in (run, first))
             here, there = (f"modules in a basis of {n} directions" if n else "whole modules" for n in (k, other))
             raise ValueError(f"{run.folder} fuses {here}, and {first.folder} {there}: serve them apart, or fuse again")
         for field in _SHARED:
-            if field in ("pool", "control", "control_draw") and not find(run.options.method).pool:
+            if field in ("pool", "control", "control_draw") and not run.options.entry.pool:
                 continue
             here, there = (_resolved(getattr(of.options, field)) for of in (run, first))
             if here != there:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypedDict
 from ..estimates.plan import run_cost
 from ..io.hf import open_base
 from ..io.pool import open_pool
-from ..methods import find
 from ..report import key, name
 from ..runs.folder import RunFolder, read_options
 from ..runs.options import FuseOptions
@@ -52,7 +51,7 @@ class Job(NamedTuple):
     @property
     def keys(self) -> list[Key]:
         """Keys of its rows: what draws nothing has one."""
-        seeds = self.options.seeds if find(self.options.method).seeded else self.options.seeds[:1]
+        seeds = self.options.seeds if self.options.entry.seeded else self.options.seeds[:1]
         return [(self.task, self.method, self.shots, seed) for seed in seeds]
 
 
@@ -96,7 +95,7 @@ def run_jobs(
     """
     todo = list(jobs)
     for job in todo:
-        find(job.options.method).check()
+        job.options.entry.check()
     cells = Cells(file, key, read=read_rows, append=append_rows)  # whose rows are checked
     of_any = {job[:3]: job for job in todo}
     of_seed = {(*job[:3], seed): job for job in todo for seed in job.options.seeds}

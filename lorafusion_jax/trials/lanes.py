@@ -17,7 +17,6 @@ from ..io.digests import Digests
 from ..loading.identity import digests
 from ..loading.model import LoadedModel, Texts, load_model, packing_of
 from ..loading.spec import LoadOptions
-from ..methods import find
 from ..methods.entry import SearchJob
 from ..methods.untrained import FewShotRecipe
 from ..runs.evaluate import likeliest_correct, with_options
@@ -73,12 +72,12 @@ class Lanes:
         return [[*group] for _, group in itertools.groupby(trainings, key=group_of)]
 
     def _learns(self, training: Training) -> bool:
-        return find(self.arms[training.arm].method).learns != "untrained"
+        return self.arms[training.arm].entry.learns != "untrained"
 
     def steps(self, training: Training) -> int:
         """Return the number of steps that a training takes."""
         options = self.arms[training.arm]
-        if find(options.method).learns != "trained":
+        if options.entry.learns != "trained":
             return 0
         recipe = shortened(options.recipe, training.share)
         return recipe.epochs * -(-len(training.train) // recipe.batch_size)
@@ -166,7 +165,7 @@ class Lanes:
 
     def _params(self, problem: Problem, loaded: LoadedModel, options: LoadOptions, lanes: Sequence[Training]) -> Params:
         """Return the parameters of all lanes, trained, searched or given."""
-        entry, seeds = find(options.method), (self.seed,) * len(lanes)
+        entry, seeds = options.entry, (self.seed,) * len(lanes)
         recipe = shortened(options.recipe, lanes[0].share)
         if entry.learns == "given":
             return start(problem, seeds).params

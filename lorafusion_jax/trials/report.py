@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..methods import find
 from ..report import Column, Table, colour, literal, plot, write_report
 from ..runs.options import FuseOptions, row_format
 from ..tasks import load_task
@@ -81,12 +80,12 @@ def train_command(one: TaskTrial, outcomes: Outcomes, winner: str) -> str:
     `fuse` keeps a row of a list to test on, and 5 % of the others to validate on.
     """
     arm, run = one.arms[winner]
-    if find(run.method).learns == "untrained":
+    if run.entry.learns == "untrained":
         return f"lorafusion generate {_flags({'base': run.base, 'chat': run.chat or None})}"
     rows = load_task(one.source, **row_format(run), train_rows=0, need=())
     train_rows = len(one.rows) - (not rows.train and len(rows.test) == len(one.rows))
     tuned = outcomes.tuned.get(winner)
-    default = find(run.method).recipe()
+    default = run.entry.recipe()
     recipe = {name: value for name, value in vars(run.recipe).items() if value != getattr(default, name)}
     given = {name: getattr(run, name) for name in _GIVEN if getattr(run, name) != getattr(FuseOptions, name, None)}
     if tuned:

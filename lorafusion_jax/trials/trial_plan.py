@@ -4,7 +4,6 @@ import dataclasses
 import time
 from typing import NamedTuple
 
-from ..methods import find
 from ..methods.recipes import modules_of
 from ..support.platform import for_cpu
 from ..support.text_tables import plain
@@ -36,11 +35,11 @@ def describe_trial(options: TrialOptions) -> str:
             by_arm.setdefault(training.arm, []).append((one, training))
     compiled: set[str] = set()
     for name, trainings in by_arm.items():
-        method = trainings[0][0].arms[name].options.method
+        entry = trainings[0][0].arms[name].options.entry
         seconds = sum(_seconds(one, training, calibration) for one, training in trainings)
-        if method not in compiled:
-            seconds += calibration.compiled * (_TRAINED if find(method).learns == "trained" else _UNTRAINED)
-        compiled.add(method)
+        if entry.name not in compiled:
+            seconds += calibration.compiled * (_TRAINED if entry.learns == "trained" else _UNTRAINED)
+        compiled.add(entry.name)
         steps = sum(lanes_of(options, one.source).steps(training) for one, training in trainings)
         counted = len(trainings) if trainings[0][0].arms[name].arm.rates else 0
         lines.append([name, f"{counted:,}", f"{steps:,}", f"{seconds / 60:.1f}"])
@@ -55,7 +54,7 @@ def describe_trial(options: TrialOptions) -> str:
 
 def _seconds(one: TaskTrial, training: Training, calibration: Calibration) -> float:
     run = one.arms[training.arm].options
-    entry = find(run.method)
+    entry = run.entry
     generated = training.answers * len(training.test) * calibration.generated
     if entry.learns == "trained":
         epochs = max(round(run.recipe.epochs * training.share), 1)
