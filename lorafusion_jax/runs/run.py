@@ -26,10 +26,10 @@ from ..support.reading import FileError
 from ..support.version import __version__
 from ..tasks import without_revision
 from ..training.compiled import make_room
+from ..training.descent import gradient_at_zero
 from ..training.fit import start
 from ..training.mesh import make_mesh
 from ..training.method import Params
-from .descent import gradient_at_zero
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json

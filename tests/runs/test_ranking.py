@@ -13,7 +13,7 @@ import tiny
 
 import lorafusion_jax as lf
 from lorafusion_jax.parts import EvaluateOptions, evaluate_run, prepare, run_path
-from lorafusion_jax.runs.descent import gradient_at_zero
+from lorafusion_jax.training.descent import gradient_at_zero
 
 
 def _options(folder: Path, **changes) -> lf.FuseOptions:

@@ -14,12 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..tasks import IGNORED, Batch
-from ..training.fit import start
-from ..training.frozen import SEARCH
-from ..training.loss import objective
-from ..training.mesh import on_mesh, to_host
-from ..training.method import Params
-from ..training.problem import Problem, per_seed
+from .fit import start
+from .frozen import SEARCH
+from .loss import objective
+from .mesh import on_mesh, to_host
+from .method import Params
+from .problem import Problem, per_seed
 
 
 def gradient_at_zero(
