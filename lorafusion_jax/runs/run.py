@@ -33,7 +33,7 @@ from ..training.method import Params
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
-from .prepare import Setup, check, prepare, tasks_of_seeds, trainable_count
+from .prepare import Setup, check, prepare, trainable_count
 from .train import FINAL, FinalSteps, train
 from .weight_list import listed_params, read_weights, with_listed_modules
 
@@ -65,14 +65,13 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
     options = with_listed_modules(options)
     check(options)
     base = open_base(options.base)
-    options = with_targets(options, base)
     make_room()
     with contextlib.ExitStack() as stack:
         if options.distributed:
             stack.enter_context(processes.joined(options.coordinator, options.processes, options.process))
         if options.mesh is not None:
             stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
-        return _run(options, base, set_up)
+        return _run(with_targets(options, base), base, set_up)
 
 
 def with_targets(options: FuseOptions, base: Base | None = None) -> FuseOptions:
@@ -99,6 +98,9 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
     now = digests(setup)
     begin = _start_params(setup, options, now)
     config = _config(options, setup, now)
+    if recorded is not None:
+        _compare_environment(recorded, config)
+        check_digests(run.folder, recorded["digests"], now, options)
     hardware = HardwareSetup(setup, lambda params: setup)
     if set_up is not None:
         hardware = set_up(setup, options, begin or start(setup.problem, options.seeds).params)
@@ -108,9 +110,6 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
             if processes.first():
                 _refuse_begun(run)  # again: another run may have begun it while this one was loading
             run.write_config(config)
-        else:
-            _compare_environment(recorded, config)
-            check_digests(run.folder, recorded["digests"], now, options)
         return _complete(run, hardware, options, config, begin)
 
 
@@ -275,7 +274,7 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
 
 
 def _config(options: FuseOptions, setup: Setup, now: Digests) -> RunConfig:
-    trained = [] if setup.split is None else tasks_of_seeds(setup.task, options)
+    trained = [] if setup.split is None else np.unique(np.concatenate(setup.split, axis=None))
     folders = Folders()
     for name in ("base", "pool", "task"):
         given = getattr(options, name)
@@ -285,7 +284,7 @@ def _config(options: FuseOptions, setup: Setup, now: Digests) -> RunConfig:
         "options": options,
         "modules": [list(modules) for modules in setup.modules],
         "task_sha256": setup.task.sha256,
-        "trained_sha256": sorted({row.input_sha256 for of_seed in trained for row in of_seed.train}),
+        "trained_sha256": sorted({setup.task.train[i].input_sha256 for i in trained}),
         "max_new_tokens": setup.max_new_tokens,
         "environment": Environment(seed_mode=setup.problem.seed_mode, dtype=options.dtype, **environment()),
         "digests": now,
