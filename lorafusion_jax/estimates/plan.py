@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ..io.hf import open_base
 from ..io.pool import open_pool
 from ..loading.model import load_texts, module_names, named_modules, packing_of
 from ..methods.fusion import choice_of
@@ -161,7 +162,7 @@ def _planned(options: FuseOptions, where: Machine) -> tuple[Architecture, dict[s
     base = None if options.base in known_shapes() else options.base
     rank, size, targets = PoolShape() if options.pool is None else pool_shape(Path(options.pool), k, base)
     if options.adapters and options.pool and Path(options.pool).is_dir():
-        named_modules(options, module_names(open_pool(Path(options.pool)), options))
+        named_modules(options.adapters, module_names(open_pool(Path(options.pool)), options))
     modules = len(options.adapters) or min(modules_of(recipe), size)
     recipe = recipe_of(type(recipe), vars(recipe) | {"modules": modules})
     drawn = len(options.adapters) or min(len(options.seeds) * modules, size)
@@ -189,7 +190,7 @@ def workloads(runs: Iterable[FuseOptions], recipe: Recipe, config: Architecture,
     found, texts = {}, None
     for run in runs:
         if texts is None:
-            texts = {} if run.base in known_shapes() else load_texts(run)._asdict()
+            texts = {} if run.base in known_shapes() else load_texts(open_base(run.base), chat=run.chat)._asdict()
         task = load_task(run.task, **row_format(run), train_rows=run.train_rows)
         found[task.name] = workload(
             task,

@@ -92,7 +92,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
             raise ValueError(f"{flags}: only for a base without a run, since a run has its own: leave it out")
         fused, params, config = load_run(options.run)
         check_answers(options.run, fused)
-        place = seed_place(options.run, fused, options.run_seed)
+        place = seed_place(options.run, fused.seeds, options.run_seed)
     if options.crossbar is None:
         loaded = load_model(fused)
     else:

@@ -87,12 +87,11 @@ def evaluation_worth(config: Architecture) -> float:
     return packing_of(config, on_cpu=for_cpu()).evaluation_worth()
 
 
-def load_texts(options: LoadOptions, base: Base | None = None) -> Texts:
-    """Load the tokenizer of the options' base model; ValueError if it lacks the chat template of the options."""
-    base = base or open_base(options.base)
+def load_texts(base: Base, *, chat: bool) -> Texts:
+    """Load the tokenizer of a base model; ValueError if it has no template for a chat."""
     config, tokenizer = base.config, base.tokenizer
-    if options.chat and (not config.causal or tokenizer.chat_template is None):
-        raise ValueError(f"{options.base} has no chat template: leave out --chat, and describe the task with --prompt")
+    if chat and (not config.causal or tokenizer.chat_template is None):
+        raise ValueError(f"{base.source} has no chat template: leave out --chat, and describe the task with --prompt")
     if not config.causal:
         return Texts(tokenizer, tasks.TextFormat(vocabulary=config.vocab_size))
     ends = sorted(config.end_ids, key=lambda token: token != tokenizer.eos_token_id)
@@ -101,7 +100,7 @@ def load_texts(options: LoadOptions, base: Base | None = None) -> Texts:
     if pad_id is None or pad_id >= config.vocab_size:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[0])
     text_format = tasks.TextFormat(
-        ends=tuple(ends), chat=options.chat, context=config.longest_row, vocabulary=config.vocab_size
+        ends=tuple(ends), chat=chat, context=config.longest_row, vocabulary=config.vocab_size
     )
     return Texts(tokenizer, text_format)
 
@@ -127,11 +126,11 @@ def load_model(
       like: a model of the same base and dtype, whose weights are shared instead of loaded.
     """
     base = base or (open_base(options.base) if like is None else like.base)
-    sharding.check_model(base.config)
-    texts = load_texts(options, base)
+    texts = load_texts(base, chat=options.chat)
     stored = open_pool(options.pool, base) if options.pool and options.entry.pool else None
     names, modules = _draw(options, () if stored is None else module_names(stored, options))
     if like is None:
+        sharding.check_model(base.config)
         quantise = None if options.load_in == "full" else options.load_in
         with sharding.loading():
             model = base.load(dtype=options.dtype, quantise=quantise, hashed=True)
@@ -208,7 +207,7 @@ def _draw(options: LoadOptions, there: Sequence[str]) -> tuple[list[str], tuple[
     if not there:
         return [], tuple(() for _ in options.seeds)
     if options.adapters:
-        drawn = (named_modules(options, there),) * len(options.seeds)
+        drawn = (named_modules(options.adapters, there),) * len(options.seeds)
     elif choice_of(options.recipe) != "draw":
         if not 1 <= (count := modules_of(options.recipe)) <= len(there):
             raise ValueError(f"{count} modules to be chosen from a pool of {len(there)}: give 1 to {len(there)}")
@@ -220,9 +219,9 @@ def _draw(options: LoadOptions, there: Sequence[str]) -> tuple[list[str], tuple[
     return [name for name in there if name in used], drawn
 
 
-def named_modules(options: LoadOptions, there: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of the modules that `adapters` names; ValueError for one that is not there."""
-    names = [int(a) if a.isdecimal() and a not in there else a for a in options.adapters]
+def named_modules(adapters: Sequence[str], there: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of modules given by name or index; ValueError for one that is not there."""
+    names = [int(a) if a.isdecimal() and a not in there else a for a in adapters]
     return tuple(there[i] for i in positions(there, names))
 
 

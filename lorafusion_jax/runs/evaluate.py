@@ -107,33 +107,33 @@ def evaluate_seeds(setup: Setup, options: FuseOptions, params: Params) -> tuple[
     """
     method = options.entry
     if method.answers == "nothing":
-        return options.seeds, _constant(setup, options)
+        return options.seeds, _constant(setup, tasks_of_seeds(setup.task, options))
     if method.answers == "examples":
-        return options.seeds, _few_shot(setup, options)
+        return options.seeds, _few_shot(setup, shown_to_seeds(setup.task, options), options.eval_batch)
     seeds = options.seeds if method.seeded else options.seeds[:1]
     asked = setup if method.seeded else setup.with_problem(index=setup.problem.index[:1])
     return seeds, evaluate(asked, params, batch_size=options.eval_batch, options=answer_options(setup.task))
 
 
-def _constant(setup: Setup, options: FuseOptions) -> Evaluation:
-    """Answer every row with the most common target of the seed's rows."""
+def _constant(setup: Setup, of_seeds: list[Task]) -> Evaluation:
+    """Answer every row with the most common training target of each seed's task."""
     wanted = [example.target for example in setup.task.test[: len(setup.test)]]
-    said = [[constant_answer(task)] * len(wanted) for task in tasks_of_seeds(setup.task, options)]
+    said = [[constant_answer(task)] * len(wanted) for task in of_seeds]
     correct = exact_match(said, wanted)
     return Evaluation(said, correct, loss=None, option_correct=correct if answer_options(setup.task) else None)
 
 
-def _few_shot(setup: Setup, options: FuseOptions) -> Evaluation:
+def _few_shot(setup: Setup, shown_to: list[Task], batch_size: int) -> Evaluation:
     """Evaluate the base model with examples in the prompt, which each seed draws from its rows."""
     closed = answer_options(setup.task)
     texts = Texts(setup.tokenizer, setup.text_format)
     # After its answer, a model that continues the prompt adds further examples.
     stop = BETWEEN_EXAMPLES if texts.text_format.ends and not texts.text_format.chat else None
     of_seeds = []
-    for shown in shown_to_seeds(setup.task, options):
+    for shown in shown_to:
         test = encode_shown(texts, shown, len(setup.test), setup.max_new_tokens)
         asked = dataclasses.replace(setup.with_problem(index=setup.problem.index[:1]), task=shown, test=test)
-        of_seeds.append(evaluate(asked, {}, batch_size=options.eval_batch, options=closed, stop=stop))
+        of_seeds.append(evaluate(asked, {}, batch_size=batch_size, options=closed, stop=stop))
     scored = [one.option_correct for one in of_seeds if one.option_correct is not None]
     losses = [one.loss for one in of_seeds if one.loss is not None]
     return Evaluation(

@@ -181,7 +181,7 @@ def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None 
     """
     answering = _answering(options)
     lines = list(_lines(options))
-    texts = load_texts(answering.fused, answering.base)
+    texts = load_texts(answering.base, chat=answering.fused.chat)
     asked = {place: line for place, line in enumerate(lines) if line.strip()}
     encoded, places = answering.encode(texts, asked), np.array([*asked])
     problem = load() if load else answering.problem()
@@ -208,7 +208,7 @@ def stream_lines(options: GenerateOptions, load: Callable[[], Problem] | None = 
     A line is read after the previous answer is complete.
     """
     answering = _answering(options)
-    texts = load_texts(answering.fused, answering.base)
+    texts = load_texts(answering.base, chat=answering.fused.chat)
     problem, tokenizer = load() if load else answering.problem(), texts.tokenizer
     if "base" not in answering.params:
         problem = problem.replace(frozen=problem.frozen.unstacked())

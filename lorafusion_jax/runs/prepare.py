@@ -50,6 +50,9 @@ class Setup(LoadedModel):
 def check(options: FuseOptions) -> None:
     """Raise ValueError for options that contradict each other, before anything is loaded."""
     name, method, recipe = options.method, options.entry, options.recipe
+    chosen, in_arrays = choice_of(recipe) != "draw", options.arrays.crossbar is not None
+    if not in_arrays:
+        check_digital(options.arrays, OnArrays.__dataclass_fields__)
     if not options.seeds:
         raise ValueError("no seeds: give at least one, for example --seeds 1 2 3")
     if len(set(options.seeds)) < len(options.seeds):
@@ -64,7 +67,6 @@ def check(options: FuseOptions) -> None:
     for number, value in (vars(options) | vars(recipe)).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{number} is {value}: give a finite number, because config.json cannot hold others")
-    chosen, in_arrays = choice_of(recipe) != "draw", options.arrays.crossbar is not None
     quantised, controlled, mesh = options.load_in != "full", options.control != "none", options.mesh is not None
     by_hand = (options.coordinator, options.processes, options.process)
     for wrong, message in (
@@ -108,8 +110,6 @@ def check(options: FuseOptions) -> None:
     ):
         if wrong:
             raise ValueError(message)
-    if not in_arrays:
-        check_digital(options.arrays, OnArrays.__dataclass_fields__)
 
 
 def prepare(
@@ -150,7 +150,7 @@ def prepare(
         if to_train and recipe.warmup > steps:
             raise ValueError(f"a warm-up of {recipe.warmup} steps, but training has {steps}: lower --warmup")
     base = base or open_base(options.base)
-    texts = load_texts(options, base)
+    texts = load_texts(base, chat=options.chat)
     train = tasks.encode(texts.tokenizer, task.train, texts.text_format)
     longest = max((len(row) for row in train.labels), default=128)
     new_tokens = recipe.max_new_tokens or tasks.most_new_tokens(longest)

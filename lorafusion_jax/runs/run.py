@@ -160,7 +160,7 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
 def load_seed(folder: Path, seed: int | None) -> tuple[FuseOptions, Params, RunConfig, int]:
     """Return the options of a run, the numbers of one seed (by default its first), the config, and the seed's place."""
     options, params, config = load_run(folder)
-    place = seed_place(folder, options, seed)
+    place = seed_place(folder, options.seeds, seed)
     return options, jax.tree.map(lambda p: p[place], params), config, place
 
 
@@ -170,11 +170,11 @@ def check_answers(folder: Path, options: FuseOptions) -> None:
         raise ValueError(f"{folder} is of {options.method}, which needs rows of its task: use `lorafusion evaluate`")
 
 
-def seed_place(folder: Path, options: FuseOptions, seed: int | None) -> int:
+def seed_place(folder: Path, seeds: tuple[int, ...], seed: int | None) -> int:
     """Return the place of one of a run's seeds (by default its first) among them; raises a ValueError for others."""
-    if seed is not None and seed not in options.seeds:
-        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, options.seeds))}; choose one")
-    return 0 if seed is None else options.seeds.index(seed)
+    if seed is not None and seed not in seeds:
+        raise ValueError(f"{folder} has no seed {seed}: it has {', '.join(map(str, seeds))}; choose one")
+    return 0 if seed is None else seeds.index(seed)
 
 
 def _located(config: RunConfig) -> FuseOptions:

@@ -219,7 +219,7 @@ class Service:
             weights than the run was fused with.
         """
         self._check_shares(run)
-        place, pool = seed_place(run.folder, run.options, seed), self.bank.frozen.pool
+        place, pool = seed_place(run.folder, run.options.seeds, seed), self.bank.frozen.pool
         number = self._number(name)
         modules = run.modules[place]
         if missing := ", ".join(sorted(set(modules) - set(pool.names if pool else ()))):

@@ -171,7 +171,7 @@ def test_the_likeliest_option_is_that_of_a_loop_over_whole_texts(chat):
 @pytest.mark.parametrize(("chat", "answer"), [(False, " cold"), (True, " cold\n\nQ")])
 def test_examples_in_the_prompt_end_an_answer_before_further_examples(chat, answer, base, task, tmp_path, monkeypatch):
     options = _options(base, task, tmp_path, method="few-shot", chat=chat, test_rows=2)
-    tokenizer = parts.load_texts(options).tokenizer
+    tokenizer = parts.open_base(options.base).tokenizer
     said = tokenizer(" cold\n\nQ", add_special_tokens=False)["input_ids"]
     prompts = []
 

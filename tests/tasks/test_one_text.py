@@ -13,8 +13,7 @@ from small_llama import BOS, END, EOS, START
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorafusion_jax import FuseOptions
-from lorafusion_jax.parts import load_texts
+from lorafusion_jax.parts import load_texts, open_base
 from lorafusion_jax.tasks import SEPARATE_TEXTS, Example, TextFormat, decode, encode, few_shot, load_task, stream_text
 
 _PLAIN = TextFormat(ends=(END, EOS))
@@ -174,7 +173,7 @@ def test_two_texts_are_tokenised_as_before(tokenizer):
 def test_prompts_answers_and_chats_have_the_goldens_tokens(goldens):
     """The rows that transformers and PEFT trained SmolLM2 on, and conversations as its own tokenizer reads them."""
     goldens = goldens / "smollm2"
-    texts = load_texts(FuseOptions(base=str(smollm2.gguf_file()), task="", chat=True))
+    texts = load_texts(open_base(smollm2.gguf_file()), chat=True)
     golden = dict(np.load(goldens / "inputs.npz"))
     plain = dataclasses.replace(texts.text_format, chat=False)
     for k, rows in enumerate(json.loads((goldens / "texts.json").read_text())["loss_rows"]):
