@@ -81,6 +81,6 @@ def attempt(function: Callable[[Item], Result], item: Item) -> Result | OutOfMem
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return OutOfMemory(printable(str(error).partition("\n")[0][:_LONGEST_ERROR]) or type(error).__name__)
-    finally:
-        gc.collect()  # the error's traceback held the arrays of the run
+        failure = OutOfMemory(printable(str(error).partition("\n")[0][:_LONGEST_ERROR]) or type(error).__name__)
+    gc.collect()  # the error's traceback held the arrays of the run
+    return failure

@@ -290,7 +290,8 @@ def _weight(one: TaskTrial, training: Training) -> int:
 def _measure(options: TrialOptions, one: TaskTrial, until: float | None, update: Callable[[int], Any]) -> Measure:
     """Return a function that reads scores from OUT, and measures those that are missing there."""
     lanes, settings = lanes_of(options, one.source), {name: _settings(run) for name, (_, run) in one.arms.items()}
-    common = {"digests": lanes.digests, "rows": _rows_sha256(one.rows), "seed": options.seed}
+    rows_sha256 = _digest([row.row for row in one.rows])
+    common = {"base_and_pool": _digest(lanes.digests), "rows": rows_sha256, "seed": options.seed}
     cells = Cells(options.out / one.task / "measured.jsonl", _key_of, common)
 
     def measure(trainings: Sequence[Training]) -> Iterator[Scores]:
@@ -330,11 +331,11 @@ def lanes_of(options: TrialOptions, source: str) -> Lanes:
 def _settings(run: FuseOptions) -> str:
     """Return a digest of the settings of an arm, other than its rates."""
     values = options_to_json(run)
-    return hashlib.sha256(json.dumps([values[name] for name in _SETTINGS], sort_keys=True).encode()).hexdigest()[:16]
+    return _digest([values[name] for name in _SETTINGS])
 
 
-def _rows_sha256(rows: Sequence[Example]) -> str:
-    return hashlib.sha256("".join(row.row for row in rows).encode()).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _row(settings: str, training: Training, scores: Scores) -> Row:
