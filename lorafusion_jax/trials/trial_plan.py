@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ..methods.recipes import modules_of
 from ..support.platform import for_cpu
 from ..support.text_tables import plain
-from .lanes import Lanes
+from .lanes import Lanes, shortened
 from .procedure import Training
 from .run import TaskTrial, TrialOptions, lanes_of, prepared
 
@@ -57,8 +57,7 @@ def _seconds(one: TaskTrial, training: Training, calibration: Calibration) -> fl
     entry = run.entry
     generated = training.answers * len(training.test) * calibration.generated
     if entry.learns == "trained":
-        epochs = max(round(run.recipe.epochs * training.share), 1)
-        return epochs * len(training.train) * calibration.trained + generated
+        return shortened(run.recipe, training.share).epochs * len(training.train) * calibration.trained + generated
     passes = entry.evaluations(run.recipe, modules_of(run.recipe)) if entry.search is not None else 0
     return passes * len(training.train) * calibration.trained / 3 + generated
 
