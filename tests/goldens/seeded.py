@@ -113,10 +113,8 @@ def base(kind: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
 _LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-def adapter(
-    name: str, config: dict[str, Any], shapes: dict[str, tuple[int, int]], std: float = 0.1
-) -> dict[str, np.ndarray]:
-    """Return the tensors of a PEFT adapter of the base's matrices; std is that of lora_B."""
+def adapter(name: str, config: dict[str, Any], shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Return the tensors of a PEFT adapter of the base's matrices."""
     tensors = {}
     for path, (d_out, d_in) in shapes.items():
         if path.rsplit(".", 1)[1] not in config["target_modules"]:
@@ -125,7 +123,7 @@ def adapter(
         rank = next((r for key, r in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), config["r"])
         key = f"{_PREFIX}{path}"
         tensors[f"{key}.lora_A.weight"] = normal(f"{name}/{path}.A", (rank, d_in), d_in**-0.5)
-        tensors[f"{key}.lora_B.weight"] = normal(f"{name}/{path}.B", (d_out, rank), std)
+        tensors[f"{key}.lora_B.weight"] = normal(f"{name}/{path}.B", (d_out, rank), 0.1)
         if config.get("use_dora"):
             tensors[f"{key}.lora_magnitude_vector"] = normal(f"{name}/{path}.m", (d_out,), 0.1, mean=0.8)
     return tensors
@@ -141,14 +139,8 @@ def unfold(folder: Path) -> Path:
             _save(base(kind, config), path.parent / "model.safetensors")
         for options in sorted(path.parent.parent.glob("adapters/*/adapter_config.json")):
             if not list(options.parent.glob("adapter_model.*")):
-                name, std = f"{kind}/{options.parent.name}", 0.1 if kind.startswith("fusion/") else 0.025
-                tensors = adapter(name, json.loads(options.read_text()), matrices(config), std)
-                if (stored := options.parent / "magnitudes.npy").exists():
-                    # Those of a real base are close to the norms of its rows, which are not known here.
-                    keys = [key for key in tensors if key.endswith(".lora_magnitude_vector")]
-                    ends = np.cumsum([len(tensors[key]) for key in keys])
-                    rows = np.split(np.load(stored).astype(np.float32), ends[:-1])
-                    tensors |= dict(zip(keys, rows, strict=True))
+                name = f"{kind}/{options.parent.name}"
+                tensors = adapter(name, json.loads(options.read_text()), matrices(config))
                 _save(tensors, options.parent / "adapter_model.safetensors")
     return folder
 

@@ -92,13 +92,6 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
     assert newest is not None and all(np.isfinite(p).all() for p in jax.tree.leaves(newest[0]["best"]))
 
 
-@pytest.mark.long
-def test_a_seed_does_not_depend_on_the_seeds_next_to_it(fused, tmp_path):
-    options, results = fused
-    alone = lf.fuse(dataclasses.replace(options, seeds=(2,), out=tmp_path))
-    assert alone["seeds"][0] == results["seeds"][1]
-
-
 def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
     options, results = fused
     again = lf.fuse(dataclasses.replace(options, out=tmp_path, profile=tmp_path / "profile"))
@@ -111,15 +104,6 @@ def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match=f"{tmp_path / 'file' / 'profile'} cannot be written"):
         lf.fuse(dataclasses.replace(options, out=tmp_path / "other", profile=tmp_path / "file" / "profile"))
-
-
-@pytest.mark.accelerator
-@pytest.mark.long
-def test_batched_seeds_equal_sequential_ones(fused, tmp_path):
-    options = dataclasses.replace(fused[0], seed_mode="batched", out=tmp_path)
-    lf.fuse(options)
-    batched, sequential = (lf.load_run(parts.run_path(of))[1] for of in (options, fused[0]))
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), batched, sequential)
 
 
 def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
