@@ -23,14 +23,14 @@ from ..support.reading import check_name, check_regular, utf8
 from ..support.version import __version__
 from .folders import new_folder
 from .hf import base_tensor, open_base
-from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter, read_config_file, resave
-from .peft.config import KnownBase, check_fields
+from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter, resave
+from .peft.config import KnownBase
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe
 from .pool.basis import FOLDER, save_basis
 from .pool.folder import ConvertedPool, write_manifest
 from .pool.stack import check_finite, check_fits
-from .source import resolve, sha256
+from .source import sha256
 
 _RUNTIME_FIELDS = ("dtype", "remat", "unroll")
 _PACKAGES = ("jax", "numpy", "safetensors")
@@ -59,8 +59,6 @@ class ConvertOptions:
       basis_modules: names of the modules that the directions are made from; by default all.
       basis_from: also project the modules on the basis of this pool, whose directions may be in arrays already, and
         report the share of their norms that it loses.
-      rank: rank to which adapters that are not LoRA (LoHa, LoKr, VeRA, RandLoRA, OFT, BOFT) are converted; by default
-        the largest rank of the other adapters, or 16. The report has the relative error of every update.
       drop_magnitudes: take DoRA adapters as plain LoRA, without their magnitudes, so that several fit into one pool.
         The report has the relative error of the outputs of each.
       dtype: store factors in this dtype; by default in the adapter's.
@@ -76,7 +74,6 @@ class ConvertOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     dry_run: bool = False
     skip_bad: bool = False
-    rank: int | None = None
     drop_magnitudes: bool = False
     basis: int | None = None
     basis_modules: tuple[str, ...] = ()
@@ -95,15 +92,13 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     makes_basis = options.basis is not None or options.basis_from is not None
     if options.dry_run and makes_basis:
         raise ValueError("a dry run makes no basis: leave out --dry-run, or --basis and --basis-from")
-    if options.rank is not None and options.rank < 1:
-        raise ValueError(f"--rank is {options.rank}: expected 1 or more")
     sources = _sources(options)
     for source in (options.base or "", str(options.out or ""), *sources):
         check_name(source)
     if options.out is None and not options.dry_run:
         raise ValueError("the pool has no folder: give --out FOLDER, or --dry-run to write nothing")
     if not sources and options.out is not None:
-        if flags := flags_given(options, ("base", "dtype", "skip_bad", "rank", "drop_magnitudes")):
+        if flags := flags_given(options, ("base", "dtype", "skip_bad", "drop_magnitudes")):
             raise ValueError(f"{flags}: only for adapters that are converted: leave it out, or give --adapters")
         pool = ConvertedPool(options.out)
         _add_basis(options, options.out)
@@ -168,12 +163,11 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     opened = open_base(options.base)
     config, tensor = opened.config, base_tensor(opened)
     base, shapes = KnownBase(options.base, opened.raw), linear_shapes(config)
-    rank = _common_rank(sources) if options.rank is None else options.rank
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
     for source in progress("convert", sources, unit="adapter"):
         try:
-            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=base, rank=rank)
+            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=base)
             if options.drop_magnitudes and adapter.magnitude is not None:
                 adapter = _without_magnitudes(adapter, tensor)
             check_fits(adapter, adapters, alone=len(sources) == 1)
@@ -212,18 +206,6 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     if folder is not None:
         write_manifest(folder, manifest)
     return manifest
-
-
-def _common_rank(sources: Sequence[str]) -> int:
-    """Return the largest rank that the configurations of LoRA adapters state, or 16."""
-    ranks = []
-    for source in sources:
-        with contextlib.suppress(ValueError):  # reported when the adapter is read
-            config = read_config_file(resolve(source, patterns=(CONFIG,)))[1]
-            if config.get("peft_type") == "LORA":
-                check_fields(config)
-                ranks += [config.get("r", 8), *(config.get("rank_pattern") or {}).values()]
-    return max(ranks, default=16)
 
 
 def _without_magnitudes(adapter: PeftAdapter, tensor: Callable[[str], np.ndarray]) -> PeftAdapter:

@@ -156,17 +156,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         with named(restored):
             found.on({"q": load_chip(chips / "chip_0" / "q.safetensors")})
 
-    query = "encoder.block.0.layer.0.SelfAttention.q"
-    checked = {"shapes": {query: (96, 96)}, "base_tensor": lf.base_tensor(base)}
-
-    def other(kind: str, part: str) -> Kind:
-        at = folder / kind
-        if not at.exists():
-            fields, tensors = _OTHER_KINDS[kind]
-            named = {f"base_model.model.{query}.{name}": np.ones(shape, "f4") for name, shape in tensors.items()}
-            parts.write_adapter(at, {"peft_type": kind, "target_modules": ["q"]} | fields, named)
-        return Kind(at / part, lambda: parts.read_adapter(str(at), **checked))
-
     return {
         "pool manifest": Kind(pool / "manifest.json", whole_pool, signed),
         "pool manifest, not signed": Kind(pool / "manifest.json", lambda: lf.load_pool(pool)),
@@ -186,8 +175,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "adapter config": Kind(Path(sources[0]) / "adapter_config.json", lambda: parts.read_adapter(sources[0])),
         "adapter weights": Kind(Path(sources[0]) / "adapter_model.safetensors", lambda: parts.read_adapter(sources[0])),
         "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: parts.read_adapter(str(pickled))),
-        **{f"{kind} config": other(kind, "adapter_config.json") for kind in _OTHER_KINDS},
-        **{f"{kind} weights": other(kind, "adapter_model.safetensors") for kind in _OTHER_KINDS},
         "weights file": Kind(weights_file, weights),
         "corrections manifest": Kind(restored / "manifest.json", corrections),
         "corrections arrays": Kind(restored / "arrays.safetensors", corrections, lambda: stored(restored)),
@@ -394,17 +381,6 @@ def _write_corrections(folder: Path, chips: parts.Chips) -> None:
     arrays.save(folder, {"q": {part: np.ones(shape, np.float32) for part, shape in shapes.items()}}, metadata)
 
 
-# Fields and shapes of tensors of adapters that are converted to LoRA.
-_OTHER_KINDS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
-    "LOHA": (
-        {"r": 2, "alpha": 4, "rank_pattern": {"q": 2}, "alpha_pattern": {}},
-        {"hada_w1_a": (96, 2), "hada_w1_b": (2, 96), "hada_w2_a": (96, 2), "hada_w2_b": (2, 96)},
-    ),
-    "OFT": (
-        {"r": 0, "oft_block_size": 4, "coft": True, "eps": 0.1, "num_cayley_neumann_terms": 5},
-        {"oft_R.weight": (24, 6)},
-    ),
-}
 _BYTE_LEVEL = {
     "model": "gpt2",
     "pre": "gpt-2",

@@ -292,7 +292,7 @@ def test_state_of_the_training_is_ignored(write):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3': expected LORA or a kind of matrix update; merge it into the base"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3': expected LORA; merge it into the base"),
         ({"peft_type": None, "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "MLX"),
         ({"target_parameters": ["w"]}, "target_parameters is set: LoRA on bare parameters"),
         ({"enable_lora": [True, False]}, "enable_lora is set: the MergedLinear of PEFT 0.2"),

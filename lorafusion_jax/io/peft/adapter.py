@@ -20,7 +20,6 @@ from .. import torch_pickle
 from ..folders import new_folder
 from ..source import at_home, map_file, resolve
 from .config import KnownBase, check_base, check_config, scalings
-from .kinds import KINDS, as_lora
 from .tensors import MAGNITUDE, collect, target_warnings
 
 CONFIG = "adapter_config.json"
@@ -28,7 +27,6 @@ WEIGHTS = "adapter_model.safetensors"
 _BIN = "adapter_model.bin"
 _MAX_CONFIG = 1 << 20
 _LONGEST_REASON = 2_000
-_EXACT, _MUCH = 1e-5, 0.05  # relative errors of updates: rounding of float32, and what deserves a warning
 _AGAIN = "fetch the file again"
 _FOREIGN_FILES = {"adapters.safetensors": "MLX", "adapters.npz": "MLX", "pytorch_adapter.bin": "AdapterHub"}
 
@@ -53,8 +51,6 @@ class PeftAdapter:
     keys: dict[str, tuple[str, ...]]  # keys of A, B and, with DoRA, the magnitude in the file, by path
     kept: dict[str, np.ndarray]  # tensors that are not applied, by key: copies of base weights and state of training
     notes: tuple[str, ...]  # warnings, and what was ignored, with the reason
-    # ||dW - B A|| / ||dW|| by path, for an adapter of another kind than LoRA
-    residual: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def read_adapter(
@@ -64,7 +60,6 @@ def read_adapter(
     base_tensor: Callable[[str], np.ndarray] | None = None,
     base: KnownBase | None = None,
     compared: Collection[str] | None = None,
-    rank: int = 16,
 ) -> PeftAdapter:
     """Read and check an adapter.
 
@@ -77,7 +72,6 @@ def read_adapter(
         base: The base model, to be compared with the one that the adapter names.
         compared: Keys of tensors that were compared with the base's when the adapter was written into a pool; given
             instead of `base_tensor`.
-        rank: Rank of the factors of an adapter of another kind than LoRA (see `kinds`).
 
     Raises:
         AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer.
@@ -89,21 +83,10 @@ def read_adapter(
         name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
         check_name(name)
         config_text, config = read_config_file(folder)
-        compares = base_tensor is not None or compared is not None
-        kind, notes, residual = config.get("peft_type"), [], {}
-        if kind not in KINDS:
-            with named(folder / CONFIG):
-                notes += check_config(config, compare_saved=compares)
+        with named(folder / CONFIG):
+            notes = check_config(config, compare_saved=base_tensor is not None or compared is not None)
         weights = _weights_file(folder, notes)
         tensors = (torch_pickle if weights.suffix == ".bin" else safetensors_map).load(weights)
-        if kind in KINDS:
-            with named(weights):
-                if shapes is None or base_tensor is None:
-                    raise ValueError(f"a {kind} adapter becomes LoRA only with its base's weights: give the base")
-                config, tensors, residual = as_lora(config, tensors, rank=rank, shapes=shapes, base_tensor=base_tensor)
-            config_text = json.dumps(config, indent=2, sort_keys=True).encode()
-            with named(folder / CONFIG):
-                notes += [_loss(kind, rank, residual), *check_config(config, compare_saved=compares)]
         kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
         with named(weights):
             parts, ignored = collect(tensors, config, shapes=shapes, base_tensor=base_tensor)
@@ -130,7 +113,6 @@ def read_adapter(
             keys={path: tuple(part[kind][0] for kind in sorted(part)) for path, part in parts.items()},
             kept=kept | {key: tensors[key] for key in ignored},
             notes=tuple(notes),
-            residual=residual,
         )
 
 
@@ -143,18 +125,6 @@ def _errors_of(source: str) -> Iterator[None]:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]} ..."
         raise AdapterError(reason if source in reason else f"{source}: {reason}") from error
-
-
-def _loss(kind: str, rank: int, residual: Mapping[str, float]) -> str:
-    """Describe how well the factors represent the updates."""
-    worst = max(residual, key=residual.__getitem__)
-    if residual[worst] < _EXACT:
-        return f"converted from {kind} to LoRA of rank {rank}, exactly"
-    text = (
-        f"converted from {kind} to LoRA of rank {rank}: the relative error of the updates is "
-        f"{np.mean([*residual.values()]):.1%} on average and {residual[worst]:.1%} at {worst}"
-    )
-    return f"warning: {text}; a larger --rank lowers it" if residual[worst] > _MUCH else text
 
 
 def resave(adapter: PeftAdapter, folder: Path) -> None:

@@ -50,7 +50,11 @@ _OTHER_FORWARD = {
     "use_bdlora": "BD-LoRA, with block-diagonal factors",
     "use_qalora": "QA-LoRA, which pools the inputs in groups",
 }
-_OTHER_KINDS = dict.fromkeys(("IA3", "LN_TUNING"), "merge it into the base with PEFT's merge_and_unload, and give that")
+# Remedies for other kinds of adapters, by `peft_type`.
+_MERGE = "merge it into the base with PEFT's merge_and_unload, and give that base"
+_OTHER_KINDS = dict.fromkeys(("BOFT", "IA3", "LN_TUNING", "OFT"), _MERGE) | dict.fromkeys(
+    ("LOHA", "LOKR", "RANDLORA", "VERA"), f"convert it with PEFT's save_as_lora, or {_MERGE}"
+)
 _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
 _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 
@@ -92,7 +96,7 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
         raise ValueError(f"{foreign}: expected a LoRA adapter saved by PEFT (peft_type LORA)")
     if config["peft_type"] != "LORA":
         fix = _OTHER_KINDS.get(config["peft_type"], "retrain as LoRA")
-        raise ValueError(f"peft_type is {shown(config['peft_type'])}: expected LORA or a kind of matrix update; {fix}")
+        raise ValueError(f"peft_type is {shown(config['peft_type'])}: expected LORA; {fix}")
     for field, name in _OTHER_FORWARD.items():
         # PEFT reads an empty dict as the variant with its default settings.
         if config.get(field) not in (None, False, []):
@@ -100,7 +104,7 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
     bias = config.get("bias") or "none"
     if bias != "none":
         raise ValueError(f"bias is {shown(bias)}: trained biases cannot be mixed; retrain with bias='none'")
-    check_fields(config)
+    _check_fields(config)
     _check_init(config.get("init_lora_weights"))
     if config.get("modules_to_save") and not compare_saved:
         raise ValueError(
@@ -186,7 +190,7 @@ def configured(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, tup
     }
 
 
-def check_fields(config: Mapping[str, Any]) -> None:
+def _check_fields(config: Mapping[str, Any]) -> None:
     """Raise a ValueError if a field that is read, or a pattern, is impossible."""
     structured(config, _Fields, "", own=False, fix="correct the field, or save the adapter again with PEFT")
     keys = {field: list(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")}

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 
@@ -27,7 +27,6 @@ class Entry(TypedDict):
     parameters: int
     dora: bool
     sites: Annotated[Ranks, msgspec.Meta(min_length=1)]
-    residual: NotRequired[dict[str, float]]  # ||dW - B A|| / ||dW|| by module, of an adapter that was not LoRA
     kept: list[str]  # keys of tensors that are not applied
     notes: list[str]
     folder: str
@@ -51,7 +50,7 @@ def describe(adapter: PeftAdapter, config: Architecture) -> dict[str, Any]:
         "sites": rank_table(adapter, config),
         "kept": sorted(adapter.kept),
         "notes": list(adapter.notes),
-    } | ({"residual": dict(adapter.residual)} if adapter.residual else {})
+    }
 
 
 def check_entry(pool: Path, entry: Entry, base: Architecture) -> None:

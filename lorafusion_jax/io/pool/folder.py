@@ -185,7 +185,7 @@ class AdapterFolders:
 
     @functools.cached_property
     def _adapters(self) -> list[PeftAdapter]:
-        # Kinds other than LoRA, and copies of base weights, need the base.
+        # Copies of base weights need the base.
         how = {"shapes": linear_shapes(self.config), "base_tensor": base_tensor(self._base)} if self.base else {}
         return [read_adapter(str(self.folder / name), **how) for name in self.names]
 
