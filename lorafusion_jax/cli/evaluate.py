@@ -11,8 +11,7 @@ import numpy as np
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips
 from ..runs.options import check_digital
-from ..runs.predict import EvaluateOptions, evaluate_run
-from ..serving.predict import evaluate_runs
+from ..runs.predict import EvaluateOptions, evaluate_run, evaluate_runs
 from ..support.reading import show
 from ..support.text_tables import plain
 from .parsing import parse, part_of
@@ -32,8 +31,7 @@ class EvaluateCommand(EvaluateOnChipsOptions):
 
     Attributes:
       run: folder of the run.
-      runs: folders of several runs on one base and pool, instead of --run: all seeds of all of them are evaluated in
-        batches of mixed tasks, digitally.
+      runs: folders of several runs, instead of --run, which are evaluated digitally, one after the other.
     """
 
     run: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,22 +1,15 @@
-"""Use of several fused runs at once: `lorafusion evaluate --runs`, `lorafusion generate --runs`."""
+"""Answers of several fused runs at once: `lorafusion generate --runs`."""
 
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from jaxtyping import Int
+from typing import Any
 
 from ..models.generate import GREEDY, Sampling
-from ..runs.evaluate import Evaluation, likeliest_correct, seed_rows, with_options
-from ..runs.folder import RunFolder
-from ..runs.predict import task_to_evaluate
 from ..support.checks import at_least
 from ..support.reading import check_regular, utf8
 from ..support.reading import decode as decode_json
 from ..support.text import shown
-from ..tasks import Encoded, Task, answer_options, decode, exact_match
 from .service import FusedRun, Service, run_input
 
 _EXAMPLE = '{"run": "a-run", "input": "some text"}'
@@ -71,101 +64,6 @@ def _row(
     name = None if run is None else names[run]
     run_input(row, where, None if name is None else runs[name])  # raises ValueError before anything is loaded
     return row, name
-
-
-class _TestRows(NamedTuple):
-    """The test rows of a run, for every seed one after the other."""
-
-    run: FusedRun
-    numbers: list[int]  # of each seed's task in the bank
-    task: Task
-    test: Encoded
-    options: Sequence[Sequence[str]] | None  # None for an open task
-
-
-def evaluate_runs(
-    runs: Sequence[Path],
-    *,
-    task: str | None = None,
-    train_rows: int | None = None,
-    test_rows: int | None = None,
-    eval_batch: int = 64,
-) -> list[dict[str, Any]]:
-    """Return the scores of every seed of every run (see `seed_rows`), with the names of the run and the task.
-
-    Runs are evaluated on their own tasks by default; arguments are options of `lorafusion evaluate`. Raises a
-    ValueError for runs that cannot be served together, and for a task that cannot be used.
-    """
-    at_least(1, test_rows=test_rows, eval_batch=eval_batch)
-    by_name = _read(runs)
-    of_runs = {
-        name: task_to_evaluate(run.options, run.folder, RunFolder(run.folder).config(), task, train_rows)
-        for name, run in by_name.items()
-    }
-    service = Service(list(by_name.values()), capacity=sum(len(run.options.seeds) for run in by_name.values()))
-    asked = {}
-    for name, run in by_name.items():
-        of_seeds = {f"{name}, seed {seed}": seed for seed in run.options.seeds}
-        for title, seed in of_seeds.items():
-            service.add(title, run, seed)
-        of = of_runs[name]
-        test = service.encode(of.test[: test_rows or run.options.test_rows], run, run.max_new_tokens)
-        closed = answer_options(of)
-        numbers = [service.tasks[title].number for title in of_seeds]
-        asked[name] = _TestRows(run, numbers, of, test, closed and closed[: len(test)])
-    evaluations = _evaluated(service, list(asked.values()), eval_batch)
-    return [
-        {"run": name, "task": one.task.name, **row}
-        for (name, one), evaluation in zip(asked.items(), evaluations, strict=True)
-        for row in seed_rows(one.run.options.seeds, evaluation)
-    ]
-
-
-def _evaluated(service: Service, asked: Sequence[_TestRows], eval_batch: int) -> list[Evaluation]:
-    """Return the evaluation of every run: its rows and seeds share their batches with all others."""
-    blocks = [(one.test, one.numbers) for one in asked]
-    rows, numbers = _for_seeds(blocks)
-    limits = [one.run.max_new_tokens for one in asked for _ in range(len(one.test) * len(one.numbers))]
-    said = decode(service.tokenizer, service.tokens(rows, numbers, limits, eval_batch=eval_batch), service.text_format)
-    likelihoods = service.log_likelihoods(rows, numbers, eval_batch=eval_batch)
-    closed = [
-        (with_options(service.tokenizer, one.task, one.test, one.options, service.format_of(one.run)), one.numbers)
-        for one in asked
-        if one.options is not None
-    ]
-    of_options = service.log_likelihoods(*_for_seeds(closed), eval_batch=eval_batch)
-    scores = iter(_apart(of_options, closed))
-    texts, of_rows = _apart(np.array(said, object), blocks), _apart(likelihoods, blocks)
-    evaluations = []
-    for one, predictions, likelihood in zip(asked, [t.tolist() for t in texts], of_rows, strict=True):
-        targets = [example.target for example in one.task.test[: len(one.test)]]
-        evaluations.append(
-            Evaluation(
-                predictions=predictions,
-                correct=exact_match(predictions, targets),
-                loss=-likelihood.sum(axis=1) / sum(map(len, one.test.labels)),
-                option_correct=likeliest_correct(next(scores), one.options, one.task) if one.options else None,
-            )
-        )
-    return evaluations
-
-
-_Block = tuple[Encoded, list[int]]
-
-
-def _for_seeds(blocks: Sequence[_Block]) -> tuple[Encoded, Int[np.ndarray, " rows"]]:
-    """Return the rows of all blocks, each once for every number, and the numbers of all rows."""
-    inputs = [row for rows, numbers in blocks for _ in numbers for row in rows.inputs]
-    labels = [row for rows, numbers in blocks for _ in numbers for row in rows.labels]
-    of_rows = [number for rows, numbers in blocks for number in numbers for _ in rows.inputs]
-    return Encoded(tuple(inputs), tuple(labels)), np.array(of_rows, np.int32)
-
-
-def _apart(values: np.ndarray, blocks: Sequence[_Block]) -> list[np.ndarray]:
-    """Return what belongs to the rows of each block: [seeds, rows, ...]."""
-    ends = np.cumsum([len(rows) * len(numbers) for rows, numbers in blocks])
-    parts = zip(np.split(values, ends), blocks, strict=False)  # the last part, behind all blocks, is empty
-    return [part.reshape(len(n), len(rows), *part.shape[1:]) for part, (rows, n) in parts]
 
 
 def _read(folders: Sequence[Path]) -> dict[str, FusedRun]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES
@@ -34,7 +34,7 @@ from ..runs.prepare import check_params
 from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
 from ..support.checks import at_least, check_uint32
-from ..tasks import Encoded, Example, TextFormat, as_input, decode, encode, eval_batches
+from ..tasks import Encoded, Example, as_input, decode, encode, eval_batches
 from ..training.frozen import Frozen
 from ..training.method import Method, Params
 from .bank import TaskBank, TaskModels
@@ -141,7 +141,7 @@ class Service:
       bank: the runs' numbers, base and pool.
       tasks: the added tasks, by name.
       tokenizer: tokenizer of the base model.
-      text_format: layout of its prompts and answers; `format_of` a run may also be a chat.
+      text_format: layout of its prompts and answers; those of a run may also be a chat.
     """
 
     def __init__(self, runs: Sequence[FusedRun], *, capacity: int, modules: Sequence[str] = ()):
@@ -294,7 +294,9 @@ class Service:
         for name, run in runs.items():
             rows = [row for row, of_row in enumerate(names) if of_row == name]
             examples = [Example(run_input(texts[row], f"text {row + 1}", run), "") for row in rows]
-            inputs |= zip(rows, self.encode(examples, run, limits[name]).inputs, strict=True)
+            text_format = dataclasses.replace(self.text_format, chat=run is not None and run.options.chat)
+            tokens = encode(self.tokenizer, examples, text_format, new_tokens=limits[name])
+            inputs |= zip(rows, tokens.inputs, strict=True)
         encoded = Encoded(tuple(inputs[row] for row in range(len(texts))), (np.zeros(0, np.int32),) * len(texts))
         numbers = np.array([-1 if name is None else self.tasks[name].number for name in names], np.int32)
         said = self.tokens(
@@ -306,14 +308,6 @@ class Service:
             sampling_seed=sampling_seed,
         )
         return decode(self.tokenizer, said, self.text_format)
-
-    def encode(self, examples: Sequence[Example], run: FusedRun | None, new_tokens: int) -> Encoded:
-        """Return the tokens of examples as a run reads them, None for the plain base (see `tasks.encode`)."""
-        return encode(self.tokenizer, examples, self.format_of(run), new_tokens=new_tokens)
-
-    def format_of(self, run: FusedRun | None) -> TextFormat:
-        """Return how texts become tokens of a run, None for the plain base."""
-        return dataclasses.replace(self.text_format, chat=run is not None and run.options.chat)
 
     def tokens(
         self,
@@ -346,16 +340,6 @@ class Service:
             for _, row, tokens in rows.ended(False, None, longest):
                 answers[row] = tokens[: limits[row]].tolist()
         return answers
-
-    def log_likelihoods(
-        self, encoded: Encoded, numbers: Int[np.ndarray, " rows"], *, eval_batch: int
-    ) -> Float[np.ndarray, " rows"]:
-        """Return the log-probability of each row's labels, in nats; the arguments are those of `tokens`."""
-        likelihoods = np.zeros(len(encoded))
-        for rows, batch in eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id):
-            scores = self.bank.log_likelihoods(batch, np.where(rows >= 0, numbers[rows], -1))
-            likelihoods[rows[rows >= 0]] = np.asarray(scores)[rows >= 0]
-        return likelihoods
 
     def _number(self, name: str) -> int:
         """Return the number of a task, or a free one for a new task."""

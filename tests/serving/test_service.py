@@ -23,7 +23,7 @@ from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.loading.identity import digests
 from lorafusion_jax.methods import find
 from lorafusion_jax.runs.options import row_format
-from lorafusion_jax.serving.predict import evaluate_runs, generate_rows
+from lorafusion_jax.serving.predict import generate_rows
 from lorafusion_jax.tasks import draw_modules, load_task
 
 _TASK = one_block.SMALL / "tasks" / "double_digit"
@@ -173,32 +173,16 @@ def test_a_run_whose_prompt_names_columns_answers_rows_with_them(write, small, a
                 generate()
 
 
-def test_each_seed_of_a_run_is_scored_with_its_own_numbers(runs):
-    together, alone = (
-        [row["loss"] for row in rows]
-        for rows in (
-            evaluate_runs((runs["fused"],), test_rows=2),
-            parts.evaluate_run(parts.EvaluateOptions(run=runs["fused"], test_rows=2)),
-        )
-    )
-    assert together == pytest.approx(alone, rel=1e-5) and together[0] != pytest.approx(together[1], rel=1e-3)
-
-
 @pytest.mark.long
-def test_scores_are_those_of_each_run_alone(runs, capsys):
-    """Every seed of every run on its own task, with options or without; all of them share their batches."""
-    rows = evaluate_runs(tuple(runs.values()))
-    assert [(row["run"], row["seed"]) for row in rows] == [("fused", 1), ("fused", 2), ("mixed", _MIXED), ("scaled", 1)]
-    assert [row["task"] for row in rows] == [_TASK.name, _TASK.name, "closed", _TASK.name]
-    alone = [row for name in ("fused", "mixed") for row in parts.evaluate_run(parts.EvaluateOptions(run=runs[name]))]
-    for got, wanted in zip(rows, alone, strict=False):
-        assert {name: got[name] for name in wanted} == wanted | {"loss": pytest.approx(wanted["loss"], rel=1e-5)}
-    assert rows[2]["option_accuracy"] is not None and rows[0]["option_accuracy"] is None
-    cli.main(["evaluate", "--runs", *map(str, runs.values())])
+def test_several_runs_are_evaluated_as_each_of_them_alone(runs, capsys):
+    alone = {name: parts.evaluate_run(parts.EvaluateOptions(run=runs[name])) for name in ("fused", "mixed")}
+    rows = [{"run": str(runs[name]), **row} for name, of_run in alone.items() for row in of_run]
+    cli.main(["evaluate", "--runs", str(runs["fused"]), str(runs["mixed"])])
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split() == ["run", "task", "seed", "exact", "match", "%", "loss"]
-    wanted = [[r["run"], r["task"], str(r["seed"]), f"{r['exact_match']:.1f}", f"{r['loss']:.4f}"] for r in rows]
-    assert [line.split() for line in lines] == wanted
+    wanted = [[r["run"], str(r["seed"]), f"{r['exact_match']:.1f}", f"{r['loss']:.4f}"] for r in rows]
+    assert [[run, *scores] for run, task, *scores in map(str.split, lines)] == wanted
+    assert [line.split()[1] for line in lines] == [_TASK.name, _TASK.name, "closed"]
 
 
 def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, caplog):
@@ -372,9 +356,7 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, 
     monkeypatch.chdir(runs["mixed"])
     for other in (runs["mixed"], Path(), Path("final", "..")):
         with pytest.raises(ValueError, match="a run is given twice"):
-            evaluate_runs((runs["mixed"], other))
-    with pytest.raises(ValueError, match="train_rows is -1: expected at least 0"):
-        evaluate_runs((runs["mixed"],), train_rows=-1)
+            generate_rows((runs["mixed"], other))
     with pytest.raises(ValueError, match=f"names the run 'none': expected one of {runs['mixed'].name}"):
         generate_rows((Path(),), file=_file(tmp_path, [{"run": "none", "input": "a"}]))
     mixed = str(runs["mixed"])
