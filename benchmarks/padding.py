@@ -5,39 +5,22 @@
 Training of one seed, and of five in turn or batched (95 rows, batches of 10, 20 epochs), and evaluation of every test
 row (batches of 64); each is one program for each shape. The bar is meant for BIG-Bench Hard, whose files --tasks takes,
 or a folder of JSON files; the embedded tasks are the default. Widths depend on --shape. Without a tokenizer lengths are
-estimated from characters. --time trains the five most padded tasks for an epoch in either form, in turns, on one core,
-with random weights.
-
---fit measures what the plans assume of a step's time: seconds = constant + products / rate + weight of scores x scores
-/ rate + other work on a token x tokens / rate, by least squares of relative errors over ten shapes. Products and scores
-are those of `step_operations`; a token's other work is a share of its own products, mean of source and target. Seconds
-are CPU seconds.
+estimated from characters.
 """
 
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import _measure
 import jax
-import jax.numpy as jnp
 import numpy as np
-from _measure import ROOT, case, in_turns, of_turns
-from _model import CHOICES, MODULES, Step, batch_of, config_of, frozen, graph_of
+from _measure import ROOT, case
+from _model import CHOICES, config_of
 
-from lorafusion_jax import PRESETS, Fusion, Problem, load_tokenizer
-from lorafusion_jax.parts import (
-    CHARACTERS_PER_TOKEN,
-    default_seed_mode,
-    recipe_rates,
-    start,
-    step_operations,
-    train_seeds,
-)
+from lorafusion_jax import PRESETS, load_tokenizer
+from lorafusion_jax.parts import CHARACTERS_PER_TOKEN, step_operations
 from lorafusion_jax.tasks import (
     IGNORED,
     Batch,
@@ -67,14 +50,6 @@ _EVAL_BATCH = 64
 # Real tokens, computed ones, shapes, tokens of batches that are no wider than needed.
 Counts = tuple[int, int, int, int]
 _SMALL = ROOT / "examples/small"
-_TIMED = 5
-# Rows, and widths of source and target.
-_SHAPES = (
-    *((2, source, 16) for source in (64, 128, 256, 512)),
-    (3, 256, 48),
-    *((5, source, target) for source, target in ((64, 16), (128, 8), (128, 32))),
-    *((10, source, 16) for source in (64, 128)),
-)
 
 
 def main() -> None:
@@ -82,24 +57,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="model whose steps are counted")
     parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model")
-    parser.add_argument("--time", action="store_true", help="time epochs instead of counting tokens")
-    parser.add_argument("--fit", action="store_true", help="fit the time of steps instead")
-    parser.add_argument("--rounds", type=int, default=3, help="of --time and --fit")
     options = parser.parse_args()
-    if options.time or options.fit:
-        _measure.launch(cores=1)
-    if options.fit:
-        _measure.show([_fit(options)], as_json=options.json)
-        return
     tasks, tokenizer = tasks_of(options)
     config = config_of(options.shape)
     packing = Packing(config.causal, partial(step_operations, config))
     lengths = "tokenised" if tokenizer else "estimated from characters"
-    if options.time:
-        _measure.show([_epochs(options, tasks, tokenizer, packing)], as_json=options.json)
-        return
     cases = []
-
     for what in (*_TRAININGS, "evaluation"):
         parts = 1 if what == "evaluation" else 2  # generation reads no targets
         found = {task.name: _count(_batches(what, task, tokenizer, packing), parts) for task in tasks}
@@ -142,78 +105,6 @@ def _batches(what: str, task: Task, tokenizer: Any, packing: Packing) -> Iterabl
     orders = _orders(task, range(1, count + 1))
     how: Any = {"packing": packing if packed else None, "alike": batched}
     return _cut(train_step_batches(encoded(task.train, tokenizer), orders, pad_id=0, **how))
-
-
-def _epochs(options: Any, tasks: Sequence[Task], tokenizer: Any, packing: Packing) -> dict[str, Any]:
-    """Return the case of an epoch of the tasks with the most padding."""
-    config = config_of(options.shape)
-    counted = {task.name: _count(_batches("padded training, 1 seed", task, tokenizer, packing)) for task in tasks}
-    padded = sorted(tasks, key=lambda task: counted[task.name][0] / counted[task.name][1])[:_TIMED]
-    recipe = PRESETS["default"]
-    weights = jax.block_until_ready(frozen(config, "float32", MODULES))
-    index = jnp.arange(MODULES)[None]
-    problem = Problem(
-        graph=graph_of(config), method=Fusion(), frozen=weights, index=index, seed_mode=default_seed_mode()
-    ).unstacked()
-    rates = recipe_rates(problem.method, recipe, 1)
-
-    def epoch(task: Task, form: Packing | None) -> None:
-        orders = _orders(task, (1,))
-        steps = orders.shape[1] // recipe.epochs
-        state = start(problem, (1,))
-        for batches, _, _ in islice(
-            train_step_batches(encoded(task.train, tokenizer), orders, pad_id=0, packing=form), steps
-        ):
-            state, _ = train_seeds(state, batches, problem, rates, optimisation=recipe.optimisation(orders.shape[1]))
-        jax.block_until_ready(state)
-
-    seconds = dict.fromkeys(("packed", "padded"), 0.0)
-    ratios = {}
-    for task in padded:
-        took = in_turns({"packed": partial(epoch, task, packing), "padded": partial(epoch, task, None)}, options.rounds)
-        ratios[task.name] = of_turns(took["packed"], took["padded"])
-        seconds = {form: total + float(np.median(took[form])) for form, total in seconds.items()}
-        print(task.name, took, file=sys.stderr)
-    return case(
-        f"{options.shape}, 1 core, epochs of the {_TIMED} most padded tasks: packed / padded",
-        seconds["packed"] / seconds["padded"],
-        0.78,
-        seconds=seconds["packed"],
-        padded_seconds=seconds["padded"],
-        **ratios,
-    )
-
-
-def _fit(options: Any) -> dict[str, Any]:
-    """Return the case of the fitted time."""
-    config = config_of(options.shape)
-    step = Step(config, frozen(config, "float32", MODULES), "sum")
-
-    def call(batches: Any) -> None:
-        step.state, _ = train_seeds(step.state, batches, step.problem, step.rates, optimisation=step.optimisation)
-        jax.block_until_ready(step.state)
-
-    runs: dict[str, Callable[[], Any]] = {
-        str(shape): partial(call, jax.tree.map(lambda a: a[:, None], batch_of(config, shape))) for shape in _SHAPES
-    }
-    seconds = np.array([np.median(took) for took in in_turns(runs, options.rounds, time.process_time).values()])
-    operations = partial(step_operations, config)
-    products = np.array([operations(rows * s, rows * t, []) for rows, s, t in _SHAPES])
-    scores = np.array([operations(0, 0, [shape]) for shape in _SHAPES])
-    tokens = np.array([rows * (s + t) for rows, s, t in _SHAPES]) * operations(1, 1, []) / 2
-    terms = np.stack([products, scores, tokens, np.ones_like(products)], axis=1)
-    weights, *_ = np.linalg.lstsq(terms / seconds[:, None], np.ones_like(seconds))
-    of_products, of_scores, of_tokens, constant = (float(weight) for weight in weights)
-    where = f"{options.shape}, sum, 1 core, fit to {len(_SHAPES)} shapes:"
-    return case(
-        f"{where} time of an operation on scores / that assumed",
-        of_scores / of_products,
-        None,
-        other_work_on_a_token=of_tokens / of_products,
-        constant_ms=1e3 * constant,
-        products_gflops=1e-9 / of_products,
-        largest_relative_error=float(np.max(np.abs(terms @ weights / seconds - 1))),
-    )
 
 
 def _orders(task: Task, seeds: Sequence[int]) -> Any:

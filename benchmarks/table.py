@@ -56,7 +56,6 @@ _FULL = (
     "peer.py --shape flan-t5-small smollm2-135m flan-t5-base --isa native avx2",
     "generation.py --shape flan-t5-small",
     "generation.py --shape flan-t5-large --rounds 3",
-    "generation_rows.py",
     "mixed_batches.py --shape flan-t5-small",
     "compilation.py",
     "memory.py",

@@ -199,7 +199,6 @@ _INTERNAL = {
     "lorafusion_jax.harness.model.HarnessLM": "needs lm-evaluation-harness, an extra",
     "lorafusion_jax.crossbar.read.definition": "the oracle of the read paths, which fast paths are measured against",
     "lorafusion_jax.tasks.packing.MOST_SHAPES": "the bar of a benchmark",
-    "lorafusion_jax.training.fit": "a benchmark counts the calls inside of the loop",
 }
 
 

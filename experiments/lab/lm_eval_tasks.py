@@ -71,17 +71,3 @@ def cloze(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
             {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
         ],
     )
-
-
-def generation(folder: Path, name: str, rows: Sequence[Mapping[str, Any]], **how: Any) -> None:
-    """Write a task that compares what is generated behind a `prompt` with the `target`; `how` are its arguments."""
-    write_task(
-        folder,
-        name,
-        rows,
-        output_type="generate_until",
-        doc_to_text="{{prompt}}",
-        doc_to_target="{{target}}",
-        generation_kwargs=how,
-        metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    )

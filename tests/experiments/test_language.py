@@ -6,9 +6,7 @@ import json
 import random
 from pathlib import Path
 
-import jax.numpy as jnp
 import language as experiment
-import language_checks
 import language_fused_on_arrays as on_arrays
 import language_pool
 import numpy as np
@@ -18,7 +16,6 @@ import tune
 from lab import language
 from made_up_rows import row
 
-from lorafusion_jax import LoraPool
 from lorafusion_jax.io.peft.adapter import read_adapter
 from lorafusion_jax.trials import append_rows, run_jobs, settings_of
 
@@ -249,34 +246,3 @@ def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(trained,
         on_arrays.main([*given, "--settings", "8"])
     with pytest.raises(ValueError, match=r"holds other results \(test_rows was 6, is 7\)"):
         on_arrays.main([*given[:-3], "7", *given[-2:]])
-
-
-def test_rows_are_compared_without_the_pairs_that_leaked(tmp_path):
-    path = _words(tmp_path / "new.json", [(f"Word {i}", f"Answer {i}") for i in range(200)])
-    task = language.load_task(path, train_rows=100)
-    known = {(row.input.lower(), row.target.lower()) for row in task.test[:3]}
-    found = language_checks.leaks(path, {"other": set(), "source": known}, 100)
-    assert (found.share, found.source) == (0.03, "source")
-    assert found.evaluated == [True] * 3 + [False] * 97
-    one = row("new", "LoRA", 1, [True] * 4 + [False] * 96, trainable=1)
-    clean = language_checks.without(one, found.evaluated)
-    assert clean["exact_match"] == pytest.approx(100 / 97) and clean["correct"] == "1" + 96 * "0"
-    assert clean["loss"] is None and language_checks.without(one, [False] * 100)["loss"] == one["loss"]
-
-
-def test_a_random_module_has_the_norms_of_its_factors_and_another_rank():
-    rng = np.random.default_rng(0)
-    A, B = rng.normal(size=(2, 3, 64, 1)), rng.normal(size=(2, 3, 1, 48))
-    # Four equal columns and rows: a product of rank one, with 4 x 4 times the norm.
-    pool = LoraPool(
-        A={"q": jnp.asarray(np.tile(A, 4), jnp.float32)},
-        B={"q": jnp.asarray(np.tile(B, (4, 1)), jnp.float32)},
-        rank={"q": jnp.full((2, 3), 4)},
-        names=("a", "b", "c"),
-    )
-    values = language_checks.singular_values(pool)
-    assert values.shape == (6, 4)
-    products = 4 * A[..., 0].reshape(6, 64, 1) * B.reshape(6, 1, 48)
-    np.testing.assert_allclose(values[:, 0], np.linalg.norm(products, axis=(1, 2)), rtol=1e-4)
-    norm, rank = ([c.strip() for c in line.split("|")[2:5]] for line in language_checks.updates(pool).split("\n")[2:4])
-    assert rank[0] == "1.00" and 2 < float(rank[1]) < 4 and float(norm[2]) > 1.5

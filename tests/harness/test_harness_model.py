@@ -127,7 +127,9 @@ def tasks(tmp_path_factory) -> Path:
     lm_eval_tasks.multiple_choice(folder, "local_choices", choices)
     lm_eval_tasks.perplexity(folder, "local_text", ["the cold bold gold is old", "hot"])
     lm_eval_tasks.cloze(folder, "local_cloze", prompts)
-    lm_eval_tasks.generation(folder, "local_answers", prompts, until=["\n"], max_gen_toks=8)
+    how = {"output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{target}}"}
+    how |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 8}, "metric_list": [{"metric": "exact_match"}]}
+    lm_eval_tasks.write_task(folder, "local_answers", prompts, **how)
     return folder
 
 
