@@ -66,18 +66,13 @@ def test_errors_are_one_message_and_exit_code_2(run, tmp_path, capsys):
     fuse = [*_FUSE, "--base", str(_SMALL / "base")]
     chips = ["evaluate", "--run", str(run), "--crossbar", "isaac"]
     for arguments, message in [
-        ([*fuse, "--seeds", "1", "1"], "a seed is given twice"),
         ([*fuse, "--adapters", "0", "--modules", "3"], "--adapters names the modules: leave it out, or --modules"),
-        (fuse, "give one with --pool"),
         (["export", "--out", str(tmp_path / "x")], "nothing to export: give --run"),
         (
             ["export", "--pool", "pool", "--adapter", "a", "--format", "gguf", "--out", str(tmp_path / "x")],
             "--format: only for a run, because an adapter of a pool is saved as it came: `lorafusion merge` writes",
         ),
         (["evaluate", "--run", str(tmp_path)], ": not a run: it has no config.json"),
-        ([*chips, "--crossbar", "isac"], "no preset 'isac': choose one of ideal, isaac"),
-        ([*chips, "--chips", "2"], "nothing in isaac is random, so 2 chips are all alike"),
-        ([*chips, "--chips", "0"], "chips is 0"),
         ([*chips, "--compensate", "both", "--report"], "a report is of one age, compensated or not: give one"),
         ([*chips, "--keep-digital", "embedding", "--report"], "the rule 'embedding' matches no weight"),
         (["generate", "--base", "b", "--top-p", "0.9"], "top_k and top_p filter a draw, and temperature 0 draws"),

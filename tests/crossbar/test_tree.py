@@ -133,17 +133,6 @@ def test_every_matrix_is_programmed_with_a_key_of_its_own():
     )
 
 
-def test_chips_are_an_axis():
-    weights, keys = {"q": _weights()["encoder.self.q"]}, jax.random.split(_KEY, 2)
-    programmed = jax.jit(lambda key: program_tree(weights, {"*": _NOISY}, key))
-    chips = jax.vmap(programmed)(keys)
-    for chip, key in enumerate(keys):
-        of_chip = jax.tree.map(lambda leaf, chip=chip: leaf[chip], chips)
-        np.testing.assert_allclose(
-            dense(of_chip["q"], jnp.float32), dense(programmed(key)["q"], jnp.float32), rtol=1e-5
-        )
-
-
 def test_the_reads_of_a_model_avoid_tables_which_compile_slowly():
     config = dataclasses.replace(_CONVERTED, adc=ADC(bits=5, range="max"), device=_NOISY.device)
     weight, x = _weights()["head"], _inputs(1)[0]

@@ -262,24 +262,6 @@ def test_what_chips_cannot_do_is_refused(small, chips, fused):
         folder.check(parts.prepare(control), control.control)
 
 
-@pytest.mark.accelerator
-@pytest.mark.nightly
-def test_a_fusion_trained_on_its_chip(small, chips, fused):
-    options = _fusing(
-        small, chips, "chip", arrays=parts.OnArrays(crossbar=str(chips / "two"), train_chip="chip", chip=1)
-    )
-    trained = [row["loss"] for row in fuse(options)["seeds"]]
-    rows = _on_chips(options, crossbar=str(chips / "two"))["rows"]
-    assert [row["loss"] for row in rows if row["chip"] == 1] == pytest.approx(trained, rel=1e-4)
-    # It learns through its chip, and other numbers than without one.
-    steps = [row for row in parts.RunFolder(parts.run_path(options)).metrics() if "loss" in row]
-    for seed in options.seeds:
-        of_seed = [row["loss"] for row in steps if row["seed"] == seed]
-        assert of_seed[-1] < 0.95 * of_seed[0]
-    digital = [row["loss"] for row in _on_chips(fused, crossbar=str(chips / "two"))["rows"] if row["chip"] == 1]
-    assert trained != pytest.approx(digital, rel=1e-4)
-
-
 @pytest.mark.long
 def test_what_a_run_trains_on(small, chips, fused):
     setup, params = parts.prepare(fused), load_run(parts.run_path(fused))[1]

@@ -23,15 +23,6 @@ from lm_eval.api.instance import Instance
 
 from lorafusion_jax.harness.model import HarnessLM
 
-_PAIRS = (
-    ("the cold", " gold"),
-    ("the cold", " bold"),
-    ("the cold ", "b"),
-    ("", "gold is old"),
-    ("hot " * 30, " cold"),
-    ("<s>Q: hot\nA:", " the old gold"),
-)
-
 
 def _requests(*arguments: tuple) -> list[Instance]:
     return [Instance(request_type="loglikelihood", doc={}, arguments=each, idx=0) for each in arguments]
@@ -60,32 +51,6 @@ def log_probs(base):
         return np.asarray(of_row(weights, np.array([tokens + [0] * (32 - len(tokens))], np.int32)))
 
     return padded
-
-
-def test_scores_are_those_of_a_loop_over_rows_that_are_cut_from_the_left(llama, log_probs):
-    found = llama.loglikelihood(_requests(*_PAIRS))
-    for (context, continuation), (score, greedy) in zip(_PAIRS, found, strict=True):
-        moved = context[len(context.rstrip()) :]
-        start = llama.tok_encode(context.rstrip()) if context else [small_llama.BOS]
-        whole = llama.tok_encode(context.rstrip() + moved + continuation)
-        answer = whole[len(start) :] if context else llama.tok_encode(continuation, add_special_tokens=False)
-        row = (start + answer)[-25:]
-        of_row = log_probs(row[:-1])[len(row) - 1 - len(answer) : len(row) - 1]
-        assert score == pytest.approx(sum(of_row[range(len(answer)), answer]), abs=1e-4)
-        assert greedy == (of_row.argmax(axis=1).tolist() == answer)
-
-
-def test_a_long_text_is_scored_in_windows_of_the_context(llama, log_probs):
-    text = "the cold bold gold is old" * 9
-    tokens = llama.tok_encode(text)
-    assert len(tokens) > 48
-    total, done = 0.0, 0
-    while done < len(tokens):  # every window but the first one begins with the last token of the one before it
-        end = min(done + 24, len(tokens))
-        row = [small_llama.BOS, *tokens][max(end - 24, 0) : end]
-        total += sum(log_probs(row)[np.arange(len(row))[done - end :], tokens[done:end]])
-        done = end
-    assert llama.loglikelihood_rolling(_requests((text,), ("hot",)))[0] == pytest.approx(total, abs=1e-3)
 
 
 def test_answers_are_greedy_and_end_before_their_stop_text(llama, log_probs):

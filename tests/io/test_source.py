@@ -12,7 +12,6 @@ from lorafusion_jax import read_config
 from lorafusion_jax.io import safetensors as safetensors_map
 from lorafusion_jax.io import source
 from lorafusion_jax.parts import read_adapter
-from lorafusion_jax.support.reading import check_lfs
 
 _POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:fd6a\nsize 1049\n"
 
@@ -44,13 +43,9 @@ def test_local_folders_are_used_and_files_refused(tmp_path):
         safetensors_map.load(tmp_path / "x.safetensors")
 
 
-def test_lfs_pointer_and_sha256(tmp_path):
+def test_sha256(tmp_path):
     path = tmp_path / "x.json"
-    path.write_text(_POINTER)
-    with pytest.raises(ValueError, match=r"x\.json: this is a Git LFS pointer.*fetch the file.*git lfs pull"):
-        check_lfs(path)
     path.write_bytes(b"content" * 100_000)
-    check_lfs(path)
     assert source.sha256(path) == hashlib.sha256(b"content" * 100_000).hexdigest()
     path.write_bytes(b"")
     assert source.sha256(path) == hashlib.sha256().hexdigest()

@@ -79,29 +79,6 @@ def test_views_of_a_zip_share_one_storage_of(path):
     assert np.shares_memory(got["whole"], got["transposed"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        ("BFloat16Storage", ml_dtypes.bfloat16),
-        ("LongStorage", np.int64),
-        ("BoolStorage", np.bool_),
-    ],
-)
-def test_dtypes(path, kind, dtype):
-    values = np.array([0, 1, 1, 0, 1, 0]).astype(dtype)
-    write_zip(path, {"x": tensor_of(storage_of(kind, "0", 6), 0, (2, 3), (3, 1))}, {"0": values.tobytes()})
-    np.testing.assert_array_equal(torch_pickle.load(path)["x"], values.reshape(2, 3), strict=True)
-
-
-def test_typed_rebuild_reads_float8(path):
-    values = np.array([0.5, -2, 448, 0], ml_dtypes.float8_e4m3fn)
-    untyped = Persistent(("storage", Global("torch.storage", "UntypedStorage"), "0", "cpu", 4))
-    rebuild, dtype = Global("torch._utils", "_rebuild_tensor_v3"), Global("torch", "float8_e4m3fn")
-    content = {"x": Call(rebuild, untyped, 1, (3,), (1,), False, OrderedDict(), dtype)}
-    got = torch_pickle.load(write_zip(path, content, {"0": values.tobytes()}))["x"]
-    assert got.dtype == values.dtype and got.tolist() == values[1:].tolist()
-
-
 class _Attack:
     def __init__(self, *call):
         self.call = call
@@ -330,13 +307,3 @@ def test_a_state_dict_of_a_module_is_read_and_the_module_is_refused(path):
     np.testing.assert_array_equal(torch_pickle.load(path)["weight"], layer.weight.detach().numpy())
     torch.save(layer, path)
     _refused(path, r"names torch\.nn\.modules\.linear\.Linear")
-
-
-@pytest.mark.peft
-def test_torch_reads_the_files_written_by_hand_alike(tmp_path):
-    import torch
-
-    path = _valid(tmp_path / "x.bin")
-    want = torch.load(path, map_location="cpu", weights_only=False)
-    for name, array in torch_pickle.load(path).items():
-        np.testing.assert_array_equal(array, want[name].numpy())

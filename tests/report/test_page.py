@@ -3,8 +3,6 @@
 import csv
 import html
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
@@ -13,20 +11,6 @@ from made_up_rows import made_up, row
 
 from lorafusion_jax.report import Column, Table, markdown, plot_means, provenance, scores, write_report
 from lorafusion_jax.trials import append_rows
-
-_BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-_FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --enable-logging=stderr"
-).split()
-# Appended to a copy of the page: how wide its images came out, and whether anything but boxes that scroll is too wide.
-_PROBE = """<script>
-addEventListener("load", () => {
-  const body = document.body;
-  body.dataset.widths = [...document.images].map(image => image.naturalWidth).join(" ");
-  body.dataset.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-});
-</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -124,30 +108,6 @@ def test_each_number_of_shots_has_its_files(folder):
     of_shots = {f"{name}_{s}.{e}" for s in ("95+5", "5") for name, e in (("table", "csv"), ("paired", "csv"))}
     plots = {"means_95+5.png", "means_5.png"}
     assert {path.name for path in folder.iterdir()} == of_shots | plots | {"table.tex", "report.html"}
-
-
-@pytest.mark.skipif(_BROWSER is None, reason="needs a browser: apt-get install chromium")
-@pytest.mark.parametrize("width", [400, 1280])
-def test_a_browser_shows_tables_and_images_without_errors(folder, tmp_path, width):
-    probed = tmp_path / "page.html"
-    probed.write_text((folder / "report.html").read_text().replace("</body>", f"{_PROBE}</body>"))
-    # A window is never narrower than 500: a frame is, which shows the same page.
-    frame = tmp_path / "frame.html"
-    script = "f.onload = () => setTimeout(() => { dom.textContent = f.contentDocument.body.outerHTML; }, 200)"
-    frame.write_text(
-        f'<link rel="icon" href="data:,"><iframe id="f" src="page.html" width="{width}" height="800"></iframe>'
-        f'<pre id="dom"></pre><script>{script}</script>'
-    )
-    profile = f"--user-data-dir={tmp_path / 'profile'}"
-    command = [_BROWSER, *_FLAGS, profile, "--allow-file-access-from-files", "--virtual-time-budget=5000", "--dump-dom"]
-    done = subprocess.run([*command, frame.as_uri()], capture_output=True, text=True, timeout=100, check=True)
-    assert "CONSOLE" not in done.stderr, done.stderr
-    dom = done.stdout.replace("&lt;", "<").replace("&gt;", ">")
-    widths = [int(found) for found in re.search('data-widths="([^"]*)"', dom)[1].split()]
-    assert len(widths) == 2 and min(widths) > 500
-    assert re.search('data-overflow="([^"]*)"', dom)[1] == "0"
-    assert dom.count("<table>") == 8 and dom.count("</table>") == 8
-    assert dom.count("<caption>fusion sum minus each other method") == 2
 
 
 def test_the_script_compares_with_a_method_that_has_rows(tmp_path):

@@ -6,7 +6,7 @@ import json
 import bbh_rows
 import pytest
 
-from lorafusion_jax.tasks import Example, load_task, write_lorahub_split
+from lorafusion_jax.tasks import load_task, write_lorahub_split
 
 _PREFIX = "Count.\n\n"
 _EXAMPLES = [{"input": f"Wie groß ist {i}?", "target": str(i)} for i in range(6)]
@@ -65,15 +65,6 @@ def test_every_task_is_written_as_its_digest_says(tmp_path):
         again = [(row, example) for row, example in enumerate(task.test) if example.input in answers]
         overlaps |= {(task.name, row): (example.target, answers[example.input]) for row, example in again}
     assert overlaps == {("causal_judgement", 1): ("Yes", "No")}  # the same prompt, with the other answer
-
-
-def test_rows_come_in_the_order_of_the_index(write):
-    counting, measuring = write()
-    task = load_task(counting)
-    assert task.train == tuple(Example(f"Count.\n\nQ: Wie groß ist {i}?\nA:", str(i)) for i in (4, 0, 2))
-    assert [example.target for example in task.test] == ["1", "5"]
-    assert load_task(measuring).train == (Example("Count.\n\nQ: Wie groß ist 3?A:", "3"),)
-    assert "groß" in (counting / "example.jsonl").read_text(encoding="utf-8")
 
 
 def test_only_the_named_tasks_are_written(write, tmp_path):

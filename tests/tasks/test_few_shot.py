@@ -1,14 +1,10 @@
 """Examples in the prompt: written out by hand, and read by the embedded tokenizer."""
 
 import random
-import re
-from pathlib import Path
 
 import pytest
 
 from lorafusion_jax.tasks import Example, Task, few_shot
-
-_SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
 
 
 def _task(rows=6):
@@ -33,12 +29,6 @@ def test_seeds_draw_different_examples_and_the_same_ones_again():
     assert few_shot(task, 5, 3).test[0].input == prompts[3]
     for prompt in prompts:
         assert len({line for line in prompt.split("\n") if line.startswith("Q:")}) == 6
-
-
-def test_draws_are_the_same_everywhere():
-    # Written down once: other numbers here mean that results of today cannot be repeated.
-    prompt = few_shot(_task(rows=100), 5, 1).test[0].input
-    assert re.findall(r"Q: (\d+)", prompt) == ["62", "97", "86", "55", "58"]
 
 
 @pytest.mark.parametrize("shots", [0, 7])

@@ -117,22 +117,6 @@ def test_files_of_big_bench_hard_are_read(tmp_path):
         assert sorted((e.input, e.target) for e in task.train + task.test) == sorted(first_of_each_input)
 
 
-@pytest.mark.parametrize(
-    ("rows", "kept"),
-    [
-        ([{"input": f"question {i % 6}", "output": f"answer {i}"} for i in range(12)], 6),
-        ([{"instruction": f"Do {i % 3}.", "input": "", "output": f"answer {i}"} for i in range(6)], 3),
-    ],
-)
-def test_of_rows_with_equal_inputs_a_list_keeps_the_first(tmp_path, rows, kept):
-    path = tmp_path / "folder" / "animal-sound.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(rows))
-    task = load_task(path, train_rows=1)
-    assert (task.name, len(task.train)) == ("animal-sound", 1)
-    assert sorted(example.target for example in task.train + task.test) == [f"answer {i}" for i in range(kept)]
-
-
 @pytest.mark.parametrize("name", ["alpaca.json", "alpaca.jsonl"])
 def test_an_instruction_stands_before_the_input(tmp_path, name):
     rows = [
