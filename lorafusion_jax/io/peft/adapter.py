@@ -20,7 +20,7 @@ from .. import torch_pickle
 from ..folders import new_folder
 from ..source import at_home, map_file, resolve
 from .config import KnownBase, check_base, check_config, scalings
-from .tensors import MAGNITUDE, collect, target_warnings
+from .tensors import MAGNITUDE, collect
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -94,9 +94,7 @@ def read_adapter(
 
         ranks = {path: part["lora_A"][1].shape[0] for path, part in parts.items()}
         with named(folder / CONFIG):
-            scaling, warnings = scalings(config, ranks)
-            notes += [f"warning: {warning}" for warning in warnings]
-            notes += target_warnings(config, parts)
+            scaling = scalings(config, ranks)
             if base is not None:
                 notes += check_base(config, base)
 

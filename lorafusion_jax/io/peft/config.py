@@ -5,25 +5,23 @@ configuration supplies alpha, rslora, the patterns and the DoRA flag, and shows 
 update and are therefore refused.
 """
 
-import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
-import regex
 from msgspec import Meta
 
 from ...models.registry import last_part, types_of_name
 from ...support.reading import structured
 from ...support.text import shown, some
-from .patterns import Clock, PatternError, compiled
 
-# The regular expressions by which PEFT matches a module to a key of a pattern: since 0.15, and up to 0.13.
-_PATTERN = r"(.*\.)?({})$"
-_OLD_PATTERN = r".*\.{}$"
-_MAX_KEYS, _MAX_CHARACTERS = 2_000, 200_000
+# Keys of patterns, which PEFT takes as regular expressions: those whose match takes time in proportion to their length.
+_KEY = re.compile(r"(?:[\w.^$-]|\\[.d]|\\d\+\\\.|\[[\w-]+\]){1,400}", re.ASCII)
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_MAX_KEYS, _SECONDS = 2_000, 4.0  # CPU time for all keys and modules of a file
 
 # Fields without effect on a trained adapter's output, or about which the tensors are more reliable.
 _IDLE = (
@@ -70,7 +68,6 @@ class _Fields(TypedDict, total=False):
     lora_alpha: _Alpha
     r: _Rank
     rank_pattern: dict[str, _Rank] | None
-    target_modules: list[str] | str | None
     use_dora: bool | None
     use_rslora: bool | None
 
@@ -145,73 +142,50 @@ def check_base(config: Mapping[str, Any], base: KnownBase) -> list[str]:
     return [f"warning: trained on {shown(theirs)}, and the base is {shown(base.source)}: do they belong together?"]
 
 
-def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> tuple[dict[str, float], list[str]]:
-    """Return the factor on B A of each module, alpha / r or (rslora) alpha / sqrt(r), and warnings.
+def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Return the factor on B A of each module, alpha / r or (rslora) alpha / sqrt(r), of a checked configuration.
 
-    Patterns are looked up by the rule of PEFT since 0.15, separately for rank and alpha. Up to 0.13 one key was used
-    for both; a warning names the modules where that would have given another scaling. A rank in the tensors that
+    Patterns are looked up by the rule of PEFT since 0.15, separately for rank and alpha. A rank in the tensors that
     differs from the configuration's is a ValueError.
     """
-    given, clock = configured(config, ranks), Clock()
-    rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    factors, warnings, old_patterns = {}, [], None
-    if not config.get("peft_version"):  # files with a version (0.18 and later) were trained by the current rule
-        with contextlib.suppress(PatternError):  # a key that is not valid under the old one
-            old_patterns = _compile(_OLD_PATTERN, [*rank_of, *alpha_of])
+    end = time.process_time() + _SECONDS
+    patterns = {
+        field: [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (config.get(field) or {}).items()]
+        for field in _PATTERNS
+    }
+
+    def given(field: str, path: str, default: Any) -> Any:
+        if time.process_time() > end:
+            raise ValueError(f"{field} takes more than {_SECONDS:g} s to match: use fewer keys")
+        return next((value for pattern, value in patterns[field] if pattern.match(path)), default)
+
+    factors = {}
     for path, rank in ranks.items():
-        r, alpha = given[path]
+        r = given("rank_pattern", path, config.get("r", 8))
         if rank != r:
             raise ValueError(
                 f"{path} has rank {rank} in the tensors, but r and rank_pattern "
                 f"give {shown(r)}: the two files do not belong together; fetch both again, or correct r"
             )
+        alpha = given("alpha_pattern", path, config.get("lora_alpha", 8))
         factors[path] = float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
-        if old_patterns:
-            key = _first_match(old_patterns, path, clock)
-            old_rank, old_alpha = rank_of.get(key, config.get("r", 8)), alpha_of.get(key, config.get("lora_alpha", 8))
-            if (old_rank, old_alpha) != (r, alpha):
-                warnings.append(
-                    f"{path}: rank {r} and alpha {alpha} by the current rule for patterns; "
-                    f"PEFT up to 0.13 would have taken rank {old_rank} and alpha {old_alpha}"
-                )
-    return factors, warnings
-
-
-def configured(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, tuple[int, int | float]]:
-    """Return the rank and alpha that a checked configuration gives each module, by PEFT's rule since 0.15."""
-    rank_of, alpha_of = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    ranks, alphas, clock = _compile(_PATTERN, rank_of), _compile(_PATTERN, alpha_of), Clock()
-    return {
-        path: (
-            rank_of.get(_first_match(ranks, path, clock), config.get("r", 8)),
-            alpha_of.get(_first_match(alphas, path, clock), config.get("lora_alpha", 8)),
-        )
-        for path in paths
-    }
+    return factors
 
 
 def _check_fields(config: Mapping[str, Any]) -> None:
     """Raise a ValueError if a field that is read, or a pattern, is impossible."""
     structured(config, _Fields, "", own=False, fix="correct the field, or save the adapter again with PEFT")
-    keys = {field: list(config.get(field) or {}) for field in ("rank_pattern", "alpha_pattern")}
-    for field, patterns in keys.items():
-        if len(patterns) > _MAX_KEYS:
-            raise ValueError(f"{field} has {len(patterns):,} keys: expected at most {_MAX_KEYS:,}")
-        for key in patterns:
+    for field in _PATTERNS:
+        keys = list(config.get(field) or {})
+        if len(keys) > _MAX_KEYS:
+            raise ValueError(f"{field} has {len(keys):,} keys: expected at most {_MAX_KEYS:,}")
+        for key in keys:
             try:
-                compiled(_PATTERN.format(key))
-            except PatternError as error:
-                raise ValueError(f"{field} has the key {shown(key)}, not a pattern: {error}") from None
-    if (length := sum(len(key) for patterns in keys.values() for key in patterns)) > _MAX_CHARACTERS:
-        raise ValueError(f"rank_pattern and alpha_pattern have {length:,} characters: give at most {_MAX_CHARACTERS:,}")
-
-
-def _compile(rule: str, keys: Iterable[str]) -> dict[str, regex.Pattern]:
-    return {key: compiled(rule.format(key)) for key in keys}
-
-
-def _first_match(patterns: Mapping[str, regex.Pattern], path: str, clock: Clock) -> str | None:
-    return next((key for key, pattern in patterns.items() if clock.matches(pattern.match, path)), None)
+                known = _KEY.fullmatch(key) and re.compile(key)
+            except re.error:
+                known = None
+            if not known:
+                raise ValueError(f"{field} has the key {shown(key)}: expected names of modules, each a key")
 
 
 def _foreign_format(config: Mapping[str, Any]) -> str | None:

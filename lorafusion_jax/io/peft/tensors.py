@@ -2,14 +2,13 @@
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ...models.registry import family_with
-from ...support.text import shown, some
-from .patterns import Clock, PatternError, compiled
+from ...support.text import shown
 
 # <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.
 _FACTOR = re.compile(
@@ -76,33 +75,6 @@ def collect(
             if not np.isfinite(array).all():
                 raise ValueError(f"{key} holds NaN or infinity: its training diverged; retrain it")
     return parts, ignored
-
-
-def target_warnings(config: Mapping[str, Any], paths: Collection[str]) -> list[str]:
-    """Return warnings if target_modules and the tensors' paths disagree; the tensors are used."""
-    targets = config.get("target_modules")
-    if not targets or targets == "all-linear":
-        return []
-    if isinstance(targets, str):
-        try:
-            pattern, clock = compiled(targets), Clock()
-            strays = [path for path in paths if not clock.matches(pattern.fullmatch, path)]
-        except PatternError as error:
-            return [f"warning: target_modules {shown(targets)} is not a pattern ({error}); the tensors are used"]
-        idle = []
-    else:
-        parts = {path: path.split(".") for path in paths}
-        ends = {path: {".".join(part[start:]) for start in range(len(part))} for path, part in parts.items()}
-        strays = [path for path in paths if ends[path].isdisjoint(targets)]
-        named = set().union(*ends.values())
-        idle = [target for target in targets if target not in named]
-    warnings = []
-    if strays:
-        more = f" and {len(strays) - 1} more" if len(strays) > 1 else ""
-        warnings.append(f"warning: target_modules does not name {strays[0]}{more}; the tensors are used")
-    if idle:
-        warnings.append(f"warning: target_modules names {some(idle)}, for which there are no tensors")
-    return warnings
 
 
 def _reason_to_ignore(
