@@ -6,10 +6,8 @@ Adapters are read, checked and written one after the other, so memory holds one 
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
-import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +22,6 @@ from ..support.version import __version__
 from .folders import new_folder
 from .hf import base_tensor, open_base
 from .peft.adapter import CONFIG, WEIGHTS, AdapterError, PeftAdapter, read_adapter, resave
-from .peft.config import KnownBase
 from .peft.tensors import MAGNITUDE
 from .pool.adapter_files import describe
 from .pool.basis import FOLDER, save_basis
@@ -59,8 +56,6 @@ class ConvertOptions:
       basis_modules: names of the modules that the directions are made from; by default all.
       basis_from: also project the modules on the basis of this pool, whose directions may be in arrays already, and
         report the share of their norms that it loses.
-      drop_magnitudes: take DoRA adapters as plain LoRA, without their magnitudes, so that several fit into one pool.
-        The report has the relative error of the outputs of each.
       dtype: store factors in this dtype; by default in the adapter's.
       dry_run: read and check everything and print the same report, but write nothing. Of a base in a folder,
         config.json is enough for this, unless an adapter carries copies of base weights.
@@ -74,7 +69,6 @@ class ConvertOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     dry_run: bool = False
     skip_bad: bool = False
-    drop_magnitudes: bool = False
     basis: int | None = None
     basis_modules: tuple[str, ...] = ()
     basis_from: Path | None = None
@@ -98,7 +92,7 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     if options.out is None and not options.dry_run:
         raise ValueError("the pool has no folder: give --out FOLDER, or --dry-run to write nothing")
     if not sources and options.out is not None:
-        if flags := flags_given(options, ("base", "dtype", "skip_bad", "drop_magnitudes")):
+        if flags := flags_given(options, ("base", "dtype", "skip_bad")):
             raise ValueError(f"{flags}: only for adapters that are converted: leave it out, or give --adapters")
         pool = ConvertedPool(options.out)
         _add_basis(options, options.out)
@@ -162,14 +156,12 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
         raise ValueError("the adapters need their base model: give --base FOLDER_OR_HUB_ID")
     opened = open_base(options.base)
     config, tensor = opened.config, base_tensor(opened)
-    base, shapes = KnownBase(options.base, opened.raw), linear_shapes(config)
+    shapes = linear_shapes(config)
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
     for source in progress("convert", sources, unit="adapter"):
         try:
-            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=base)
-            if options.drop_magnitudes and adapter.magnitude is not None:
-                adapter = _without_magnitudes(adapter, tensor)
+            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=opened)
             check_fits(adapter, adapters, alone=len(sources) == 1)
             if options.dtype is not None:
                 adapter = _cast(adapter, options.dtype)
@@ -206,37 +198,6 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     if folder is not None:
         write_manifest(folder, manifest)
     return manifest
-
-
-def _without_magnitudes(adapter: PeftAdapter, tensor: Callable[[str], np.ndarray]) -> PeftAdapter:
-    """Return a DoRA adapter as a plain LoRA.
-
-    With inputs of independent numbers, the mean square of an output's error is the squared Frobenius norm of the
-    difference of the weights. A column of zeros stays zero, whatever its magnitude.
-    """
-    errors = {}
-    for path, (a, b) in adapter.factors.items():
-        weight = np.asarray(tensor(f"{path}.weight"), np.float32)
-        weight = weight + adapter.scaling[path] * (b.astype(np.float32) @ a.astype(np.float32))
-        magnitude = (adapter.magnitude or {})[path].astype(np.float32)[:, None]
-        norm = np.linalg.norm(weight, axis=1, keepdims=True)
-        own = magnitude / np.where(norm == 0, 1, norm) * weight
-        difference, total = float(np.linalg.norm(own - weight)), float(np.linalg.norm(own))
-        errors[path] = difference / total if total else math.inf if difference else 0.0
-    worst = max(errors, key=errors.__getitem__)
-    config = dict(adapter.config) | {"use_dora": False}
-    note = (
-        "warning: without its magnitudes, the relative error of the outputs of the adapted layers on random inputs is "
-        f"{np.mean([*errors.values()]):.1%} on average and {errors[worst]:.1%} at {worst}"
-    )
-    return dataclasses.replace(
-        adapter,
-        config=config,
-        config_text=json.dumps(config, indent=2, sort_keys=True).encode(),
-        magnitude=None,
-        keys={path: keys[:2] for path, keys in adapter.keys.items()},
-        notes=(*adapter.notes, note),
-    )
 
 
 def _cast(adapter: PeftAdapter, dtype: str) -> PeftAdapter:

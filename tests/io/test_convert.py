@@ -410,7 +410,7 @@ def test_names_that_are_not_utf8_are_refused_before_a_write(base, adapter, tmp_p
 def test_options_of_adapters_without_adapters_are_refused(base, adapter, tmp_path):
     pool = tmp_path / "pool"
     _convert(base, [adapter("one"), adapter("two")], out=pool)
-    for options in ({"base": "x"}, {"dtype": "float16"}, {"skip_bad": True}, {"drop_magnitudes": True}):
+    for options in ({"base": "x"}, {"dtype": "float16"}, {"skip_bad": True}):
         (flag,) = options
         with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')}: only for adapters that are converted"):
             parts.convert(parts.ConvertOptions(out=pool, basis=2, **options))

@@ -2,18 +2,11 @@
 
 import json
 import random
-import re
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from lorafusion_jax import base_tensor, load_pool, read_config
-from lorafusion_jax.parts import ConvertOptions, convert, linear_shapes, read_adapter, write_adapter
-
-_SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
+from lorafusion_jax.parts import read_adapter
 
 
 def _of_peft(test):
@@ -96,47 +89,3 @@ def test_other_kinds_are_refused_by_their_configuration(tmp_path):
             (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
         with pytest.raises(ValueError, match=f"peft_type is '{kind}'.*{remedy}"):
             read_adapter(str(folder))
-
-
-def _on_small_base(folder, config, tensors_of):
-    """Write an adapter of every query of the embedded base."""
-    paths = {path: shape for path, shape in linear_shapes(read_config(_SMALL / "base")).items() if path.endswith(".q")}
-    tensors = {}
-    for path, (d_in, d_out) in paths.items():
-        of_path = tensors_of(d_in, d_out)
-        tensors |= {f"base_model.model.{path}.{name}": np.asarray(array, "f4") for name, array in of_path.items()}
-    write_adapter(folder, config | {"target_modules": ["q"]}, tensors)
-    return str(folder), paths
-
-
-def test_several_doras_fit_into_a_pool_without_their_magnitudes(tmp_path):
-    """A column of W + dW that is zero has no direction, and stays zero."""
-    draw, base = np.random.default_rng(0), tmp_path / "base"
-    shutil.copytree(_SMALL / "base", base)
-    weights = load_file(base / "model.safetensors")
-    weights["encoder.block.0.layer.0.SelfAttention.q.weight"][0] = 0
-    save_file(weights, base / "model.safetensors")
-
-    def factors(d_in, d_out):
-        factors = {"lora_A.weight": draw.normal(size=(2, d_in)), "lora_B.weight": draw.normal(size=(d_out, 2))}
-        factors["lora_B.weight"][0] = 0
-        return factors | {"lora_magnitude_vector": draw.uniform(1, 2, d_out)}
-
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "use_dora": True}
-    folders = [_on_small_base(tmp_path / name, config, factors)[0] for name in ("one", "two")]
-    options = {"base": str(base), "adapters": tuple(folders), "out": tmp_path / "pool"}
-    with pytest.raises(ValueError, match="convert it alone, or with --drop-magnitudes"):
-        convert(ConvertOptions(**options))
-    manifest = convert(ConvertOptions(**options, drop_magnitudes=True))
-    assert not any(entry["dora"] for entry in manifest["adapters"])
-    pool = load_pool(tmp_path / "pool")
-    assert pool.magnitude is None and pool.names == ("one", "two")
-    adapter, errors = read_adapter(folders[0]), []
-    for path, (a, b) in adapter.factors.items():
-        plain = base_tensor(base)(f"{path}.weight") + b @ a / 2
-        dora = plain * (adapter.magnitude[path] / np.linalg.norm(plain, axis=1).clip(1e-30))[:, None]
-        inputs = draw.normal(size=(20_000, plain.shape[1]))
-        errors.append(np.linalg.norm(inputs @ (dora - plain).T) / np.linalg.norm(inputs @ dora.T))
-    (note,) = [note for note in manifest["adapters"][0]["notes"] if "without its magnitudes" in note]
-    mean, worst = (float(text) / 100 for text in re.findall(r"([\d.]+)%", note))
-    assert (mean, worst) == pytest.approx((np.mean(errors), max(errors)), rel=0.02)

@@ -18,8 +18,9 @@ from ...support.reading import FileError, check_name, named, parse_json, structu
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
 from ..folders import new_folder
+from ..hf import Base
 from ..source import at_home, map_file, resolve
-from .config import KnownBase, check_base, check_config, scalings
+from .config import check_base, check_config, scalings
 from .tensors import MAGNITUDE, collect
 
 CONFIG = "adapter_config.json"
@@ -58,7 +59,7 @@ def read_adapter(
     *,
     shapes: Mapping[str, tuple[int, int]] | None = None,
     base_tensor: Callable[[str], np.ndarray] | None = None,
-    base: KnownBase | None = None,
+    base: Base | None = None,
     compared: Collection[str] | None = None,
 ) -> PeftAdapter:
     """Read and check an adapter.

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from msgspec import Meta
@@ -17,6 +17,7 @@ from msgspec import Meta
 from ...models.registry import last_part, types_of_name
 from ...support.reading import structured
 from ...support.text import shown, some
+from ..hf import Base
 
 # Keys of patterns, which PEFT takes as regular expressions: those whose match takes time in proportion to their length.
 _KEY = re.compile(r"(?:[\w.^$-]|\\[.d]|\\d\+\\\.|\[[\w-]+\]){1,400}", re.ASCII)
@@ -72,13 +73,6 @@ class _Fields(TypedDict, total=False):
     use_rslora: bool | None
 
 
-class KnownBase(NamedTuple):
-    """The base model of adapters: folder, hub id or GGUF file, and the content of its config.json."""
-
-    source: str
-    config: Mapping[str, Any]
-
-
 def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> list[str]:
     """Raise a ValueError if the configuration shows that the adapter is more than a low-rank update.
 
@@ -118,7 +112,7 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
     return notes
 
 
-def check_base(config: Mapping[str, Any], base: KnownBase) -> list[str]:
+def check_base(config: Mapping[str, Any], base: Base) -> list[str]:
     """Return notes if an adapter names another base than the given one; ValueError if that is of another family.
 
     Shapes alone do not show the base: adapters of one family often fit models of another.
@@ -126,9 +120,9 @@ def check_base(config: Mapping[str, Any], base: KnownBase) -> list[str]:
     theirs = config.get("base_model_name_or_path")
     if not isinstance(theirs, str) or not theirs.strip():
         return []
-    kind = base.config.get("model_type")
+    kind = base.raw.get("model_type")
     # A fork's config may name the original model.
-    names = [name for name in (base.source, base.config.get("_name_or_path")) if isinstance(name, str)]
+    names = [name for name in (base.source, base.raw.get("_name_or_path")) if isinstance(name, str)]
     possible = types_of_name(theirs)
     if possible and not possible & {kind}.union(*map(types_of_name, names)):
         raise ValueError(

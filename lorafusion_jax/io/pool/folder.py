@@ -19,7 +19,6 @@ from ...support.reading import FileError, named, read_json, structured
 from ..folders import write_json
 from ..hf import Base, base_tensor, open_base
 from ..peft.adapter import PeftAdapter, read_adapter
-from ..peft.config import KnownBase
 from .adapter_files import Entry, check_entry, check_size, load_adapter
 from .basis import describe_basis, read_basis
 from .stack import Dtype, Stack, read_pool
@@ -171,8 +170,8 @@ class AdapterFolders:
         """Read the adapters chosen by name or index, or all; raises `read_pool`'s errors."""
         names = self.names if chosen is None else [self.names[index] for index in positions(self.names, chosen)]
         sources = [str(self.folder / name) for name in names]
-        base = KnownBase(self._base.source, self._base.raw)
-        return read_pool(sources, self.config, base_tensor=base_tensor(self._base), base=base, dtype=dtype)
+        tensor = base_tensor(self._base)
+        return read_pool(sources, self.config, base_tensor=tensor, base=self._base, dtype=dtype)
 
     def basis(self, k: int | None = None) -> SharedBasis:
         """Raise a ValueError: only a converted pool has a basis."""

@@ -15,8 +15,8 @@ import numpy as np
 from ...adapters.pool import LoraPool
 from ...models.architecture import Architecture, linear_shapes, places
 from ..buffers import aligned_zeros
+from ..hf import Base
 from ..peft.adapter import AdapterError, PeftAdapter, read_adapter
-from ..peft.config import KnownBase
 from ..peft.tensors import MAGNITUDE
 
 Dtype = Literal["float32", "bfloat16"]
@@ -37,7 +37,7 @@ def read_pool(
     config: Architecture,
     *,
     base_tensor: Callable[[str], np.ndarray] | None = None,
-    base: KnownBase | None = None,
+    base: Base | None = None,
     dtype: Dtype = "float32",
 ) -> LoraPool:
     """Read adapters of PEFT into a pool, without a converted pool on disk.
@@ -117,7 +117,7 @@ def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> 
     if adapter.name in names:
         raise AdapterError(f"{adapter.source}: another adapter is named {adapter.name!r} already: rename one folder")
     if adapter.magnitude is not None and not alone:
-        raise AdapterError(f"{adapter.source}: magnitudes cannot be mixed: convert it alone, or with --drop-magnitudes")
+        raise AdapterError(f"{adapter.source}: magnitudes cannot be mixed: convert it alone")
 
 
 def check_finite(adapter: PeftAdapter, path: str, kind: str, array: np.ndarray) -> None:
