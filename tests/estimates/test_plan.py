@@ -19,12 +19,13 @@ from lorafusion_jax.estimates.estimate import estimate
 from lorafusion_jax.estimates.flops import forward_flops
 from lorafusion_jax.estimates.machines import Pace, pace, spent
 from lorafusion_jax.estimates.params import size
-from lorafusion_jax.estimates.plan import plan, plan_table
+from lorafusion_jax.estimates.plan import plan_table
 from lorafusion_jax.methods import METHODS
 from lorafusion_jax.methods.fused import BasisUpdate
 from lorafusion_jax.methods.vera import SharedUpdate
 from lorafusion_jax.models.decoder.config import Rope
 from lorafusion_jax.models.t5.config import SHAPES
+from lorafusion_jax.parts import plan
 from lorafusion_jax.tasks import Batch, Example, Rows, Task
 
 _S = jax.ShapeDtypeStruct

@@ -11,8 +11,7 @@ import tiny
 from lab import common
 from made_up_rows import row
 
-from lorafusion_jax import FuseOptions, trials
-from lorafusion_jax.adapters.basis import shared_basis
+from lorafusion_jax import FuseOptions, shared_basis, trials
 from lorafusion_jax.report import scores
 from lorafusion_jax.runs.prepare import check
 

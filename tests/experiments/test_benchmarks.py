@@ -19,12 +19,8 @@ import tiny
 from flax import nnx
 from scaling import Rates, step_seconds, sum_bytes, sums
 
-from lorafusion_jax.estimates.flops import Shape, step_flops
-from lorafusion_jax.methods.fused import MixUpdate
-from lorafusion_jax.models.t5.model import decoder_inputs
-from lorafusion_jax.serving.bank import TaskBank
-from lorafusion_jax.training.frozen import Frozen
-from lorafusion_jax.training.loss import cross_entropy
+from lorafusion_jax import Frozen, TaskBank
+from lorafusion_jax.parts import MixUpdate, Shape, cross_entropy, decoder_inputs, step_flops
 
 _ROOT = Path(__file__).resolve().parents[2]
 _KEYS = {"name", "ratio", "required", "ambition", "higher_is_better", "computed_from"}

@@ -10,9 +10,8 @@ import inflections
 import pytest
 from lab import language, smollm2
 
-from lorafusion_jax.io.pool import read_pool
-from lorafusion_jax.models.registry import known_shapes
-from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax import read_pool
+from lorafusion_jax.parts import RunFolder, known_shapes
 
 _SMOLLM2 = Path(__file__).resolve().parents[2] / "examples" / "smollm2"
 _FORMS = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small_llama
 
-from lorafusion_jax.io.hf import load_base, load_tokenizer
+from lorafusion_jax import load_base, load_tokenizer
 
 _WORDS = "the cold bold gold is old and the tall wall is small "
 

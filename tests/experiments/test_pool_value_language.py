@@ -13,10 +13,8 @@ from lab.language import MOST_SHARED, SOURCES, TUNING, load
 from lab.tuning import best_point, rates_at
 from page_tables import rows_below
 
-from lorafusion_jax.adapters.updates import LowRank
-from lorafusion_jax.io.export import lora_adapter
-from lorafusion_jax.io.hf import read_config
-from lorafusion_jax.io.peft.adapter import write_adapter
+from lorafusion_jax import LowRank, read_config
+from lorafusion_jax.parts import lora_adapter, write_adapter
 from lorafusion_jax.trials import read_lines
 
 _ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from lab import common, methods
 
 from lorafusion_jax import FuseOptions, fuse, trials
 from lorafusion_jax.methods import find
-from lorafusion_jax.runs.folder import RunFolder
+from lorafusion_jax.parts import RunFolder
 from lorafusion_jax.runs.prepare import check
 
 _TASKS = one_block.SMALL / "tasks"

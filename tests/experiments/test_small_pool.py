@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import lorafusion_jax as lf
 from examples.string_tasks import Task, draw, split
 from lorafusion_jax.io import torch_pickle
-from lorafusion_jax.tasks.metrics import exact_match
+from lorafusion_jax.tasks import exact_match
 
 _SMALL = one_block.SMALL
 _TASKS = [*split().tuning, *split().unseen, split().out_of_reach]

@@ -26,9 +26,9 @@ from made_up_rows import made_up
 import lorafusion_jax as lf
 from lorafusion_jax import parts
 from lorafusion_jax.crossbar import load_chip, load_config, load_constants, save_chip, save_config, save_constants
-from lorafusion_jax.hardware.restored import load_restored
 from lorafusion_jax.io import arrays
 from lorafusion_jax.io.pool.folder import write_manifest
+from lorafusion_jax.parts import load_restored
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import named
 from lorafusion_jax.tasks import load_task, write_lorahub_split

@@ -22,7 +22,6 @@ import lorafusion_jax as lf
 from lorafusion_jax.cli import main
 from lorafusion_jax.crossbar import PRESETS as CROSSBARS
 from lorafusion_jax.estimates.params import counts, trainable_count
-from lorafusion_jax.estimates.plan import plan
 from lorafusion_jax.methods import Built, fields_of, find
 from lorafusion_jax.methods.entry import PlannedPool
 from lorafusion_jax.models.t5.config import SHAPES
@@ -34,6 +33,7 @@ from lorafusion_jax.parts import (
     Shape,
     VeRA,
     bills,
+    plan,
     recipe_rates,
     state_bytes,
     step_flops,
@@ -168,7 +168,7 @@ def _products(jaxpr):
     return found
 
 
-# Shares of a step that plans leave out: VeRA's gradients, which are made as those of a LoRA, and of a trained embedding.
+# Shares of a step that plans leave out: of VeRA, gradients as of a LoRA, and of a trained embedding its own.
 _NOT_PLANNED = {"vera": 0.07, "full": 0.02}
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from lorafusion_jax.trials import Scores, Training, TrialArm, procedure
 from lorafusion_jax.trials.folds import divide
-from lorafusion_jax.trials.procedure import Scores, Training, TrialArm, procedure
 from lorafusion_jax.trials.tuning import TRAININGS, tune
 
 _GROUPS = [f"question {number // 2}" for number in range(42)]
