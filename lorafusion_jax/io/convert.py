@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +52,6 @@ class ConvertOptions:
         which the basis is added.
       basis: also make a shared basis with this number of directions from all modules: the pool can then be fused with a
         fraction of its reads (`lorafusion fuse --basis`).
-      basis_modules: names of the modules that the directions are made from; by default all.
       basis_from: also project the modules on the basis of this pool, whose directions may be in arrays already, and
         report the share of their norms that it loses.
       dtype: store factors in this dtype; by default in the adapter's.
@@ -70,7 +68,6 @@ class ConvertOptions:
     dry_run: bool = False
     skip_bad: bool = False
     basis: int | None = None
-    basis_modules: tuple[str, ...] = ()
     basis_from: Path | None = None
 
 
@@ -81,8 +78,6 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     """
     if options.basis is not None and options.basis_from is not None:
         raise ValueError("--basis makes a basis, and --basis-from takes another pool's: give one of them")
-    if options.basis_modules and options.basis is None:
-        raise ValueError("--basis-modules is an option of a new basis: give its number of directions with --basis")
     makes_basis = options.basis is not None or options.basis_from is not None
     if options.dry_run and makes_basis:
         raise ValueError("a dry run makes no basis: leave out --dry-run, or --basis and --basis-from")
@@ -104,23 +99,19 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
         return manifest
 
 
-def add_basis(folder: Path, k: int, *, modules: Sequence[str] = ()) -> None:
-    """Make the shared basis of a converted pool and write it next to the adapters; ValueError if the pool has one.
-
-    Its k directions are made from the named modules, by default all. All modules are projected on them.
-    """
+def add_basis(folder: Path, k: int) -> None:
+    """Make the shared basis of a converted pool and write it next to the adapters; ValueError if the pool has one."""
     stored = _without_basis(folder)
     pool = stored.load()
-    chosen = pool.select(modules) if modules else pool
-    check_size(chosen, k)
-    with progress("basis", sum(len(rank) for rank in chosen.rank.values()), unit="layer") as bar:
-        basis = in_directions(pool, directions(chosen, k, done=bar.update))
+    check_size(pool, k)
+    with progress("basis", sum(len(rank) for rank in pool.rank.values()), unit="layer") as bar:
+        basis = in_directions(pool, directions(pool, k, done=bar.update))
     save_basis(folder, basis, made_of=stored.made_of, base=stored.manifest["base"])
 
 
 def _add_basis(options: ConvertOptions, folder: Path) -> None:
     if options.basis_from is None:
-        add_basis(folder, options.basis or 0, modules=options.basis_modules)
+        add_basis(folder, options.basis or 0)
         return
     stored, other = _without_basis(folder), ConvertedPool(options.basis_from)
     other.check_base(stored.config)

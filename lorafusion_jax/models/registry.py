@@ -53,15 +53,6 @@ def last_part(name: str) -> str:
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1].partition("@")[0].lower()
 
 
-def family_with(path: str) -> Family | None:
-    """Return the family whose known sizes have a linear map at this Hugging Face module path; None for no family."""
-    for family in FAMILIES.values():
-        paths = {site.path for config in family.shapes.values() for site in config.sites.values()}
-        if any(re.fullmatch(re.escape(known).replace(r"\{layer\}", r"\d+"), path) for known in paths):
-            return family
-    return None
-
-
 def gguf_layout(name: str | None, by: Literal["general.architecture", "model_type"]) -> GGUFLayout:
     """Return the layout of GGUF files, given the name of the models in such a file or in a config.json.
 

@@ -24,18 +24,16 @@ _KEY = re.compile(r"(?:[\w.^$-]|\\[.d]|\\d\+\\\.|\[[\w-]+\]){1,400}", re.ASCII)
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _MAX_KEYS, _SECONDS = 2_000, 4.0  # CPU time for all keys and modules of a file
 
-# Fields without effect on a trained adapter's output, or about which the tensors are more reliable.
-_IDLE = (
+# Fields without effect on a trained adapter's output, or about which the tensors are more reliable; then those that are
+# read, and two whose defaults PEFT writes into every file.
+_KNOWN = (
     "auto_mapping corda_config ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode "
     "layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config "
-    "merge_weights monteclora_config peft_version revision runtime_config task_type velora_config"
-).split()
-_HUB_ID = re.compile(r"([a-z0-9][\w.-]*)/[\w.-]+(?:@.+)?")
-# Fields that are read, and two whose defaults PEFT writes into every file.
-_KNOWN = (
+    "merge_weights monteclora_config peft_version revision runtime_config task_type velora_config "
     "alpha_pattern base_model_name_or_path bias init_lora_weights lora_alpha modules_to_save peft_type r "
     "rank_pattern target_modules use_dora use_rslora megatron_core qalora_group_size"
 ).split()
+_HUB_ID = re.compile(r"([a-z0-9][\w.-]*)/[\w.-]+(?:@.+)?")
 # Fields that change the forward pass once they are set.
 _OTHER_FORWARD = {
     "alora_invocation_tokens": "aLoRA, which acts only after its invocation tokens",
@@ -80,7 +78,7 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
     the base's weights; otherwise a configuration that lists such modules is an error.
 
     Returns:
-        Notes on unknown fields and on those without effect here; a re-saved adapter keeps them.
+        A note on unknown fields, if there are any; a re-saved adapter keeps them.
     """
     foreign = _foreign_format(config)
     if foreign:
@@ -102,14 +100,8 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
             f"modules_to_save is {shown(config['modules_to_save'])}: modules trained in full cannot be "
             "mixed; retrain without them, or give the base's weights: modules equal to the base are ignored"
         )
-    notes = []
-    idle = [field for field in _IDLE if config.get(field) not in (None, False, [], {})]
-    if idle:
-        notes.append(f"without effect on the trained adapter, kept for re-saving: {', '.join(idle)}")
-    unknown = sorted(set(config) - set(_KNOWN) - set(_IDLE) - set(_OTHER_FORWARD))
-    if unknown:
-        notes.append(f"warning: unknown to PEFT up to 0.21, ignored: {some(unknown)}")
-    return notes
+    unknown = sorted(set(config) - set(_KNOWN) - set(_OTHER_FORWARD))
+    return [f"warning: unknown to PEFT up to 0.21, ignored: {some(unknown)}"] if unknown else []
 
 
 def check_base(config: Mapping[str, Any], base: Base) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from ...models.registry import family_with
 from ...support.text import shown
 
 # <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.
@@ -159,9 +158,6 @@ def _check_shapes(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int
     else:
         near = difflib.get_close_matches(path, shapes, n=1, cutoff=0)
         got = f"{key_a}: the base has no linear module {path} (nearest: {', '.join(near)})"
-        theirs, ours = (family_with(module) for module in (path, next(iter(shapes), "")))
-        if theirs and ours and theirs is not ours:
-            got += f", a module of {theirs.members}, and the base is one of {ours.members}"
     wrong_base = "wrong base? " if 2 * len(misfits) > len(parts) else ""
     fix = f"give the base that the adapter was trained on, {shown(config.get('base_model_name_or_path'))}"
     if (task := config.get("task_type")) in _HEADS:
