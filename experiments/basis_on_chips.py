@@ -20,12 +20,12 @@ from typing import Literal, get_args
 import _script
 import tyro
 from hardware import AGE
-from lab.common import ROOT, with_spread, write_csv
-from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, matches, of_tasks, slug, subject
+from lab.common import ROOT, slug, with_spread, write_csv
+from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, matches, of_tasks, subject
 from lab.methods import IN_BASIS
 
-from lorafusion_jax.crossbar import CrossbarConfig
-from lorafusion_jax.parts import Params, aged, load_chips, markdown
+from lorafusion_jax.crossbar import CrossbarConfig, save_config
+from lorafusion_jax.parts import OnArrays, Params, aged, load_chips, markdown
 from lorafusion_jax.trials import ARMS, Arm
 
 Case = Literal["digital", "untouched", "fresh noise", "its chip", "its chip, all rows", "prepared"]
@@ -95,11 +95,16 @@ def _numbers(on: Subject, case: Case, here: CrossbarConfig, options: Options) ->
     def on_its_chip() -> Params:
         return of("its chip", lambda: on.train_on_chips(new, recipe))
 
+    def on_fresh_chips(crossbar: str, age: str | None) -> Params:
+        arrays = OnArrays(crossbar=crossbar, chip_key=options.chip_key, train_chip="fresh", age=age)
+        return on.trained(slug(f"{name}-{case}"), arrays=arrays)
+
     match case:
         case "fresh noise":
-            return of(case, lambda: on.train_on_fresh_chips(new, recipe))
+            return on_fresh_chips(options.crossbar, None)
         case "prepared":
-            return of(case, lambda: on.train_on_fresh_chips(here, recipe))
+            save_config(aged(new, None, compensate=True), file := on.store.folder / "compensated.yaml")
+            return on_fresh_chips(str(file), AGE)
         case "its chip":
             return on_its_chip()
         case "its chip, all rows":

@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from lab.common import ROOT, SMALL, with_spread, write_csv, write_tables
-from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, matches, of_tasks, slug, subject
+from lab.common import ROOT, SMALL, slug, with_spread, write_csv, write_tables
+from lab.hardware import ChipsOptions, Row, Store, Subject, again, as_lines, matches, of_tasks, subject
 
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, Proportional, load_config
 from lorafusion_jax.parts import CostOptions, OnArrays, aged, bills, load_chips, shape_config

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import tyro
-from lab.common import ROOT, convert
+from lab.common import ROOT, convert, slug
 from lab.language import (
     DIRECTIONS,
     EVALUATED_ROWS,
@@ -194,7 +194,7 @@ def _job(
     train_rows: int = TRAIN_ROWS,
     **how: Any,
 ) -> Job:
-    name = "-".join((task, method, str(train_rows), *map(str, options.seeds))).replace(" ", "_").replace(",", "")
+    name = slug("-".join((task, method, str(train_rows), *map(str, options.seeds))))
     run = options_of(
         entry,
         path,

@@ -23,8 +23,8 @@ from typing import Any, Literal
 import _script
 import jax
 import tyro
-from lab.common import ROOT, write_csv
-from lab.hardware import Row, Store, as_lines, slug
+from lab.common import ROOT, slug, write_csv
+from lab.hardware import Row, Store, as_lines
 from lab.language import MAIN, options_of
 from lab.smollm2 import EXAMPLES
 from language import link_tasks, linked_base, make_pools, pool_of, unseen_tasks

@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,17 +27,7 @@ from lab.common import ROOT, write_csv
 from lab.smollm2 import EXAMPLES, base
 
 from lorafusion_jax import FuseOptions
-from lorafusion_jax.crossbar import (
-    CrossbarConfig,
-    Independent,
-    Statistics,
-    calibrated,
-    chips_in,
-    config_hash,
-    load_config,
-    observe,
-    with_chips,
-)
+from lorafusion_jax.crossbar import CrossbarConfig, Independent, calibrate_tree, chips_in, config_hash, load_config
 from lorafusion_jax.parts import LoadedModel, environment, load_model, log_likelihood, markdown, program_on_arrays
 from lorafusion_jax.report import colour, plot
 from lorafusion_jax.trials import Cells, Row
@@ -108,8 +97,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     settings = [Setting(bits, error) for error in options.errors for bits in options.bits]
 
     def show(row: Row) -> str:
-        seconds = sum(row["cpu_seconds"].values())
-        return f"{setting_of(row)}: perplexity {np.exp(row['loss']):.2f} in {seconds:.0f} CPU seconds"
+        return f"{setting_of(row)}: perplexity {np.exp(row['loss']):.2f} in {row['cpu_seconds']:.0f} CPU seconds"
 
     def write() -> None:
         rows = cells.rows()
@@ -146,48 +134,36 @@ def load_text(tokenizer: Any, options: Options) -> Text:
 
 
 def measured(loaded: LoadedModel, text: Text, settings: Sequence[Setting], chip_key: int) -> Iterator[Row]:
-    """Yield a row for each setting, calibrated once for each error: what columns sum up to does not depend on ADCs."""
+    """Yield a row for each setting."""
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     key = jax.random.fold_in(jax.random.key(chip_key), 0)
 
     def logits(weights: nnx.State, ids: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         return nnx.merge(graph, weights)(ids, jnp.ones_like(ids, bool))
 
-    def losses(tree: Any, leaves: list[Array], ids: Int[Array, "B T"]) -> Float[Array, " B"]:
-        return -log_likelihood(logits(tree.unflatten(leaves), ids)[:, :-1], ids[:, 1:])
+    @jax.jit
+    def losses(weights: nnx.State, ids: Int[Array, "B T"]) -> Float[Array, " B"]:
+        return -log_likelihood(logits(weights, ids)[:, :-1], ids[:, 1:])
 
-    seen: dict[float | None, list[Statistics]] = {}
     for setting in settings:
-        times = [time.process_time()]
-        weights, arrays = frozen.base, {}
+        began, weights, arrays = time.process_time(), frozen.base, {}
         if setting != DIGITAL:
             config = config_of(setting, jnp.float32)
             weights = program_on_arrays(graph, frozen, {"*": config}, key).base
-            if config.adc is not None:
-                if setting.error not in seen:
-                    seen = {setting.error: observe(logits, weights, [jnp.asarray(text.calibration)])}
-                pairs = zip(chips_in(weights), seen[setting.error], strict=True)
-                weights = with_chips(weights, [calibrated(chip, statistics) for chip, statistics in pairs])
-            jax.block_until_ready(weights)
+            weights = calibrate_tree(logits, weights, [jnp.asarray(text.calibration)])
             arrays = {"config_sha256": config_hash(config), "paths": sorted({c.plan.path for c in chips_in(weights)})}
-        batches = [jnp.asarray(text.windows[first : first + BATCH]) for first in range(0, len(text.windows), BATCH)]
-        times.append(time.process_time())
-        leaves, tree = jax.tree.flatten(weights)
-        of_setting = jax.jit(partial(losses, tree))
-        compiled = {batch.shape: of_setting.lower(leaves, batch).compile() for batch in batches}
-        times.append(time.process_time())
-        found = np.concatenate([np.asarray(compiled[batch.shape](leaves, batch), float) for batch in batches])
-        times.append(time.process_time())
+        batches = [text.windows[first : first + BATCH] for first in range(0, len(text.windows), BATCH)]
+        found = np.concatenate([np.asarray(losses(weights, batch), float) for batch in batches])
         yield {
             "bits": setting.bits,
             "error": setting.error,
             **arrays,
             "loss": found.sum() / text.windows[:, 1:].size,
             "window_losses": (found / (WINDOW - 1)).tolist(),
-            "cpu_seconds": dict(zip(("prepare", "compile", "measure"), np.diff(times).tolist(), strict=True)),
+            "cpu_seconds": time.process_time() - began,
             **environment(),
         }
-        del weights, leaves
+        del weights
         jax.clear_caches()  # other bits are other programs
 
 

@@ -5,15 +5,15 @@
     python experiments/tune.py --shots 5 --out runs/tune_5               # five examples: a third of every rate
     python experiments/tune.py --tasks function_vectors/dataset_files    # on real language
 
-On real language a trial is two passes and is scored by its loss on 100 test rows; two rates have thirteen trials, and
-bases and choices of modules the rates of LoRAFusion. Results are rows of OUT/tune.jsonl; interrupted, the same command
-continues. OUT/table_tune.csv shows all trials; `lorafusion_jax.trials.ARMS` and `lab/language.py` have the best ones.
+A trial is a run. On real language it has two passes and is scored by its loss on 100 test rows; two rates have thirteen
+trials, and bases and choices of modules the rates of LoRAFusion. Results are rows of OUT/tune.jsonl; interrupted, the
+same command continues. OUT/table_tune.csv shows all trials; `lorafusion_jax.trials.ARMS` and `lab/language.py` have the
+best ones.
 """
 
 import dataclasses
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,15 +21,14 @@ from typing import Any
 import _script
 import numpy as np
 import tyro
-from lab.common import ROOT, options_of_small, small_pool_in_basis, write_csv
-from lab.language import MAIN, MORE, TUNING, find, options_of, test_losses
+from lab.common import ROOT, options_of_small, slug, small_pool_in_basis, write_csv
+from lab.language import MAIN, MORE, TUNING, find, options_of
 from lab.methods import COEFFICIENTS, IN_BASIS
-from lab.tuning import train_trials
 from language import LanguageOptions, link_tasks, linked_base, make_pools, pool_of
 
-from lorafusion_jax import FuseOptions
-from lorafusion_jax.parts import evaluate, make_room, markdown, prepare, with_targets
-from lorafusion_jax.trials import ARMS, Cells, Shots
+from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax.parts import markdown
+from lorafusion_jax.trials import ARMS, Arm, Job, Shots, read_rows, run_jobs
 
 TASKS = ("reverse_starcon", "rotr_next")
 SEEDS = (101, 102)  # not those of any table; real language has the first
@@ -72,8 +71,6 @@ LANGUAGE_TRIALS: Trials = {
 }
 LANGUAGE_TRIALS["coefficients only, random pool"] = TRIALS["coefficients only"]
 PASSES = 2  # over the training rows, on real language
-Key = tuple[str, str, str]  # method, task, rates as JSON
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +82,8 @@ class Options:
       methods: rows of the table to tune; all by default.
       shots: rows to learn from, on the embedded pool.
       adapters: folder of the pool's adapters, on real language.
-      out: folder of tune.jsonl, by default runs/tune or runs/language; what is there already is not run again.
+      out: folder of tune.jsonl and the runs, by default runs/tune or runs/language; what is there already is not run
+        again.
     """
 
     tasks: Path | None = None
@@ -98,92 +96,63 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     """Run the trials that are missing, and write the table of all."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    everything = TRIALS if options.tasks is None else LANGUAGE_TRIALS
+    small = options.tasks is None
+    everything, tasks, score = (TRIALS, TASKS, "exact_match") if small else (LANGUAGE_TRIALS, TUNING, "loss")
     if unknown := [method for method in options.methods if method not in everything]:
         raise ValueError(f"no trials of {', '.join(unknown)}: choose of {'; '.join(everything)}")
-    run, tasks, score = (
-        (_small(options.shots), TASKS, "exact_match")
-        if options.tasks is None
-        else (_language(options.tasks, options.adapters), TUNING, "loss")
-    )
-    share = 1 / 3 if options.tasks is None and options.shots == "5" else 1
+    shots, share = (options.shots, 1 / 3 if options.shots == "5" else 1) if small else ("95+5", 1)
     trials = {
         name: [{rate: float(f"{share * value:.2g}") for rate, value in trial.items()} for trial in of_method]
         for name, of_method in everything.items()
     }
-    out = options.out or ROOT / "runs" / ("tune" if options.tasks is None else "language")
-    cells = Cells(out / "tune.jsonl", key_of, {"shots": options.shots} if options.tasks is None else {})
-
-    def measure(missing: Sequence[Key]) -> Iterator[Row]:
-        for (method, task), of_task in itertools.groupby(missing, key=lambda key: key[:2]):
-            make_room()
-            rates = [json.loads(key[-1]) for key in of_task]
-            for trial, found in zip(rates, run(method, task, rates), strict=True):
-                yield {"method": method, "task": task, "rates": trial, **found}
-
-    cells.fill(
-        [(m, t, json.dumps(rates)) for m in options.methods or trials for t in tasks for rates in trials[m]],
-        measure,
-        lambda row: f"{row['method']}, {row['task']}, {row['rates']}: {score} {row[score]:.3f}",
-    )
-    lines = table_of(cells.rows(), trials, tasks, score)
+    out = options.out or ROOT / "runs" / ("tune" if small else "language")
+    arms = ARMS | COEFFICIENTS | IN_BASIS if small else MAIN | MORE
+    jobs = []
+    for method, task in itertools.product(options.methods or trials, tasks):
+        for rates in trials[method]:
+            arm, name = dataclasses.replace(arms[method], rates=rates, few_rates={}), label(method, rates)
+            run = run_of(options, task, arm, out=out / "runs", name=slug(f"{task}-{shots}-{name}"))
+            jobs.append(Job(task, name, shots, run))
+    run_jobs(jobs, out / "tune.jsonl", fuse, root=ROOT)
+    lines = table_of([row for row in read_rows(out / "tune.jsonl") if row["shots"] == shots], trials, tasks, score)
     write_csv(out / "table_tune.csv", lines)
     print(f"{markdown(lines, left=(0, 1))}\nwritten to {out}")
 
 
-def key_of(row: Row) -> Key:
-    return row["method"], row["task"], json.dumps(row["rates"])
+def label(method: str, rates: Mapping[str, float]) -> str:
+    """Return the name of a trial in its rows."""
+    return f"{method}: {', '.join(f'{name} {rate:g}' for name, rate in rates.items())}"
 
 
-def table_of(rows: Sequence[Row], trials: Trials, tasks: Sequence[str], score: str) -> list[list[str]]:
+def table_of(rows: Sequence[Any], trials: Trials, tasks: Sequence[str], score: str) -> list[list[str]]:
     """Return a table of all trials, with an arrow at each method's best mean of the tasks (the first of equals)."""
-    found = {key_of(row): row[score] for row in rows}
-    places, best, head = (3, np.nanargmin, "mean loss") if score == "loss" else (1, np.nanargmax, "mean")
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:  # a loss that was not finite is null
+        found.setdefault((row["method"], row["task"]), []).append(np.inf if row[score] is None else row[score])
+    places, best, head = (3, np.argmin, "mean loss") if score == "loss" else (1, np.argmax, "mean")
     lines = [["method", "rates", *tasks, head, "best"]]
     for method, of_method in trials.items():
-        keys = [[(method, task, json.dumps(rates)) for task in tasks] for rates in of_method]
+        keys = [[(label(method, rates), task) for task in tasks] for rates in of_method]
         if not all(key in found for of_trial in keys for key in of_trial):
             continue
-        scores = [[found[key] for key in of_trial] for of_trial in keys]
+        scores = [[fmean(found[key]) for key in of_trial] for of_trial in keys]
         means = [fmean(of_trial) for of_trial in scores]
         for i, rates in enumerate(of_method):
-            said = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
             numbers = [f"{value:.{places}f}" for value in (*scores[i], means[i])]
-            lines.append([method, said, *numbers, "←" if i == int(best(means)) else ""])
+            shown = label(method, rates).removeprefix(f"{method}: ")
+            lines.append([method, shown, *numbers, "←" if i == int(best(means)) else ""])
     return lines
 
 
-Run = Callable[[str, str, Sequence[Mapping[str, float]]], list[Row]]  # of a method on a task
-
-
-def _small(shots: Shots) -> Run:
-    """Return a function that runs trials on an embedded task: exact match in percent and loss, means of the seeds."""
-
-    def run(method: str, task: str, trials: Sequence[Mapping[str, float]]) -> list[Row]:
-        arm = (ARMS | COEFFICIENTS | IN_BASIS)[method]
+def run_of(options: Options, task: str, arm: Arm, **where: Any) -> FuseOptions:
+    """Return the run of an arm on a task."""
+    if options.tasks is None:
         pool = small_pool_in_basis() if "basis" in arm.recipe else None
-        options = options_of_small(task, arm, pool=pool, seeds=SEEDS, shots=shots)
-        found = evaluate(*train_trials(prepare(options), options, trials), batch_size=options.eval_batch)
-        assert found.loss is not None
-        parts = (np.reshape(values, (len(trials), len(SEEDS))).mean(1) for values in (found.exact_match, found.loss))
-        return [{"exact_match": float(match), "loss": float(loss)} for match, loss in zip(*parts, strict=True)]
-
-    return run
-
-
-def _language(tasks: Path, adapters: Path) -> Run:
-    """Return a function that runs trials on a task of real language: loss on the test rows, in nats per token."""
-    folder = link_tasks(tasks)
-    make_pools(adapters)
-
-    def run(method: str, task: str, trials: Sequence[Mapping[str, float]]) -> list[Row]:
-        where: Any = {"base": linked_base(), "pool": pool_of(adapters), "seeds": SEEDS[:1]}
-        options: FuseOptions = with_targets(options_of((MAIN | MORE)[method], find(task, folder), **where))
-        options = dataclasses.replace(options, recipe=dataclasses.replace(options.recipe, epochs=PASSES))
-        setup, params = train_trials(prepare(options), options, trials)
-        return [{"loss": loss} for loss in test_losses(setup, params)]
-
-    return run
+        return options_of_small(task, arm, pool=pool, seeds=SEEDS, shots=options.shots, resume=True, **where)
+    make_pools(options.adapters)
+    model: Any = {"base": linked_base(), "pool": pool_of(options.adapters), "seeds": SEEDS[:1]}
+    run = options_of(arm, find(task, link_tasks(options.tasks)), **model, **where)
+    return dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, epochs=PASSES))
 
 
 if __name__ == "__main__":

@@ -60,6 +60,11 @@ def small_pool_in_basis() -> Path:
     return folder
 
 
+def slug(name: str) -> str:
+    """Return a name for files."""
+    return name.replace(",", "").replace(" ", "_")
+
+
 def write_csv(file: Path, lines: Sequence[Sequence[Any]]) -> None:
     """Write the lines of a table, the first one its heading, into a folder that is made if it does not exist."""
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -20,14 +20,11 @@ from jaxtyping import Array
 from lorafusion_jax import FuseOptions, Recipe, fuse
 from lorafusion_jax.crossbar import CrossbarConfig, config_hash
 from lorafusion_jax.parts import (
-    CALIBRATION_ROWS,
-    STEP_CHIPS,
     Chips,
     EvaluateOptions,
     Params,
     Setup,
     at_least,
-    calibrate,
     evaluate,
     fit,
     for_every_chip,
@@ -38,8 +35,6 @@ from lorafusion_jax.parts import (
     lora_in_cells,
     module_numbers,
     on_every_chip,
-    program_on_arrays,
-    redrawn,
     save_arrays,
     start,
     write_json,
@@ -47,7 +42,7 @@ from lorafusion_jax.parts import (
 from lorafusion_jax.tasks import split
 from lorafusion_jax.trials import Arm, Cells, Row, recipe_of
 
-from .common import ROOT, convert_small_pool, options_of_small, small_pool_in_basis
+from .common import ROOT, convert_small_pool, options_of_small, slug, small_pool_in_basis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,22 +175,6 @@ class Subject:
             on_all = dataclasses.replace(on_all, split=split(len(self.setup.task.train), seeds, limit=rows))
         return fit(on_all.problem, on_all.rows, start(on_all.problem, seeds, begin), recipe, seeds).params
 
-    def on_fresh_chips(self, config: CrossbarConfig) -> Setup:
-        """Return the setup of all seeds on another chip at every step, none of them one of the chips."""
-        problem, rules = self.setup.problem, self.chips.rules(config)
-        modules = module_numbers(self.setup, self.options, self.chips)
-        chip = program_on_arrays(problem.graph, problem.frozen, rules, self.keys[0], modules=modules, norm="ideal")
-        begin = start(problem, self.options.seeds).params
-        chip = calibrate(self.setup, begin, chip, rows=CALIBRATION_ROWS)
-        key = jax.random.fold_in(self.chips.key, STEP_CHIPS)
-        fresh = redrawn(chip, problem.frozen, rules, key, steps="every", norm="ideal")
-        return self.setup.with_problem(frozen=fresh)
-
-    def train_on_fresh_chips(self, config: CrossbarConfig, recipe: Recipe) -> Params:
-        """Return numbers of every seed [S], trained on another chip at every step."""
-        seeds, on_fresh = self.options.seeds, self.on_fresh_chips(config)
-        return fit(on_fresh.problem, on_fresh.rows, start(on_fresh.problem, seeds), recipe, seeds).params
-
     def score(self, config: CrossbarConfig, params: Params, *, in_cells: bool = False) -> list[Row]:
         """Return a row for every seed on every chip.
 
@@ -310,8 +289,3 @@ def again(recipe: Recipe, epochs: int) -> Recipe:
 def as_lines(rows: Sequence[Row]) -> list[list[Any]]:
     """Return rows as the lines of a table, in the columns of the first."""
     return [[*rows[0]], *([row[name] for name in rows[0]] for row in rows)]
-
-
-def slug(name: str) -> str:
-    """Return a name for files."""
-    return name.replace(",", "").replace(" ", "_")

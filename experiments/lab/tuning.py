@@ -1,17 +1,12 @@
-"""Learning rates: trials as one program, and a search in factors of 3 until no neighbour of the best is better."""
+"""Learning rates: a search in factors of 3 until no neighbour of the best is better."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from lorafusion_jax import FuseOptions
-from lorafusion_jax.parts import Params, Setup, fit, recipe_rates, start
-from lorafusion_jax.tasks import Split
 from lorafusion_jax.trials import Cells, Row
 
 Point = tuple[int, ...]  # powers of 3, by which the rates of an arm are multiplied
@@ -85,24 +80,3 @@ def best_tried(trials: Iterable[Row], arm: str, rows: int) -> Tried | None:
         return None
     best = min(losses, key=lambda point: losses[point])
     return Tried(by_point[best][0]["rates"], losses[best], len(losses))
-
-
-def train_trials(setup: Setup, options: FuseOptions, trials: Sequence[Mapping[str, float]]) -> tuple[Setup, Params]:
-    """Train all seeds of a run with the rates of each trial as one program.
-
-    Returns:
-      The setup and the parameters of its entries: the seeds of the first trial, those of the second, and so on.
-    """
-    count, entries = len(trials), options.seeds * len(trials)
-    assert setup.split is not None
-    setup = dataclasses.replace(
-        setup.with_problem(index=jnp.tile(setup.problem.index, (count, 1))),
-        modules=setup.modules * count,
-        split=Split(*(np.tile(rows, (count, 1)) for rows in setup.split)),
-    )
-    rates = recipe_rates(setup.problem.method, options.recipe, len(entries))
-    by_name = {name: np.repeat([trial[name] for trial in trials], len(options.seeds)) for name in trials[0]}
-    chosen = {name.removeprefix("lr_"): jnp.array(values, jnp.float32) for name, values in by_name.items()}
-    rates = rates._replace(learning_rate=rates.learning_rate | chosen)
-    begin = start(setup.problem, entries)
-    return setup, fit(setup.problem, setup.rows, begin, options.recipe, entries, rates=rates).params

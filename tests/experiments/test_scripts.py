@@ -5,12 +5,13 @@ import json
 
 import ablations
 import demo
+import made_up_rows
 import one_block
 import pytest
 import tune
 from lab import common, methods
 
-from lorafusion_jax import FuseOptions, fuse, trials
+from lorafusion_jax import FuseOptions, trials
 from lorafusion_jax.methods import find
 from lorafusion_jax.parts import RunFolder
 from lorafusion_jax.runs.prepare import check
@@ -68,21 +69,24 @@ def test_every_ablation_can_run_and_is_next_to_what_it_varies():
             assert trials.recipe_of(first) == plain and first.control == "none"
 
 
-@pytest.mark.nightly
-def test_trials_have_the_results_of_their_runs(tmp_path, monkeypatch):
-    tried = [{"lr_magnitudes": rate} for rate in (0.02, 0.1)]
+def test_trials_are_runs_at_their_rates_and_the_best_is_marked(tmp_path, monkeypatch):
+    tried, asked = [{"lr_magnitudes": rate} for rate in (0.02, 0.1)], []
     monkeypatch.setattr(tune, "TRIALS", {"magnitudes only": tried})
-    monkeypatch.setattr(tune, "TASKS", ("rotr_next",))
+
+    def rows_of(jobs, file, run, **how):
+        asked.extend(jobs)
+        scores = {job.keys[0]: place for place, job in enumerate(jobs)}
+        of_key = made_up_rows.row
+        rows = [of_key(*k[:2], k[3], [True] * n + [False] * (9 - n), shots=k[2]) for k, n in scores.items()]
+        trials.append_rows(file, rows)
+
+    monkeypatch.setattr(tune, "run_jobs", rows_of)
     tune.main(["--shots", "5", "--out", str(tmp_path)])
-    for row, rates in zip(trials.read_lines(tmp_path / "tune.jsonl"), tried, strict=True):
-        own = {name: float(f"{rate / 3:.2g}") for name, rate in rates.items()}
-        assert row["rates"] == own
-        arm = dataclasses.replace(trials.ARMS["magnitudes only"], few_rates=own)
-        where = {"out": tmp_path, "name": f"{own}"}
-        alone = fuse(common.options_of_small("rotr_next", arm, seeds=tune.SEEDS, shots="5", **where))
-        assert row["exact_match"] == alone["exact_match"]
-    with pytest.raises(ValueError, match="shots was 5, is 95"):
-        tune.main(["--out", str(tmp_path)])
+    assert [job.options.recipe.lr_magnitudes for job in asked] == [0.0067, 0.033] * len(tune.TASKS)
+    assert {job.options.train_rows for job in asked} == {5} and len({job.options.name for job in asked}) == len(asked)
+    first, second = (tmp_path / "table_tune.csv").read_text().splitlines()[1:]
+    assert first.startswith("magnitudes only,lr_magnitudes 0.0067,0.0,") and not first.endswith("←")
+    assert second.endswith("←")
 
 
 def test_lines_are_added_behind_the_last_whole_one(tmp_path):
