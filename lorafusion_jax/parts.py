@@ -58,17 +58,14 @@ from .hardware.evaluate import EvaluateOnChipsOptions as EvaluateOnChipsOptions
 from .hardware.evaluate import evaluate_on_chips as evaluate_on_chips
 from .hardware.evaluate import lora_in_cells as lora_in_cells
 from .hardware.evaluate import results_path as results_path
-from .hardware.folder import STEP_CHIPS as STEP_CHIPS
 from .hardware.folder import Chips as Chips
 from .hardware.folder import aged as aged
 from .hardware.folder import load_chips as load_chips
-from .hardware.on_arrays import CALIBRATION_ROWS as CALIBRATION_ROWS
 from .hardware.on_arrays import module_numbers as module_numbers
 from .hardware.on_arrays import without_merged_pool as without_merged_pool
 from .hardware.program import Restored as Restored
 from .hardware.program import program as _program_on_arrays
 from .hardware.report import report_on_chips as report_on_chips
-from .hardware.restore import Method as _RestoreMethod
 from .hardware.restore import distil as distil
 from .hardware.restore import divergence as divergence
 from .hardware.restored import Outputs as Outputs
@@ -200,6 +197,5 @@ from .training.seeds import default_seed_mode as default_seed_mode
 from .training.step import standard_promotion as standard_promotion
 
 program_on_arrays = _program_on_arrays
-RestoreMethod = _RestoreMethod
 load_arrays = _load_arrays
 save_arrays = _save_arrays
