@@ -1,6 +1,6 @@
 """The embedded pool, converted and fused for tasks that none of its adapters was trained on: `make demo`.
 
-Written to runs/demo: the pool, every run, results.jsonl, table.md and plots.
+Written to runs/demo: the pool, every run, results.jsonl, table.md and a plot.
 """
 
 import argparse
@@ -10,11 +10,10 @@ from typing import Any
 
 import _script
 from lab.common import ROOT, convert_small_pool, fresh_folder, options_of_small
-from lab.demo_report import Row, markdown_table, plot_accuracy
+from lab.demo_report import markdown_table, plot_accuracy
 
-from lorafusion_jax import PRESETS, FuseOptions, fuse, load_pool, load_run
-from lorafusion_jax.parts import column_names
-from lorafusion_jax.report import plot_coefficients, write_text
+from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax.report import write_text
 from lorafusion_jax.trials import ARMS, Job, read_rows, run_jobs
 
 FOLDER = ROOT / "runs" / "demo"
@@ -35,7 +34,8 @@ def main(arguments: Sequence[str] = ()) -> None:
         file = FOLDER / "results.jsonl"
         run_jobs([Job(task, method, "95+5", _options(task, method)) for task, method in everything], file, fuse)
         rows = read_rows(file)
-        _plot(rows)
+        title = f"Tasks that no adapter was trained on: mean of {len(SEEDS)} seeds, their spread, and each one as a dot"
+        plot_accuracy(rows, FOLDER / "accuracy.png", apart=(OUT_OF_REACH,), title=title)
         table = markdown_table(rows, apart=(OUT_OF_REACH,))
         write_text(FOLDER / "table.md", table)
     minutes = (time.perf_counter() - began) / 60
@@ -45,21 +45,6 @@ def main(arguments: Sequence[str] = ()) -> None:
 def _options(task: str, method: str) -> FuseOptions:
     where: Any = {"pool": FOLDER / "pool", "seeds": SEEDS, "out": FOLDER / "runs", "name": _name(task, method)}
     return options_of_small(task, ARMS[method], **where)
-
-
-def _plot(rows: Sequence[Row]) -> None:
-    title = f"Tasks that no adapter was trained on: mean of {len(SEEDS)} seeds, their spread, and each one as a dot"
-    plot_accuracy(rows, FOLDER / "accuracy.png", apart=(OUT_OF_REACH,), title=title)
-    columns = column_names(load_pool(FOLDER / "pool"), PRESETS["default"].granularity)
-    for task in TASKS:
-        _, params, config = load_run(FOLDER / "runs" / _name(task, "LoRAFusion"))
-        plot_coefficients(
-            params["coefficients"][0],
-            config["modules"][0],
-            columns,
-            FOLDER / f"coefficients_{task}.png",
-            title=f"{task}, seed {SEEDS[0]}",
-        )
 
 
 def _name(task: str, method: str) -> str:

@@ -1,15 +1,12 @@
-"""Plots as PNG, in one style: the methods' means, coefficients, and those that a caller draws.
+"""Plots as PNG, in one style: the methods' means, and those that a caller draws.
 
-They raise ValueError for names that do not fit, without complete results, or if matplotlib is not installed.
+They raise ValueError without complete results, or if matplotlib is not installed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from jaxtyping import Float
 
 from ..support.checks import load_optional
 from ..support.text import printable
@@ -85,39 +82,3 @@ def plot_means(scores: Scores, path: Path, *, title: str = "") -> None:
         figure.suptitle(title, x=0.01, ha="left", size=12)
 
     plot(path, (6.0, 0.3 * len(summaries) + 1.2), draw)
-
-
-def plot_coefficients(
-    coefficients: Float[np.ndarray, "N columns"],
-    modules: Sequence[str],
-    columns: Sequence[str],
-    path: Path,
-    *,
-    title: str = "",
-) -> None:
-    """Draw coefficients as a heat map of modules by columns, the largest rows on top, zero in white."""
-    if coefficients.shape != (len(modules), len(columns)):
-        names = [len(modules), len(columns)]
-        raise ValueError(f"expected names for every row and column of {list(coefficients.shape)}, got {names}")
-    order = np.argsort(-np.abs(coefficients).sum(axis=1))
-    shown, names = coefficients[order], [modules[int(i)] for i in order]
-    limit = float(np.abs(shown).max()) or 1.0
-
-    def draw(figure: "Figure") -> None:
-        axes = figure.subplots()
-        image = axes.imshow(shown, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        axes.grid(visible=False)
-        axes.set_yticks(range(len(names)), [*map(literal, names)])
-        axes.set_xticks(range(len(columns)), columns, rotation=0 if len(columns) <= 8 else 90)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        if len(columns) <= 12:
-            for (i, j), value in np.ndenumerate(shown):
-                ink = "white" if abs(value) > 0.6 * limit else "#222222"
-                axes.text(j, i, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", color=ink, size=9)
-        axes.set_title(title, loc="left")
-        bar = figure.colorbar(image, ax=axes, pad=0.02)
-        bar.set_label("coefficient")
-        bar.outline.set_visible(False)
-
-    plot(path, (max(4.0, 0.75 * min(len(columns), 12)) + 3, 0.3 * len(names) + 1.2), draw)

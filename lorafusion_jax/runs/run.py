@@ -120,7 +120,7 @@ def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> S
     recipe = options.recipe
     in_whole = basis_of(recipe) is not None and choice_of(recipe) == "gradient"
     ranked = with_whole_modules(setup, options) if in_whole else setup
-    _, gradient = gradient_at_zero(ranked.problem, options.seeds, list(ranked.rows.once(recipe.batch_size)))
+    gradient = gradient_at_zero(ranked.problem, options.seeds, list(ranked.rows.once(recipe.batch_size)))
     descent = -np.sum(gradient, axis=tuple(range(2, gradient.ndim)))  # [seeds, modules], over columns of coefficients
     greatest = np.argsort(-descent, axis=1, kind="stable")[:, : modules_of(recipe)]
     of_seeds = zip(ranked.modules, greatest.tolist(), strict=True)

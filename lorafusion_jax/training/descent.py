@@ -24,8 +24,8 @@ from .problem import Problem, per_seed
 
 def gradient_at_zero(
     problem: Problem, seeds: tuple[int, ...], batches: Sequence[Batch]
-) -> tuple[Float[np.ndarray, " seeds"], Float[np.ndarray, "seeds N *columns"]]:
-    """Return the loss on some rows, in nats per answer token, and its gradient in the coefficients at c = 0.
+) -> Float[np.ndarray, "seeds N *columns"]:
+    """Return the gradient of the loss on some rows, in nats per answer token, in the coefficients at c = 0.
 
     Leaves of the batches have a leading axis of seeds. All tokens count alike, whatever batches their rows are in.
     """
@@ -35,20 +35,16 @@ def gradient_at_zero(
     for number, batch in enumerate(batches):
         read = problem.read(SEARCH, number)
         of_batches.append(to_host(coefficient_gradients(params, on_mesh(batch, of_seeds=True), read)))
-    losses, gradients = (np.stack(parts) for parts in zip(*of_batches, strict=True))
     tokens = np.stack([np.sum(np.asarray(batch.labels) != IGNORED, axis=(1, 2)) for batch in batches])
-    weights = tokens / np.sum(tokens, axis=0)
-    return np.sum(weights * losses, axis=0), np.einsum("bs,bs...->s...", weights, gradients)
+    return np.einsum("bs,bs...->s...", tokens / np.sum(tokens, axis=0), np.stack(of_batches))
 
 
 @per_seed
-def coefficient_gradients(
-    params: Params, batch: Batch, problem: Problem
-) -> tuple[Float[Array, ""], Float[Array, "N *columns"]]:
-    """Return the cross-entropy of a batch, in nats per token, and its gradient in the coefficients."""
+def coefficient_gradients(params: Params, batch: Batch, problem: Problem) -> Float[Array, "N *columns"]:
+    """Return the gradient of a batch's cross-entropy, in nats per token, in the coefficients."""
 
     def loss(coefficients: Array) -> Array:
         moved = params | {"coefficients": coefficients}
         return objective(moved, batch, problem, jnp.float32(0))[1]["cross_entropy"]
 
-    return jax.value_and_grad(loss)(params["coefficients"])
+    return jax.grad(loss)(params["coefficients"])

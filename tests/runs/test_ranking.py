@@ -33,7 +33,7 @@ def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
     options, results = ranked
     setup = prepare(options)
     assert [len(modules) for modules in setup.modules] == [26, 26]
-    _, gradient = gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(95)))  # in one batch
+    gradient = gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(95)))  # in one batch
     for seed, modules, descent in zip(results["seeds"], setup.modules, -gradient.sum(axis=2), strict=True):
         assert seed["modules"] == [modules[i] for i in np.argsort(-descent)[:3]]
         # 95 rows trained once and ranked once, 5 validated.
@@ -44,7 +44,7 @@ def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
 def test_the_gradient_is_a_finite_difference_of_the_loss():
     problem = tiny.problem(lf.Fusion(magnitudes=False), tiny.frozen(tiny.t5()))
     of_seed = jax.tree.map(lambda leaf: np.asarray(leaf)[None], tiny.batch())
-    _, (gradient,) = gradient_at_zero(problem.replace(index=problem.index[None]), (0,), [of_seed])
+    (gradient,) = gradient_at_zero(problem.replace(index=problem.index[None]), (0,), [of_seed])
     size = float(np.sum(gradient**2))
     step = 1e-2 / size**0.5
     ahead, behind = (
@@ -58,10 +58,9 @@ def test_the_gradient_is_a_finite_difference_of_the_loss():
 def test_rows_count_alike_in_batches_of_any_size(ranked):
     options, _ = ranked
     setup = prepare(options)
-    (whole, in_one), (loss, in_batches) = (
+    in_one, in_batches = (
         gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(size))) for size in (95, 60)
     )
-    np.testing.assert_allclose(loss, whole, rtol=1e-5)
     np.testing.assert_allclose(in_batches, in_one, rtol=1e-3, atol=1e-6)
 
 
