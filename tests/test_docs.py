@@ -152,15 +152,6 @@ def test_prose_is_plain_english(page):
     assert _habits(_text(page), _ALLOWED.get(page.relative_to(_ROOT).as_posix(), ())) == []
 
 
-def test_habits_are_found_in_prose_only():
-    text = "A page\nof its\nown `that is there`.\n\n```text\nthe rest\n```\n<!-- lest -->\nIt says no.\n"
-    assert [hit.partition(" (better")[0] for hit in _habits(text)] == [
-        "...A page of its own `...`. It says no. ...",
-        "...A page of its own `...`. It says no. ...",
-    ]
-    assert _habits("Ask the owner: who wants it?", ("Ask the owner", "wants it")) == []
-
-
 @functools.cache
 def _help(subcommand: str) -> str:
     printed = io.StringIO()

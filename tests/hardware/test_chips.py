@@ -335,11 +335,6 @@ def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys)
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", "--run", str(parts.run_path(fused)), "--ages", "1h", "--lora-in", "cells"])
     assert "--ages, --lora-in: only for simulated chips: name them with --crossbar" in capsys.readouterr().err
-    beyond = dataclasses.replace(
-        fused, name="beyond", arrays=parts.OnArrays(crossbar=str(chips / "noisy.yaml"), chip=-1)
-    )
-    with pytest.raises(ValueError, match="there is no chip -1: chips are numbered from 0"):
-        fuse(beyond)
 
 
 def test_a_control_has_the_places_of_the_modules_that_it_replaces(small, chips):

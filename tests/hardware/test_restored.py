@@ -383,6 +383,3 @@ def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):
     with pytest.raises(SystemExit):  # the text is read before the chip is loaded
         cli.main([*asked, *on_chip, "--restore", "nowhere", "--file", str(tmp_path / "missing.txt")])
     assert "missing.txt" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main([*asked, "--restore", str(home / "restored")])
-    assert "--restore: only for simulated chips: name them with --crossbar" in capsys.readouterr().err

@@ -106,16 +106,9 @@ def test_numbers_rates_and_settings_without_a_meaning_are_refused(problem, start
     ):
         with pytest.raises(ValueError, match=message):
             lf.Optimisation(steps=6, **numbers)
-
-
-@pytest.mark.parametrize("index", [(0, 3), (0, -1)])
-def test_no_module_stands_for_one_outside_of_the_pool(frozen, problem, start, index):
-    with pytest.raises(ValueError, match="expected index from 0 to 2, for a pool of 3"):
-        tiny.problem(lf.Fusion(), frozen, index)
-    loss = jax.jit(lambda index: tiny.loss(start.params, problem.replace(index=index)))
-    assert np.isnan(loss(jnp.array(index))) and np.isfinite(loss(_INDEX))
-    with pytest.raises(ValueError, match=r"expected each module once, got index \[1, 1\]"):
-        tiny.problem(lf.Fusion(), frozen, (1, 1))
+    for index, message in (((0, 3), "index from 0 to 2, for a pool of 3"), ((1, 1), r"each module once, got .*1, 1")):
+        with pytest.raises(ValueError, match=message):
+            problem.replace(index=jnp.array(index))
 
 
 def _random_like(params, seed):
