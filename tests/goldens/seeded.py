@@ -31,12 +31,6 @@ def target(folder: Path) -> Path:
     return out
 
 
-def write_answers(path: Path, answers: dict[str, Any]) -> None:
-    """Write generated ids, a line for each model."""
-    rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(of_model)}" for name, of_model in answers.items())
-    path.write_text(f"{{\n{rows}\n}}\n")
-
-
 def _words(name: str, count: int) -> np.ndarray:
     return np.random.Philox(key=zlib.crc32(name.encode())).random_raw(count)
 
