@@ -45,7 +45,6 @@ from lorafusion_jax.crossbar import (
     chips_in,
     config_hash,
     load_config,
-    place,
     reads,
     save_config,
     with_corrections,
@@ -330,7 +329,7 @@ class Bench:
             return {"task": job.task, "exact_match": there["exact_match"], "task_loss": there["loss"], **of_digital}
         setup, fused, params = load_to_evaluate(EvaluateOptions(run=folder, test_rows=EVALUATED_ROWS))
         chips = Chips(job.setting.config(), (), jax.random.key(0), None, "the chips")
-        ranges = {place(chip): {} for chip in chips_in(weights)}
+        ranges = {chip.name: {} for chip in chips_in(weights)}
         restored = [Restored(corrections, ranges)] if corrections else []
         on_chip = on_every_chip(
             looped(without_merged_pool(setup)),

@@ -22,7 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from ..models.weights import dense, is_in_arrays, map_layers
+from ..models.weights import dense, is_in_arrays
 from ..support.platform import for_cpu, is_traced
 from .basis import SharedBasis
 from .norms import Gram, PairTerms, column_norm, norm_of_sum, product, product_is_smaller, squared_columns
@@ -138,7 +138,7 @@ def compose(
         layers = (of.A[site], of.B[site], c, *terms)
         # checkpoint: the backward pass dequantises modules again instead of keeping them; norms are kept.
         of_layers = jax.checkpoint(of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM))
-        update, scale, floored = map_layers(of_layers, layers, batch_size=4)
+        update, scale, floored = jax.lax.map(of_layers, layers, batch_size=4)
         scale, total = scale if of_pairs is None else of_pairs, total + jnp.sum(floored, dtype=jnp.int32)
         per_layer = jnp.broadcast_to(index[None], (c.shape[0], *index.shape))
         if isinstance(update, LowRank | Dense):

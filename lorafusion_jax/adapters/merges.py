@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ..models.weights import Weight, dense, map_layers
+from ..models.weights import Weight, dense
 from ..support.platform import is_traced
 from .composition import compose
 from .norms import product
@@ -113,7 +113,7 @@ def merge(
     for site, ranks in pool.rank.items():
         scaling = jnp.ones(ranks.shape) if pool.scaling is None else pool.scaling[site]
         layers = (jnp.arange(ranks.shape[0]), pool.A[site], pool.B[site], scaling)
-        A, B = map_layers(partial(of_layer, site), layers)
+        A, B = jax.lax.map(partial(of_layer, site), layers)
         merged[site] = LowRank(A, B * factor)
     return merged
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ..models.weights import Weight, dense, map_layers
+from ..models.weights import Weight, dense
 from .basis import Pool, SharedBasis
 from .pool import LoraPool
 
@@ -72,7 +72,7 @@ def gram(pool: Pool, kernels: dict[str, Weight]) -> Gram:
         return jnp.sum(jnp.square(kernel), axis=0), cross
 
     factors = pool.U if isinstance(pool, SharedBasis) else pool.A
-    terms = {site: map_layers(of_layer, (kernels[site], A)) for site, A in factors.items()}
+    terms = {site: jax.lax.map(of_layer, (kernels[site], A)) for site, A in factors.items()}
     return Gram({site: t[0] for site, t in terms.items()}, {site: t[1] for site, t in terms.items()})
 
 
@@ -92,7 +92,7 @@ def pair_terms(pool: LoraPool, kernels: dict[str, Weight]) -> PairTerms:
         cross = jax.lax.map(of_module, jnp.arange(len(pool)))
         return jnp.sum(jnp.square(kernel), axis=0), cross, jax.lax.map(of_pair, np.triu_indices(len(pool)))
 
-    terms = {site: map_layers(of_layer, (kernels[site], A, pool.B[site])) for site, A in pool.A.items()}
+    terms = {site: jax.lax.map(of_layer, (kernels[site], A, pool.B[site])) for site, A in pool.A.items()}
     return PairTerms(*({site: of_site[i] for site, of_site in terms.items()} for i in range(3)))
 
 
@@ -102,7 +102,7 @@ def norms(kernels: dict[str, Weight]) -> dict[str, Float[Array, "_L _d_out"]]:
     def of_layer(kernel: Weight) -> Array:
         return jnp.linalg.norm(dense(kernel, jnp.float32), axis=0)
 
-    return {site: map_layers(of_layer, kernel) for site, kernel in kernels.items()}
+    return {site: jax.lax.map(of_layer, kernel) for site, kernel in kernels.items()}
 
 
 def column_norms(gram: Gram | PairTerms) -> dict[str, Float[Array, "_L _d_out"]]:

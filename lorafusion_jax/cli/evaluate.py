@@ -94,19 +94,12 @@ def site_table(results: Mapping[str, Any]) -> str:
     head = ["site", "matrices", "arrays", "cells used", "conversions", "path", "SQNR dB", "worst", "clipped"]
     lines = [head]
     for site in results["sites"]:
-        layers = None if site["layers"] is None else range(*site["layers"])
-        rows = [
-            row
-            for chip in results["chips"]
-            for row in chip["matrices"]
-            if row["site"] == site["site"] and (layers is None or row["layer"] in layers)
-        ]
+        rows = [row for chip in results["chips"] for row in chip["matrices"] if row["site"] == site["site"]]
         errors = ["", "", ""]
         if rows:
             sqnr = [row["sqnr"] for row in rows]
             errors = [f"{statistics.fmean(sqnr):.1f}", f"{min(sqnr):.1f}", f"{max(row['clipped'] for row in rows):.2%}"]
         counts = [f"{site['matrices']:,}", f"{site['arrays']:,}", f"{site['utilisation']:.1%}"]
-        name = site["site"] if layers is None else f"{site['site']}[{layers.start}:{layers.stop}]"
-        lines.append([name, *counts, f"{site['conversions']:,}", site["path"], *errors])
+        lines.append([site["site"], *counts, f"{site['conversions']:,}", site["path"], *errors])
     lines.append(["all", "", f"{results['arrays']:,}", *[""] * 6])
     return plain(lines, left=(0, head.index("path")))

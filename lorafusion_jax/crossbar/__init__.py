@@ -27,11 +27,10 @@ from .chip.chip import (
     with_corrections,
     with_read_key,
 )
-from .chip.correction import Correction, Corrections, numbers_per_rank, place
+from .chip.correction import Correction, Corrections, numbers_per_rank
 from .chip.files import load_chip, save_chip
 from .chip.plan import Plan
 from .chip.program import is_random, program
-from .chip.segments import Segments, map_layers, scan_layers
 from .chip.tree import Rules, program_tree
 from .config.files import config_hash, load_config, save_config
 from .config.presets import PRESETS

@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import PairTerms, gram, norms
 from ..adapters.pool import LoraPool
-from ..crossbar import Correction, Rules, chips_in, place, program_tree, with_chips, with_corrections
+from ..crossbar import Correction, Rules, chips_in, program_tree, with_chips, with_corrections
 from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..support.reading import named
@@ -41,15 +41,15 @@ class Restored:
         """
         with named(self.folder):
             for chip in chips_in(weights):
-                for part, values in self.ranges.get(place(chip), {}).items():
+                for part, values in self.ranges.get(chip.name, {}).items():
                     lead = chip.shape[:-2]
                     if values.shape[: len(lead)] != lead or values.ndim != len(lead) + (3 if part == "limits" else 0):
                         raise ValueError(
-                            f"{part} of {place(chip)!r} in the corrections has the shape {values.shape}, not that of "
+                            f"{part} of {chip.name!r} in the corrections has the shape {values.shape}, not that of "
                             f"{math.prod(lead)} matrices: run `lorafusion restore` again"
                         )
             weights = with_corrections(weights, self.corrections)
-        ranged = [dataclasses.replace(chip, **self.ranges.get(place(chip), {})) for chip in chips_in(weights)]
+        ranged = [dataclasses.replace(chip, **self.ranges.get(chip.name, {})) for chip in chips_in(weights)]
         return with_chips(weights, ranged)
 
 

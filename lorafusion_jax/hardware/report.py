@@ -74,7 +74,6 @@ def _sites(frozen: Frozen) -> list[dict[str, Any]]:
         sites.append(
             {
                 "site": leaf.name,
-                "layers": [leaf.first, leaf.first + leaf.shape[0]] if leaf.shape[:-2] else None,
                 "matrices": matrices,
                 "shape": list(leaf.matrix_shape),
                 "arrays": matrices * of_one.arrays,

@@ -173,5 +173,5 @@ def _zeros(weights: Any, numbers: int, key: Array) -> dict[str, crossbar.Correct
     for number, chip in enumerate(chips):
         *lead, d_in, d_out = chip.shape
         U = jax.random.normal(jax.random.fold_in(key, number), (*lead, d_in, rank)) * d_in**-0.5
-        corrections[crossbar.place(chip)] = crossbar.Correction(U=U, V=jnp.zeros((*lead, rank, d_out)))
+        corrections[chip.name] = crossbar.Correction(U=U, V=jnp.zeros((*lead, rank, d_out)))
     return corrections

@@ -326,11 +326,7 @@ def logits_of_base(graph: nnx.GraphDef) -> Callable[[nnx.State, Batch], Float[Ar
 def digital_matrices(loaded: LoadedModel, weights: Any) -> list[Float[Array, "*N d_in d_out"]]:
     """Return the digital matrices of the chips in a tree of the base's weights."""
     base = matrices(nnx.merge(loaded.problem.graph, loaded.problem.frozen.base))
-    of_chips = []
-    for chip in crossbar.chips_in(weights):
-        matrix = dense(base[chip.name], jnp.float32)
-        of_chips.append(matrix[chip.first : chip.first + len(chip.codes)] if matrix.ndim > 2 else matrix)
-    return of_chips
+    return [dense(base[chip.name], jnp.float32) for chip in crossbar.chips_in(weights)]
 
 
 def windows(loaded: LoadedModel, ids: Sequence[int]) -> list[Batch]:
@@ -462,8 +458,8 @@ def _to_save(weights: Any, corrections: dict[str, crossbar.Correction]) -> dict[
     """Return the arrays of one chip by site and part."""
     by_site = {}
     for chip in crossbar.chips_in(weights):
-        parts = vars(corrections[crossbar.place(chip)]) | {name: getattr(chip, name) for name in _RANGES}
-        by_site[crossbar.place(chip)] = {name: np.asarray(value) for name, value in parts.items() if value is not None}
+        parts = vars(corrections[chip.name]) | {name: getattr(chip, name) for name in _RANGES}
+        by_site[chip.name] = {name: np.asarray(value) for name, value in parts.items() if value is not None}
     return by_site
 
 

@@ -39,7 +39,7 @@ class ProgramOptions:
       basis: write the first so many directions of the pool's shared basis instead of its modules.
       chips: number of chips.
       chip_key: key from which they are drawn.
-      keep_digital: patterns of weights that stay digital: `head`, `pool.*`, `*[1:-1]` for inner layers.
+      keep_digital: patterns of weights that stay digital: `head`, `pool.*`, `encoder.*`.
     """
 
     base: str
@@ -79,9 +79,7 @@ def write_chips(options: ProgramOptions) -> Manifest:
                 leaves = crossbar.chips_in(chip)
                 (of_chip := folder / f"chip_{number}").mkdir()
                 for leaf in leaves:
-                    crossbar.save_chip(
-                        leaf, of_chip / f"{leaf.name}{f'.{leaf.first}' if leaf.first else ''}.safetensors"
-                    )
+                    crossbar.save_chip(leaf, of_chip / f"{leaf.name}.safetensors")
                 bar.update()
         of_weights = digests(fused)
         manifest: Manifest = {

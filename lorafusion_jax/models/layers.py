@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ..support.platform import for_cpu
 from .narrow import from_bits, to_bits
-from .weights import PRODUCT, SUM, Unstacked, is_unstacked, matmul, scan_layers, summed
+from .weights import PRODUCT, SUM, Unstacked, is_unstacked, matmul, summed
 
 # One adapted site: called as adapter(x, kernel), it returns the adapted x @ kernel.
 Adapter = Callable[[Array, Array], Array]
@@ -120,7 +120,7 @@ def scan_blocks(
         if remat == "dots":
             policy = _PRODUCTS if for_cpu() else _SUMS
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    return from_bits(scan_layers(body, *to_bits((x, (sliced, xs))), unroll=unroll))
+    return from_bits(jax.lax.scan(body, *to_bits((x, (sliced, xs))), unroll=unroll))
 
 
 def of_stack(adapters: Adapters, stack: str, sites: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -19,10 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from .. import crossbar
-from ..crossbar import Chip, Segments, is_chip, programmed_weights
-from ..crossbar import map_layers as map_layers
+from ..crossbar import Chip, is_chip, programmed_weights
 from ..crossbar import reads as reads
-from ..crossbar import scan_layers as scan_layers
 from ..support.platform import check_mesh, for_cpu, is_traced
 from .narrow import from_bits, kept, to_bits
 
@@ -47,8 +45,7 @@ class Unstacked:
         return dataclasses.replace(self, layer=layer)
 
 
-# `Segments` is a stack of layers of several kinds; a scan over layers (`scan_layers`) runs one kind at a time.
-Weight = Array | qwix.QArray | Chip | Segments | Unstacked
+Weight = Array | qwix.QArray | Chip | Unstacked
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
 # Names by which a policy of `jax.checkpoint` saves values: products that it cannot see because of their custom
@@ -190,8 +187,6 @@ def summed(y: Float[Array, "*batch d_out"]) -> Float[Array, "*batch d_out"]:
 
 def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
     """Return the weight as a plain array of `dtype`: dequantised, or the values that were programmed."""
-    if isinstance(weight, Segments):
-        return jnp.concatenate([dense(part, dtype) for part in weight.parts])
     if isinstance(weight, Unstacked):
         assert weight.layer is not None
         return _choose(weight.matrices, weight.layer, _converted, jnp.zeros((), dtype))
@@ -235,7 +230,7 @@ def unstacked(weights: Any) -> Any:
         where = leaf.sharding if leaf.committed else None
         return Unstacked(tuple(jax.device_put(list(np.asarray(leaf)), where)))
 
-    return jax.tree.map(of_leaf, weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray | Chip | Segments))
+    return jax.tree.map(of_leaf, weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray | Chip))
 
 
 def is_unstacked(leaf: Any) -> bool:

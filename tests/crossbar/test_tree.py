@@ -12,7 +12,7 @@ import pytest
 from testers import product
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import ADC, Chip, CrossbarConfig, calibrate_tree, observe, program_tree, reads, scan_layers
+from lorafusion_jax.crossbar import ADC, Chip, CrossbarConfig, calibrate_tree, observe, program_tree, reads
 from lorafusion_jax.crossbar import matmul as read
 from lorafusion_jax.parts import dense
 
@@ -53,35 +53,8 @@ def test_the_first_rule_that_matches_decides_and_the_rest_stays_digital():
     assert len(crossbar.chips_in(placed)) == 2 and not crossbar.chips_in(weights)
 
 
-@pytest.mark.parametrize(
-    ("layers", "wanted"),
-    [
-        ("[1:-1]", ["digital", "arrays", "arrays", "digital"]),
-        ("[-2:]", ["digital", "digital", "arrays", "arrays"]),
-        ("[:]", ["arrays"] * 4),
-    ],
-)
-def test_a_rule_may_name_layers_as_python_does(layers, wanted):
-    weight = _weights()["encoder.self.q"]
-    placed = program_tree({"q": weight}, {f"q{layers}": _NOISY}, _KEY)["q"]
-    parts = placed.parts if isinstance(placed, crossbar.Segments) else (placed,)
-    kinds = [kind for part in parts for kind in ["arrays" if isinstance(part, Chip) else "digital"] * part.shape[0]]
-    assert kinds == wanted
-    firsts = [part.first for part in parts if isinstance(part, Chip)]
-    assert firsts == [wanted.index("arrays")]
-    both = program_tree({"q": weight}, {"q[:2]": _NOISY, "*": _IDEAL}, _KEY)["q"]
-    assert [part.config for part in both.parts] == [_NOISY, _IDEAL] and both.shape == (4, 6, 6) and both.ends == (2, 4)
-    # A layer is the same chip, however its stack is cut; the last bit is the compiler's.
-    whole = dense(program_tree({"q": weight}, {"*": _NOISY}, _KEY)["q"], jnp.float32)
-    for layer, kind in enumerate(wanted):
-        if kind == "arrays":
-            np.testing.assert_allclose(dense(placed, jnp.float32)[layer], whole[layer], rtol=1e-6)
-        else:
-            _equal(dense(placed, jnp.float32)[layer], weight[layer])
-
-
 def test_a_rule_that_matches_nothing_is_refused_with_the_paths_there_are():
-    for pattern in ("decoder.*", "head[1:]", "encoder.*[4:]", "encoder.self"):
+    for pattern in ("decoder.*", "head[1:]", "encoder.self"):
         with pytest.raises(ValueError, match=rf"{re.escape(repr(pattern))}.*A.q, encoder.ff.wi, encoder.self.q, head"):
             program_tree(_weights(), {pattern: _IDEAL}, _KEY)
 
@@ -204,29 +177,6 @@ def test_a_model_whose_converters_have_no_ranges_yet_is_probed_with_many_vectors
 # Reads.
 
 
-def test_a_stack_is_read_like_its_matrices():
-    weights = _weights()["encoder.self.q"]
-    placed = program_tree({"q": weights}, {"*[1:3]": _NOISY}, _KEY)["q"]
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 6)), jnp.float32)
-    _, scanned = jax.jit(lambda stack: scan_layers(lambda c, layer: (c, product(x, layer)), None, stack))(placed)
-    mapped = crossbar.map_layers(lambda layer: product(x, layer), placed)
-    _equal(scanned, mapped)
-    part = placed.parts[1]
-    for layer in (1, 2):
-        matrix = jax.tree.map(lambda leaf, layer=layer: leaf[layer - 1], part)
-        np.testing.assert_allclose(scanned[layer], product(x, matrix), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(scanned[0], x @ weights[0], rtol=1e-5, atol=1e-6)
-
-
-def test_a_carry_passes_through_all_segments_in_order():
-    placed = program_tree({"q": _weights()["encoder.self.q"]}, {"*[1:3]": _IDEAL}, _KEY)["q"]
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6)), jnp.float32)
-    y, numbers = scan_layers(lambda x, layer: (product(x, layer[0]), layer[1]), x, (placed, jnp.arange(4)))
-    wanted = np.linalg.multi_dot([x, *np.asarray(_weights()["encoder.self.q"])])
-    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-4)
-    _equal(numbers, np.arange(4))
-
-
 def test_reads_draw_anew_for_every_number_layer_and_module():
     """Without read noise a chip has no key, and nothing is drawn."""
     placed = program_tree(_weights(), {"*": _READ_NOISE}, _KEY)
@@ -261,7 +211,7 @@ def _run(weights, x):
         modules = jax.vmap(product, in_axes=(None, 0))(x, A)
         return x + 0.1 * hidden, jnp.sum(modules, axis=0)
 
-    x, low = scan_layers(body, x, (weights["encoder.self.q"], weights["encoder.ff.wi"], weights["A"]["q"]))
+    x, low = jax.lax.scan(body, x, (weights["encoder.self.q"], weights["encoder.ff.wi"], weights["A"]["q"]))
     return jnp.concatenate([jnp.sum(low, axis=0), product(x, weights["head"])], axis=-1)
 
 
@@ -289,7 +239,7 @@ def test_taps_return_the_statistics_of_every_read():
 @pytest.mark.nightly
 def test_calibration_sets_every_matrix_to_its_own_data():
     config = dataclasses.replace(_CONVERTED, device=_NOISY.device)
-    placed = program_tree(_weights(), {"encoder.*[1:3]": None, "*": config}, _KEY)
+    placed = program_tree(_weights(), {"*": config}, _KEY)
     settled = calibrate_tree(_run, placed, _inputs(3))
     statistics = observe(_run, placed, _inputs(3))
     A = settled["A"]["q"]
@@ -300,8 +250,6 @@ def test_calibration_sets_every_matrix_to_its_own_data():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rows = crossbar.site_errors(settled, observe(_run, settled, _inputs(3)))
-    layers = [row["layer"] for row in rows if row["site"] == "encoder.self.q"]
-    assert layers == [0, 3]
     assert {(row["site"], row["layer"], row["module"]) for row in rows} >= {("A.q", 3, 2), ("head", None, None)}
     assert all(3 < row["sqnr"] < 60 and row["clipped"] <= 0.1 for row in rows)
 

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from ...support.platform import is_traced
 from ..chip.chip import Chip, over_stack, programmed_weights, reconfigured
-from ..chip.correction import place
 from ..devices.physical import varying_as
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, stacked_units
@@ -97,7 +96,7 @@ def probe(
     if weights is None and chip.correction is not None and chip.correction.offset is not None:
         reference = reference + chip.correction.offset.astype(batch.dtype)[None]
     signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
-    unnamed = dataclasses.replace(chip, name="", first=0)
+    unnamed = dataclasses.replace(chip, name="")
     histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(batch, unnamed)
     return y.astype(dtype), Statistics(histogram, errors, clipped, inputs, clipped_inputs, signal, error)
 
@@ -155,7 +154,7 @@ def calibrated(chip: Chip, statistics: Statistics) -> Chip:
 def check_numbers(chip: Chip, sums: Array | np.ndarray) -> None:
     """Raise a ValueError if sums [...] over the reads of a chip are NaN; tracers pass."""
     if not is_traced(sums) and np.isnan(sums).any():
-        name = place(chip) or "the chip"
+        name = chip.name or "the chip"
         raise ValueError(f"inputs or outputs of {name} are NaN or infinite: give batches whose activations are finite")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..chip.chip import Chip, chips_in
-from ..chip.correction import Correction, by_place, numbers_per_rank, place
+from ..chip.correction import Correction, by_name, numbers_per_rank
 from ..read.matmul import matmul
 from .one_chip import check_numbers
 from .whole_model import Run, summed
@@ -106,7 +106,7 @@ def fit_corrections(
         has another shape than its chip, or `numbers` or `ridge` is out of its range.
     """
     chips = chips_in(weights)
-    of_places = by_place(chips)
+    named = by_name(chips)
     if type(numbers) is not int or numbers < 0:
         raise ValueError(f"numbers = {numbers!r}: give a whole number of at least 0")
     if not 0 <= ridge < math.inf or (numbers and not ridge):
@@ -117,7 +117,7 @@ def fit_corrections(
         raise ValueError(f"{len(matrices)} matrices for {len(chips)} chips: expected one for each, in their order")
     for chip, matrix in zip(chips, matrices, strict=True):
         if chip.shape != matrix.shape:
-            wrong = f"the matrix of {place(chip)} has the shape {matrix.shape}: expected {chip.shape}"
+            wrong = f"the matrix of {chip.name} has the shape {matrix.shape}: expected {chip.shape}"
             raise ValueError(wrong + _reshaped(chip, matrix))
     zeros = [_zeros(chip, numbers > 0) for chip in chips]
     total = summed(run, weights, batches, _READS[numbers > 0], zeros, [(matrix,) for matrix in matrices])
@@ -128,7 +128,7 @@ def fit_corrections(
         seen = jax.tree.map(np.asarray, total.pop(0))  # freed one after the other
         lead = chip.shape[:-2]
         if not np.all(seen.count > 0):
-            raise ValueError(f"{place(chip)} was read by none of the batches: give batches that use all chips")
+            raise ValueError(f"{chip.name} was read by none of the batches: give batches that use all chips")
         check_numbers(chip, seen.yz)
         scale, offset = _blend(seen.yz, seen.zz, ridge), None
         if offsets:
@@ -139,7 +139,7 @@ def fit_corrections(
             fewest = seen.count.min()
             if fewest < chip.matrix_shape[0]:
                 warnings.warn(
-                    f"{place(chip)} was read with {fewest:.0f} vectors, fewer than its {chip.matrix_shape[0]} inputs: "
+                    f"{chip.name} was read with {fewest:.0f} vectors, fewer than its {chip.matrix_shape[0]} inputs: "
                     f"the ridge of {ridge:g} decides what they leave open; give more text, or a larger ridge",
                     stacklevel=2,
                 )
@@ -149,12 +149,12 @@ def fit_corrections(
                     found = _low_rank(one, np.asarray(matrix[index], float), scale[index].astype(float), ridge, most)
                 except np.linalg.LinAlgError:
                     raise ValueError(
-                        f"the inputs of {place(chip)} do not determine its matrix of low rank: give more text, or a "
+                        f"the inputs of {chip.name} do not determine its matrix of low rank: give more text, or a "
                         f"larger ridge than {ridge:g}"
                     ) from None
-                directions.append((place(chip), index, *found))
-        corrections[place(chip)] = Correction(**jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset}))
-    return _with_low_rank(corrections, directions, of_places, numbers)
+                directions.append((chip.name, index, *found))
+        corrections[chip.name] = Correction(**jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset}))
+    return _with_low_rank(corrections, directions, named, numbers)
 
 
 def _reshaped(chip: Chip, matrix: Array) -> str:

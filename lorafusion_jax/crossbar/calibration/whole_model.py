@@ -186,7 +186,7 @@ def _rows(leaf: Chip, seen: Statistics) -> Iterator[dict[str, Any]]:
 
 def _names(leaf: Chip, place: tuple[int, ...]) -> dict[str, Any]:
     layer, module = (*place, None, None)[:2]
-    return {"site": leaf.name, "layer": None if layer is None else leaf.first + layer, "module": module}
+    return {"site": leaf.name, "layer": layer, "module": module}
 
 
 def _said(names: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from ..config.structure import Structure, check_same, split_config
 from ..mapping import encoding
 from ..mapping.bit_fields import Packed
 from ..mapping.geometry import Geometry
-from .correction import Correction, Corrections, by_place, check_correction
+from .correction import Correction, Corrections, by_name, check_correction
 from .plan import Plan
 
 Tree = TypeVar("Tree")
@@ -48,7 +48,7 @@ class Chip:
       key: PRNG key of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
       tap: zeros whose gradient is the converters' statistics (see `calibration.whole_model`), or None.
       correction: digital correction of the reads, with the leading axes of the stack, or None.
-      name: name of the weight in rules and reports, and `first` the number of its first layer, if a stack was split.
+      name: name of the weight in rules and reports.
     """
 
     codes: Float[Array, "*N d_in d_out"]
@@ -72,7 +72,6 @@ class Chip:
     tap: Any = None
     correction: Correction | None = None
     name: str = dataclasses.field(default="", metadata={"static": True})
-    first: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __repr__(self) -> str:
         shape = getattr(self.codes, "shape", None)
@@ -187,7 +186,7 @@ def with_corrections(weights: Any, corrections: Corrections) -> Any:
     Raises:
       ValueError: chips share a name, or a correction is of no chip, or of a chip of another shape.
     """
-    chips = by_place(chips_in(weights))
+    chips = by_name(chips_in(weights))
     for name, correction in corrections.items():
         if name not in chips:
             raise ValueError(f"a correction of {name!r}: expected one of the chips {', '.join(chips)}")

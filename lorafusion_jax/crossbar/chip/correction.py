@@ -74,11 +74,11 @@ def check_correction(correction: Correction, name: str, shape: tuple[int, ...]) 
             )
 
 
-def by_place(chips: Sequence[Any]) -> dict[str, Any]:
+def by_name(chips: Sequence[Any]) -> dict[str, Any]:
     """Return chips by their names; raises a ValueError if two share one."""
-    found = {place(chip): chip for chip in chips}
+    found = {chip.name: chip for chip in chips}
     for name in found if len(found) < len(chips) else ():
-        if (count := sum(place(chip) == name for chip in chips)) > 1:
+        if (count := sum(chip.name == name for chip in chips)) > 1:
             raise ValueError(
                 f"{count} chips have the name {name!r}, by which corrections are given: set other names with "
                 "dataclasses.replace(chip, name=...)"
@@ -86,10 +86,5 @@ def by_place(chips: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-# The corrections of a model, by the names of its chips (`place`).
+# The corrections of a model, by the names of its chips.
 Corrections = Mapping[str, Correction]
-
-
-def place(chip: Any) -> str:
-    """Return the name of a chip in its model: that of the weight, and the first layer where a stack was split."""
-    return f"{chip.name}.{chip.first}" if chip.first else chip.name

@@ -50,8 +50,7 @@ def save_chip(chip: Chip, path: str | Path) -> None:
     same = all(bool(jnp.all(value == one)) for value, one in zip(chip.values, first, strict=True))
     config = chip.structure.config(first if same else chip.values)
     meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
-    meta |= {"name": chip.name, "first": chip.first}
-    meta |= {"plan": dataclasses.asdict(chip.plan)}
+    meta |= {"name": chip.name, "plan": dataclasses.asdict(chip.plan)}
 
     def writer(file: BinaryIO) -> None:
         save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, file.name, {_META: json.dumps(meta)})
@@ -117,11 +116,11 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     for name, choices in known.items():
         if plan[name] not in choices:
             raise ValueError(f"{name} of its plan is {plan[name]!r}, not one of {choices}: program the weights again")
-    name, first = meta["name"], meta["first"]
-    if not isinstance(name, str) or type(first) is not int:
-        raise ValueError(f"its name is {name!r:.40} and its first layer {first!r:.40}: program the weights again")
+    name = meta["name"]
+    if not isinstance(name, str):
+        raise ValueError(f"its name is {name!r:.40}: program the weights again")
     structure, values = split_config(config)
-    chip = Chip(**fields, values=[], structure=structure, geometry=geometry, plan=Plan(**plan), name=name, first=first)
+    chip = Chip(**fields, values=[], structure=structure, geometry=geometry, plan=Plan(**plan), name=name)
     if own := [stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored]:
         return dataclasses.replace(chip, values=own)
     return reconfigured(chip, config)

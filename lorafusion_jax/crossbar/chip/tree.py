@@ -1,17 +1,14 @@
 """Programming of a model's weights: rules choose the weights and the configuration of their arrays.
 
 A rule is a path pattern and a configuration, or None for a weight that stays digital. The first rule that matches a
-weight decides; a weight without a matching rule stays digital. `*` matches anything. Layers of a stack are chosen with
-Python's slices at the end of the pattern:
+weight decides; a weight without a matching rule stays digital. `*` matches anything:
 
-    {"head": None, "first.*[1:-1]": isaac, "second.*": isaac}
+    {"head": None, "encoder.*": isaac, "*": puma}
 """
 
 import dataclasses
 import fnmatch
 import functools
-import itertools
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,17 +24,15 @@ from ..config.structure import Structure, split_config
 from ..read.paths.registry import PATHS, in_models
 from .chip import Chip, stacked_keys, typed_key
 from .program import program
-from .segments import Segments
 
 Rules = Mapping[str, CrossbarConfig | None]
 Numbers = Mapping[str, Sequence[Int[Array, " _size"]]]
 
-_RANGE = re.compile(r"(.*)\[(-?\d*):(-?\d*)\]")
 _CHIP, _READ = 0, 1  # purposes of a weight's key
 
 
 def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | None = None) -> Any:
-    """Return a model's weights with `Chip` leaves; `Segments` for stacks whose layers differ in kind.
+    """Return a model's weights with `Chip` leaves.
 
     A weight's arrays depend only on the key, its path and its numbers in a stack, not on other weights or the number of
     devices. The function can be vmapped over keys; chips are then an axis.
@@ -65,33 +60,17 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | N
 def _place(
     path: str, weight: Float[Array, "..."], rules: Rules, key: Array, numbers: Sequence[Int[Array, " _size"]] | None
 ) -> Any:
-    """Return a weight programmed by its rules; neighbouring layers with one configuration stay together."""
-    if weight.ndim < 2:
+    """Return a weight programmed by its rules, or as it is."""
+    config = first_match(path, rules)
+    if weight.ndim < 2 or config is None:
         return weight
     if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
         raise ValueError(f"{path or 'the model'} holds weights that are NaN or infinite: give finite weights")
-    number = np.uint32(zlib.crc32(path.encode()))
-    if weight.ndim == 2:
-        config = first_match(path, None, rules)
-        return weight if config is None else _program(path, weight, config, *_keys(key, number, []))
-    depth = weight.shape[0]
-    configs = [first_match(path, (layer, depth), rules) for layer in range(depth)]
-    if not any(configs):
-        return weight
-    chips, noise = _keys(key, number, numbers or [jnp.arange(size) for size in weight.shape[:-2]])
-    parts: list[Any] = []
-    start = 0
-    for _, group in itertools.groupby(configs, key=id):
-        config, *others = group
-        stop = start + 1 + len(others)
-        layers = slice(start, stop)
-        if config is None:
-            parts.append(weight[layers])
-        else:
-            part = _program(path, weight[layers], config, chips[layers], noise[layers])
-            parts.append(dataclasses.replace(part, first=start))
-        start = stop
-    return parts[0] if len(parts) == 1 else Segments(tuple(parts))
+    numbers = numbers or [jnp.arange(size) for size in weight.shape[:-2]]
+    chips, noise = _keys(key, np.uint32(zlib.crc32(path.encode())), numbers)
+    structure, values = split_config(config)
+    chip = _program_stack(weight, chips, values, structure=structure)
+    return dataclasses.replace(chip, key=noise if config.reads_at_random else None, name=path)
 
 
 @jax.jit  # compiled, because the operations one by one take 13 ms for a weight
@@ -99,12 +78,6 @@ def _keys(key: Array, weight: Array, numbers: Sequence[Int[Array, " _size"]]) ->
     """Return the keys of the chip and of the reads for every matrix of a stack."""
     of_weight = jax.random.fold_in(key, weight)
     return [stacked_keys(jax.random.fold_in(of_weight, purpose), numbers) for purpose in (_CHIP, _READ)]
-
-
-def _program(name: str, weight: Array, config: CrossbarConfig, chips: Array, noise: Array) -> Chip:
-    structure, values = split_config(config)
-    chip = _program_stack(weight, chips, values, structure=structure)
-    return dataclasses.replace(chip, key=noise if config.reads_at_random else None, name=name)
 
 
 @functools.partial(jax.jit, static_argnames=("structure",))
@@ -129,22 +102,9 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
     return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), chips)
 
 
-def first_match(path: str, layer: tuple[int, int] | None, rules: Rules) -> CrossbarConfig | None:
-    """Return the configuration of a weight, or of layer (number, of how many) of a stack; None for digital."""
-    return next((config for pattern, config in rules.items() if _matches(pattern, path, layer)), None)
-
-
-def _matches(pattern: str, path: str, layer: tuple[int, int] | None) -> bool:
-    """Return whether a pattern matches a weight: a matrix, or layer (number, of how many) of a stack."""
-    ranged = _RANGE.fullmatch(pattern)
-    if ranged is None:
-        return fnmatch.fnmatchcase(path, pattern)
-    if layer is None or not fnmatch.fnmatchcase(path, ranged[1]):
-        return False
-    number, depth = layer
-    first, last = (int(bound) if bound else None for bound in ranged.group(2, 3))
-    start, stop, _ = slice(first, last).indices(depth)
-    return start <= number < stop
+def first_match(path: str, rules: Rules) -> CrossbarConfig | None:
+    """Return the configuration of a weight; None for digital."""
+    return next((config for pattern, config in rules.items() if fnmatch.fnmatchcase(path, pattern)), None)
 
 
 def check_rules(rules: Any) -> None:
@@ -171,13 +131,7 @@ def one_key(key: Any) -> Array:
 def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
     earlier: dict[str, set[Any]] = {}
     for pattern, config in rules.items():
-        places = [
-            (path, layer)
-            for path, weight in weights.items()
-            for layer in ([None] if weight.ndim <= 2 else [(i, weight.shape[0]) for i in range(weight.shape[0])])
-            if _matches(pattern, path, layer)
-        ]
-        matched = [path for path, _ in places]
+        matched = [path for path in weights if fnmatch.fnmatchcase(path, pattern)]
         if not matched:
             there = ", ".join(weights) or "a single layer, which has no name and matches '*'"
             raise ValueError(f"the rule {pattern!r} matches no weight: there are {there}; correct it")
@@ -189,9 +143,9 @@ def _check_patterns(rules: Rules, weights: Mapping[str, Array]) -> None:
             )
         for other, covered in earlier.items():
             # The rule for all others may be left with nothing.
-            if pattern != "*" and rules[other] is not config and covered.issuperset(places):
+            if pattern != "*" and rules[other] is not config and covered.issuperset(matched):
                 raise ValueError(
                     f"the rule {pattern!r} never decides, because {other!r} comes first and matches all that it "
                     "matches: put the special rule before the general one"
                 )
-        earlier[pattern] = set(places)
+        earlier[pattern] = set(matched)

@@ -42,9 +42,9 @@ def convert(model: nn.Module, rules: Rules, key: Array, *inputs: Any, **options:
 def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) -> Any:
     """Return a copy of a model that multiplies on arrays.
 
-    These layers can be put there: `Linear` and `Dense`, `LinearGeneral` and `DenseGeneral`, `Einsum`, `Conv` (as a
-    matrix that reads patches), and the head of an `Embed` (`attend`; tokens are still looked up digitally). So can what
-    is made of them, such as attention. Everything else stays digital.
+    These layers can be put there: `Linear` and `Dense`, `LinearGeneral` and `DenseGeneral`, `Einsum`, and `Conv` (as a
+    matrix that reads patches). So can what is made of them, such as attention. Everything else stays digital: also an
+    `Embed`, and a head that is tied to it.
 
     A kernel on arrays is not trained; biases and all other parameters are. In NNX it is a variable of the type
     `InArrays`, which needs an axis wherever `nnx.StateAxes` gives one to `nnx.Param`. In Linen, whose models become
@@ -55,13 +55,12 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
       rules: as for `program_tree`. The paths are those of layers: `blocks.layers.0.query`. Layers that are stacked, by
         `nnx.vmap` or `nn.scan`, are one path and have one rule; their axis is the first of their parameters.
       key: key [] of the chip. The arrays of a layer depend on it and on the layer's path.
-      inputs: an example of the model's inputs; only shapes and dtypes matter. A Linen model needs one. With one, an
-        NNX model's embeddings that are only looked up are left digital.
-      options: keyword arguments of the model in this example.
+      inputs: an example of a Linen model's inputs; only shapes and dtypes matter.
+      options: keyword arguments of a Linen model in this example.
 
     Raises:
-      ValueError: a rule matches nothing, or something that cannot be put on arrays, or never decides; an `Embed` that a
-        rule matches is multiplied by without `attend` (without inputs: when the result is called); qwix made the model.
+      ValueError: a rule matches nothing, or something that cannot be put on arrays, or never decides; qwix made the
+        model.
     """
     check_rules(rules)
     key = one_key(key)
@@ -75,7 +74,7 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
             "as well, or lose its LoRA: give the model without qwix; a LoRA next to arrays is nnx.LoRA or LoRALinear"
         )
     if isinstance(model, nnx.Module):
-        return nnx_models.convert(model, rules, key, inputs, options)
+        return nnx_models.convert(model, rules, key)
     if isinstance(model, nn.Module):
         return linen_models.convert(model, rules, key, inputs, options)
     if isinstance(model, OnArrays):

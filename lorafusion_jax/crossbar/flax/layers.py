@@ -13,23 +13,20 @@ from flax import nnx
 from jaxtyping import Array, PRNGKeyArray
 
 from ..chip.chip import is_chip
-from ..chip.segments import Segments
 from ..chip.tree import Rules, first_match, program_tree
 from .kernel import Kernel, einsum_axes, operands
 
 _GENERAL = (nnx.LinearGeneral, nn.DenseGeneral)
 _EINSUM = (nnx.Einsum, nn.Einsum)
 _CONV = (nnx.Conv, nn.Conv)
-EMBED = (nnx.Embed, nn.Embed)
-LAYERS = (nnx.Linear, nn.Dense, *_GENERAL, *_EINSUM, *_CONV, *EMBED)
+LAYERS = (nnx.Linear, nn.Dense, *_GENERAL, *_EINSUM, *_CONV)
 UNABLE = (nnx.ConvTranspose, nn.ConvTranspose, nn.ConvLocal)
 # Their calls change the parameters of the layers in them.
 WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm, nn.WeightNorm, nn.SpectralNorm)
-# Their parameters are vectors, although a stack of vectors has the shape of a matrix.
-_NORMS = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
-NORMS = tuple(getattr(module, name) for module in (nnx, nn) for name in _NORMS)
-# The name of an embedding's chip, next to the table that tokens are looked up in.
-HEAD = "head"
+# Norms, whose parameters are vectors, although a stack of vectors has the shape of a matrix; and tables of tokens, also
+# where a tied head multiplies by them.
+_DIGITAL = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "Embed")
+DIGITAL = tuple(getattr(module, name) for module in (nnx, nn) for name in _DIGITAL)
 # The products that a layer may be given, with the values that stand for JAX's own.
 _PRODUCTS = {
     "dot_general": (None, jax.lax.dot_general),
@@ -56,23 +53,6 @@ class Found(NamedTuple):
     shape: tuple[int, ...] = ()
     dtype: Any = None
     equation: str | None = None
-
-
-class Table:
-    """Shape and dtype of an embedding whose head is on arrays; its values are for the layer's own code."""
-
-    def __init__(self, path: str, table: Any):
-        self._path, self.shape, self.dtype = path, table.shape, table.dtype
-
-    def __getattr__(self, name: str) -> Any:
-        raise ValueError(
-            f"the embedding of {self._path or 'the model'} is used by other code than its layer's, which would stay "
-            "digital: replace x @ embed.embedding.T by embed.attend(x), which reads arrays, or leave the layer digital "
-            f"with a rule before the one that matches it: {{{self._path!r}: None, ...}}"
-        )
-
-    def __getitem__(self, place: Any) -> Any:
-        return self.__getattr__("values")
 
 
 def found_layer(
@@ -127,28 +107,18 @@ def found_parameter(parameter: Any) -> Found:
 def kernels(found: Mapping[str, Found], rules: Rules, key: PRNGKeyArray) -> dict[str, Kernel]:
     """Return the kernels that rules put on arrays, by path; raises a ValueError where that is impossible."""
     for path, each in found.items():
-        if each.obstacle is not None and _is_placed(path, each.weight.shape, rules):
+        if each.obstacle is not None and first_match(path, rules) is not None:
             raise ValueError(
                 f"{path or 'the model'} cannot be put on arrays: {each.obstacle}. Leave it digital with a rule before "
                 f"the one that matches it: {{{path!r}: None, ...}}"
             )
     placed = program_tree({path: each.weight for path, each in found.items()}, rules, key)
-    for path, leaf in placed.items():
-        if isinstance(leaf, Segments):
-            what = f"{path or 'the model'} is a stack of layers that are scanned as one"
-            raise ValueError(f"{what}: give all of them the same rule")
     return {
         # Without the key of `program_tree`: that would give every step the same noise.
         path: Kernel(dataclasses.replace(leaf, key=None), found[path].shape, found[path].dtype, found[path].equation)
         for path, leaf in placed.items()
         if is_chip(leaf)
     }
-
-
-def _is_placed(path: str, shape: tuple[int, ...], rules: Rules) -> bool:
-    """Return whether rules put a matrix, or a layer of a stack, on arrays."""
-    layers = [(number, shape[0]) for number in range(shape[0])] if len(shape) > 2 else [None]
-    return any(first_match(path, layer, rules) is not None for layer in layers)
 
 
 def dotted(path: Iterable[Any]) -> str:
@@ -158,8 +128,6 @@ def dotted(path: Iterable[Any]) -> str:
 
 def _axes(layer: Any, ndim: int, equation: str | None) -> tuple[Sequence[int], Sequence[int]]:
     """Return the axes of groups of a kernel, and those that are summed over."""
-    if isinstance(layer, EMBED):
-        return (), (1,)
     if isinstance(layer, _GENERAL):
         groups = len(_tuple(layer.batch_axis if isinstance(layer, nnx.Module) else layer.batch_dims))
         return range(groups), range(groups, groups + len(_tuple(layer.axis)))
@@ -182,8 +150,6 @@ def _obstacle(layer: Any, kernel: Array, shape: tuple[int, ...], equation: str |
             return f"its {name} is not that of JAX"
     if kernel.shape[kernel.ndim - len(shape) :] != shape:
         return f"layers of shape {shape} are stacked to {kernel.shape}, and their axis has to be the first"
-    if isinstance(layer, nnx.Embed) and type(layer) is not nnx.Embed:
-        return f"{type(layer).__name__} is derived from nnx.Embed"
     if isinstance(layer, _EINSUM):
         if equation is None:
             return "it is called with several equations"

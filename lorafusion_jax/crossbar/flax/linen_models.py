@@ -10,15 +10,13 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
-from ..chip.tree import Rules, first_match
+from ..chip.tree import Rules
 from .kernel import Kernel, Promote, conv_general_dilated, dot_general, einsum, operands
 from .layers import (
-    HEAD,
+    DIGITAL,
     LAYERS,
-    NORMS,
     UNABLE,
     WRAPPERS,
-    Table,
     dotted,
     found_digital,
     found_layer,
@@ -76,12 +74,11 @@ class _Leaf(Kernel):
 
 @dataclasses.dataclass
 class _Calls:
-    """Calls of a layer while a model is traced: the equations of an `Einsum`, and if an embedding is multiplied by."""
+    """Calls of a layer while a model is traced, with the equations of an `Einsum`."""
 
     layer: nn.Module
     shape: tuple[int, ...] = ()
     equations: set[str] = dataclasses.field(default_factory=set)
-    attended: bool = False
     wrapper: str | None = None
 
 
@@ -93,7 +90,7 @@ def convert(model: nn.Module, rules: Rules, key: Array, inputs: Sequence[Any], o
             "convert(module.bind(variables), rules, key, x), with an example of its inputs"
         )
     module, variables = model.unbind()
-    calls = _calls(module, variables, rules, inputs, options)
+    calls = _calls(module, variables, inputs, options)
     params = flatten_dict(variables.get("params", {}))
     found, places = {}, {}
     for place, parameter in params.items():
@@ -101,9 +98,9 @@ def convert(model: nn.Module, rules: Rules, key: Array, inputs: Sequence[Any], o
         seen = calls.get(path)
         if seen is None:
             found[dotted(place)] = found_parameter(parameter)
-        elif isinstance(seen.layer, NORMS) or (isinstance(seen.layer, nn.Embed) and not seen.attended):
+        elif isinstance(seen.layer, DIGITAL):
             found[path] = found_digital(parameter)
-        elif place[-1] in ("kernel", "embedding"):
+        elif place[-1] == "kernel":
             equation = seen.equations.pop() if len(seen.equations) == 1 else None
             found[path] = found_layer(seen.layer, parameter, seen.shape, equation, seen.wrapper)
             places[path] = place
@@ -115,42 +112,32 @@ def convert(model: nn.Module, rules: Rules, key: Array, inputs: Sequence[Any], o
             found |= {dotted(place): found_parameter(each) for place, each in matrices.items() if is_matrix(each)}
     chips = {}
     for path, kernel in kernels(found, rules, key).items():
-        place = places[path]
-        if isinstance(found[path].layer, nn.Embed):
-            place = (*place[:-1], HEAD)
-        else:
-            del params[place]
-        chips[place] = kernel
+        del params[places[path]]
+        chips[places[path]] = kernel
     on_arrays = {"params": unflatten_dict(params), _COLLECTION: unflatten_dict(chips)}
     return OnArrays({**variables, **on_arrays}, _Module(module))
 
 
-def _calls(
-    module: nn.Module, variables: Any, rules: Rules, inputs: Sequence[Any], options: Mapping[str, Any]
-) -> dict[str, _Calls]:
+def _calls(module: nn.Module, variables: Any, inputs: Sequence[Any], options: Mapping[str, Any]) -> dict[str, _Calls]:
     """Return the layers that a model calls, by path."""
     calls: dict[str, _Calls] = {}
     wrappers: list[str] = []
 
     def noted(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         layer: Any = context.module
-        method = context.method_name
-        if isinstance(context.module, WRAPPERS) and method == "__call__":
+        if isinstance(context.module, WRAPPERS) and context.method_name == "__call__":
             wrappers.append(type(layer).__name__)
             try:
                 return call(*args, **kwargs)
             finally:
                 wrappers.pop()
-        if isinstance(layer, LAYERS + NORMS + UNABLE) and method in ("__call__", "attend"):
+        if isinstance(context.module, LAYERS + DIGITAL + UNABLE) and context.method_name in ("__call__", "attend"):
             seen = calls.setdefault(dotted(layer.path), _Calls(layer))
             seen.wrapper = wrappers[-1] if wrappers else seen.wrapper
-            kernel = layer.get_variable("params", "embedding" if isinstance(layer, nn.Embed) else "kernel")
+            kernel = layer.get_variable("params", "kernel")
             seen.shape = jnp.shape(nn.unbox(kernel)) if kernel is not None else ()
-            seen.attended |= method == "attend"
             if isinstance(layer, nn.Einsum):
                 seen.equations.add(_equation(layer, *args, **kwargs))
-        if isinstance(layer, nn.Embed) and first_match(dotted(layer.path), None, rules) is not None:
-            return _guarded(layer, method, call, args, kwargs)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(noted):
@@ -158,33 +145,15 @@ def _calls(
     return calls
 
 
-def _guarded(layer: nn.Embed, method: str, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Return the result of an embedding's method, and keep its table from all code but the layer's."""
-    table = nn.unbox(layer.get_variable("params", "embedding"))
-    if table is None or method not in ("setup", "__call__", "attend"):
-        return call(*args, **kwargs)
-    vars(layer)["embedding"] = table
-    try:
-        return call(*args, **kwargs)
-    finally:
-        vars(layer)["embedding"] = Table(dotted(layer.path), table)
-
-
 def _intercepted(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """Return the result of a layer, which is read from arrays if its kernel is there."""
     layer: Any = context.module
-    method, name = ("attend", HEAD) if isinstance(layer, nn.Embed) else ("__call__", "kernel")
-    multiplies = context.method_name == method and isinstance(context.module, LAYERS)
-    if isinstance(layer, nn.Embed) and not multiplies and type(layer.get_variable("params", HEAD)) is Kernel:
-        return _guarded(layer, context.method_name, call, args, kwargs)
-    kernel = layer.get_variable("params", name) if multiplies else None
+    multiplies = context.method_name == "__call__" and isinstance(context.module, LAYERS)
+    kernel = layer.get_variable("params", "kernel") if multiplies else None
     if type(kernel) is not Kernel:
         return call(*args, **kwargs)
     kernel, promote = _Leaf(**vars(kernel)), Promote(layer.promote_dtype)
     bias = layer.get_variable("params", "bias")
-    if isinstance(layer, nn.Embed):
-        query, head = promote(*args, *kwargs.values(), kernel, dtype=layer.dtype)
-        return head.read(query)
     if isinstance(layer, nn.Einsum):
         return _einsum(layer, promote, kernel, nn.unbox(bias), *args, **kwargs)
     # A layer of the same kind with the same parameters, but other products.

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from ...support.platform import is_traced
 from ..chip.chip import Chip
-from ..chip.correction import check_correction, place
+from ..chip.correction import check_correction
 from ..chip.plan import loses_nothing
 from ..config.schema import CrossbarConfig
 from ..devices.physical import is_moved
@@ -57,12 +57,12 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
     check_ready(chip, "this crossbar", key=f"chip = {key}", ranges=f"chip = {ranges}")
     _check_limits(chip)
     if chip.correction is not None:
-        check_correction(chip.correction, place(chip), chip.shape)
+        check_correction(chip.correction, chip.name, chip.shape)
     if 0 in x.shape:
         return jnp.zeros((*x.shape[:-1], chip.shape[1]), x.dtype)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(chip.codes.dtype)
     # Without its name, so that weights of one kind share a compiled read.
-    y = _compiled(batch, dataclasses.replace(chip, name="", first=0, correction=None))
+    y = _compiled(batch, dataclasses.replace(chip, name="", correction=None))
     if chip.correction is not None:
         y = chip.correction(batch, y)
     return y.reshape(*x.shape[:-1], chip.shape[1]).astype(x.dtype)
