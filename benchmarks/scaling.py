@@ -17,13 +17,12 @@ and another one in the backward pass. Work that is not split (norms and the fusi
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import _measure
 import jax
@@ -34,7 +33,7 @@ from _model import BATCH, CHOICES, MODULES, RANK, SOURCE, TARGET, Step, config_o
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax import Architecture, FusionRecipe, Update
+from lorafusion_jax import Architecture, FusionRecipe
 from lorafusion_jax.parts import MixUpdate, Settings, Shape, make_mesh, on_mesh, step_flops, tokens, trained_numbers
 
 _REQUIRED, _AMBITION = 1.25, 1.1  # measured / predicted, either way
@@ -60,16 +59,17 @@ def main() -> None:
     threads = _measured(options, cores[:2], 1, "seed=1")
     seeds = _measured(options, cores[:2], 2, "seed=2")
     matrices = _measured(options, cores[:2], 2, "model=2")
-    config, told = config_of(options.shape), {"seeds": options.seeds, "trainable": _trainable(options.shape)}
-    flops = options.seeds * step_flops(config, _SHAPE, _UPDATE, trainable=told["trainable"])
-    rates = Rates(flops=flops / one["seconds"], bandwidth=matrices["bandwidth"], latency=matrices["latency"])
+    config = config_of(options.shape)
+    trainable = trained_numbers(config, "fusion", Settings(recipe=FusionRecipe(modules=MODULES), rank=RANK))
+    flops = step_flops(config, _SHAPE, _UPDATE, trainable=trainable)
+    rates = Rates(options.seeds * flops / one["seconds"], matrices["bandwidth"], matrices["latency"])
     cases = []
     for name, point, axis in (("seeds", seeds, "seed"), ("matrices", matrices, "model")):
-        predicted = step_seconds(config, _SHAPE, _UPDATE, rates, **told, **{axis: 2})
+        predicted = step_seconds(config, rates, flops, options.seeds, **{axis: 2})
         off = max(point["seconds"] / predicted, predicted / point["seconds"])
         what = f"{options.shape}, {options.seeds} seeds, {name} over 2 devices: measured / predicted, either way"
         cases.append(
-            case(what, off, _REQUIRED, _AMBITION, predicted=predicted, measured=point["seconds"], **vars(rates))
+            case(what, off, _REQUIRED, _AMBITION, predicted=predicted, measured=point["seconds"], **rates._asdict())
         )
     cases.append(
         case(
@@ -85,15 +85,8 @@ def main() -> None:
     _measure.show(cases, as_json=options.json)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rates:
-    """Measured rates of one device.
-
-    Attributes:
-      flops: FLOPs per second of a training step on one device.
-      bandwidth: bytes per second that a sum over devices moves on each.
-      latency: fixed time of a sum, in seconds.
-    """
+class Rates(NamedTuple):
+    """FLOPs per second of one device, bytes per second that a sum over devices moves on each, and a sum's seconds."""
 
     flops: float
     bandwidth: float
@@ -106,56 +99,20 @@ def sums(config: Architecture) -> int:
 
 
 def sum_bytes(config: Architecture, shape: Shape, model: int) -> float:
-    """Return the bytes that each device moves for all sums of a step, in a ring: 2 (model - 1) / model of the array.
-
-    Args:
-      config: the base model.
-      shape: shape of one seed's batch.
-      model: size of the axis.
-    """
+    """Return the bytes that each device moves for all sums of a step, in a ring: 2 (model - 1) / model of the array."""
     by_rows = [site for site in config.sites.values() if site.split == "rows"]
     array = 2 * sum(s.layers * tokens(s.reads, shape) * s.d_out for s in by_rows) * _ITEM[config.dtype]
     return 2 * (model - 1) / model * array
 
 
 def step_seconds(
-    config: Architecture,
-    shape: Shape,
-    update: Update,
-    rates: Rates,
-    *,
-    trainable: int,
-    seeds: int,
-    seed: int = 1,
-    model: int = 1,
+    config: Architecture, rates: Rates, flops: float, seeds: int, *, seed: int = 1, model: int = 1
 ) -> float:
-    """Return the seconds of one training step of all seeds.
-
-    Args:
-      config: the base model.
-      shape: shape of one seed's batch.
-      update: the method's update of the adapted matrices.
-      rates: rates of a device.
-      trainable: number of trained parameters of one seed.
-      seeds: number of seeds of the run.
-      seed: size of the mesh's axis `seed`, a divisor of `seeds`.
-      model: size of the mesh's axis `model`.
-
-    Raises:
-      ValueError: the seeds cannot be shared out evenly.
-    """
-    if seeds % seed:
-        raise ValueError(f"{seeds} seeds cannot be shared out evenly over {seed}: give a divisor")
-    compute = step_flops(config, shape, update, trainable=trainable) / (rates.flops * model)
+    """Return the seconds of a step of all seeds, of so many FLOPs each, on the axes `seed`, a divisor, and `model`."""
     exchange = 0.0
     if model > 1:
-        exchange = sums(config) * rates.latency + sum_bytes(config, shape, model) / rates.bandwidth
-    return seeds // seed * (compute + exchange)
-
-
-def _trainable(shape: str) -> int:
-    settings = Settings(recipe=FusionRecipe(modules=MODULES), rank=RANK)
-    return trained_numbers(config_of(shape), "fusion", settings)
+        exchange = sums(config) * rates.latency + sum_bytes(config, _SHAPE, model) / rates.bandwidth
+    return seeds // seed * (flops / (rates.flops * model) + exchange)
 
 
 def _measured(options: Any, cores: list[int], devices: int, mesh: str) -> dict[str, float]:

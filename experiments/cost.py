@@ -8,7 +8,8 @@ each shape. No weights are loaded; seconds.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,10 @@ import _script
 import tyro
 from lab.common import write_csv
 
-from lorafusion_jax.crossbar import Range, WriteCost, load_config
+from lorafusion_jax.crossbar import Range, ReadEnergy, load_config
 from lorafusion_jax.parts import (
     Bill,
-    Comparison,
     CostOptions,
-    Once,
     activities,
     comparisons,
     installed_once,
@@ -32,6 +31,36 @@ from lorafusion_jax.parts import (
 from lorafusion_jax.report import colour, plot
 
 _PARTS = {"putting it in place": "install", "its update": "update", "the base's passes": "base"}
+# Quantity -> unit and attribute.
+_WRITING = {
+    "cells written": ("1", "written.cells"),
+    "write-verify pulses": ("1", "written.pulses"),
+    "writing, energy": ("J", "written.energy"),
+    "writing, time": ("s", "written.time"),
+}
+_OF_BILL = {
+    "trained parameters": ("1", "trainable"),
+    **_WRITING,
+    "cycles of a cell": ("1", "written.cycles"),
+    "tasks until wear-out": ("1", "written.until_worn"),
+    **{label: ("J", part) for label, part in _PARTS.items()},
+    "learned": ("J", "learning"),
+    **{
+        f"one {token} token{label}": ("J", f"{token}.{part}")
+        for token in ("source", "generated")
+        for label, part in {**{f", {part}": part for part in ReadEnergy._fields}, "": "total"}.items()
+    },
+    "latency of a generated token, arrays": ("s", "latency_arrays"),
+    "latency of a generated token, digital": ("s", "latency_digital"),
+    "adapters' arrays": ("1", "adapter_arrays"),
+}
+_OF_STANDING = {
+    "arrays": ("1", "arrays"),
+    **_WRITING,
+    "words of tables": ("1", "words"),
+    "energy of tables": ("J", "tables"),
+}
+_OF_COMPARISON = {"extra_per_token": "J", "break_even": "tokens"}  # other ratios have no unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,82 +78,56 @@ class Options:
     out: Path = Path("runs/cost")
 
 
-@dataclasses.dataclass(frozen=True)
-class Billed:
-    """One shape on one kind of array."""
-
-    options: CostOptions
-    bills: dict[str, Bill]
-    against: dict[str, Comparison]
-    once: dict[str, Once]
-
-
 def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     if unknown := [shape for shape in options.shapes if shape not in known_shapes()]:
         raise ValueError(f"no shapes {', '.join(unknown)}: choose of {', '.join(known_shapes())}")
-    found = []
+    lines = [["shape", "preset", "method", "quantity", "unit", "low", "typical", "high"]]
+    options.out.mkdir(parents=True, exist_ok=True)
     for shape in options.shapes:
+        drawn = []
         for name in options.crossbars:
             asked = CostOptions(shape=shape, crossbar=name)
             config, crossbar = known_shapes()[shape], load_config(name)
             of = {activity.method: activity for activity in activities(config, crossbar, asked)}
-            written = installed_once(config, crossbar, asked)
-            found.append(
-                Billed(
-                    asked,
-                    {name: price(activity, crossbar, asked) for name, activity in of.items()},
-                    comparisons(of, crossbar, asked),
-                    {name: price_once(standing) for name, standing in written.items()},
-                )
-            )
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_csv(options.out / "table.csv", table(found))
-    for shape in options.shapes:
-        draw([b for b in found if b.options.shape == shape], options.out / f"{shape}.png")
+            bills = {name: price(activity, crossbar, asked) for name, activity in of.items()}
+            drawn.append((asked, bills))
+            found = [(name, *of_bill) for name, bill in bills.items() for of_bill in quantities(bill, _OF_BILL)]
+            for other, compared in comparisons(of, crossbar, asked).items():
+                named = {what: (_OF_COMPARISON.get(what, "1"), what) for what in compared._fields}
+                found += [(f"LoRA in cells : {other}", *ratio) for ratio in quantities(compared, named)]
+            for what, standing in installed_once(config, crossbar, asked).items():
+                found += [(f"once: {what}", *one) for one in quantities(price_once(standing), _OF_STANDING)]
+            lines += [[shape, asked.crossbar, *of_quantity] for of_quantity in found]
+        draw(drawn, options.out / f"{shape}.png")
+    write_csv(options.out / "table.csv", lines)
     print(f"written to {options.out}")
 
 
-def table(found: Sequence[Billed]) -> list[list[str]]:
-    """Every quantity of every bill: shape, preset, method, quantity, unit, low, typical, high."""
-    lines = [["shape", "preset", "method", "quantity", "unit", "low", "typical", "high"]]
-    for billed in found:
-        of = [billed.options.shape, billed.options.crossbar]
-        lines += [[*of, name, what, unit, *_ends(value, unit)] for name, what, unit, value in _lines(billed)]
-    return lines
+def quantities(of: Any, named: Mapping[str, tuple[str, str]]) -> Iterator[list[str]]:
+    """Yield quantity, unit, low, typical and high; six digits, and whole counts."""
+    for what, (unit, path) in named.items():
+        if (value := attrgetter(path)(of)) is not None:
+            ends = dataclasses.astuple(value if isinstance(value, Range) else Range.of(value))
+            yield [what, unit, *(f"{end:.{12 if unit == '1' and end == int(end) else 6}g}" for end in ends)]
 
 
-def _lines(billed: Billed) -> Iterator[tuple[str, str, str, Range]]:
-    for name, bill in billed.bills.items():
-        for found in _quantities(bill):
-            yield name, *found
-    for name, c in billed.against.items():
-        for what, value in c._asdict().items():
-            unit = {"extra_per_token": "J", "break_even": "tokens"}.get(what, "1")
-            yield f"LoRA in cells : {name}", what, unit, value
-    for name, standing in billed.once.items():
-        for found in _of_standing(standing):
-            yield f"once: {name}", *found
-
-
-def _ends(value: Range, unit: str) -> list[str]:
-    """Six digits; counts are whole."""
-    return [f"{end:.{12 if unit == '1' and end == int(end) else 6}g}" for end in (value.low, value.typical, value.high)]
-
-
-def draw(found: Sequence[Billed], path: Path) -> None:
+def draw(found: Sequence[tuple[CostOptions, dict[str, Bill]]], path: Path) -> None:
     """Energy until a task is learned, by part, and of a generated token with its source: a column for each preset."""
 
     def on(figure: Any) -> None:
         from matplotlib.ticker import EngFormatter
 
         axes = figure.subplots(2, len(found), sharex="row", sharey=True, squeeze=False)
-        for column, billed in enumerate(found):
-            bills = list(billed.bills.values())
+        for column, (options, by_name) in enumerate(found):
+            bills = list(by_name.values())
             for row, of_token in enumerate((False, True)):
                 axis = axes[row][column]
                 for i, bill in enumerate(bills):
-                    for k, (label, value) in enumerate(_drawn(bill, billed.options, of_token=of_token)):
+                    parts = {label: getattr(bill, part) for label, part in _PARTS.items()}
+                    if of_token:
+                        parts = {"": bill.inference / options.tokens_per_task}
+                    for k, (label, value) in enumerate(parts.items()):
                         place = i + (0 if of_token else 0.22 * (k - 1))
                         axis.hlines(place, value.low, value.high, color=colour(k + 3), linewidth=1.5)
                         legend = label if i == 0 and not of_token else None
@@ -134,53 +137,12 @@ def draw(found: Sequence[Billed], path: Path) -> None:
                 axis.set_yticks(range(len(bills)), [bill.method for bill in bills])
                 axis.grid(visible=True, axis="x")
                 axis.set_xlabel("energy of a token with its source" if of_token else "energy to learn a task")
-            axes[0][column].set_title(billed.options.crossbar)
+            axes[0][column].set_title(options.crossbar)
         axes[0][0].invert_yaxis()
         figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-        figure.suptitle(f"{found[0].options.shape}: typical energy, with low and high ends", x=0.01, ha="left", size=12)
+        figure.suptitle(f"{found[0][0].shape}: typical energy, with low and high ends", x=0.01, ha="left", size=12)
 
     plot(path, (4.2 * len(found), 7.5), on)
-
-
-def _drawn(bill: Bill, options: CostOptions, *, of_token: bool) -> Iterator[tuple[str, Range]]:
-    if of_token:
-        yield "", bill.inference / options.tokens_per_task
-    else:
-        for label, part in _PARTS.items():
-            yield label, getattr(bill, part)
-
-
-def _quantities(bill: Bill) -> Iterator[tuple[str, str, Range]]:
-    yield "trained parameters", "1", Range.of(bill.trainable)
-    yield from _of_writing(bill.written)
-    yield "cycles of a cell", "1", bill.written.cycles
-    if bill.written.until_worn is not None:
-        yield "tasks until wear-out", "1", bill.written.until_worn
-    for label, part in _PARTS.items():
-        yield label, "J", getattr(bill, part)
-    yield "learned", "J", bill.learning
-    for token in ("source", "generated"):
-        energy = getattr(bill, token)
-        for component, value in energy._asdict().items():
-            yield f"one {token} token, {component}", "J", value
-        yield f"one {token} token", "J", energy.total
-    yield "latency of a generated token, arrays", "s", bill.latency_arrays
-    yield "latency of a generated token, digital", "s", bill.latency_digital
-    yield "adapters' arrays", "1", Range.of(bill.adapter_arrays)
-
-
-def _of_standing(standing: Once) -> Iterator[tuple[str, str, Range]]:
-    yield "arrays", "1", Range.of(standing.arrays)
-    yield from _of_writing(standing.written)
-    yield "words of tables", "1", Range.of(standing.words)
-    yield "energy of tables", "J", standing.tables
-
-
-def _of_writing(written: WriteCost) -> Iterator[tuple[str, str, Range]]:
-    yield "cells written", "1", Range.of(written.cells)
-    yield "write-verify pulses", "1", written.pulses
-    yield "writing, energy", "J", written.energy
-    yield "writing, time", "s", written.time
 
 
 if __name__ == "__main__":

@@ -70,8 +70,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     settings = list(dict.fromkeys(map(parsed, options.settings)))
     paths = unseen_tasks(options.unseen, link_tasks(options.tasks), ADAPTERS)
     make_pools(ADAPTERS)
-    store = Store(options.out)
-    store.claim({name: getattr(options, name) for name in ("seeds", "test_rows", "calibration_rows")})
+    store = Store(options.out, {name: getattr(options, name) for name in ("seeds", "test_rows", "calibration_rows")})
     asked: list[tuple[Setting, Case]] = [(DIGITAL, "digitally"), *itertools.product(settings, options.trained)]
     rows = []
     for task, path in paths.items():

@@ -15,9 +15,7 @@ from .crossbar.mapping.encoding import pulses as pulses
 
 # Estimates: energy, FLOPs, memory, plans.
 from .estimates.bill import Bill as Bill
-from .estimates.bill import Comparison as Comparison
 from .estimates.bill import CostOptions as CostOptions
-from .estimates.bill import Once as Once
 from .estimates.bill import activities as activities
 from .estimates.bill import bills as bills
 from .estimates.bill import comparisons as comparisons

@@ -37,7 +37,6 @@ from lorafusion_jax.parts import (
     on_every_chip,
     save_arrays,
     start,
-    write_json,
 )
 from lorafusion_jax.tasks import split
 from lorafusion_jax.trials import Arm, Cells, Row, recipe_of
@@ -80,39 +79,25 @@ class ChipsOptions:
 
     def store(self, *apart: str) -> "Store":
         """Return the folder of results; raises ValueError for results of other settings than those not `apart`."""
-        config = load_chips(self.crossbar).config
-        settings = dataclasses.asdict(self) | {"config": config_hash(config), "key": self.chip_key}
+        settings = dataclasses.asdict(self) | {"config": config_hash(load_chips(self.crossbar).config)}
+        settings["key"] = self.chip_key
         apart = ("out", "tasks", "crossbar", "chip_key", *apart)
-        store = Store(self.out)
-        store.claim({name: value for name, value in settings.items() if name not in apart})
-        return store
+        return Store(self.out, {name: value for name, value in settings.items() if name not in apart})
 
 
-@dataclasses.dataclass(frozen=True)
 class Store:
-    """Results of an experiment.
+    """Results of an experiment in a folder; ValueError where it holds results of other settings."""
 
-    Attributes:
-      folder: of it all.
-    """
-
-    folder: Path
-
-    def claim(self, settings: Mapping[str, Any]) -> None:
-        """Raise ValueError where the folder holds results of other settings."""
-        file, now = self.folder / "settings.json", json.loads(json.dumps(settings, default=str))
-        if not file.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, now)
-        elif (was := json.loads(file.read_text())) != now:
-            different = [f"{k} was {was.get(k)}, is {now[k]}" for k in now if was.get(k) != now[k]]
-            raise ValueError(f"{self.folder} holds other results ({'; '.join(different)}): give another --out")
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        self.folder = folder
+        settings = json.loads(json.dumps(settings, default=str))
+        self.cells = Cells(folder / "rows.jsonl", lambda row: row["name"], settings)
+        self.cells.rows()
 
     def rows(self, name: str, compute: Callable[[], list[Row]]) -> list[Row]:
         """Return rows by name, computed only once."""
-        cells = Cells(self.folder / "rows.jsonl", lambda row: row["name"])
-        cells.fill([name], lambda _: [{"name": name, "rows": compute()}], lambda row: row["name"])
-        return next(row["rows"] for row in cells.rows() if row["name"] == name)
+        self.cells.fill([name], lambda _: [{"name": name, "rows": compute()}], lambda row: row["name"])
+        return next(row["rows"] for row in self.cells.rows() if row["name"] == name)
 
     def numbers(self, name: str, compute: Callable[[], Params]) -> Params:
         """Return trained parameters by name, computed only once."""

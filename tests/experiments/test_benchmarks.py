@@ -14,13 +14,13 @@ import numpy as np
 import padding
 import peer
 import pytest
+import scaling
 import table
 import tiny
 from flax import nnx
-from scaling import Rates, step_seconds, sum_bytes, sums
 
 from lorafusion_jax import Frozen, TaskBank
-from lorafusion_jax.parts import MixUpdate, Shape, cross_entropy, decoder_inputs, step_flops
+from lorafusion_jax.parts import Shape, cross_entropy, decoder_inputs
 
 _ROOT = Path(__file__).resolve().parents[2]
 _KEYS = {"name", "ratio", "required", "ambition", "higher_is_better", "computed_from"}
@@ -160,29 +160,20 @@ def test_a_process_of_the_peer_that_was_killed_is_named():
 
 # The model of a step's time against sums by hand.
 
-_UPDATE = MixUpdate(modules=2, pool=2, magnitudes=True)
 _SHAPE = Shape(5, 12, 4)
-_ONE = step_flops(tiny.CONFIG, _SHAPE, _UPDATE, trainable=100) / 1e9
 
 
-def _seconds(**mesh):
-    rates = Rates(flops=1e9, bandwidth=1e6, latency=1e-3)
-    return step_seconds(tiny.CONFIG, _SHAPE, _UPDATE, rates, trainable=100, **mesh)
-
-
-def test_seeds_are_shared_out_evenly_and_exchange_nothing():
-    assert _seconds(seeds=8) == pytest.approx(8 * _ONE)
-    assert _seconds(seeds=8, seed=4) == pytest.approx(2 * _ONE)
-    with pytest.raises(ValueError, match="8 seeds cannot be shared out evenly over 3"):
-        _seconds(seeds=8, seed=3)
-
-
-def test_split_matrices_cost_sums_whose_time_has_a_floor():
+def test_seeds_exchange_nothing_and_split_matrices_cost_sums_whose_time_has_a_floor(monkeypatch):
+    monkeypatch.setattr(scaling, "_SHAPE", _SHAPE)
+    rates = scaling.Rates(flops=1e9, bandwidth=1e6, latency=1e-3)
+    assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 8) == pytest.approx(0.8)
+    assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 8, seed=4) == pytest.approx(0.2)
     # Three layers of the encoder (12 source tokens), two of the decoder (4 target tokens), five rows of width 16.
-    assert sums(tiny.CONFIG) == 2 * (2 * 3 + 3 * 2)
+    assert scaling.sums(tiny.CONFIG) == 2 * (2 * 3 + 3 * 2)
     array = 2 * (2 * 3 * 5 * 12 + 3 * 2 * 5 * 4) * 16 * 4
-    assert sum_bytes(tiny.CONFIG, _SHAPE, 2) == array
-    assert sum_bytes(tiny.CONFIG, _SHAPE, 4) == 1.5 * array
-    assert sum_bytes(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"), _SHAPE, 2) == array / 2
-    assert _seconds(seeds=1, model=4) == pytest.approx(_ONE / 4 + 24 * 1e-3 + 1.5 * array / 1e6)
-    assert _seconds(seeds=1, model=1000) > 24 * 1e-3
+    assert scaling.sum_bytes(tiny.CONFIG, _SHAPE, 2) == array
+    assert scaling.sum_bytes(tiny.CONFIG, _SHAPE, 4) == 1.5 * array
+    assert scaling.sum_bytes(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"), _SHAPE, 2) == array / 2
+    split = scaling.step_seconds(tiny.CONFIG, rates, 1e8, 1, model=4)
+    assert split == pytest.approx(0.025 + 24 * 1e-3 + 1.5 * array / 1e6)
+    assert scaling.step_seconds(tiny.CONFIG, rates, 1e8, 1, model=1000) > 24 * 1e-3

@@ -16,20 +16,19 @@ _CHIP = load_config(_ROOT / "examples" / "chip.yaml")
 
 
 def test_results_are_computed_once_and_settings_are_kept_apart(tmp_path):
-    store, calls = Store(tmp_path / "out"), []
+    store, calls = Store(tmp_path / "out", {"chips": 8, "seeds": (1, 2)}), []
 
     def compute():
         calls.append(1)
         return [{"chip": 0, "seed": 1, "exact_match": 50.0, "loss": 0.5}]
 
-    store.claim({"chips": 8, "seeds": (1, 2)})
     assert store.rows("a", compute) == store.rows("a", compute) and len(calls) == 1
     numbers = store.numbers("b", lambda: {"coefficients": jnp.ones((2, 3))})
-    again = store.numbers("b", lambda: pytest.fail("was computed already"))
-    assert jnp.array_equal(numbers["coefficients"], again["coefficients"])
-    store.claim({"chips": 8, "seeds": (1, 2)})
-    with pytest.raises(ValueError, match="holds other results \\(chips was 8, is 4\\): give another --out"):
-        store.claim({"chips": 4, "seeds": (1, 2)})
+    again = Store(store.folder, {"chips": 8, "seeds": (1, 2)})
+    same = again.numbers("b", lambda: pytest.fail("was computed already"))
+    assert jnp.array_equal(numbers["coefficients"], same["coefficients"])
+    with pytest.raises(ValueError, match="holds other rows \\(chips was 8, is 4\\): give another --out"):
+        Store(store.folder, {"chips": 4, "seeds": (1, 2)})
 
 
 def _rows(case, values):

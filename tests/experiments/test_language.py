@@ -244,5 +244,5 @@ def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(trained,
     assert "| ideal" in (printed := capsys.readouterr().out) and "on the chip" not in printed
     with pytest.raises(ValueError, match="--settings 8: .*bits of the ADC and an error"):
         on_arrays.main([*given, "--settings", "8"])
-    with pytest.raises(ValueError, match=r"holds other results \(test_rows was 6, is 7\)"):
+    with pytest.raises(ValueError, match=r"holds other rows \(test_rows was 6, is 7\)"):
         on_arrays.main([*given[:-3], "7", *given[-2:]])
