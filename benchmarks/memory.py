@@ -4,9 +4,8 @@
 
 The real step of one seed is compiled from shapes alone, for a source of 128 tokens and a target of 8, in float32,
 bfloat16 and NF4, for batches of 5 and 10, and generation of 32 tokens beside a LoRA for 10 rows. A pool of 20 modules
-of rank 16 on q and v. Also the base's weights in 8 and 4 bits over those in float32. The bars, in GiB, are those of
-FLAN-T5-large at a batch of 5, also in NF4 and for what seven more seeds add; they count as XLA does: the program's
-arguments, temporaries and results.
+of rank 16 on q and v. The bars, in GiB, are those of FLAN-T5-large at a batch of 5, also in NF4 and for what seven more
+seeds add; they count as XLA does: the program's arguments, temporaries and results.
 """
 
 from typing import Any
@@ -35,7 +34,6 @@ from lorafusion_jax import Architecture, Frozen, Fusion, FusionRecipe, LoRA, Met
 from lorafusion_jax.parts import (
     GREEDY,
     FullFineTuning,
-    LoadIn,
     SeedModels,
     Settings,
     Shape,
@@ -82,7 +80,6 @@ def main() -> None:
             if (name, dtype) != ("full", "nf4")  # which is refused
         ]
         cases += [_generation(options.shape, dtype) for dtype in dtypes]
-        cases += [_quantised(options.shape, load_in) for load_in in ("int8", "nf4")]
     _measure.show(cases, as_json=options.json)
 
 
@@ -136,12 +133,6 @@ def _generation(shape: str, dtype: Dtype) -> dict[str, Any]:
     given = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(generation))
     used = max(_used(beginning.compile()), given + _used(advancing.compile()))
     return _compared(f"{shape}, LoRA, {dtype}, generation for {rows} rows", held + needed, held + used)
-
-
-def _quantised(shape: str, load_in: LoadIn) -> dict[str, Any]:
-    config = config_of(shape)
-    held, whole = weights_bytes(config, load_in), weights_bytes(config, "full")
-    return case(f"{shape}, base in {load_in}: bytes / those of float32", held / whole, None, mib=held / 2**20)
 
 
 def _planned(name: str, shape: str, dtype: Dtype, rows: int) -> int:

@@ -1,4 +1,4 @@
-"""Batches of mixed tasks: what many tasks cost over one, their memory, and PEFT's mixed batches beside them.
+"""Batches of mixed tasks: what many tasks cost over one, and PEFT's mixed batches beside them.
 
     python benchmarks/mixed_batches.py [--shape flan-t5-small] [--cores 1] [--json]
 
@@ -7,7 +7,7 @@ Batches of 64 and 256 rows, each row with a task of its own, are compared with t
 and the same program. With magnitudes, tasks are sums with scales, of whole modules and in a shared basis. Without, they
 are mixes: PEFT can hold each of them as an adapter of rank 16, and chooses adapters row by row (`adapter_names`; this
 needs the `peft` extra and is left out without it). Ids are compared with those of one task's own program, whose speed
-is shown too. The memory is that of 10,000 tasks without magnitudes in FLAN-T5-large's shape.
+is shown too.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import case, has_peft, in_turns, memory, of_turns, product_rates
-from _model import CHOICES, MODULES, answers, batch_of, config_of, frozen, graph_of, in_basis, shapes_of
+from _measure import case, has_peft, in_turns, of_turns, product_rates
+from _model import CHOICES, MODULES, answers, batch_of, config_of, frozen, graph_of, in_basis
 from _peer import mixed_batch
 
 from lorafusion_jax import Frozen, Fusion, Problem, TaskBank
@@ -31,7 +31,6 @@ _SOURCE, _NEW = 16, 16
 _BATCHES = (64, 256)
 _BAR = 0.9
 _COMPARED = 4  # tasks whose ids are compared with those of a program of their own
-_MANY, _MANY_BYTES = 10_000, 40e6
 _METHODS = {
     "magnitudes": Fusion(composition="sum", magnitudes=True),
     "magnitudes, basis of 32": Fusion(composition="sum", magnitudes=True, basis=32),
@@ -46,27 +45,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     _measure.launch(options.cores)
-    cases = [_memory()]
+    cases = []
     for name, method in _METHODS.items():
         cases += _cases(options, name, method)
     _measure.show(cases, as_json=options.json, rates=product_rates(["float32"]))
-
-
-def _memory() -> dict[str, Any]:
-    """Return the memory of many tasks: the sum of their arrays, next to what the system adds to the process."""
-    config = config_of("flan-t5-large")
-    weights = shapes_of(config, "float32")  # the base and the pool themselves take no memory here
-    TaskBank.empty(graph_of(config), weights, 1)  # compiles what little there is to compile
-    before = memory("VmRSS")
-    bank = jax.block_until_ready(TaskBank.empty(graph_of(config), weights, _MANY))
-    grown, arrays = memory("VmRSS") - before, sum(a.nbytes for a in jax.tree.leaves(bank.tasks))
-    return case(
-        f"flan-t5-large, {_MANY:,} tasks without magnitudes: memory / {_MANY_BYTES / 1e6:g} MB",
-        arrays / _MANY_BYTES,
-        1.0,
-        array_bytes=arrays,
-        resident_bytes=grown,
-    )
 
 
 def _cases(options: Any, name: str, method: Fusion) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ same command continues with the next number of bits.
 
 import dataclasses
 import json
-import math
 import random
 import time
 from collections.abc import Sequence
@@ -28,11 +27,11 @@ from lab import lm_eval_tasks
 from lab.common import ROOT, write_tables
 from lab.smollm2 import EXAMPLES, base
 from lab.tasks import find_task
-from scipy.special import stdtrit
 
 from lorafusion_jax import CrossbarConfig, read_config
 from lorafusion_jax.crossbar import load_config, save_config
 from lorafusion_jax.parts import CostOptions, bills, environment
+from lorafusion_jax.report import over_tasks
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import Cells
 
@@ -179,8 +178,9 @@ def cell(items: dict[str, list[float]], key: tuple[str, str], others: dict[str, 
     """Return the mean of a metric over items, or of its difference from others on the same items."""
     name, percent = " ".join(key), METRICS[key].endswith("% right")
     numbers = np.subtract(items[name], 0 if others is None else others[name]) * (100 if percent else 1)
-    spread = stdtrit(len(numbers) - 1, 0.975) * numbers.std(ddof=1) / math.sqrt(len(numbers))
-    return f"{numbers.mean():{'.1f' if percent else '.2f'}} ± {spread:{'.1f' if percent else '.2f'}}"
+    ends = over_tasks(numbers.tolist())
+    assert ends is not None
+    return " ± ".join(f"{value:{'.1f' if percent else '.2f'}}" for value in (ends.mean, ends.high - ends.mean))
 
 
 if __name__ == "__main__":

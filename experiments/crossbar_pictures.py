@@ -8,23 +8,19 @@ import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import _script
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jaxtyping import Array
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Independent, PowerLaw, Proportional, ReadNoise
-from lorafusion_jax.parts import input_codes, pulses, write
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from lorafusion_jax.parts import input_codes, pulses
+from lorafusion_jax.report import plot
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 CHIPS = 8
@@ -35,23 +31,12 @@ def main(arguments: Sequence[str] = ()) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/crossbar_pictures"))
     out = parser.parse_args(arguments).out
-    out.mkdir(parents=True, exist_ok=True)
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "legend.frameon": False,
-    }
-    with plt.rc_context(style):
-        for name, draw in (("tile", tile), ("adc", adc), ("noise", noise)):
-            figure = draw()
-            save = partial(figure.savefig, format="png", dpi=130, bbox_inches="tight")
-            write(out / f"crossbar_{name}.png", save)
-            plt.close(figure)
-            print(f"{out}/crossbar_{name}.png", flush=True)
+    for name, size, draw in (("tile", (11, 7.2), tile), ("adc", (6.4, 4.2), adc), ("noise", (9.6, 7.2), noise)):
+        plot(out / f"crossbar_{name}.png", size, draw)
+        print(f"{out}/crossbar_{name}.png", flush=True)
 
 
-def tile() -> Any:
+def tile(figure: Any) -> None:
     """One 12 x 10 matrix: its codes, its slices in the positive and the negative array, one input, its conversions."""
     weights = _normal(0, (12, 10))
     config = CrossbarConfig(adc=ADC(bits=6, range="granular"))
@@ -62,7 +47,7 @@ def tile() -> Any:
     cells = np.asarray(state.cells)[:, :, 0, 0]  # [K, P, rows, cols]
     sums = np.einsum("jr,kpro,p->kjo", sent, cells, [1, -1])
 
-    figure, axes = plt.subplots(3, 5, figsize=(11, 7.2), gridspec_kw={"width_ratios": [1.15, 1, 1, 1, 1]})
+    axes = figure.subplots(3, 5, width_ratios=[1.15, 1, 1, 1, 1])
     _heat(axes[0, 0], np.asarray(state.codes), "RdBu", 127, "weight codes q")
     _heat(axes[1, 0], sent.T, "PuOr", 1, "one input, bit by bit")
     axes[0, 0].set_ylabel("row")
@@ -81,14 +66,12 @@ def tile() -> Any:
     axes[2, 0].axis("off")
     axes[2, 0].text(0.5, 0.5, text, ha="center", va="center", transform=axes[2, 0].transAxes)
     print(f"tile: error {error:.4f}, largest |sum| {top}")
-    figure.tight_layout()
-    return figure
 
 
-def adc() -> Any:
+def adc(figure: Any) -> None:
     """Error against ADC bits, for the three ways to choose its range."""
     bits = list(range(4, 12))
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
+    axis = figure.subplots()
     ranges: list[tuple[Literal["max", "granular", "calibrated"], str, str]] = [
         ("max", ORANGE, "s"),
         ("granular", GREEN, "^"),
@@ -105,13 +88,11 @@ def adc() -> Any:
     axis.set(xlabel="bits of the ADC", ylabel="relative error of x W", xticks=bits, ylim=(floor * 0.75, 1.1))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(title="range")
-    axis.grid(axis="y", color="#dddddd")
-    return figure
 
 
-def noise() -> Any:
+def noise(figure: Any) -> None:
     """Error against programming error, read noise, time and wire resistance."""
-    figure, axes = plt.subplots(2, 2, figsize=(9.6, 7.2))
+    axes = figure.subplots(2, 2)
     percent = np.array([0, 0.5, 1, 2, 3, 5, 7.5, 10])
     sigmas = jnp.asarray(percent / 100, jnp.float32)
     for kind, model, colour in (("of Gmax", Independent, BLUE), ("of the cell's G", Proportional, ORANGE)):
@@ -139,10 +120,7 @@ def noise() -> Any:
     for axis in axes.flat:
         axis.set_ylabel("relative error of x W")
         axis.set_ylim(bottom=0)
-        axis.grid(axis="y", color="#dddddd")
         axis.legend()
-    figure.tight_layout()
-    return figure
 
 
 def _chips(device: Callable[[Array], Device], values: Array) -> np.ndarray:

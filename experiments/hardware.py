@@ -19,7 +19,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import _script
 import jax
@@ -67,16 +67,8 @@ class Options(ChipsOptions):
     out: Path = ROOT / "runs" / "hardware"
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """A line of the plots.
-
-    Attributes:
-      method: a row of `ARMS`.
-      training: `digital` numbers are put on the chips, those of `chip` trained there.
-      in_cells: a LoRA is written into cells, its task's own.
-      bill: its name in the bill of a task.
-    """
+class Line(NamedTuple):
+    """A line of the plots: a row of `ARMS`, where it is trained, if a LoRA is in cells, and its name in the bill."""
 
     method: str
     training: Literal["digital", "chip"] = "digital"

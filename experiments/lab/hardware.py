@@ -133,11 +133,6 @@ class Subject:
     chips: Chips
     keys: Array
 
-    @property
-    def count(self) -> int:
-        """Number of chips."""
-        return len(self.keys)
-
     def on_chips(self, config: CrossbarConfig, params: Params) -> Setup:
         """Return the setup of all seeds on all chips, whose converters cover what these numbers bring to them."""
         return self._placed(self.setup, config, params, module_numbers(self.setup, self.options, self.chips))
@@ -153,7 +148,7 @@ class Subject:
           begin: numbers to start from, [C * S]; None for a start from the beginning.
           rows: how many of the training rows; None for the run's own.
         """
-        seeds = self.options.seeds * self.count
+        seeds = self.options.seeds * len(self.keys)
         first = begin or start(self.setup.problem, self.options.seeds).params
         on_all = self.on_chips(config, first)
         if rows is not None:
@@ -174,9 +169,9 @@ class Subject:
         else:
             on_all = self.on_chips(config, params)
         if len(jax.tree.leaves(params)[0]) < len(on_all.problem.index):
-            params = for_every_chip(params, self.count)
+            params = for_every_chip(params, len(self.keys))
         found = evaluate(on_all, params, batch_size=self.options.eval_batch)
-        return self._rows(found.exact_match, found.loss, self.count)
+        return self._rows(found.exact_match, found.loss, len(self.keys))
 
     def score_digitally(self, params: Params) -> list[Row]:
         """Return a row for every seed."""

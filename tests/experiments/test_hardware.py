@@ -68,8 +68,7 @@ def test_tables_are_those_of_their_rows():
     found |= {f"{sweep}_table": hardware.table(_committed(f"hardware/{sweep}.csv")) for sweep in hardware.POINTS}
     for name, lines in found.items():
         assert lines == _read(f"hardware/{name}.csv"), name
-    cases = basis_on_chips.Options().cases
-    lines = basis_on_chips.table(_committed("basis_on_chips/rows.csv"), cases)
+    lines = basis_on_chips.table(_committed("basis_on_chips/rows.csv"))
     assert lines == _read("basis_on_chips/table.csv")
 
 
@@ -92,7 +91,7 @@ def test_a_point_changes_only_what_it_names():
     [
         ((hardware, basis_on_chips), ["--tasks"], "no tasks: give at least one with --tasks"),
         ((hardware, basis_on_chips), ["--chips", "0"], "chips is 0"),
-        ((basis_on_chips,), ["--cases"], "no cases"),
+        ((basis_on_chips,), ["--sizes"], "no sizes"),
         ((hardware, basis_on_chips), ["--crossbar", "raella"], "an age of 1month, but these cells have no drift model"),
         ((hardware,), ["--crossbar", "isaac", "--sweeps", "noise"], "no programming error of one sigma"),
         ((hardware,), ["--crossbar", "ideal", "--sweeps", "adc"], "no ADC to sweep"),
