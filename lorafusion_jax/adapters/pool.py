@@ -203,13 +203,11 @@ def shuffled_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
     )
 
 
-def rotated_pool(pool: LoraPool, key: PRNGKeyArray, *, together: bool = False) -> LoraPool:
+def rotated_pool(pool: LoraPool, key: PRNGKeyArray) -> LoraPool:
     """Return a control: a pool whose updates B A keep their singular values, but not their singular vectors.
 
     Each update's singular vectors, left and right, are replaced by random ones (Haar). They are drawn separately for
-    every module, site and layer; a module's draw depends only on the key, its name and its ranks. With `together`, all
-    modules of a layer are turned by the same random rotation of a site's inputs and one of its outputs, so that all
-    inner products of their updates stay as they are.
+    every module, site and layer; a module's draw depends only on the key, its name and its ranks.
     """
 
     def turned(a: Array, site: str, side: str) -> Array:
@@ -217,17 +215,15 @@ def rotated_pool(pool: LoraPool, key: PRNGKeyArray, *, together: bool = False) -
         layers, _, d, r = a.shape
 
         def draw(name: str, columns: int) -> Array:
-            of_name = jax.random.fold_in(key, zlib.crc32(f"{side} of {site}{name}".encode()))
+            of_name = jax.random.fold_in(key, zlib.crc32(f"{side} of {site}, {name}".encode()))
             vectors, triangle = _qr(jax.random.normal(of_name, (layers, d, columns), a.dtype))
             return vectors * jnp.sign(jnp.diagonal(triangle, axis1=1, axis2=2))[:, None]
 
-        if together:
-            return jnp.einsum("lde,lner->lndr", draw("", d), a, precision="highest")
         of_modules = []
         for n, name in enumerate(pool.names):
             own = r if is_traced(pool.rank) else int(np.max(np.asarray(pool.rank[site])[:, n]))
             _, triangle = _qr(a[:, n, :, :own])
-            new = jnp.matmul(draw(f", {name}", min(d, own)), triangle, precision="highest")
+            new = jnp.matmul(draw(name, min(d, own)), triangle, precision="highest")
             of_modules.append(jnp.pad(new, [(0, 0), (0, 0), (0, r - own)]))
         return jnp.stack(of_modules, axis=1)
 
@@ -238,7 +234,7 @@ def rotated_pool(pool: LoraPool, key: PRNGKeyArray, *, together: bool = False) -
         pool,
         A={site: turned(dense(a, jnp.float32), site, "inputs") for site, a in pool.A.items()},
         B={site: of_outputs(dense(b, jnp.float32), site) for site, b in pool.B.items()},
-        names=tuple(f"{'rotated-together' if together else 'rotated'} {name}" for name in pool.names),
+        names=tuple(f"rotated {name}" for name in pool.names),
     )
 
 

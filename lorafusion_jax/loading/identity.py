@@ -37,25 +37,24 @@ def _changed_fields(config: Any) -> dict[str, Any]:
 
 def check_digests(folder: Path, recorded: Digests, now: Digests, options: LoadOptions) -> None:
     """Raise a ValueError if a run was fused with other tensors or texts than those that were loaded to use it."""
-    of_pool = f"the pool {options.pool}"
-    pairs: list[tuple[str, str, str | None]] = [(f"the base {options.base}", recorded["base"], now["base"])]
-    if basis := recorded.get("basis"):
-        pairs.append((f"the shared basis of {of_pool}", basis, now.get("basis")))
-    for name, digest in recorded["modules"].items():
-        pairs.append((f"{name} of {of_pool}", digest, now["modules"].get(name)))
-    texts: list[tuple[str, str, str | None]] = []
-    if "tokenizer" in recorded:
-        texts.append((f"the tokenizer of {options.base}", recorded["tokenizer"], now.get("tokenizer")))
-    if options.chat and "chat_template" in recorded:
-        texts.append((f"the chat template of {options.base}", recorded["chat_template"], now.get("chat_template")))
-    settings: list[tuple[str, str, str | None]] = []
-    if "config" in recorded:
-        settings.append((f"the configuration of {options.base}", recorded["config"], now.get("config")))
-    for kind, of_kind in (("weights", pairs), ("texts", texts), ("settings", settings)):
-        for what, was, is_ in of_kind:
-            if was != is_:
-                here = f"has {is_[:12]}" if is_ else "was not read"
-                raise ValueError(
-                    f"{folder} was fused with other {kind}: {what} had the SHA-256 {was[:12]} then, and {here} now. "
-                    f"Restore those {kind}, or fuse the run again with these"
-                )
+    is_ = _by_kind(now, options)
+    for (kind, what), was in _by_kind(recorded, options).items():
+        if was is not None and was != (digest := is_.get((kind, what))):
+            here = f"has {digest[:12]}" if digest else "was not read"
+            raise ValueError(
+                f"{folder} was fused with other {kind}: {what} had the SHA-256 {was[:12]} then, and {here} now. "
+                f"Restore those {kind}, or fuse the run again with these"
+            )
+
+
+def _by_kind(of: Digests, options: LoadOptions) -> dict[tuple[str, str], str | None]:
+    """Return each digest by the kind of what it is of, and a description."""
+    base, pool = f"of {options.base}", f"of the pool {options.pool}"
+    return {
+        ("weights", f"the base {options.base}"): of["base"],
+        ("weights", f"the shared basis {pool}"): of.get("basis"),
+        **{("weights", f"{name} {pool}"): digest for name, digest in of["modules"].items()},
+        ("texts", f"the tokenizer {base}"): of.get("tokenizer"),
+        ("texts", f"the chat template {base}"): of.get("chat_template") if options.chat else None,
+        ("settings", f"the configuration {base}"): of.get("config"),
+    }

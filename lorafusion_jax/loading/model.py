@@ -40,7 +40,6 @@ _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
     "random-factors": random_pool,
     "shuffled": shuffled_pool,
     "rotated": rotated_pool,
-    "rotated-together": functools.partial(rotated_pool, together=True),
 }
 # By the compiler's cycles for a TPU v5e (docs/results/accelerators.md): operations of an accelerator for one of a core,
 # 5e13 a second; and the time of a packed step over that of a padded one.

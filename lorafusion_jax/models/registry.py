@@ -9,7 +9,6 @@ from ..support.text import shown
 from . import decoder, t5
 from .architecture import Architecture, Family, GGUFLayout, Model
 
-# Pools whose manifest does not name a family belong to the first one.
 FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY, decoder.FAMILY)}
 
 
@@ -72,7 +71,7 @@ def gguf_layout(name: str | None, by: Literal["general.architecture", "model_typ
 
 def recorded_config(base: Mapping[str, Any]) -> Architecture:
     """Return the structure of the base model that the manifest of a converted pool records, or raise a FileError."""
-    name = base.get("family", next(iter(FAMILIES)))
+    name = base["family"]
     if name not in FAMILIES:
         fix = "restore it from a copy, or use the version that wrote it"
         raise FileError("", field="family", got=repr(name), expected=f"one of {', '.join(FAMILIES)}", fix=fix)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 
@@ -29,11 +29,11 @@ _AGAIN = "restore it from a copy, or convert the adapters again"
 
 
 class BaseRecord(TypedDict):
-    """Record of the base model in a manifest; old ones lack `family`."""
+    """Record of the base model in a manifest."""
 
     source: str
     config_sha256: str
-    family: NotRequired[str]
+    family: str
     config: dict[str, Any]
 
 
