@@ -126,14 +126,10 @@ class _Chip(NamedTuple):
     platform: str = "tpu"
 
 
-def _peak(name: Any) -> float:
-    return machine(name).peak["bfloat16"]
-
-
 _CHIPS = {
-    "v5e": _Chip("v5e:2x4", "v5litepod-8", _peak("v5e"), 819e9),
-    "v6e": _Chip("v6e:2x4", "v6e-8", _peak("v6e"), 1640e9),
-    "h100": _Chip("1x1x1", "NVIDIA H100 80GB HBM3", _peak("h100"), 3350e9, "cuda"),
+    "v5e": _Chip("v5e:2x4", "v5litepod-8", machine("v5e").peak["bfloat16"], 819e9),
+    "v6e": _Chip("v6e:2x4", "v6e-8", machine("v6e").peak["bfloat16"], 1640e9),
+    "h100": _Chip("1x1x1", "NVIDIA H100 80GB HBM3", machine("h100").peak["bfloat16"], 3350e9, "cuda"),
 }
 # XLA's description of an H100; without a card there is no choice of kernels by measurement.
 _H100 = """

@@ -75,7 +75,7 @@ def _cases(options: Any, name: str, method: Fusion) -> list[dict[str, Any]]:
     rows = _BATCHES[0]
     runs["alone"] = partial(_alone, tasks[0], batches[rows], problem)
     if name == "coefficients" and has_peft():
-        adapters = [_factors(method, params, weights) for params in tasks[:rows]]
+        adapters = [jax.device_get(_factors(params, weights, method=method)) for params in tasks[:rows]]
         peer = mixed_batch(config, weights.base, batches[rows], adapters, new_tokens=_NEW)
         runs["peer one"] = partial(peer, [0] * rows)
         runs["peer mixed"] = partial(peer, list(range(rows)))
@@ -132,15 +132,11 @@ def _alone(params: Params, batch: Batch, problem: Problem) -> np.ndarray:
     return answers(seeds, batch, problem, _NEW)[0]
 
 
-def _factors(method: Fusion, params: Params, weights: Frozen) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return A and B of the module that is a task's mix, [L, d_in, r] and [L, r, d_out] by site."""
-    adapters, _ = _adapters(params, weights, method=method)
-    return {site: (np.asarray(adapter.A), np.asarray(adapter.B)) for site, adapter in adapters.items()}
-
-
 @partial(jax.jit, static_argnames="method")
-def _adapters(params: Params, weights: Frozen, *, method: Fusion) -> Any:
-    return method.adapters(params, weights, jnp.arange(MODULES))
+def _factors(params: Params, weights: Frozen, *, method: Fusion) -> dict[str, tuple[Any, Any]]:
+    """Return A and B of the module that is a task's mix, [L, d_in, r] and [L, r, d_out] by site."""
+    adapters, _ = method.adapters(params, weights, jnp.arange(MODULES))
+    return {site: (adapter.A, adapter.B) for site, adapter in adapters.items()}
 
 
 if __name__ == "__main__":

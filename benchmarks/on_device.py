@@ -1,4 +1,4 @@
-"""What the package does on a GPU or a TPU: its tests there, then steps, seeds, generation and arrays, as one table.
+"""What the package does on a GPU or a TPU: its tests there, then steps, seeds, generation and arrays.
 
     make gpu                # or make tpu: installs JAX for the device, and runs this
     python benchmarks/on_device.py --shape small-pool --no-tests     # tried out on a CPU
@@ -6,8 +6,8 @@
 FLAN-T5-large's shape with 20 modules of rank 16 and random weights, in bfloat16; 128 source tokens, 5 rows and 8 target
 tokens in a step, 10 rows and 32 new tokens in generation. Times are medians of rounds in turns; shares are of what one
 bfloat16 product of large matrices reaches in the same run. PyTorch's step with PEFT takes turns with ours on the same
-device, in bfloat16 and in float32 with TF32 off and on. Written to OUT, named after the device: a table (.md), and
-everything as JSON.
+device, in bfloat16 and in float32 with TF32 off and on. Everything is printed, and written to OUT as JSON, in a file
+named after the device.
 """
 
 import argparse
@@ -19,10 +19,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import ROOT, bar, case, has_peft, in_turns, met, of_turns
+from _measure import ROOT, case, has_peft, in_turns, of_turns
 from _model import (
     BATCH,
     CHOICES,
@@ -42,7 +43,7 @@ from _model import (
 from _peer import Peer, lines_of
 
 from lorafusion_jax import Fusion, crossbar
-from lorafusion_jax.parts import MixUpdate, Shape, markdown, step_flops
+from lorafusion_jax.parts import MixUpdate, Shape, step_flops
 from lorafusion_jax.report import write_text
 
 _K = 32  # directions of the shared basis
@@ -71,7 +72,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--product", type=int, default=8192, help="width of the matrices of the product")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="measure only")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "on_device", help="folder of the table")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "on_device", help="folder of the file")
     options = parser.parse_args()
     if min(*options.seeds, options.rounds, options.product) < 1:
         parser.error("--seeds, --rounds and --product count from 1")
@@ -93,24 +94,14 @@ def main() -> None:
     }
     name = f"{device.device_kind}-{options.shape}".lower().replace(" ", "-")
     write_text(options.out / f"{name}.json", json.dumps(found, indent=1) + "\n")
-    write_text(options.out / f"{name}.md", table := table_of(found))
-    print(f"{table}\nwritten to {options.out / name}.md")
+    tests = "not run" if tested is None else tested
+    print(
+        f"{device.device_kind}, jax {jax.__version__}, one bfloat16 product: {rate / 1e12:.4g} TFLOP/s, tests {tests}"
+    )
+    _measure.show(cases, as_json=False)
+    print(f"written to {options.out / name}.json")
     if tested is not None and not tested.startswith("passed"):
         sys.exit(1)
-
-
-def table_of(found: dict[str, Any]) -> str:
-    """Return the cases as a Markdown page; bold misses its bar."""
-    lines = [["", "ratio", "bar", "computed from"]]
-    for of in found["cases"]:
-        ratio = f"{of['ratio']:.3g}"
-        numbers = ", ".join(f"{key} {value:.4g}" for key, value in of["computed_from"].items())
-        lines.append([of["name"], f"**{ratio}**" if met(of) is False else ratio, bar(of), numbers])
-    tests = "not run" if found["tests"] is None else found["tests"]
-    return (
-        f"{found['device']}, jax {found['jax']}, {found['date']}; {found['shape']}; one bfloat16 product: "
-        f"{found['product_tflops']:.4g} TFLOP/s; tests for accelerators: {tests}\n\n{markdown(lines, left=(0, 2, 3))}"
-    )
 
 
 def _tests() -> str:

@@ -89,9 +89,14 @@ def main() -> None:
             rates.append({"command": command, "processor": found["processor"], "gflops": found["rates"]})
     minutes = (time.perf_counter() - began) / 60
     tables = [*table(cases), *(["", *rates_table(rates)] if rates else [])]
-    print("\n".join([*tables, "", f"{_machine()}, {minutes:.1f} minutes"]))
+    print("\n".join([*tables, "", f"{processor()} ({' '.join(features())}), {minutes:.1f} minutes"]))
     if options.out is not None:
-        kept = {"level": options.level, "processor": processor(), "features": features(), "date": _today()}
+        kept = {
+            "level": options.level,
+            "processor": processor(),
+            "features": features(),
+            "date": datetime.date.today().isoformat(),
+        }
         _write(options.out, kept | {"minutes": round(minutes), "rates": rates, "cases": cases})
     if failed:
         sys.exit(f"failed: {'; '.join(failed)}")
@@ -147,14 +152,6 @@ def _run(command: str) -> dict[str, Any] | None:
         text=True,
     )
     return None if done.returncode else json.loads(done.stdout)
-
-
-def _machine() -> str:
-    return f"{processor()} ({' '.join(features())})"
-
-
-def _today() -> str:
-    return datetime.date.today().isoformat()
 
 
 def _write(folder: Path, found: Mapping[str, Any]) -> None:

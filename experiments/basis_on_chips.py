@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     aged(load_chips(options.crossbar).config, AGE, compensate=True)  # raises ValueError before anything is trained
     store, rows = options.store("sizes"), []
     for size in options.sizes:
-        rows += of_tasks(options.tasks, f"{size}, ", lambda task, size=size: task_rows(store, task, size, options))
+        rows += of_tasks(options.tasks, lambda task, size=size: task_rows(store, task, size, options))
     lines = table(rows)
     write_csv(options.out / "table.csv", lines)
     write_csv(options.out / "rows.csv", as_lines(rows))

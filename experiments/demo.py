@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import _script
-from lab.common import ROOT, convert_small_pool, fresh_folder, options_of_small
+from lab.common import ROOT, convert_small_pool, fresh_folder, options_of_small, slug
 from lab.demo_report import markdown_table, plot_accuracy
 
-from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.report import write_text
 from lorafusion_jax.trials import ARMS, Job, read_rows, run_jobs
 
@@ -30,9 +30,14 @@ def main(arguments: Sequence[str] = ()) -> None:
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         convert_small_pool(FOLDER / "pool")
-        everything = [(task, method) for task in (*TASKS, OUT_OF_REACH) for method in SHOWN]
+        where: Any = {"pool": FOLDER / "pool", "seeds": SEEDS, "out": FOLDER / "runs"}
+        jobs = [
+            Job(task, method, "95+5", options_of_small(task, ARMS[method], name=slug(f"{task}-{method}"), **where))
+            for task in (*TASKS, OUT_OF_REACH)
+            for method in SHOWN
+        ]
         file = FOLDER / "results.jsonl"
-        run_jobs([Job(task, method, "95+5", _options(task, method)) for task, method in everything], file, fuse)
+        run_jobs(jobs, file, fuse)
         rows = read_rows(file)
         title = f"Tasks that no adapter was trained on: mean of {len(SEEDS)} seeds, their spread, and each one as a dot"
         plot_accuracy(rows, FOLDER / "accuracy.png", apart=(OUT_OF_REACH,), title=title)
@@ -40,15 +45,6 @@ def main(arguments: Sequence[str] = ()) -> None:
         write_text(FOLDER / "table.md", table)
     minutes = (time.perf_counter() - began) / 60
     print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
-
-
-def _options(task: str, method: str) -> FuseOptions:
-    where: Any = {"pool": FOLDER / "pool", "seeds": SEEDS, "out": FOLDER / "runs", "name": _name(task, method)}
-    return options_of_small(task, ARMS[method], **where)
-
-
-def _name(task: str, method: str) -> str:
-    return f"{task}-{method}".replace(" ", "-").lower()
 
 
 if __name__ == "__main__":

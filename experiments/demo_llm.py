@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import _script
-from lab.common import ROOT, convert, fresh_folder
+from lab.common import ROOT, convert, fresh_folder, slug
 from lab.demo_report import markdown_table, plot_accuracy
 from lab.language import MAIN, PROMPT, options_of
 from lab.smollm2 import EXAMPLES, base
 
-from lorafusion_jax import FuseOptions, fuse
+from lorafusion_jax import fuse
 from lorafusion_jax.parts import RunFolder
 from lorafusion_jax.report import write_text
 from lorafusion_jax.trials import Job, read_rows, run_jobs
@@ -38,23 +38,18 @@ def main(arguments: Sequence[str] = ()) -> None:
     began = time.perf_counter()
     with fresh_folder(FOLDER):
         convert(base(), sorted((EXAMPLES / "adapters").iterdir()), FOLDER / "pool")
-        file = FOLDER / "results.jsonl"
-        run_jobs([Job(TITLE, method, "95+5", _options(method)) for method in METHODS], file, fuse)
+        where: Any = {"base": base(), "pool": FOLDER / "pool", "seeds": (1,), "out": FOLDER / "runs"}
+        task, file = EXAMPLES / "tasks" / "ing", FOLDER / "results.jsonl"
+        runs = {method: options_of(MAIN[method], task, name=slug(method), **where) for method in METHODS}
+        run_jobs([Job(TITLE, method, "95+5", run) for method, run in runs.items()], file, fuse)
         rows = read_rows(file)
         plot_accuracy(rows, FOLDER / "accuracy.png", title="SmolLM2-135M: a task that no adapter was trained on")
         table = markdown_table(rows)
         write_text(FOLDER / "table.md", table)
     minutes = (time.perf_counter() - began) / 60
-    _show(*(RunFolder(FOLDER / "runs" / _name(method)).predictions() for method in ("zero-shot", "LoRAFusion")))
-    print()
-    for method, meaning in METHODS.items():
-        print(f"{method:17}{meaning}")
+    _show(*(RunFolder(FOLDER / "runs" / slug(method)).predictions() for method in ("zero-shot", "LoRAFusion")))
+    print("", *(f"{method:17}{meaning}" for method, meaning in METHODS.items()), sep="\n")
     print(f"\n{table}\n{minutes:.1f} minutes; written to {FOLDER}")
-
-
-def _options(method: str) -> FuseOptions:
-    where: Any = {"base": base(), "pool": FOLDER / "pool", "out": FOLDER / "runs", "name": _name(method)}
-    return options_of(MAIN[method], EXAMPLES / "tasks" / "ing", seeds=(1,), **where)
 
 
 def _show(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
@@ -70,10 +65,6 @@ def _short(text: str) -> str:
     """Return an answer on one line."""
     line = " ".join(text.split())
     return line if len(line) <= 28 else line[:27] + "…"
-
-
-def _name(method: str) -> str:
-    return method.replace(" ", "-").lower()
 
 
 if __name__ == "__main__":

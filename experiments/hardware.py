@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     aged(config, AGE, compensate=True)
     store = options.store("sweeps")
     for sweep in options.sweeps:
-        rows = of_tasks(options.tasks, f"{sweep}, ", lambda task, sweep=sweep: sweep_rows(store, sweep, task, options))
+        rows = of_tasks(options.tasks, lambda task, sweep=sweep: sweep_rows(store, sweep, task, options))
         found = {f"{sweep}_table": table(rows)}
         if sweep == "noise":
             energy = energies(rows, options)
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         write_csv(options.out / f"{sweep}.csv", as_lines(rows))
         draw_sweep(rows, sweep, options.out / f"{sweep}.png")
     if not options.sweeps:
-        rows = of_tasks(options.tasks, "", lambda task: task_rows(store, task, options))
+        rows = of_tasks(options.tasks, lambda task: task_rows(store, task, options))
         write_tables(options.out, tables(rows))
         write_csv(options.out / "rows.csv", as_lines(rows))
         draw(rows, options.out / "hardware.png")
@@ -328,11 +328,11 @@ def lines_of(rows: Sequence[Row]) -> list[tuple[str, str, bool | None]]:
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Return exact match in percent, lines by points: means over tasks, chips and seeds."""
     points = list(dict.fromkeys(row["point"] for row in rows))
-    body = [
-        [label, *(_said(mean(rows, line, point, compensate)) for point in points)]
-        for label, line, compensate in lines_of(rows)
-    ]
-    return [["", *points], *body]
+    lines = [["", *points]]
+    for label, line, compensate in lines_of(rows):
+        means = [mean(rows, line, point, compensate) for point in points]
+        lines.append([label, *("-" if value is None else f"{value:.1f}" for value in means)])
+    return lines
 
 
 def draw_sweep(rows: Sequence[Row], sweep: Sweep, path: Path) -> None:
@@ -410,10 +410,6 @@ def draw_energy(energy: dict[str, tuple[float, Any, Any]], path: Path) -> None:
 
 def _range(of: Any) -> str:
     return " / ".join(f"{value:.2g}" for value in (of.low, of.typical, of.high))
-
-
-def _said(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 if __name__ == "__main__":

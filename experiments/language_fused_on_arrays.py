@@ -1,8 +1,8 @@
 """Fused tasks of SmolLM2 on simulated arrays: trained digitally, on the very chip, or on another chip of its kind.
 
-    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0 ideal-0.01 ideal-0.03
-    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings 8-0 6-0 5-0        # ADCs, perfect cells
-    python experiments/language_fused_on_arrays.py --tasks FOLDER --settings ideal-0.03 \\
+    python experiments/language_fused_on_arrays.py --tasks FOLDER --errors 0 0.01 0.03
+    python experiments/language_fused_on_arrays.py --tasks FOLDER --bits 8 6 5 --errors 0       # ADCs, perfect cells
+    python experiments/language_fused_on_arrays.py --tasks FOLDER --errors 0.03 \\
         --trained digitally "on another chip" "on the chip"
 
 LoRAFusion of all 24 adapters, as in `experiments/language.py`. The seven projections of every layer and all modules are
@@ -13,8 +13,6 @@ folder: table.csv and rows.csv of what was asked for, every row and the runs; in
 import dataclasses
 import itertools
 import statistics
-import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from lab.hardware import Row, Store, as_lines
 from lab.language import MAIN, options_of
 from lab.smollm2 import EXAMPLES
 from language import link_tasks, linked_base, make_pools, pool_of, unseen_tasks
-from language_on_arrays import DIGITAL, Setting, config_of
+from language_on_arrays import DIGITAL, Bits, Setting, config_of
 
 from lorafusion_jax import fuse
 from lorafusion_jax.crossbar import save_config
@@ -45,7 +43,8 @@ class Options:
     Attributes:
       tasks: folder of the function-vector data sets, also in subfolders.
       unseen: names of the tasks to fuse for.
-      settings: bits of the ADC, or `ideal`, and standard deviation of the programming error as a share of Gmax: 8-0.01.
+      bits: of the ADC; `ideal` converts exactly.
+      errors: standard deviations of the programming error, as shares of Gmax.
       trained: where fusions are trained, in as many steps; another chip is the control of `on the chip`.
       seeds: of the fusions, in one program.
       test_rows: evaluate on the first rows of the test set only.
@@ -56,7 +55,8 @@ class Options:
 
     tasks: Path
     unseen: tuple[str, ...] = ("sentiment", "person-sport")
-    settings: tuple[str, ...] = ("ideal-0", "ideal-0.01", "ideal-0.03", "ideal-0.05", "ideal-0.1")
+    bits: tuple[Bits, ...] = ("ideal",)
+    errors: tuple[float, ...] = (0.0, 0.01, 0.03, 0.05, 0.1)
     trained: tuple[Case, ...] = ("digitally",)
     seeds: tuple[int, ...] = (1, 2, 3)
     test_rows: int = 100
@@ -67,7 +67,7 @@ class Options:
 def main(arguments: Sequence[str] = ()) -> None:
     """Run what is missing, and write the table of what was asked for."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    settings = list(dict.fromkeys(map(parsed, options.settings)))
+    settings = [Setting(bits, error) for bits in options.bits for error in options.errors]
     paths = unseen_tasks(options.unseen, link_tasks(options.tasks), ADAPTERS)
     make_pools(ADAPTERS)
     store = Store(options.out, {name: getattr(options, name) for name in ("seeds", "test_rows", "calibration_rows")})
@@ -75,13 +75,9 @@ def main(arguments: Sequence[str] = ()) -> None:
     rows = []
     for task, path in paths.items():
         for setting, case in asked:
-            began = time.perf_counter()
             name = f"{task}-{name_of(setting)}-{slug(case)}"
             found = store.rows(name, partial(scores, task, path, setting, case, options))
             rows += [{"task": task, "bits": setting.bits, "error": setting.error, "trained": case, **r} for r in found]
-            mean = statistics.fmean(row["exact_match"] for row in found)
-            minutes = (time.perf_counter() - began) / 60
-            print(f"{task}, {setting}, trained {case}: {mean:.1f} %, {minutes:.1f} min", file=sys.stderr, flush=True)
             jax.clear_caches()  # other settings are other programs
     lines = table(rows, asked, options)
     write_csv(options.out / "table.csv", lines)
@@ -89,21 +85,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     print(f"{markdown(lines)}\nwritten to {options.out}")
 
 
-def parsed(text: str) -> Setting:
-    """Return the setting that `BITS-ERROR` names.
-
-    Raises:
-      ValueError: the text is something else.
-    """
-    bits, _, error = text.partition("-")
-    try:
-        return Setting("ideal" if bits == "ideal" else int(bits), float(error))
-    except ValueError:
-        raise ValueError(f"--settings {text}: give bits of the ADC and an error, as in 8-0 or ideal-0.01") from None
-
-
 def name_of(setting: Setting) -> str:
-    """Return a setting as `parsed` reads it."""
+    """Return a setting as a part of names."""
     return "digital" if setting.error is None else f"{setting.bits}-{setting.error:g}"
 
 

@@ -207,7 +207,8 @@ def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
 def axes(rows: Sequence[Row]) -> tuple[list[float], list[Bits]]:
     """Return the errors and the bits that rows have, in order."""
     on_arrays = [row for row in rows if setting_of(row) != DIGITAL]
-    return sorted({row["error"] for row in on_arrays}), sorted({row["bits"] for row in on_arrays}, key=_place)
+    bits = sorted({row["bits"] for row in on_arrays}, key=lambda bits: np.inf if bits == "ideal" else bits)
+    return sorted({row["error"] for row in on_arrays}), bits
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -242,10 +243,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             panel.legend()
 
     plot(path, (9.0, 4.0), on)
-
-
-def _place(bits: Bits) -> float:
-    return np.inf if bits == "ideal" else bits
 
 
 def _perplexity(value: float) -> str:

@@ -189,14 +189,6 @@ class Options:
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
-class Texts(NamedTuple):
-    """Held-out text, real text to calibrate on, and a sample of the digital model, as tokens."""
-
-    held_out: list[Batch]
-    real: list[int]
-    adc: list[int]
-
-
 def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing, or print its cost."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
@@ -213,7 +205,8 @@ def main(arguments: Sequence[str] = ()) -> None:
 
     def show(row: Row) -> str:
         found = {name: round(row[name], 4) for name in ("loss", "digital", "left_out", "exact_match") if name in row}
-        return f"{shown(job_of(row))}: {found}"
+        job = job_of(row)
+        return f"chip {job.chip}, {label(job)} {job.arm}: {found}"
 
     cells.fill(wanted, lambda missing: measured(missing, options), show)
     rows = cells.rows()
@@ -241,7 +234,7 @@ class Bench:
         self.digital = self.loaded.problem.frozen.base
         self.run = logits_of_base(self.loaded.problem.graph)
         self.logits = jax.jit(self.run)
-        self.texts = read_texts(self.loaded)
+        self.held_out_text, self.real_text, self.adc_text = read_texts(self.loaded)
         self.prompts = self.loaded.tokenizer(prompts, add_special_tokens=False)["input_ids"][:CALIBRATION]
         self.samples: dict[Any, list[int]] = {}
         self.at: Any = None
@@ -261,13 +254,13 @@ class Bench:
             key = jax.random.fold_in(jax.random.key(0), number)
             graph, frozen = self.loaded.problem.graph, self.loaded.problem.frozen
             programmed = program_on_arrays(graph, frozen, {"*": config}, key).base
-            self.programmed = calibrate_tree(self.run, programmed, windows(self.loaded, self.texts.adc))
+            self.programmed = calibrate_tree(self.run, programmed, windows(self.loaded, self.adc_text))
             self.at = at
         return self.programmed
 
     def text(self, job: Job) -> list[Batch]:
         """Return the calibration text of a job in windows."""
-        ids = self.texts.real
+        ids = self.real_text
         if job.text != "real":
             if (of_text := (job.text, job.tokens)) not in self.samples:
                 real = [] if job.text == "sampled" else ids[:CALIBRATION]
@@ -309,7 +302,7 @@ class Bench:
         return found
 
     def held_out(self, weights: Any) -> list[float]:
-        numbered = enumerate(self.texts.held_out)
+        numbered = enumerate(self.held_out_text)
         return [float(self.losses(reads(weights, n), batch)[0]) / (WINDOW - 1) for n, batch in numbered]
 
     def diverged(self, weights: Any, batches: Sequence[Batch]) -> float:
@@ -362,7 +355,7 @@ def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
         numbers = sum(correction.numbers() for correction in corrections.values())
         more: Row = {}
         if job.part == "tune":
-            left_out = windows(bench.loaded, bench.texts.real[CALIBRATION:])
+            left_out = windows(bench.loaded, bench.real_text[CALIBRATION:])
             of_parts = {"trained": bench.text(job)[: len(left_out)], "left_out": left_out}
             more = {name: bench.diverged(weights, batches) for name, batches in of_parts.items()}
         elif job.part == "transfer":
@@ -429,13 +422,13 @@ def how(arm: Arm, held: Sequence[Any]) -> Restoring:
     return dataclasses.replace(Restoring(method=arm.method, numbers=numbers, epochs=arm.epochs), **of_arm)
 
 
-def read_texts(loaded: LoadedModel) -> Texts:
-    """Return the shipped text: its first tokens are held out, the others are for calibration."""
+def read_texts(loaded: LoadedModel) -> tuple[list[Batch], list[int], list[int]]:
+    """Return the shipped text as tokens: the first are held out, and the others calibrate, the last of them ADCs."""
     files = {file.name: file.read_text() for file in sorted((EXAMPLES / "text").glob("*.txt"))}
     last = files.pop("calibration.txt")
     ids = loaded.tokenizer("\n".join(files.values()), add_special_tokens=False)["input_ids"]
     more = loaded.tokenizer("\n" + last, add_special_tokens=False)["input_ids"]
-    return Texts(windows(loaded, ids[:HELD_OUT]), ids[HELD_OUT:] + more, more[:ADC_CALIBRATION])
+    return windows(loaded, ids[:HELD_OUT]), ids[HELD_OUT:] + more, more[:ADC_CALIBRATION]
 
 
 def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
@@ -544,11 +537,6 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
         of_chips = np.array([np.subtract(row["window_losses"], row["digital_window_losses"]) for row in rows])
         above += with_interval(of_chips.mean(axis=0).tolist(), 3)[1:]
     return [*named, f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
-
-
-def shown(job: Job) -> str:
-    """Return a job in words."""
-    return f"chip {job.chip}, {label(job)} {job.arm}"
 
 
 def label(job: Job) -> str:

@@ -5,9 +5,8 @@ What an experiment has computed lies in a folder: OUT/numbers (trained parameter
 """
 
 import dataclasses
+import itertools
 import json
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from lorafusion_jax.parts import (
 from lorafusion_jax.tasks import split
 from lorafusion_jax.trials import Arm, Cells, Row, recipe_of
 
-from .common import ROOT, convert_small_pool, options_of_small, slug, small_pool_in_basis
+from .common import ROOT, options_of_small, slug, small_pool_in_basis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +79,7 @@ class ChipsOptions:
     def store(self, *apart: str) -> "Store":
         """Return the folder of results; raises ValueError for results of other settings than those not `apart`."""
         settings = dataclasses.asdict(self) | {"config": config_hash(load_chips(self.crossbar).config)}
-        settings["key"] = self.chip_key
-        apart = ("out", "tasks", "crossbar", "chip_key", *apart)
+        apart = ("out", "tasks", "crossbar", *apart)
         return Store(self.out, {name: value for name, value in settings.items() if name not in apart})
 
 
@@ -105,12 +103,6 @@ class Store:
         if not folder.exists():
             save_arrays(folder, compute(), {})
         return jax.tree.map(jnp.asarray, load_arrays(folder, what="trained parameters")[0])
-
-    def pool(self) -> Path:
-        """Return the embedded pool, converted only once."""
-        if not (folder := self.folder / "pool").exists():
-            convert_small_pool(folder)
-        return folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,29 +147,6 @@ class Subject:
             on_all = dataclasses.replace(on_all, split=split(len(self.setup.task.train), seeds, limit=rows))
         return fit(on_all.problem, on_all.rows, start(on_all.problem, seeds, begin), recipe, seeds).params
 
-    def score(self, config: CrossbarConfig, params: Params, *, in_cells: bool = False) -> list[Row]:
-        """Return a row for every seed on every chip.
-
-        Args:
-          config: of the arrays.
-          params: of every seed [S], or of every seed on every chip [C * S].
-          in_cells: a LoRA is written into cells.
-        """
-        if in_cells:
-            setup, params = lora_in_cells(self.setup, params)
-            on_all = self._placed(setup, config, params, None)
-        else:
-            on_all = self.on_chips(config, params)
-        if len(jax.tree.leaves(params)[0]) < len(on_all.problem.index):
-            params = for_every_chip(params, len(self.keys))
-        found = evaluate(on_all, params, batch_size=self.options.eval_batch)
-        return self._rows(found.exact_match, found.loss, len(self.keys))
-
-    def score_digitally(self, params: Params) -> list[Row]:
-        """Return a row for every seed."""
-        found = evaluate(self.setup, params, batch_size=self.options.eval_batch)
-        return self._rows(found.exact_match, found.loss, 1)
-
     def rows(
         self, name: str, config: CrossbarConfig | None, params: Params, *, in_cells: bool = False, **of: Any
     ) -> Iterator[Row]:
@@ -186,17 +155,27 @@ class Subject:
         Args:
           name: under which rows are kept.
           config: of the arrays.
-          params: as in `score`.
+          params: of every seed [S], or of every seed on every chip [C * S].
           in_cells: a LoRA is written into cells.
           of: more columns, the first ones.
         """
+        rows = self.store.rows(slug(name), lambda: self._scores(config, params, in_cells))
+        yield from ({**of, **row} for row in rows)
 
-        def compute() -> list[Row]:
-            if config is None:
-                return self.score_digitally(params)
-            return self.score(config, params, in_cells=in_cells)
-
-        yield from ({**of, **row} for row in self.store.rows(slug(name), compute))
+    def _scores(self, config: CrossbarConfig | None, params: Params, in_cells: bool) -> list[Row]:
+        setup, chips = self.setup, 1
+        if config is not None:
+            chips = len(self.keys)
+            if in_cells:
+                setup, params = lora_in_cells(setup, params)
+            setup = self._placed(setup, config, params) if in_cells else self.on_chips(config, params)
+            if len(jax.tree.leaves(params)[0]) < len(setup.problem.index):
+                params = for_every_chip(params, chips)
+        found = evaluate(setup, params, batch_size=self.options.eval_batch)
+        assert found.loss is not None
+        places = itertools.product(range(chips), self.options.seeds)
+        columns = zip(places, found.exact_match.tolist(), found.loss.tolist(), strict=True)
+        return [{"chip": n, "seed": seed, "exact_match": match, "loss": loss} for (n, seed), match, loss in columns]
 
     def trained(self, name: str, **changes: Any) -> Params:
         """Return the numbers of a run with other options than the digital one, such as `arrays` or `start_from`."""
@@ -204,27 +183,17 @@ class Subject:
         fuse(options)
         return load_to_evaluate(EvaluateOptions(run=options.out / name))[2]
 
-    def _placed(self, setup: Setup, config: CrossbarConfig, params: Params, modules: Array | None) -> Setup:
+    def _placed(self, setup: Setup, config: CrossbarConfig, params: Params, modules: Array | None = None) -> Setup:
         first = jax.tree.map(lambda p: p[: len(self.options.seeds)], params)
         return on_every_chip(setup, first, self.chips.rules(config), self.keys, modules=modules, norm="ideal")
-
-    def _rows(self, matches: Any, losses: Any, chips: int) -> list[Row]:
-        shape = (chips, len(self.options.seeds))
-        matches, losses = np.reshape(matches, shape).tolist(), np.reshape(losses, shape).tolist()
-        return [
-            {"chip": chip, "seed": seed, "exact_match": matches[chip][s], "loss": losses[chip][s]}
-            for chip in range(chips)
-            for s, seed in enumerate(self.options.seeds)
-        ]
 
 
 def subject(store: Store, task: str, method: str, entry: Arm, options: ChipsOptions) -> Subject:
     """Train a method digitally on 95 + 5 rows of an embedded task, and return it with its chips."""
-    pool = small_pool_in_basis() if "basis" in entry.recipe else store.pool()
     fused = options_of_small(
         task,
         entry,
-        pool=pool,
+        pool=small_pool_in_basis(),
         seeds=options.seeds,
         out=store.folder / "runs",
         name=f"{task}-{slug(method)}",
@@ -240,13 +209,11 @@ def subject(store: Store, task: str, method: str, entry: Arm, options: ChipsOpti
     return Subject(store, fused, looped(setup), params, chips, keys)
 
 
-def of_tasks(tasks: Sequence[str], label: str, rows: Callable[[str], Iterable[Row]]) -> list[Row]:
-    """Return the rows of all tasks, and print the time that each took."""
+def of_tasks(tasks: Sequence[str], rows: Callable[[str], Iterable[Row]]) -> list[Row]:
+    """Return the rows of all tasks."""
     found = []
     for task in tasks:
-        began = time.perf_counter()
         found += [{"task": task, **row} for row in rows(task)]
-        print(f"{label}{task}: {(time.perf_counter() - began) / 60:.1f} min", file=sys.stderr, flush=True)
         jax.clear_caches()  # other tasks and sizes are other programs, which take gigabytes
     return found
 

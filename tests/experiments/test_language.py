@@ -230,7 +230,7 @@ def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(trained,
     given = ["--tasks", str(tmp_path / "tasks"), "--out", str(tmp_path / "arrays"), "--unseen", "new"]
     given += ["--seeds", "1", "--test-rows", "6", "--calibration-rows", "4"]
     cases = ("digitally", "on another chip", "on the chip")
-    on_arrays.main([*given, "--settings", "ideal-0.5", "--trained", *cases])
+    on_arrays.main([*given, "--errors", "0.5", "--trained", *cases])
     with (tmp_path / "arrays" / "rows.csv").open() as file:
         rows = {(row["bits"], row["error"], row["trained"]): float(row["loss"]) for row in csv.DictReader(file)}
     assert len(rows) == 4
@@ -240,9 +240,7 @@ def test_a_fused_task_is_measured_on_arrays_untouched_and_trained_there(trained,
     assert untouched > digital + 0.05 and on_chip < untouched - 0.02
     assert on_chip < elsewhere != untouched
     capsys.readouterr()
-    on_arrays.main([*given, "--settings", "ideal-0.5"])  # from existing rows
+    on_arrays.main([*given, "--errors", "0.5"])  # from existing rows
     assert "| ideal" in (printed := capsys.readouterr().out) and "on the chip" not in printed
-    with pytest.raises(ValueError, match="--settings 8: .*bits of the ADC and an error"):
-        on_arrays.main([*given, "--settings", "8"])
     with pytest.raises(ValueError, match=r"holds other rows \(test_rows was 6, is 7\)"):
         on_arrays.main([*given[:-3], "7", *given[-2:]])
