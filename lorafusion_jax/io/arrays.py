@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ..support import processes
 from ..support.reading import FileError, T
@@ -22,20 +22,17 @@ _FILE = "arrays.safetensors"
 _DEEPEST = 10  # names in the path of an array
 
 
-def save(folder: Path, tree: Any, metadata: Mapping[str, Any]) -> None:
-    """Save a tree of arrays, such as nested dicts, and its metadata (any JSON) in a `sealed_folder`.
+def save(folder: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Save nested dicts of arrays and their metadata (any JSON) in a `sealed_folder`.
 
-    With several processes, the arrays are the same in each. Names must not have slashes. PRNG keys (save their
-    `jax.random.key_data`) and 4-bit types are not supported.
+    With several processes, the arrays are the same in each. Names must not have slashes.
     """
-    arrays = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        if (name := _name(path)).count("/") >= len(path):
-            raise ValueError(f"an array is named {name!r}: expected names without slashes")
-        arrays[name] = np.asarray(leaf)
+    arrays = flatten_dict(dict(tree))
+    if slashed := [name for path in arrays for name in path if "/" in name]:
+        raise ValueError(f"an array is named {slashed[0]!r}: expected a name without a slash")
     with sealed_folder(folder, metadata) as partial:
         if processes.first():
-            safetensors.save(partial / _FILE, arrays)
+            safetensors.save(partial / _FILE, {"/".join(path): np.asarray(array) for path, array in arrays.items()})
 
 
 def load(folder: Path, *, metadata: type[T] | Any = dict[str, Any], what: str) -> tuple[dict[str, Any], T]:
@@ -56,19 +53,12 @@ def load_sound(
     return sound and (_nested(folder, sound[1]), sound[2])
 
 
-def read_like(folder: Path, abstract: Any) -> Any:
-    """Return the arrays of a checked folder in a tree like `abstract`; FileError if its paths, shapes or dtypes differ.
-
-    The arrays are read-only views of the mapped file.
-    """
-    stored, expected = safetensors.load(folder / _FILE), signature(abstract)
-    check_signature(folder, signature(stored), expected, fix="resume the run that saved it, or restore it from a copy")
-    return jax.tree.unflatten(jax.tree.structure(abstract), [stored[path] for path in expected])
-
-
 def signature(tree: Any) -> dict[str, str]:
     """Return dtype and shape of each array by its path in a tree, such as `float32[2, 3]`."""
-    return {_name(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def check_signature(folder: Path, present: Mapping[str, str], expected: Mapping[str, str], *, fix: str) -> None:
@@ -77,10 +67,6 @@ def check_signature(folder: Path, present: Mapping[str, str], expected: Mapping[
         got, needed = present.get(path, "absent"), expected.get(path, "no such array")
         if got != needed:
             raise FileError(folder, field=some([path]), got=got, expected=needed, fix=fix)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _nested(folder: Path, manifest: Manifest) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Manifest(TypedDict):
     metadata: dict[str, Any]
     files: dict[str, str]
     versions: NotRequired[dict[str, str]]
+    arrays: NotRequired[dict[str, str]]  # of a state: "float32[2, 3]" by the path in the tree
 
 
 @contextlib.contextmanager
@@ -127,14 +128,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def sealed_folder(folder: Path, metadata: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield a `new_folder` that gets a manifest, with any JSON as metadata, and its name once all files are on disk."""
+def sealed_folder(folder: Path, metadata: Mapping[str, Any], **fields: Any) -> Iterator[Path]:
+    """Yield a `new_folder` that gets a manifest and its name once all files are on the disk.
+
+    `metadata` is any JSON, and `fields` are other fields of the manifest.
+    """
     with new_folder(folder) as partial:
         yield partial
         if processes.first():
             names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
             files, versions = {name: sha256(partial / name) for name in names}, {"lorafusion-jax": __version__}
-            write_json(partial / MANIFEST, {"metadata": metadata, "versions": versions, "files": files})
+            write_json(partial / MANIFEST, {"metadata": metadata, "versions": versions, **fields, "files": files})
             for path in partial.rglob("*"):
                 _flush(path)
     with writing(folder.parent):

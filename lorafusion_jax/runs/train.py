@@ -112,7 +112,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
 
     def save(epochs: int, step: int, state: TrainState) -> None:
         metadata = {"epochs": epochs, "step": step, "seconds": time.monotonic() - began}
-        checkpoint.save_step(run.checkpoints, step, to_host(state), metadata, keep=2)
+        checkpoint.save_step(run.checkpoints, step, state, metadata, keep=2)
 
     def hold() -> None:
         when = "epoch" if by_epoch else "step"

@@ -54,15 +54,15 @@ _OF_READING_TOO = {
 def writing(folder: Path) -> Iterator[None]:
     """Raise faults of the disk, while a block writes into a folder, as a WriteError.
 
-    safetensors raises other errors, whose messages contain the system's code.
+    tensorstore and safetensors raise other errors, whose messages contain the system's code.
     """
     try:
         yield
     except WriteError:
         raise
     except Exception as error:
-        code_in_text = re.search(r"\(os error (\d+)\)", str(error))
-        code = getattr(error, "errno", None) or (int(code_in_text[1]) if code_in_text else None)
+        code_in_text = re.search(r"os_error_code='(\d+)'|\(os error (\d+)\)", str(error))
+        code = getattr(error, "errno", None) or (int(code_in_text[1] or code_in_text[2]) if code_in_text else None)
         name = getattr(error, "filename", None)
         here = not folder.exists() or (
             name is not None and Path(os.fsdecode(name)).absolute().is_relative_to(folder.absolute())

@@ -123,8 +123,8 @@ def _of_run(printed: str, out: Path) -> Any:
     results = json.loads((run / "results.json").read_text())
     del results["seconds"]
     files = [(run / name).read_text() for name in ("metrics.jsonl", "predictions.jsonl")]
-    folders = [run / "final", *checkpoint.steps(run / "checkpoints")[-1:]]
-    return [results, files, _bits([arrays.load(folder, what="numbers")[0] for folder in folders])]
+    newest = checkpoint.load_newest(checkpoint.steps(run / "checkpoints"), note=print)
+    return [results, files, _bits([arrays.load(run / "final", what="trained parameters")[0], newest and newest[0]])]
 
 
 def _of_matrix(printed: str, out: Path) -> Any:

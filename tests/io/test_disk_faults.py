@@ -1,4 +1,7 @@
-"""Every write fails in turn: the message names the folder and what to do, and what was saved before stays."""
+"""Every write fails in turn: the message names the folder and what to do, and what was saved before stays.
+
+Writes of orbax itself are left out: that there is room for them is tried first, and tensorstore's go by Python's hooks.
+"""
 
 import errno
 import os
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 
 from lorafusion_jax import cli
-from lorafusion_jax.io import arrays, checkpoint
+from lorafusion_jax.io import checkpoint
 from lorafusion_jax.parts import RunFolder, new_folder, write, writing
 from lorafusion_jax.report import write_text
 from lorafusion_jax.support.writing import WriteError
@@ -50,7 +53,7 @@ class _Disk:
     def write(self, where: str | int | Path) -> None:
         if isinstance(where, int):
             where = os.readlink(f"/proc/self/fd/{where}")
-        if str(where).startswith(self.folder):
+        if str(where).startswith(self.folder) and "/arrays" not in str(where):
             self.writes += 1
             if self.writes > self.sound:
                 raise OSError(self.error, os.strerror(self.error))  # like write(), it does not name the file
@@ -121,7 +124,7 @@ def test_the_last_sound_checkpoint_stays(error, faults, tmp_path):
         if checkpoint.steps(folder)[-1].name == "step_000002":  # it was whole when the last folder was flushed
             shutil.rmtree(folder / "step_000002")
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    newest = checkpoint.load_newest(checkpoint.steps(folder), {"x": np.ones(3)}, note=pytest.fail)
+    newest = checkpoint.load_newest(checkpoint.steps(folder), note=pytest.fail)
     assert failed >= 8 and newest is not None and newest[0]["x"].tolist() == [0, 0, 0]
 
 
@@ -155,17 +158,17 @@ def test_rows_stay(error, faults, tmp_path):
     assert read_rows(file) == rows
 
 
-def test_an_error_of_safetensors_is_one_of_the_disk(tmp_path):
+def test_an_error_of_tensorstore_is_one_of_the_disk_without_tracebacks(tmp_path, capfd):
     """The kernel refuses files over a size, which no hook of Python sees."""
     noise = np.random.default_rng(0).normal(size=100_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(WriteError, match=f"^{tmp_path} cannot be written: a file would be larger than allowed"):
-            arrays.save(tmp_path / "saved", {"x": noise}, {})
+            checkpoint.save(tmp_path / "saved", {"x": noise}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_folder_that_vanishes(tmp_path):

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import parts
-from lorafusion_jax.io import arrays, checkpoint
+from lorafusion_jax.io import checkpoint
 from lorafusion_jax.support import interrupts, processes
 from lorafusion_jax.support.writing import WriteError
 from lorafusion_jax.tasks import eval_batches
@@ -88,8 +88,8 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
             lf.fuse(dataclasses.replace(options, resume=resume))
     folder = tmp_path / "diverged"
     assert len([row for row in parts.RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
-    state, _ = arrays.load(checkpoint.steps(folder / "checkpoints")[-1], what="a state")
-    assert all(np.isfinite(p).all() for p in jax.tree.leaves(state["best"]))
+    newest = checkpoint.load_newest(checkpoint.steps(folder / "checkpoints"), note=pytest.fail)
+    assert newest is not None and all(np.isfinite(p).all() for p in jax.tree.leaves(newest[0]["best"]))
 
 
 def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
