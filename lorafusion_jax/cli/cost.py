@@ -9,11 +9,9 @@ from typing import Any
 
 from ..crossbar import CONSTANTS, Range, ReadEnergy, WriteCost, load_config, load_constants, save_constants
 from ..estimates import bill
-from ..estimates.bill.methods import base_matrices
-from ..estimates.bill.show import comparison_table, constants_table, corrections_table, tables
+from ..estimates.bill.show import comparison_table, constants_table, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
-from ..hardware.restored import read_corrections
 from ..support.reading import show
 from ..support.writing import write_text, writing
 from .parsing import parse
@@ -34,13 +32,11 @@ class CostCommand(bill.CostOptions):
       constants: file that replaces the table of constants.
       save_constants: write the table in use to this .yaml or .json file, to edit it.
       json: write everything to this file.
-      restore: add the cost of digital corrections: a folder that `lorafusion restore` wrote.
     """
 
     constants: Path | None = None
     save_constants: Path | None = None
     json: Path | None = None
-    restore: Path | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,7 +49,7 @@ GROUPS = {
     "fusion": ("modules", "pool_size", "rank", "targets", "bases", "train_core"),
     "training": ("epochs", "batch_size"),
     "baseline": ("vera_rank", "evaluations"),
-    "hardware": ("crossbar", "restore", "constants", "save_constants"),
+    "hardware": ("crossbar", "constants", "save_constants"),
     "run": ("json",),
 }
 
@@ -67,15 +63,6 @@ def main(arguments: Sequence[str]) -> None:
     activities = {activity.method: activity for activity in bill.activities(config, crossbar, options)}
     bills = {name: bill.price(activity, crossbar, options, constants) for name, activity in activities.items()}
     once = {name: bill.price_once(of, constants) for name, of in bill.installed_once(config, crossbar, options).items()}
-    corrections = None
-    if options.restore is not None:
-        made = read_corrections(options.restore)
-        there = sum(layers * math.prod(matrix) for matrix, layers in base_matrices(config))
-        if there != (corrected := round(made["numbers"] / made["share"])) and not made["settings"]["digital"]:
-            got = f"{options.restore} corrects {corrected:,} weights in arrays, and {options.shape} has {there:,}"
-            raise ValueError(f"{got}: give the shape of the corrected base with --shape")
-        how = {"numbers": made["numbers"], "tokens": made["tokens"], "epochs": made["settings"]["epochs"]}
-        corrections = bill.correction_bill(config, crossbar, constants=constants, **how)
     against = bill.comparisons(activities, crossbar, options, constants)
 
     if options.save_constants is not None:
@@ -83,14 +70,13 @@ def main(arguments: Sequence[str]) -> None:
             save_constants(options.save_constants, constants)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        files = ("constants", "save_constants", "json", "restore")
+        files = ("constants", "save_constants", "json")
         content = {
             "options": {name: value for name, value in vars(options).items() if name not in files},
             "constants": {name: vars(constant) for name, constant in constants.table.items()},
             "methods": {name: one._asdict() | {"learning": one.learning} for name, one in bills.items()},
             "once": once,
             "LoRA in cells over": against,
-            "corrections": corrections,
         }
         write_text(options.json, json.dumps(_plain(content), indent=2) + "\n")
 
@@ -100,8 +86,6 @@ def main(arguments: Sequence[str]) -> None:
         f"{options.epochs} epochs.\nEvery range is low / typical / high.\n"
     )
     shown = tables(bills, once, options)
-    if corrections is not None:
-        shown[f"Digital corrections of {options.restore}"] = corrections_table(corrections)
     shown["LoRA in cells and LoRAFusion"] = comparison_table(against)
     shown["Constants"] = constants_table(constants)
     show(captioned(shown), end="")
@@ -111,6 +95,6 @@ def _plain(value: Any) -> Any:
     """Return a value for JSON; ranges are [low, typical, high], in joules and seconds, and null if infinite."""
     if isinstance(value, Range):
         return [None if math.isinf(end) else end for end in (value.low, value.typical, value.high)]
-    if isinstance(value, bill.Bill | bill.Comparison | bill.CorrectionBill | bill.Once | ReadEnergy | WriteCost):
+    if isinstance(value, bill.Bill | bill.Comparison | bill.Once | ReadEnergy | WriteCost):
         value = value._asdict()
     return {name: _plain(each) for name, each in value.items()} if isinstance(value, dict) else value

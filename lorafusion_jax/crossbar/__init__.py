@@ -23,7 +23,6 @@ from .chip.chip import (
     programmed_weights,
     reads,
     with_chips,
-    with_config,
     with_corrections,
     with_read_key,
 )

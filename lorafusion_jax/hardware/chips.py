@@ -7,9 +7,9 @@ Axis letters: C chips, S seeds.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,23 +35,6 @@ Steps = Literal["every", "other"]
 Limits = list[tuple[Float[Array, "..."] | None, Float[Array, "..."] | None]]
 
 
-class _Structures(NamedTuple):
-    """Rules without their arrays: hashable."""
-
-    patterns: tuple[str, ...]
-    structures: tuple[Structure | None, ...]
-
-    def rules(self, values: Iterable[list[Any]]) -> Rules:
-        """Return the rules with these arrays."""
-        configs = [s and s.config(v) for s, v in zip(self.structures, values, strict=True)]
-        return dict(zip(self.patterns, configs, strict=True))
-
-
-def _split(rules: Rules) -> tuple[_Structures, list[list[Any]]]:
-    parts = [(None, []) if config is None else split_config(config) for config in rules.values()]
-    return _Structures(tuple(rules), tuple(structure for structure, _ in parts)), [values for _, values in parts]
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Redrawn(Frozen):
@@ -59,17 +42,17 @@ class Redrawn(Frozen):
 
     Attributes:
       digital: weights that are written.
-      values: arrays of the rules' configurations.
+      values: arrays of the rules.
       key: key from which chips are drawn.
-      structures: rules without their arrays.
+      structure: rules without their arrays.
       steps: steps that draw a chip; the others use the present chip.
       norm: weights that the magnitudes' norms are computed from.
     """
 
     digital: Frozen
-    values: list[list[Any]]
+    values: list[Any]
     key: Array
-    structures: _Structures = dataclasses.field(metadata={"static": True})
+    structure: Structure = dataclasses.field(metadata={"static": True})
     steps: Steps = dataclasses.field(metadata={"static": True})
     norm: Norms = dataclasses.field(metadata={"static": True})
 
@@ -84,7 +67,7 @@ class Redrawn(Frozen):
     def of_step(self, step: Int[Array, ""], graph: nnx.GraphDef) -> Frozen:
         """Return the chip of one training step: the present one, or a new one with the same converters."""
         here = reads(_plain(self), step)
-        rules, key = self.structures.rules(self.values), jax.random.fold_in(self.key, step)
+        rules, key = dict(self.structure.config(self.values)), jax.random.fold_in(self.key, step)
         new = _with_limits(program(graph, self.digital, rules, key, norm=self.norm), limits_of(here))
         new = reads(new, step)
         if self.steps == "every":
@@ -115,10 +98,11 @@ class ChipPerSeed(Frozen):
 
 def redrawn(chip: Frozen, digital: Frozen, rules: Rules, key: PRNGKeyArray, *, steps: Steps, norm: Norms) -> Redrawn:
     """Return a chip that training steps leave for others; further arguments as for `program`."""
-    kinds, values = _split(rules)
+    structure, values = split_config(tuple(rules.items()))
     if isinstance(digital.gram, PairTerms):  # every step would compute Gram terms instead
         digital = dataclasses.replace(digital, gram=chip.gram)
-    return Redrawn(**_fields(chip), digital=digital, values=values, key=key, structures=kinds, steps=steps, norm=norm)
+    how = {"structure": structure, "steps": steps, "norm": norm}
+    return Redrawn(**_fields(chip), digital=digital, values=values, key=key, **how)
 
 
 def on_every_chip(
@@ -152,10 +136,10 @@ def on_every_chip(
     first = program(problem.graph, problem.frozen, rules, keys[0], restored=of_first, **how)
     limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
     count, seeds = len(keys), len(problem.index)
-    structures, values = _split(rules)
+    structure, values = split_config(tuple(rules.items()))
     on_chips = jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored) if restored else None
     arrays = (problem.frozen, (keys, on_chips), values, limits, modules)
-    weights = _program_all(*arrays, structures=structures, graph=problem.graph, norm=norm)
+    weights = _program_all(*arrays, structure=structure, graph=problem.graph, norm=norm)
     frozen = ChipPerSeed(**_fields(weights), chip_of_seed=jnp.repeat(jnp.arange(count), seeds))
     split = setup.split and Split(*(np.tile(rows, (count, 1)) for rows in setup.split))
     on_all = setup.with_problem(frozen=frozen, index=jnp.tile(problem.index, (count, 1)))
@@ -181,22 +165,22 @@ def _plain(frozen: Frozen) -> Frozen:
     return Frozen(**_fields(frozen))
 
 
-@partial(jax.jit, static_argnames=("structures", "graph", "norm"))
+@partial(jax.jit, static_argnames=("structure", "graph", "norm"))
 def _program_all(
     digital: Frozen,
     chips: tuple[Array, Restored | None],
-    values: list[list[Any]],
+    values: list[Any],
     limits: Limits,
     modules: Int[Array, " P"] | None,
     *,
-    structures: _Structures,
+    structure: Structure,
     graph: nnx.GraphDef,
     norm: Norms,
 ) -> Frozen:
     def of_chip(chip: tuple[Array, Restored | None]) -> Frozen:
         key, restored = chip
         how = {"modules": modules, "norm": norm, "restored": restored}
-        return _with_limits(program(graph, digital, structures.rules(values), key, **how), limits)
+        return _with_limits(program(graph, digital, dict(structure.config(values)), key, **how), limits)
 
     return jax.lax.map(of_chip, chips)
 

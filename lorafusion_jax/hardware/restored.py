@@ -254,7 +254,9 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
     folder = inside if inside.is_dir() else Path(name)
     now = _of_chips(chips, base_sha256)
     names = {"base_sha256": "base model", "config_sha256": "configuration", "key": "key", "digital": "digital weights"}
-    there, trees, first = _corrected(folder), [], None
+    if not (there := _numbers(folder)):
+        raise ValueError(f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote")
+    trees, first = [], None
     for number in numbers:
         if number not in there:
             named = ", ".join(map(str, there))
@@ -291,11 +293,6 @@ def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
                 wanted = f"float32 without NaN in {', '.join(_PARTS)}, and U [d_in, r] with V [r, d_out]"
                 fix = "run `lorafusion restore` again with another --out"
                 raise FileError(folder, field=shown(f"{site}/{part}"), got=got, expected=wanted, fix=fix)
-
-
-def read_corrections(folder: Path) -> Manifest:
-    """Return the metadata of the first chip's corrections in a folder."""
-    return read_manifest(folder / f"chip_{_corrected(folder)[0]}", Manifest, _WHAT)[1]
 
 
 def prepared(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConfig:
@@ -400,13 +397,6 @@ def _of_chips(chips: Chips, base_sha256: str) -> dict[str, Any]:
 def _numbers(folder: Path) -> list[int]:
     names = (path.name.removeprefix("chip_") for path in folder.glob("chip_*"))
     return sorted(int(name) for name in names if name.isdecimal())
-
-
-def _corrected(folder: Path) -> list[int]:
-    """Return the numbers of the chips that a folder corrects, if there are some."""
-    if not (numbers := _numbers(folder)):
-        raise ValueError(f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote")
-    return numbers
 
 
 def _all_kept(out: Path, settings: Settings) -> dict[int, Manifest]:

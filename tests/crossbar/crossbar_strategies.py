@@ -84,6 +84,7 @@ def simplest(**changes: Any) -> dict[str, Any]:
 # What a path needs of a configuration, for the most part; what it refuses all the same counts as refused.
 _CONVERTS = {
     "adc": st.sampled_from(["max", "granular", "given", "max", "calibrated"]),
+    "encoding": st.sampled_from([name for name in ENCODINGS if name != "flip"]),
     "offset": st.none(),
     "nonlinear": st.none(),
 }

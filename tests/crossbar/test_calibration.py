@@ -14,7 +14,8 @@ from lorafusion_jax.crossbar import ADC, DAC, CrossbarConfig, Device, Encoding, 
 program = jax.jit(crossbar.program, static_argnames=("config", "path"))
 probe = jax.jit(crossbar.probe)
 KEY = jax.random.key(5)
-FLIP = Encoding(kind="offset", unit_column=True, flip=True)
+_UNIT = Encoding(kind="offset", unit_column=True)
+FLIP = dataclasses.replace(_UNIT, flip=True)
 ONE = CrossbarConfig(cell=crossbar.Cell(bits=(7,)), dac=DAC(bits=8, slice_bits=None, scaling="fixed"), adc=ADC(bits=8))
 REAL = dataclasses.replace(ONE, device=Device(programming=crossbar.Proportional(0.05)))
 
@@ -132,7 +133,7 @@ def test_inputs_without_a_full_scale_are_refused(size):
             calibrated(chip, probe(x, chip)[1])
 
 
-@pytest.mark.parametrize("encoding", [pytest.param(Encoding(), marks=pytest.mark.long), FLIP])
+@pytest.mark.parametrize("encoding", [pytest.param(Encoding(), marks=pytest.mark.long), _UNIT])
 def test_the_statistics_are_those_of_every_conversion(encoding):
     """Tiles of unequal height, in groups that do not divide the batch."""
     config = CrossbarConfig(

@@ -70,9 +70,6 @@ def test_another_configuration_is_refused(tmp_path):
     other = dataclasses.replace(config, adc=ADC(bits=7, range="max"))
     with pytest.raises(ValueError, match="programmed with another configuration .*: load it with its own"):
         load_chip(tmp_path / "chip.safetensors", other)
-    with pytest.raises(ValueError, match="programmed with another configuration: adc.bits = 7, not 6"):
-        save_chip(crossbar.with_config(program(jnp.ones((4, 3)), config), other), tmp_path / "other.safetensors")
-    assert not (tmp_path / "other.safetensors").exists()
 
 
 def test_a_file_holds_its_configuration_unless_that_has_arrays_or_functions(tmp_path):

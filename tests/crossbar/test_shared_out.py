@@ -15,7 +15,6 @@ from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Encoding, Indep
 _TILE, _ADC = Tile(rows=16, cols=12), ADC(bits=6, range="max")
 _PLAIN = CrossbarConfig(tile=_TILE, adc=_ADC)
 _WIRED = dataclasses.replace(_PLAIN, tile=Tile(rows=16, cols=12, wire=Wire(row_resistance=1e-4)))
-_FLIPPED = Encoding(kind="offset", unit_column=True, flip=True)
 _CASES = {
     "definition": (_PLAIN, "definition"),
     "loop": (_PLAIN, "loop"),
@@ -23,7 +22,7 @@ _CASES = {
     "packed": (_PLAIN, "packed"),
     "lookup": (_PLAIN, "lookup"),
     "tables": (_PLAIN, "tables"),
-    "row tiles": (dataclasses.replace(_PLAIN, mapping=Mapping(scale="tile"), encoding=_FLIPPED), "loop"),
+    "row tiles": (dataclasses.replace(_PLAIN, mapping=Mapping(scale="tile"), encoding=Encoding(kind="offset")), "loop"),
     "noise": (dataclasses.replace(_PLAIN, device=Device(read_noise=ReadNoise(0.01))), "loop"),
     "wires": (_WIRED, None),
 }

@@ -122,19 +122,6 @@ def test_the_reads_of_a_model_avoid_tables_which_compile_slowly():
     np.testing.assert_allclose(product(x, placed), product(x, tables), rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_whose_noise_has_no_room_in_words_is_read_as_one_matrix_is():
-    """Its cells are integers, but the variances of flipped columns are not."""
-    encoding = crossbar.Encoding(kind="offset", flip=True, unit_column=True)
-    noise = crossbar.Device(read_noise=crossbar.ReadNoise(0.1, "proportional"))
-    config = CrossbarConfig(encoding=encoding, adc=ADC(bits=6, range="max"), device=noise)
-    weight, x = _weights()["head"], _inputs(1)[0]
-    placed = program_tree({"head": weight}, {"*": config}, _KEY)["head"]
-    tables = crossbar.program(weight, config, _KEY)
-    assert (placed.plan.path, tables.plan.path) == ("loop", "lookup")
-    y = [product(x, crossbar.with_read_key(chip, _KEY)) for chip in (placed, tables)]
-    np.testing.assert_allclose(*y, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("changes", "least"),
     [

@@ -19,8 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar, parts
-from lorafusion_jax.crossbar import CONSTANTS, Independent, save_config
-from lorafusion_jax.estimates.bill.methods import base_matrices
+from lorafusion_jax.crossbar import Independent, save_config
 from lorafusion_jax.hardware.restored import answered
 from lorafusion_jax.io.folders import locked
 from lorafusion_jax.tasks import IGNORED, decode
@@ -344,26 +343,6 @@ def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):
         (restored,) = parts.load_restored(str(tmp_path / name), chips, [0], parts.open_base(str(home / "base")).digest)
         off.append(parts.divergence(run(restored.on(aged_chip), batch), target))
     assert off[2] < off[1] < 0.8 * off[0]
-
-
-def test_the_cost_of_corrections_is_in_the_bill(home, tmp_path, capsys):
-    file = tmp_path / "bill.json"
-    of_restored = ["cost", "--restore", str(home / "restored")]
-    with pytest.raises(SystemExit):
-        cli.main(of_restored)
-    assert "and flan-t5-large has 7" in capsys.readouterr().err
-    cli.main([*of_restored, "--shape", str(home / "base"), "--bases", "4", "--json", str(file)])
-    printed, made = capsys.readouterr().out, _made(home / "restored", 0)
-    assert f"{made['numbers']:,}" in printed
-    bill = json.loads(file.read_text())["corrections"]
-    of_one = CONSTANTS["mac_energy"].typical + CONSTANTS["word_energy"].typical
-    assert bill["token"][1] == pytest.approx(made["numbers"] * of_one)
-    assert bill["once"][1] > bill["base_token"][1]
-    # The model's one layer in the arrays of the default configuration, each cell written once.
-    matrices = base_matrices(parts.shape_config(str(home / "base")))
-    written = [crossbar.counts(matrix, crossbar.load_config(parts.CostOptions.crossbar)) * n for matrix, n in matrices]
-    energy = crossbar.write_cost(sum(written, start=crossbar.Counts())).energy
-    assert bill["rewriting"]["energy"] == pytest.approx([energy.low, energy.typical, energy.high])
 
 
 def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):

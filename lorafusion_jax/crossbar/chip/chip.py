@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 from ..config.schema import CrossbarConfig
-from ..config.structure import Structure, check_same, split_config
+from ..config.structure import Structure, split_config
 from ..mapping import encoding
 from ..mapping.bit_fields import Packed
 from ..mapping.geometry import Geometry
@@ -31,7 +31,6 @@ class Chip:
       scale: [1 or R, 1 or d_out] the weight of one code.
       cells: every cell in level units, a unit column last; None if the path does not read single cells.
       columns: [k, R, rows, d_out + units] the factors of the inputs; integers are packed, or bit planes or bytes.
-      units: [K, R, rows, C] the unit columns, if they recover flipped ones; else they are among `columns`.
       variance: variance of read noise at sigma = 1: of `columns`, or [d_in, d_out + units] of `codes` where slices
         telescope. A single column stands for all if they do not differ.
       occupied: [k, R] the planes of integer cells that are not all zero, for the path `loop`.
@@ -55,7 +54,6 @@ class Chip:
     scale: Float[Array, "*N _R _cols"]
     cells: Float[Array, "*N K P R C rows cols"] | None
     columns: Num[Array, "*N k R rows _cols"] | Packed | UInt32[Array, "*N k I 2 R Q _cols"] | None
-    units: Float[Array, "*N K R rows C"] | None
     variance: Float[Array, "*N _rows _cols"] | Float[Array, "*N k R rows _cols"] | None
     occupied: Bool[Array, "*N k R"] | None
     flipped: Bool[Array, "*N K R C _cols"] | None
@@ -98,21 +96,11 @@ class Chip:
         return self.codes.shape[-2], self.codes.shape[-1]
 
 
-def with_config(chip: Chip, config: CrossbarConfig) -> Chip:
-    """Return the chip with another configuration for its reads, whose values may be swept or learned.
+def reconfigured(chip: Chip, config: CrossbarConfig, **fields: Any) -> Chip:
+    """Return the chip with another configuration of the same arrays, and other fields.
 
     Arrays among its values may have the leading axes of a stack; those without are shared by all matrices.
-
-    Raises:
-      ValueError: more differs than settings of a read (size of noise, rounding of inputs, calibration, warnings, and
-        values that are arrays): `program` the weights again. The message names the differences.
     """
-    check_same(chip.config, config)
-    return reconfigured(chip, config)
-
-
-def reconfigured(chip: Chip, config: CrossbarConfig, **fields: Any) -> Chip:
-    """Return the chip with another configuration, without comparing it with the chip's own, and other fields."""
     structure, values = split_config(config)
     lead = chip.shape[:-2]
     values = [v if v.shape[: len(lead)] == lead else jnp.broadcast_to(v, (*lead, *v.shape)) for v in values]

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..config.schema import CrossbarConfig
 from ..mapping import decoding, encoding
-from ..mapping.geometry import Cells, Columns, Flipped, Gains, Geometry
+from ..mapping.geometry import Cells, Columns, Gains, Geometry
 from ..read.conversion_noise import powers
 from .plan import Plan
 
@@ -17,7 +17,6 @@ class Laid(NamedTuple):
 
     plan: Plan
     columns: Any = None
-    units: Float[Array, "K R rows C"] | None = None
     variance: Float[Array, "..."] | None = None
     occupied: Bool[Array, "k R"] | None = None
 
@@ -28,7 +27,6 @@ class Written(NamedTuple):
     plan: Plan
     cells: Cells | None
     slices: Float[Array, "K d_in d_out"]
-    flipped: Flipped | None
     gain: Gains | None
     geometry: Geometry
     config: CrossbarConfig
@@ -40,12 +38,9 @@ class Written(NamedTuple):
         of_cells = powers(self.cells, self.geometry, self.config)
         return decoding.column_variances(of_cells, self.geometry, self.config, self.gain)
 
-    def columns(self) -> tuple[Columns, Float[Array, "K R rows C"] | None]:
-        """Return the columns, and the unit columns if they recover flipped ones."""
+    def columns(self) -> Columns:
+        """Return the columns."""
         if self.cells is None:
-            columns = encoding.split(self.slices, self.geometry.rows, 1, front=True)
-        else:
-            # The cells' values reach the gradient through the codes.
-            cells = jax.lax.stop_gradient(self.cells)
-            columns = decoding.columns(cells, self.geometry, self.config, self.gain)
-        return (columns, None) if self.flipped is None else decoding.unflipped(columns, self.flipped, self.geometry)
+            return encoding.split(self.slices, self.geometry.rows, 1, front=True)
+        # The cells' values reach the gradient through the codes.
+        return decoding.columns(jax.lax.stop_gradient(self.cells), self.geometry, self.config, self.gain)

@@ -26,7 +26,7 @@ from .plan import Plan
 
 _META = "chip"
 _ARRAYS = (
-    *("codes", "scale", "cells", "columns", "units", "variance", "occupied", "flipped"),
+    *("codes", "scale", "cells", "columns", "variance", "occupied", "flipped"),
     *("gain", "offset", "limits", "input_limit", "pulses"),
 )
 # What the library, JSON of another layout and impossible numbers raise.
@@ -88,6 +88,8 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         arrays = {name: file.get_tensor(name) for name in file.keys()}
     if described is None:
         raise ValueError("it does not hold programmed arrays: give a file that save_chip wrote")
+    if "units" in arrays:
+        raise ValueError("an earlier version laid out its inverted columns: program the weights again")
     meta = parse_json(described)
     if "codes" in arrays and arrays["codes"].dtype != (held := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)):
         raise ValueError(f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set jax_enable_x64 first")

@@ -112,10 +112,8 @@ def _needs_cells(config: CrossbarConfig) -> str | None:
         return "every column's ADC has its offset"
     if config.distorts:
         return "its ADC has a transfer curve"
-    if config.encoding.flip and config.adc is None and config.device.read_noise is not None:
-        return "flipped columns are recovered tile by tile, each with its noise"
-    if config.adc is not None and config.encoding.flip and not config.signed_sums and config.draws_at_conversion:
-        return "noise below zero is cut off, which negated columns would not show"
+    if config.encoding.flip and (config.adc is not None or config.device.read_noise is not None):
+        return "columns that are stored inverted"
     noise = config.device.read_noise
     if noise is not None and noise.clip:
         return "read noise is clipped cell by cell"

@@ -90,7 +90,7 @@ def program(
             before = decoding.programmed_codes(fresh, flipped, geometry, held)
             scale = scale * drift_compensation(before * each, codes * each)
     gain, offset = _mismatch(cells, geometry, config, key)
-    laid = route.lay_out(Written(plan, cells, slices, flipped, gain, geometry, config))
+    laid = route.lay_out(Written(plan, cells, slices, gain, geometry, config))
     real = weights / encoding.per_weight(jax.lax.stop_gradient(scale), geometry)
     structure, values = split_config(config)
     return Chip(

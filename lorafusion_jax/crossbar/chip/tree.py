@@ -92,8 +92,8 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
         path = in_models(chip.plan, chip.geometry, config)
         if path == chip.plan.path:
             return chip
-        other, quiet = program(matrix, config, key, path=path), not config.draws_at_conversion and chip.flipped is None
-        tabulates = PATHS[chip.plan.path].tabulates and quiet
+        other = program(matrix, config, key, path=path)
+        tabulates = PATHS[chip.plan.path].tabulates and not config.draws_at_conversion
         return dataclasses.replace(other, plan=dataclasses.replace(other.plan, tabulates=tabulates))
 
     if not lead:

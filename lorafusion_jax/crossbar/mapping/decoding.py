@@ -76,41 +76,6 @@ def column_variances(
     return _side_by_side(variances if gain is None else variances * jnp.square(gain)[..., None, :], geometry, config)
 
 
-def unflipped(
-    columns: Float[Array, "K R rows _cols"], flipped: Flipped, geometry: Geometry
-) -> tuple[Float[Array, "K R rows d_out"], Float[Array, "K R rows C"]]:
-    """Return the columns, flipped ones negated so that codes of row tiles add up, and the unit columns."""
-    d_out = geometry.shape[1]
-    return columns[..., :d_out] * _signs(flipped, geometry, columns.dtype), columns[..., d_out:]
-
-
-def as_stored(
-    columns: Float[Array, "K R rows d_out"], units: Float[Array, "K R rows C"], flipped: Flipped, geometry: Geometry
-) -> Float[Array, "K R rows _cols"]:
-    """Undo `unflipped`."""
-    return jnp.concatenate([columns * _signs(flipped, geometry, columns.dtype), units], axis=3)
-
-
-def _signs(flipped: Flipped, geometry: Geometry, dtype: jnp.dtype) -> Float[Array, "K R 1 d_out"]:
-    """Return -1 for columns that are stored inverted, else 1."""
-    return 1 - 2 * encoding.join(flipped, geometry.cols, 2).astype(dtype)[:, :, None]
-
-
-def recover_flipped(
-    columns: Float[Array, "K B C cols"],
-    units: Float[Array, "K R B C"],
-    flipped: Flipped,
-    geometry: Geometry,
-    config: CrossbarConfig,
-) -> Float[Array, "K B C cols"]:
-    """Return the result of `recover` summed over row tiles, given the sums of `unflipped` columns over them."""
-    gmin = kappa(geometry, config, columns.dtype)
-    top, zero = (jnp.asarray(of, columns.dtype) for of in (geometry.levels, geometry.zero_digits))
-    top, zero, gmin = (v[:, None, None, None] for v in (top, zero, gmin))
-    share = jnp.where(flipped, top + gmin, -gmin) - zero
-    return columns + jnp.einsum("krbc,krco->kbco", units / (1 + gmin), share, precision="highest")
-
-
 def _side_by_side(converted: Cells, geometry: Geometry, config: CrossbarConfig) -> Columns:
     cols, converted = geometry.cols, jnp.concatenate(list(jnp.moveaxis(converted, 1, 0)))
     if converted.shape[4] == 1 < max(cols):

@@ -201,8 +201,6 @@ def _check_moved(moved: Collection[str], config: CrossbarConfig) -> None:
     for name in moved:
         if "." not in name:
             continue
-        if not name.startswith(of_read) and all("." in other for other in moved):
-            raise ValueError(f"{name} is used before a read, not by it: call program inside what is differentiated")
         if config.tile.wire is not None and name.startswith(of_read) and name != "tile.current_limit":
             raise ValueError(f"{name} has no gradient with resistive wires: use lax.stop_gradient, or take differences")
 

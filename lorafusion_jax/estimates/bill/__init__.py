@@ -5,5 +5,4 @@
 from .activity import Activity, activities, installed_once
 from .bill import Bill, Once, bills, price, price_once
 from .comparison import Comparison, comparisons
-from .corrections import CorrectionBill, correction_bill
 from .options import CostOptions

@@ -7,7 +7,6 @@ from ...crossbar import Constants, Range, WriteCost
 from ...support import text_tables
 from .bill import Bill, Once
 from .comparison import Comparison
-from .corrections import CorrectionBill
 from .options import CostOptions
 
 _PREFIXES = {-15: "f", -12: "p", -9: "n", -6: "µ", -3: "m", 0: "", 3: "k", 6: "M", 9: "G"}
@@ -18,14 +17,6 @@ def quantity(value: Range, unit: str) -> str:
     exponent = 3 * math.floor(math.log10(value.typical) / 3) if value.typical else 0
     exponent = min(max(exponent, min(_PREFIXES)), max(_PREFIXES))
     return f"{number(value / 10.0**exponent)} {_PREFIXES[exponent]}{unit}"
-
-
-def corrections_table(bill: CorrectionBill) -> list[list[str]]:
-    """Return the lines of the cost of a chip's digital corrections."""
-    of_energies = ("energy of a token", "the base's reads of a token", "computing them, once", "writing all cells")
-    energies = (bill.token, bill.base_token, bill.once, bill.rewriting.energy)
-    numbers = [f"{bill.numbers:,}", f"{4 * bill.numbers:,}", *(quantity(energy, "J") for energy in energies)]
-    return [["numbers", "bytes", *of_energies], numbers]
 
 
 def number(value: Range) -> str:

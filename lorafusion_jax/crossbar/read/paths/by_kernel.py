@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -41,20 +41,17 @@ class KernelPath(ReadPath):
         return sliced_products(tiles, columns, packing, adc, slices, chip.occupied, noise)
 
     def lay_out(self, written: Written) -> Laid:
-        variance, (columns, units) = written.variance(), written.columns()
-        return self.form(Laid(written.plan, columns, units, variance), written)
+        return self.form(Laid(written.plan, written.columns(), written.variance()), written)
 
     def read(self, n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
         assert quantise is not None
         rows = chip.geometry.rows
         tiles = encoding.split(n, rows, axis=1, front=True)
-        if chip.flipped is not None:  # negated columns
-            quantise = quantise._replace(qmin=-quantise.qmax)
         if chip.scale.shape[0] == 1 and quantise.scale.shape[0] == 1:
             return self._of_tiles(tiles, 0, quantise, chip) * chip.scale
 
         # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
-        axes = {"columns": self.tile_axis, "units": 1, "variance": 1, "occupied": 1, "flipped": 1}
+        axes = {"columns": self.tile_axis, "variance": 1, "occupied": 1}
 
         def along(move: Callable[[Array, int], Array], parts: dict[str, Any]) -> dict[str, Any]:
             return {name: jax.tree.map(lambda a, axis=axes[name]: move(a, axis), part) for name, part in parts.items()}
@@ -75,21 +72,13 @@ class KernelPath(ReadPath):
     ) -> Float[Array, "B d_out"]:
         """Return the product of row tiles of one scale, which begin with this number."""
         geometry, config, d_out = chip.geometry, chip.config, chip.shape[1]
-        each, units, variance = 2 if config.converts_each else 1, chip.units, chip.variance
+        each = 2 if config.converts_each else 1
         adc = quantise._replace(scale=jnp.tile(quantise.scale[0], each))
-        of_units = variance
-        if units is not None and variance is not None and variance.shape[3] > 1:
-            variance, of_units = variance[..., :d_out], variance[..., d_out:]
-        noise = _noise(variance, 2 * number, chip.columns, chip, tiles.dtype)
+        noise = _noise(2 * number, chip, tiles.dtype)
         total = self.codes(tiles, chip.columns, adc, noise, chip)
         if each == 2:
             total = total[: len(total) // 2] - total[len(total) // 2 :]
         whole = encoding.split(total[..., :d_out], geometry.cols, axis=2)
-        if units is not None and chip.flipped is not None:
-            lsb = quantise.lsb[0, :, None, None, None]
-            measured = _unit_sums(tiles, units, of_units, number, adc, chip) * lsb
-            recovered = decoding.recover_flipped(whole * lsb, measured, chip.flipped, geometry, config)
-            return decoding.weigh(recovered, None, geometry)
         if config.encoding.unit_column:
             whole = jnp.concatenate([whole, total[..., d_out:, None]], axis=3)
         ones = jnp.sum(tiles, axis=(1, 2))[:, None, None]
@@ -109,31 +98,9 @@ def slices_of(chip: Chip) -> tuple[int, ...]:
     return chip.geometry.converted_slices
 
 
-def _unit_sums(
-    tiles: Float[Array, "B R rows"],
-    units: Float[Array, "K R rows C"],
-    variance: Float[Array, "K R rows _cols"] | None,
-    number: Array | int,
-    adc: Converter,
-    chip: Chip,
-) -> Float[Array, "K R B C"]:
-    """Return the measurement of every array's unit column, in codes."""
-    slices = chip.geometry.converted_slices
-
-    def of_tile(tile: tuple[Array, Array, Array | None, Array]) -> Array:
-        x, units, variance, r = tile
-        variance = None if variance is None else variance[:, None]
-        units = units[:, None]
-        noise = _noise(variance, 2 * (number + r) + 1, units, chip, x.dtype)
-        return sliced_products(x[:, None], units, None, adc, slices, None, noise)
-
-    by_tile = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (tiles, units, variance))
-    return jnp.moveaxis(jax.lax.map(of_tile, (*by_tile, jnp.arange(tiles.shape[1]))), 0, 1)
-
-
-def _noise(variance: Array | None, number: Array | int, columns: Any, chip: Chip, dtype: jnp.dtype) -> Noise | None:
-    """Return the noise of columns, whose stream has this number."""
-    geometry, config = chip.geometry, chip.config
+def _noise(number: Array | int, chip: Chip, dtype: jnp.dtype) -> Noise | None:
+    """Return the noise of a read, whose stream has this number."""
+    geometry, config, variance, columns = chip.geometry, chip.config, chip.variance, cast(Any, chip.columns)
     if not config.draws_at_conversion or chip.key is None:
         return None
     each = 2 if config.converts_each else 1

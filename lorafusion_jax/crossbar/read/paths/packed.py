@@ -38,8 +38,8 @@ class PackedPath(KernelPath):
 def fit_words(laid: Laid, written: Written) -> bool:
     """Return whether columns and variances are integers, so that words can hold them."""
     # Squares of halves, and of levels with Gmin, are not integers.
-    no_halves = written.flipped is None and not written.config.encoding.two_sided
-    whole_squares = no_halves and written.config.cell.on_off_ratio is None
+    config = written.config
+    whole_squares = not config.encoding.two_sided and config.cell.on_off_ratio is None
     return laid.plan.integers and (_squares(laid) is None or whole_squares)
 
 

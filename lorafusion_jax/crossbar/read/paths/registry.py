@@ -74,7 +74,7 @@ def read(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> F
 
 
 def columns_of(chip: Chip) -> Columns:
-    """Return the columns that multiply the inputs in the arrays: flipped ones as stored, unit columns last."""
+    """Return the columns that multiply the inputs in the arrays, unit columns last."""
     config, geometry = chip.config, chip.geometry
     if chip.plan.packing is not None or PATHS[chip.plan.path].coded:  # perfect cells, which follow from the codes
         if config.encoding.kind == "differential" and not config.converts_each:  # the difference of a pair is the digit
@@ -82,7 +82,4 @@ def columns_of(chip: Chip) -> Columns:
         cells, _ = encoding.to_arrays(encoding.digits(chip.codes, geometry, config), geometry, config)
         return decoding.columns(cells, geometry, config)
     assert isinstance(chip.columns, jax.Array)
-    columns = chip.columns.astype(chip.codes.dtype)
-    if chip.flipped is None or chip.units is None:
-        return columns
-    return decoding.as_stored(columns, chip.units, chip.flipped, geometry)
+    return chip.columns.astype(chip.codes.dtype)
