@@ -105,7 +105,7 @@ def groups_of(entry: MethodEntry) -> dict[str, Sequence[str]]:
         "plan": ("plan", "plan_for", "utilisation", "price", "devices"),
         "run": (
             "seeds", "out", "name", "resume", "eval_batch", "max_new_tokens", "save_seconds",
-            "seed_mode", "mesh", "distributed", "coordinator", "processes", "process", "profile",
+            "seed_mode", "mesh", "distributed", "coordinator", "processes", "process",
         ),
     }  # fmt: skip
 

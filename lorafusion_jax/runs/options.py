@@ -87,8 +87,6 @@ class FuseOptions(LoadOptions):
       start_from: start from the saved fusion of another run (same base, modules, seeds and method), or from weights of
         modules: a folder that `lorafusion merge` wrote, or the JSON file of its --weights-file.
       save_seconds: time between checkpoints, which are written at the end of an epoch.
-      profile: write a trace of one epoch's training to this folder, the second if there are several, as the first
-        compiles; XProf and Perfetto open it.
     """
 
     task: str
@@ -109,7 +107,6 @@ class FuseOptions(LoadOptions):
     resume: bool = False
     start_from: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     save_seconds: float = 30.0
-    profile: Path | None = None
 
 
 @functools.cache

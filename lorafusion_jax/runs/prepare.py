@@ -90,7 +90,6 @@ def check(options: FuseOptions) -> None:
             "--choose, or use the method fusion or coefficients",
         ),
         (chosen and options.adapters, "--adapters names the modules already: leave it out, or --choose"),
-        (options.profile and method.learns != "trained", f"the method {name} takes no steps: leave out --profile"),
         (options.start_from and method.learns != "trained", f"the method {name} starts from no run: leave out --from"),
         (mesh and method.learns == "untrained", f"{name} trains no seeds to share out over devices: leave out --mesh"),
         (mesh and in_arrays, "a run on simulated arrays is not shared out: leave out --mesh, or --crossbar"),

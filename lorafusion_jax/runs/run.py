@@ -39,7 +39,7 @@ from .weight_list import listed_params, read_weights, with_listed_modules
 
 # Options that may differ between a run and its resumption.
 _FREE_TO_CHANGE = (
-    *("resume", "save_seconds", "profile", "out", "name", "eval_batch"),
+    *("resume", "save_seconds", "out", "name", "eval_batch"),
     *("mesh", "distributed", "coordinator", "processes", "process"),
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")

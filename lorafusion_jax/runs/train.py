@@ -1,7 +1,5 @@
 """Training of a run, with checkpoints that it continues from after it was killed or stopped."""
 
-import contextlib
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -13,7 +11,6 @@ import numpy as np
 from ..io import arrays, checkpoint
 from ..methods.entry import SearchJob
 from ..support import interrupts, processes
-from ..support.writing import writing
 from ..training.fit import Epoch, fit, joined, start, whole_epochs
 from ..training.mesh import on_mesh, to_host
 from ..training.step import TrainState
@@ -71,13 +68,13 @@ def train(
 
 def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, Any] | None) -> tuple[TrainState, float]:
     """Return the last state, and the time at which training began or, after an interruption, would have begun."""
-    began, state, done, reached = time.monotonic(), start(setup.problem, options.seeds, begin), 0, 0
+    began, state, reached = time.monotonic(), start(setup.problem, options.seeds, begin), 0
     steps = checkpoint.steps(run.checkpoints)
     saved = checkpoint.load_newest(steps, state, metadata=_Reached, note=note)
     if saved is not None:
         state, metadata = saved
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
-        done, reached, began = metadata["epochs"], metadata["step"], began - metadata.get("seconds", 0.0)
+        reached, began = metadata["step"], began - metadata.get("seconds", 0.0)
     if steps:
         note(f"{run.folder}: going on from step {reached}")
     run.cut_metrics(reached)
@@ -97,18 +94,6 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     last_save = ended = time.monotonic()
     several = processes.several()
     by_epoch, taken = whole_epochs() or several, 0.0  # unit after which a signal stops, and the seconds of the last one
-    traced = min(done + 2, options.recipe.epochs) if options.profile else None
-    tracing = contextlib.ExitStack()
-    if options.profile:  # JAX would notice a folder without write access only at the end of the epoch
-        with writing(options.profile):
-            options.profile.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=options.profile):
-                pass
-
-    def before_epoch(number: int) -> None:
-        if number == traced:
-            jax.profiler.start_trace(str(options.profile), create_perfetto_trace=True)
-            tracing.callback(_stop_trace)
 
     def save(epochs: int, step: int, state: TrainState) -> None:
         metadata = {"epochs": epochs, "step": step, "seconds": time.monotonic() - began}
@@ -134,7 +119,6 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
 
     def after_epoch(epoch: Epoch) -> None:
         nonlocal reached, last_save, taken, ended
-        tracing.close()
         if by_epoch or not taken:
             taken = time.monotonic() - ended
         hold()
@@ -150,22 +134,13 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
             if asked:
                 processes.end("another process of this run was stopped")
         check_losses()
-        before_epoch(epoch.number + 1)
         ended = time.monotonic()
 
     if not np.all(to_host(state.stopped)):
         how = {"after_interval": after_interval, "after_epoch": after_epoch}
-        with tracing, interrupts.released():
-            before_epoch(done + 1)
+        with interrupts.released():
             state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
     return state, began
-
-
-def _stop_trace() -> None:
-    try:
-        jax.profiler.stop_trace()
-    except (OSError, RuntimeError) as error:  # training is worth more than the trace
-        note(f"the trace for --profile could not be written: {error}")
 
 
 def _count_bad_steps(rows: Iterable[Mapping[str, Any]], bad: dict[int, int]) -> None:

@@ -25,7 +25,7 @@ from .rows import Key, append_rows, read_rows
 
 # Options of a run that do not affect its results.
 _BOOKKEEPING = (
-    *("seeds", "name", "out", "resume", "start_from", "save_seconds", "profile"),
+    *("seeds", "name", "out", "resume", "start_from", "save_seconds"),
     *("coordinator", "processes", "process"),
 )
 _PROCESS_BYTES = 2**30  # of Python, libraries, compiled programs and freed memory (docs/results/bbh.md)

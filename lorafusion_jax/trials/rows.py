@@ -4,12 +4,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, cast
+from typing import Annotated, Any, TypedDict
 
 import msgspec
 
 from ..report import key, name
-from ..support.reading import FileError, read_lines, structured
+from ..support.reading import read_lines, structured
 from .arms import Shots
 from .cells import append_lines
 
@@ -100,16 +100,4 @@ def _whole(row: Mapping[str, Any], where: str) -> Result:
 
 
 def _checked(row: dict[str, Any], where: str) -> Result:
-    structured(row, Result, where, fix="fix the row; what describes the run belongs into config")
-    for percent, marks in (("exact_match", "correct"), ("option_accuracy", "option_correct")):
-        if (row[percent] is None) != (row[marks] is None):
-            raise FileError(where, got=f"only one of {percent} and {marks} is null", fix="give both or neither")
-        if row[marks] is not None:
-            share = 100 * row[marks].count("1") / len(row[marks])
-            if abs(share - row[percent]) > 0.051:  # percent may be rounded to a decimal
-                got = f"{row[percent]}, but {marks} gives {share:.2f}"
-                raise FileError(where, field=percent, got=got, fix="fix the row")
-    if row["option_correct"] is not None and len(row["option_correct"]) != len(row["correct"]):
-        lengths = f"{len(row['option_correct'])} test rows in option_correct, {len(row['correct'])} in correct"
-        raise FileError(where, got=lengths, fix="give a character for each in both")
-    return cast(Result, row)
+    return structured(row, Result, where, fix="fix the row; what describes the run belongs into config")

@@ -1,13 +1,11 @@
 """Whole runs on the embedded pool: resumable, reproducible, the same for a seed whatever runs at the same time."""
 
 import dataclasses
-import gzip
 import json
 import math
 import os
 import re
 import shutil
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +19,6 @@ import lorafusion_jax as lf
 from lorafusion_jax import parts
 from lorafusion_jax.io import checkpoint
 from lorafusion_jax.support import interrupts, processes
-from lorafusion_jax.support.writing import WriteError
 from lorafusion_jax.tasks import eval_batches
 from lorafusion_jax.training import fit as fit_lib
 
@@ -90,20 +87,6 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
     assert len([row for row in parts.RunFolder(folder).metrics() if "loss" in row and row["seed"] == 1]) < 30
     newest = checkpoint.load_newest(checkpoint.steps(folder / "checkpoints"), note=pytest.fail)
     assert newest is not None and all(np.isfinite(p).all() for p in jax.tree.leaves(newest[0]["best"]))
-
-
-def test_a_profile_holds_the_steps_of_the_second_epoch(fused, tmp_path):
-    options, results = fused
-    again = lf.fuse(dataclasses.replace(options, out=tmp_path, profile=tmp_path / "profile"))
-    assert again["trainable"] == results["trainable"]
-    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
-    with gzip.open(trace) as file:
-        calls = Counter(event.get("name") for event in json.load(file)["traceEvents"])
-    # Two steps of 95 rows by 48; a call may be counted on several levels.
-    assert calls["PjitFunction(train_seeds)"] == 2 * calls["PjitFunction(_after_epoch)"] > 0
-    (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match=f"{tmp_path / 'file' / 'profile'} cannot be written"):
-        lf.fuse(dataclasses.replace(options, out=tmp_path / "other", profile=tmp_path / "file" / "profile"))
 
 
 def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
@@ -386,7 +369,6 @@ def test_two_processes_cannot_write_one_run(copied, tmp_path):
         ({"train_rows": -5}, "train_rows is -5: expected at least 0"),
         ({"method": "lorahub", "evaluations": 1000}, "at most 100 evaluations for 2"),
         ({"method": "mean-fusion", "prune": 0.1}, "does not prune"),
-        ({"method": "lorahub", "profile": Path("profile")}, "the method lorahub takes no steps: leave out --profile"),
         ({"test_rows": 0}, "test_rows is 0: "),
         ({"save_seconds": math.inf}, "save_seconds is inf: give a finite number"),
         ({"clip": -1.0}, "clip is -1.0: give a norm above 0"),
