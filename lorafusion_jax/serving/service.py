@@ -299,35 +299,12 @@ class Service:
             inputs |= zip(rows, tokens.inputs, strict=True)
         encoded = Encoded(tuple(inputs[row] for row in range(len(texts))), (np.zeros(0, np.int32),) * len(texts))
         numbers = np.array([-1 if name is None else self.tasks[name].number for name in names], np.int32)
-        said = self.tokens(
-            encoded,
-            numbers,
-            [limits[name] for name in names],
-            eval_batch=eval_batch,
-            sampling=sampling,
-            sampling_seed=sampling_seed,
-        )
-        return decode(self.tokenizer, said, self.text_format)
-
-    def tokens(
-        self,
-        encoded: Encoded,
-        numbers: Int[np.ndarray, " rows"],
-        limits: Sequence[int],
-        *,
-        eval_batch: int,
-        sampling: Sampling = GREEDY,
-        sampling_seed: int = 0,
-    ) -> list[list[int]]:
-        """Return the tokens that follow each row, up to its limit; behind its end a row holds padding.
-
-        The number of the plain base is -1.
-        """
         worth = evaluation_worth(self._config)
         batches = list(eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id, worth=worth))
         answers: list[list[int]] = [[]] * len(encoded)
         bank = dataclasses.replace(self.bank, frozen=self.bank.frozen.unstacked())
-        keys, longest = partial(draw_keys, sampling, sampling_seed), max(limits, default=1)
+        most, longest = [limits[name] for name in names], max(limits.values(), default=1)
+        keys = partial(draw_keys, sampling, sampling_seed)
         how: dict[str, Any] = {"room": room_for(longest, eval_batch, worth), "sampling": sampling}
 
         def models(prompts: Int[np.ndarray, "1 B"]) -> TaskModels:
@@ -336,10 +313,10 @@ class Service:
         # The noise of a token depends on the rows next to it.
         alone = read_at_random(bank.frozen)
         for of_turn in [[batch] for batch in batches] if alone else filter(None, [batches]):
-            rows = Rows(models, 1, self._config, of_turn, np.array(limits), keys, **how)
+            rows = Rows(models, 1, self._config, of_turn, np.array(most), keys, **how)
             for _, row, tokens in rows.ended(False, None, longest):
-                answers[row] = tokens[: limits[row]].tolist()
-        return answers
+                answers[row] = tokens[: most[row]].tolist()
+        return decode(self.tokenizer, answers, self.text_format)
 
     def _number(self, name: str) -> int:
         """Return the number of a task, or a free one for a new task."""
