@@ -9,7 +9,6 @@ import random
 import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from lorafusion_jax.io.pool.folder import write_manifest
 from lorafusion_jax.parts import load_restored
 from lorafusion_jax.runs.weight_list import coefficients_of, read_weights
 from lorafusion_jax.support.reading import named
-from lorafusion_jax.tasks import load_task, write_lorahub_split
+from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import append_rows, read_rows
 
 SECONDS = 5.0  # of CPU time for one file
@@ -87,7 +86,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     (folder / "bbh").mkdir()
     bbh = _written(folder / "bbh" / "task.json", {"examples": [{"input": f"say {n}", "target": "x"} for n in range(4)]})
-    split = _written(folder / "split.json", {"task": _split(bbh)})
     saved, table = folder / "saved", datasets.Dataset.from_list(json.loads(task.read_text()))
     table.save_to_disk(saved)
     said = [{"from": who, "value": "a"} for who in ("system", "human", "gpt")]
@@ -118,10 +116,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         for name in manifest["files"]:
             manifest["files"][name] = hashlib.sha256((at / name).read_bytes()).hexdigest()
         (at / "manifest.json").write_text(json.dumps(manifest))
-
-    def of_lorahub() -> None:
-        write_lorahub_split(bbh.parent, out, index=split)
-        shutil.rmtree(out)
 
     def gguf_base(file: Path) -> None:
         lf.load_base(file)
@@ -197,7 +191,6 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "messages": Kind(messages, lambda: load_task(messages, train_rows=2, chat=True)),
         "task CSV": Kind(csv_file, lambda: load_task(csv_file, train_rows=2)),
         "bbh task": Kind(bbh, lambda: load_task(bbh, train_rows=2)),
-        "bbh split": Kind(split, of_lorahub),
         "data set state": Kind(saved / "state.json", lambda: load_task(saved, train_rows=2)),
         "data set info": Kind(saved / "dataset_info.json", lambda: load_task(saved, train_rows=2)),
         "data set rows": Kind(saved / "data-00000-of-00001.arrow", lambda: load_task(saved, train_rows=2)),
@@ -243,18 +236,6 @@ def outcome(kind: Kind, root: Path, draw: random.Random) -> str:
     return said
 
 
-def tally(some: dict[str, Kind], root: Path, name: str, seed: int, inputs: int) -> Counter[str]:
-    """Return how often each outcome came of the files of one kind that a seed gives."""
-    found: Counter[str] = Counter()
-    for number in range(inputs):
-        try:
-            found[outcome(some[name], root, random.Random(f"{name} {seed} {number}"))] += 1
-        except Fault as fault:
-            fault.add_note(f"{name}, seed {seed}, number {number}")
-            raise
-    return found
-
-
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
     def stop(*_: Any) -> None:
@@ -289,19 +270,6 @@ def _weight_map(base: Path) -> dict[str, str]:
 
     with safe_open(base / "model.safetensors", "np") as file:
         return dict.fromkeys(file.keys(), "one.safetensors")
-
-
-def _split(task: Path) -> dict[str, Any]:
-    """Return LoraHub's entry for two rows of a task that train, and one that tests."""
-    rows = json.loads(task.read_text())["examples"]
-    entry: dict[str, Any] = {"prefix": ["Answer.\n\n"], "sep": "\n", "example": [2, 0], "zero_shot": [1]}
-    for part in ("example", "zero_shot"):
-        lines = [
-            json.dumps({"context": f"Answer.\n\nQ: {rows[n]['input']}\nA:", "completion": rows[n]["target"]})
-            for n in entry[part]
-        ]
-        entry[f"sha256_{part}"] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    return entry
 
 
 def _write_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:

@@ -181,7 +181,6 @@ def test_results_are_returned_in_python(llama, tasks):
     [
         ({}, "expected one model: give a fused run with --run, or a base model with --base"),
         ({"base": "BASE", "run": "here"}, "expected one model"),
-        ({"base": "BASE", "age": "1h"}, "--age: only for simulated chips: name them with --crossbar"),
         ({"base": "BASE", "adapters": ["one"]}, "--adapters names modules of a pool: give it with --base and --pool"),
         ({"base": "BASE", "crossbar": "ideal"}, "a chip needs text that sets the ranges of its ADCs"),
         ({"base": "BASE", "max_length": 200}, "max_length is 200: expected at most the model's context of 160"),

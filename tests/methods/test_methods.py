@@ -253,7 +253,6 @@ def test_bad_options_stop_before_anything_is_written(small, tmp_path):
         ("full", {"load_in": "nf4"}, "full trains weights, not 4 or 8 bits of them"),
         ("cma", {"population": 3}, "population is 3: "),
         *((m, {"start_from": small[0]}, f"the method {m} starts from no run: .*--from") for m in ("lorahub", "mean")),
-        ("merge", {"density": 0.0}, "density is 0.0: give"),
         ("few-shot", {"shots": 6, "train_rows": 5}, "prompts of 6 examples, but 5 .* --shots"),
     ]
     wrong = {"lora_targets": ("q", "w")}

@@ -145,8 +145,6 @@ def test_a_plan_holds_the_basis_and_ranks_whole_modules(converted, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"composition": "mix"}, "a shared basis lacks a mix's factors"),
-        ({"granularity": "rank"}, "a shared basis mixes the modules' ranks"),
         ({"basis": 0}, "basis is 0: "),
         ({"basis": None, "train_core": True}, "--train-core needs a shared basis"),
         ({"basis": None, "choose": "basis-gradient"}, "--choose basis-gradient needs a shared basis"),

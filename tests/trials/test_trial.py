@@ -50,7 +50,6 @@ def measured(monkeypatch):
         ({"arms": ("x=lora:rotated",)}, "the method lora has no pool to replace"),
         ({"arms": ("x=loraa",)}, "no method 'loraa'"),
         ({"task": (str(TASK), str(TASK))}, "two tasks have the same name"),
-        ({"folds": 1}, "give at least 2 folds"),
         ({"minutes": 0.0}, "minutes is 0.0: give a time above 0"),
     ],
 )
