@@ -1,7 +1,7 @@
 """What does an ADC of a few bits do to a Flax model? python examples/crossbar_on_your_model.py
 
-The model here is a small classifier that is trained on the spot; put your own in its place. `convert` takes NNX and
-Linen models, and the model's code stays as it is.
+The model here is a small classifier that is trained on the spot; put your own in its place. `convert` takes any NNX
+model, whose code stays as it is.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""Any Flax model on arrays, NNX or Linen: its products become reads of programmed chips.
+"""Any NNX model on arrays: its products become reads of programmed chips.
 
     model = crossbar.flax.convert(model, {"head": None, "*": config}, key)
     model = crossbar.flax.calibrate(model, batches)  # ranges of the converters, from data
@@ -13,54 +13,41 @@ import functools
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ..calibration import whole_model
 from ..chip import chip as chips
 from ..chip.tree import Rules, check_rules, one_key
-from . import linen_models, nnx_models
 from .kernel import Kernel
-from .linen_models import OnArrays
-from .nnx_models import InArrays, Model
+from .layers import InArrays, Model, converted
 
-__all__ = ["InArrays", "Kernel", "OnArrays", "calibrate", "convert", "count_reads", "site_errors", "with_read_key"]
-
-AnyModel = TypeVar("AnyModel")
+__all__ = ["InArrays", "Kernel", "calibrate", "convert", "count_reads", "site_errors", "with_read_key"]
 
 
-@overload
-def convert(model: Model, rules: Rules, key: Array, *inputs: Any, **options: Any) -> Model: ...
-@overload
-def convert(model: nn.Module, rules: Rules, key: Array, *inputs: Any, **options: Any) -> OnArrays: ...
-def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) -> Any:
-    """Return a copy of a model that multiplies on arrays.
+def convert(model: Model, rules: Rules, key: Array) -> Model:
+    """Return a copy of an NNX model that multiplies on arrays.
 
-    These layers can be put there: `Linear` and `Dense`, `LinearGeneral` and `DenseGeneral`, `Einsum`, and `Conv` (as a
-    matrix that reads patches). So can what is made of them, such as attention. Everything else stays digital: also an
-    `Embed`, and a head that is tied to it.
+    These layers can be put there: `Linear`, `LinearGeneral`, `Einsum`, and `Conv` (as a matrix that reads patches). So
+    can what is made of them, such as attention. Everything else stays digital: also an `Embed`, and a head that is tied
+    to it.
 
-    A kernel on arrays is not trained; biases and all other parameters are. In NNX it is a variable of the type
-    `InArrays`, which needs an axis wherever `nnx.StateAxes` gives one to `nnx.Param`. In Linen, whose models become
-    `OnArrays`, it is in the collection `crossbar`.
+    A kernel on arrays is not trained; biases and all other parameters are. It is a variable of the type `InArrays`,
+    which needs an axis wherever `nnx.StateAxes` gives one to `nnx.Param`.
 
     Args:
-      model: an NNX module, or a Linen module with its variables, `module.bind(variables)`.
-      rules: as for `program_tree`. The paths are those of layers: `blocks.layers.0.query`. Layers that are stacked, by
-        `nnx.vmap` or `nn.scan`, are one path and have one rule; their axis is the first of their parameters.
+      rules: as for `program_tree`. The paths are those of layers: `blocks.layers.0.query`. Layers that are stacked by
+        `nnx.vmap` are one path and have one rule; their axis is the first of their parameters.
       key: key [] of the chip. The arrays of a layer depend on it and on the layer's path.
-      inputs: an example of a Linen model's inputs; only shapes and dtypes matter.
-      options: keyword arguments of a Linen model in this example.
 
     Raises:
       ValueError: a rule matches nothing, or something that cannot be put on arrays, or never decides; qwix made the
-        model.
+        model, or it is no NNX module.
     """
     check_rules(rules)
     key = one_key(key)
@@ -73,16 +60,15 @@ def convert(model: Any, rules: Rules, key: Array, *inputs: Any, **options: Any) 
             "the model comes from qwix.quantize_model or apply_lora_to_model, which would quantise the reads of arrays "
             "as well, or lose its LoRA: give the model without qwix; a LoRA next to arrays is nnx.LoRA or LoRALinear"
         )
-    if isinstance(model, nnx.Module):
-        return nnx_models.convert(model, rules, key)
-    if isinstance(model, nn.Module):
-        return linen_models.convert(model, rules, key, inputs, options)
-    if isinstance(model, OnArrays):
-        raise ValueError("the model is on arrays already: give `convert` the digital one, with all rules")
-    raise ValueError(f"a model of type {type(model).__name__}: give an NNX module, or a Linen module.bind(variables)")
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"a model of type {type(model).__name__}: give an NNX module, or put the matrices of another model on "
+            "arrays by crossbar.program_tree"
+        )
+    return converted(model, rules, key)
 
 
-def calibrate(model: AnyModel, batches: Sequence[Any], **options: Any) -> AnyModel:
+def calibrate(model: Model, batches: Sequence[Any], **options: Any) -> Model:
     """Return a model from `convert` with the ranges of its converters set from data.
 
     Args:
@@ -138,7 +124,7 @@ def _counted(x: Float[Array, "*B d_in"], chip: chips.Chip) -> tuple[Float[Array,
     return y, jnp.float32(x.size // max(x.shape[-1], 1))
 
 
-def with_read_key(model: AnyModel, key: Array) -> AnyModel:
+def with_read_key(model: Model, key: Array) -> Model:
     """Return the model with new noise for its next reads.
 
     The same key [] gives the same noise, so every step needs another one. Layers differ by path; a layer that is called
@@ -165,34 +151,27 @@ def _keyed(tree: Any, key: Array) -> Any:
 
 def _taken_apart(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     """Return a model as a tree, and the function that puts it together again."""
-    if not isinstance(model, nnx.Module):
-        return model, lambda tree: tree
     graph, state = nnx.split(model)
     return state, functools.partial(nnx.merge, graph)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """A model as a function of its tree and a batch. Models of one structure are equal, so they compile once.
-
-    The graph of a Linen model is None: its tree is the model.
-    """
+    """A model as a function of its tree and a batch. Models of one structure are equal, so they compile once."""
 
     graph: Any
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, tree: Any, batch: Any) -> Float[Array, ""]:
         """Return one number that depends on every read."""
-        model = tree if self.graph is None else nnx.merge(self.graph, tree)
-        y = model(*(batch if isinstance(batch, tuple) else (batch,)), **dict(self.options))
+        y = nnx.merge(self.graph, tree)(*(batch if isinstance(batch, tuple) else (batch,)), **dict(self.options))
         real = [leaf for leaf in jax.tree.leaves(y) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
         return sum((jnp.sum(leaf, dtype=jnp.float32) for leaf in real), jnp.float32(0))
 
 
 def _run(model: Any, options: Mapping[str, Any]) -> Callable[[Any, Any], Array]:
     """Return the `_Run` of a model, or another function where an option, such as an array, has no hash."""
-    graph = nnx.graphdef(model) if isinstance(model, nnx.Module) else None
-    run = _Run(graph, tuple(options.items()))
+    run = _Run(nnx.graphdef(model), tuple(options.items()))
     try:
         hash(run)
     except TypeError:

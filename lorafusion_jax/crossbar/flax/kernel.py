@@ -156,14 +156,12 @@ def _patches(
 
 @dataclasses.dataclass(frozen=True)
 class Promote:
-    """A layer's promotion of dtypes, of a tuple of arrays (NNX) or of arrays (Linen); kernels count as scalars."""
+    """A layer's promotion of dtypes; kernels count as scalars."""
 
     promote: Callable[..., Any]
 
-    def __call__(self, *arrays: Any, **options: Any) -> tuple[Any, ...]:
+    def __call__(self, arrays: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
         """Return the arrays in the dtype of the computation, and kernels as they are."""
-        together = isinstance(arrays[0], tuple)
-        given = arrays[0] if together else arrays
-        seen = tuple(jnp.zeros((), each.dtype) if isinstance(each, Kernel) else each for each in given)
-        promoted = self.promote(seen, **options) if together else self.promote(*seen, **options)
-        return tuple(old if isinstance(old, Kernel) else new for old, new in zip(given, promoted, strict=True))
+        seen = tuple(jnp.zeros((), each.dtype) if isinstance(each, Kernel) else each for each in arrays)
+        promoted = self.promote(seen, **options)
+        return tuple(old if isinstance(old, Kernel) else new for old, new in zip(arrays, promoted, strict=True))

@@ -1,32 +1,32 @@
-"""Layers of NNX and Linen as matrices: the layers that can be put on arrays, and how."""
+"""Layers of NNX as matrices: the layers that can be put on arrays, and how."""
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import nnx
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from ..chip.chip import is_chip
 from ..chip.tree import Rules, first_match, program_tree
-from .kernel import Kernel, einsum_axes, operands
+from .kernel import Kernel, Promote, conv_general_dilated, dot_general, einsum, einsum_axes, operands
 
-_GENERAL = (nnx.LinearGeneral, nn.DenseGeneral)
-_EINSUM = (nnx.Einsum, nn.Einsum)
-_CONV = (nnx.Conv, nn.Conv)
-LAYERS = (nnx.Linear, nn.Dense, *_GENERAL, *_EINSUM, *_CONV)
-UNABLE = (nnx.ConvTranspose, nn.ConvTranspose, nn.ConvLocal)
-# Their calls change the parameters of the layers in them.
-WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm, nn.WeightNorm, nn.SpectralNorm)
+Model = TypeVar("Model", bound=nnx.Module)
+
+_LAYERS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
 # Norms, whose parameters are vectors, although a stack of vectors has the shape of a matrix; and tables of tokens, also
 # where a tied head multiplies by them.
-_DIGITAL = ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm", "Embed")
-DIGITAL = tuple(getattr(module, name) for module in (nnx, nn) for name in _DIGITAL)
+_DIGITAL = (nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.Embed)
+# Their calls change the parameters of the layers in them.
+_WRAPPERS = (nnx.WeightNorm, nnx.SpectralNorm)
+# What a model keeps between calls.
+_STATE = (nnx.BatchStat, nnx.Cache, nnx.Intermediate)
+# Names of a layer's parameters; that of the matrix is before the others.
+_PARAMETERS = ("kernel", "embedding", "scale", "bias", "mask")
 # The products that a layer may be given, with the values that stand for JAX's own.
 _PRODUCTS = {
     "dot_general": (None, jax.lax.dot_general),
@@ -37,59 +37,113 @@ _PRODUCTS = {
 }
 
 
-class Found(NamedTuple):
+class InArrays(nnx.Variable):
+    """The kernel of a layer on arrays. It is not an `nnx.Param`, so that training leaves it alone."""
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return the kernel for any index."""
+        return self.get_value()
+
+
+class _Found(NamedTuple):
     """Target of a path: a layer, or a parameter.
 
     Attributes:
       weight: a matrix, or a stack of them; a vector always stays digital.
       obstacle: reason why it cannot be put on arrays, or None.
       layer: the layer that can be put on arrays.
-      shape: shape of the kernel in one layer.
     """
 
     weight: Array
     obstacle: str | None = None
     layer: Any = None
-    shape: tuple[int, ...] = ()
-    dtype: Any = None
-    equation: str | None = None
 
 
-def found_layer(
-    layer: Any, kernel: Any, shape: tuple[int, ...], equation: str | None = None, wrapper: str | None = None
-) -> Found:
+def converted(model: Model, rules: Rules, key: Array) -> Model:
+    """Return a copy of a model on arrays; arguments as for `crossbar.flax.convert`."""
+    model = nnx.clone(model)
+    found = _found(model)
+    for path, each in found.items():
+        if each.obstacle is not None and first_match(path, rules) is not None:
+            raise ValueError(
+                f"{path or 'the model'} cannot be put on arrays: {each.obstacle}. Leave it digital with a rule before "
+                f"the one that matches it: {{{path!r}: None, ...}}"
+            )
+    placed = program_tree({path: each.weight for path, each in found.items()}, rules, key)
+    for path, leaf in placed.items():
+        if is_chip(leaf):
+            # Without the key of `program_tree`: that would give every step the same noise.
+            _put(found[path].layer, dataclasses.replace(leaf, key=None))
+    return model
+
+
+def _found(model: nnx.Module) -> Mapping[str, _Found]:
+    """Return the layers and other parameters of a model by path."""
+    nodes = list(nnx.iter_graph(model))
+    wrappers = [(parts, type(layer).__name__) for parts, layer in nodes if isinstance(layer, _WRAPPERS)]
+    found, owned = {}, set()
+    for parts, layer in nodes:
+        if not isinstance(layer, (*_LAYERS, *_DIGITAL, nnx.ConvTranspose)):
+            continue
+        parameters = [each for name in _PARAMETERS if (each := vars(layer).get(name)) is not None]
+        owned |= {id(each) for each in parameters}
+        if isinstance(layer, _DIGITAL):
+            found |= {_dotted(parts): _digital(parameters[0][...])} if parameters else {}
+        else:
+            wrapper = next((name for above, name in wrappers if parts[: len(above)] == above), None)
+            kernel = parameters[0][...] if isinstance(parameters[0], nnx.Variable) else parameters[0]
+            found[_dotted(parts)] = _of_layer(layer, kernel, wrapper)
+    for parts, value in nodes:
+        if isinstance(value, nnx.LoRAParam):
+            found[_dotted(parts)] = _digital(value[...])
+        elif id(value) in owned or isinstance(value, _STATE):
+            continue
+        elif isinstance(value, nnx.Param):
+            found[_dotted(parts)] = _of_parameter(value[...])
+        elif _is_matrix(value := value.get_value() if isinstance(value, nnx.Variable) else value):
+            found[_dotted(parts)] = _of_parameter(value)
+    return found
+
+
+def _of_layer(layer: Any, kernel: Any, wrapper: str | None) -> _Found:
     """Return a layer as its matrix, given its parameter with the axes of stacked layers in front.
 
-    The equation is that of an `Einsum`; None where it has several. `wrapper` names the one of `WRAPPERS` around it.
+    `wrapper` names the one of `_WRAPPERS` around it.
     """
     if isinstance(kernel, Kernel):
-        return Found(kernel.chip.codes, "it is on arrays already, so give `convert` the digital model with all rules")
+        return _Found(kernel.chip.codes, "it is on arrays already, so give `convert` the digital model with all rules")
     if not _is_array(kernel):  # as those that qwix quantises
-        return Found(jnp.zeros((0, 0)), f"its kernel is a {type(kernel).__name__} instead of an array")
+        return _Found(jnp.zeros((0, 0)), f"its kernel is a {type(kernel).__name__} instead of an array")
     if wrapper is not None:
-        return Found(kernel, f"{wrapper} computes its kernel anew in every call")
-    if (obstacle := _obstacle(layer, kernel, shape, equation)) is not None:
-        return Found(kernel, obstacle)
+        return _Found(kernel, f"{wrapper} computes its kernel anew in every call")
+    if (obstacle := _obstacle(layer, kernel)) is not None:
+        return _Found(kernel, obstacle)
     mask = getattr(layer, "mask", None)
     weight = kernel if mask is None else kernel * mask
-    stack = kernel.ndim - len(shape)
-    if isinstance(layer, _CONV) and layer.feature_group_count > 1:
+    stack = kernel.ndim - len(_shape(layer))
+    if isinstance(layer, nnx.Conv) and layer.feature_group_count > 1:
         weight = weight.reshape(*weight.shape[:-1], layer.feature_group_count, -1)
-    groups, inputs = _axes(layer, weight.ndim - stack, equation)
+    groups, inputs = _axes(layer, weight.ndim - stack)
     outputs = [axis for axis in range(weight.ndim - stack) if axis not in (*groups, *inputs)]
     weight = weight.transpose(*range(stack), *(stack + axis for axis in (*groups, *inputs, *outputs)))
     sizes, count = weight.shape[stack:], len(groups)
     summed = (math.prod(sizes[:count]),) if groups else ()
     summed += (math.prod(sizes[count : count + len(inputs)]), math.prod(sizes[count + len(inputs) :]))
-    return Found(weight.reshape(*weight.shape[:stack], *summed), None, layer, shape, kernel.dtype, equation)
+    return _Found(weight.reshape(*weight.shape[:stack], *summed), None, layer)
 
 
-def found_digital(parameter: Array) -> Found:
+def _digital(parameter: Array) -> _Found:
     """Return the entry of a parameter that stays digital: a vector [d] of its last axis."""
-    return Found(parameter[(0,) * (parameter.ndim - 1)])
+    return _Found(parameter[(0,) * (parameter.ndim - 1)])
 
 
-def is_matrix(value: Any) -> bool:
+def _of_parameter(parameter: Any) -> _Found:
+    """Return the entry of a parameter that does not belong to a layer of Flax."""
+    obstacle = f"it is a parameter of shape {parameter.shape}, and no layer's kernel"
+    return _Found(parameter, None if parameter.ndim < 2 else obstacle)
+
+
+def _is_matrix(value: Any) -> bool:
     """Return whether a value that is no parameter could be multiplied with as one."""
     return _is_array(value) and value.ndim > 1 and jnp.issubdtype(value.dtype, jnp.floating)
 
@@ -98,66 +152,60 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray)
 
 
-def found_parameter(parameter: Any) -> Found:
-    """Return the entry of a parameter that does not belong to a layer of Flax."""
-    obstacle = f"it is a parameter of shape {parameter.shape}, and no layer's kernel"
-    return Found(parameter, None if parameter.ndim < 2 else obstacle)
-
-
-def kernels(found: Mapping[str, Found], rules: Rules, key: PRNGKeyArray) -> dict[str, Kernel]:
-    """Return the kernels that rules put on arrays, by path; raises a ValueError where that is impossible."""
-    for path, each in found.items():
-        if each.obstacle is not None and first_match(path, rules) is not None:
-            raise ValueError(
-                f"{path or 'the model'} cannot be put on arrays: {each.obstacle}. Leave it digital with a rule before "
-                f"the one that matches it: {{{path!r}: None, ...}}"
-            )
-    placed = program_tree({path: each.weight for path, each in found.items()}, rules, key)
-    return {
-        # Without the key of `program_tree`: that would give every step the same noise.
-        path: Kernel(dataclasses.replace(leaf, key=None), found[path].shape, found[path].dtype, found[path].equation)
-        for path, leaf in placed.items()
-        if is_chip(leaf)
-    }
-
-
-def dotted(path: Iterable[Any]) -> str:
+def _dotted(path: Sequence[Any]) -> str:
     """Return a path as rules name it."""
     return ".".join(map(str, path))
 
 
-def _axes(layer: Any, ndim: int, equation: str | None) -> tuple[Sequence[int], Sequence[int]]:
+def _shape(layer: Any) -> tuple[int, ...]:
+    """Return the shape of a kernel as the layer made it."""
+    if isinstance(layer, nnx.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, nnx.LinearGeneral):
+        return *layer.batch_axis.values(), *layer.in_features, *layer.out_features
+    return tuple(layer.kernel_shape)
+
+
+def _axes(layer: Any, ndim: int) -> tuple[Sequence[int], Sequence[int]]:
     """Return the axes of groups of a kernel, and those that are summed over."""
-    if isinstance(layer, _GENERAL):
-        groups = len(_tuple(layer.batch_axis if isinstance(layer, nnx.Module) else layer.batch_dims))
-        return range(groups), range(groups, groups + len(_tuple(layer.axis)))
-    if isinstance(layer, _EINSUM):
-        assert equation is not None
-        return einsum_axes(equation)
-    if isinstance(layer, _CONV) and layer.feature_group_count > 1:
+    if isinstance(layer, nnx.LinearGeneral):
+        groups = len(layer.batch_axis)
+        return range(groups), range(groups, groups + len(layer.in_features))
+    if isinstance(layer, nnx.Einsum):
+        return einsum_axes(layer.einsum_str)
+    if isinstance(layer, nnx.Conv) and layer.feature_group_count > 1:
         return (ndim - 2,), range(ndim - 2)
     return (), range(ndim - 1)
 
 
-def _obstacle(layer: Any, kernel: Array, shape: tuple[int, ...], equation: str | None) -> str | None:
+def _obstacle(layer: Any, kernel: Array) -> str | None:
     """Return the reason why a layer cannot be put on arrays, or None."""
-    if isinstance(layer, UNABLE):
-        return f"{type(layer).__name__} has no form on arrays"
+    if isinstance(layer, nnx.ConvTranspose):
+        return "ConvTranspose has no form on arrays"
     if 0 in kernel.shape:
         return f"its kernel of shape {kernel.shape} is empty"
     for name, usual in _PRODUCTS.items():
         if not any(getattr(layer, name, usual[0]) is each for each in usual):
             return f"its {name} is not that of JAX"
-    if kernel.shape[kernel.ndim - len(shape) :] != shape:
+    if kernel.shape[kernel.ndim - len(shape := _shape(layer)) :] != shape:
         return f"layers of shape {shape} are stacked to {kernel.shape}, and their axis has to be the first"
-    if isinstance(layer, _EINSUM):
-        if equation is None:
-            return "it is called with several equations"
-        of_x, of_kernel, of_y = operands(equation)
+    if isinstance(layer, nnx.Einsum):
+        if layer.einsum_str is None:
+            return "its equation comes with its calls"
+        of_x, of_kernel, of_y = operands(layer.einsum_str)
         if "." in of_kernel or len(set(of_kernel)) < len(of_kernel) or set(of_kernel) - set(of_x + of_y):
-            return f"the kernel of {equation!r} has an axis that is neither of inputs, of outputs nor of groups"
+            return f"the kernel of {layer.einsum_str!r} has an axis that is neither of inputs, of outputs nor of groups"
     return None
 
 
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, Iterable) else (value,)
+def _put(layer: Any, chip: Any) -> None:
+    """Give a layer its kernel on arrays, and products that read it."""
+    kernel = Kernel(chip, _shape(layer), layer.kernel[...].dtype, getattr(layer, "einsum_str", None))
+    layer.promote_dtype = Promote(layer.promote_dtype)
+    layer.kernel = InArrays(kernel)
+    if isinstance(layer, nnx.Conv):
+        layer.conv_general_dilated, layer.mask = conv_general_dilated, None
+    elif isinstance(layer, nnx.Einsum):
+        layer.einsum_op = einsum
+    else:
+        layer.dot_general = dot_general
