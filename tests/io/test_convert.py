@@ -304,9 +304,6 @@ def _edit_manifest(folder, change, *, sign):
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-_TABLE = "encoder.self.q"
-
-
 @pytest.fixture(scope="module")
 def one_pool(tmp_path_factory):
     """A pool that no test changes."""
@@ -314,10 +311,6 @@ def one_pool(tmp_path_factory):
     base = _base(folder / "base")
     _convert(base, [_writer(base)("one")], out=folder / "pool")
     return folder / "pool"
-
-
-def _ranks(number, value):
-    return lambda m: m["adapters"][0]["sites"][_TABLE]["rank"].__setitem__(number, value)
 
 
 def _adapter(**fields):
@@ -331,16 +324,13 @@ def _config(**fields):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_ranks(0, 1), r"q is {'rank': \[1, 2, 2\].*} in the manifest: expected {'rank': \[2, 2, 2\].*}, as in"),
-        (_ranks(0, 900_000), r"(of [\d,]+ bytes, and the manifest states [\d,]+ numbers|is {'rank': \[900000, 2, 2\])"),
-        (_ranks(0, -1), r"rank\[0\] is -1: expected an integer from 0 to"),
-        (_ranks(slice(0), [2]), r"encoder.self.q is ranks \[2, 2, 2, 2\]: expected one for each layer of its base"),
-        (lambda m: m["adapters"][0]["sites"].pop(_TABLE), "encoder.self.q is 'absent' in the manifest: expected {"),
-        (lambda m: m["adapters"][0]["sites"].update(new=m["adapters"][0]["sites"][_TABLE]), "new is ranks .2, 2, 2."),
+        (
+            lambda m: m["adapters"][0]["sites"]["encoder.self.q"]["rank"].insert(0, -1),
+            r"rank\[0\] is -1: expected an integer from 0 to",
+        ),
         (lambda m: m["adapters"][0].pop("sites"), r"adapters\[0\]\.sites is missing"),
         (_adapter(files={}), "the manifest lists no adapter_config.json and no adapter_model.safetensors"),
         (_adapter(files={"x": []}), r"adapters\[0\]\.files\.x is \[\]: expected a text"),
-        (_adapter(dora=True), "dora is True in the manifest: expected False"),
         (lambda m: m["adapters"][0]["files"].update({"../x": "0"}), "'../x' is not a file inside this folder"),
         (_adapter(folder="../../etc"), "'../../etc' is not a file inside this folder"),
         (_adapter(folder="a\0b"), "is not a file inside this folder"),
@@ -349,10 +339,7 @@ def _config(**fields):
         (lambda m: m["base"].update(family="mamba"), "family is 'mamba': expected one of t5, decoder"),
         (_config(d_model=0), "d_model is 0: expected an integer from 1 to 10,000,000"),
         (_config(new=1), "new is unknown"),
-        (
-            _config(d_model=10**6),
-            r"(of [\d,]+ bytes, and the manifest states [\d,]+ numbers|modules do not fit; first)",
-        ),
+        (_config(d_model=10**6), "modules do not fit; first"),
         (_config(d_kv=7), r"modules do not fit; first .*: expected \[r, "),
     ],
 )

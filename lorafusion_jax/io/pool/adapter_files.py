@@ -8,13 +8,11 @@ import msgspec
 
 from ...models.architecture import Architecture, linear_shapes
 from ...support.reading import FileError
-from ...support.text import shown
+from ..buffers import release
 from ..folders import check_files
 from ..peft.adapter import CONFIG, WEIGHTS, PeftAdapter, read_adapter
 from ..source import inside, sha256
 from .stack import Ranks, check_finite, pool_values, rank_table
-
-_AGAIN = "restore it from a copy, or convert the adapters again"
 
 
 class Entry(TypedDict):
@@ -53,38 +51,14 @@ def describe(adapter: PeftAdapter, config: Architecture) -> dict[str, Any]:
     }
 
 
-def check_entry(pool: Path, entry: Entry, base: Architecture) -> None:
-    """Raise a FileError if an entry of the manifest contradicts the base."""
-    folder = inside(pool, entry["folder"])
-    for name, row in entry["sites"].items():
-        site = base.sites.get(name)
-        if site is None or {len(row["rank"]), len(row["scaling"])} != {site.layers}:
-            got, expected = f"ranks {shown(row['rank'])}", "one for each layer of its base"
-            raise FileError(folder, field=name, got=got, expected=expected, fix=_AGAIN)
-
-
-def check_size(pool: Path, entry: Entry, base: Architecture) -> None:
-    """Raise a FileError if the manifest states larger ranks than the adapter's file can hold."""
-    path = inside(pool, entry["folder"]) / WEIGHTS
-    sites = {name: base.sites[name] for name in entry["sites"]}
-    numbers = sum(sum(entry["sites"][name]["rank"]) * (site.d_in + site.d_out) for name, site in sites.items())
-    if path.is_file() and numbers > (size := path.stat().st_size):
-        raise FileError(path, got=f"of {size:,} bytes, and the manifest states {numbers:,} numbers", fix=_AGAIN)
-
-
 def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:
-    """Read an adapter of a pool by its entry, which `check_entry` has checked; raises ValueError if it differs."""
+    """Read an adapter of a pool by its entry; raises ValueError if its files are missing or damaged."""
     folder = inside(pool, entry["folder"])
     if missing := {CONFIG, WEIGHTS} - entry["files"].keys():
         got = f"the manifest lists no {' and no '.join(sorted(missing))}"
         raise FileError(folder, got=got, fix="convert the adapters again")
     check_files(folder, entry["files"])
     adapter = read_adapter(str(folder), shapes=linear_shapes(base), compared=entry["kept"])
-    stated = entry["sites"] | {"dora": entry["dora"]}
-    in_files = rank_table(adapter, base) | {"dora": adapter.magnitude is not None}
-    for name in {**in_files, **stated}:
-        if stated.get(name) != in_files.get(name):
-            got, expected = (shown(values.get(name, "absent")) for values in (stated, in_files))
-            got, expected = f"{got} in the manifest", f"{expected}, as in {WEIGHTS} and {CONFIG}"
-            raise FileError(folder, field=name, got=got, expected=expected, fix=_AGAIN)
+    # Its pages were read to check the numbers, and are not needed before the pool's arrays are filled.
+    release(next(iter(adapter.factors.values()))[0])
     return dataclasses.replace(adapter, name=entry["name"], source=entry["source"], notes=tuple(entry["notes"]))

@@ -19,9 +19,9 @@ from ...support.reading import FileError, named, read_json, structured
 from ..folders import write_json
 from ..hf import Base, base_tensor, open_base
 from ..peft.adapter import PeftAdapter, read_adapter
-from .adapter_files import Entry, check_entry, check_size, load_adapter
+from .adapter_files import Entry, load_adapter
 from .basis import describe_basis, read_basis
-from .stack import Dtype, Stack, read_pool
+from .stack import Dtype, read_pool, stacked
 
 _MANIFEST = "manifest.json"
 _DIGEST = "sha256"
@@ -71,8 +71,6 @@ class ConvertedPool:
         self.names = tuple(entry["name"] for entry in self.manifest["adapters"])
         with named(self.folder / _MANIFEST):
             self.config = recorded_config(self.manifest["base"])
-        for entry in self.manifest["adapters"]:
-            check_entry(self.folder, entry, self.config)
         for kind in ("name", "folder"):
             if len({entry[kind] for entry in self.manifest["adapters"]}) < len(self.names):
                 raise FileError(self.folder / _MANIFEST, got=f"two adapters of one {kind}", fix=_AGAIN)
@@ -95,16 +93,9 @@ class ConvertedPool:
         entries = self.manifest["adapters"]
         if chosen is not None:
             entries = [entries[index] for index in positions(self.names, chosen)]
-        for entry in entries:
-            check_size(self.folder, entry, self.config)
-        stack = Stack([entry["name"] for entry in entries], [entry["sites"] for entry in entries], self.config, dtype)
-
-        def fill(number: int) -> None:
-            stack.fill(number, load_adapter(self.folder, entries[number], self.config))
-
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            list(threads.map(fill, range(len(entries))))
-        return stack.pool()
+            adapters = list(threads.map(lambda entry: load_adapter(self.folder, entry, self.config), entries))
+        return stacked(adapters, self.config, dtype)
 
     def basis(self, k: int | None = None) -> SharedBasis:
         """Load the first k directions of the pool's shared basis, as `load_basis` does."""

@@ -3,18 +3,19 @@
 Axis letters: L layer, N adapters, r rank.
 """
 
-from collections.abc import Callable, Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 
 from ...adapters.pool import LoraPool
 from ...models.architecture import Architecture, linear_shapes, places
-from ..buffers import aligned_zeros
+from ..buffers import aligned_zeros, release
 from ..hf import Base
 from ..peft.adapter import AdapterError, PeftAdapter, read_adapter
 from ..peft.tensors import MAGNITUDE
@@ -56,60 +57,55 @@ def read_pool(
         raise ValueError(f"sources is {str(sources)!r}, one adapter: expected a list, read_pool([{str(sources)!r}])")
     shapes = linear_shapes(config)
     adapters = [read_adapter(source, shapes=shapes, base_tensor=base_tensor, base=base) for source in sources]
-    stack = Stack([adapter.name for adapter in adapters], [rank_table(a, config) for a in adapters], config, dtype)
-    for number, adapter in enumerate(adapters):
-        stack.fill(number, adapter)
-    return stack.pool()
+    return stacked(adapters, config, dtype)
 
 
-class Stack:
-    """A pool that is filled with one adapter at a time, from any thread.
+def stacked(adapters: Sequence[PeftAdapter], config: Architecture, dtype: Dtype) -> LoraPool:
+    """Return adapters stacked over layers and modules, scaling folded into B, padded to the largest rank of each site.
 
-    Stacked over layers and adapters, scaling folded into B, padded to the largest rank of each site.
+    Raises an AdapterError for one that does not fit the others, or that `dtype` does not hold.
     """
+    if not adapters:
+        raise ValueError("a pool needs at least one adapter: none was given")
+    names = tuple(adapter.name for adapter in adapters)
+    for number, adapter in enumerate(adapters):
+        check_fits(adapter, names[:number], alone=len(names) == 1)
+    tables = [rank_table(adapter, config) for adapter in adapters]
+    A, B, ranks, scaling, magnitude = {}, {}, {}, {}, None
+    for name, site in config.sites.items():
+        if not any(name in table for table in tables):
+            continue
+        lacks: SiteRanks = {"rank": [0] * site.layers, "scaling": [0.0] * site.layers}
+        rows = [table.get(name, lacks) for table in tables]
+        ranks[name] = rank = np.array([row["rank"] for row in rows], np.int32).T
+        scaling[name] = np.array([row["scaling"] for row in rows], np.float32).T
+        A[name] = aligned_zeros((*rank.shape, site.d_in, int(rank.max())), dtype)
+        B[name] = aligned_zeros((*rank.shape, int(rank.max()), site.d_out), dtype)
+    if adapters[0].magnitude is not None:
+        magnitude = {site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in B.items()}
 
-    def __init__(self, names: Sequence[str], tables: Sequence[Ranks], config: Architecture, dtype: Dtype):
-        if not names:
-            raise ValueError("a pool needs at least one adapter: none was given")
-        self.names, self.magnitude, self.config = tuple(names), None, config
-        self.A, self.B, self.rank, self.scaling = {}, {}, {}, {}
-        for name, site in config.sites.items():
-            if not any(name in table for table in tables):
-                continue
-            lacks: SiteRanks = {"rank": [0] * site.layers, "scaling": [0.0] * site.layers}
-            rows = [table.get(name, lacks) for table in tables]
-            self.rank[name] = rank = np.array([row["rank"] for row in rows], np.int32).T
-            self.scaling[name] = np.array([row["scaling"] for row in rows], np.float32).T
-            self.A[name] = aligned_zeros((*rank.shape, site.d_in, int(rank.max())), dtype)
-            self.B[name] = aligned_zeros((*rank.shape, int(rank.max()), site.d_out), dtype)
-
-    def fill(self, number: int, adapter: PeftAdapter) -> None:
-        """Add the adapter with this number."""
-        check_fits(adapter, self.names[:number], alone=len(self.names) == 1)
-        magnitude: dict[str, np.ndarray] = {}
-        if adapter.magnitude is not None:
-            self.magnitude = magnitude = {site: np.zeros((len(b), b.shape[-1]), b.dtype) for site, b in self.B.items()}
+    def fill(number: int) -> None:
+        adapter = adapters[number]
         for path, (a, _) in adapter.factors.items():
-            site, layer = located(path, self.config)
+            site, layer = located(path, config)
             r = a.shape[0]
-            places = {"lora_A": self.A[site][layer, number, :, :r], "lora_B": self.B[site][layer, number, :r]}
-            if adapter.magnitude is not None:
+            places = {"lora_A": A[site][layer, number, :, :r], "lora_B": B[site][layer, number, :r]}
+            if magnitude is not None:
                 places[MAGNITUDE] = magnitude[site][layer]
             for kind, values in pool_values(adapter, path).items():
                 with np.errstate(over="ignore"):
                     places[kind][...] = values
                 check_finite(adapter, path, kind, places[kind])
+            release(a)
 
-    def pool(self) -> LoraPool:
-        """Return the filled pool."""
-        return LoraPool(
-            A={site: jax.device_put(a) for site, a in self.A.items()},
-            B={site: jax.device_put(b) for site, b in self.B.items()},
-            rank={site: jnp.asarray(rank) for site, rank in self.rank.items()},
-            scaling={site: jnp.asarray(scaling) for site, scaling in self.scaling.items()},
-            magnitude=None if self.magnitude is None else {s: jnp.asarray(m) for s, m in self.magnitude.items()},
-            names=self.names,
-        )
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(fill, range(len(adapters))))
+
+    def put(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        return {site: jax.device_put(array) for site, array in arrays.items()}
+
+    magnitudes = None if magnitude is None else put(magnitude)
+    return LoraPool(A=put(A), B=put(B), rank=put(ranks), scaling=put(scaling), magnitude=magnitudes, names=names)
 
 
 def check_fits(adapter: PeftAdapter, names: Collection[str], *, alone: bool) -> None:
