@@ -20,7 +20,7 @@ import lorafusion_jax as lf
 from lorafusion_jax import parts
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.estimates.params import counts
-from lorafusion_jax.models.decoder.shapes import SHAPES
+from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.training.mesh import partition, rules
 
 _SMALL = Path(__file__).resolve().parent.parent / "examples" / "small"
@@ -165,8 +165,9 @@ def test_a_mesh_gives_the_numbers_of_one_device(run, asked):
 
 def test_a_mesh_splits_matrices_as_the_sites_say():
     # Phi-3 has one matrix for queries, keys and values; Qwen2 has biases, and Qwen3 norms of queries and keys.
-    phi = rules(SHAPES["phi-3-mini"])
-    qwen2, qwen3 = (rules(SHAPES[name]) for name in ("qwen2.5-7b", "qwen3-8b"))
+    kinds = ("phi3", "qwen2", "qwen3")
+    configs = [FAMILY.read_config(small_llama.CONFIG | {"vocab_size": 40, "model_type": kind}) for kind in kinds]
+    phi, qwen2, qwen3 = map(rules, configs)
     names = {
         ("base/decoder/self_attn/qkv_proj/kernel", 3, phi): (None, None, "model"),
         ("base/decoder/mlp/down_proj/kernel", 3, phi): (None, "model", None),

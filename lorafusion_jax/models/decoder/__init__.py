@@ -1,11 +1,10 @@
 """Decoder-only models: Llama, SmolLM2, Mistral, Qwen 2 to 3, Gemma 2 and 3, Phi-3."""
 
 from ..architecture import Checkpoint, Family, Slot
-from .config import DecoderConfig
+from .config import DecoderConfig, Rope
 from .gguf import GGUF
 from .hf_config import MODEL_TYPES, NAMES, read_config
 from .model import Decoder
-from .shapes import SHAPES
 
 __all__ = ["FAMILY", "Decoder", "DecoderConfig"]
 
@@ -36,6 +35,22 @@ def _others(model: Decoder) -> list[Slot]:
     return slots
 
 
+_SMOLLM2 = DecoderConfig(
+    model_type="llama",
+    vocab_size=49_152,
+    d_model=576,
+    d_ff=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    d_head=64,
+    context=8_192,
+    eps=1e-5,
+    rope=Rope(theta=1e5, width=64, context=8_192),
+    query_scale=64**-0.5,
+    tied=True,
+)
+
 FAMILY = Family(
     name="decoder",
     members="Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text) or Phi-3",
@@ -53,5 +68,5 @@ FAMILY = Family(
     ),
     gguf=GGUF,
     task_type="CAUSAL_LM",
-    shapes=SHAPES,
+    shapes={"smollm2-135m": _SMOLLM2},
 )
