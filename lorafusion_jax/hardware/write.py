@@ -39,7 +39,7 @@ class ProgramOptions:
       basis: write the first so many directions of the pool's shared basis instead of its modules.
       chips: number of chips.
       chip_key: key from which they are drawn.
-      keep_digital: patterns of weights that stay digital: `head`, `pool.*`, `encoder.*`.
+      keep_digital: patterns of weights that stay digital: `head`, `pool.*`.
     """
 
     base: str

@@ -3,7 +3,7 @@
 A rule is a path pattern and a configuration, or None for a weight that stays digital. The first rule that matches a
 weight decides; a weight without a matching rule stays digital. `*` matches anything:
 
-    {"head": None, "encoder.*": isaac, "*": puma}
+    {"head": None, "pool.*": isaac, "*": puma}
 """
 
 import dataclasses
