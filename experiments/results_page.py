@@ -18,7 +18,6 @@ from lorafusion_jax.report import (
     main_tables,
     paired_table,
     plot_means,
-    provenance,
     scores,
     shots_name,
     write_report,
@@ -53,7 +52,7 @@ def report(rows: Sequence[Row], out: Path, title: str, reference: str | None) ->
             name, shown = f"means{suffix}.png", f"{len(results.tasks)} tasks, {shots_name(results.shots)}"
             plot_means(results, out / name, title=shown)
             figures[name] = f"Mean exact match of each method with its 95 % interval: {shown}"
-    write_report(out, title, tables, figures, provenance=provenance(rows))
+    write_report(out, title, tables, figures)
 
 
 def run_and_report(options: MatrixOptions, arms: Mapping[str, Arm], title: str, reference: str) -> None:

@@ -7,7 +7,6 @@ from ..support.writing import write_text
 from .formats import Column, Table, counts, markdown, spread
 from .page import write_report
 from .plots import colour, literal, load_matplotlib, plot, plot_means
-from .provenance import provenance
 from .scores import Row, Scores, key, name, scores
 from .statistics import OverTasks, Paired, Summary, holm, over_tasks, paired, summary
 from .tables import best_method, main_tables, paired_table, shots_name

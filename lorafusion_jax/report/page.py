@@ -5,7 +5,7 @@ import csv
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ _CSS = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 84rem; color: var(--ink); background: var(--paper);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.25; } h2 { margin-top: 3rem; font-size: 1.25rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; }
 p, caption { max-width: 46rem; }
 .wide { overflow-x: auto; margin: 1.5rem 0; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
@@ -65,7 +65,6 @@ def write_report(
     figures: Mapping[str, str],
     *,
     text: str = "",
-    provenance: Sequence[Table] = (),
 ) -> None:
     """Write NAME.csv for each table, table.tex with all of them, and report.html, a page that needs no other file.
 
@@ -75,20 +74,18 @@ def write_report(
       tables: tables by name, in the order of the page.
       figures: file names of PNG files in the folder (see `plot`), with what they show in words.
       text: introduction; an empty line starts a paragraph.
-      provenance: tables of settings, data and devices at the end of the page (see `provenance`).
 
     Raises:
       WriteError: the folder cannot be written to.
     """
     paragraphs = "".join(f"<p>{html.escape(part.strip())}</p>\n" for part in re.split(r"\n\s*\n", text) if part.strip())
-    origins = f"<h2>Settings, data, devices</h2>\n{''.join(map(_html, provenance))}" if provenance else ""
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'  # or the browser requests one
         f"<title>{html.escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{html.escape(title)}</h1>\n{paragraphs}{''.join(map(_html, tables.values()))}"
-        f"{''.join(_figure(folder / name, shown) for name, shown in figures.items())}{origins}"
+        f"{''.join(_figure(folder / name, shown) for name, shown in figures.items())}"
         "</main>\n</body>\n</html>\n"
     )
     for name, table in tables.items():
