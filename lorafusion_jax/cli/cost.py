@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..crossbar import CONSTANTS, Range, ReadEnergy, WriteCost, load_config, load_constants, save_constants
+from ..crossbar import CONSTANTS, Range, ReadEnergy, WriteCost, load_config, load_constants
 from ..estimates import bill
 from ..estimates.bill.show import comparison_table, constants_table, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
 from ..support.reading import show
-from ..support.writing import write_text, writing
+from ..support.writing import write_text
 from .parsing import parse
 
 
@@ -25,17 +25,14 @@ class CostCommand(bill.CostOptions):
 
     Examples:
       lorafusion cost --shape flan-t5-large --modules 20 --crossbar isaac
-      lorafusion cost --crossbar puma --save-constants mine.yaml
       lorafusion cost --crossbar puma --constants mine.yaml --tokens-per-task 100000
 
     Attributes:
-      constants: file that replaces the table of constants.
-      save_constants: write the table in use to this .yaml or .json file, to edit it.
+      constants: .yaml or .json file with constants that replace those of the table.
       json: write everything to this file.
     """
 
     constants: Path | None = None
-    save_constants: Path | None = None
     json: Path | None = None
 
     def __post_init__(self):
@@ -49,7 +46,7 @@ GROUPS = {
     "fusion": ("modules", "pool_size", "rank", "targets", "bases", "train_core"),
     "training": ("epochs", "batch_size"),
     "baseline": ("vera_rank", "evaluations"),
-    "hardware": ("crossbar", "constants", "save_constants"),
+    "hardware": ("crossbar", "constants"),
     "run": ("json",),
 }
 
@@ -65,14 +62,10 @@ def main(arguments: Sequence[str]) -> None:
     once = {name: bill.price_once(of, constants) for name, of in bill.installed_once(config, crossbar, options).items()}
     against = bill.comparisons(activities, crossbar, options, constants)
 
-    if options.save_constants is not None:
-        with writing(options.save_constants.parent):
-            save_constants(options.save_constants, constants)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        files = ("constants", "save_constants", "json")
         content = {
-            "options": {name: value for name, value in vars(options).items() if name not in files},
+            "options": {name: value for name, value in vars(options).items() if name not in ("constants", "json")},
             "constants": {name: vars(constant) for name, constant in constants.table.items()},
             "methods": {name: one._asdict() | {"learning": one.learning} for name, one in bills.items()},
             "once": once,

@@ -35,7 +35,7 @@ from .config.files import config_hash, load_config, save_config
 from .config.presets import PRESETS
 from .config.schema import ADC, DAC, Cell, CrossbarConfig, Encoding, Mapping, Tile, deterministic
 from .config.structure import Structure, split_config
-from .cost.constants import CONSTANTS, Constants, load_constants, save_constants
+from .cost.constants import CONSTANTS, Constants, load_constants
 from .cost.energy import Counts, ReadEnergy, WriteCost, counts, read_energy, read_latency, write_cost
 from .cost.explain import Explanation, explain
 from .cost.ranges import Constant, Range

@@ -1,5 +1,7 @@
 """ADC architectures: the two that are there, and one that is registered from outside."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def test_a_transfer_curve_is_read_conversion_by_conversion_even_where_no_bits_ar
     chip = crossbar.program(W, wide)
     assert chip.plan.path == "definition" and "transfer curve" in chip.plan.reason
     assert crossbar.program(W, converting("sar", bits=16, range="granular")).plan.path == "product"
-    for path in ("product", "loop", "lookup", "tables", "planes", "packed", "mosaic"):
+    for path in ("product", "loop", "lookup", "tables", "packed", "mosaic"):
         with pytest.raises(ValueError, match=f"path='{path}'"):
             crossbar.program(W, wide, path=path)
 
@@ -82,11 +84,11 @@ def test_a_registered_architecture_sets_its_energy_and_its_latency(tmp_path):
     assert (energy.low, energy.high) == pytest.approx((5e-12 * reads.conversions, 15e-12 * reads.conversions))
     assert crossbar.read_latency((14, 7), config, AT_ONCE).typical == pytest.approx(4e-9)  # columns of an array
 
-    # A file may replace a constant of an architecture, and need not have it.
-    pinned = crossbar.CONSTANTS.pinned("high")
-    for constants, wanted in ((crossbar.CONSTANTS, energy), (pinned, Range.of(energy.high))):
-        crossbar.save_constants(tmp_path / "constants.json", constants)
-        assert crossbar.read_energy(reads, config, crossbar.load_constants(tmp_path / "constants.json")).adc == wanted
+    # A file may replace a constant of an architecture.
+    of_file = {"unit": "pJ", "low": 2.0, "typical": 4.0, "high": 6.0, "source": "mine"}
+    (tmp_path / "constants.json").write_text(json.dumps({"comparison_energy": of_file}))
+    found = crossbar.read_energy(reads, config, crossbar.load_constants(tmp_path / "constants.json")).adc
+    assert found.typical == pytest.approx(2 * energy.typical)
 
 
 def test_a_ramp_converts_all_columns_together_in_a_step_for_every_code():

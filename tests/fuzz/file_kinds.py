@@ -24,7 +24,7 @@ from made_up_rows import made_up
 
 import lorafusion_jax as lf
 from lorafusion_jax import parts
-from lorafusion_jax.crossbar import load_chip, load_config, load_constants, save_chip, save_config, save_constants
+from lorafusion_jax.crossbar import load_chip, load_config, load_constants, save_chip, save_config
 from lorafusion_jax.io import arrays
 from lorafusion_jax.io.pool.folder import write_manifest
 from lorafusion_jax.parts import load_restored
@@ -78,7 +78,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     _write_run(run, base, pool)
     chips = _write_chips(folder / "chips")
     append_rows(folder / "rows.jsonl", made_up(methods=("LoRA",), tasks=("easy",), seeds=(1, 2), items=8))
-    save_constants(folder / "constants.yaml")
+    shutil.copy(Path(lf.crossbar.__file__ or "").parent / "cost" / "constants.yaml", folder)
     task = _written(folder / "task.json", [{"input": f"say {n}", "output": "x"} for n in range(4)])
     (folder / "task.jsonl").write_text(
         "".join(json.dumps({"input": f"say {n}", "target": "x"}) + "\n" for n in range(4))

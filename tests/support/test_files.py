@@ -218,7 +218,6 @@ def test_neither_a_link_nor_a_pipe_in_the_way_is_written_to(put, tmp_path):
     for name, write in {
         "x.json": lambda path: write_text(path, "{}"),
         "config.yaml": lambda path: crossbar.save_config(crossbar.CrossbarConfig(), path),
-        "constants.yaml": crossbar.save_constants,
         "chip.safetensors": lambda path: crossbar.save_chip(chip, path),
     }.items():
         for taken in (f".{name}.partial", f".{name}.{os.getpid()}.partial", name):

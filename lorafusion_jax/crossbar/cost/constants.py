@@ -1,24 +1,31 @@
-"""The physical constants of the cost model: `constants.yaml` next to this file, and files that replace it."""
+"""The physical constants of the cost model: `constants.yaml` next to this file, and files that replace some of them."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict
 
-import yaml
-
+from ...support.reading import structured
 from ...support.text import shown
-from ...support.writing import write_text
 from ..config.tables import kind_of, read_table
 from ..mapping.adc.architectures import ARCHITECTURES
 from .ranges import Constant, Range
 
 Level = Literal["low", "typical", "high"]
 
-_WHAT = "constants are"
-_FIELDS = ("unit", "low", "typical", "high", "source")
+_FILE = Path(__file__).with_name("constants.yaml")
+
+
+class _Entry(TypedDict):
+    """A constant in a file."""
+
+    unit: str
+    low: float
+    typical: float
+    high: float
+    source: str
+    meaning: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,58 +54,33 @@ def of_architectures() -> dict[str, Constant]:
     return {name: constant for each in ARCHITECTURES.values() for name, constant in each.constants.items()}
 
 
-_DEFAULTS = read_table(Path(__file__).with_name("constants.yaml"), "yaml")
+_DEFAULTS = read_table(_FILE, "yaml")
 CONSTANTS = Constants(MappingProxyType({name: Constant(**fields) for name, fields in _DEFAULTS.items()}))
 """The default table."""
 
 
-def save_constants(path: Path, constants: Constants = CONSTANTS) -> None:
-    """Write a table to a `.yaml`, `.yml` or `.json` file, which can be edited and read by `load_constants`."""
-    write = json.dumps if kind_of(path, _WHAT) == "json" else yaml.safe_dump
-    layout: dict[str, Any] = {"indent": 2} if kind_of(path, _WHAT) == "json" else {"sort_keys": False, "width": 120}
-    table = {name: {field: getattr(c, field) for field in _FIELDS} for name, c in constants.table.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, write(table, **layout).rstrip() + "\n")
-
-
 def load_constants(path: Path) -> Constants:
-    """Return the table in a file that `save_constants` wrote: every constant with unit, three values and source.
+    """Return the default table, in which a `.yaml`, `.yml` or `.json` file replaces the constants that it has.
 
-    Constants of ADC architectures may be missing, and then have their defaults.
+    The file has a table for each of them, as `constants.yaml` next to this module: unit, three values and source.
 
     Raises:
-      ValueError: the file is missing or cannot be read, a constant is missing or unknown or has another unit, a value
-        is not a positive number, or values do not rise.
+      ValueError: the file is missing or cannot be read, a constant is unknown or has another unit, a value is not a
+        positive number, or values do not rise.
     """
-    kind = kind_of(path, _WHAT)
+    kind = kind_of(path, "constants are")
     if not path.is_file():
-        raise ValueError(f"{path}: no such file of constants: make one with save_constants")
-    found = read_table(path, kind)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {shown(found)}: give a table of constants by name")
-    known = {**CONSTANTS.table, **of_architectures()}
-    if missing := [name for name in CONSTANTS.table if name not in found]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: give every one of {', '.join(CONSTANTS.table)}")
-    if unknown := [name for name in found if name not in known]:
-        raise ValueError(f"{path}: {shown(unknown)} unknown: choose from {', '.join(known)}")
-    return Constants(
-        MappingProxyType({name: _constant(found[name], name, c, path) for name, c in known.items() if name in found})
-    )
-
-
-def _constant(fields: Any, name: str, default: Constant, path: Path) -> Constant:
-    if not isinstance(fields, dict) or set(fields) != set(_FIELDS):
-        raise ValueError(f"{path}: {name} is {shown(fields)}: give a table of exactly {', '.join(_FIELDS)}")
-    if str(fields["unit"]) != default.unit:
-        raise ValueError(f"{path}: {name} is in {shown(fields['unit'])}: give it in {default.unit!r}")
-    values = [fields[level] for level in ("low", "typical", "high")]
-    for value in values:
-        if type(value) not in (int, float) or not 0 < value < float("inf"):
-            hint = "; YAML takes 1e4 for a text: write 1.0e+4" if isinstance(value, str) else ""
-            raise ValueError(f"{path}: {name} has the value {shown(value)}: give a positive number{hint}")
-    if values != sorted(values):
-        raise ValueError(f"{path}: {name} is {values}: give low <= typical <= high")
-    if not isinstance(fields["source"], str) or not fields["source"].strip():
-        raise ValueError(f"{path}: {name} has the source {shown(fields['source'])}: name where the values are from")
-    low, typical, high = map(float, values)
-    return dataclasses.replace(default, low=low, typical=typical, high=high, source=fields["source"])
+        raise ValueError(f"{path}: no such file of constants: write one like {_FILE}, with those that differ")
+    fix = "change it (YAML takes 1e4 for a text: write 1.0e+4)"
+    entries = structured(read_table(path, kind), dict[str, _Entry], path, fix=fix)
+    known, table = {**CONSTANTS.table, **of_architectures()}, dict(CONSTANTS.table)
+    for name, entry in entries.items():
+        if name not in known:
+            raise ValueError(f"{path}: {shown(name)} unknown: choose from {', '.join(known)}")
+        if entry["unit"] != (unit := known[name].unit):
+            raise ValueError(f"{path}: {name} is in {shown(entry['unit'])}: give it in {unit!r}")
+        low, typical, high = entry["low"], entry["typical"], entry["high"]
+        if not 0 < low <= typical <= high < float("inf"):
+            raise ValueError(f"{path}: {name} is {low}, {typical}, {high}: give 0 < low <= typical <= high, all finite")
+        table[name] = dataclasses.replace(known[name], low=low, typical=typical, high=high, source=entry["source"])
+    return Constants(MappingProxyType(table))
