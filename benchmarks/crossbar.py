@@ -38,7 +38,7 @@ _PROBED, _ROUNDS = 64, 3  # tokens that the ranges of --decoder are calibrated o
 _CHIP = _measure.ROOT / "examples" / "smollm2" / "chip.yaml"
 _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
 _CONFIG = crossbar.CrossbarConfig(dac=_DAC, adc=crossbar.ADC(bits=8, range="calibrated"))
-_PATHS = ("lookup", "tables", "planes", "packed", "loop")
+_PATHS = ("lookup", "tables", "packed", "loop")
 _PROGRAMMING = crossbar.Device(programming=crossbar.Independent(0.04))
 
 

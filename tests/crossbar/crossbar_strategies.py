@@ -97,7 +97,6 @@ SUITED: dict[str | None, dict[str, Any]] = {
     "loop": _CONVERTS,
     "lookup": _CONVERTS | _NARROW,
     "tables": _CONVERTS | _NARROW,
-    "planes": _CONVERTS | _NARROW | _INTEGERS | {"scale": st.sampled_from(["matrix", "column"])},
     "packed": _CONVERTS | _INTEGERS | {"bits": st.sampled_from([3, 2, 4, 5])},
     "mosaic": _CONVERTS | {"bits": st.sampled_from([3, 2, 4, 5, 8])},
 }

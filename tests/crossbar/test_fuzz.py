@@ -237,7 +237,7 @@ AT_READ: dict[str, Any] = {
 }
 
 
-@cases(34, case=reads(None, "product", "loop", "lookup", "tables", "planes", "packed", "mosaic", **AT_READ))
+@cases(34, case=reads(None, "product", "loop", "lookup", "tables", "packed", "mosaic", **AT_READ))
 def test_every_path_reads_what_the_loops_say(case: Case):
     """Cells, ranges and products of `definition` and of one more path; NaN and infinite inputs on the way."""
     assert_paths([case.path], case.c)
@@ -277,7 +277,7 @@ _TIES = {**_TILED, "encoding": "offset", "cells": (4, 4), "adc_bits": 4}  # step
 _BY_ROW = {**_TILED, "adc": "given by row", "signed": True, "cells": (2, 2), "partition": "full", "rows": 5}
 _FLIPPED = {**_TILED, "encoding": "flip", "weights": "positive", "cells": (1, 1, 1)}
 _CLIPPED = {**_TILED, "adc": "given", "clip": 0.2, "signed": True}
-_CONVERTING = ["loop", "lookup", "tables", "planes", "packed", "mosaic"]
+_CONVERTING = ["loop", "lookup", "tables", "packed", "mosaic"]
 _TALL = {"d_in": 80, "rows": 40, "d_out": 70, "batch": 6, "cells": (2, 2, 2, 2), "bits": 8, "adc": "given", "clip": 0.2}
 _LARGEST = {"weights": "extreme", "inputs": "full"}
 _SHORT = {**_TALL, "d_in": 18, "rows": 9}
@@ -291,7 +291,7 @@ CORNERS: dict[str, tuple[list[str | None], dict[str, Any]]] = {
         {**_TALL, **_LARGEST, "signed": True, "whole": True},
     ),
     "sums that are never negative": (
-        ["lookup", "tables", "planes", "packed"],
+        ["lookup", "tables", "packed"],
         {**_SHORT, "encoding": "offset", "whole": True},
     ),
     "arrays in chunks, the last one shorter": (

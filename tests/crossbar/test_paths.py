@@ -39,7 +39,7 @@ def test_slices_share_a_word_where_the_sums_of_the_columns_allow():
 
 
 # By name: the bits of an ADC that the path can read exactly.
-PATHS = dict.fromkeys(("definition", "loop", "lookup", "tables", "planes", "packed", "mosaic"), 5) | {"product": 14}
+PATHS = dict.fromkeys(("definition", "loop", "lookup", "tables", "packed", "mosaic"), 5) | {"product": 14}
 _SHORT = {"product", "lookup", "mosaic"}  # corners of `test_fuzz.py` have the others
 
 

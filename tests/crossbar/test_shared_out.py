@@ -18,7 +18,6 @@ _WIRED = dataclasses.replace(_PLAIN, tile=Tile(rows=16, cols=12, wire=Wire(row_r
 _CASES = {
     "definition": (_PLAIN, "definition"),
     "loop": (_PLAIN, "loop"),
-    "planes": (_PLAIN, "planes"),
     "packed": (_PLAIN, "packed"),
     "lookup": (_PLAIN, "lookup"),
     "tables": (_PLAIN, "tables"),
@@ -49,7 +48,7 @@ def _inputs():
         "packed",
         *(
             pytest.param(name, marks=pytest.mark.long)
-            for name in ("row tiles", "definition", "loop", "planes", "lookup", "tables", "noise", "wires")
+            for name in ("row tiles", "definition", "loop", "lookup", "tables", "noise", "wires")
         ),
     ],
 )

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from ...support.platform import is_traced
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
-from ..read.paths.registry import PATHS, in_models
+from ..read.paths.registry import PATHS
 from .chip import Chip, stacked_keys, typed_key
 from .program import program
 
@@ -89,12 +89,12 @@ def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure
         matrix, key = matrix_and_key
         config = structure.config(values)
         chip = program(matrix, config, key)
-        path = in_models(chip.plan, chip.geometry, config)
+        path = PATHS[chip.plan.path].in_models(chip.plan)
         if path == chip.plan.path:
             return chip
         other = program(matrix, config, key, path=path)
-        tabulates = PATHS[chip.plan.path].tabulates and not config.draws_at_conversion
-        return dataclasses.replace(other, plan=dataclasses.replace(other.plan, tabulates=tabulates))
+        plan = dataclasses.replace(other.plan, tabulates=not config.draws_at_conversion)
+        return dataclasses.replace(other, plan=plan)
 
     if not lead:
         return of_one((weight, keys))

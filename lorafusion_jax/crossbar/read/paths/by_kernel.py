@@ -20,13 +20,9 @@ from .sliced_products import sliced_products
 
 
 class KernelPath(ReadPath):
-    """A path of conversions that are products of slices.
-
-    `tile_axis` is the axis of the row tiles among those of the columns.
-    """
+    """A path of conversions that are products of slices."""
 
     needs = (products,)
-    tile_axis = 1
 
     def form(self, laid: Laid, written: Written) -> Laid:
         """Return the columns in the form that `codes` needs, given those of real numbers."""
@@ -51,19 +47,18 @@ class KernelPath(ReadPath):
             return self._of_tiles(tiles, 0, quantise, chip) * chip.scale
 
         # Row tiles whose weights, or ADCs, have separate ranges are added up as outputs.
-        axes = {"columns": self.tile_axis, "variance": 1, "occupied": 1}
-
-        def along(move: Callable[[Array, int], Array], parts: dict[str, Any]) -> dict[str, Any]:
-            return {name: jax.tree.map(lambda a, axis=axes[name]: move(a, axis), part) for name, part in parts.items()}
+        def along(move: Callable[[Array], Array], parts: dict[str, Any]) -> dict[str, Any]:
+            return {name: jax.tree.map(move, part) for name, part in parts.items()}
 
         def add(y: Array, tile: tuple[Array, dict[str, Any], Array, Array, Array]) -> tuple[Array, None]:
             x, parts, adc_scale, scale, number = tile
-            own = dataclasses.replace(chip, **along(jnp.expand_dims, parts))
+            own = dataclasses.replace(chip, **along(lambda a: jnp.expand_dims(a, 1), parts))
             of_tile = self._of_tiles(x[:, None], number, quantise._replace(scale=adc_scale[None]), own)
             return y + of_tile * scale[None], None
 
         zero = varying_as(jnp.zeros((n.shape[0], chip.shape[1]), n.dtype), n, chip)
-        by_tile = along(lambda a, axis: jnp.moveaxis(a, axis, 0), {name: getattr(chip, name) for name in axes})
+        by_tile = {"columns": chip.columns, "variance": chip.variance, "occupied": chip.occupied}
+        by_tile = along(lambda a: jnp.moveaxis(a, 1, 0), by_tile)
         adc_scale, scale = (jnp.broadcast_to(a, (len(rows), a.shape[1])) for a in (quantise.scale, chip.scale))
         return jax.lax.scan(add, zero, (jnp.moveaxis(tiles, 1, 0), by_tile, adc_scale, scale, jnp.arange(len(rows))))[0]
 

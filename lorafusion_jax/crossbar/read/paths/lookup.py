@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Num, UInt8
 from ....support.platform import for_cpu
 from ...chip.chip import Chip
 from ...chip.columns import Laid, Written
-from ...chip.plan import Facts
+from ...chip.plan import Facts, Plan
 from ...devices.physical import varying_as
 from ...mapping.adc.quantiser import Converter
 from ...mapping.bit_fields import INT_BITS, Packed, Packing, drive, unpack
@@ -30,7 +30,7 @@ from ...mapping.encoding import digit
 from ...mapping.geometry import significance
 from ..conversion_noise import Noise, add_noise, alike
 from .by_kernel import KernelPath, slices_of
-from .packed import certificate, fit_words, in_words
+from .packed import PackedPath, certificate, fit_words, in_words
 from .path import narrow, products
 from .tables import entries_of
 
@@ -44,12 +44,14 @@ class LookupPath(KernelPath):
 
     name = "lookup"
     needs = (narrow, products)
-    tabulates = True
 
     def chosen(self, facts: Facts) -> str | None:
         if for_cpu() and facts.bits == 1 and (facts.integers or not facts.config.signed_inputs):
             return "input slices have one bit: sums of a few rows come from tables"
         return None
+
+    def in_models(self, plan: Plan) -> str:
+        return "loop" if plan.packing is None else PackedPath.name
 
     def form(self, laid: Laid, written: Written) -> Laid:
         packing = certificate(laid, written, INT_BITS)[1] if fit_words(laid, written) else None

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from ....support.platform import for_cpu
 from ...chip.columns import Laid, Written
-from ...chip.plan import ON_REQUEST, Facts, Plan
+from ...chip.plan import ON_REQUEST, Facts
 from ...mapping.bit_fields import FLOAT_BITS
 from .by_kernel import KernelPath
 from .packed import PackedPath, certificate, fit_words, in_words
@@ -21,9 +21,6 @@ class LoopPath(KernelPath):
         if not for_cpu():
             return "one draw of the noise for each conversion, where `definition` draws every cell's"
         return "the ADC quantises each conversion: one product each, with the ADC in its epilogue"
-
-    def reads_vectors(self, plan: Plan, facts: Facts) -> bool:
-        return plan.path == "lookup"
 
     def form(self, laid: Laid, written: Written) -> Laid:
         """Return the path `packed` unless this one was requested or is equally fast."""

@@ -8,7 +8,6 @@ from jaxtyping import Array
 
 from ....support.platform import is_traced
 from ...chip.columns import Laid, Written
-from ...chip.plan import Facts, Plan
 from ...mapping.bit_fields import FLOAT_BITS, Packing, certify, over_rows, pack
 from ...mapping.geometry import Columns
 from .by_kernel import KernelPath
@@ -20,9 +19,6 @@ class PackedPath(KernelPath):
 
     name = "packed"
     needs = (integers, products)
-
-    def reads_vectors(self, plan: Plan, facts: Facts) -> bool:
-        return plan.path == "lookup" and plan.packing is not None
 
     def form(self, laid: Laid, written: Written) -> Laid:
         if not fit_words(laid, written):

@@ -18,8 +18,6 @@ class ReadPath:
       needs: functions from the facts of a read to the reason why the path cannot compute it, or None.
       converts: column sums are converted; False where slices and tiles telescope.
       single_cells: the chip keeps every cell.
-      coded: columns are bits, from which values cannot be read: they follow from the codes of perfect cells.
-      tabulates: large batches of a whole model are read faster by `tables`.
       without_adc: name of the path of the same cells with an ideal ADC.
     """
 
@@ -27,17 +25,15 @@ class ReadPath:
     needs: tuple[Callable[[Facts], str | None], ...] = ()
     converts = True
     single_cells = False
-    coded = False
-    tabulates = False
     without_adc = "product"
 
     def chosen(self, facts: Facts) -> str | None:
         """Return the reason why the path is the fastest, if no earlier one in the registry is; else None."""
         return None
 
-    def reads_vectors(self, plan: Plan, facts: Facts) -> bool:
-        """Return whether the path reads single vectors faster than that of the plan, which is the fastest for many."""
-        return False
+    def in_models(self, plan: Plan) -> str:
+        """Return the path of whole models, which often read one vector; `tables` reads the large batches of another."""
+        return self.name
 
     def lay_out(self, written: Written) -> Laid:
         """Return the columns in the form that the read needs."""

@@ -18,7 +18,6 @@ from .loop import LoopPath
 from .mosaic import MosaicPath
 from .packed import PackedPath
 from .path import ReadPath
-from .planes import PlanesPath
 from .product import ProductPath
 from .tables import TablesPath
 
@@ -30,7 +29,6 @@ PATHS: dict[str, ReadPath] = {
         DefinitionPath(),
         LookupPath(),
         TablesPath(),
-        PlanesPath(),
         PackedPath(),
         LoopPath(),
     )
@@ -59,12 +57,6 @@ def choose(
     return Plan(path, reason, facts.integers, ties=facts.ties)
 
 
-def in_models(plan: Plan, geometry: Geometry, config: CrossbarConfig) -> str:
-    """Return the path of a planned read in a model, which often reads one vector at a time."""
-    facts = Facts.of(geometry, config, None, perfect=plan.integers)
-    return next((name for name, each in PATHS.items() if each.reads_vectors(plan, facts)), plan.path)
-
-
 def read(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> Float[Array, "B d_out"]:
     """Return weights times input codes, by the plan's path."""
     if chip.plan.tabulates and PATHS[chip.plan.path].converts and len(n) >= _MANY:
@@ -76,7 +68,7 @@ def read(n: Float[Array, "B d_in"], quantise: Converter | None, chip: Chip) -> F
 def columns_of(chip: Chip) -> Columns:
     """Return the columns that multiply the inputs in the arrays, unit columns last."""
     config, geometry = chip.config, chip.geometry
-    if chip.plan.packing is not None or PATHS[chip.plan.path].coded:  # perfect cells, which follow from the codes
+    if chip.plan.packing is not None or chip.columns is None:  # perfect cells, which follow from the codes
         if config.encoding.kind == "differential" and not config.converts_each:  # the difference of a pair is the digit
             return encoding.split(encoding.digits(chip.codes, geometry, config), geometry.rows, 1, front=True)
         cells, _ = encoding.to_arrays(encoding.digits(chip.codes, geometry, config), geometry, config)
