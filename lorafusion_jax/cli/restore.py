@@ -10,7 +10,7 @@ from ..support.text_tables import plain
 from .parsing import parse
 
 GROUPS = {
-    "data and base": ("base", "text", "self_text", "tokens"),
+    "data and base": ("base", "text", "tokens"),
     "corrections": ("method", "rank", "epochs", "rate", "rate_low_rank", "seed"),
     "hardware": ("crossbar", "chip", "age", "prepared", "keep_digital", "chip_key"),
     "run": ("out",),

@@ -95,16 +95,15 @@ class RestoreOptions:
 
     Examples:
       lorafusion restore --base base --crossbar chips/noisy --chip 0 1 --text page.txt
-      lorafusion restore --base base --crossbar noisy.yaml --self-text 3072 --method low-rank --rank 3 --out restored
+      lorafusion restore --base base --crossbar noisy.yaml --tokens 3072 --method low-rank --rank 3 --out restored
 
     Attributes:
       base: the base model, as in `lorafusion fuse`.
       crossbar: a folder that `lorafusion crossbar program` wrote, a preset, or a .yaml or .json file.
       chip: numbers of the chips.
       text: text files; a causal model reads windows of 128 tokens, another one each line.
-      self_text: use so many tokens that a causal model samples itself, digitally, instead of text; by default
-        3,072 without --text.
-      tokens: a causal model uses the first so many tokens of the text; by default all.
+      tokens: a causal model uses the first so many tokens of the text, by default all; without text it samples so
+        many itself, digitally, by default 3,072.
       method: a factor of each column (`scales`), an offset too (`offsets`), factors and matrices of low rank
         (`low-rank`), or these matrices alone (`lora`).
       rank: mean rank of the matrices of `low-rank` and `lora`; by default 4.
@@ -124,7 +123,6 @@ class RestoreOptions:
     crossbar: str
     chip: tuple[int, ...] = (0,)
     text: tuple[Path, ...] = ()
-    self_text: int | None = None
     tokens: int | None = None
     method: Method = "scales"
     rank: float | None = None
@@ -146,7 +144,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
       ValueError: before anything is programmed: the folder has corrections with other settings, or another process
         writes it, the text is shorter than two windows, or a base, chips or a number cannot be used.
     """
-    at_least(1, chips=len(options.chip), tokens=options.tokens, self_text=options.self_text)
+    at_least(1, chips=len(options.chip), tokens=options.tokens)
     check_uint32(seed=options.seed)
     low_rank, rank = options.method in ("low-rank", "lora"), 4.0 if options.rank is None else options.rank
     unused = ("rate",) if options.method == "lora" else () if low_rank else ("rank", "rate_low_rank")
@@ -163,10 +161,6 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         config = prepared(config)
     if options.out is None and chips.manifest is None:
         raise ValueError(f"{options.crossbar} is no folder of chips to put corrections into: give a folder with --out")
-    if options.text and options.self_text:
-        raise ValueError("text comes from --text or from --self-text: leave out one of them")
-    if options.tokens and not options.text:
-        raise ValueError("--tokens shortens the text of --text: give text, or the length of a sample with --self-text")
     texts = []
     for path in options.text:
         check_regular(path)
@@ -182,7 +176,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         prepared=options.prepared,
         rank=rank if low_rank else 0.0,
         text=hashlib.sha256(content.encode()).hexdigest() if options.text else "sampled",
-        tokens=options.tokens if options.text else options.self_text or _SAMPLED,
+        tokens=options.tokens or (None if options.text else _SAMPLED),
     )
     out = options.out or Path(options.crossbar) / f"restored-{options.method}"
     if out.exists() and not out.is_dir():
@@ -428,8 +422,8 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> tu
     """Return batches of the text, the content of its files or a sample: those to train on, and those left out."""
     if not loaded.config.causal:
         lines = [line for line in content.splitlines() if line.strip()]
-        if len(lines) <= _LINES or options.self_text or options.tokens:
-            needed = f"more than {_LINES} lines with --text, without --self-text and --tokens"
+        if len(lines) <= _LINES or options.tokens:
+            needed = f"more than {_LINES} lines with --text, without --tokens"
             raise ValueError(f"{options.base} is not causal, and the text has {len(lines)} lines: give {needed}")
         to_train = [line for place, line in enumerate(lines) if place % _MEASURED]
         return answered(loaded, to_train), answered(loaded, lines[::_MEASURED])
@@ -437,7 +431,7 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> tu
         whole = tokenise(loaded.tokenizer, content, add_special_tokens=False, verbose=False)["input_ids"]
         ids = whole[: options.tokens]
     else:
-        ids = sampled(loaded, options.self_text or _SAMPLED, options.seed)
+        ids = sampled(loaded, options.tokens or _SAMPLED, options.seed)
     if len(batches := windows(loaded, ids)) < 2:
         raise ValueError(f"the text has {len(ids)} tokens: give at least two windows of {WINDOW}, better {_SAMPLED:,}")
     measured = max(1, len(batches) // _MEASURED)

@@ -190,7 +190,6 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
         ({"epochs": -1}, "epochs is -1: expected at least 0"),
         ({"rate": float("nan")}, "rate is nan: expected a finite number"),
         ({"tokens": 200}, "the text has 200 tokens: give at least two windows of 128"),
-        ({"text": (), "tokens": 300}, "--tokens shortens the text of --text: give text, or the length of a sample"),
         ({"text": ("latin.txt",)}, r"latin\.txt: not UTF-8 text .*: save it as UTF-8"),
         ({"chip": ()}, "chips is 0: expected at least 1"),
         ({"out": Path(__file__)}, "test_restored.py is a file: give a folder with --out"),
@@ -198,7 +197,6 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
         ({"method": "offsets", "rate_low_rank": 0.1}, "--rate-low-rank: without effect on the method offsets"),
         ({"method": "lora", "rate": 0.1}, "--rate: without effect on the method lora"),
         ({"method": "low-rank", "rank": float("inf")}, "rank is inf: expected a finite number above 0"),
-        ({"self_text": 256}, "text comes from --text or from --self-text: leave out one of them"),
         ({"method": "low-rank", "rank": 0.0}, "rank is 0.0: expected a finite number above 0"),
         ({"method": "lora", "epochs": 0}, "lora starts as zeros and has no closed form: give 1 epoch or more"),
         ({"method": "lora", "rank": 0.5}, "less than one rank for each matrix: give at least"),
@@ -221,7 +219,7 @@ def test_an_unknown_kind_of_corrections_is_refused():
 
 
 def test_the_command_prints_the_divergence_and_never_overwrites(home, tmp_path, capsys):
-    arguments = ["restore", "--base", str(home / "base"), "--crossbar", str(home / "noisy.yaml"), "--self-text", "256"]
+    arguments = ["restore", "--base", str(home / "base"), "--crossbar", str(home / "noisy.yaml"), "--tokens", "256"]
     arguments += ["--epochs", "1", "--out", str(tmp_path / "restored")]
     cli.main(arguments)
     printed = capsys.readouterr().out
