@@ -94,7 +94,7 @@ class Lab:
         self.pools, self.tokenizer = pools, lf.load_tokenizer(SMALL / "base")
         self.pad_id: Any = self.tokenizer.pad_token_id
         self.model = lf.load_base(SMALL / "base")
-        self.model.config = dataclasses.replace(self.model.config, unroll=True, remat="none")
+        self.model.config = dataclasses.replace(self.model.config, unroll=True)
         self.graph, self.base = nnx.split(self.model)
         of_few = functools.lru_cache(maxsize=12)
         self.problem, self.pool = of_few(self._problem), of_few(self._pool)

@@ -109,12 +109,9 @@ def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable:
     sites = adapted(config, update).values()
     gradients = sum(site.layers * update.gradients(site, tokens(site.reads, shape)) for site in sites)
     backward = matrices + head + 2 * attention + updates + (matrices + head if update.trains_base else gradients)
-    if config.remat == "full":
-        # No gradient needs the results of the blocks' last products.
-        backward += matrices - products(last_sites(config).values(), shape) + attention + updates
-    elif config.remat == "dots" and not config.unroll:
-        backward += attention / 2  # the scores; XLA removes the recomputation if layers are unrolled
-    if config.unroll and not update.trains_base:
+    if not config.unroll:
+        backward += attention / 2  # the scores, which are recomputed
+    elif not update.trains_base:
         backward -= _first_layers(config, shape)
     return forward_flops(config, shape, update) + backward + _OPTIMISER * trainable
 

@@ -122,12 +122,10 @@ def _cache(config: Architecture, shape: Shape, device: Device) -> int:
 def _kept(config: Architecture, shape: Shape, update: Update) -> int:
     """Return the bytes that the backward pass keeps: every layer's input, and most products.
 
-    If nothing is recomputed, these are followed by norms, attention weights and gates in float32.
+    If layers are unrolled, these are followed by norms, attention weights and gates in float32.
     """
     stacks, itemsize = config.stacks.values(), _itemsize(config)
     total = sum(stack.layers * tokens(stack.reads, shape) * config.d_model for stack in stacks)
-    if config.remat == "full":
-        return total * itemsize
     # The last product of a block is part of the next one's input, so it is not kept itself.
     last = last_sites(config).values()
     total += sum(tokens(s.reads, shape) * s.layers * s.d_out for s in config.sites.values() if s not in last)
@@ -136,7 +134,7 @@ def _kept(config: Architecture, shape: Shape, update: Update) -> int:
         width = update.width(site, count)
         total += count * site.layers * (width + site.d_out if width else 0)
     others = 0
-    if config.remat == "none":
+    if config.unroll:
         for stack in stacks:
             scores = sum(
                 attention.heads * tokens(stack.reads, rows) * row_tokens(attention, rows)

@@ -28,7 +28,7 @@ from .pool.folder import ConvertedPool, write_manifest
 from .pool.stack import check_finite, check_fits
 from .source import sha256
 
-_RUNTIME_FIELDS = ("dtype", "remat", "unroll")
+_RUNTIME_FIELDS = ("dtype", "unroll")
 _PACKAGES = ("jax", "numpy", "safetensors")
 
 

@@ -106,7 +106,7 @@ def load_texts(base: Base, *, chat: bool) -> Texts:
 
 def shallow_unrolled(config: Architecture) -> Architecture:
     """Return the structure as runs compile it: few layers one after the other, others in a loop."""
-    return dataclasses.replace(config, unroll=True, remat="none") if config.layers <= _SHALLOW else config
+    return dataclasses.replace(config, unroll=True) if config.layers <= _SHALLOW else config
 
 
 def load_model(

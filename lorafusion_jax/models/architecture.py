@@ -98,8 +98,8 @@ class Architecture:
       pad_id: the token that fills up rows.
       eos_id: the token, or the tokens, that end an answer.
       dtype: dtype of activations; weights are cast to it where they are used.
-      remat: values of a block that the backward pass keeps: `dots`, everything (`none`) or nothing (`full`).
-      unroll: compile the layers one after the other instead of as a loop; slower to compile, faster for few layers.
+      unroll: compile the layers one after the other, whose backward pass keeps all values, instead of as a loop, which
+        keeps the products; slower to compile, faster for few layers.
     """
 
     family: ClassVar[str]
@@ -112,7 +112,6 @@ class Architecture:
     pad_id: int = 0
     eos_id: int | tuple[int, ...] = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["dots", "none", "full"] = "dots"
     unroll: bool = False
 
     @property

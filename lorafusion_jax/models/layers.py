@@ -1,7 +1,7 @@
 """Parts that families share: frozen weights, linear maps that may have an adapter, RMS norm, the scan over layers."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,18 +86,12 @@ class RMSNorm(nnx.Module):
 
 
 def scan_blocks(
-    block: Callable[..., tuple[Any, Any]],
-    stacked: nnx.Module,
-    x: Any,
-    xs: Any,
-    *,
-    remat: Literal["dots", "none", "full"],
-    unroll: bool,
+    block: Callable[..., tuple[Any, Any]], stacked: nnx.Module, x: Any, xs: Any, *, unroll: bool
 ) -> tuple[Any, Any]:
     """Call `block(layer, x, xs of the layer)` for one layer after the other; return the last x and all outputs.
 
-    Variables of `stacked`, the blocks, and leaves of `xs` are [L, ...]; x is an array or a tree. `remat` and `unroll`
-    are those of `Architecture`.
+    Variables of `stacked`, the blocks, and leaves of `xs` are [L, ...]; x is an array or a tree. `unroll` is that of
+    `Architecture`.
     """
     graph, state = nnx.split(stacked)
     # Stacks in separate arrays are not sliced: the loop passes numbers of layers instead.
@@ -115,11 +109,8 @@ def scan_blocks(
         )
         return to_bits(block(nnx.merge(graph, weights), x, of_layer))
 
-    if remat != "none":
-        policy = _POLICIES.nothing_saveable
-        if remat == "dots":
-            policy = _PRODUCTS if for_cpu() else _SUMS
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    if not unroll:
+        body = jax.checkpoint(body, policy=_PRODUCTS if for_cpu() else _SUMS, prevent_cse=False)
     return from_bits(jax.lax.scan(body, *to_bits((x, (sliced, xs))), unroll=unroll))
 
 

@@ -23,7 +23,7 @@ from ..support.checks import at_least, check_uint32, one_of
 from ..support.platform import for_cpu
 from ..training.method import Params
 from ..training.seeds import SeedMode
-from .folder import RunConfig, note
+from .folder import RunConfig
 from .options import FuseOptions, OnArrays, check_digital, row_format
 
 _UNCUT = 2**30  # tokens
@@ -126,12 +126,6 @@ def prepare(
     """
     check(options)
     recipe, method = options.recipe, options.entry
-    if options.prompt is None and not options.chat and tasks.is_bbh(options.task):
-        note(
-            f"note: {options.task} is a file of BIG-Bench Hard, whose inputs are used as they are. The paper's "
-            "protocol has other rows, and the task's description and 'Q: ... A:' around each input: see "
-            "experiments/bbh.py"
-        )
     needs_training_rows = (to_train and method.learns != "untrained") or method.answers != "model"
     task = task or tasks.load_task(
         options.task,

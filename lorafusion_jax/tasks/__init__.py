@@ -21,7 +21,7 @@ from .metrics import constant_answer, exact_match
 from .options import answer_options
 from .packing import Packing
 from .protocol import Protocol, Split, batch_orders, draw_modules, split
-from .readers import is_bbh, without_revision
+from .readers import without_revision
 from .tokenizer import LONGEST, SEPARATE_TEXTS, Encoded, TextFormat, decode, encode, render_chat, stream_text, tokenise
 
 # The names for other programs; the package itself uses the others too.

@@ -130,15 +130,6 @@ def _check_columns(names: Sequence[str], path: Path) -> None:
         raise FileError(path, got=f"two columns named {some(twice)}", fix="rename one of them")
 
 
-def is_bbh(source: str | Path) -> bool:
-    """Return whether a file has the layout of BIG-Bench Hard."""
-    path = Path(source)
-    if path.suffix != ".json" or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return bool(re.match(rb'\s*\{[^[]*"examples"\s*:', file.read(10_000)))
-
-
 def _parse(text: str, path: Path, line: int = 1) -> Row:
     # Python's reader gives the line of an error, but lets half characters pass, which no text can hold.
     try:

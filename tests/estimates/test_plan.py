@@ -40,7 +40,7 @@ _HEADS = {"d_head": 32, "num_heads": 4, "num_kv_heads": 2, "query_scale": 32**-0
 _SIZES = {"vocab_size": 512, "d_model": 128, "d_ff": 320, "num_layers": 2, "context": 128}
 _DECODER = parts.DecoderConfig(model_type="llama", **_SIZES, **_HEADS, eps=1e-6, unroll=True)
 _SCANNED_DECODER = dataclasses.replace(_DECODER, num_layers=9, unroll=False)
-_UNROLLED = {"unroll": True, "remat": "none"}
+_UNROLLED = {"unroll": True}
 _BFLOAT16 = {"dtype": "bfloat16"}
 _SHAPE = parts.Shape(4, 32, 8)
 _PACKED = parts.Shape(1, 96, 24, ((2, 32, 8), (2, 16, 8)))

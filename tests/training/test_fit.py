@@ -15,7 +15,7 @@ from lorafusion_jax.tasks import Encoded, Split, TrainingRows
 from lorafusion_jax.training import fit as fit_lib
 from lorafusion_jax.training.frozen import VALIDATION
 
-_CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
+_CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True)
 _SEEDS = (1, 2)
 _RECIPE = dataclasses.replace(PRESETS["default"], epochs=3, batch_size=2)
 _STEPS = 3  # of an epoch

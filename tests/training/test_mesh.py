@@ -18,7 +18,7 @@ from lorafusion_jax.parts import make_mesh, on_mesh, recipe_rates, train_seeds
 from lorafusion_jax.training.mesh import partition, rules, to_host
 
 # As models of few layers run. A loop over layers is compiled otherwise for several devices: its last bits may differ.
-_DEPTHS = {"num_layers": 1, "num_decoder_layers": 1, "unroll": True, "remat": "none"}
+_DEPTHS = {"num_layers": 1, "num_decoder_layers": 1, "unroll": True}
 _CONFIG = dataclasses.replace(tiny.CONFIG, num_heads=2, d_kv=8, **_DEPTHS)
 _COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
 _OF_THE_HOST = re.compile(r"callback|\b(infeed|outfeed|send|recv)\(")

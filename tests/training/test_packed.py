@@ -19,7 +19,7 @@ from lorafusion_jax.crossbar import PRESETS as ARRAYS
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.tasks import Encoded, Packing, Split, TrainingRows, train_batches
 
-_CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True, remat="none")
+_CONFIG = dataclasses.replace(tiny.CONFIG, num_layers=1, num_decoder_layers=1, unroll=True)
 _LLAMA = small_llama.CONFIG | {"vocab_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 _DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
 _MODELS = {

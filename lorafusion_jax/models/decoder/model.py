@@ -349,7 +349,7 @@ class Decoder(nnx.Module):
         sliding = self.structure.sliding
         local = jnp.array(sliding) if any(sliding) and not all(sliding) else None
         xs = (of_stack(adapters, "decoder", self.config.sites), local, numbers)
-        return scan_blocks(block, self.decoder, carry, xs, remat=self.config.remat, unroll=self.config.unroll)
+        return scan_blocks(block, self.decoder, carry, xs, unroll=self.config.unroll)
 
 
 def to_the_right(a: Shaped[Array, "B S"], mask: Bool[Array, "B S"]) -> Shaped[Array, "B S"]:

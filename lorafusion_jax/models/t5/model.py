@@ -299,7 +299,7 @@ class T5(nnx.Module):
         return matmul(x, self.head.get_value())
 
     def _scan(self, block: Callable[..., tuple[Any, Any]], stacked: nnx.Module, carry: Any, xs: Any) -> tuple[Any, Any]:
-        return scan_blocks(block, stacked, carry, xs, remat=self.config.remat, unroll=self.config.unroll)
+        return scan_blocks(block, stacked, carry, xs, unroll=self.config.unroll)
 
 
 def _keys(input_mask: Mask, line: Line | None) -> list[Bool[Array, "_ 1 1 _"]]:
