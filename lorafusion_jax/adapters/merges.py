@@ -8,11 +8,10 @@ With A_n, B_n the factors as PEFT keeps them, s_n the scaling and w_n the weight
     ties, dare_ties   pruned as above; per entry, the weighted mean of the modules whose sign is that of their sum
     cat               dW = sum_n w_n s_n A_n B_n: the composition `sum` of `composition.compose`
     svd               that dW at the largest rank of the pool
-    *_svd             the rules above on the dW_n instead of factors, then the same
 
 A module without factors at a site adds nothing there and does not vote on signs. The results equal PEFT 0.21's. As in
 PEFT, signs are voted on before the weights are applied, so a subtracted module votes like an added one. PEFT itself is
-wrong if the first adapter has use_rslora (dW times sqrt(r)), from 0.9 to 0.20 in all *svd (scaled twice), and up to
+wrong if the first adapter has use_rslora (dW times sqrt(r)), from 0.9 to 0.20 in svd (scaled twice), and up to
 0.18 for negative weights.
 
 Sources: Yadav et al. 2023 (TIES), Yu et al. 2024 (DARE), PEFT's utils/merge_utils.py.
@@ -37,8 +36,7 @@ from .pool import LoraPool, in_pool
 from .updates import Dense, LowRank, Modules, Outputs
 
 _OnFactors = Literal["linear", "magnitude_prune", "dare_linear", "ties", "dare_ties"]
-_OnUpdates = Literal["svd", "magnitude_prune_svd", "dare_linear_svd", "ties_svd", "dare_ties_svd"]
-MergeKind = Literal[_OnFactors, _OnUpdates, Literal["cat"]]
+MergeKind = Literal[_OnFactors, Literal["cat", "svd"]]
 
 
 def check_merge(pool: LoraPool, kind: MergeKind) -> None:
@@ -51,7 +49,7 @@ def check_merge(pool: LoraPool, kind: MergeKind) -> None:
     if len({int(r) for rank in pool.rank.values() for r in np.unique(rank) if r > 0}) > 1:
         raise ValueError(
             f"the pool's adapters have different ranks, and {kind} adds their matrices entry by entry: "
-            f"use cat, svd{'' if kind == 'linear' else f', {kind}_svd'}, or a pool of one rank"
+            "use cat or svd, or a pool of one rank"
         )
 
 
@@ -85,7 +83,7 @@ def merge(
     if kind.startswith("dare") and key is None:
         raise ValueError(f"{kind} keeps random entries: give a key")
     factor = in_pool(len(pool), index)
-    rule = "linear" if index.shape[0] == 1 else kind.removesuffix("_svd")
+    rule = "linear" if index.shape[0] == 1 else kind
     width = max(A.shape[-1] for A in pool.A.values())
 
     def of_layer(site: str, layer: tuple[Array, Weight, Weight, Array]) -> tuple[Array, Array]:
@@ -100,8 +98,8 @@ def merge(
                 tasks = jax.vmap(partial(_largest, count=int(density * tasks[0].size)))(tasks)
             return (_elected if rule.endswith("ties") else _summed)(tasks, by[:, None, None])
 
-        if kind in get_args(_OnUpdates):
-            U, S, Vt = jnp.linalg.svd(combined("dW", product(A, B), weights), full_matrices=False)
+        if kind == "svd":
+            U, S, Vt = jnp.linalg.svd(_summed(product(A, B), weights[:, None, None]), full_matrices=False)
             return U[:, :width], S[:width, None] * Vt[:width]
         # B cannot be recovered from a scaling of 0.
         unfolded = B / jnp.where(scaling == 0, jnp.ones_like(scaling), scaling)[:, None, None]
@@ -129,7 +127,7 @@ def dare_masks(
 ) -> Bool[Array, "N d_in d_out"]:
     """Return the masks of the entries that dare keeps, with probability `density`, in one matrix of each module.
 
-    `names` are those of the whole pool; `matrix` is `A of `, `B of ` or `dW of ` and the site.
+    `names` are those of the whole pool; `matrix` is `A of ` or `B of ` and the site.
     """
     of_names = np.array([zlib.crc32(f"{matrix}, {name}".encode()) for name in names], np.uint32)
 

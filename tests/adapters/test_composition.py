@@ -389,7 +389,7 @@ def test_fusions_that_cannot_be_are_refused():
 
 
 @pytest.mark.parametrize("index", [(0, 4), (0, -1), (7, 9)])
-@pytest.mark.parametrize("kind", ["sum", "mix", "basis", "ties_svd"])
+@pytest.mark.parametrize("kind", ["sum", "mix", "basis", "ties"])
 def test_no_module_stands_for_one_outside_of_the_pool(kind, index):
     pool = tiny.pool(4, names="q")
     ones, basis = expand(jnp.ones(2), pool, "global"), lf.shared_basis(pool, 4)

@@ -84,10 +84,8 @@ def _oracle(pool, index, weights, kind, density, rank):
             updates = [A[layer, i] @ B[layer, i] for i, _ in there]
             if kind == "cat":
                 found[site, layer] = _combine(updates, w, "linear", None, None)
-            elif kind.endswith("svd"):
-                rule = "linear" if kind == "svd" else kind.removesuffix("_svd")
-                whole = _combine(updates, w, rule, density, kept("dW", updates[0].shape))
-                u, s, v = np.linalg.svd(whole, full_matrices=False)
+            elif kind == "svd":
+                u, s, v = np.linalg.svd(_combine(updates, w, "linear", None, None), full_matrices=False)
                 found[site, layer] = (u[:, :rank] * s[:rank]) @ v[:rank]
             else:
                 s = np.asarray(pool.scaling[site])[layer, at]
@@ -152,7 +150,7 @@ def test_a_dare_depends_on_key_name_site_and_layer_alone():
     assert len({mask.tobytes() for mask in stacked}) == 12
 
 
-@pytest.mark.parametrize("kind", ["linear", "dare_ties", "ties_svd"])
+@pytest.mark.parametrize("kind", ["linear", "dare_ties", "svd"])
 def test_merges_map_over_seeds(kind):
     index = jnp.array([[3, 0, 2], [1, 2, 3]])
     keys = jnp.stack([jax.random.key(1), jax.random.key(2)])
@@ -174,12 +172,12 @@ def test_a_quantised_pool_merges_as_what_it_holds():
 
 def test_merges_that_cannot_be_are_refused():
     mixed, dora = tiny.pool(2, lambda n, site, layer: 2 + n), dataclasses.replace(tiny.pool(1), magnitude={})
-    for kind in ("cat", "svd", "ties_svd"):
+    for kind in ("cat", "svd"):
         Merge(kind=kind).check(mixed)
     index, ones = jnp.arange(2), jnp.ones(2)
     for refused, message in (
-        (lambda: Merge(kind="ties").check(mixed), "different ranks, and ties adds .* use cat, svd, ties_svd, or"),
-        (lambda: check_merge(mixed, "linear"), "and linear adds .* use cat, svd, or a pool of one rank"),
+        (lambda: Merge(kind="ties").check(mixed), "different ranks, and ties adds .* use cat or svd, or"),
+        (lambda: check_merge(mixed, "linear"), "and linear adds .* use cat or svd, or a pool of one rank"),
         (lambda: merge(mixed, index, ones, "linear"), "different ranks, and linear adds"),
         (lambda: check_merge(dora, "svd"), "a DoRA adapter has magnitudes"),
         (lambda: merge(dora, jnp.arange(1), jnp.ones(1), "cat"), "a DoRA adapter has magnitudes"),

@@ -84,7 +84,7 @@ def _ours(pool, weights, kind):
 
 def _equal(ours, theirs, kind):
     # Where the last singular value kept is close to the next, an SVD turns the rounding of its input into more.
-    atol = 1e-4 if kind.endswith("svd") else 1e-5
+    atol = 1e-4 if kind == "svd" else 1e-5
     assert theirs.keys() <= ours.keys()
     for where, wanted in theirs.items():
         assert np.abs(wanted).max() > 1e-3
@@ -100,7 +100,7 @@ def test_merges(model, pool_of, kind, weights):
     _equal(_ours(pool, _WEIGHTS[weights], kind), _peft(model, _ONE_RANK, _WEIGHTS[weights], kind), kind)
 
 
-@pytest.mark.parametrize("kind", ["cat", "svd", "ties_svd"])
+@pytest.mark.parametrize("kind", ["cat", "svd"])
 def test_merges_of_several_ranks(model, pool_of, kind):
     names, weights = ("wide", "several"), (0.9, -0.5)
     _equal(_ours(pool_of(names), weights, kind), _peft(model, names, weights, kind), kind)
