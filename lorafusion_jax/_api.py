@@ -21,6 +21,8 @@ from .crossbar import program as program
 from .crossbar import program_tree as program_tree
 from .crossbar import with_read_key as with_read_key
 from .hardware.on_arrays import fuse as fuse
+from .hardware.prepare import PrepareOptions as PrepareOptions
+from .hardware.prepare import prepare as prepare
 from .hardware.restore import Restoring as Restoring
 from .hardware.restore import restore as restore
 from .io.export import merged_base as merged_base

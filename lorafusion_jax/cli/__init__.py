@@ -28,7 +28,7 @@ COMMANDS = {
     "merge": "modules with your own weights -> a PEFT adapter or a merged base model",
     "lm-eval": "fused runs, bases and adapters on benchmarks of lm-evaluation-harness",
     "export": "a fused run -> a PEFT adapter or a merged base model",
-    "crossbar": "crossbar program: base and pool -> simulated chips, for `fuse` and `evaluate`",
+    "crossbar": "prepare a base for arrays, and program base and pool onto simulated chips",
     "restore": "unlabelled text -> digital corrections of a base model on simulated chips",
     "params": "exact trainable counts of every method, without weights",
     "cost": "one new task's writes, energy, time and wear with every method, without weights",

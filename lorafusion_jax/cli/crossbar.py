@@ -1,31 +1,59 @@
-"""`lorafusion crossbar program`: write base and pool onto simulated chips."""
+"""`lorafusion crossbar`: prepare a base for arrays, and program base and pool onto simulated chips."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from ..hardware.prepare import PrepareOptions, prepare
 from ..hardware.write import ProgramOptions, write_chips
 from ..support.reading import show
 from ..support.text_tables import plain
 from .parsing import parse
 
-GROUPS = {
+PROGRAM_GROUPS = {
     "data and base": ("base", "pool"),
     "hardware": ("crossbar", "chips", "keep_digital", "chip_key"),
     "run": ("out",),
 }
+PREPARE_GROUPS = {"data and base": ("base", "text", "tokens"), "hardware": ("crossbar", "seed"), "run": ("out",)}
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Program chips, and print the cost of each."""
+    """Prepare a base, or program chips."""
     action, *rest = arguments or ("--help",)
     if action in ("-h", "--help"):
-        action, rest = "program", ["--help"]
-    if action != "program":
-        raise ValueError(
-            f"`lorafusion crossbar` has one action, program, and got {action!r}: a run is evaluated on arrays by "
-            "`lorafusion evaluate --crossbar`"
+        show(
+            "prepare  changes of a base's matrices, from text, so that it loses little on any chip\n"
+            "program  base and pool -> simulated chips, with the cost of writing them\n\n"
+            "`lorafusion crossbar ACTION --help` lists the options of each."
         )
-    options = parse(ProgramOptions, rest, "crossbar program", groups=GROUPS)
+    elif action == "prepare":
+        _prepare(rest)
+    elif action == "program":
+        _program(rest)
+    else:
+        raise ValueError(
+            f"`lorafusion crossbar` has the actions prepare and program, and got {action!r}: a run is evaluated on "
+            "arrays by `lorafusion evaluate --crossbar`"
+        )
+
+
+def _prepare(arguments: Sequence[str]) -> None:
+    """Prepare a base, and print the errors of each site that are expected before and after."""
+    options = parse(PrepareOptions, arguments, "crossbar prepare", groups=PREPARE_GROUPS)
+    lines = [["site", "before", "after"]]
+    for name, site in prepare(options)["sites"].items():
+        lines.append([name, *(f"{np.mean(errors):.3g}" for errors in (site["before"], site["after"]))])
+    show(
+        f"error power of the outputs over their own, as expected on any chip, mean over layers:\n{plain(lines, left=(0,))}"
+    )
+    show(f"written to {options.out}: give it to other commands with --crossbar")
+
+
+def _program(arguments: Sequence[str]) -> None:
+    """Program chips, and print the cost of each."""
+    options = parse(ProgramOptions, arguments, "crossbar program", groups=PROGRAM_GROUPS)
     show(programmed_report(write_chips(options)))
     show(f"written to {options.out}")
 

@@ -55,6 +55,10 @@ from .devices.write_error import (
 )
 from .mapping.adc.architectures import Architecture, register_adc
 from .mapping.geometry import Geometry
+from .preparation.code_errors import CodeErrors, code_errors
+from .preparation.moments import moments
+from .preparation.preparation import Preparation
+from .preparation.prepare import expected_error, prepare
 from .read.matmul import matmul
 
 # The imports are the public names, so that a second list of them is not needed.

@@ -99,7 +99,7 @@ def asked(options: EvaluateOnChipsOptions) -> EvaluationRequest:
     chips.chip_key(count - 1)  # raises ValueError where the folder has fewer
     setup, fused, params = load_to_evaluate(options)
     check(setup, fused)
-    chips.check(setup, fused.control)
+    setup = chips.checked(setup, fused.control)
     numbers = module_numbers(setup, fused, chips)
     restored = []
     if options.restore is not None:

@@ -6,11 +6,13 @@ them, with digests of the weights, and the programmed arrays, which a drawn chip
     CHIPS/manifest.json   key, digital weights, digests of base and modules, arrays and cost of writing them
     CHIPS/config.yaml     configuration of the crossbar
     CHIPS/chip_0/         SITE.safetensors, ...: a file for each stack of matrices (`crossbar.load_chip`)
+
+A folder of preparations (`prepare`) stands for a configuration too.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, NotRequired, TypedDict
+from typing import Annotated, NotRequired, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +28,13 @@ from ..models.architecture import matrices
 from ..models.weights import dense
 from ..support.checks import check_uint32
 from ..support.reading import FileError, read_json
+from .prepared import CONFIG, PREPARATIONS, Prepared, load_prepared
 
-MANIFEST, CONFIG = "manifest.json", "config.yaml"
+MANIFEST = "manifest.json"
 # Number from which the keys of training steps are made; all chips have smaller numbers.
 STEP_CHIPS = 2**32 - 1
 
+Loaded = TypeVar("Loaded", bound=LoadedModel)
 _UNITS = {"s": 1, "min": 60, "h": 3600, "day": 86_400, "month": 30 * 86_400, "year": 365 * 86_400}
 
 
@@ -73,6 +77,7 @@ class Chips:
       key: PRNG key; chip n has fold_in(key, n).
       manifest: manifest of the folder; None without a folder, so that any number of chips can be drawn.
       name: given name.
+      prepared: preparations of a base; None without.
     """
 
     config: crossbar.CrossbarConfig
@@ -80,6 +85,7 @@ class Chips:
     key: Array
     manifest: Manifest | None
     name: str
+    prepared: Prepared | None = None
 
     def __post_init__(self):
         if "*" in self.digital:
@@ -106,21 +112,32 @@ class Chips:
             raise ValueError(f"there is no chip {number}: chips are numbered from 0 to {STEP_CHIPS - 1:,}: choose one")
         return jax.random.fold_in(self.key, number)
 
-    def check(self, fused: LoadedModel, control: str = "none") -> None:
-        """Raise ValueError if the base, the modules or the chips that the key draws differ from those in the folder."""
-        if self.manifest is None:
-            return
+    def checked(self, fused: Loaded, control: str = "none") -> Loaded:
+        """Return the model with the preparations of its base.
+
+        Raises ValueError if the base, the modules or the chips that the key draws differ from those in the folder.
+        """
+        if self.prepared is not None:
+            self.prepared.check(digests(fused)["base"])
+            fused = fused.with_problem(
+                frozen=dataclasses.replace(fused.problem.frozen, preparations=self.prepared.of_sites)
+            )
+        if self.manifest is not None:
+            self._check(fused, self.manifest, control)
+        return fused
+
+    def _check(self, fused: LoadedModel, manifest: Manifest, control: str) -> None:
         if control != "none":
             raise ValueError(f"{self.name} holds no {control} control: give a preset or a file with --crossbar")
-        now, on_chips = digests(fused), self.manifest["modules"]
-        if now["base"] != self.manifest["base_sha256"]:
+        now, on_chips = digests(fused), manifest["modules"]
+        if now["base"] != manifest["base_sha256"]:
             raise ValueError(
-                f"{self.name} holds another base model (sha256 {self.manifest['base_sha256'][:12]}, the run's is "
+                f"{self.name} holds another base model (sha256 {manifest['base_sha256'][:12]}, the run's is "
                 f"{now['base'][:12]}): program chips with the run's base, or evaluate a run on theirs"
             )
         pairs = {f"module {name}": (digest, on_chips.get(name)) for name, digest in now["modules"].items()}
         if basis := now.get("basis"):
-            pairs = {"shared basis": (basis, self.manifest["basis_sha256"])}
+            pairs = {"shared basis": (basis, manifest["basis_sha256"])}
         for name, (digest, written) in pairs.items():
             if digest != written:
                 there = "is not there" if written is None else f"has the sha256 {written[:12]}"
@@ -155,15 +172,20 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
     """Return the chips of a folder that `lorafusion crossbar program` wrote, or of a configuration.
 
     Args:
-      name: folder, preset, or .yaml or .json file.
+      name: folder of chips or of preparations, preset, or .yaml or .json file.
       key: key of the chips of a configuration; a folder has its own.
       digital: digital weights of a configuration; a folder has its own.
     """
     check_uint32(chip_key=key)
     folder = Path(name)
     if not (folder / MANIFEST).is_file():
+        if (folder / PREPARATIONS).is_dir():
+            config, prepared = crossbar.load_config(folder / CONFIG), load_prepared(folder)
+            return Chips(config, digital, jax.random.key(key), None, name, prepared)
         if folder.is_dir():
-            raise ValueError(f"{folder} has no {MANIFEST}: give a folder that `lorafusion crossbar program` wrote")
+            raise ValueError(
+                f"{folder} has no {MANIFEST}: give a folder that `lorafusion crossbar program` or `prepare` wrote"
+            )
         return Chips(crossbar.load_config(name), digital, jax.random.key(key), None, name)
     manifest = read_json(folder / MANIFEST, Manifest, "a folder of chips")
     if digital or key:

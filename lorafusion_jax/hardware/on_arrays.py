@@ -20,7 +20,7 @@ from ..training.frozen import Frozen
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, calibrate, looped
 from .chips import redrawn
-from .folder import STEP_CHIPS, Chips, aged, load_chips
+from .folder import STEP_CHIPS, Chips, Loaded, aged, load_chips
 from .program import Restored, program
 from .restored import load_restored
 
@@ -52,7 +52,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     """
     check(setup, options)
     asked = options.arrays
-    chips, config, restored = _chips(setup, asked, options.control)
+    setup, chips, config, restored = _chips(setup, asked, options.control)
     if asked.train_chip in ("fresh", "both") and not is_random(config):
         raise ValueError(f"programming is not random in {chips.name}: train with --train-chip chip, or none")
     if asked.restore is not None and asked.train_chip in ("fresh", "both"):
@@ -85,22 +85,22 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
 
 def restored_base(loaded: LoadedModel, asked: OnArrays) -> Frozen:
     """Return a base without a pool on a restored chip, whose converters' ranges are those of the corrections."""
-    chips, config, restored = _chips(loaded, asked)
+    loaded, chips, config, restored = _chips(loaded, asked)
     problem, key = looped(loaded).problem, chips.chip_key(asked.chip)
     return program(problem.graph, problem.frozen, chips.rules(config), key, restored=restored)
 
 
 def _chips(
-    loaded: LoadedModel, asked: OnArrays, control: str = "none"
-) -> tuple[Chips, CrossbarConfig, Restored | None]:
-    """Return the chips that a run names, their configuration at its age, and the corrections of its chip."""
+    loaded: Loaded, asked: OnArrays, control: str = "none"
+) -> tuple[Loaded, Chips, CrossbarConfig, Restored | None]:
+    """Return the model with its preparations, the chips that a run names, and their configuration and corrections."""
     assert asked.crossbar is not None
     chips = load_chips(asked.crossbar, key=asked.chip_key, digital=asked.keep_digital)
-    chips.check(loaded, control)
+    loaded = chips.checked(loaded, control)
     config, restored = aged(chips.config, asked.age), None
     if asked.restore is not None:
         (restored,) = load_restored(asked.restore, chips, [asked.chip], digests(loaded)["base"])
-    return chips, config, restored
+    return loaded, chips, config, restored
 
 
 def module_numbers(setup: Setup, options: FuseOptions, chips: Chips) -> Int[Array, " P"] | None:

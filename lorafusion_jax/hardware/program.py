@@ -6,6 +6,7 @@ Embeddings, norms, softmax, coefficients, magnitudes and S of a basis stay digit
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import PairTerms, gram, norms
 from ..adapters.pool import LoraPool
-from ..crossbar import Correction, Rules, chips_in, program_tree, with_chips, with_corrections
+from ..crossbar import Correction, Preparation, Rules, chips_in, program_tree, with_chips, with_corrections
 from ..models.architecture import kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..support.reading import named
@@ -92,7 +93,8 @@ def program(
     if modules is not None and isinstance(pool, LoraPool):
         layered = ((f"pool.{factor}.{site}", len(w)) for factor, sites in factors.items() for site, w in sites.items())
         numbers = {path: (jnp.arange(layers), modules) for path, layers in layered}
-    write = functools.partial(program_tree, rules=rules, key=key, numbers=numbers)
+    preparations = _with_pool(frozen.preparations or {}, factors)
+    write = functools.partial(program_tree, rules=rules, key=key, numbers=numbers, preparations=preparations)
     written = base | ({"pool": factors} if factors else {})
     if restored is not None:  # corrections that do not fit are refused before anything is written
         jax.eval_shape(lambda weights: len(restored.on(write(weights))), written)
@@ -104,7 +106,7 @@ def program(
         placed = restored.on(placed)
     set_matrices(model, placed)
     _, state = nnx.split(model)
-    programmed = dataclasses.replace(frozen, base=state)
+    programmed = dataclasses.replace(frozen, base=state, preparations=None)
     if frozen.norms is not None and norm == "programmed":
         adapted = {site: kernel for site, kernel in kernels(model).items() if site in frozen.norms}
         programmed = dataclasses.replace(programmed, norms=jax.jit(norms)(adapted))
@@ -118,3 +120,21 @@ def program(
             terms = jax.jit(gram)(pool, kernels(nnx.merge(graph, frozen.base)))
         return dataclasses.replace(programmed, gram=terms and dataclasses.replace(terms, modules=pool))
     return dataclasses.replace(programmed, gram=jax.jit(gram)(in_arrays, kernels(model)))
+
+
+def _with_pool(
+    preparations: Mapping[str, Preparation], factors: Mapping[str, Mapping[str, Array]]
+) -> dict[str, Preparation]:
+    """Return the preparations of the base and of a pool: A and U meet the inputs of their sites, B and V others."""
+    found = dict(preparations)
+    for factor, sites in factors.items() if preparations else ():
+        for site, weights in sites.items():
+            one = Preparation()
+            if factor in ("A", "U"):
+                of_site = preparations[site]
+                shape = (weights.shape[0], *[1] * (weights.ndim - 3), weights.shape[-2])
+                wide = None if of_site.factors is None else of_site.factors.reshape(shape)
+                wide = None if wide is None else jnp.broadcast_to(wide, weights.shape[:-1])
+                one = dataclasses.replace(of_site, factors=wide, ranges=None)
+            found[f"pool.{factor}.{site}"] = one
+    return found

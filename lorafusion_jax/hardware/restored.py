@@ -161,14 +161,9 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         config = prepared(config)
     if options.out is None and chips.manifest is None:
         raise ValueError(f"{options.crossbar} is no folder of chips to put corrections into: give a folder with --out")
-    texts = []
-    for path in options.text:
-        check_regular(path)
-        with utf8(path):
-            texts.append(path.read_text(encoding="utf-8"))
-    content = "\n".join(texts)
+    content = read_texts(options.text)
     loaded = load_model(LoadOptions(base=options.base, method="zero-shot"))
-    chips.check(loaded)
+    loaded = chips.checked(loaded)
     settings = Settings(
         **_of_chips(chips, digests(loaded)["base"]),
         **same,
@@ -216,6 +211,16 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
             }
             arrays.save(out / f"chip_{number}", _to_save(weights, corrections), made[number])
     return {number: made[number] for number in keys}
+
+
+def read_texts(paths: Sequence[Path]) -> str:
+    """Return the content of text files, one after the other."""
+    texts = []
+    for path in paths:
+        check_regular(path)
+        with utf8(path):
+            texts.append(path.read_text(encoding="utf-8"))
+    return "\n".join(texts)
 
 
 class Outputs(Sequence[Array]):

@@ -28,6 +28,7 @@ class Frozen:
       gram: the pool's Gram terms on the base, or its pair terms.
       norms: site -> [L, d_out], ||W|| of every column of the sites that a method without a pool rescales.
       prepared: other pytree that the method computes once (`Method.prepare`), such as random matrices.
+      preparations: preparations of the base's matrices by their names, for arrays (`crossbar.prepare`).
     """
 
     base: nnx.State
@@ -35,6 +36,7 @@ class Frozen:
     gram: Gram | PairTerms | None = None
     norms: dict[str, Float[Array, "*C _L _d_out"]] | None = None
     prepared: Any = None
+    preparations: Any = None
 
     def unstacked(self) -> "Frozen":
         """Return the weights with the base model's layers in separate arrays (`weights.unstacked`)."""

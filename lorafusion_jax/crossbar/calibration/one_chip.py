@@ -19,7 +19,7 @@ from ..devices.physical import varying_as
 from ..mapping import encoding
 from ..mapping.adc.quantiser import converter, stacked_units
 from ..read.definition import BUDGET, all_sums, input_bytes, with_mismatch, with_noise
-from ..read.matmul import check_inputs, full_scale, matmul
+from ..read.matmul import check_inputs, full_scale, matmul, prepared_inputs
 from ..read.paths.registry import PATHS, choose, columns_of
 
 # Bins of |current|, from 2^-32 of the largest one on, and of |x|, from 2^-128 on; and their number for each power
@@ -96,7 +96,7 @@ def probe(
     if weights is None and chip.correction is not None and chip.correction.offset is not None:
         reference = reference + chip.correction.offset.astype(batch.dtype)[None]
     signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
-    unnamed = dataclasses.replace(chip, name="")
+    unnamed, batch = dataclasses.replace(chip, name="", preparation=None), prepared_inputs(batch, chip)
     histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(batch, unnamed)
     return y.astype(dtype), Statistics(histogram, errors, clipped, inputs, clipped_inputs, signal, error)
 

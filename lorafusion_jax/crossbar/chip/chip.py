@@ -15,6 +15,7 @@ from ..config.structure import Structure, split_config
 from ..mapping import encoding
 from ..mapping.bit_fields import Packed
 from ..mapping.geometry import Geometry
+from ..preparation.preparation import Preparation
 from .correction import Correction, Corrections, by_name, check_correction
 from .plan import Plan
 
@@ -47,6 +48,7 @@ class Chip:
       key: PRNG key of the reads, with the leading axes of the stack (see `with_read_key`); None without read noise.
       tap: zeros whose gradient is the converters' statistics (see `calibration.whole_model`), or None.
       correction: digital correction of the reads, with the leading axes of the stack, or None.
+      preparation: change of the weights before they were written, and of the inputs of a read, or None.
       name: name of the weight in rules and reports.
     """
 
@@ -69,6 +71,7 @@ class Chip:
     key: Any = None
     tap: Any = None
     correction: Correction | None = None
+    preparation: Preparation | None = None
     name: str = dataclasses.field(default="", metadata={"static": True})
 
     def __repr__(self) -> str:
@@ -145,6 +148,7 @@ def programmed_weights(chip: Chip) -> Float[Array, "*N d_in d_out"]:
 
     def of_one(one: Chip) -> Array:
         weights = one.codes * encoding.per_weight(one.scale, one.geometry)
+        weights = weights if one.preparation is None else one.preparation.undo(weights)
         return weights if one.correction is None else one.correction.weights(weights)
 
     return over_stack(of_one, chip.shape[:-2])(chip)

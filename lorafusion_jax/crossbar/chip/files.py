@@ -19,6 +19,7 @@ from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
 from ..mapping.geometry import Geometry
+from ..preparation.preparation import Preparation
 from ..read.paths.registry import PATHS, columns_of
 from .chip import Chip, over_stack, reconfigured
 from .correction import Correction, check_correction
@@ -42,15 +43,17 @@ def save_chip(chip: Chip, path: str | Path) -> None:
         parts = value._asdict() if isinstance(value, Packed) else {"": value}
         arrays |= {f"{name}.{part}".rstrip("."): np.asarray(a) for part, a in parts.items() if a is not None}
     arrays |= {f"values.{i}": np.asarray(value) for i, value in enumerate(chip.values)}
-    if chip.correction is not None:
-        parts = vars(chip.correction).items()
-        arrays |= {f"correction.{part}": np.asarray(values) for part, values in parts if values is not None}
+    for name in ("correction", "preparation"):
+        parts = jax.tree.leaves_with_path(getattr(chip, name))
+        arrays |= {f"{name}{jax.tree_util.keystr(part)}": np.asarray(values) for part, values in parts}
     # Without the axes of a stack, unless its matrices differ in values.
     first = [value[(0,) * (len(chip.shape) - 2)] for value in chip.values]
     same = all(bool(jnp.all(value == one)) for value, one in zip(chip.values, first, strict=True))
     config = chip.structure.config(first if same else chip.values)
     meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
     meta |= {"name": chip.name, "plan": dataclasses.asdict(chip.plan)}
+    if chip.preparation is not None:
+        meta |= {"preparation": {"transforms": chip.preparation.transforms, "identity": chip.preparation.identity}}
 
     def writer(file: BinaryIO) -> None:
         save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, file.name, {_META: json.dumps(meta)})
@@ -110,6 +113,9 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     if parts := {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("correction.")}:
         fields["correction"] = Correction(**parts)
         check_correction(fields["correction"], meta.get("name", ""), stored["codes"].shape)
+    if "preparation" in meta:
+        parts = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("preparation.")}
+        fields["preparation"] = Preparation(**parts, **meta["preparation"])
     geometry, plan = Geometry.of(stored["codes"].shape[-2:], config), dict(meta["plan"])
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}

@@ -24,6 +24,7 @@ from ..devices.physical import NUMBER, like
 from ..mapping import decoding, encoding
 from ..mapping.adc.quantiser import fixed_limits, stacked_units
 from ..mapping.geometry import Cells, Gains, Geometry
+from ..preparation.preparation import Preparation, check_preparation
 from ..read.paths.registry import PATHS, choose
 from .chip import Chip
 from .columns import Written
@@ -39,6 +40,7 @@ def program(
     *,
     path: str | None = None,
     conductances: Cells | None = None,
+    preparation: Preparation | None = None,
 ) -> Chip:
     """Write a matrix into arrays.
 
@@ -50,21 +52,25 @@ def program(
       key: PRNG key of the chip: the same key gives the same chip. Needed if the device or the ADC is random.
       path: path of the reads (docs/concepts/reads.md lists them); None chooses the fastest exact one.
       conductances: measured conductances (Gmax = 1) of all cells at the time of the read, which replace modelled ones.
+      preparation: change of the matrix and its inputs (see `prepare`). Needed if `config.mapping` asks for one.
 
     Raises:
       ValueError: the weights are not a finite matrix, a key is missing, conductances have another shape or are not
         fractions of Gmax, measured conductances are to drift, or the path would not be exact.
     """
     _check(weights, config, key, conductances)
+    check_preparation(preparation, weights.shape, config)
     if jnp.finfo(weights.dtype).bits < 32:
         weights = weights.astype(jnp.float32)
-    geometry = Geometry.of(weights.shape, config)
+    geometry, ranges = Geometry.of(weights.shape, config), None
+    if preparation is not None:
+        weights, ranges = preparation.weights(weights), preparation.ranges
     # Rounding has no useful gradient: weights get theirs only from `_straight_through`.
     fixed = jax.lax.stop_gradient(weights)
-    scale = encoding.full_scale(fixed, geometry, config) / geometry.code_scale
+    scale = encoding.full_scale(fixed, geometry, config, ranges) / geometry.code_scale
     codes = encoding.weight_codes(fixed, scale, geometry, config)
 
-    perfect = conductances is None and not _has_errors(config)
+    perfect = conductances is None and not has_errors(config)
     limits = fixed_limits(geometry, config, weights.dtype)
     _warn_of_clipping(geometry, config)
     plan = choose(geometry, config, limits, perfect=perfect, path=path)
@@ -103,6 +109,7 @@ def program(
         limits=None if limits is None else jnp.asarray(limits, weights.dtype),
         input_limit=like(config.dac.limit, weights) if config.dac and config.dac.scaling == "fixed" else None,
         pulses=pulses,
+        preparation=preparation,
         values=values,
         structure=structure,
         geometry=geometry,
@@ -158,10 +165,10 @@ _straight_through.defjvps(lambda dot, _, *of: dot, lambda dot, _, *of: dot)
 
 def is_random(config: CrossbarConfig) -> bool:
     """Return whether programming draws random numbers."""
-    return _has_errors(config) or config.mismatched
+    return has_errors(config) or config.mismatched
 
 
-def _has_errors(config: CrossbarConfig) -> bool:
+def has_errors(config: CrossbarConfig) -> bool:
     """Return whether cells differ from their targets when they are read."""
     device = config.device
     drifts = device.drift is not None and device.time is not None

@@ -21,17 +21,26 @@ from jaxtyping import Array, Float, Int
 from ...support.platform import is_traced
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
+from ..preparation.preparation import Preparation
 from ..read.paths.registry import PATHS
 from .chip import Chip, stacked_keys, typed_key
 from .program import program
 
 Rules = Mapping[str, CrossbarConfig | None]
 Numbers = Mapping[str, Sequence[Int[Array, " _size"]]]
+Preparations = Mapping[str, Preparation]
 
 _CHIP, _READ = 0, 1  # purposes of a weight's key
 
 
-def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | None = None) -> Any:
+def program_tree(
+    weights: Any,
+    rules: Rules,
+    key: Array,
+    *,
+    numbers: Numbers | None = None,
+    preparations: Preparations | None = None,
+) -> Any:
     """Return a model's weights with `Chip` leaves.
 
     A weight's arrays depend only on the key, its path and its numbers in a stack, not on other weights or the number of
@@ -43,6 +52,7 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | N
       key: one PRNG key [].
       numbers: path -> for each leading axis of that stack, the numbers of its entries on the chip, if the stack is part
         of a larger one. For other stacks they are 0, 1, ...
+      preparations: path -> preparation of that weight, or of each matrix of that stack (see `prepare`).
 
     Raises:
       ValueError: a pattern matches nothing, or only vectors, or never decides; a weight cannot be programmed; the rules
@@ -53,12 +63,21 @@ def program_tree(weights: Any, rules: Rules, key: Array, *, numbers: Numbers | N
     by_path, tree = jax.tree.flatten_with_path(weights)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
     _check_patterns(rules, named)
-    numbers = numbers or {}
-    return tree.unflatten([_place(path, leaf, rules, key, numbers.get(path)) for path, leaf in named.items()])
+    numbers, preparations = numbers or {}, preparations or {}
+    if unknown := [path for path in preparations if path not in named]:
+        raise ValueError(f"preparations of {', '.join(unknown)}, which are no weights: there are {', '.join(named)}")
+    return tree.unflatten(
+        [_place(path, leaf, rules, key, numbers.get(path), preparations.get(path)) for path, leaf in named.items()]
+    )
 
 
 def _place(
-    path: str, weight: Float[Array, "..."], rules: Rules, key: Array, numbers: Sequence[Int[Array, " _size"]] | None
+    path: str,
+    weight: Float[Array, "..."],
+    rules: Rules,
+    key: Array,
+    numbers: Sequence[Int[Array, " _size"]] | None,
+    preparation: Preparation | None,
 ) -> Any:
     """Return a weight programmed by its rules, or as it is."""
     config = first_match(path, rules)
@@ -69,7 +88,7 @@ def _place(
     numbers = numbers or [jnp.arange(size) for size in weight.shape[:-2]]
     chips, noise = _keys(key, np.uint32(zlib.crc32(path.encode())), numbers)
     structure, values = split_config(config)
-    chip = _program_stack(weight, chips, values, structure=structure)
+    chip = _program_stack(weight, chips, preparation, values, structure=structure)
     return dataclasses.replace(chip, key=noise if config.reads_at_random else None, name=path)
 
 
@@ -81,24 +100,27 @@ def _keys(key: Array, weight: Array, numbers: Sequence[Int[Array, " _size"]]) ->
 
 
 @functools.partial(jax.jit, static_argnames=("structure",))
-def _program_stack(weight: Array, keys: Array, values: list[Array], *, structure: Structure) -> Chip:
+def _program_stack(
+    weight: Array, keys: Array, preparation: Preparation | None, values: list[Array], *, structure: Structure
+) -> Chip:
     """Program the matrices of a stack one after the other, so that only one's temporaries are in memory."""
     lead, shape = weight.shape[:-2], weight.shape[-2:]
 
-    def of_one(matrix_and_key: tuple[Array, Array]) -> Chip:
-        matrix, key = matrix_and_key
+    def of_one(one: tuple[Array, Array, Preparation | None]) -> Chip:
+        matrix, key, preparation = one
         config = structure.config(values)
-        chip = program(matrix, config, key)
+        chip = program(matrix, config, key, preparation=preparation)
         path = PATHS[chip.plan.path].in_models(chip.plan)
         if path == chip.plan.path:
             return chip
-        other = program(matrix, config, key, path=path)
+        other = program(matrix, config, key, path=path, preparation=preparation)
         plan = dataclasses.replace(other.plan, tabulates=not config.draws_at_conversion)
         return dataclasses.replace(other, plan=plan)
 
     if not lead:
-        return of_one((weight, keys))
-    chips = jax.lax.map(of_one, (weight.reshape(-1, *shape), keys.reshape(-1)))
+        return of_one((weight, keys, preparation))
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), (weight, keys, preparation))
+    chips = jax.lax.map(of_one, flat)
     return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), chips)
 
 

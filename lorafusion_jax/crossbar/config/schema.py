@@ -203,7 +203,7 @@ class Tile:
         require(self, "current_limit", bool(valid), "give a positive current, or None")
 
 
-@model("weight_bits", "scale", "quantile", kw_only=True)
+@model("weight_bits", "scale", "quantile", "clip", "factors", "transform", kw_only=True)
 class Mapping:
     """Scaling of weights onto the cells.
 
@@ -211,16 +211,24 @@ class Mapping:
       weight_bits: bits of a weight, its sign included; None for real-valued weights in one analogue cell.
       scale: the weights that share one full scale M = max |w|: the `matrix`, a `tile`, or an output `column`.
       quantile: share of |w| that M covers; weights beyond it are clipped. Where the others are zeros, M covers all.
+      clip: `optimal` for the M of each column at which errors of cells and clipping are least together (`prepare`).
+      factors: inputs are divided, and rows of weights multiplied, by factors (`prepare`).
+      transform: orthogonal transform of inputs and rows (`prepare`).
     """
 
     weight_bits: int | None = 8
     scale: Literal["matrix", "tile", "column"] = "matrix"
     quantile: float = 1.0
+    clip: Literal["none", "optimal"] = "none"
+    factors: bool = False
+    transform: Literal["none", "hadamard"] = "none"
 
     def __post_init__(self):
         valid = self.weight_bits is None or _is_whole(self.weight_bits, 2, 16)
         require(self, "weight_bits", valid, "give 2 to 16 bits, or None for real weights")
         require(self, "quantile", 0 < self.quantile <= 1, "give a share of weights in (0, 1]")
+        columns = self.scale == "column" and self.quantile == 1
+        require(self, "clip", self.clip == "none" or columns, "it needs scale = 'column' and quantile = 1")
 
 
 @model(kw_only=True)
@@ -256,6 +264,8 @@ class CrossbarConfig:
                 )
         elif self.encoding.flip:
             raise ValueError("encoding.flip inverts digits: give cell.bits and mapping.weight_bits")
+        if mapping.transform != "none" and not self.signed_inputs:
+            raise ValueError("mapping.transform makes inputs of both signs: it needs dac.signed = True")
         if self.device.compensate and self.encoding.kind != "differential":
             raise ValueError("device.compensate scales what is left after subtraction: it needs kind='differential'")
         cells, ratio = self.device.programming, cell.on_off_ratio

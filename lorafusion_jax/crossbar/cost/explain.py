@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from ..chip.chip import Chip
 from ..chip.plan import Plan, sums_integers
-from ..chip.program import program
+from ..chip.program import has_errors, program
 from ..config.schema import CrossbarConfig
 from ..mapping.geometry import Geometry
+from ..preparation.preparation import Preparation
 from .energy import counts, geometry_of
 
 
@@ -28,6 +29,7 @@ class Explanation:
       conversions: conversions of the ADCs for one input vector; 0 without ADC.
       lost_bits: for each weight slice, the bits that its ADC lacks to distinguish all column sums of perfect cells;
         None if sums are not integers.
+      preparation: changes of the weights before they are written; () for none.
     """
 
     shape: tuple[int, int]
@@ -42,6 +44,7 @@ class Explanation:
     utilisation: float
     conversions: int
     lost_bits: tuple[float, ...] | None
+    preparation: tuple[str, ...]
 
     def __str__(self) -> str:
         count = max(1, len(self.weight_slices))
@@ -55,6 +58,7 @@ class Explanation:
             ("utilisation", f"{100 * self.utilisation:.1f} % of their cells"),
             ("conversions", f"{self.conversions:,} for one input vector" if self.conversions else "none, no ADC"),
             ("lost bits", _lost(self.lost_bits)),
+            *([("prepared", ", ".join(self.preparation))] if self.preparation else []),
         ]
         title = f"{self.shape[0]} x {self.shape[1]} on arrays of {self.array[0]} x {self.array[1]}"
         return "\n".join([title, *(f"  {name:<12} {text}" for name, text in lines)])
@@ -95,6 +99,7 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None) -
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
         conversions=taken.conversions,
         lost_bits=_lost_bits(geometry, config),
+        preparation=_preparation(config),
     )
 
 
@@ -102,8 +107,20 @@ def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
     """Return the plan that programming would make, without computing anything."""
     plans = []
     weights, key = jax.ShapeDtypeStruct(shape, jnp.float32), jax.eval_shape(jax.random.key, 0)
-    jax.eval_shape(lambda weights, key: plans.append(program(weights, config, key).plan), weights, key)
+    jax.eval_shape(
+        lambda weights, key: plans.append(program(weights, config, key, preparation=Preparation()).plan), weights, key
+    )
     return plans[0]
+
+
+def _preparation(config: CrossbarConfig) -> tuple[str, ...]:
+    """Return the changes that a configuration asks for."""
+    mapping = config.mapping
+    ranges = (
+        "ranges chosen for the device's errors" if has_errors(config) else "ranges of the largest weights: no errors"
+    )
+    parts = (("factors", mapping.factors), (f"{mapping.transform} transform", mapping.transform != "none"))
+    return tuple(name for name, there in (*parts, (ranges, mapping.clip == "optimal")) if there)
 
 
 def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] | None:

@@ -50,8 +50,13 @@ def join(x: Array, parts: tuple[int, ...], axis: int, *, front: bool = False) ->
     return jnp.concatenate(cut, axis=axis)
 
 
-def full_scale(weights: Codes, geometry: Geometry, config: CrossbarConfig) -> Float[Array, "_R _cols"]:
-    """Return M for every row tile and column, of shape [1, 1], [1, d_out] or, for scale `tile`, [R, d_out]."""
+def full_scale(
+    weights: Codes, geometry: Geometry, config: CrossbarConfig, ranges: Float[Array, " d_out"] | None = None
+) -> Float[Array, "_R _cols"]:
+    """Return M for every row tile and column, of shape [1, 1], [1, d_out] or, for scale `tile`, [R, d_out].
+
+    Columns may have chosen `ranges`.
+    """
 
     def largest(values: Array, axis: tuple[int, ...]) -> Array:
         top = jnp.max(values, axis=axis, keepdims=True)
@@ -61,7 +66,9 @@ def full_scale(weights: Codes, geometry: Geometry, config: CrossbarConfig) -> Fl
         return jnp.where(covered > 0, covered, top)  # weights that are mostly zeros
 
     magnitude = jnp.abs(weights)
-    if config.mapping.scale == "matrix":
+    if ranges is not None:
+        scale = ranges[None].astype(weights.dtype)
+    elif config.mapping.scale == "matrix":
         scale = largest(magnitude, (0, 1))
     elif config.mapping.scale == "column":
         scale = largest(magnitude, (0,))
@@ -91,7 +98,8 @@ def weight_codes(weights: Codes, scale: Float[Array, "_R _cols"], geometry: Geom
     if config.mapping.weight_bits is not None:
         codes = jnp.round(codes)
     top = geometry.code_scale
-    return codes if config.mapping.quantile == 1 else jnp.clip(codes, -top, top)
+    clips = config.mapping.quantile < 1 or config.mapping.clip == "optimal"
+    return jnp.clip(codes, -top, top) if clips else codes
 
 
 def digit(n: Float[Array, "*S"], slices: tuple[int, ...], j: int | Int[Array, ""]) -> Int[Array, "*S"]:

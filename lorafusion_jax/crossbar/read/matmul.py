@@ -62,10 +62,16 @@ def matmul(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
         return jnp.zeros((*x.shape[:-1], chip.shape[1]), x.dtype)
     batch = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(chip.codes.dtype)
     # Without its name, so that weights of one kind share a compiled read.
-    y = _compiled(batch, dataclasses.replace(chip, name="", correction=None))
+    bare = dataclasses.replace(chip, name="", correction=None, preparation=None)
+    y = _compiled(prepared_inputs(batch, chip), bare)
     if chip.correction is not None:
         y = chip.correction(batch, y)
     return y.reshape(*x.shape[:-1], chip.shape[1]).astype(x.dtype)
+
+
+def prepared_inputs(x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_in"]:
+    """Return the inputs of the DACs."""
+    return x if chip.preparation is None else chip.preparation.inputs(x)
 
 
 def check_inputs(x: Array, chip: Chip) -> None:

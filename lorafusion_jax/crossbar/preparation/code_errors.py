@@ -1,0 +1,62 @@
+"""Mean and variance of a programmed weight at each code, over chips."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ..chip.chip import programmed_weights
+from ..chip.program import program
+from ..config.schema import CrossbarConfig, Mapping, Tile
+
+_CODES = 255  # at most
+_DRAWS = 1024
+
+
+class CodeErrors(NamedTuple):
+    """Errors of programmed weights, in units of their column's range.
+
+    Attributes:
+      mean: mean error at codes from -1 to 1 of the range, at equal distances.
+      variance: variance of the error there.
+    """
+
+    mean: Float[np.ndarray, " codes"]
+    variance: Float[np.ndarray, " codes"]
+
+    def at(self, codes: Float[Array, "*S"]) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
+        """Return mean and variance at codes in units of the range, interpolated."""
+        place = (codes + 1) / 2 * (len(self.mean) - 1)
+        below = jnp.clip(jnp.floor(place), 0, len(self.mean) - 2)
+        low, share = below.astype(jnp.int32), place - below
+
+        def between(values: Float[np.ndarray, " codes"]) -> Float[Array, "*S"]:
+            table = jnp.asarray(values, codes.dtype)
+            return table[low] * (1 - share) + table[low + 1] * share
+
+        return between(self.mean), between(self.variance)
+
+
+def code_errors(config: CrossbarConfig) -> CodeErrors:
+    """Return the errors of the device at the age that the configuration gives, from draws with a fixed key.
+
+    A matrix that holds every code in each column is programmed. So all that programming does is in it: the codes'
+    digits, unused cells, stuck ones, flipped columns, write-verify, drift and its compensation.
+    """
+    top = 2 ** (config.mapping.weight_bits - 1) - 1 if config.mapping.weight_bits else _CODES // 2
+    codes = np.unique(np.round(np.linspace(-1, 1, min(2 * top + 1, _CODES)) * top)) / top
+    place = np.arange(len(codes))[:, None] + np.arange(_DRAWS)[None]
+    weights = jnp.asarray(codes[place % len(codes)], jnp.float32)
+    plain = dataclasses.replace(
+        config,
+        mapping=Mapping(weight_bits=config.mapping.weight_bits, scale="column"),
+        tile=Tile(rows=None, cols=None),
+        adc=None,
+        device=dataclasses.replace(config.device, read_noise=None),
+    )
+    written = np.asarray(programmed_weights(program(weights, plain, jax.random.key(0))))
+    rolled = np.stack([np.roll(column, number) for number, column in enumerate(written.T)])  # [draws, codes]
+    return CodeErrors(rolled.mean(axis=0) - codes, rolled.var(axis=0, ddof=1))

@@ -1,0 +1,79 @@
+"""A preparation: a change of a matrix, and of its inputs, that keeps their product but loses less to errors of cells.
+
+y = x W = ((x / a) H^T) (H diag(a) W), with factors a of the inputs and an orthogonal H. The matrix on the right is
+written, with a range for each of its columns, beyond which weights are clipped.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..config.schema import CrossbarConfig
+from .transform import transform, transform_matrices
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Preparation:
+    """Preparation of a matrix, or of each matrix of a stack.
+
+    Attributes:
+      factors: a, whose signs are random if inputs are transformed; None for ones.
+      ranges: full scale of each column of the prepared matrix, in its units; None for its largest weight.
+      transforms: inputs are transformed by H.
+      identity: digest of the arrays, of the whole stack.
+    """
+
+    factors: Float[Array, "*N d_in"] | None = None
+    ranges: Float[Array, "*N d_out"] | None = None
+    transforms: bool = dataclasses.field(default=False, metadata={"static": True})
+    identity: str = dataclasses.field(default="", metadata={"static": True})
+
+    def inputs(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_in"]:
+        """Return (x / a) H^T, for one matrix."""
+        if self.factors is not None:
+            x = x / jnp.expand_dims(self.factors.astype(x.dtype), range(x.ndim - 1))
+        return transform(x, transform_matrices(x.shape[-1])) if self.transforms else x
+
+    def weights(self, weights: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+        """Return H diag(a) W."""
+        if self.factors is not None:
+            weights = weights * self.factors.astype(weights.dtype)[:, None]
+        return transform(weights.T, transform_matrices(len(weights))).T if self.transforms else weights
+
+    def moments(self, squares: Float[Array, "*B d_in"]) -> Float[Array, "*B d_in"]:
+        """Return the mean squares of the prepared inputs: after a transform, their mean over its random signs."""
+        if self.factors is not None:
+            squares = squares / jnp.square(self.factors)
+        if not self.transforms:
+            return squares
+        return jnp.broadcast_to(jnp.mean(squares, axis=-1, keepdims=True), squares.shape)
+
+    def undo(self, prepared: Float[Array, "d_in d_out"]) -> Float[Array, "d_in d_out"]:
+        """Return diag(1 / a) H^T W~, the matrix that inputs meet, given the prepared one."""
+        if self.transforms:
+            prepared = transform(prepared.T, transform_matrices(len(prepared)), inverse=True).T
+        return prepared if self.factors is None else prepared / self.factors.astype(prepared.dtype)[:, None]
+
+
+def check_preparation(preparation: Preparation | None, shape: tuple[int, ...], config: CrossbarConfig) -> None:
+    """Raise a ValueError if a matrix [d_in, d_out] has another preparation than its configuration asks for."""
+    mapping = config.mapping
+    asked = mapping.factors or mapping.transform != "none" or mapping.clip != "none"
+    if preparation is None:
+        if asked:
+            raise ValueError(
+                "mapping.factors, transform or clip ask for a preparation: give one, as in prepare({'W': weights}, "
+                "moments, config)['W'], with the mean squares of the inputs, or None for equal ones"
+            )
+        return
+    d_in, d_out = shape
+    for name, expected in (("factors", (d_in,)), ("ranges", (d_out,))):
+        values = getattr(preparation, name)
+        if values is not None and values.shape != expected:
+            raise ValueError(
+                f"{name} of shape {values.shape} in a preparation for a matrix of {shape}: expected {expected}; call "
+                "prepare with this matrix"
+            )

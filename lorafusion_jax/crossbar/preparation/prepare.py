@@ -1,0 +1,234 @@
+"""Preparations of matrices that share an input, from the inputs' second moments and the errors of the device.
+
+The expected error power at the outputs of a matrix is
+
+    P = sum_j sum_i s_i [(t_j (q_ij + b(q_ij)) - w_ij)^2 + t_j^2 v(q_ij)]
+
+with s_i the mean square of input i, t_j the range of column j, q_ij the code in units of it, clipped and rounded, and b
+and v the mean and variance of a code's error (`code_errors`). Ranges minimise it. Factors minimise it approximately: with a
+constant v, and t_j the largest weight of a column, or, after a transform, a multiple of its root mean square.
+
+Similar changes before quantisation: SmoothQuant (Xiao et al., arXiv 2211.10438) and AWQ (Lin et al., arXiv 2306.00978)
+scale inputs, QuIP# (Tseng et al., arXiv 2402.04396) and QuaRot (Ashkboos et al., arXiv 2404.00456) rotate them.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ...support.platform import is_traced
+from ..chip.program import has_errors
+from ..config.schema import CrossbarConfig
+from .code_errors import CodeErrors, code_errors
+from .preparation import Preparation
+from .transform import transform_matrices
+
+_CLIPS = np.linspace(1, 0.3, 36)  # ranges that are tried, as shares of a column's largest weight
+_POWERS = np.linspace(0, 1, 21)  # exponents of the factors without a transform
+_FLOOR = 1e-6  # smallest mean square of an input, and square of a row, as a share of the mean
+
+
+def prepare(
+    matrices: Mapping[str, Float[Array, "*N d_in _cols"]],
+    moments: Float[Array, "..."] | None,
+    config: CrossbarConfig,
+    *,
+    seed: int = 0,
+    transformed: Float[Array, "..."] | None = None,
+    errors: CodeErrors | None = None,
+) -> dict[str, Preparation]:
+    """Return a preparation of each of some matrices that meet the same inputs, as `config.mapping` asks for it.
+
+    They share factors and transform, and have their own ranges.
+
+    Args:
+      matrices: name -> weights, whose shapes differ in d_out alone.
+      moments: [*N, d_in], mean square of each input; None for equal ones.
+      config: configuration of their arrays.
+      seed: seed of the signs of a transform.
+      transformed: [*N, d_in], mean square of each input after factors and transform, measured; None for their mean.
+      errors: errors of the device (`code_errors`), if they are known.
+
+    Raises:
+      ValueError: shapes differ, moments are negative, not finite or of another width, the width has no transform,
+        or values of the device are traced.
+    """
+    shape = _shared_shape(matrices)
+    for given in (moments, transformed):
+        _check_moments(given, shape)
+    if is_traced((config, matrices)):
+        raise ValueError("prepare reads weights and the device's values: call it outside of jax.jit and jax.vmap")
+    mapping, transforms = config.mapping, config.mapping.transform == "hadamard"
+    weights = {name: jnp.asarray(w, jnp.float32) for name, w in matrices.items()}
+    squares = jnp.ones(shape) if moments is None else _floored(jnp.asarray(moments, jnp.float32))
+    factors = jnp.ones(shape)
+    if mapping.factors:
+        of_matrix = _spreading_factors if transforms else _largest_weight_factors
+        factors = _over_stack(of_matrix, shape[:-1])(jnp.concatenate(list(weights.values()), axis=-1), squares)
+    if transforms:
+        transform_matrices(shape[-1])  # refuses a width that has none
+        factors = factors * np.broadcast_to(np.random.default_rng(seed).choice(np.float32([-1, 1]), shape[-1]), shape)
+    bare = Preparation(factors=factors if mapping.factors or transforms else None, transforms=transforms)
+    squares = bare.moments(squares) if transformed is None else _floored(jnp.asarray(transformed, jnp.float32))
+    prepared = dict.fromkeys(weights, bare)
+    if mapping.clip == "optimal" and has_errors(config):
+        choose = functools.partial(_ranges, errors=errors or code_errors(config), top=_top(config))
+        for name, matrix in weights.items():
+            ranges = _over_stack(choose, shape[:-1])(matrix, squares, bare)
+            prepared[name] = dataclasses.replace(bare, ranges=ranges)
+    return {name: dataclasses.replace(one, identity=_digest(one)) for name, one in prepared.items()}
+
+
+def expected_error(
+    weights: Float[Array, "*N d_in d_out"],
+    moments: Float[Array, "*N d_in"],
+    config: CrossbarConfig,
+    preparation: Preparation,
+    *,
+    errors: CodeErrors | None = None,
+) -> Float[Array, "*N"]:
+    """Return the expected error power at the outputs as a share of their own, for uncorrelated inputs.
+
+    Args:
+      weights: the matrices.
+      moments: mean square of each input.
+      config: configuration of their arrays.
+      preparation: their preparation; an empty one stands for none.
+      errors: errors of the device (`code_errors`), if they are known.
+    """
+    errors, top = errors or code_errors(config), _top(config)
+
+    def of_one(weights: Array, squares: Array, preparation: Preparation) -> Array:
+        power = squares @ jnp.square(weights)
+        prepared, squares = preparation.weights(weights), preparation.moments(squares)
+        ranges = _largest(prepared) if preparation.ranges is None else preparation.ranges
+        own, along, written = _powers(prepared, ranges, squares, errors, top)
+        own = jnp.where(own > 0, own, 1)
+        # The part of the errors that is along the weights meets their outputs, whose power a transform keeps.
+        return jnp.sum(jnp.square(along / own - 1) * power + written - jnp.square(along) / own) / jnp.sum(power)
+
+    return _over_stack(of_one, weights.shape[:-2])(weights, jnp.asarray(moments, jnp.float32), preparation)
+
+
+def _ranges(
+    weights: Float[Array, "d_in d_out"],
+    squares: Float[Array, " d_in"],
+    preparation: Preparation,
+    errors: CodeErrors,
+    top: int | None,
+) -> Float[Array, " d_out"]:
+    """Return the ranges of least error power among those that are tried."""
+    prepared, shares = preparation.weights(weights), jnp.asarray(_CLIPS, weights.dtype)
+    largest = _largest(prepared)
+
+    def power(share: Array) -> Array:
+        own, along, written = _powers(prepared, share * largest, squares, errors, top)
+        return own - 2 * along + written
+
+    return largest * shares[jnp.argmin(jax.lax.map(power, shares), axis=0)]
+
+
+def _powers(
+    weights: Float[Array, "d_in d_out"],
+    ranges: Float[Array, " d_out"],
+    squares: Float[Array, " d_in"],
+    errors: CodeErrors,
+    top: int | None,
+) -> tuple[Float[Array, " d_out"], Float[Array, " d_out"], Float[Array, " d_out"]]:
+    """Return the mean of y^2, of y z and of z^2 of each column, with y the digital output and z that of the cells."""
+    ranges = ranges[None]
+    codes = jnp.clip(weights / ranges, -1, 1)
+    if top is not None:
+        codes = jnp.round(codes * top) / top
+    mean, variance = errors.at(codes)
+    written = ranges * (codes + mean)
+    of_noise = squares @ (jnp.square(ranges) * variance)
+    return squares @ jnp.square(weights), squares @ (weights * written), squares @ jnp.square(written) + of_noise
+
+
+def _largest(weights: Float[Array, "d_in d_out"]) -> Float[Array, " d_out"]:
+    """Return the largest weight of each column; 1 for zeros."""
+    largest = jnp.max(jnp.abs(weights), axis=0)
+    return jnp.where(largest > 0, largest, 1)
+
+
+def _top(config: CrossbarConfig) -> int | None:
+    """Return the largest integer code; None for real-valued weights."""
+    bits = config.mapping.weight_bits
+    return None if bits is None else 2 ** (bits - 1) - 1
+
+
+def _spreading_factors(weights: Float[Array, "d_in d_out"], squares: Float[Array, " d_in"]) -> Float[Array, " d_in"]:
+    """Return a_i^2 = sqrt(s_i / sum_j w_ij^2), which minimise sum_ij a_i^2 w_ij^2 * sum_i s_i / a_i^2."""
+    return _centred(jnp.sqrt(jnp.sqrt(squares / _floored(jnp.sum(jnp.square(weights), axis=1)))))
+
+
+def _largest_weight_factors(
+    weights: Float[Array, "d_in d_out"], squares: Float[Array, " d_in"]
+) -> Float[Array, " d_in"]:
+    """Return a_i = s_i^(p / 2) of the p that minimises sum_j max_i (a_i |w_ij|)^2 * sum_i s_i / a_i^2."""
+
+    def power(exponent: Array) -> Array:
+        a = squares ** (exponent / 2)
+        top = jnp.max(a[:, None] * jnp.abs(weights), axis=0)
+        return jnp.sum(jnp.square(top)) * jnp.sum(squares / jnp.square(a))
+
+    exponents = jnp.asarray(_POWERS, weights.dtype)
+    return _centred(squares ** (exponents[jnp.argmin(jax.lax.map(power, exponents))] / 2))
+
+
+def _floored(squares: Float[Array, "*N d"]) -> Float[Array, "*N d"]:
+    """Return positive numbers: zeros become the median of the others, small ones a share of the mean."""
+    there = jnp.where(squares > 0, squares, jnp.nan)
+    median = jnp.nan_to_num(jnp.nanmedian(there, axis=-1, keepdims=True), nan=1.0)
+    least = _FLOOR * jnp.mean(squares, axis=-1, keepdims=True)
+    return jnp.where(squares > 0, jnp.maximum(squares, least), median)
+
+
+def _centred(factors: Float[Array, " d"]) -> Float[Array, " d"]:
+    return factors / jnp.exp(jnp.mean(jnp.log(factors)))
+
+
+def _over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., Any]:
+    """Return `fn` for each matrix of a stack, one after the other, so that only one's temporaries are in memory."""
+
+    @jax.jit
+    def mapped(*arguments: Any) -> Any:
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), arguments)
+        results = jax.lax.map(lambda of_one: fn(*of_one), flat)
+        return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), results)
+
+    return mapped
+
+
+def _digest(preparation: Preparation) -> str:
+    digest = hashlib.sha256(str(preparation.transforms).encode())
+    for part in (preparation.factors, preparation.ranges):
+        digest.update(b"" if part is None else np.asarray(part).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _shared_shape(matrices: Mapping[str, Float[Array, "*N d_in _cols"]]) -> tuple[int, ...]:
+    """Return [*N, d_in]; raises a ValueError for matrices that cannot share an input."""
+    shapes = {name: tuple(weights.shape[:-1]) for name, weights in matrices.items()}
+    if len({*shapes.values()}) != 1 or () in shapes.values():
+        given = ", ".join(f"{name} {weights.shape}" for name, weights in matrices.items())
+        raise ValueError(f"matrices that share an input differ in d_out alone, but these are {given or 'none'}")
+    return next(iter(shapes.values()))
+
+
+def _check_moments(moments: Float[Array, "..."] | None, shape: tuple[int, ...]) -> None:
+    if moments is None:
+        return
+    if moments.shape != shape:
+        raise ValueError(f"moments of shape {moments.shape}: expected {shape}, one for each input of the matrices")
+    values = np.asarray(moments)
+    if bad := int(np.sum(~(values >= 0) | ~np.isfinite(values))):
+        raise ValueError(f"{bad} of {values.size} moments are negative, NaN or infinite: give mean squares of inputs")

@@ -1,0 +1,140 @@
+"""`lorafusion crossbar prepare`: changes of a base model's matrices from text, so that any chip loses less."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from .. import crossbar
+from ..loading.identity import digests
+from ..loading.model import LoadedModel, load_model
+from ..loading.spec import LoadOptions
+from ..models.architecture import Site, matrices, stack_of
+from ..models.weights import dense
+from ..support.checks import at_least, check_uint32
+from ..support.progress import progress
+from ..tasks import Batch, tokenise
+from .calibration import looped
+from .prepared import OneSite, PreparedManifest, save_prepared
+from .program import program
+from .restored import answered, logits_of_base, read_texts, windows
+
+# Perfect cells without converters: the inputs of their reads are those of the digital model.
+_PERFECT = crossbar.CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=crossbar.Mapping(weight_bits=None), dac=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """Prepare a base model so that it loses little on any chip of a configuration, and write the preparations.
+
+    Input factors, an orthogonal transform and ranges of columns change its matrices, but not their products. Text shows
+    which inputs matter; no chip is needed. All commands take the folder with --crossbar.
+
+    Examples:
+      lorafusion crossbar prepare --base base --crossbar noisy.yaml --text page.txt --out prepared
+      lorafusion evaluate --run runs/task --crossbar prepared --chips 8
+
+    Attributes:
+      base: the base model, as in `lorafusion fuse`.
+      crossbar: a preset, or a .yaml or .json file; all changes are made if `mapping` asks for none of clip, factors
+        and transform.
+      text: text files; a causal model reads windows of 128 tokens, another one each line.
+      out: folder to write, which must not exist.
+      tokens: tokens of the text that a causal model reads.
+      seed: seed of the transform's signs.
+    """
+
+    base: str
+    crossbar: str
+    text: tuple[Path, ...]
+    out: Path
+    tokens: int = 3072
+    seed: int = 0
+
+
+def prepare(options: PrepareOptions) -> PreparedManifest:
+    """Write a folder of preparations, and return its metadata.
+
+    Raises:
+      ValueError: before anything is written: the folder exists, the configuration scales no columns or cannot be
+        prepared for, or the text is too short.
+    """
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists: give another --out; preparations are never overwritten")
+    at_least(1, tokens=options.tokens, text=len(options.text))
+    check_uint32(seed=options.seed)
+    config = _asking(crossbar.load_config(options.crossbar), options.crossbar)
+    content = read_texts(options.text)
+    loaded = looped(load_model(LoadOptions(base=options.base, method="zero-shot")))
+    batches = _batches(loaded, content, options)
+    graph, frozen = loaded.problem.graph, loaded.problem.frozen
+    weights = {name: dense(w, jnp.float32) for name, w in matrices(nnx.merge(graph, frozen.base)).items()}
+    perfect = program(graph, frozen, {"*": _PERFECT}, jax.random.key(0)).base
+    moments = crossbar.moments(logits_of_base(graph), perfect, progress("text", batches))
+    errors, found = crossbar.code_errors(config), dict[str, crossbar.Preparation]()
+    sites: dict[str, OneSite] = {}
+    with progress("sites", len(weights)) as bar:
+        for names in groups(loaded.config.sites, weights):
+            squares = moments[names[0]]
+            found |= crossbar.prepare({n: weights[n] for n in names}, squares, config, seed=options.seed, errors=errors)
+            for name in names:
+                one = found[name]
+                before, after = (
+                    np.atleast_1d(crossbar.expected_error(weights[name], squares, config, how, errors=errors)).tolist()
+                    for how in (crossbar.Preparation(), one)
+                )
+                sites[name] = OneSite(transforms=one.transforms, identity=one.identity, before=before, after=after)
+                bar.update()
+    manifest = PreparedManifest(
+        base=options.base,
+        base_sha256=digests(loaded)["base"],
+        config_sha256=crossbar.config_hash(config),
+        text_sha256=hashlib.sha256(content.encode()).hexdigest(),
+        tokens=sum(batch.labels.size for batch in batches),
+        seed=options.seed,
+        sites=sites,
+    )
+    save_prepared(options.out, config, found, manifest)
+    return manifest
+
+
+def groups(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> list[list[str]]:
+    """Return the names of matrices, in groups that meet the same inputs."""
+    found: dict[Any, list[str]] = {}
+    for name in weights:
+        site = sites.get(name)  # None for the head
+        found.setdefault(name if site is None else (stack_of(name), site.stage, site.reads), []).append(name)
+    return list(found.values())
+
+
+def _asking(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarConfig:
+    """Return the configuration with all changes, unless it asks for some."""
+    mapping = config.mapping
+    if mapping.factors or mapping.transform != "none" or mapping.clip != "none":
+        return config
+    if mapping.scale != "column":
+        raise ValueError(
+            f"{name} has mapping.scale = {mapping.scale!r}: ranges are chosen for columns; set it to column"
+        )
+    asked = dataclasses.replace(mapping, factors=True, transform="hadamard", clip="optimal")
+    return dataclasses.replace(config, mapping=asked)
+
+
+def _batches(loaded: LoadedModel, content: str, options: PrepareOptions) -> list[Batch]:
+    """Return batches of the text; its first tokens for a causal model."""
+    if loaded.config.causal:
+        ids = tokenise(loaded.tokenizer, content, add_special_tokens=False, verbose=False)["input_ids"]
+        batches = windows(loaded, ids[: options.tokens])
+    else:
+        batches = answered(loaded, [line for line in content.splitlines() if line.strip()])
+    if not batches:
+        raise ValueError(
+            "the text is shorter than a window of 128 tokens, or than a line: give more, better 3,072 tokens"
+        )
+    return batches

@@ -1,0 +1,240 @@
+"""Preparations of matrices before they are written, against NumPy and against many chips."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorafusion_jax import crossbar
+from lorafusion_jax.crossbar.preparation.transform import transform, transform_matrices
+
+ALL = crossbar.Mapping(scale="column", factors=True, transform="hadamard", clip="optimal")
+FACTORS = crossbar.Mapping(scale="column", factors=True)
+ROTATED = crossbar.Mapping(scale="column", factors=True, transform="hadamard")
+INDEPENDENT = crossbar.Device(programming=crossbar.Independent(0.03))
+
+
+def drawn(kind, shape=(48, 20), seed=0):
+    """Return weights whose rows differ in size, and mean squares of their inputs that do too."""
+    rng = np.random.default_rng(seed)
+    weights = {
+        "normal": rng.normal(size=shape),
+        "uniform": rng.uniform(-1, 1, size=shape),
+        "heavy tails": rng.standard_t(3, size=shape),
+    }[kind]
+    weights, moments = weights * np.exp(0.5 * rng.normal(size=(shape[0], 1))), np.exp(rng.normal(size=shape[0]))
+    return jnp.asarray(weights, jnp.float32), jnp.asarray(moments, jnp.float32)
+
+
+def inputs(rows, width=48):
+    return jnp.asarray(np.random.default_rng(1).normal(size=(rows, width)), jnp.float32)
+
+
+@pytest.mark.parametrize("width", [1, 2, 12, 20, 96, 576, 640, 1536, 2816])
+def test_transform_is_a_hadamard_matrix(width):
+    matrix = functools.reduce(np.kron, transform_matrices(width))
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(width), atol=1e-12)
+    np.testing.assert_allclose(np.abs(matrix), width**-0.5, rtol=1e-12)
+    x = inputs(3, width)
+    np.testing.assert_allclose(transform(x, transform_matrices(width)), x @ matrix.T, atol=1e-5)
+    again = transform(transform(x, transform_matrices(width)), transform_matrices(width), inverse=True)
+    np.testing.assert_allclose(again, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [7, 52, 100, 11008])
+def test_other_widths_get_an_orthogonal_matrix(width):
+    matrices = transform_matrices(width)
+    assert np.prod([len(matrix) for matrix in matrices]) == width
+    for matrix in matrices:
+        np.testing.assert_allclose(matrix @ matrix.T, np.eye(len(matrix)), atol=1e-12)
+
+
+@pytest.mark.parametrize("mapping", [FACTORS, ROTATED, ALL])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_perfect_cells_keep_the_product(mapping, dtype):
+    weights, moments = drawn("normal")
+    x = inputs(5).astype(dtype)
+    exact = crossbar.CrossbarConfig(
+        cell=crossbar.Cell(bits=None), mapping=dataclasses.replace(mapping, weight_bits=None), dac=None
+    )
+    preparation = crossbar.prepare({"w": weights}, moments, exact)["w"]
+    chip = crossbar.program(weights, exact, preparation=preparation)
+    expected = np.float64(x) @ weights
+    np.testing.assert_allclose(np.float64(crossbar.matmul(x, chip)), expected, atol=2e-5 if dtype == "float32" else 0.1)
+    np.testing.assert_allclose(crossbar.programmed_weights(chip), weights, atol=2e-6)
+
+
+def test_rounded_weights_are_within_the_quantisers_bound():
+    weights, moments = drawn("normal")
+    config = crossbar.CrossbarConfig(mapping=ROTATED, dac=None)
+    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
+    chip = crossbar.program(weights, config, preparation=preparation)
+    prepared = preparation.weights(weights)
+    error = preparation.weights(crossbar.programmed_weights(chip)) - prepared
+    assert np.all(np.abs(error) <= np.abs(prepared).max(axis=0) / 127 / 2 * 1.001)
+
+
+def test_factors_and_ranges_equal_numpy():
+    weights, moments = drawn("heavy tails")
+    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
+    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
+    factors = (moments / np.sum(weights**2, axis=1)) ** 0.25
+    factors /= np.exp(np.log(factors).mean())
+    np.testing.assert_allclose(np.abs(preparation.factors), factors, rtol=1e-5)
+    matrix = functools.reduce(np.kron, transform_matrices(48))
+    prepared, square = matrix @ (np.asarray(preparation.factors)[:, None] * weights), np.mean(moments / factors**2)
+    errors = crossbar.code_errors(config)
+    grid = np.linspace(-1, 1, 255)
+    best = []
+    for column in prepared.T:
+        powers = {}
+        for share in np.linspace(1, 0.3, 36):
+            top = share * np.abs(column).max()
+            codes = np.round(np.clip(column / top, -1, 1) * 127) / 127
+            mean = top * (codes + np.interp(codes, grid, errors.mean))
+            variance = top**2 * np.interp(codes, grid, errors.variance)
+            powers[top] = square * np.sum((mean - column) ** 2 + variance)
+        best.append(min(powers, key=powers.get))
+    np.testing.assert_allclose(preparation.ranges, best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "heavy tails"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        INDEPENDENT,
+        crossbar.Device(programming=crossbar.Proportional(0.1), stuck=crossbar.StuckAt(low=0.01)),
+        crossbar.Device(programming=crossbar.RERAM_WAN_2022, drift=crossbar.PowerLaw(0.05), time=1e5),
+    ],
+    ids=["independent", "proportional and stuck", "measured and drifted"],
+)
+def test_error_power_is_that_of_many_chips(kind, device):
+    weights, moments = drawn(kind, (48, 64))
+    config = crossbar.CrossbarConfig(mapping=ALL, device=device, dac=None)
+    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
+    expected = crossbar.expected_error(weights, moments, config, preparation)
+
+    def error(key):
+        chip = crossbar.program(weights, config, key, preparation=preparation)
+        power = moments @ jnp.square(crossbar.programmed_weights(chip) - weights)
+        return jnp.sum(power) / jnp.sum(moments @ jnp.square(weights))
+
+    measured = jax.vmap(error)(jax.random.split(jax.random.key(1), 200))
+    assert float(expected) == pytest.approx(float(measured.mean()), rel=0.05)
+
+
+def test_matrices_of_one_input_share_factors_and_a_stack_has_its_own():
+    stack, moments = zip(*[drawn("normal", seed=seed) for seed in range(3)], strict=True)
+    stack, moments = jnp.stack(stack), jnp.stack(moments)
+    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
+    both = crossbar.prepare({"q": stack[..., :8], "k": stack[..., 8:]}, moments, config)
+    np.testing.assert_array_equal(both["q"].factors, both["k"].factors)
+    assert both["q"].ranges.shape == (3, 8) and both["k"].ranges.shape == (3, 12)
+    alone = crossbar.prepare({"q": stack[1, :, :8], "k": stack[1, :, 8:]}, moments[1], config)
+    np.testing.assert_allclose(both["k"].factors[1], alone["k"].factors, rtol=1e-6)
+    np.testing.assert_allclose(both["k"].ranges[1], alone["k"].ranges, rtol=1e-5)
+    chips = crossbar.program_tree(
+        {"k": stack[..., 8:]}, {"*": config}, jax.random.key(0), preparations={"k": both["k"]}
+    )
+    of_layer = jax.tree.map(lambda leaf: leaf[1], chips["k"])
+    x = inputs(40)
+    assert np.corrcoef(crossbar.matmul(x, of_layer).ravel(), (x @ stack[1, :, 8:]).ravel())[0, 1] > 0.99
+    with pytest.raises(ValueError, match="preparations of v, which are no weights"):
+        crossbar.program_tree({"k": stack}, {"*": config}, jax.random.key(0), preparations={"v": both["k"]})
+
+
+def test_gradients_pass_through_the_preparation():
+    weights, moments = drawn("normal")
+    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
+    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
+    chip = crossbar.program(weights, config, jax.random.key(0), preparation=preparation)
+    x = inputs(1)[0]
+    of_inputs = jax.jit(jax.grad(lambda x: crossbar.matmul(x, chip).sum()))(x)
+    np.testing.assert_allclose(of_inputs, crossbar.programmed_weights(chip).sum(axis=1), rtol=1e-4, atol=1e-4)
+    of_weights = jax.grad(
+        lambda w: crossbar.matmul(x, crossbar.program(w, config, jax.random.key(0), preparation=preparation)).sum()
+    )(weights)
+    np.testing.assert_allclose(of_weights, np.outer(x, np.ones(20)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_chip_is_saved_with_its_preparation(tmp_path):
+    weights, moments = drawn("normal")
+    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
+    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
+    chip = crossbar.program(weights, config, jax.random.key(0), preparation=preparation)
+    crossbar.save_chip(chip, tmp_path / "chip.safetensors")
+    again = crossbar.load_chip(tmp_path / "chip.safetensors")
+    assert again.preparation.identity == preparation.identity != ""
+    x = inputs(4)
+    np.testing.assert_array_equal(crossbar.matmul(x, again), crossbar.matmul(x, chip))
+
+
+def test_calibration_sees_the_prepared_inputs():
+    weights, moments = drawn("normal")
+    dac = crossbar.DAC(scaling="calibrated")
+    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT, dac=dac, adc=crossbar.ADC(range="calibrated"))
+    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
+    chip = crossbar.program(weights, config, jax.random.key(0), preparation=preparation)
+    x = inputs(64) * jnp.sqrt(moments)[None]
+    for _ in range(2):
+        chip = crossbar.calibrated(chip, crossbar.probe(x, chip)[1])
+    prepared = np.abs(np.asarray(preparation.inputs(x)))
+    assert np.quantile(prepared, 0.99) < chip.input_limit < 1.3 * prepared.max()
+    exact = crossbar.programmed_weights(chip)
+    assert np.corrcoef(crossbar.matmul(x, chip).ravel(), (x @ exact).ravel())[0, 1] > 0.99
+
+
+def test_no_errors_keep_the_largest_weight_as_range():
+    weights, moments = drawn("normal")
+    config = crossbar.CrossbarConfig(mapping=ALL)
+    assert crossbar.prepare({"w": weights}, moments, config)["w"].ranges is None
+    assert "no errors" in str(crossbar.explain(config, (48, 20)))
+    assert "chosen" in str(crossbar.explain(dataclasses.replace(config, device=INDEPENDENT), (48, 20)))
+
+
+WEIGHTS, MOMENTS = drawn("normal")
+NOISY = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (lambda: crossbar.prepare({"w": WEIGHTS}, -MOMENTS, NOISY), "48 of 48 moments are negative"),
+        (lambda: crossbar.prepare({"w": WEIGHTS}, MOMENTS * np.nan, NOISY), "48 of 48 moments are negative, NaN"),
+        (lambda: crossbar.prepare({"w": WEIGHTS}, MOMENTS[1:], NOISY), r"shape \(47,\): expected \(48,\)"),
+        (lambda: crossbar.prepare({"w": WEIGHTS, "v": WEIGHTS[1:]}, MOMENTS, NOISY), "differ in d_out alone"),
+        (lambda: crossbar.prepare({}, MOMENTS, NOISY), "but these are none"),
+        (lambda: crossbar.prepare({"w": jnp.ones((523, 4))}, None, NOISY), "dense matrix of width 523"),
+        (lambda: crossbar.program(WEIGHTS, NOISY, jax.random.key(0)), "ask for a preparation"),
+        (
+            lambda: crossbar.program(
+                WEIGHTS.T, NOISY, jax.random.key(0), preparation=crossbar.prepare({"w": WEIGHTS}, None, NOISY)["w"]
+            ),
+            r"factors of shape \(48,\)",
+        ),
+        (
+            lambda: jax.jit(lambda w: crossbar.prepare({"w": w}, None, NOISY)["w"].factors)(WEIGHTS),
+            "outside of jax.jit",
+        ),
+        (
+            lambda: jax.jit(
+                lambda s: (
+                    crossbar.prepare(
+                        {"w": WEIGHTS},
+                        None,
+                        dataclasses.replace(NOISY, device=crossbar.Device(programming=crossbar.Independent(s))),
+                    )["w"].factors
+                )
+            )(0.03),
+            "outside of jax.jit",
+        ),
+        (lambda: crossbar.Mapping(clip="optimal"), "needs scale = 'column'"),
+        (lambda: crossbar.CrossbarConfig(mapping=ALL, dac=crossbar.DAC(signed=False)), "dac.signed = True"),
+    ],
+)
+def test_wrong_preparations_are_refused(refused, message):
+    with pytest.raises(ValueError, match=message):
+        refused()

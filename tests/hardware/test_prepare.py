@@ -1,0 +1,121 @@
+"""A base that is prepared for arrays: its folder, and commands that take it."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import recipes
+from flax import nnx
+
+import lorafusion_jax as lf
+from lorafusion_jax import crossbar, parts
+from lorafusion_jax.cli import main
+
+NOISY = crossbar.CrossbarConfig(
+    mapping=crossbar.Mapping(scale="column"), device=crossbar.Device(programming=crossbar.Independent(0.05))
+)
+DIGITAL = ("head", "*.ff.*")
+# As many as a batch has, of one length: rows of padding would count.
+LINES = "\n".join(f"odd then dash : {' '.join('abcdefghijklmnopqrs'[at : at + 4])}" for at in range(16))
+
+
+@pytest.fixture(scope="module")
+def folder(small, tmp_path_factory):
+    """A folder with preparations of the small base, its configuration and its text."""
+    folder = tmp_path_factory.mktemp("prepare")
+    crossbar.save_config(NOISY, folder / "noisy.yaml")
+    (folder / "lines.txt").write_text(LINES)
+    lf.prepare(_options(small, folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fused(small, folder):
+    lf.fuse(options := recipes.small_run(small, folder / "runs", name="digital"))
+    return options
+
+
+def _options(small, folder, **changes):
+    own = {"crossbar": str(folder / "noisy.yaml"), "text": (folder / "lines.txt",), "out": folder / "prepared"}
+    return lf.PrepareOptions(base=str(small[0]), **own | changes)
+
+
+def test_factors_follow_from_the_models_inputs(small, folder):
+    """The queries, keys and values of the encoder meet the embeddings after its first norm."""
+    loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
+    model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
+    tokens = np.concatenate(loaded.tokenizer(LINES.splitlines())["input_ids"])
+    embedded = np.asarray(model.embedding.get_value())[tokens]
+    scale = np.asarray(model.encoder.self_norm.scale.get_value())[0]
+    normed = embedded / np.sqrt(np.mean(embedded**2, axis=-1, keepdims=True) + model.config.eps) * scale
+    prepared = parts.load_chips(str(folder / "prepared")).prepared.of_sites
+    q, k, o = (prepared[f"encoder.self.{name}"] for name in "qko")
+    np.testing.assert_array_equal(q.factors, k.factors)
+    assert not np.array_equal(q.factors, o.factors)
+    sums = sum(np.sum(np.square(lf.kernels(model)[f"encoder.self.{name}"][0]), axis=-1) for name in "qkv")
+    squares = np.asarray(q.factors[0]) ** 4 * sums
+    expected = np.mean(normed**2, axis=0)
+    np.testing.assert_allclose(squares / squares.mean(), expected / expected.mean(), rtol=2e-3)
+
+
+def test_reads_of_perfect_cells_are_those_of_the_digital_model(folder, fused):
+    prepared = parts.load_chips(str(folder / "prepared"))
+    mapping = dataclasses.replace(prepared.config.mapping, weight_bits=None)
+    exact = crossbar.CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=mapping, dac=None)
+    run = lf.load_run(parts.run_path(fused))
+    setup = parts.looped(dataclasses.replace(prepared, config=exact).checked(run.setup))
+    problem = setup.problem
+    on_arrays = parts.program_on_arrays(problem.graph, problem.frozen, {"*": exact}, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf[0], run.params)
+    batch = next(iter(parts.calibration_batches(setup, run.params, 8)))[2]
+    digital, there = (
+        parts.batch_logits(params, batch, dataclasses.replace(problem, frozen=frozen, index=problem.index[0]))[0]
+        for frozen in (problem.frozen, on_arrays)
+    )
+    np.testing.assert_allclose(there, digital, atol=2e-3)
+    assert all(chip.preparation is not None for chip in crossbar.chips_in(on_arrays))
+
+
+@pytest.mark.long
+def test_a_run_on_prepared_chips_is_closer_to_its_digital_loss(folder, fused):
+    digital = parts.RunFolder(parts.run_path(fused)).results()["seeds"]
+    options = {"run": parts.run_path(fused), "chips": 4, "keep_digital": DIGITAL}
+    losses = [
+        [
+            row["loss"]
+            for row in parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(crossbar=str(at), **options))["rows"]
+        ]
+        for at in (folder / "noisy.yaml", folder / "prepared")
+    ]
+    plain, prepared = np.abs(np.reshape(losses, (2, 4, 2)) - [row["loss"] for row in digital]).mean(axis=(1, 2))
+    assert prepared < 0.8 * plain
+
+
+def test_the_command_says_what_it_gains(small, folder, capsys):
+    out = folder / "again"
+    args = ["--base", str(small[0]), "--crossbar", str(folder / "noisy.yaml"), "--text", str(folder / "lines.txt")]
+    main(["crossbar", "prepare", *args, "--out", str(out)])
+    lines = capsys.readouterr().out.splitlines()
+    (query,) = [line.split() for line in lines if line.startswith("encoder.self.q")]
+    assert float(query[2]) < 0.8 * float(query[1])
+    identity = parts.load_chips(str(out)).prepared.of_sites["encoder.self.q"].identity
+    assert identity == parts.load_chips(str(folder / "prepared")).prepared.of_sites["encoder.self.q"].identity
+
+
+def test_wrong_preparations_are_refused(small, folder, tmp_path):
+    with pytest.raises(ValueError, match="exists: give another --out"):
+        lf.prepare(_options(small, folder))
+    crossbar.save_config(crossbar.CrossbarConfig(device=NOISY.device), tmp_path / "matrix.yaml")
+    with pytest.raises(ValueError, match="set it to column"):
+        lf.prepare(_options(small, folder, crossbar=str(tmp_path / "matrix.yaml"), out=tmp_path / "new"))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="the text is shorter"):
+        lf.prepare(_options(small, folder, text=(tmp_path / "empty.txt",), out=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="prepares another base model"):
+        parts.load_chips(str(folder / "prepared")).prepared.check("0" * 64)
+    with pytest.raises(ValueError, match="ask for a preparation"):
+        loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
+        config = crossbar.load_config(folder / "prepared" / "config.yaml")
+        parts.program_on_arrays(loaded.problem.graph, loaded.problem.frozen, {"*": config}, jax.random.key(0))
