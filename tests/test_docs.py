@@ -27,7 +27,7 @@ _PAGES = [
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"(`+)(?!`).*?(?<!`)\1(?!`)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
-_COMMAND = re.compile(r"\blorafusion (crossbar program|[a-z-]+)\b([^`#\n]*)")
+_COMMAND = re.compile(r"\blorafusion (crossbar (?:program|prepare)|[a-z-]+)\b([^`#\n]*)")
 _HEADING = re.compile(r"^#+ +(.+?) *#*$", re.MULTILINE)
 
 # Phrases that make readers stop, each with a better one.

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..crossbar import CONSTANTS, Range, ReadEnergy, WriteCost, load_config, load_constants
+from ..crossbar import CONSTANTS, Range, ReadEnergy, WriteCost, load_constants
 from ..estimates import bill
 from ..estimates.bill.show import comparison_table, constants_table, tables
 from ..estimates.bill.show import markdown as captioned
 from ..estimates.params import shape_config
+from ..hardware.folder import load_chips
 from ..support.reading import show
 from ..support.writing import write_text
 from .parsing import parse
@@ -54,7 +55,7 @@ GROUPS = {
 def main(arguments: Sequence[str]) -> None:
     """Print the costs, and write the requested files; before that, raise ValueError for what cannot be used."""
     options = parse(CostCommand, arguments, "cost", groups=GROUPS)
-    config, crossbar = shape_config(options.shape), load_config(options.crossbar)
+    config, crossbar = shape_config(options.shape), load_chips(options.crossbar).config
     options = dataclasses.replace(options, targets=config.targets if options.targets is None else options.targets)
     constants = CONSTANTS if options.constants is None else load_constants(options.constants)
     activities = {activity.method: activity for activity in bill.activities(config, crossbar, options)}

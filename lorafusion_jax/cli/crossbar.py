@@ -45,9 +45,7 @@ def _prepare(arguments: Sequence[str]) -> None:
     lines = [["site", "before", "after"]]
     for name, site in prepare(options)["sites"].items():
         lines.append([name, *(f"{np.mean(errors):.3g}" for errors in (site["before"], site["after"]))])
-    show(
-        f"error power of the outputs over their own, as expected on any chip, mean over layers:\n{plain(lines, left=(0,))}"
-    )
+    show(f"expected error power on any chip, as a share of the outputs':\n{plain(lines, left=(0,))}")
     show(f"written to {options.out}: give it to other commands with --crossbar")
 
 

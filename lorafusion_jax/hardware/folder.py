@@ -11,6 +11,7 @@ A folder of preparations (`prepare`) stands for a configuration too.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Annotated, NotRequired, TypedDict, TypeVar
 
@@ -96,6 +97,15 @@ class Chips:
         """Number of chips; None for any number."""
         return None if self.manifest is None else self.manifest["chips"]
 
+    @property
+    def sha256(self) -> str:
+        """Digest of the configuration and its preparations."""
+        found = crossbar.config_hash(self.config)
+        if self.prepared is None:
+            return found
+        identities = "".join(one.identity for one in self.prepared.of_sites.values())
+        return hashlib.sha256(f"{found}{identities}".encode()).hexdigest()
+
     def rules(self, config: crossbar.CrossbarConfig | None = None) -> crossbar.Rules:
         """Return the configuration of every weight, by default that of these chips; None for digital weights."""
         return dict.fromkeys(self.digital) | {"*": config or self.config}
@@ -158,7 +168,8 @@ class Chips:
         if site is None:
             return
         weight = {site: dense(base[site], jnp.float32)}
-        drawn = crossbar.program_tree(weight, {site: self.config}, self.chip_key(0))[site]
+        of_site = {site: self.prepared.of_sites[site]} if self.prepared else None
+        drawn = crossbar.program_tree(weight, {site: self.config}, self.chip_key(0), preparations=of_site)[site]
         written = crossbar.programmed_weights(crossbar.load_chip(folder / f"{site}.safetensors", self.config))
         now = crossbar.programmed_weights(drawn)[: len(written)]
         if not np.allclose(now, written, rtol=0, atol=1e-2 * float(np.abs(written).max())):
@@ -178,10 +189,10 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
     """
     check_uint32(chip_key=key)
     folder = Path(name)
+    prepared = load_prepared(folder) if (folder / PREPARATIONS).is_dir() else None
     if not (folder / MANIFEST).is_file():
-        if (folder / PREPARATIONS).is_dir():
-            config, prepared = crossbar.load_config(folder / CONFIG), load_prepared(folder)
-            return Chips(config, digital, jax.random.key(key), None, name, prepared)
+        if prepared is not None:
+            return Chips(crossbar.load_config(folder / CONFIG), digital, jax.random.key(key), None, name, prepared)
         if folder.is_dir():
             raise ValueError(
                 f"{folder} has no {MANIFEST}: give a folder that `lorafusion crossbar program` or `prepare` wrote"
@@ -195,7 +206,7 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
         raise FileError(
             folder / CONFIG, got="not the configuration that the chips were programmed with", fix="restore it"
         )
-    return Chips(config, tuple(manifest["digital"]), jax.random.key(manifest["key"]), manifest, name)
+    return Chips(config, tuple(manifest["digital"]), jax.random.key(manifest["key"]), manifest, name, prepared)
 
 
 def seconds(age: str) -> float:

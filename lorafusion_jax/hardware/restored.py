@@ -99,7 +99,7 @@ class RestoreOptions:
 
     Attributes:
       base: the base model, as in `lorafusion fuse`.
-      crossbar: a folder that `lorafusion crossbar program` wrote, a preset, or a .yaml or .json file.
+      crossbar: a folder that `lorafusion crossbar program` or `prepare` wrote, a preset, or a .yaml or .json file.
       chip: numbers of the chips.
       text: text files; a causal model reads windows of 128 tokens, another one each line.
       tokens: a causal model uses the first so many tokens of the text, by default all; without text it samples so
@@ -252,7 +252,8 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
     inside = Path(chips.name) / name
     folder = inside if inside.is_dir() else Path(name)
     now = _of_chips(chips, base_sha256)
-    names = {"base_sha256": "base model", "config_sha256": "configuration", "key": "key", "digital": "digital weights"}
+    names = {"base_sha256": "base model", "config_sha256": "configuration or preparation"}
+    names |= {"key": "key", "digital": "digital weights"}
     if not (there := _numbers(folder)):
         raise ValueError(f"{folder} has no corrections of a chip: give a folder that `lorafusion restore` wrote")
     trees, first = [], None
@@ -387,7 +388,7 @@ def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
 def _of_chips(chips: Chips, base_sha256: str) -> dict[str, Any]:
     return {
         "base_sha256": base_sha256,
-        "config_sha256": crossbar.config_hash(chips.config),
+        "config_sha256": chips.sha256,
         "key": np.asarray(jax.random.key_data(chips.key)).tolist(),
         "digital": list(chips.digital),
     }

@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
-
-import jax
 
 from .. import crossbar
 from ..io.folders import new_folder, write_json
@@ -16,7 +15,8 @@ from ..methods.fusion import FusionRecipe
 from ..support.checks import at_least, check_uint32
 from ..support.progress import progress
 from ..support.version import __version__
-from .folder import CONFIG, MANIFEST, Chips, Manifest, OneChip
+from .folder import CONFIG, MANIFEST, Manifest, OneChip, load_chips
+from .prepared import PREPARATIONS
 from .program import program
 
 
@@ -35,7 +35,8 @@ class ProgramOptions:
       base: the base model: a Hugging Face folder, a hub id or a GGUF file.
       pool: a converted pool, or a folder of PEFT adapter folders; all its modules are written.
       out: folder to write, which must not exist.
-      crossbar: a preset (ideal, isaac, puma, raella, neurram, aihwkit, crosssim) or a .yaml or .json file.
+      crossbar: a preset (ideal, isaac, puma, raella, neurram, aihwkit, crosssim), a .yaml or .json file, or a folder
+        that `lorafusion crossbar prepare` wrote.
       basis: write the first so many directions of the pool's shared basis instead of its modules.
       chips: number of chips.
       chip_key: key from which they are drawn.
@@ -63,14 +64,14 @@ def write_chips(options: ProgramOptions) -> Manifest:
         raise ValueError(f"{options.out} exists: give another --out; chips are never overwritten")
     at_least(1, chips=options.chips, basis=options.basis)
     check_uint32(chip_key=options.chip_key)
-    config = crossbar.load_config(options.crossbar)
+    chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
+    config = chips.config
     if options.chips > 1 and not crossbar.is_random(config):
         raise ValueError(f"programming is not random in {options.crossbar}, so {options.chips} chips are alike: use 1")
-    chips = Chips(config, options.keep_digital, jax.random.key(options.chip_key), None, options.crossbar)
     pool = open_pool(options.pool)
     names = pool.names if options.basis is None else tuple(pool.basis_modules(options.basis))
     recipe = FusionRecipe(modules=len(names), basis=options.basis)
-    fused = load_model(LoadOptions(base=options.base, pool=options.pool, adapters=names, recipe=recipe))
+    fused = chips.checked(load_model(LoadOptions(base=options.base, pool=options.pool, adapters=names, recipe=recipe)))
     with new_folder(options.out) as folder:
         problem, leaves = fused.problem, list[crossbar.Chip]()
         with progress("chips", options.chips) as bar:
@@ -97,6 +98,8 @@ def write_chips(options: ProgramOptions) -> Manifest:
             "versions": {"lorafusion-jax": __version__},
         }
         crossbar.save_config(config, folder / CONFIG)
+        if chips.prepared is not None:
+            shutil.copytree(Path(options.crossbar) / PREPARATIONS, folder / PREPARATIONS)
         write_json(folder / MANIFEST, manifest)
     return manifest
 

@@ -19,8 +19,8 @@ class ChipsOptions:
     """Simulated chips, or none.
 
     Attributes:
-      crossbar: run on simulated arrays: a folder that `lorafusion crossbar program` wrote, a preset (ideal, isaac,
-        puma, raella, neurram), or a .yaml or .json file; by default digitally.
+      crossbar: run on simulated arrays: a folder that `lorafusion crossbar program` or `prepare` wrote, a preset
+        (ideal, isaac, puma, raella, neurram), or a .yaml or .json file; by default digitally.
       chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
       keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.

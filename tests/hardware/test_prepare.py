@@ -11,6 +11,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax import crossbar, parts
 from lorafusion_jax.cli import main
+from lorafusion_jax.hardware.calibration import calibration_batches, logits_of
 
 NOISY = crossbar.CrossbarConfig(
     mapping=crossbar.Mapping(scale="column"), device=crossbar.Device(programming=crossbar.Independent(0.05))
@@ -63,16 +64,12 @@ def test_reads_of_perfect_cells_are_those_of_the_digital_model(folder, fused):
     prepared = parts.load_chips(str(folder / "prepared"))
     mapping = dataclasses.replace(prepared.config.mapping, weight_bits=None)
     exact = crossbar.CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=mapping, dac=None)
-    run = lf.load_run(parts.run_path(fused))
-    setup = parts.looped(dataclasses.replace(prepared, config=exact).checked(run.setup))
+    setup, _, params = parts.load_to_evaluate(parts.EvaluateOptions(run=parts.run_path(fused)))
+    setup = prepared.checked(parts.looped(setup))
     problem = setup.problem
     on_arrays = parts.program_on_arrays(problem.graph, problem.frozen, {"*": exact}, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: leaf[0], run.params)
-    batch = next(iter(parts.calibration_batches(setup, run.params, 8)))[2]
-    digital, there = (
-        parts.batch_logits(params, batch, dataclasses.replace(problem, frozen=frozen, index=problem.index[0]))[0]
-        for frozen in (problem.frozen, on_arrays)
-    )
+    batch = next(calibration_batches(setup, params, 8))
+    digital, there = (logits_of(problem.graph, problem.method)(frozen, batch) for frozen in (problem.frozen, on_arrays))
     np.testing.assert_allclose(there, digital, atol=2e-3)
     assert all(chip.preparation is not None for chip in crossbar.chips_in(on_arrays))
 
@@ -90,6 +87,20 @@ def test_a_run_on_prepared_chips_is_closer_to_its_digital_loss(folder, fused):
     ]
     plain, prepared = np.abs(np.reshape(losses, (2, 4, 2)) - [row["loss"] for row in digital]).mean(axis=(1, 2))
     assert prepared < 0.8 * plain
+
+
+@pytest.mark.long
+def test_programmed_chips_keep_their_preparation(small, folder, fused):
+    out = folder / "chips"
+    own = {"crossbar": str(folder / "prepared"), "keep_digital": DIGITAL, "chip_key": 3}
+    parts.write_chips(parts.ProgramOptions(base=str(small[0]), pool=str(small[1]), out=out, **own))
+    run = parts.run_path(fused)
+    written, drawn = (
+        parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(run=run, **of))["rows"]
+        for of in ({"crossbar": str(out)}, own)
+    )
+    assert [row["loss"] for row in written] == [row["loss"] for row in drawn]
+    assert parts.load_chips(str(out)).sha256 != crossbar.config_hash(parts.load_chips(str(out)).config)
 
 
 def test_the_command_says_what_it_gains(small, folder, capsys):

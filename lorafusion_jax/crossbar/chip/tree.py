@@ -104,7 +104,7 @@ def _program_stack(
     weight: Array, keys: Array, preparation: Preparation | None, values: list[Array], *, structure: Structure
 ) -> Chip:
     """Program the matrices of a stack one after the other, so that only one's temporaries are in memory."""
-    lead, shape = weight.shape[:-2], weight.shape[-2:]
+    lead = weight.shape[:-2]
 
     def of_one(one: tuple[Array, Array, Preparation | None]) -> Chip:
         matrix, key, preparation = one

@@ -27,9 +27,7 @@ def moments(run: Run, weights: Any, batches: Iterable[Any]) -> dict[str, Float[A
     chips = by_name(chips_in(weights))
     zeros = [(jnp.zeros(chip.shape[:-1]), jnp.zeros(chip.shape[:-2])) for chip in chips.values()]
     found = {}
-    for (name, chip), (squares, count) in zip(
-        chips.items(), summed(run, weights, batches, _squares, zeros), strict=True
-    ):
+    for name, (squares, count) in zip(chips, summed(run, weights, batches, _squares, zeros), strict=True):
         if not bool(jnp.all(count > 0)):
             raise ValueError(f"{name} was read by none of the batches: give batches that use all chips")
         found[name] = squares / count[..., None]

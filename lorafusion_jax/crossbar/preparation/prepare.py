@@ -5,8 +5,8 @@ The expected error power at the outputs of a matrix is
     P = sum_j sum_i s_i [(t_j (q_ij + b(q_ij)) - w_ij)^2 + t_j^2 v(q_ij)]
 
 with s_i the mean square of input i, t_j the range of column j, q_ij the code in units of it, clipped and rounded, and b
-and v the mean and variance of a code's error (`code_errors`). Ranges minimise it. Factors minimise it approximately: with a
-constant v, and t_j the largest weight of a column, or, after a transform, a multiple of its root mean square.
+and v the mean and variance of a code's error (`code_errors`). Ranges minimise it. Factors minimise it approximately,
+with a constant v, and t_j the largest weight of a column or, after a transform, a multiple of its root mean square.
 
 Similar changes before quantisation: SmoothQuant (Xiao et al., arXiv 2211.10438) and AWQ (Lin et al., arXiv 2306.00978)
 scale inputs, QuIP# (Tseng et al., arXiv 2402.04396) and QuaRot (Ashkboos et al., arXiv 2404.00456) rotate them.
