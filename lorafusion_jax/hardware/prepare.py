@@ -42,7 +42,7 @@ class PrepareOptions:
 
     Attributes:
       base: the base model, as in `lorafusion fuse`.
-      crossbar: a preset, or a .yaml or .json file; all changes are made if `mapping` asks for none of clip, factors
+      crossbar: a preset, or a .yaml or .json file; all changes are made if its `mapping` has none of clip, factors
         and transform.
       text: text files; a causal model reads windows of 128 tokens, another one each line.
       out: folder to write, which must not exist.
@@ -69,7 +69,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
         raise ValueError(f"{options.out} exists: give another --out; preparations are never overwritten")
     at_least(1, tokens=options.tokens, text=len(options.text))
     check_uint32(seed=options.seed)
-    config = _asking(crossbar.load_config(options.crossbar), options.crossbar)
+    config = _changing(crossbar.load_config(options.crossbar), options.crossbar)
     content = read_texts(options.text)
     loaded = looped(load_model(LoadOptions(base=options.base, method="zero-shot")))
     batches = _batches(loaded, content, options)
@@ -113,8 +113,8 @@ def groups(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> list[list[s
     return list(found.values())
 
 
-def _asking(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarConfig:
-    """Return the configuration with all changes, unless it asks for some."""
+def _changing(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarConfig:
+    """Return the configuration with all changes, unless it has some."""
     mapping = config.mapping
     if mapping.factors or mapping.transform != "none" or mapping.clip != "none":
         return config
@@ -122,8 +122,8 @@ def _asking(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarConf
         raise ValueError(
             f"{name} has mapping.scale = {mapping.scale!r}: ranges are chosen for columns; set it to column"
         )
-    asked = dataclasses.replace(mapping, factors=True, transform="hadamard", clip="optimal")
-    return dataclasses.replace(config, mapping=asked)
+    changed = dataclasses.replace(mapping, factors=True, transform="hadamard", clip="optimal")
+    return dataclasses.replace(config, mapping=changed)
 
 
 def _batches(loaded: LoadedModel, content: str, options: PrepareOptions) -> list[Batch]:

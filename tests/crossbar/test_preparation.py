@@ -208,7 +208,7 @@ NOISY = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
         (lambda: crossbar.prepare({"w": WEIGHTS, "v": WEIGHTS[1:]}, MOMENTS, NOISY), "differ in d_out alone"),
         (lambda: crossbar.prepare({}, MOMENTS, NOISY), "but these are none"),
         (lambda: crossbar.prepare({"w": jnp.ones((523, 4))}, None, NOISY), "dense matrix of width 523"),
-        (lambda: crossbar.program(WEIGHTS, NOISY, jax.random.key(0)), "ask for a preparation"),
+        (lambda: crossbar.program(WEIGHTS, NOISY, jax.random.key(0)), "need a preparation"),
         (
             lambda: crossbar.program(
                 WEIGHTS.T, NOISY, jax.random.key(0), preparation=crossbar.prepare({"w": WEIGHTS}, None, NOISY)["w"]

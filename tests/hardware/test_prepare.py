@@ -126,7 +126,7 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="prepares another base model"):
         parts.load_chips(str(folder / "prepared")).prepared.check("0" * 64)
-    with pytest.raises(ValueError, match="ask for a preparation"):
+    with pytest.raises(ValueError, match="need a preparation"):
         loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
         config = crossbar.load_config(folder / "prepared" / "config.yaml")
         parts.program_on_arrays(loaded.problem.graph, loaded.problem.frozen, {"*": config}, jax.random.key(0))

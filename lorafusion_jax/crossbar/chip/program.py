@@ -52,7 +52,7 @@ def program(
       key: PRNG key of the chip: the same key gives the same chip. Needed if the device or the ADC is random.
       path: path of the reads (docs/concepts/reads.md lists them); None chooses the fastest exact one.
       conductances: measured conductances (Gmax = 1) of all cells at the time of the read, which replace modelled ones.
-      preparation: change of the matrix and its inputs (see `prepare`). Needed if `config.mapping` asks for one.
+      preparation: change of the matrix and its inputs (see `prepare`), which some settings of `config.mapping` need.
 
     Raises:
       ValueError: the weights are not a finite matrix, a key is missing, conductances have another shape or are not

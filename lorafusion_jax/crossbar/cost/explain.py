@@ -114,7 +114,7 @@ def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
 
 
 def _preparation(config: CrossbarConfig) -> tuple[str, ...]:
-    """Return the changes that a configuration asks for."""
+    """Return the changes that a configuration has."""
     mapping = config.mapping
     ranges = (
         "ranges chosen for the device's errors" if has_errors(config) else "ranges of the largest weights: no errors"

@@ -59,13 +59,13 @@ class Preparation:
 
 
 def check_preparation(preparation: Preparation | None, shape: tuple[int, ...], config: CrossbarConfig) -> None:
-    """Raise a ValueError if a matrix [d_in, d_out] has another preparation than its configuration asks for."""
+    """Raise a ValueError if a matrix [d_in, d_out] has another preparation than its configuration requires."""
     mapping = config.mapping
     asked = mapping.factors or mapping.transform != "none" or mapping.clip != "none"
     if preparation is None:
         if asked:
             raise ValueError(
-                "mapping.factors, transform or clip ask for a preparation: give one, as in prepare({'W': weights}, "
+                "mapping.factors, transform or clip need a preparation: give one, as in prepare({'W': weights}, "
                 "moments, config)['W'], with the mean squares of the inputs, or None for equal ones"
             )
         return

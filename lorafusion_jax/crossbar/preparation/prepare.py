@@ -44,9 +44,9 @@ def prepare(
     transformed: Float[Array, "..."] | None = None,
     errors: CodeErrors | None = None,
 ) -> dict[str, Preparation]:
-    """Return a preparation of each of some matrices that meet the same inputs, as `config.mapping` asks for it.
+    """Return a preparation of each of some matrices that meet the same inputs, with the changes in `config.mapping`.
 
-    They share factors and transform, and have their own ranges.
+    The matrices share factors and transform, and have their own ranges.
 
     Args:
       matrices: name -> weights, whose shapes differ in d_out alone.
@@ -94,7 +94,7 @@ def expected_error(
     *,
     errors: CodeErrors | None = None,
 ) -> Float[Array, "*N"]:
-    """Return the expected error power at the outputs as a share of their own, for uncorrelated inputs.
+    """Return the expected error power over the power of the outputs, for uncorrelated inputs.
 
     Args:
       weights: the matrices.
