@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
@@ -60,33 +61,23 @@ def test_factors_follow_from_the_models_inputs(small, folder):
     np.testing.assert_allclose(squares / squares.mean(), expected / expected.mean(), rtol=2e-3)
 
 
-def test_reads_of_perfect_cells_are_those_of_the_digital_model(folder, fused):
-    prepared = parts.load_chips(str(folder / "prepared"))
+def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused):
+    setup, _, params = parts.load_to_evaluate(parts.EvaluateOptions(run=parts.run_path(fused)))
+    setup, prepared = parts.looped(setup), parts.load_chips(str(folder / "prepared"))
+    graph, method, digital = setup.problem.graph, setup.problem.method, setup.problem.frozen
+    frozen = prepared.checked(setup).problem.frozen
+    batch = jax.tree.map(jnp.asarray, next(calibration_batches(setup, params, 8)))
+    expected = logits_of(graph, method)(digital, batch)
+
+    def error(frozen, config):
+        on_arrays = parts.program_on_arrays(graph, frozen, {"*.ff.wo": config}, jax.random.key(0))
+        return float(jnp.mean(jnp.square(logits_of(graph, method)(on_arrays, batch) - expected)))
+
     mapping = dataclasses.replace(prepared.config.mapping, weight_bits=None)
     exact = crossbar.CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=mapping, dac=None)
-    setup, _, params = parts.load_to_evaluate(parts.EvaluateOptions(run=parts.run_path(fused)))
-    setup = prepared.checked(parts.looped(setup))
-    problem = setup.problem
-    on_arrays = parts.program_on_arrays(problem.graph, problem.frozen, {"*": exact}, jax.random.key(0))
-    batch = next(calibration_batches(setup, params, 8))
-    digital, there = (logits_of(problem.graph, problem.method)(frozen, batch) for frozen in (problem.frozen, on_arrays))
-    np.testing.assert_allclose(there, digital, atol=2e-3)
-    assert all(chip.preparation is not None for chip in crossbar.chips_in(on_arrays))
-
-
-@pytest.mark.long
-def test_a_run_on_prepared_chips_is_closer_to_its_digital_loss(folder, fused):
-    digital = parts.RunFolder(parts.run_path(fused)).results()["seeds"]
-    options = {"run": parts.run_path(fused), "chips": 4, "keep_digital": DIGITAL}
-    losses = [
-        [
-            row["loss"]
-            for row in parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(crossbar=str(at), **options))["rows"]
-        ]
-        for at in (folder / "noisy.yaml", folder / "prepared")
-    ]
-    plain, prepared = np.abs(np.reshape(losses, (2, 4, 2)) - [row["loss"] for row in digital]).mean(axis=(1, 2))
-    assert prepared < 0.8 * plain
+    unclipped = {name: dataclasses.replace(one, ranges=None) for name, one in frozen.preparations.items()}
+    assert error(dataclasses.replace(frozen, preparations=unclipped), exact) < 1e-6
+    assert error(frozen, prepared.config) < 0.8 * error(digital, NOISY)
 
 
 @pytest.mark.long

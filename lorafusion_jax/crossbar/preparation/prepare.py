@@ -74,7 +74,8 @@ def prepare(
         factors = _over_stack(of_matrix, shape[:-1])(jnp.concatenate(list(weights.values()), axis=-1), squares)
     if transforms:
         transform_matrices(shape[-1])  # refuses a width that has none
-        factors = factors * np.broadcast_to(np.random.default_rng(seed).choice(np.float32([-1, 1]), shape[-1]), shape)
+        signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), shape[-1])
+        factors = factors * np.broadcast_to(signs, shape)
     bare = Preparation(factors=factors if mapping.factors or transforms else None, transforms=transforms)
     squares = bare.moments(squares) if transformed is None else _floored(jnp.asarray(transformed, jnp.float32))
     prepared = dict.fromkeys(weights, bare)

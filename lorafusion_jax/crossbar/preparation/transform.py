@@ -35,7 +35,7 @@ def transform_matrices(width: int) -> tuple[Float[np.ndarray, "_f _f"], ...]:
                 "weights without one"
             )
         small = [_cosine(odd), *(_hadamard(order) / math.sqrt(order) for order in _orders(width // odd) or ())]
-    merged = small[:1] or [np.ones((1, 1))]
+    merged: list[np.ndarray] = small[:1] or [np.ones((1, 1))]
     for matrix in small[1:]:
         if len(merged[-1]) * len(matrix) <= _MERGED:
             merged[-1] = np.kron(merged[-1], matrix)
