@@ -42,7 +42,7 @@ from lorafusion_jax.tasks import IGNORED
 WORDS = ["<pad>", "</s>", "<unk>", ":", "then", *POSITION_OPS, *CHARACTER_OPS, *LETTERS, *"0123456789*-"]
 CONFIG = T5Config(
     vocab_size=len(WORDS), d_model=96, d_kv=24, d_ff=256, num_heads=4, num_layers=2, num_decoder_layers=2,
-    remat="none", unroll=True,
+    unroll=True,
 )  # fmt: skip
 RANK, ALPHA = 16, 32
 TARGETS = ("q", "v")

@@ -1,6 +1,7 @@
 """A base that is prepared for arrays: its folder, and commands that take it."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ NOISY = crossbar.CrossbarConfig(
     mapping=crossbar.Mapping(scale="column"), device=crossbar.Device(programming=crossbar.Independent(0.05))
 )
 DIGITAL = ("head", "*.ff.*")
-# As many as a batch has, of one length: rows of padding would count.
-LINES = "\n".join(f"odd then dash : {' '.join('abcdefghijklmnopqrs'[at : at + 4])}" for at in range(16))
+# Rows of the task, as many as a batch has and of one length, because rows of padding would count.
+_ROWS = [json.loads(row)["context"] for row in (recipes.TASK / "train.jsonl").read_text().splitlines()]
+LINES = "\n".join([row for row in _ROWS if len(row) == 29][:16])
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_the_command_says_what_it_gains(small, folder, capsys):
     main(["crossbar", "prepare", *args, "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
     (query,) = [line.split() for line in lines if line.startswith("encoder.self.q")]
-    assert float(query[2]) < 0.8 * float(query[1])
+    assert float(query[2]) < 0.9 * float(query[1])
     identity = parts.load_chips(str(out)).prepared.of_sites["encoder.self.q"].identity
     assert identity == parts.load_chips(str(folder / "prepared")).prepared.of_sites["encoder.self.q"].identity
 
