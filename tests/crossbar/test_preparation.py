@@ -216,6 +216,25 @@ NOISY = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
             r"factors of shape \(48,\)",
         ),
         (
+            lambda: crossbar.program(
+                WEIGHTS,
+                dataclasses.replace(NOISY, mapping=FACTORS),
+                jax.random.key(0),
+                preparation=crossbar.prepare({"w": WEIGHTS}, None, NOISY)["w"],
+            ),
+            "has a transform and ranges, and the configuration's mapping does not",
+        ),
+        (lambda: crossbar.program_tree({"w": WEIGHTS}, {"*": NOISY}, jax.random.key(0)), "w: mapping.factors"),
+        (
+            lambda: crossbar.program_tree(
+                {"w": jnp.stack([WEIGHTS] * 2)},
+                {"*": NOISY},
+                jax.random.key(0),
+                preparations=crossbar.prepare({"w": WEIGHTS}, None, NOISY),
+            ),
+            r"w: factors of shape \(48,\) .* expected \(2, 48\)",
+        ),
+        (
             lambda: jax.jit(lambda w: crossbar.prepare({"w": w}, None, NOISY)["w"].factors)(WEIGHTS),
             "outside of jax.jit",
         ),

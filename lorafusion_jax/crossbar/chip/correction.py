@@ -80,7 +80,7 @@ def by_name(chips: Sequence[Any]) -> dict[str, Any]:
     for name in found if len(found) < len(chips) else ():
         if (count := sum(chip.name == name for chip in chips)) > 1:
             raise ValueError(
-                f"{count} chips have the name {name!r}, by which corrections are given: set other names with "
+                f"{count} chips have the name {name!r}, by which their data are given: set other names with "
                 "dataclasses.replace(chip, name=...)"
             )
     return found

@@ -19,7 +19,7 @@ from ..config.schema import CrossbarConfig
 from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
 from ..mapping.geometry import Geometry
-from ..preparation.preparation import Preparation
+from ..preparation.preparation import Preparation, check_preparation
 from ..read.paths.registry import PATHS, columns_of
 from .chip import Chip, over_stack, reconfigured
 from .correction import Correction, check_correction
@@ -36,7 +36,7 @@ _DAMAGED += (json.JSONDecodeError,)
 
 
 def save_chip(chip: Chip, path: str | Path) -> None:
-    """Write a programmed chip, or a stack of them, to a file, with its name and correction and without its read key."""
+    """Write a programmed chip, or a stack of them, to a file, without its read key."""
     path, arrays = Path(path), dict[str, Any]()
     for name in _ARRAYS:
         value = getattr(chip, name)
@@ -116,6 +116,7 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     if "preparation" in meta:
         parts = {name.partition(".")[2]: a for name, a in stored.items() if name.startswith("preparation.")}
         fields["preparation"] = Preparation(**parts, **meta["preparation"])
+    check_preparation(fields.get("preparation"), stored["codes"].shape, config)
     geometry, plan = Geometry.of(stored["codes"].shape[-2:], config), dict(meta["plan"])
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}

@@ -19,9 +19,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ...support.platform import is_traced
+from ...support.reading import named
 from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
-from ..preparation.preparation import Preparation
+from ..preparation.preparation import Preparation, check_preparation
 from ..read.paths.registry import PATHS
 from .chip import Chip, stacked_keys, typed_key
 from .program import program
@@ -61,13 +62,13 @@ def program_tree(
     check_rules(rules)
     key = one_key(key)
     by_path, tree = jax.tree.flatten_with_path(weights)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
-    _check_patterns(rules, named)
+    leaves = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in by_path}
+    _check_patterns(rules, leaves)
     numbers, preparations = numbers or {}, preparations or {}
-    if unknown := [path for path in preparations if path not in named]:
-        raise ValueError(f"preparations of {', '.join(unknown)}, which are no weights: there are {', '.join(named)}")
+    if unknown := [path for path in preparations if path not in leaves]:
+        raise ValueError(f"preparations of {', '.join(unknown)}, which are no weights: there are {', '.join(leaves)}")
     return tree.unflatten(
-        [_place(path, leaf, rules, key, numbers.get(path), preparations.get(path)) for path, leaf in named.items()]
+        [_place(path, leaf, rules, key, numbers.get(path), preparations.get(path)) for path, leaf in leaves.items()]
     )
 
 
@@ -85,6 +86,8 @@ def _place(
         return weight
     if not is_traced(weight) and not np.isfinite(np.asarray(weight)).all():
         raise ValueError(f"{path or 'the model'} holds weights that are NaN or infinite: give finite weights")
+    with named(path or "the model"):
+        check_preparation(preparation, weight.shape, config)
     numbers = numbers or [jnp.arange(size) for size in weight.shape[:-2]]
     chips, noise = _keys(key, np.uint32(zlib.crc32(path.encode())), numbers)
     structure, values = split_config(config)

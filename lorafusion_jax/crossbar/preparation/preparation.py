@@ -59,7 +59,7 @@ class Preparation:
 
 
 def check_preparation(preparation: Preparation | None, shape: tuple[int, ...], config: CrossbarConfig) -> None:
-    """Raise a ValueError if a matrix [d_in, d_out] has another preparation than its configuration requires."""
+    """Raise a ValueError if matrices [..., d_in, d_out] have another preparation than their configuration requires."""
     mapping = config.mapping
     asked = mapping.factors or mapping.transform != "none" or mapping.clip != "none"
     if preparation is None:
@@ -69,8 +69,19 @@ def check_preparation(preparation: Preparation | None, shape: tuple[int, ...], c
                 "moments, config)['W'], with the mean squares of the inputs, or None for equal ones"
             )
         return
-    d_in, d_out = shape
-    for name, expected in (("factors", (d_in,)), ("ranges", (d_out,))):
+    transforms = mapping.transform != "none"
+    parts = {
+        "factors": (preparation.factors is not None, mapping.factors or transforms),
+        "a transform": (preparation.transforms, transforms),
+        "ranges": (preparation.ranges is not None, mapping.clip != "none"),
+    }
+    if foreign := [name for name, (there, configured) in parts.items() if there and not configured]:
+        raise ValueError(
+            f"the preparation has {' and '.join(foreign)}, and the configuration's mapping does not: call prepare with "
+            "this configuration"
+        )
+    *lead, d_in, d_out = shape
+    for name, expected in (("factors", (*lead, d_in)), ("ranges", (*lead, d_out))):
         values = getattr(preparation, name)
         if values is not None and values.shape != expected:
             raise ValueError(

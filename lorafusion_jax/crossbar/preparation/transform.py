@@ -31,8 +31,8 @@ def transform_matrices(width: int) -> tuple[Float[np.ndarray, "_f _f"], ...]:
         odd = width // (width & -width)
         if odd > _WIDEST:
             raise ValueError(
-                f"a transform of {width} inputs needs a dense matrix of width {odd}, more than {_WIDEST}: leave these "
-                "weights without one"
+                f"a transform of {width} inputs needs a dense matrix of width {odd}, more than {_WIDEST}: set "
+                "mapping.transform to none"
             )
         small = [_cosine(odd), *(_hadamard(order) / math.sqrt(order) for order in _orders(width // odd) or ())]
     merged: list[np.ndarray] = small[:1] or [np.ones((1, 1))]
