@@ -23,7 +23,7 @@ from ..tasks import Batch, tokenise
 from .calibration import looped
 from .prepared import OneSite, PreparedManifest, save_prepared
 from .program import program
-from .restored import answered, logits_of_base, read_texts, windows
+from .restored import WINDOW, answered, logits_of_base, read_texts, windows
 
 # Perfect cells without converters: the inputs of their reads are those of the digital model.
 _PERFECT = crossbar.CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=crossbar.Mapping(weight_bits=None), dac=None)
@@ -129,12 +129,13 @@ def _changing(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarCo
 def _batches(loaded: LoadedModel, content: str, options: PrepareOptions) -> list[Batch]:
     """Return batches of the text; its first tokens for a causal model."""
     if loaded.config.causal:
-        ids = tokenise(loaded.tokenizer, content, add_special_tokens=False, verbose=False)["input_ids"]
-        batches = windows(loaded, ids[: options.tokens])
+        whole = tokenise(loaded.tokenizer, content, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = whole[: options.tokens]
+        batches, there = windows(loaded, ids), f"{len(ids)} tokens"
     else:
-        batches = answered(loaded, [line for line in content.splitlines() if line.strip()])
+        lines = [line for line in content.splitlines() if line.strip()]
+        batches, there = answered(loaded, lines), f"{len(lines)} lines"
     if not batches:
-        raise ValueError(
-            "the text is shorter than a window of 128 tokens, or than a line: give more, better 3,072 tokens"
-        )
+        least = f"a window of {WINDOW} tokens, better {PrepareOptions.tokens:,}" if loaded.config.causal else "a line"
+        raise ValueError(f"the text has {there}: give at least {least}")
     return batches

@@ -15,6 +15,8 @@ import numpy as np
 from .. import crossbar
 from ..io import arrays
 from ..io.folders import new_folder
+from ..support.reading import FileError
+from ..support.text import shown
 
 CONFIG, PREPARATIONS = "config.yaml", "preparations"
 _PARTS = ("factors", "ranges")
@@ -79,10 +81,17 @@ def save_prepared(
 
 
 def load_prepared(folder: Path) -> Prepared:
-    """Return the preparations of a folder; raises a FileError if it is damaged."""
+    """Return the preparations of a folder; raises a FileError if it is damaged, or has another configuration now."""
     tree, manifest = arrays.load(folder / PREPARATIONS, metadata=PreparedManifest, what="a folder of preparations")
+    again = "restore it, or run `lorafusion crossbar prepare` again with another --out"
+    if crossbar.config_hash(crossbar.load_config(folder / CONFIG)) != manifest["config_sha256"]:
+        raise FileError(folder / CONFIG, got="not the configuration that the base was prepared for", fix=again)
     found = {}
     for name, of_site in manifest["sites"].items():
-        parts = {part: jnp.asarray(values) for part, values in tree.get(name, {}).items()}
+        arrays_of_site = tree.get(name, {})
+        if not isinstance(arrays_of_site, dict) or not set(arrays_of_site) <= {*_PARTS}:
+            got, expected = "other arrays", ", ".join(_PARTS)
+            raise FileError(folder / PREPARATIONS, field=shown(name), got=got, expected=expected, fix=again)
+        parts = {part: jnp.asarray(values) for part, values in arrays_of_site.items()}
         found[name] = crossbar.Preparation(**parts, transforms=of_site["transforms"], identity=of_site["identity"])
     return Prepared(found, manifest["base_sha256"], str(folder))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -114,11 +115,21 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
     with pytest.raises(ValueError, match="set it to column"):
         lf.prepare(_options(small, folder, crossbar=str(tmp_path / "matrix.yaml"), out=tmp_path / "new"))
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="the text is shorter"):
+    with pytest.raises(ValueError, match="the text has 0 lines: give at least a line"):
         lf.prepare(_options(small, folder, text=(tmp_path / "empty.txt",), out=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="prepares another base model"):
         parts.load_chips(str(folder / "prepared")).prepared.check("0" * 64)
+    changed = shutil.copytree(folder / "prepared", tmp_path / "changed")
+    tree, manifest = parts.load_arrays(changed / "preparations", what="preparations")
+    tree["encoder.self.q"]["slope"] = np.ones(2)
+    shutil.rmtree(changed / "preparations")
+    parts.save_arrays(changed / "preparations", tree, manifest)
+    with pytest.raises(ValueError, match="encoder.self.q.*expected factors, ranges"):
+        parts.load_chips(str(changed))
+    crossbar.save_config(NOISY, changed / "config.yaml")
+    with pytest.raises(ValueError, match="not the configuration that the base was prepared for"):
+        parts.load_chips(str(changed))
     with pytest.raises(ValueError, match="need a preparation"):
         loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
         config = crossbar.load_config(folder / "prepared" / "config.yaml")
