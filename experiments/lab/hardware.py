@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from lorafusion_jax import FuseOptions, Recipe, fuse
-from lorafusion_jax.crossbar import CrossbarConfig, config_hash
+from lorafusion_jax.crossbar import CrossbarConfig
 from lorafusion_jax.parts import (
     Chips,
     EvaluateOptions,
@@ -78,7 +78,7 @@ class ChipsOptions:
 
     def store(self, *apart: str) -> "Store":
         """Return the folder of results; raises ValueError for results of other settings than those not `apart`."""
-        settings = dataclasses.asdict(self) | {"config": config_hash(load_chips(self.crossbar).config)}
+        settings = dataclasses.asdict(self) | {"config": load_chips(self.crossbar).sha256}
         apart = ("out", "tasks", "crossbar", *apart)
         return Store(self.out, {name: value for name, value in settings.items() if name not in apart})
 
@@ -206,7 +206,7 @@ def subject(store: Store, task: str, method: str, entry: Arm, options: ChipsOpti
     setup, fused, params = load_to_evaluate(run)
     chips = load_chips(options.crossbar, key=options.chip_key)
     keys = jnp.stack([chips.chip_key(number) for number in range(options.chips)])
-    return Subject(store, fused, looped(setup), params, chips, keys)
+    return Subject(store, fused, looped(chips.checked(setup)), params, chips, keys)
 
 
 def of_tasks(tasks: Sequence[str], rows: Callable[[str], Iterable[Row]]) -> list[Row]:

@@ -24,7 +24,8 @@ class CostOptions:
       rank: rank of every module, and of LoRA and DoRA.
       vera_rank: rank of VeRA's random matrices.
       targets: the linear maps that are adapted, wherever they occur; by default the family's own choice.
-      crossbar: configuration of the arrays: isaac, puma, raella, neurram, aihwkit, or a .yaml or .json file.
+      crossbar: configuration of the arrays: isaac, puma, raella, neurram, aihwkit, a .yaml or .json file, or a folder
+        of chips or preparations.
       tokens_per_task: number of tokens that are generated for a task.
       epochs: passes over the training rows.
       train_rows: number of rows for training and validation.
