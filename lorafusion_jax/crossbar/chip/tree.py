@@ -91,8 +91,11 @@ def _place(
     numbers = numbers or [jnp.arange(size) for size in weight.shape[:-2]]
     chips, noise = _keys(key, np.uint32(zlib.crc32(path.encode())), numbers)
     structure, values = split_config(config)
-    chip = _program_stack(weight, chips, preparation, values, structure=structure)
-    return dataclasses.replace(chip, key=noise if config.reads_at_random else None, name=path)
+    # Without its identity, so that weights of one kind share a compiled function.
+    bare = preparation and dataclasses.replace(preparation, identity="")
+    chip = _program_stack(weight, chips, bare, values, structure=structure)
+    key = noise if config.reads_at_random else None
+    return dataclasses.replace(chip, key=key, name=path, preparation=preparation)
 
 
 @jax.jit  # compiled, because the operations one by one take 13 ms for a weight
