@@ -94,8 +94,8 @@ def _place(
     # Without its identity, so that weights of one kind share a compiled function.
     bare = preparation and dataclasses.replace(preparation, identity="")
     chip = _program_stack(weight, chips, bare, values, structure=structure)
-    key = noise if config.reads_at_random else None
-    return dataclasses.replace(chip, key=key, name=path, preparation=preparation)
+    noise = noise if config.reads_at_random else None
+    return dataclasses.replace(chip, key=noise, name=path, preparation=preparation)
 
 
 @jax.jit  # compiled, because the operations one by one take 13 ms for a weight
