@@ -86,7 +86,7 @@ def test_fuse_shows_the_options_of_the_chosen_method(method):
     [
         ("fuse --base b --task t --lora-rank 4", "--lora-rank is an option of the methods lora, dora, not of fusion"),
         ("fuse --base b --task t --preset best", "invalid choice 'best' for argument '--preset'. Expected one of ("),
-        ("crossbar --run run", "`lorafusion crossbar` has one action, program"),
+        ("crossbar --run run", "`lorafusion crossbar` has the actions prepare and program"),
     ],
 )
 def test_options_of_other_methods_and_other_values_are_refused(command, message, capsys):

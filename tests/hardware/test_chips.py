@@ -259,7 +259,7 @@ def test_what_chips_cannot_do_is_refused(small, chips, fused):
             _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
     folder, control = parts.load_chips(str(chips / "two")), dataclasses.replace(fused, control="random-factors")
     with pytest.raises(ValueError, match="two holds no random-factors control"):
-        folder.check(parts.prepare(control), control.control)
+        folder.checked(parts.prepare(control), control.control)
 
 
 @pytest.mark.long

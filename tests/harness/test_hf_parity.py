@@ -38,7 +38,9 @@ def _tasks(folder: Path, **generation: Any) -> TaskManager:
     lm_eval_tasks.multiple_choice(folder, "local_choices", choices)
     lm_eval_tasks.perplexity(folder, "local_text", _TEXTS)
     lm_eval_tasks.cloze(folder, "local_cloze", prompts)
-    lm_eval_tasks.generation(folder, "local_answers", prompts, **generation)
+    how = {"output_type": "generate_until", "doc_to_text": "{{prompt}}", "doc_to_target": "{{target}}"}
+    how |= {"generation_kwargs": generation, "metric_list": [{"metric": "exact_match"}]}
+    lm_eval_tasks.write_task(folder, "local_answers", prompts, **how)
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
