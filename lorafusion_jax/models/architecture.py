@@ -69,7 +69,8 @@ class Site:
       path: Hugging Face's module path, with `{layer}` for the layer's number.
       reads: the tokens that it multiplies.
       split: the axis that a mesh of devices splits. After a matrix that is split by rows, devices sum.
-      stage: a name that sites of one stack share if they can be computed at the same time.
+      stage: a name that sites of one stack share if they can be computed at the same time; those that read the same
+        tokens then have the same input.
     """
 
     layers: int
