@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from lab.common import ROOT, write_csv
 from lab.smollm2 import EXAMPLES, base
 
-from lorafusion_jax import FuseOptions
+from lorafusion_jax import LoadOptions
 from lorafusion_jax.crossbar import CrossbarConfig, Independent, calibrate_tree, chips_in, config_hash, load_config
 from lorafusion_jax.parts import LoadedModel, environment, load_model, log_likelihood, markdown, program_on_arrays
 from lorafusion_jax.report import colour, plot
@@ -85,7 +85,7 @@ class Text(NamedTuple):
 def main(arguments: Sequence[str] = ()) -> None:
     """Measure what is missing."""
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
-    loaded = load_model(FuseOptions(base=str(base()), task="", method="zero-shot"))
+    loaded = load_model(LoadOptions(base=str(base()), method="zero-shot"))
     text = load_text(loaded.tokenizer, options)
     common = {
         "tokens": text.windows[:, 1:].size,

@@ -33,7 +33,7 @@ from lab.language import SOURCES as POOL
 from lab.smollm2 import EXAMPLES, SMOLLM2, base
 from language import link_tasks, unseen_tasks
 
-from lorafusion_jax import FuseOptions, Restoring, fuse, restore
+from lorafusion_jax import FuseOptions, LoadOptions, Restoring, fuse, restore
 from lorafusion_jax.crossbar import (
     PCM_DRIFT,
     Correction,
@@ -230,7 +230,7 @@ class Bench:
 
     def __init__(self, model: Path, fusions: dict[str, FuseOptions], corrected: Path, prompts: str):
         self.fusions, self.corrected = fusions, corrected
-        self.loaded = load_model(FuseOptions(base=str(model), task="", method="zero-shot"))
+        self.loaded = load_model(LoadOptions(base=str(model), method="zero-shot"))
         self.digital = self.loaded.problem.frozen.base
         self.run = logits_of_base(self.loaded.problem.graph)
         self.logits = jax.jit(self.run)

@@ -46,7 +46,7 @@ def _options(home, **changed):
 
 
 def _loaded(home):
-    return parts.load_model(lf.FuseOptions(base=str(home / "base"), task="", method="zero-shot"))
+    return parts.load_model(lf.LoadOptions(base=str(home / "base"), method="zero-shot"))
 
 
 def _on_chip(loaded, chips, number, *at):
@@ -147,7 +147,7 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
     before, after = parts.restore_chips(_options(home, epochs=2, **given))[0]["divergence"]
     assert after < before
     # Answers are shorter than the batch is wide; only their tokens count.
-    loaded = parts.load_model(lf.FuseOptions(base=str(base), task="", method="zero-shot"))
+    loaded = parts.load_model(lf.LoadOptions(base=str(base), method="zero-shot"))
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     (batch,) = answered(loaded, lines[::8])  # the text that is left out
     chips = parts.load_chips(str(home / "noisy.yaml"), digital=given["keep_digital"])
