@@ -20,7 +20,7 @@ class CodeErrors(NamedTuple):
     """Errors of programmed weights, in units of their column's range.
 
     Attributes:
-      mean: mean error at codes from -1 to 1 of the range, at equal distances.
+      mean: mean error at codes from -1 to 1 of the range, at distances that rounding alone makes unequal.
       variance: variance of the error there.
     """
 
