@@ -194,6 +194,19 @@ def over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., A
     return fn
 
 
+def one_by_one(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., Any]:
+    """Return what `over_stack` does, with the entries one after the other, so that only one's temporaries exist."""
+    if not lead:
+        return fn
+
+    def mapped(*arguments: Any) -> Any:
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), arguments)
+        results = jax.lax.map(lambda of_one: fn(*of_one), flat)
+        return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), results)
+
+    return mapped
+
+
 def typed_key(key: Array) -> Array:
     """Return a key [...] as `jax.random.key` makes it, given that or the raw one [..., 2] of `jax.random.PRNGKey`."""
     return jax.random.wrap_key_data(key) if key.dtype == jnp.uint32 else key

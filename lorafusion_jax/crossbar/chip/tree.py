@@ -24,7 +24,7 @@ from ..config.schema import CrossbarConfig
 from ..config.structure import Structure, split_config
 from ..preparation.preparation import Preparation, check_preparation
 from ..read.paths.registry import PATHS
-from .chip import Chip, stacked_keys, typed_key
+from .chip import Chip, one_by_one, stacked_keys, typed_key
 from .program import program
 
 Rules = Mapping[str, CrossbarConfig | None]
@@ -110,10 +110,8 @@ def _program_stack(
     weight: Array, keys: Array, preparation: Preparation | None, values: list[Array], *, structure: Structure
 ) -> Chip:
     """Program the matrices of a stack one after the other, so that only one's temporaries are in memory."""
-    lead = weight.shape[:-2]
 
-    def of_one(one: tuple[Array, Array, Preparation | None]) -> Chip:
-        matrix, key, preparation = one
+    def of_one(matrix: Array, key: Array, preparation: Preparation | None) -> Chip:
         config = structure.config(values)
         chip = program(matrix, config, key, preparation=preparation)
         path = PATHS[chip.plan.path].in_models(chip.plan)
@@ -123,11 +121,7 @@ def _program_stack(
         plan = dataclasses.replace(other.plan, tabulates=not config.draws_at_conversion)
         return dataclasses.replace(other, plan=plan)
 
-    if not lead:
-        return of_one((weight, keys, preparation))
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), (weight, keys, preparation))
-    chips = jax.lax.map(of_one, flat)
-    return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), chips)
+    return one_by_one(of_one, weight.shape[:-2])(weight, keys, preparation)
 
 
 def first_match(path: str, rules: Rules) -> CrossbarConfig | None:

@@ -15,8 +15,7 @@ scale inputs, QuIP# (Tseng et al., arXiv 2402.04396) and QuaRot (Ashkboos et al.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ...support.platform import is_traced
+from ..chip.chip import one_by_one
 from ..chip.program import has_errors
 from ..config.schema import CrossbarConfig
 from .code_errors import CodeErrors, code_errors
@@ -71,7 +71,7 @@ def prepare(
     factors = jnp.ones(shape)
     if mapping.factors:
         of_matrix = _spreading_factors if transforms else _largest_weight_factors
-        factors = _over_stack(of_matrix, shape[:-1])(jnp.concatenate(list(weights.values()), axis=-1), squares)
+        factors = jax.jit(one_by_one(of_matrix, shape[:-1]))(jnp.concatenate(list(weights.values()), axis=-1), squares)
     if transforms:
         transform_matrices(shape[-1])  # refuses a width that has none
         signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), shape[-1])
@@ -82,7 +82,7 @@ def prepare(
     if mapping.clip == "optimal" and has_errors(config):
         choose = functools.partial(_ranges, errors=errors or code_errors(config), top=_top(config))
         for name, matrix in weights.items():
-            ranges = _over_stack(choose, shape[:-1])(matrix, squares, bare)
+            ranges = jax.jit(one_by_one(choose, shape[:-1]))(matrix, squares, bare)
             prepared[name] = dataclasses.replace(bare, ranges=ranges)
     return {name: dataclasses.replace(one, identity=_digest(one)) for name, one in prepared.items()}
 
@@ -115,7 +115,7 @@ def expected_error(
         # The part of the errors that is along the weights meets their outputs, whose power a transform keeps.
         return jnp.sum(jnp.square(along / own - 1) * power + written - jnp.square(along) / own) / jnp.sum(power)
 
-    return _over_stack(of_one, weights.shape[:-2])(weights, jnp.asarray(moments, jnp.float32), preparation)
+    return jax.jit(one_by_one(of_one, weights.shape[:-2]))(weights, jnp.asarray(moments, jnp.float32), preparation)
 
 
 def _ranges(
@@ -195,18 +195,6 @@ def _floored(squares: Float[Array, "*N d"]) -> Float[Array, "*N d"]:
 
 def _centred(factors: Float[Array, " d"]) -> Float[Array, " d"]:
     return factors / jnp.exp(jnp.mean(jnp.log(factors)))
-
-
-def _over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., Any]:
-    """Return `fn` for each matrix of a stack, one after the other, so that only one's temporaries are in memory."""
-
-    @jax.jit
-    def mapped(*arguments: Any) -> Any:
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(lead) :]), arguments)
-        results = jax.lax.map(lambda of_one: fn(*of_one), flat)
-        return jax.tree.map(lambda leaf: leaf.reshape(*lead, *leaf.shape[1:]), results)
-
-    return mapped
 
 
 def _digest(preparation: Preparation) -> str:
