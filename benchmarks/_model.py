@@ -163,12 +163,12 @@ def frozen(config: Architecture, dtype: Dtype, modules: int) -> Frozen:
 def in_basis(config: Architecture, weights: Frozen, k: int) -> Frozen:
     """Return the weights with their pool in a shared basis of k directions."""
     assert isinstance(weights.pool, LoraPool)
-    return prepared(config, Fusion(basis=k), Frozen(weights.base, shared_basis(weights.pool, k)))
+    return precomputed(config, Fusion(basis=k), Frozen(weights.base, shared_basis(weights.pool, k)))
 
 
-def prepared(config: Architecture, method: Method, weights: Frozen) -> Frozen:
+def precomputed(config: Architecture, method: Method, weights: Frozen) -> Frozen:
     """Return base and pool with what a run computes once from them, on the platform that is traced for."""
-    return method.prepare(Frozen(weights.base, weights.pool), kernels(nnx.merge(graph_of(config), weights.base)))
+    return method.precompute(Frozen(weights.base, weights.pool), kernels(nnx.merge(graph_of(config), weights.base)))
 
 
 def shapes_of(config: Architecture, dtype: Dtype, modules: int = MODULES) -> Frozen:

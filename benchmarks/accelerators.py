@@ -39,7 +39,7 @@ from _model import (
     arguments,
     config_of,
     held_in,
-    prepared,
+    precomputed,
     shapes_of,
     step_of,
 )
@@ -237,7 +237,7 @@ def _lowered(program: _Program, config: Architecture, seeds: int, on: Callable[.
     settings = Settings(recipe=recipe, rank=RANK, seeds=seeds, **how)
     update, trainable = update_of(config, "fusion", settings), trained_numbers(config, "fusion", settings)
     weights = weights if k is None else _in_basis(weights, k)
-    weights = jax.eval_shape(partial(prepared, config, method), weights)
+    weights = jax.eval_shape(partial(precomputed, config, method), weights)
     shaped: Any = {"seeds": seeds, "seed_mode": "batched", "groups": groups}
     state, batch, problem, rates = arguments(config, weights, method, (rows, source), **shaped)
     state, batch, rates = on(state, config, of_seeds=True), on(batch, of_seeds=True), on(rates, of_seeds=True)

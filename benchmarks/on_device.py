@@ -38,7 +38,7 @@ from _model import (
     config_of,
     frozen,
     in_basis,
-    prepared,
+    precomputed,
 )
 from _peer import Peer, lines_of
 
@@ -126,7 +126,7 @@ def _steps(options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     basis = in_basis(config, weights, _K)
     runs: dict[str, Any] = {
         "mix": Step(config, weights, "mix"),
-        "sum": Step(config, prepared(config, Fusion(composition="sum"), weights), "sum"),
+        "sum": Step(config, precomputed(config, Fusion(composition="sum"), weights), "sum"),
         "basis": Step(config, basis, "sum"),
     }
     runs |= {f"mix, {count} seeds": Step(config, weights, "mix", seeds=count) for count in options.seeds}
@@ -190,7 +190,7 @@ def _against_peer(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _generation(options: argparse.Namespace) -> list[dict[str, Any]]:
     config = config_of(options.shape, "bfloat16")
-    weights = prepared(config, Fusion(composition="sum"), frozen(config, "bfloat16", MODULES))
+    weights = precomputed(config, Fusion(composition="sum"), frozen(config, "bfloat16", MODULES))
     batch = jax.tree.map(lambda a: a[0], batch_of(config, (_ROWS, SOURCE, TARGET)))
     runs = {}
     for count in (1, max(options.seeds)):

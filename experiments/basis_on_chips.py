@@ -6,8 +6,8 @@
 The directions and the base are written once onto every chip; the modules in the basis stay digital. The numbers of
 a task are trained digitally and put there as they are (untouched), on another chip at every step (fresh noise), or on
 the very chip (its chip). A month later, with drift compensated, they are read again: as they are, after a few epochs
-more on the aged chip (its chip, all rows), or with numbers that were trained on as many other chips of that age
-(prepared). Written to the folder: table.csv, rows.csv, and every row and trained number; interrupted, the same command
+more on the aged chip (its chip, all rows), or with numbers that were trained on as many other chips of that age (in
+advance). Written to the folder: table.csv, rows.csv, and every row and trained number; interrupted, the same command
 continues.
 """
 
@@ -32,7 +32,7 @@ COLUMNS = (
     ("digital", None),
     *((case, age) for case in ("untouched", "fresh noise", "its chip") for age in (None, AGE)),
     ("its chip, all rows", AGE),
-    ("prepared", AGE),
+    ("in advance", AGE),
 )
 
 
@@ -86,7 +86,7 @@ def task_rows(store: Store, task: str, size: int | Literal["whole"], options: Op
         "its chip, all rows": store.numbers(
             slug(f"{name}-again"), lambda: on.train_on_chips(month, shorter, begin=its_chip)
         ),
-        "prepared": on_fresh_chips("prepared", crossbar=str(compensated), age=AGE),
+        "in advance": on_fresh_chips("in advance", crossbar=str(compensated), age=AGE),
     }
     for case, age in COLUMNS:
         config = None if case == "digital" else new if age is None else month

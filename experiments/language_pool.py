@@ -35,9 +35,9 @@ from lorafusion_jax.parts import (
     environment,
     evaluate,
     fit,
+    load_setup,
     lora_adapter,
     make_room,
-    prepare,
     seed_rows,
     start,
     with_targets,
@@ -166,7 +166,7 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
     """Write a task's adapter, and return its row."""
     make_room()
     run = fuse_options(name, path, options)
-    setup = prepare(run)
+    setup = load_setup(run)
     assert setup.split is not None
     began, cpu = time.perf_counter(), time.process_time()
     epochs: list[Epoch] = []

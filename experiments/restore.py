@@ -59,6 +59,7 @@ from lorafusion_jax.parts import (
     digital_matrices,
     distil,
     divergence,
+    drifting_otherwise,
     environment,
     evaluate,
     load_arrays,
@@ -69,7 +70,6 @@ from lorafusion_jax.parts import (
     looped,
     module_numbers,
     on_every_chip,
-    prepared,
     program_on_arrays,
     read_json,
     sampled,
@@ -90,7 +90,7 @@ Part = Literal["main", "more", "text", "chips", "transfer", "tune"]
 PARTS: tuple[Part, ...] = get_args(Part)
 Kind = Literal["real", "sampled", "continued", "prompts"]
 # The chip that corrections are computed on: the chip itself, at age 0, or one whose cells drift otherwise.
-Source = Literal["itself", "age 0", "prepared"]
+Source = Literal["itself", "age 0", "in advance"]
 
 
 class Arm(NamedTuple):
@@ -274,8 +274,8 @@ class Bench:
     def corrections(self, job: Job) -> dict[str, Correction]:
         """Return the corrections of a job, computed on its source."""
         setting = job.setting._replace(drift=0.0) if job.source == "age 0" else job.setting
-        config = prepared(setting.config()) if job.source == "prepared" else setting.config()
-        of_text = (setting, job.source == "prepared", job.chip, job.text, job.tokens)
+        config = drifting_otherwise(setting.config()) if job.source == "in advance" else setting.config()
+        of_text = (setting, job.source == "in advance", job.chip, job.text, job.tokens)
         wanted = hashlib.sha256(repr((*of_text, job.arm)).encode()).hexdigest()[:16]
         folder = self.corrected / wanted
         if folder.exists():

@@ -1,6 +1,6 @@
 """Public names below whole runs, for experiments and benchmarks of one's own; minor versions may change them.
 
-The parts of a run: load a model, prepare a task, train, evaluate, put weights on chips, estimate, write files.
+The parts of a run: load a model, set up a task, train, evaluate, put weights on chips, estimate, write files.
 `lorafusion_jax` has the stable names, and `tasks`, `methods`, `report` and `crossbar` their own.
 """
 
@@ -69,9 +69,9 @@ from .hardware.restore import divergence as divergence
 from .hardware.restored import Outputs as Outputs
 from .hardware.restored import RestoreOptions as RestoreOptions
 from .hardware.restored import digital_matrices as digital_matrices
+from .hardware.restored import drifting_otherwise as drifting_otherwise
 from .hardware.restored import load_restored as load_restored
 from .hardware.restored import logits_of_base as logits_of_base
-from .hardware.restored import prepared as prepared
 from .hardware.restored import restore_chips as restore_chips
 from .hardware.restored import sampled as sampled
 from .hardware.restored import windows as windows
@@ -135,7 +135,7 @@ from .models.t5.model import decoder_inputs as decoder_inputs
 from .models.weights import Unstacked as Unstacked
 from .models.weights import dense as dense
 
-# Runs: prepare, evaluate, export.
+# Runs: set up, evaluate, export.
 from .runs.evaluate import evaluate as evaluate
 from .runs.evaluate import seed_rows as seed_rows
 from .runs.export import ExportOptions as ExportOptions
@@ -148,10 +148,6 @@ from .runs.predict import evaluate_run as evaluate_run
 from .runs.predict import generate_lines as generate_lines
 from .runs.predict import load_to_evaluate as load_to_evaluate
 from .runs.predict import stream_lines as stream_lines
-from .runs.prepare import Setup as Setup
-from .runs.prepare import encode_shown as encode_shown
-from .runs.prepare import prepare as prepare
-from .runs.prepare import trainable_count as trainable_count
 from .runs.rows import SeedModels as SeedModels
 from .runs.rows import advance_rows as advance_rows
 from .runs.rows import begin_rows as begin_rows
@@ -160,6 +156,10 @@ from .runs.run import environment as environment
 from .runs.run import options_to_json as options_to_json
 from .runs.run import run_path as run_path
 from .runs.run import with_targets as with_targets
+from .runs.setup import Setup as Setup
+from .runs.setup import encode_shown as encode_shown
+from .runs.setup import load_setup as load_setup
+from .runs.setup import trainable_count as trainable_count
 
 # Numbers, tables and files.
 from .support.checks import at_least as at_least

@@ -211,7 +211,7 @@ def test_an_exported_fusion_is_read_as_an_adapter_and_merged(family, run, tmp_pa
 
     parts.export(parts.ExportOptions(out=tmp_path / "merged", run=run, seed=2, format="merged"))
     options, params, _ = lf.load_run(run)
-    setup = parts.prepare(options)
+    setup = parts.load_setup(options)
     problem = setup.problem.replace(index=setup.problem.index[1])
     model, adapters, _ = problem.adapted_model(jax.tree.map(lambda p: p[1], params))
     ids, labels = jnp.array([[5, 6, 7]]), jnp.array([[8, 9, 1]])

@@ -201,7 +201,7 @@ class Lab:
             pool, index = self.pool(arm.pool, pool_name, draw)
         recipe: Any = recipe_for(arm, TRAIN_ROWS)
         method = find(arm.method).build(Built(self.model.config, recipe, pool, index.shape[1]))
-        frozen = method.prepare(lf.Frozen(self.base, pool), lf.kernels(self.model))
+        frozen = method.precompute(lf.Frozen(self.base, pool), lf.kernels(self.model))
         return lf.Problem(
             graph=self.graph, method=method, frozen=frozen, index=jnp.asarray(index), seed_mode="sequential"
         )

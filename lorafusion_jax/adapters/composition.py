@@ -85,7 +85,7 @@ def compose(
     alike = composition == "sum" and not in_arrays and all(c.shape[2] == 1 for c in coefficients.values())
     if magnitudes is not None and isinstance(gram, PairTerms) and not alike:
         raise ValueError(
-            "pair terms give the norms of a sum of digital modules with one coefficient each: prepare the frozen "
+            "pair terms give the norms of a sum of digital modules with one coefficient each: precompute the frozen "
             "weights with the fusion that is trained, or use gram(pool, kernels)"
         )
 

@@ -12,7 +12,7 @@ from .parsing import parse
 GROUPS = {
     "data and base": ("base", "text", "tokens"),
     "corrections": ("method", "rank", "epochs", "rate", "rate_low_rank", "seed"),
-    "hardware": ("crossbar", "chip", "age", "prepared", "keep_digital", "chip_key"),
+    "hardware": ("crossbar", "chip", "age", "in_advance", "keep_digital", "chip_key"),
     "run": ("out",),
 }
 

@@ -94,7 +94,7 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
         if "source" in stack.reads and "target" in attention.reads
     )
     read, answers = shape._replace(target=0), Shape(rows, 0, 1)
-    updates = _updates(config, read, update) + target * _updates(config, answers, update, prepare=False)
+    updates = _updates(config, read, update) + target * _updates(config, answers, update, once=False)
     return _base(config, shape) + updates + float(again * max(target - 1, 0) - unread)
 
 
@@ -105,7 +105,7 @@ def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable:
     fine-tuning adds the gradients of the weights. Each of an attention's two products has two in the backward pass.
     """
     matrices, attention = products(config.sites.values(), shape), _attention(config, shape)
-    updates, head = _updates(config, shape, update, prepare=False), head_flops(config, shape)
+    updates, head = _updates(config, shape, update, once=False), head_flops(config, shape)
     sites = adapted(config, update).values()
     gradients = sum(site.layers * update.gradients(site, tokens(site.reads, shape)) for site in sites)
     backward = matrices + head + 2 * attention + updates + (matrices + head if update.trains_base else gradients)
@@ -134,12 +134,12 @@ def _first_layers(config: Architecture, shape: Shape) -> int:
     return products((dataclasses.replace(site, layers=1) for site in sites), shape)
 
 
-def _updates(config: Architecture, shape: Shape, update: Update, *, prepare: bool = True) -> float:
+def _updates(config: Architecture, shape: Shape, update: Update, *, once: bool = True) -> float:
     """Return the FLOPs of the updates of all sites, forward."""
     total = 0
     for site in adapted(config, update).values():
         count = tokens(site.reads, shape)
         of_token = update.width(site, count) * (site.d_in + site.d_out) + update.core(site)
         total += site.layers * 2 * count * of_token
-        total += site.layers * update.prepare(site) if prepare else 0
+        total += site.layers * update.once(site) if once else 0
     return float(total)

@@ -80,7 +80,7 @@ def trainable_count(entry: MethodEntry, config: Architecture, recipe: Recipe, mo
         pool = _pool(config, modules, count, k) if entry.pool else None
         method = entry.build(Built(config=config, recipe=recipe, pool=pool, modules=count))
         kernels = {name: jnp.zeros((site.layers, site.d_in, site.d_out)) for name, site in config.sites.items()}
-        frozen = method.prepare(Frozen(base, pool), kernels)
+        frozen = method.precompute(Frozen(base, pool), kernels)
         return method.init(frozen, jnp.arange(count), jax.random.key(0))
 
     params = jax.eval_shape(start, _base(config))

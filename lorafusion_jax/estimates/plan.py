@@ -13,7 +13,7 @@ from ..methods.recipes import basis_of, modules_of, recipe_of
 from ..models.architecture import Architecture
 from ..models.registry import known_shapes
 from ..runs.options import FuseOptions, row_format
-from ..runs.prepare import check
+from ..runs.setup import check
 from ..support.text_tables import markdown
 from ..tasks import load_task
 from ..training.recipe import Recipe

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ..crossbar import calibrate_tree
 from ..loading.model import LoadedModel
-from ..runs.prepare import Setup
+from ..runs.setup import Setup
 from ..tasks import Batch, Encoded, eval_batches
 from ..training.frozen import Frozen
 from ..training.loss import batch_logits

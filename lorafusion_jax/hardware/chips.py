@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..adapters.norms import PairTerms
 from ..crossbar import Rules, Structure, chips_in, split_config, with_chips
 from ..models.weights import reads
-from ..runs.prepare import Setup
+from ..runs.setup import Setup
 from ..tasks import Split
 from ..training.frozen import Frozen
 from ..training.method import Params

@@ -22,7 +22,7 @@ from ..models.architecture import kernels
 from ..runs.evaluate import evaluate, seed_rows
 from ..runs.options import ChipsOptions, FuseOptions
 from ..runs.predict import EvaluateOptions, load_to_evaluate
-from ..runs.prepare import Setup
+from ..runs.setup import Setup
 from ..support.checks import at_least
 from ..support.progress import progress
 from ..support.writing import check_writable

@@ -14,8 +14,8 @@ from ..loading.identity import digests
 from ..loading.model import LoadedModel
 from ..methods.merge import Merge
 from ..runs.options import FuseOptions, OnArrays
-from ..runs.prepare import Setup
 from ..runs.run import HardwareSetup, run
+from ..runs.setup import Setup
 from ..training.frozen import Frozen
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, calibrate, looped

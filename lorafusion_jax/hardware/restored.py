@@ -56,7 +56,7 @@ class Settings(TypedDict):
     key: list[int]
     digital: list[str]
     age: str | None
-    prepared: bool
+    in_advance: bool
     method: Method
     rank: float
     epochs: int
@@ -112,7 +112,7 @@ class RestoreOptions:
       rate_low_rank: learning rate of the matrices; by default 0.001, and 0.003 for `lora`.
       seed: seed of the order of the text, and of sampled text.
       age: age of the chips: seconds, or as in 1h, 1day, 1month, 1year.
-      prepared: compute corrections for that age in advance, with other draws of the drift than the chips will have.
+      in_advance: compute corrections for that age in advance, with other draws of the drift than the chips will have.
       keep_digital: patterns of weights that stay digital; a folder has its own.
       chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
       out: folder to write; by default `restored-METHOD` in the folder of the chips. Chips that it has are not computed
@@ -131,7 +131,7 @@ class RestoreOptions:
     rate_low_rank: float | None = None
     seed: int = 0
     age: str | None = None
-    prepared: bool = False
+    in_advance: bool = False
     keep_digital: tuple[str, ...] = ()
     chip_key: int = 0
     out: Path | None = None
@@ -157,8 +157,8 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     same["rate_low_rank"] = how.rate_of_matrices
     chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
     config, keys = aged(chips.config, options.age), {number: chips.chip_key(number) for number in options.chip}
-    if options.prepared:
-        config = prepared(config)
+    if options.in_advance:
+        config = drifting_otherwise(config)
     if options.out is None and chips.manifest is None:
         raise ValueError(f"{options.crossbar} is no folder of chips to put corrections into: give a folder with --out")
     content = read_texts(options.text)
@@ -168,7 +168,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         **_of_chips(chips, digests(loaded)["base"]),
         **same,
         age=options.age,
-        prepared=options.prepared,
+        in_advance=options.in_advance,
         rank=rank if low_rank else 0.0,
         text=hashlib.sha256(content.encode()).hexdigest() if options.text else "sampled",
         tokens=options.tokens or (None if options.text else _SAMPLED),
@@ -295,7 +295,7 @@ def _check_parts(folder: Path, tree: dict[str, Any]) -> None:
                 raise FileError(folder, field=shown(f"{site}/{part}"), got=got, expected=wanted, fix=fix)
 
 
-def prepared(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConfig:
+def drifting_otherwise(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConfig:
     """Return the configuration of the same chips with other draws of the drift.
 
     Raises:
@@ -303,7 +303,7 @@ def prepared(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConfig:
     """
     device = config.device
     if device.drift is None or device.time is None:
-        raise ValueError("corrections are prepared for an age of chips that drift: give --age, and device.drift")
+        raise ValueError("corrections are made in advance for an age of chips that drift: give --age, and device.drift")
     drift = jax.tree_util.Partial(_drifted_otherwise, device.drift)
     return dataclasses.replace(config, device=dataclasses.replace(device, drift=drift))
 

@@ -12,8 +12,8 @@ from ..io.pool import open_pool
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadIn, LoadOptions
 from ..runs.options import ChipOptions, FuseOptions, OnArrays, check_digital
-from ..runs.prepare import Setup, of_run, own_task, prepare
 from ..runs.run import check_answers, load_run, seed_place
+from ..runs.setup import Setup, load_setup, of_run, own_task
 from ..support.checks import flags_given
 from ..training.method import Params
 
@@ -104,7 +104,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
             own = None
             if options.run is not None and config is not None and options.calibration_task is None:
                 own = own_task(fused, options.run, config)
-            loaded = prepare(fused, to_train=False, task=own)
+            loaded = load_setup(fused, to_train=False, task=own)
         elif options.restore is not None and options.pool is None:
             loaded = load_model(fused)
             loaded = looped(loaded).with_problem(frozen=restored_base(loaded, arrays))

@@ -159,7 +159,7 @@ def _frozen(
     names: Sequence[str],
     modules: Sequence[Sequence[str]],
 ) -> tuple[Method, Frozen, PoolDigests]:
-    """Return the method, its prepared base and modules, and the digests of the modules."""
+    """Return the method, its frozen base and modules, and the digests of the modules."""
     pool, digests = None, PoolDigests({}, None)
     if stored is not None:
         with sharding.loading():
@@ -167,7 +167,7 @@ def _frozen(
         pool = on_mesh(pool, model.config)
     built = Built(config=model.config, recipe=options.recipe, pool=pool, modules=len(modules[0]))
     method = options.entry.build(built)
-    return method, on_mesh(method.prepare(Frozen(base, pool), kernels(model)), model.config), digests
+    return method, on_mesh(method.precompute(Frozen(base, pool), kernels(model)), model.config), digests
 
 
 def with_whole_modules(loaded: AnyLoaded, options: LoadOptions) -> AnyLoaded:

@@ -44,12 +44,12 @@ class Update:
         """Return the multiply-adds of a token between the two products."""
         return 0
 
-    def prepare(self, site: Site) -> int:
+    def once(self, site: Site) -> int:
         """Return the FLOPs of one matrix before any token: fused factors, and the norms of its columns."""
         return 0
 
     def repeat(self, site: Site) -> int:
-        """Return the FLOPs of `prepare` that the model repeats for every generated token."""
+        """Return the FLOPs of `once` that the model repeats for every generated token."""
         return 0
 
     def gradients(self, site: Site, tokens: int) -> int:

@@ -49,7 +49,7 @@ class FusedUpdate(Update):
 class MixUpdate(FusedUpdate):
     """Update by (sum c A)(sum c B)."""
 
-    def prepare(self, site: Site) -> int:
+    def once(self, site: Site) -> int:
         d_in, d_out, r = site.d_in, site.d_out, self.rank
         factors = 2 * self.pool * r * (d_in + d_out)
         return factors + (2 * self.pool * r * d_out + 2 * r * r * (d_in + d_out) if self.magnitudes else 0)
@@ -91,7 +91,7 @@ class SumUpdate(FusedUpdate):
         faster = matrix_is_faster(tokens, site.d_in, self.modules * self.rank, site.d_out)
         return self.is_dense(site) or faster and self._forms(site)
 
-    def prepare(self, site: Site) -> int:
+    def once(self, site: Site) -> int:
         k, of_pairs = self.modules * self.rank, 2 * self.pair_terms * site.d_out
         if self.is_dense(site):
             return 2 * k * site.d_in * site.d_out + of_pairs
@@ -123,7 +123,7 @@ class BasisUpdate(FusedUpdate):
     def core(self, site: Site) -> int:
         return self.rank**2 if self.in_arrays else 0
 
-    def prepare(self, site: Site) -> int:
+    def once(self, site: Site) -> int:
         k = self.rank
         mixed = 2 * k * k * (self.modules + (0 if self.in_arrays and not self.magnitudes else site.d_out))
         return mixed + (_norm(k, site) if self.magnitudes else 0)

@@ -162,7 +162,7 @@ class Fusion(Method):
             )
         check_basis(self)
 
-    def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
+    def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights with the directions that are used, and the pool's Gram terms.
 
         On accelerators a sum of whole modules has pair terms instead, unless these would take more memory.

@@ -65,12 +65,12 @@ class LowRankUpdate(Update):
 class WeightDecomposedUpdate(LowRankUpdate):
     """Update of DoRA, which has norms of the columns too."""
 
-    def prepare(self, site: Site) -> int:
+    def once(self, site: Site) -> int:
         r, d_in, d_out = self.rank, site.d_in, site.d_out
         return 2 * r * d_in * d_out + 2 * r * r * (d_in + d_out)
 
     def repeat(self, site: Site) -> int:
-        return self.prepare(site)  # a layer computes the norms for every token
+        return self.once(site)  # a layer computes the norms for every token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class LoRA(Method):
     alpha: float = 32.0
     dora: bool = False
 
-    def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
+    def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         return with_norms(frozen, kernels, [name for name, _ in self.sites]) if self.dora else frozen
 
     def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:

@@ -38,7 +38,7 @@ class Magnitudes(Method):
 
     sites: tuple[str, ...] | None = None
 
-    def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
+    def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         return with_norms(frozen, kernels, self.sites)
 
     def init(self, frozen: Frozen, index: Index, key: PRNGKeyArray) -> Params:

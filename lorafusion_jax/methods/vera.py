@@ -74,8 +74,8 @@ class VeRA(Method):
     sites: tuple[tuple[str, Site], ...]
     rank: int = 128
 
-    def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
-        return dataclasses.replace(frozen, prepared=self.projections(jax.random.key(_PROJECTION_KEY)))
+    def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
+        return dataclasses.replace(frozen, precomputed=self.projections(jax.random.key(_PROJECTION_KEY)))
 
     def projections(self, key: PRNGKeyArray) -> Projections:
         """Return the random matrices, Kaiming uniform as PEFT draws them."""
@@ -93,7 +93,7 @@ class VeRA(Method):
         return {"vera": {"d": d, "b": {name: jnp.zeros((site.layers, site.d_out)) for name, site in self.sites}}}
 
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
-        A, B = frozen.prepared
+        A, B = frozen.precomputed
         d, b = params["vera"]["d"], params["vera"]["b"]
         return {
             name: LowRank(A[None, : site.d_in] * d[name][:, None], B[None, :, : site.d_out] * b[name][:, None])

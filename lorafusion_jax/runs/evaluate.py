@@ -30,8 +30,8 @@ from ..training.loss import seed_entropies, seed_likelihoods
 from ..training.mesh import on_mesh, to_host
 from ..training.method import Params
 from .options import FuseOptions
-from .prepare import Setup, encode_shown, shown_to_seeds, tasks_of_seeds
 from .rows import generate_rows
+from .setup import Setup, encode_shown, shown_to_seeds, tasks_of_seeds
 
 
 class Evaluation(NamedTuple):

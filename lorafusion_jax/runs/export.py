@@ -25,8 +25,8 @@ from ..training.method import Params
 from ..training.problem import Problem
 from .card import write_card
 from .folder import RunFolder
-from .prepare import of_run
 from .run import load_seed
+from .setup import of_run
 
 Format = Literal["adapter", "merged", "gguf", "gguf-f16", "gguf-q8_0"]
 MERGED: tuple[Format, ...] = ("merged", "gguf-f16", "gguf-q8_0")

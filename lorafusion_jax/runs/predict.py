@@ -37,9 +37,9 @@ from ..training.problem import Problem
 from .evaluate import evaluate_seeds, seed_rows
 from .folder import RunConfig, note
 from .options import FuseOptions, row_format
-from .prepare import Setup, of_run, own_task, prepare
 from .rows import SeedModels, advance_rows, begin_rows, draw_keys, generate_rows
 from .run import check_answers, load_run, load_seed
+from .setup import Setup, load_setup, of_run, own_task
 
 _NEW_TOKENS = 256  # of a base model's answer
 
@@ -163,7 +163,7 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     test_rows = options.test_rows or fused.test_rows
     rows = {"train_rows": train_rows, "test_rows": test_rows, "eval_batch": options.eval_batch}
     fused = dataclasses.replace(fused, task=task.source, recipe=recipe, **rows)
-    setup, of_first = prepare(fused, to_train=False, task=task), jax.tree.map(lambda p: p[0], params)
+    setup, of_first = load_setup(fused, to_train=False, task=task), jax.tree.map(lambda p: p[0], params)
     return of_run(setup, fused, options.run, config, of_first), fused, params
 
 

@@ -1,4 +1,4 @@
-"""`lorafusion fuse`: prepare, train, evaluate, and write a run that can be killed and resumed at any time."""
+"""`lorafusion fuse`: set up, train, evaluate, and write a run that can be killed and resumed at any time."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ from ..training.method import Params
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
-from .prepare import Setup, check, prepare, trainable_count
+from .setup import Setup, check, load_setup, trainable_count
 from .train import FINAL, FinalSteps, train
 from .weight_list import listed_params, read_weights, with_listed_modules
 
@@ -92,7 +92,7 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
     if recorded is not None and (done := run.results()) is not None:
         note(f"{run.folder} is complete: nothing to resume")
         return dict(done)
-    setup = prepare(options, seed_mode=recorded["environment"]["seed_mode"] if recorded else None, base=base)
+    setup = load_setup(options, seed_mode=recorded["environment"]["seed_mode"] if recorded else None, base=base)
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
     now = digests(setup)

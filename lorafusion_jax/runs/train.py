@@ -16,7 +16,7 @@ from ..training.mesh import on_mesh, to_host
 from ..training.step import TrainState
 from .folder import RunFolder, note
 from .options import FuseOptions
-from .prepare import Setup
+from .setup import Setup
 
 FINAL = "the trained parameters of a run"
 # Steps without a finite loss in any seed after which training stops.

@@ -22,7 +22,7 @@ from ..methods.recipes import basis_of
 from ..support.reading import read_json
 from ..support.text import shown, some
 from .options import FuseOptions
-from .prepare import Setup
+from .setup import Setup
 
 Weights = dict[str, float | dict[str, float]]
 """Weight of every module, or its weights by block, named STACK.LAYER."""

@@ -30,9 +30,9 @@ from ..models.architecture import Architecture, kernels
 from ..models.generate import GREEDY, Sampling
 from ..models.weights import read_at_random
 from ..runs.options import FuseOptions
-from ..runs.prepare import check_params
 from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
+from ..runs.setup import check_params
 from ..support.checks import at_least, check_uint32
 from ..tasks import Encoded, Example, as_input, decode, encode, eval_batches
 from ..training.frozen import Frozen
@@ -112,7 +112,7 @@ class FusedRun(NamedTuple):
                 B = {name: jnp.zeros((s.layers, *size, width, s.d_out)) for name, s in shapes.items()}
                 pool = dataclasses.replace(pool, A=A, B=B)
             method = self.options.entry.build(Built(model.config, self.options.recipe, pool, len(names)))
-            ready = method.prepare(Frozen(frozen.base, pool), kernels(model))
+            ready = method.precompute(Frozen(frozen.base, pool), kernels(model))
             return method.init(ready, jnp.arange(len(names)), jax.random.key(0))
 
         check_params(self.folder, of_seed, begin)

@@ -27,7 +27,7 @@ class Frozen:
       pool: modules, whole or in a shared basis, for methods that fuse.
       gram: the pool's Gram terms on the base, or its pair terms.
       norms: site -> [L, d_out], ||W|| of every column of the sites that a method without a pool rescales.
-      prepared: other pytree that the method computes once (`Method.prepare`), such as random matrices.
+      precomputed: other pytree that the method computes once (`Method.precompute`), such as random matrices.
       preparations: preparations of the base's matrices by their names, for arrays (`crossbar.prepare`).
     """
 
@@ -35,7 +35,7 @@ class Frozen:
     pool: Pool | None = None
     gram: Gram | PairTerms | None = None
     norms: dict[str, Float[Array, "*C _L _d_out"]] | None = None
-    prepared: Any = None
+    precomputed: Any = None
     preparations: Any = None
 
     def unstacked(self) -> "Frozen":

@@ -58,6 +58,6 @@ class Method(Protocol):
         of_groups = [field.name for field in dataclasses.fields(recipe) if field.name.startswith("lr_")]
         return {name.removeprefix("lr_"): getattr(recipe, name) for name in of_groups}
 
-    def prepare(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
+    def precompute(self, frozen: Frozen, kernels: Mapping[str, Weight]) -> Frozen:
         """Return the frozen weights with terms that are computed once from base, pool and kernels (by site)."""
         return frozen

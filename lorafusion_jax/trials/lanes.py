@@ -20,8 +20,8 @@ from ..loading.spec import LoadOptions
 from ..methods.entry import SearchJob
 from ..methods.untrained import FewShotRecipe
 from ..runs.evaluate import likeliest_correct, with_options
-from ..runs.prepare import encode_shown
 from ..runs.rows import generate_rows
+from ..runs.setup import encode_shown
 from ..support.platform import for_cpu
 from ..tasks import Encoded, Example, Split, Task, TrainingRows
 from ..training.compiled import make_room

@@ -22,7 +22,7 @@ from ..methods.magnitudes import MagnitudesRecipe
 from ..methods.recipes import PoolRecipe, TargetedRecipe
 from ..methods.untrained import FewShotRecipe
 from ..runs.options import FuseOptions, options_to_json
-from ..runs.prepare import check
+from ..runs.setup import check
 from ..support.checks import at_least
 from ..support.progress import progress
 from ..tasks import Example, load_task
@@ -235,7 +235,7 @@ def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
     """
     if options.minutes is not None and not options.minutes > 0:
         raise ValueError(f"minutes is {options.minutes}: give a time above 0")
-    tried = prepared(options)
+    tried = task_trials(options)
     for one in tried:
         one.trainings(options)  # raises for rows that are too few to tune on
     ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
@@ -244,7 +244,7 @@ def trial(options: TrialOptions) -> Iterator[tuple[TaskTrial, Outcomes]]:
         yield one, _outcomes(options, one, until)
 
 
-def prepared(options: TrialOptions) -> list[TaskTrial]:
+def task_trials(options: TrialOptions) -> list[TaskTrial]:
     """Return the tasks of a trial with their rows and arms; errors are those of `trial`."""
     base, tried = open_base(options.base), []
     pool = open_pool(options.pool, base)
@@ -324,7 +324,7 @@ def scores_of(options: TrialOptions, source: str, group: Sequence[Training]) -> 
 @functools.lru_cache(maxsize=1)
 def lanes_of(options: TrialOptions, source: str) -> Lanes:
     """Return the models of a trial's arms on a task; a process keeps those of the last one."""
-    (one,) = prepared(dataclasses.replace(options, task=(source,)))
+    (one,) = task_trials(dataclasses.replace(options, task=(source,)))
     return Lanes({name: run for name, (_, run) in one.arms.items()}, one.rows, options.seed)
 
 

@@ -9,7 +9,7 @@ from ..support.platform import for_cpu
 from ..support.text_tables import plain
 from .lanes import Lanes, shortened
 from .procedure import Training
-from .run import TaskTrial, TrialOptions, lanes_of, prepared
+from .run import TaskTrial, TrialOptions, lanes_of, task_trials
 
 # A method compiles programs for each stage of the tuning and for the folds, of several shapes. Measured on the embedded
 # trial, in units of one training with answers; a method that is not trained has no step to compile.
@@ -26,7 +26,7 @@ class Calibration(NamedTuple):
 
 def describe_trial(options: TrialOptions) -> str:
     """Return trainings, steps and minutes of each arm; errors are those of `trial`."""
-    tried = prepared(options)
+    tried = task_trials(options)
     calibration = _calibrated(options, tried[0])
     lines, total = [["arm", "trainings", "steps", "minutes"]], 0.0
     by_arm: dict[str, list[tuple[TaskTrial, Training]]] = {}

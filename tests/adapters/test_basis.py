@@ -33,7 +33,7 @@ def _deltas(pool, site, layer):
 
 
 def _frozen(method, pool):
-    return method.prepare(lf.Frozen(nnx.state(_MODEL), pool), _KERNELS)
+    return method.precompute(lf.Frozen(nnx.state(_MODEL), pool), _KERNELS)
 
 
 def _gram(basis):

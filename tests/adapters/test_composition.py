@@ -265,27 +265,27 @@ def test_pair_terms_are_inner_products_of_columns():
 
 
 def test_a_sum_has_pair_terms_on_accelerators_where_they_take_no_more_memory():
-    def prepared(pool, **changes):
+    def precomputed(pool, **changes):
         found, frozen = [], lf.Frozen(nnx.split(_MODEL)[1], pool)
 
         def kind_and_size():
-            terms = lf.Fusion(**changes).prepare(frozen, _KERNELS).gram
+            terms = lf.Fusion(**changes).precompute(frozen, _KERNELS).gram
             found.append((type(terms), sum(a.size for a in jax.tree.leaves(terms))))
 
         jax.eval_shape(kind_and_size)
         return found[0]
 
     pools = {modules: tiny.pool(modules, names="q") for modules in (4, 5, 6)}  # of rank 4
-    grams = {modules: prepared(pool) for modules, pool in pools.items()}
+    grams = {modules: precomputed(pool) for modules, pool in pools.items()}
     assert {kind for kind, _ in grams.values()} == {lf.Gram}
     with tiny.for_tpu():
-        assert prepared(pools[4])[0] == PairTerms and prepared(pools[4])[1] < grams[4][1]
-        assert prepared(pools[5]) == (PairTerms, grams[5][1]) and prepared(pools[6]) == grams[6]
+        assert precomputed(pools[4])[0] == PairTerms and precomputed(pools[4])[1] < grams[4][1]
+        assert precomputed(pools[5]) == (PairTerms, grams[5][1]) and precomputed(pools[6]) == grams[6]
         for granularity in ("global", "site"):
-            assert prepared(pools[4], granularity=granularity)[0] == PairTerms
+            assert precomputed(pools[4], granularity=granularity)[0] == PairTerms
         for others in ({"composition": "mix"}, {"granularity": "rank"}, {"magnitudes": False}):
-            assert prepared(pools[4], **others) == grams[4]
-        assert prepared(lf.shared_basis(pools[4], 3))[0] == lf.Gram
+            assert precomputed(pools[4], **others) == grams[4]
+        assert precomputed(lf.shared_basis(pools[4], 3))[0] == lf.Gram
     for modules in range(1, 40):
         fewer = modules * (modules + 1) // 2 + modules <= 16 * modules
         assert pairs_are_smaller(modules, 16) == fewer
@@ -375,7 +375,7 @@ def test_fusions_that_cannot_be_are_refused():
     frozen, key, basis = lf.Frozen(base, pool, _gram(pool, pair_terms)), jax.random.key(0), lf.shared_basis(pool, 4)
     m, ones = lf.column_norms(frozen.gram), expand(jnp.ones(2), pool, "global")
     method = lf.Fusion(granularity="rank")
-    by_pairs = "a sum of digital modules with one coefficient each: prepare the frozen"
+    by_pairs = "a sum of digital modules with one coefficient each: precompute the frozen"
     for refused, message in (
         (lambda: lf.Fusion(composition="mix", start="zeros"), "a mix that starts at zero never moves.*composition sum"),
         (lambda: lf.Fusion().init(lf.Frozen(base), index, key), "needs a pool and its Gram terms"),

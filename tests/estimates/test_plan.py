@@ -97,16 +97,16 @@ def _frozen(name: str, config: lf.Architecture, settings: parts.Settings) -> tup
         energy = {n: jnp.zeros((L, N)) for n, (L, N, *_) in shapes.items()}
         pool = lf.SharedBasis(U=U, V=V, S=S, energy=energy, rank=rank, names=names, sites=tuple(shapes))
 
-    def prepare() -> list[jax.Array]:
-        prepared = _method(name, config).prepare(lf.Frozen(base, pool), lf.kernels(nnx.merge(graph, base)))
-        trees.append(jax.tree.structure(prepared))
-        return jax.tree.leaves(prepared)
+    def precompute() -> list[jax.Array]:
+        precomputed = _method(name, config).precompute(lf.Frozen(base, pool), lf.kernels(nnx.merge(graph, base)))
+        trees.append(jax.tree.structure(precomputed))
+        return jax.tree.leaves(precomputed)
 
     trees = []
     with tiny.for_tpu() if settings.device == "accelerator" else nullcontext():
-        leaves = jax.eval_shape(prepare)
-    prepared = trees[0].unflatten([jnp.zeros(a.shape, a.dtype) for a in leaves])
-    return graph, dataclasses.replace(prepared, base=base, pool=pool)
+        leaves = jax.eval_shape(precompute)
+    precomputed = trees[0].unflatten([jnp.zeros(a.shape, a.dtype) for a in leaves])
+    return graph, dataclasses.replace(precomputed, base=base, pool=pool)
 
 
 def _held_in(load_in: str, graph: nnx.GraphDef, frozen: lf.Frozen) -> lf.Frozen:

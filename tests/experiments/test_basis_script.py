@@ -13,7 +13,7 @@ from made_up_rows import row
 
 from lorafusion_jax import FuseOptions, shared_basis, trials
 from lorafusion_jax.report import scores
-from lorafusion_jax.runs.prepare import check
+from lorafusion_jax.runs.setup import check
 
 _ENTRIES = basis.entries_of(get_args(basis.Group))
 _SHARE = {"LoRA": 0.3, "LoRAFusion": 0.5, "best 10": 0.6, "k = 16, best 10": 0.4, "k = 8, drawn": 0.2}

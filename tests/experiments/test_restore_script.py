@@ -52,10 +52,10 @@ def test_a_contrast_is_paired_by_chip_and_needs_three_chips():
 def test_ages_and_sources_of_corrections_are_told_apart():
     old = experiment.Setting(0.0, drift=10 * 365 * 86_400.0, compensate=True)._asdict()
     rows = [_row(1, experiment.Arm("scales"), loss) | {"part": "chips", "setting": old} for loss in (3.1, 3.4)]
-    rows[0]["source"] = "prepared"
+    rows[0]["source"] = "in advance"
     table = experiment.tables(rows)["chips"]
     assert [line[:3] + line[4:5] for line in table[1:]] == [
-        ["ten years, compensated", "scales, closed form", "prepared", "0.100"],
+        ["ten years, compensated", "scales, closed form", "in advance", "0.100"],
         ["ten years, compensated", "scales, closed form", "itself", "0.400"],
     ]
 

@@ -342,7 +342,7 @@ def _write_corrections(folder: Path, chips: parts.Chips) -> None:
     """Write corrections of a made-up chip, as `lorafusion restore` does."""
     key = np.asarray(jax.random.key_data(chips.key)).tolist()
     settings = {"base_sha256": "0", "config_sha256": lf.crossbar.config_hash(chips.config), "key": key, "digital": []}
-    settings |= {"age": None, "prepared": False, "method": "low-rank", "rank": 1.0, "epochs": 1, "rate": 0.1}
+    settings |= {"age": None, "in_advance": False, "method": "low-rank", "rank": 1.0, "epochs": 1, "rate": 0.1}
     settings |= {"rate_low_rank": 0.1, "text": "sampled", "tokens": 3, "seed": 0}
     metadata = {"chip": 0, "settings": settings, "numbers": 20, "share": 0.6, "tokens": 3, "divergence": [1.0, 0.5]}
     shapes = {"scale": (4,), "offset": (4,), "U": (8, 1), "V": (1, 4)}

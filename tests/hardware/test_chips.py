@@ -259,12 +259,12 @@ def test_what_chips_cannot_do_is_refused(small, chips, fused):
             _on_chips(fused, **({"crossbar": str(chips / "two")} | changes))
     folder, control = parts.load_chips(str(chips / "two")), dataclasses.replace(fused, control="random-factors")
     with pytest.raises(ValueError, match="two holds no random-factors control"):
-        folder.checked(parts.prepare(control), control.control)
+        folder.checked(parts.load_setup(control), control.control)
 
 
 @pytest.mark.long
 def test_what_a_run_trains_on(small, chips, fused):
-    setup, params = parts.prepare(fused), load_run(parts.run_path(fused))[1]
+    setup, params = parts.load_setup(fused), load_run(parts.run_path(fused))[1]
 
     def asked(noise):
         options = dataclasses.replace(
@@ -339,7 +339,7 @@ def test_options_of_chips_without_chips_are_refused(small, chips, fused, capsys)
 
 def test_a_control_has_the_places_of_the_modules_that_it_replaces(small, chips):
     options = _fusing(small, chips, "control", control="random-factors", seeds=(1,))
-    setup = parts.prepare(options)
+    setup = parts.load_setup(options)
     there = sorted(path.name for path in small[1].iterdir())
     wanted = [there.index(name) for name in there if name in setup.modules[0]]
     assert parts.module_numbers(setup, options, parts.load_chips("isaac")).tolist() == wanted

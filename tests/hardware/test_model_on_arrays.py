@@ -73,7 +73,7 @@ def _close(got, wanted, tolerance=2e-4):
 @functools.cache
 def _in_basis(norm=None, pattern="*"):
     """Modules in a basis, digital; or, with the weights of the norms, in arrays."""
-    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, lf.shared_basis(tiny.pool(3), 5)), lf.kernels(tiny.t5()))
+    frozen = lf.Fusion().precompute(lf.Frozen(_BASE, lf.shared_basis(tiny.pool(3), 5)), lf.kernels(tiny.t5()))
     return frozen if norm is None else program_on_arrays(_GRAPH, frozen, {pattern: PRESETS["ideal"]}, _KEY, norm=norm)
 
 
@@ -181,7 +181,7 @@ def test_norms_are_those_of_the_weights_as_programmed():
 
 def test_ideal_norms_of_weights_prepared_for_an_accelerator_are_those_of_a_cpu():
     with tiny.for_tpu():
-        digital = lf.Fusion().prepare(lf.Frozen(_BASE, _DIGITAL.pool), lf.kernels(nnx.merge(_GRAPH, _BASE)))
+        digital = lf.Fusion().precompute(lf.Frozen(_BASE, _DIGITAL.pool), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     assert isinstance(digital.gram, PairTerms)
     rules = {"pool.*.encoder.self.v": _NOISY}
     got, wanted = (program_on_arrays(_GRAPH, frozen, rules, _KEY, norm="ideal") for frozen in (digital, _DIGITAL))

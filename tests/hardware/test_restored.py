@@ -321,15 +321,15 @@ def test_chips_whose_pool_stays_digital_are_restored(home, tmp_path):
     assert made[0]["settings"]["digital"] == ["pool.*"]
 
 
-def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):
+def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(home, tmp_path):
     drifting = crossbar.load_config("ideal")
     drifting = dataclasses.replace(drifting, device=crossbar.Device(drift=crossbar.PowerLaw(0.05, 0.02)))
     save_config(drifting, tmp_path / "drifting.yaml")
     given = {"crossbar": str(tmp_path / "drifting.yaml"), "epochs": 0}
-    with pytest.raises(ValueError, match="prepared for an age of chips that drift: give --age"):
-        parts.restore_chips(_options(home, prepared=True, out=tmp_path / "early", **given))
-    for name in ("prepared", "again"):
-        parts.restore_chips(_options(home, age="1year", prepared=name == "prepared", out=tmp_path / name, **given))
+    with pytest.raises(ValueError, match="in advance for an age of chips that drift: give --age"):
+        parts.restore_chips(_options(home, in_advance=True, out=tmp_path / "early", **given))
+    for name in ("advance", "again"):
+        parts.restore_chips(_options(home, age="1year", in_advance=name == "advance", out=tmp_path / name, **given))
     loaded, chips = _loaded(home), parts.load_chips(str(tmp_path / "drifting.yaml"))
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     run = parts.logits_of_base(graph)
@@ -337,7 +337,7 @@ def test_prepared_corrections_help_a_chip_that_drifts_otherwise(home, tmp_path):
     batch = parts.windows(loaded, loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"])[0]
     target = run(frozen.base, batch)
     off = [parts.divergence(run(aged_chip, batch), target)]
-    for name in ("prepared", "again"):
+    for name in ("advance", "again"):
         (restored,) = parts.load_restored(str(tmp_path / name), chips, [0], parts.open_base(str(home / "base")).digest)
         off.append(parts.divergence(run(restored.on(aged_chip), batch), target))
     assert off[2] < off[1] < 0.8 * off[0]

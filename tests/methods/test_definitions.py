@@ -70,7 +70,7 @@ _SOME_LONG = [pytest.param(name, marks=() if name == "lora" else pytest.mark.lon
 def _problem(name):
     """The problem of a member, or of full fine-tuning, whose parameters are the base's weights."""
     method, _, index = _MEMBERS.get(name, _Member(FullFineTuning(), _scaled))
-    return tiny.problem(method, method.prepare(lf.Frozen(_FROZEN.base, _POOL if index else None), _KERNELS), index)
+    return tiny.problem(method, method.precompute(lf.Frozen(_FROZEN.base, _POOL if index else None), _KERNELS), index)
 
 
 def _moved(params, seed=1):

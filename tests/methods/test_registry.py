@@ -178,7 +178,7 @@ def test_a_plan_has_the_parameters_the_state_and_the_products_of_a_traced_step(n
     entry, model = lf.METHODS[name], tiny.t5()
     of, pool = recipe(name, modules=2, lora_rank=3, vera_rank=5), tiny.pool(3) if entry.pool else None
     method = entry.build(Built(config=tiny.CONFIG, recipe=of, pool=pool, modules=2))
-    problem = tiny.problem(method, method.prepare(lf.Frozen(nnx.state(model), pool), lf.kernels(model)))
+    problem = tiny.problem(method, method.precompute(lf.Frozen(nnx.state(model), pool), lf.kernels(model)))
     state = lf.init_state(problem, jax.random.key(0))
     rates = jax.tree.map(lambda rate: rate[0], recipe_rates(method, of, 1))
     leaves, tree = jax.tree.flatten((state, tiny.batch(), problem, rates))

@@ -14,7 +14,7 @@ import lorafusion_jax as lf
 from lorafusion_jax import parts
 from lorafusion_jax.cli import main
 from lorafusion_jax.loading.model import with_whole_modules
-from lorafusion_jax.runs.prepare import check
+from lorafusion_jax.runs.setup import check
 
 
 @pytest.fixture(scope="module")

@@ -212,19 +212,19 @@ def test_a_row_longer_than_the_context_stops_before_the_weights_are_read(changes
 def test_chat_needs_a_template(task, tmp_path):
     plain = small_llama.make(tmp_path / "plain", chat_template=None)
     with pytest.raises(ValueError, match="plain has no chat template: leave out --chat, and describe the task with"):
-        parts.prepare(_options(plain, task, tmp_path, chat=True))
+        parts.load_setup(_options(plain, task, tmp_path, chat=True))
     conversation = [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}]
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join([json.dumps({"messages": conversation})] * 3))
     with pytest.raises(ValueError, match="rows.jsonl, line 1 is a conversation, .*: give --chat"):
-        parts.prepare(_options(plain, rows, tmp_path, train_rows=1))
+        parts.load_setup(_options(plain, rows, tmp_path, train_rows=1))
 
 
 def test_a_plan_counts_the_tokens_of_the_template(base, task, tmp_path):
     runs = [_options(base, task, tmp_path, chat=chat) for chat in (False, True)]
     plans = [parts.describe_run(run) for run in runs]
     for plan, run in zip(plans, runs, strict=True):
-        setup = parts.prepare(run)
+        setup = parts.load_setup(run)
         worth = evaluation_worth(setup.config)
         batches = [batch for _, batch in eval_batches(setup.test, run.eval_batch, pad_id=0, worth=worth)]
         found = re.search(r"evaluation in .*?(\d+) source", plan)

@@ -12,7 +12,7 @@ import recipes
 import tiny
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import EvaluateOptions, evaluate_run, prepare, run_path
+from lorafusion_jax.parts import EvaluateOptions, evaluate_run, load_setup, run_path
 from lorafusion_jax.training.descent import gradient_at_zero
 
 
@@ -31,7 +31,7 @@ def ranked(tmp_path_factory):
 
 def test_a_run_fuses_the_modules_of_the_greatest_descent(ranked):
     options, results = ranked
-    setup = prepare(options)
+    setup = load_setup(options)
     assert [len(modules) for modules in setup.modules] == [26, 26]
     gradient = gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(95)))  # in one batch
     for seed, modules, descent in zip(results["seeds"], setup.modules, -gradient.sum(axis=2), strict=True):
@@ -57,7 +57,7 @@ def test_the_gradient_is_a_finite_difference_of_the_loss():
 
 def test_rows_count_alike_in_batches_of_any_size(ranked):
     options, _ = ranked
-    setup = prepare(options)
+    setup = load_setup(options)
     in_one, in_batches = (
         gradient_at_zero(setup.problem, options.seeds, list(setup.rows.once(size))) for size in (95, 60)
     )

@@ -90,7 +90,7 @@ def test_training_without_a_finite_loss_stops_and_suggests_what_to_try(small, tm
 
 
 def test_batched_seeds_share_the_column_of_the_token_that_they_generate(small):
-    setup = parts.prepare(_options(small, Path("unused")))
+    setup = parts.load_setup(_options(small, Path("unused")))
     problem = setup.problem.replace(seed_mode="batched")
     batch = next(batch for _, batch in eval_batches(setup.test, 8, pad_id=setup.tokenizer.pad_token_id))
     models = parts.SeedModels(parts.start(problem, (1, 2)).params, problem, np.arange(2))

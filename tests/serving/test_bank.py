@@ -166,7 +166,7 @@ def test_a_sum_of_the_banks_own_modules_has_the_bits_of_the_run_alone(magnitudes
     params = _params(method, 1, range(3), pool)
     bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, pool), 2, scaled=tuple(pool.A) if magnitudes else ())
     bank = bank.with_task(1, method, params, pool.names)
-    frozen = method.prepare(lf.Frozen(_BASE, pool), lf.kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = method.precompute(lf.Frozen(_BASE, pool), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     problem = lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(3))
     batch = tiny.batch()
     wanted = _alone(params, batch, problem)
@@ -203,7 +203,7 @@ def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
     methods = [lf.Fusion(), _SITE, lf.Fusion(core=True, magnitudes=False)]
     tasks = [(method, _params(method, number, pool=basis)) for number, method in enumerate(methods)]
     tasks[2][1]["core"] = {site: 0.2 * jax.random.normal(_KEY, s[:, 0].shape) for site, s in basis.S.items()}
-    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, basis), lf.kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = lf.Fusion().precompute(lf.Frozen(_BASE, basis), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     batch = _rows(5)
     weights = program_on_arrays(_GRAPH, frozen, {"pool.*": crossbar.PRESETS["ideal"]}, _KEY) if arrays else frozen
     bank = _filled(weights, tasks, granularity="site", cores=True)
@@ -246,7 +246,7 @@ def test_a_task_may_have_other_sites_and_ranks_than_the_bank(granularity, magnit
     pool = tiny.pool(3, lambda n, site, layer: ranks[site[-1]][n], names="qvk")
     method, own = lf.Fusion(granularity=granularity, magnitudes=magnitudes), _at(pool, [0, 1], "qv")
     of_run, of_bank = (pool, own) if ranked else (own, pool)
-    frozen = method.prepare(lf.Frozen(_BASE, of_run), lf.kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = method.precompute(lf.Frozen(_BASE, of_run), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     params, batch = _params(method, 0, (0, 1), of_run), _rows(3)
     wanted = _alone(params, batch, lf.Problem(graph=_GRAPH, method=method, frozen=frozen, index=jnp.arange(2)))
     bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, of_bank), 2, granularity="rank", scaled=tuple(pool.A))
@@ -284,7 +284,7 @@ def test_base_and_pool_in_4_bits():
 
 def test_a_bank_of_weights_prepared_for_a_sum_on_an_accelerator_holds_mixes_too():
     with tiny.for_tpu():
-        frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE)))
+        frozen = lf.Fusion().precompute(lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     assert isinstance(frozen.gram, PairTerms)
     tasks = [task for task in _TASKS if task[0] in (lf.Fusion(), lf.Fusion(composition="mix"))]
     assert len(tasks) == 2
@@ -303,7 +303,7 @@ _NOISY = crossbar.CrossbarConfig(
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.long), 1], ids=["sum, magnitudes", "mix"])
 def test_modules_on_a_chip_are_read_one_by_one_as_by_a_run_alone(number):
     """Cells err; the run alone is what `compose` makes of modules in arrays."""
-    frozen = lf.Fusion().prepare(lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE)))
+    frozen = lf.Fusion().precompute(lf.Frozen(_BASE, _POOL), lf.kernels(nnx.merge(_GRAPH, _BASE)))
     frozen = program_on_arrays(_GRAPH, frozen, {"encoder.self.v": _NOISY, "pool.*.self.v": _NOISY}, _KEY, norm="ideal")
     method, params = _FEW[number]
     bank = _filled(frozen, _FEW, granularity="site")

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import LOSS, evaluate, prepare, seed_rows, start
+from lorafusion_jax.parts import LOSS, evaluate, load_setup, seed_rows, start
 from lorafusion_jax.runs import evaluate as evaluation
 from lorafusion_jax.runs.evaluate import evaluate_seeds
 from lorafusion_jax.tasks import answer_options
@@ -49,7 +49,7 @@ def given(tmp_path_factory):
         eval_batch=7,
         recipe=dataclasses.replace(lf.PRESETS["default"], modules=2, max_new_tokens=4),
     )
-    setup = prepare(options)
+    setup = load_setup(options)
     params = start(setup.problem, _SEEDS).params
     # Away from the start, and apart from each other.
     params["coefficients"] = params["coefficients"] * jnp.array([0.5, 2.0])[:, None, None]

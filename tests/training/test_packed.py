@@ -115,7 +115,7 @@ def _frozen(nf4=False):
 
 
 def _problem(method, index, frozen=None, **more):
-    frozen = method.prepare(frozen or _frozen(), lf.kernels(tiny.t5(_CONFIG)))
+    frozen = method.precompute(frozen or _frozen(), lf.kernels(tiny.t5(_CONFIG)))
     return tiny.problem(method, frozen, index, _CONFIG, **more)
 
 

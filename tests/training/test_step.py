@@ -75,7 +75,7 @@ def test_a_state_starts_from_given_numbers(problem, start):
 
 @pytest.mark.parametrize("method", [Magnitudes(), FullFineTuning()])
 def test_a_state_shares_no_memory_with_the_frozen_weights(method, frozen):
-    frozen = method.prepare(frozen, lf.kernels(_MODEL))
+    frozen = method.precompute(frozen, lf.kernels(_MODEL))
     state = lf.init_state(tiny.problem(method, frozen), jax.random.key(0))
     places = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
     assert len(set(places)) == len(places)

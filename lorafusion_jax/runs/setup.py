@@ -1,4 +1,4 @@
-"""Preparation of a run from its options: the base model, the pool, the task's tokens, and each seed's draws."""
+"""Setup of a run from its options: the base model, the pool, the task's tokens, and each seed's draws."""
 
 import dataclasses
 import math
@@ -111,7 +111,7 @@ def check(options: FuseOptions) -> None:
             raise ValueError(message)
 
 
-def prepare(
+def load_setup(
     options: FuseOptions,
     seed_mode: SeedMode | None = None,
     *,
