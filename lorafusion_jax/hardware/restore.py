@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from statistics import fmean
 from typing import Any, Literal, get_args
 
 import jax
@@ -24,6 +25,8 @@ from ..training.step import standard_promotion
 # (weights, batch) -> logits. Use one function for all calls, because each function is compiled once.
 Run = Callable[[Any, Any], Float[Array, "*B V"]]
 Method = Literal["scales", "offsets", "low-rank", "lora"]
+# Inputs without labels, and the digital model's logits of each.
+LeftOut = tuple[Sequence[Any], Sequence[Float[Array, "*B V"]]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +80,8 @@ def restore(
     batches: Sequence[Any],
     targets: Sequence[Float[Array, "*B V"]],
     how: Restoring = Restoring(),
+    *,
+    left_out: LeftOut | None = None,
 ) -> dict[str, crossbar.Correction]:
     """Return corrections that bring a model on chips back to its digital outputs, by the names of the chips.
 
@@ -89,6 +94,8 @@ def restore(
       batches: inputs without labels, all of one shape.
       targets: the digital model's logits of every batch; a sequence may compute them where they are read.
       how: kind of the corrections, and their training.
+      left_out: inputs and targets that are not trained on. On these, training starts from factors of 1 if they are
+        better than the closed form, and the best epoch is kept.
 
     Raises:
       ValueError: there are no batches, or what `crossbar.fit_corrections` refuses.
@@ -98,7 +105,10 @@ def restore(
     else:
         kinds = {"offsets": how.method == "offsets", "numbers": how.numbers, "ridge": how.ridge}
         corrections = crossbar.fit_corrections(run, weights, matrices, batches, **kinds)
-    return distil(run, weights, corrections, batches, targets, how) if how.epochs else corrections
+        if how.epochs and left_out is not None:
+            neutral = _neutral(corrections, jax.random.fold_in(jax.random.key(how.seed), 1))
+            corrections = min(corrections, neutral, key=lambda one: _diverged(run, weights, one, left_out))
+    return distil(run, weights, corrections, batches, targets, how, left_out=left_out) if how.epochs else corrections
 
 
 def distil(
@@ -108,6 +118,8 @@ def distil(
     batches: Sequence[Any],
     targets: Sequence[Float[Array, "*B V"]],
     how: Restoring,
+    *,
+    left_out: LeftOut | None = None,
 ) -> dict[str, crossbar.Correction]:
     """Return corrections trained for the digital model's distribution of the next token; arguments as for `restore`.
 
@@ -122,12 +134,18 @@ def distil(
     optimiser = _optimiser(how.rate, how.rate_of_matrices, steps)
     key, state = jax.random.fold_in(jax.random.key(how.seed), 0), optimiser.init(params)
     orders = [jax.random.permutation(jax.random.fold_in(key, epoch), len(batches)) for epoch in range(how.epochs)]
+    best, least = corrections, math.inf if left_out is None else _diverged(run, weights, corrections, left_out)
     with progress("steps", steps) as bar:
-        for step, number in enumerate(np.concatenate(orders)):
-            here = crossbar.reads(weights, step)
+        for step, number in enumerate(np.concatenate(orders), start=1):
+            here = crossbar.reads(weights, step - 1)
             params, state = _step(params, state, here, batches[number], targets[number], run, optimiser.update)
             bar.update()
-    return _corrections(params)
+            if step % len(batches) == 0:
+                now = _corrections(jax.tree.map(jnp.copy, params))  # the step reuses the memory of params
+                diverged = 0.0 if left_out is None else _diverged(run, weights, now, left_out)
+                if left_out is None or diverged < least:
+                    best, least = now, diverged
+    return dict(best)
 
 
 @lru_cache  # the same function again: a step is compiled once for all chips
@@ -152,6 +170,34 @@ def _step(params: Any, state: Any, weights: Any, batch: Any, target: Array, run:
     return optax.apply_updates(params, updates), state
 
 
+def _diverged(run: Run, weights: Any, corrections: crossbar.Corrections, left_out: LeftOut) -> float:
+    """Return the mean divergence of a chip with corrections from the targets."""
+    corrected = crossbar.with_corrections(weights, corrections)
+    numbered = enumerate(zip(*left_out, strict=True))
+    return fmean(float(_divergence(crossbar.reads(corrected, n), *pair, run)) for n, pair in numbered)
+
+
+@partial(jax.jit, static_argnums=3)
+def _divergence(weights: Any, batch: Any, target: Array, run: Run) -> Array:
+    return divergence(run(weights, batch), target)
+
+
+def _neutral(corrections: crossbar.Corrections, key: Array) -> dict[str, crossbar.Correction]:
+    """Return corrections of the same kind and shapes that change nothing yet: U is random, and V is zero."""
+
+    def of_part(name: str, values: Array, key: Array) -> Array:
+        if name == "U":
+            return jax.random.normal(key, values.shape) * values.shape[-2] ** -0.5
+        return jnp.ones_like(values) if name == "scale" else jnp.zeros_like(values)
+
+    found = {}
+    for number, (site, one) in enumerate(corrections.items()):
+        there = {name: values for name, values in vars(one).items() if values is not None}
+        key_here = jax.random.fold_in(key, number)
+        found[site] = crossbar.Correction(**{name: of_part(name, v, key_here) for name, v in there.items()})
+    return found
+
+
 def _corrections(params: dict[str, dict[str, Array]]) -> dict[str, crossbar.Correction]:
     return {site: crossbar.Correction(**parts) for site, parts in params.items()}
 
@@ -169,9 +215,8 @@ def _zeros(weights: Any, numbers: int, key: Array) -> dict[str, crossbar.Correct
     per_rank = crossbar.numbers_per_rank(chips)
     if not (rank := numbers // per_rank):
         raise ValueError(f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}")
-    corrections = {}
-    for number, chip in enumerate(chips):
+    empty = {}
+    for chip in chips:
         *lead, d_in, d_out = chip.shape
-        U = jax.random.normal(jax.random.fold_in(key, number), (*lead, d_in, rank)) * d_in**-0.5
-        corrections[chip.name] = crossbar.Correction(U=U, V=jnp.zeros((*lead, rank, d_out)))
-    return corrections
+        empty[chip.name] = crossbar.Correction(U=jnp.zeros((*lead, d_in, rank)), V=jnp.zeros((*lead, rank, d_out)))
+    return _neutral(empty, key)

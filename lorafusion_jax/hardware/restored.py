@@ -195,7 +195,8 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
             if low_rank:
                 all_ranks = rank * crossbar.numbers_per_rank(crossbar.chips_in(weights))
                 how = dataclasses.replace(how, numbers=round(all_ranks))
-            corrections = restore(run, weights, held, train, Outputs(logits, digital.base, train), how)
+            targets, kept_back = (Outputs(logits, digital.base, batches) for batches in (train, left_out))
+            corrections = restore(run, weights, held, train, targets, how, left_out=(left_out, kept_back))
             before_and_after = [
                 sum(float(divergence(logits(on, b), logits(digital.base, b))) * b.labels.size for b in left_out) / count
                 for on in (weights, crossbar.with_corrections(weights, corrections))

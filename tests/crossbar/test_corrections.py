@@ -179,6 +179,26 @@ def test_a_converted_flax_model_is_restored():
     assert sum(correction.numbers() for correction in found.values()) == 16 + 5
 
 
+@pytest.mark.parametrize("method", ["scales", "low-rank"])
+def test_left_out_inputs_choose_the_start_and_the_epoch(method):
+    """A rate of 5 makes training worse than its start: the closed form or ones, whichever is wanted."""
+    chips, matrices = _chips(), [_WEIGHTS[chip.name] for chip in crossbar.chips_in(_chips())]
+    digital = [_outputs(_WEIGHTS, x) for x in _BATCHES]
+    numbers = 90 if method == "low-rank" else 0
+
+    def restored(wanted):
+        left_out = [_outputs(wanted, x) for x in _BATCHES]
+        how = lf.Restoring(method=method, numbers=numbers, epochs=2, rate=5.0, rate_low_rank=5.0)
+        return lf.restore(_run, chips, matrices, _BATCHES, digital, how, left_out=(_BATCHES, left_out))
+
+    closed = crossbar.fit_corrections(_run, chips, matrices, _BATCHES, numbers=numbers)
+    for name, correction in restored(crossbar.with_corrections(chips, closed)).items():
+        np.testing.assert_array_equal(correction.scale, closed[name].scale)
+    for correction in restored(chips).values():
+        np.testing.assert_array_equal(correction.scale, 1)
+        assert correction.V is None or not correction.V.any()
+
+
 def test_fewer_vectors_than_inputs_warn_of_the_ridge():
     with pytest.warns(UserWarning, match=r"fewer than its 8 inputs: the ridge of 0\.01 decides"):
         _fit(batches=[_BATCHES[0][:4]], numbers=90)
