@@ -85,6 +85,7 @@ WINDOW, HELD_OUT, CALIBRATION, ADC_CALIBRATION = 128, 1024, 3072, 256
 # Adam's rates, chosen on chip 0 and on calibration text alone.
 RATE, RATE_LOW_RANK, RATE_LORA = 1e-2, 1e-3, 3e-3
 EPOCHS = 5
+_MONTH, _YEAR = 30 * 86_400.0, 365 * 86_400.0
 
 Part = Literal["main", "more", "text", "chips", "transfer", "tune"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -114,7 +115,7 @@ class Arm(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What the model is on: programming error, bits of the ADC, read noise, age, compensation, tolerance of writes."""
+    """Errors of cells, bits of ADCs and inputs, read noise, age, compensation, and tolerance of writes."""
 
     error: float = 0.03
     bits: int | None = None
@@ -122,10 +123,12 @@ class Setting(NamedTuple):
     drift: float | None = None
     compensate: bool = False
     verify: float | None = None
+    inputs: int | None = None
 
     def config(self) -> CrossbarConfig:
         config = load_config(EXAMPLES / "chip.yaml")
-        assert config.adc is not None
+        assert config.adc is not None and config.dac is not None
+        dac = config.dac if self.inputs is None else dataclasses.replace(config.dac, bits=self.inputs)
         adc = None if self.bits is None else dataclasses.replace(config.adc, bits=self.bits)
         device = dataclasses.replace(
             config.device,
@@ -136,7 +139,24 @@ class Setting(NamedTuple):
             time=self.drift,
             compensate=self.compensate,
         )
-        return dataclasses.replace(config, adc=adc, device=device)
+        return dataclasses.replace(config, dac=dac, adc=adc, device=device)
+
+    def __str__(self) -> str:
+        found = []
+        if self.error:
+            found.append(f"error {100 * self.error:g} %")
+        if self.verify is not None:
+            found.append(f"verified to {100 * self.verify:g} %")
+        if self.bits is not None:
+            found.append(f"{self.bits}-bit ADCs")
+        if self.inputs is not None:
+            found.append(f"{self.inputs}-bit inputs")
+        if self.read_noise:
+            found.append(f"read noise {100 * self.read_noise:g} %")
+        if self.drift is not None:
+            ages = {0.0: "age 0", _MONTH: "one month", _YEAR: "one year", 10 * _YEAR: "ten years"}
+            found.append(f"{ages[self.drift]}{', compensated' if self.compensate else ''}")
+        return ", ".join(found)
 
 
 class Job(NamedTuple):
@@ -162,7 +182,6 @@ PLANNED = (
     *(Arm("lora", share, EPOCHS, RATE, RATE_LORA) for share in SHARES),
 )
 BEST: tuple[Arm, Kind] = (Arm("lora", 0.01, 2, RATE, RATE_LORA), "continued")  # the best of 1 % on chip 1
-_MONTH, _YEAR = 30 * 86_400.0, 365 * 86_400.0
 RESULTS = ROOT / "results" / "restore"
 
 
@@ -206,7 +225,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     def show(row: Row) -> str:
         found = {name: round(row[name], 4) for name in ("loss", "digital", "left_out", "exact_match") if name in row}
         job = job_of(row)
-        return f"chip {job.chip}, {label(job)} {job.arm}: {found}"
+        return f"chip {job.chip}, {job.setting} {job.task} {job.arm}: {found}"
 
     cells.fill(wanted, lambda missing: measured(missing, options), show)
     rows = cells.rows()
@@ -531,29 +550,12 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
         return [str(arm), *text, *above]
     if job.part == "chips":
         corrections = str(arm) if job.text == "real" else f"{arm}, {job.text} text"
-        return [label(job), corrections, "-" if arm == NONE else job.source, *above]
+        return [str(job.setting), corrections, "-" if arm == NONE else job.source, *above]
     named = [str(arm), *text] if job.part == "more" else [str(arm)]
     if job.part == "main":
         of_chips = np.array([np.subtract(row["window_losses"], row["digital_window_losses"]) for row in rows])
         above += with_interval(of_chips.mean(axis=0).tolist(), 3)[1:]
     return [*named, f"{mean('numbers'):,.0f}", f"{100 * mean('share'):.2f}", *above]
-
-
-def label(job: Job) -> str:
-    """Return the setting and the task of a job in words."""
-    setting, found = job.setting, [] if not job.task else [job.task]
-    if setting.error:
-        found.append(f"error {100 * setting.error:g} %")
-    if setting.verify is not None:
-        found.append(f"verified to {100 * setting.verify:g} %")
-    if setting.bits is not None:
-        found.append(f"{setting.bits}-bit ADCs")
-    if setting.read_noise:
-        found.append(f"read noise {100 * setting.read_noise:g} %")
-    if setting.drift is not None:
-        ages = {0.0: "age 0", _MONTH: "one month", _YEAR: "one year", 10 * _YEAR: "ten years"}
-        found.append(f"{ages[setting.drift]}{', compensated' if setting.compensate else ''}")
-    return ", ".join(found)
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
