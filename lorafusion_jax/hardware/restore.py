@@ -26,7 +26,7 @@ from ..training.step import standard_promotion
 Run = Callable[[Any, Any], Float[Array, "*B V"]]
 Method = Literal["scales", "offsets", "low-rank", "lora"]
 # Inputs without labels, and the digital model's logits of each.
-LeftOut = tuple[Sequence[Any], Sequence[Float[Array, "*B V"]]]
+LeftOut = tuple[Sequence[Any], Sequence[Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
