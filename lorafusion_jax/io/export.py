@@ -22,7 +22,7 @@ from ..models.architecture import Architecture, Model, kernels, set_matrices
 from ..models.layers import Adapter, check_sites
 from ..models.registry import family_of
 from ..models.weights import Weight, dense
-from .source import split_revision
+from .peft.config import plain_config
 
 # (A [r, d_in], B [r, d_out]) by site and layer.
 _Factors = dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]
@@ -125,22 +125,5 @@ def _adapter(
         tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B.T}
         if magnitudes is not None:
             tensors[f"{module}.lora_magnitude_vector"] = np.asarray(magnitudes[site][layer], np.float32)
-    name, revision = split_revision(base)
-    fields = {
-        "base_model_name_or_path": name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": rank,
-        "revision": revision,
-        # Full paths: a last name alone would also match matrices that the adapter has no tensors for.
-        "target_modules": sorted(paths.values()),
-        "task_type": family_of(config).task_type,
-        "use_dora": magnitudes is not None,
-        "use_rslora": False,
-    }
-    return fields, tensors
+    task, dora = family_of(config).task_type, magnitudes is not None
+    return plain_config(base, paths.values(), rank=rank, alpha=rank, task_type=task, dora=dora), tensors

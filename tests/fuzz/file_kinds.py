@@ -74,6 +74,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     _written(folder / "sharded" / "config.json", config)
     os.link(base / "model.safetensors", folder / "sharded" / "one.safetensors")
     pickled = shutil.copytree(one_block.SMALL / "adapters" / "rotl_prev", folder / "pickled")
+    mlx = shutil.copytree(Path(__file__).parents[1] / "goldens" / "mlx" / "dora", folder / "mlx")
     run = parts.RunFolder(folder / "run")
     _write_run(run, base, pool)
     chips = _write_chips(folder / "chips")
@@ -169,6 +170,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "adapter config": Kind(Path(sources[0]) / "adapter_config.json", lambda: parts.read_adapter(sources[0])),
         "adapter weights": Kind(Path(sources[0]) / "adapter_model.safetensors", lambda: parts.read_adapter(sources[0])),
         "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: parts.read_adapter(str(pickled))),
+        "MLX config": Kind(mlx / "adapter_config.json", lambda: parts.read_adapter(str(mlx))),
+        "MLX weights": Kind(mlx / "adapters.safetensors", lambda: parts.read_adapter(str(mlx))),
         "weights file": Kind(weights_file, weights),
         "corrections manifest": Kind(restored / "manifest.json", corrections),
         "corrections arrays": Kind(restored / "arrays.safetensors", corrections, lambda: stored(restored)),

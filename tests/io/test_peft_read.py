@@ -253,7 +253,7 @@ def test_state_of_the_training_is_ignored(write):
     ("fields", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type is 'IA3': expected LORA; merge it into the base"),
-        ({"peft_type": None, "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "MLX"),
+        ({"peft_type": None, "fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "MLX, without its"),
         ({"target_parameters": ["w"]}, "target_parameters is set: LoRA on bare parameters"),
         ({"enable_lora": [True, False]}, "enable_lora is set: the MergedLinear of PEFT 0.2"),
         ({"trainable_token_indices": [3]}, "trainable_token_indices is set: retrained rows of the embedding"),
@@ -311,8 +311,8 @@ def test_missing_files(write):
     folder = Path(write())
     (folder / "adapter_model.safetensors").unlink()
     _refused(folder, r"has neither adapter_model\.safetensors nor adapter_model\.bin: fetch the weights as well")
-    (folder / "adapters.safetensors").write_bytes(b"x")
-    _refused(folder, r"nor adapter_model\.bin \(adapters\.safetensors is MLX's\)")
+    (folder / "adapters.npz").write_bytes(b"x")
+    _refused(folder, r"nor adapter_model\.bin \(adapters\.npz is MLX's\)")
     (folder / "adapter_config.json").unlink()
     _refused(folder, r"has no adapter_config\.json: expected the folder that PEFT's save_pretrained wrote")
 

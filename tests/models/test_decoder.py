@@ -37,6 +37,7 @@ def test_llama3_stretches_low_frequencies_and_keeps_high_ones():
         ({"num_key_value_heads": 3}, "num_attention_heads is 4: expected a multiple of num_key_value_heads, 3"),
         ({"eos_token_id": None}, "eos_token_id is missing: expected the token, or tokens, that end an answer"),
         ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantised by awq: give the unquantised"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "the weights are quantised by MLX .*give the unquantised"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide': expected an integer from 1 to 10,000,000"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention is set: expected"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention is set"),

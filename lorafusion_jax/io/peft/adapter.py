@@ -6,7 +6,6 @@ output is an error, whereas PEFT loads non-strictly and only warns.
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -14,22 +13,20 @@ from typing import Any
 
 import numpy as np
 
-from ...support.reading import FileError, check_name, named, parse_json, structured
+from ...support.reading import check_name, named
 from .. import safetensors as safetensors_map
 from .. import torch_pickle
 from ..folders import new_folder
 from ..hf import Base
-from ..source import at_home, map_file, resolve
-from .config import check_base, check_config, scalings
+from ..source import at_home, resolve
+from . import mlx
+from .config import CONFIG, Stored, check_base, check_config, config_text, read_config_file, scalings
 from .tensors import MAGNITUDE, collect
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _BIN = "adapter_model.bin"
-_MAX_CONFIG = 1 << 20
 _LONGEST_REASON = 2_000
-_AGAIN = "fetch the file again"
-_FOREIGN_FILES = {"adapters.safetensors": "MLX", "adapters.npz": "MLX", "pytorch_adapter.bin": "AdapterHub"}
+_FOREIGN_FILES = {"adapters.npz": "MLX", "pytorch_adapter.bin": "AdapterHub"}
 
 
 class AdapterError(ValueError):
@@ -78,16 +75,14 @@ def read_adapter(
         AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer.
     """
     with _errors_of(source):
-        folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN))
+        folder = resolve(source, patterns=(CONFIG, WEIGHTS, _BIN, mlx.WEIGHTS))
         # `resolve` follows a link, whose name is the adapter's.
         local = at_home(source).is_dir()
         name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
         check_name(name)
-        config_text, config = read_config_file(folder)
-        with named(folder / CONFIG):
-            notes = check_config(config, compare_saved=base_tensor is not None or compared is not None)
-        weights = _weights_file(folder, notes)
-        tensors = (torch_pickle if weights.suffix == ".bin" else safetensors_map).load(weights)
+        weights, text, config, tensors, notes = _stored(
+            folder, compare_saved=base_tensor is not None or compared is not None
+        )
         kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
         with named(weights):
             parts, ignored = collect(tensors, config, shapes=shapes, base_tensor=base_tensor)
@@ -105,7 +100,7 @@ def read_adapter(
             source=source,
             weights=weights,
             config=config,
-            config_text=config_text,
+            config_text=text,
             factors={path: (part["lora_A"][1], part["lora_B"][1]) for path, part in parts.items()},
             scaling=scaling,
             magnitude={path: part[MAGNITUDE][1] for path, part in parts.items()} if dora else None,
@@ -147,34 +142,22 @@ def write_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapp
 
 def put_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mapping[str, np.ndarray]) -> None:
     """Write the files of `write_adapter`, with its arguments [r, d_in] and [d_out, r], into an existing folder."""
-    if not isinstance(config, bytes):
-        config = json.dumps(dict(config), indent=2, sort_keys=True).encode()
-    (folder / CONFIG).write_bytes(config)
+    (folder / CONFIG).write_bytes(config if isinstance(config, bytes) else config_text(config))
     safetensors_map.save(folder / WEIGHTS, tensors)
 
 
-def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """Return the bytes and the content of a folder's adapter_config.json; raises ValueError if it is not one."""
-    path = folder / CONFIG
-    if not path.is_file():
-        raise AdapterError(f"{folder} has no {CONFIG}: expected the folder that PEFT's save_pretrained wrote")
-    data = map_file(path)
-    if len(data) > _MAX_CONFIG:
-        raise AdapterError(f"{path}: has {len(data):,} bytes: expected at most {_MAX_CONFIG:,}")
-    text = bytes(data)
-    try:
-        content = parse_json(text)  # PEFT writes NaN and infinity, which JSON does not have
-    except (ValueError, RecursionError) as error:
-        raise FileError(path, got=f"not JSON ({error})", fix=_AGAIN) from None
-    return text, structured(content, dict[str, Any], path, own=False, fix=_AGAIN)
-
-
-def _weights_file(folder: Path, notes: list[str]) -> Path:
-    if (folder / WEIGHTS).is_file():
-        if (folder / _BIN).is_file():
-            notes.append(f"ignored: {_BIN}, because {WEIGHTS} is next to it")
-        return folder / WEIGHTS
-    if (folder / _BIN).is_file():
-        return folder / _BIN
-    foreign = [f" ({file} is {name}'s)" for file, name in _FOREIGN_FILES.items() if (folder / file).exists()]
-    raise AdapterError(f"{folder} has neither {WEIGHTS} nor {_BIN}{''.join(foreign)}: fetch the weights as well")
+def _stored(folder: Path, *, compare_saved: bool) -> Stored:
+    """Return what a folder holds, in PEFT's format or another one."""
+    found = [folder / name for name in (WEIGHTS, _BIN) if (folder / name).is_file()]
+    if not found and (folder / mlx.WEIGHTS).is_file():
+        return mlx.read(folder)
+    text, config = read_config_file(folder)
+    with named(folder / CONFIG):
+        notes = check_config(config, compare_saved=compare_saved)
+    if not found:
+        foreign = [f" ({file} is {name}'s)" for file, name in _FOREIGN_FILES.items() if (folder / file).exists()]
+        raise AdapterError(f"{folder} has neither {WEIGHTS} nor {_BIN}{''.join(foreign)}: fetch the weights as well")
+    if len(found) > 1:
+        notes.append(f"ignored: {_BIN}, because {WEIGHTS} is next to it")
+    load = torch_pickle.load if found[0].suffix == ".bin" else safetensors_map.load
+    return Stored(found[0], text, config, load(found[0]), notes)

@@ -1,23 +1,30 @@
-"""Checks of an `adapter_config.json`, and the scaling that it gives every module.
+"""An `adapter_config.json`: reading, writing and checking it, and the scaling that it gives every module.
 
 The rules come from the source of PEFT 0.2 to 0.21. The tensors determine the adapted matrices and the rank. The
 configuration supplies alpha, rslora, the patterns and the DoRA flag, and shows adapters that are more than a low-rank
 update and are therefore refused.
 """
 
+import json
 import math
 import re
 import time
-from collections.abc import Mapping
-from typing import Annotated, Any, TypedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 from msgspec import Meta
 
 from ...models.registry import last_part, types_of_name
-from ...support.reading import structured
+from ...support.reading import FileError, parse_json, structured
 from ...support.text import shown, some
 from ..hf import Base
+from ..source import map_file, split_revision
+
+CONFIG = "adapter_config.json"
+_MAX_CONFIG = 1 << 20
+_AGAIN = "fetch the file again"
 
 # Keys of patterns, which PEFT takes as regular expressions: those whose match takes time in proportion to their length.
 _KEY = re.compile(r"(?:[\w.^$-]|\\[.d]|\\d\+\\\.|\[[\w-]+\]){1,400}", re.ASCII)
@@ -58,17 +65,72 @@ _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": 
 
 _LARGEST = float(np.finfo(np.float32).max)
 _Rank = Annotated[int, Meta(ge=1)]
-_Alpha = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST, description="a number that float32 holds")]
+Alpha = Annotated[float, Meta(ge=-_LARGEST, le=_LARGEST, description="a number that float32 holds")]
 
 
 class _Fields(TypedDict, total=False):
-    alpha_pattern: dict[str, _Alpha] | None
+    alpha_pattern: dict[str, Alpha] | None
     init_lora_weights: bool | str | None
-    lora_alpha: _Alpha
+    lora_alpha: Alpha
     r: _Rank
     rank_pattern: dict[str, _Rank] | None
     use_dora: bool | None
     use_rslora: bool | None
+
+
+class Stored(NamedTuple):
+    """An adapter of any format, with PEFT's fields and names."""
+
+    weights: Path  # file of the tensors
+    config_text: bytes
+    config: dict[str, Any]
+    tensors: dict[str, np.ndarray]
+    notes: list[str]
+
+
+def read_config_file(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes and the content of a folder's adapter_config.json; raises ValueError if it is not one."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {CONFIG}: expected the folder that PEFT's save_pretrained wrote")
+    data = map_file(path)
+    if len(data) > _MAX_CONFIG:
+        raise ValueError(f"{path}: has {len(data):,} bytes: expected at most {_MAX_CONFIG:,}")
+    text = bytes(data)
+    try:
+        content = parse_json(text)  # PEFT writes NaN and infinity, which JSON does not have
+    except (ValueError, RecursionError) as error:
+        raise FileError(path, got=f"not JSON ({error})", fix=_AGAIN) from None
+    return text, structured(content, dict[str, Any], path, own=False, fix=_AGAIN)
+
+
+def config_text(config: Mapping[str, Any]) -> bytes:
+    """Return the bytes of an adapter_config.json."""
+    return json.dumps(dict(config), indent=2, sort_keys=True).encode()
+
+
+def plain_config(
+    base: str | None, targets: Iterable[str], *, rank: int, alpha: int | float, task_type: str, dora: bool = False
+) -> dict[str, Any]:
+    """Return the configuration of a LoRA, or DoRA, on the modules at these paths of the base model."""
+    name, revision = split_revision(base) if base else (None, None)
+    return {
+        "base_model_name_or_path": name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": rank,
+        "revision": revision,
+        # Full paths: a last name alone would also match matrices that the adapter has no tensors for.
+        "target_modules": sorted(targets),
+        "task_type": task_type,
+        "use_dora": dora,
+        "use_rslora": False,
+    }
 
 
 def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> list[str]:
@@ -181,7 +243,7 @@ def _foreign_format(config: Mapping[str, Any]) -> str | None:
     if "model_class" in config and isinstance(config.get("config"), Mapping):
         return "a configuration of AdapterHub (the adapters library)"
     if "lora_parameters" in config or "fine_tune_type" in config:
-        return "a configuration of MLX (mlx-lm)"
+        return "a configuration of MLX, without its adapters.safetensors"
     framework = config.get("framework")
     if "lora_rank" in config or isinstance(framework, str) and ("tunix" in framework or "qwix" in framework):
         return "a configuration of tunix / qwix (JAX)"

@@ -100,6 +100,9 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """
     structured(raw, _Json, "", own=False)
     kind = raw["model_type"]
+    if raw.get("quantization"):
+        fix = "give the unquantised model, whose name often lacks only -4bit (its README names it as base_model)"
+        raise ValueError(f"the weights are quantised by MLX (quantization is {shown(raw['quantization'])}): {fix}")
     if raw.get("quantization_config") and raw["quantization_config"].get("quant_method") != "gguf":
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"the weights are quantised by {method}: give the unquantised model, or a GGUF file of it")
