@@ -14,10 +14,10 @@ _PACKAGE = Path(__file__).resolve().parent.parent / "lorafusion_jax"
 _OF_FAMILIES = {_PACKAGE / "models" / "registry.py"}.union(
     *((_PACKAGE / "models" / family).glob("*.py") for family in FAMILIES)
 )
-_MEMBERS = {"T5", "t5", "Llama", "SmolLM2", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi"}
+_MEMBERS = {"T5", "t5", "Llama", "SmolLM2", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi", "Granite", "OLMo"}
 # Fields of their configs, which `Architecture` does not have.
 _FIELDS = {"num_layers", "num_decoder_layers", "d_kv", "scale_logits", "start_id", "gated"}
-_FIELDS |= {"qk_norm", "post_norms", "local_rope", "query_scale", "embedding_scale"}
+_FIELDS |= {"qk_norm", "post_norms", "local_rope", "query_scale", "embedding_scale", "residual_scale", "pre_norms"}
 # Names of shapes and hub ids, as options' defaults, examples and measurements give them.
 _SHAPE = re.compile(r"(google/)?(flan-)?t5-\w+|flan_t5_large-\w+|FLAN-T5(-\w+)?|HuggingFaceTB/[\w-]+")
 _LETTERS = {"q", "k", "v"}

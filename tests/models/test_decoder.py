@@ -16,6 +16,11 @@ _TINY = small_llama.CONFIG | {
     "num_key_value_heads": 2,
 }
 
+_YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+_FACTORS = {"short_factor": [1.0, 1.0], "long_factor": [1.0]}
+_LONGROPE = {"original_max_position_embeddings": 16, "rope_parameters": {"rope_type": "longrope"} | _FACTORS}
+_WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"] * 3}
+
 
 def test_llama3_stretches_low_frequencies_and_keeps_high_ones():
     plain = Rope(theta=100.0, width=8)
@@ -31,7 +36,14 @@ def test_llama3_stretches_low_frequencies_and_keeps_high_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "the rope scaling is 'yarn', which is not impl"),
+        ({"rope_parameters": {"rope_type": "proportional"}}, "the rope scaling is 'proportional', which is not impl"),
+        (
+            {"rope_parameters": _YARN | {"rope_theta": 1.0}},
+            "rope_theta is 1.0: expected more than 1 with the scaling yarn",
+        ),
+        (_LONGROPE, "long_factor has 1 numbers: expected one for each of 2 rotated pairs"),
+        ({"model_type": "smollm3"} | _WINDOWS, "layer_types and no_rope_layers differ: expected windows in layers wi"),
+        ({"model_type": "granite", "logits_scaling": 0.0}, "logits_scaling is 0.0: expected a number"),
         ({"rope_parameters": {"rope_type": "\x1b[31m", "factor": 2.0}}, r"the rope scaling is '\\x1b\[31m'"),
         ({"hidden_act": "relu"}, "the activation is 'relu': expected silu or gelu_pytorch_tanh"),
         ({"num_key_value_heads": 3}, "num_attention_heads is 4: expected a multiple of num_key_value_heads, 3"),

@@ -18,6 +18,9 @@ _SIZES = {
     "gemma-2-2b": 2_614_341_888,
     "gemma-3-1b": 999_885_952,
     "phi-3-mini": 3_821_079_552,
+    "gemma-2b": 2_506_172_416,
+    "smollm3-3b": 3_075_098_624,
+    "olmo-2-1b": 1_484_916_736,
 }
 
 _LLAMA_3_SCALING = {
@@ -51,6 +54,15 @@ _PUBLISHED = {
     "phi-3-mini": (
         (32064, 3072, 8192, 32, 32, 32, 4096, 1e-05, 10000.0),
         {"model_type": "phi3", "sliding_window": 2047, "tie_word_embeddings": False, "hidden_act": "silu"},
+    ),
+    "gemma-2b": (
+        (256000, 2048, 16384, 18, 8, 1, 8192, 1e-06, 10000.0),
+        {"model_type": "gemma", "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None},
+    ),
+    "smollm3-3b": ((128256, 2048, 11008, 36, 16, 4, 65536, 1e-06, 5000000.0), {"model_type": "smollm3"}),
+    "olmo-2-1b": (
+        (100352, 2048, 8192, 16, 16, 16, 4096, 1e-06, 500000),
+        {"model_type": "olmo2", "tie_word_embeddings": False},
     ),
 }
 

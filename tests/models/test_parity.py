@@ -59,7 +59,41 @@ _FAMILIES = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
     },
 }
-_LLAMAS = {
+_YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, "rope_theta": 100.0}
+# Families whose linear maps are Llama's: their fusions are tested at length only.
+_FURTHER = {
+    "gemma": {"head_dim": 12},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 5.0,
+    },
+    "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": _WINDOW},
+    "olmo2": {},
+    "olmo3": {
+        "sliding_window": _WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": _YARN | {"attention_factor": 1.3},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+    "ministral3": {
+        "head_dim": 12,
+        "sliding_window": _WINDOW,
+        "rope_parameters": _YARN
+        | {"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 0.7},
+    },
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.3, 1.1, 2.0],
+    "long_factor": [2.0, 3.0, 5.0, 9.0],
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 1.0,
+}
+_VARIANTS = {
     "plain": {"tie_word_embeddings": False},
     "tied": {"tie_word_embeddings": True},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 100.0}},
@@ -79,6 +113,10 @@ _LLAMAS = {
             "rope_theta": 100.0,
         }
     },
+    "yarn": {"rope_parameters": _YARN},
+    "yarn between pairs": {"rope_parameters": _YARN | {"truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}},
+    "no rope": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
+    **{kind: changes | {"model_type": kind} for kind, changes in _FURTHER.items()},
 }
 _ADAPTERS = {
     "small": {"r": 2, "lora_alpha": 3, "use_rslora": True},
@@ -86,6 +124,7 @@ _ADAPTERS = {
     "other": {"r": 4, "lora_alpha": 5},
     "dora": {"r": 3, "lora_alpha": 6, "use_dora": True},
 }
+_LONG_GRADIENTS = [pytest.param(kind, "sum", marks=pytest.mark.long) for kind in _FURTHER]
 _FUSED = {"sum": ("small", "large"), "mix": ("large", "other")}
 _SCALE = 0.6  # of a DoRA adapter
 
@@ -205,13 +244,13 @@ def _differ(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return all(np.abs(x - y).max() > 1e-2 * np.abs(y).max() for x, y in zip(a, b, strict=True))
 
 
-@pytest.fixture(scope="module", params=_FAMILIES)
+@pytest.fixture(scope="module", params=[*_FAMILIES, *(pytest.param(kind, marks=pytest.mark.long) for kind in _FURTHER)])
 def base(request, tmp_path_factory) -> Path:
     """A base model of a family, with adapters on all its linear maps as PEFT saves them."""
     import peft
 
     folder = tmp_path_factory.mktemp(request.param)
-    _made(folder / "base", request.param, _FAMILIES[request.param])
+    _made(folder / "base", request.param, (_FAMILIES | _FURTHER)[request.param])
     for name, fields in _ADAPTERS.items():
         task = "SEQ_2_SEQ_LM" if request.param == "t5" else "CAUSAL_LM"
         config = peft.LoraConfig(task_type=task, target_modules="all-linear", **fields)
@@ -333,7 +372,9 @@ def test_an_exported_lora_in_peft(base, model, plain, tmp_path):
     _check(wanted, model, adapters)
 
 
-@pytest.mark.parametrize(("base", "composition"), [("gemma2", "sum"), ("phi3", "mix")], indirect=["base"])
+@pytest.mark.parametrize(
+    ("base", "composition"), [("gemma2", "sum"), ("phi3", "mix"), *_LONG_GRADIENTS], indirect=["base"]
+)
 def test_gradients(base, model, fusion, composition):
     """Of the mean loss of the tokens behind each row's first four."""
     import torch
@@ -366,11 +407,12 @@ def test_gradients(base, model, fusion, composition):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("kind", _LLAMAS)
-def test_rope_scalings_and_tied_heads(tmp_path, kind):
-    ours = lf.load_base(_made(tmp_path / "base", "llama", _LLAMAS[kind]))
+@pytest.mark.parametrize("kind", _VARIANTS)
+def test_rope_scalings_tied_heads_and_further_families(tmp_path, kind):
+    changes = {"model_type": "llama"} | _VARIANTS[kind]
+    ours = lf.load_base(_made(tmp_path / "base", changes.pop("model_type"), changes))
     theirs = _read(tmp_path / "base")
-    assert ours.config.tied == (kind == "tied")
+    assert ours.config.tied == theirs.config.tie_word_embeddings
     _check(_theirs(theirs), ours)
     _check_said(theirs, ours)
 
@@ -381,3 +423,13 @@ def test_windows_that_a_family_does_not_read(tmp_path, model_type):
     changes = {"sliding_window": _WINDOW, "layer_types": _FAMILIES["gemma3_text"]["layer_types"]}
     folder = _made(tmp_path / "base", model_type, changes)
     _check(_theirs(_read(folder)), lf.load_base(folder))
+
+
+@pytest.mark.parametrize("context", [4, 8, 40])
+def test_longrope_has_the_frequencies_of_the_row_s_length(tmp_path, context):
+    """Rows of 5, 9 and 12 tokens. An answer keeps the frequencies of its prompt, where transformers reads it again."""
+    changes = {"original_max_position_embeddings": context, "rope_parameters": _LONGROPE | {"attention_factor": 1.2}}
+    ours = lf.load_base(_made(tmp_path / "base", "phi3", changes))
+    _check(_theirs(_read(tmp_path / "base")), ours)
+    if context != 8:
+        _check_said(_read(tmp_path / "base"), ours)

@@ -1,9 +1,10 @@
-"""Decoder-only models: Llama, SmolLM2, Mistral, Qwen 2 to 3, Gemma 2 and 3, Phi-3."""
+"""Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi-3, Granite, OLMo."""
 
 from ..architecture import Checkpoint, Family, Slot
 from .config import DecoderConfig, Rope
+from .families import FAMILIES, NAMES
 from .gguf import GGUF
-from .hf_config import MODEL_TYPES, NAMES, read_config
+from .hf_config import read_config
 from .model import Decoder
 
 __all__ = ["FAMILY", "Decoder", "DecoderConfig"]
@@ -13,15 +14,13 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 def _others(model: Decoder) -> list[Slot]:
     block, config = model.decoder, model.structure
-    names = {"input_layernorm": block.input_norm}
+    names = {}
+    if config.pre_norms:
+        mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        names |= {"input_layernorm": block.input_norm, mlp_norm: block.mlp_norm}
     if config.post_norms:
-        names |= {
-            "post_attention_layernorm": block.attention_post_norm,
-            "pre_feedforward_layernorm": block.mlp_norm,
-            "post_feedforward_layernorm": block.mlp_post_norm,
-        }
-    else:
-        names["post_attention_layernorm"] = block.mlp_norm
+        names["post_attention_layernorm"] = block.attention_post_norm
+        names["post_feedforward_layernorm"] = block.mlp_post_norm
     if config.qk_norm:
         names |= {"self_attn.q_norm": block.self_attn.q_norm, "self_attn.k_norm": block.self_attn.k_norm}
     stacked = {f"model.layers.{{}}.{name}.weight": norm.scale for name, norm in names.items()}
@@ -53,8 +52,8 @@ _SMOLLM2 = DecoderConfig(
 
 FAMILY = Family(
     name="decoder",
-    members="Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 (text) or Phi-3",
-    model_types=MODEL_TYPES,
+    members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or OLMo 3",
+    model_types=(*FAMILIES,),
     names=NAMES,
     config=DecoderConfig,
     read_config=read_config,

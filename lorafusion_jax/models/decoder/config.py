@@ -17,20 +17,31 @@ class Rope:
     Attributes:
       theta: base of the frequencies, theta ** (-2 i / width).
       width: number of rotated numbers of a head; the others keep their values.
-      scaling: rule that changes frequencies for contexts that are longer than those of the pretraining.
+      scaling: rule that changes frequencies for contexts that are longer than those of the pretraining; `none` for no
+        rotation at all.
       factor: ratio of the new to the old length.
-      context: tokens of the pretraining's contexts, for `dynamic` and `llama3`.
-      low_freq: wavelengths above context / low_freq are stretched by `factor` (`llama3`).
-      high_freq: wavelengths below context / high_freq are not stretched (`llama3`).
+      context: tokens of the pretraining's contexts, for the scalings other than `linear`.
+      low_freq: wavelengths above context / low_freq are stretched by `factor` (`llama3`, `yarn`).
+      high_freq: wavelengths below context / high_freq are not stretched (`llama3`, `yarn`).
+      whole_pairs: the pairs of these two wavelengths are rounded to whole ones (`yarn`).
+      short: quotient of each pair's frequency in rows of up to `context` tokens (`longrope`).
+      long: quotient of each pair's frequency in longer rows (`longrope`).
+      scale: factor of the rotated numbers (`yarn`, `longrope`).
+      query_growth: queries at position p grow by 1 + query_growth log(1 + floor(p / context)) (Ministral 3).
     """
 
     theta: float = 10_000.0
     width: Size
-    scaling: Literal["default", "linear", "dynamic", "llama3"] = "default"
+    scaling: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"] = "default"
     factor: float = 1.0
     context: int = 0
     low_freq: float = 1.0
     high_freq: float = 4.0
+    whole_pairs: bool = True
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+    scale: float = 1.0
+    query_growth: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,17 +52,21 @@ class DecoderConfig(Architecture):
       model_type: Hugging Face's name of the family.
       context: most tokens of a row, prompt and answer together.
       num_kv_heads: heads of keys and values; each serves num_heads / num_kv_heads heads of queries.
-      local_rope: rotary positions of layers with a sliding window, if they differ.
-      window: number of tokens, itself included, that a token of a sliding layer attends to.
-      sliding: for every layer, whether it has a sliding window; empty if none has.
+      local_rope: rotary positions of sliding layers, if they differ.
+      window: number of tokens, itself included, that a token of a sliding layer attends to; 0 for all.
+      sliding: for every layer, whether it has the window and `local_rope`; empty if none has.
       activation: activation function of the gate.
       fused: queries, keys and values come from one matrix, and so do gate and up (Phi-3).
       biased: last names of the sites that have a bias.
-      qk_norm: queries and keys are normalised head by head (Qwen 3, Gemma 3).
-      post_norms: the outputs of attention and feed-forward are normalised too (Gemma).
+      qk_norm: queries and keys are normalised (Qwen 3, Gemma 3, OLMo).
+      whole_qk_norm: all heads are normalised together (OLMo), not each alone.
+      pre_norms: the inputs of attention and feed-forward are normalised.
+      post_norms: the outputs of attention and feed-forward are normalised (Gemma 2 and 3, OLMo).
       norm_offset: added to the scales of norms; Gemma's scales are 1 + w.
       query_scale: factor of the attention's products.
       embedding_scale: factor of the embeddings.
+      residual_scale: factor of the outputs of attention and feed-forward, which the blocks add (Granite).
+      logit_scale: factor of the logits.
       attention_cap: soft limit of the attention's products; 0 for none.
       logit_cap: soft limit of the logits; 0 for none.
     """
@@ -75,10 +90,14 @@ class DecoderConfig(Architecture):
     fused: bool = False
     biased: tuple[str, ...] = ()
     qk_norm: bool = False
+    whole_qk_norm: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     norm_offset: float = 0.0
     query_scale: float
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     attention_cap: float = 0.0
     logit_cap: float = 0.0
 
@@ -93,7 +112,7 @@ class DecoderConfig(Architecture):
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
         # Kept are the input of each norm, rotated queries and keys, and the gate with its derivative.
-        norms = (4 if self.post_norms else 2) * self.d_model
+        norms = 2 * (self.pre_norms + self.post_norms) * self.d_model
         rotated = (2 if self.qk_norm else 1) * (self.num_heads + self.num_kv_heads) * self.d_head
         attention = Attention(_ALL, self.num_heads, self.num_kv_heads, self.d_head)
         return {"decoder": Stack(self.num_layers, _ALL, (attention,), self.d_ff, norms + rotated + 2 * self.d_ff)}

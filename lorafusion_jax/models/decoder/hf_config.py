@@ -1,4 +1,4 @@
-"""The structure of a Llama, Mistral, Qwen, Gemma or Phi-3 from its Hugging Face config.
+"""The structure of a decoder-only model from its Hugging Face config; `families.py` has what sets each family apart.
 
 transformers' config classes fill in missing fields, and bring older files' fields to today's names.
 """
@@ -14,21 +14,11 @@ import msgspec
 from ...support.reading import structured
 from ...support.text import shown
 from ..architecture import Layers, Size
-from .config import DecoderConfig, Rope
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
-# A Mistral is often published as a Llama, also in every GGUF file. Names of tools are not those of models.
-NAMES = {
-    r"(?<!o)llama(?!.?(factory|cpp))|smollm": ("llama",),
-    "mistral": ("mistral", "llama"),
-    "qwen": ("qwen2", "qwen3"),
-    "gemma": ("gemma2", "gemma3_text"),
-}
+from .config import DecoderConfig
+from .families import FAMILIES, biased, head_width
+from .hf_rope import rope_of
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-_SCALINGS = ("default", "linear", "dynamic", "llama3")
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 # Fields whose values only describe how a file was made, or that need PyTorch to be read.
 _IGNORED = ("model_type", "torch_dtype", "dtype", "quantization_config")
 
@@ -51,6 +41,10 @@ class _Json(TypedDict, total=False):
     hidden_act: str
     hidden_activation: str | None
     query_pre_attn_scalar: _Positive
+    embedding_multiplier: _Positive
+    attention_multiplier: _Positive
+    residual_multiplier: _Positive
+    logits_scaling: _Positive
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
     quantization_config: dict[str, Any] | None
@@ -83,16 +77,6 @@ class _Complete(TypedDict, total=False):
     pad_token_id: Required[int | None]
 
 
-class _RopeJson(TypedDict, total=False):
-    rope_type: str
-    rope_theta: Required[_Positive]
-    partial_rotary_factor: Annotated[float, msgspec.Meta(ge=0, le=1)]
-    factor: _Positive
-    original_max_position_embeddings: Size
-    low_freq_factor: _Positive
-    high_freq_factor: _Positive
-
-
 def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Return the structure that a config.json describes, as transformers 4 and 5 write it.
 
@@ -107,15 +91,8 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"the weights are quantised by {method}: give the unquantised model, or a GGUF file of it")
     hf = _filled(kind, raw)
-    gemma = kind in ("gemma2", "gemma3_text")
-    activation = hf.hidden_activation if gemma else hf.hidden_act
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"the activation is {shown(activation)}: expected {' or '.join(_ACTIVATIONS)}")
     if getattr(hf, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention is set: expected a causal language model")
-    if kind == "gemma3_text" and hf.attn_logit_softcapping:
-        raise ValueError(f"attn_logit_softcapping is {hf.attn_logit_softcapping} in a Gemma 3: expected none")
-    d_head = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     if hf.num_attention_heads % hf.num_key_value_heads:
         heads, multiple = hf.num_attention_heads, hf.num_key_value_heads
         raise ValueError(f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {multiple}")
@@ -124,40 +101,33 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     ends = tuple(hf.eos_token_id) if isinstance(hf.eos_token_id, list | tuple) else (hf.eos_token_id,)
     if ends in ((), (None,)):
         raise ValueError("eos_token_id is missing: expected the token, or tokens, that end an answer")
-    local = ropes.get("sliding_attention")
-    # A Llama ignores a window, such as that of a Mistral whose weights it has.
-    window = 0 if kind == "llama" else hf.sliding_window or 0
+    local, fields, context = ropes.get("sliding_attention"), FAMILIES[kind](hf), hf.max_position_embeddings
+    activation = fields.pop("activation", getattr(hf, "hidden_act", None))
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"the activation is {shown(activation)}: expected {' or '.join(_ACTIVATIONS)}")
+    d_head, partial = head_width(hf), fields.pop("partial_rope", False)
     config = DecoderConfig(
         model_type=kind,
         vocab_size=hf.vocab_size,
         d_model=hf.hidden_size,
-        context=hf.max_position_embeddings,
+        context=context,
         d_head=d_head,
         d_ff=hf.intermediate_size,
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_key_value_heads,
         num_layers=hf.num_hidden_layers,
         eps=hf.rms_norm_eps,
-        rope=_rope(kind, ropes["full_attention"], d_head, hf.max_position_embeddings),
-        local_rope=_rope(kind, local, d_head, hf.max_position_embeddings) if local is not None else None,
-        window=window,
-        sliding=_sliding(kind, hf, window),
+        rope=rope_of(ropes["full_attention"], d_head, context, partial=partial),
+        local_rope=rope_of(local, d_head, context, partial=partial) if local is not None else None,
         activation=_ACTIVATIONS[activation],
-        fused=kind == "phi3",
-        biased=_biased(kind, hf),
-        qk_norm=kind in ("qwen3", "gemma3_text"),
-        post_norms=gemma,
-        norm_offset=1.0 if gemma else 0.0,
-        query_scale=(hf.query_pre_attn_scalar if gemma else d_head) ** -0.5,
-        embedding_scale=hf.hidden_size**0.5 if gemma else 1.0,
-        attention_cap=(hf.attn_logit_softcapping or 0.0) if kind == "gemma2" else 0.0,
-        logit_cap=(hf.final_logit_softcapping or 0.0) if gemma else 0.0,
+        biased=biased(hf),
+        query_scale=d_head**-0.5,
         tied=hf.tie_word_embeddings,
         # Many models have no token for padding, written as null or -1. It is masked by its place: any token will do.
         pad_id=ends[0] if hf.pad_token_id is None or hf.pad_token_id < 0 else hf.pad_token_id,
         eos_id=ends,
     )
-    return structured(dataclasses.asdict(config), DecoderConfig, "")
+    return structured(dataclasses.asdict(dataclasses.replace(config, **fields)), DecoderConfig, "")
 
 
 def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
@@ -177,36 +147,3 @@ def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
         raise ValueError(f"transformers rejects this config of a {kind}: {error}: fetch it again") from error
     finally:
         logging.set_verbosity(verbosity)
-
-
-def _rope(kind: str, fields: Mapping[str, Any], d_head: int, context: int) -> Rope:
-    fields = structured(dict(fields), _RopeJson, "", own=False)
-    scaling = fields.get("rope_type", "default")
-    if scaling not in _SCALINGS:
-        fix = f"expected {', '.join(_SCALINGS)}"
-        raise ValueError(f"the rope scaling is {shown(scaling)}, which is not implemented: {fix}")
-    return Rope(
-        theta=float(fields["rope_theta"]),
-        # Only a Phi-3 reads the factor.
-        width=int(d_head * fields.get("partial_rotary_factor", 1.0)) if kind == "phi3" else d_head,
-        scaling=scaling,
-        factor=float(fields.get("factor", 1.0)),
-        context=fields.get("original_max_position_embeddings", context) if scaling == "llama3" else context,
-        low_freq=float(fields.get("low_freq_factor", 1.0)),
-        high_freq=float(fields.get("high_freq_factor", 4.0)),
-    )
-
-
-def _sliding(kind: str, hf: Any, window: int) -> tuple[bool, ...]:
-    """Return which layers have a sliding window: all of a Phi-3 and, unless its config lists them, of a Mistral."""
-    if not window:
-        return ()
-    kinds = None if kind == "phi3" else getattr(hf, "layer_types", None)
-    return tuple(each == "sliding_attention" for each in kinds or ["sliding_attention"] * hf.num_hidden_layers)
-
-
-def _biased(kind: str, hf: Any) -> tuple[str, ...]:
-    if kind == "qwen2":
-        return _ATTENTION[:3]
-    attention = _ATTENTION if getattr(hf, "attention_bias", False) else ()
-    return (*attention, *(_MLP if getattr(hf, "mlp_bias", False) else ()))

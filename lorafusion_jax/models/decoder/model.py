@@ -73,7 +73,10 @@ class SelfAttention(nnx.Module):
             self.q_proj, self.k_proj, self.v_proj = map(linear, ("q_proj", "k_proj", "v_proj"))
         self.o_proj = linear("o_proj")
         if config.qk_norm:
-            self.q_norm, self.k_norm = (_norm(config, config.d_head) for _ in "qk")
+            widths = [config.d_head] * 2
+            if config.whole_qk_norm:
+                widths = [heads * config.d_head for heads in (config.num_heads, config.num_kv_heads)]
+            self.q_norm, self.k_norm = (_norm(config, width) for width in widths)
 
     def __call__(
         self,
@@ -93,12 +96,16 @@ class SelfAttention(nnx.Module):
             parts = jnp.split(self.qkv_proj(x, adapters), [inner, inner + kv], axis=-1)
         else:
             parts = [linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        if c.whole_qk_norm:
+            parts[:2] = self.q_norm(parts[0]), self.k_norm(parts[1])
         mixed, cache = [], None
         for *of_rows, context in zip(*(apart(part, line) for part in parts), contexts, strict=True):
             queries, keys, values = (part.reshape(*part.shape[:2], -1, c.d_head) for part in of_rows)
-            if c.qk_norm:
+            if c.qk_norm and not c.whole_qk_norm:
                 queries, keys = self.q_norm(queries), self.k_norm(keys)
             queries, keys = rotate(queries, context.rotation), rotate(keys, context.rotation)
+            if context.rotation.queries is not None:
+                queries = queries * context.rotation.queries[:, :, None, None].astype(queries.dtype)
             cache = into(Cache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)))
             mixed.append(self._mix(queries, cache, context.mask))
         assert cache is not None
@@ -151,8 +158,9 @@ class Block(nnx.Module):
     """Attention and feed-forward, weights stacked over layers. Names of norms are Hugging Face's for Llama."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        self.post_norms = config.post_norms
-        self.input_norm, self.mlp_norm = (_norm(config, config.d_model) for _ in range(2))
+        self.config = config
+        if config.pre_norms:
+            self.input_norm, self.mlp_norm = (_norm(config, config.d_model) for _ in range(2))
         if config.post_norms:
             self.attention_post_norm, self.mlp_post_norm = (_norm(config, config.d_model) for _ in range(2))
         self.self_attn = SelfAttention(config, rngs=rngs)
@@ -167,10 +175,13 @@ class Block(nnx.Module):
         into: Callable[[Cache], Cache] = lambda new: new,
     ) -> tuple[Hidden, Cache]:
         """Run one layer; see `SelfAttention`."""
-        heard, cache = self.self_attn(self.input_norm(x), contexts, adapters, line, into)
-        x = checkpoint_name(x + (self.attention_post_norm(heard) if self.post_norms else heard), SUM)
-        made = self.mlp(self.mlp_norm(x), adapters)
-        return x + (self.mlp_post_norm(made) if self.post_norms else made), cache
+        c = self.config
+        heard, cache = self.self_attn(self.input_norm(x) if c.pre_norms else x, contexts, adapters, line, into)
+        heard = self.attention_post_norm(heard) if c.post_norms else heard
+        x = checkpoint_name(x + _scaled(heard, c.residual_scale), SUM)
+        made = self.mlp(self.mlp_norm(x) if c.pre_norms else x, adapters)
+        made = self.mlp_post_norm(made) if c.post_norms else made
+        return x + _scaled(made, c.residual_scale), cache
 
 
 class Decoder(nnx.Module):
@@ -247,7 +258,10 @@ class Decoder(nnx.Module):
         ages = (column - jnp.arange(size)) % size
         positions = (jnp.sum(input_mask, axis=1, dtype=jnp.int32) - 1 + position)[:, None]
         seen = ages[None, :] <= positions
-        contexts = self._contexts(positions, positions + 1, seen[:, None], jnp.zeros((1, 1), jnp.int32), -ages[None])
+        # With longrope, keys of the cache have the frequencies of the prompt's length, and so has the whole answer.
+        longrope = self.structure.rope.scaling == "longrope"
+        lengths = jnp.sum(input_mask, axis=1, keepdims=True) if longrope else positions + 1
+        contexts = self._contexts(positions, lengths, seen[:, None], jnp.zeros((1, 1), jnp.int32), -ages[None])
 
         def block(
             layer: Block, carry: tuple[Array, Cache], of_layer: tuple[Adapters, Array | None, Array]
@@ -311,14 +325,14 @@ class Decoder(nnx.Module):
     ) -> Callable[[Bool[Array, ""] | None], Context]:
         """Return a function from whether a layer has a sliding window to its context.
 
-        Rows have `lengths` tokens in all, for the frequencies of the scaling `dynamic`. The window is counted from the
+        Rows have `lengths` tokens in all, for the frequencies of some scalings. The window is counted from the
         `places` of queries to the `columns` of keys.
         """
         c = self.structure
         everywhere = Context(rotation(c.rope, positions, lengths), seen)
         if not any(c.sliding):
             return lambda local: everywhere
-        near = seen & (columns[:, None, :] > places[:, :, None] - c.window)
+        near = seen & (columns[:, None, :] > places[:, :, None] - c.window) if c.window else seen
         nearby = Context(rotation(c.local_rope or c.rope, positions, lengths), near)
         if all(c.sliding):
             return lambda local: nearby
@@ -341,6 +355,7 @@ class Decoder(nnx.Module):
             logits = unembed(x, self.embedding[...])
         else:
             logits = matmul(x, self.head.get_value())
+        logits = _scaled(logits, self.structure.logit_scale)
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def _scan(
@@ -356,6 +371,10 @@ def to_the_right(a: Shaped[Array, "B S"], mask: Bool[Array, "B S"]) -> Shaped[Ar
     """Move what `mask` keeps of every row to the row's right end, in its order."""
     order = jnp.argsort(mask, axis=1, stable=True)
     return jnp.take_along_axis(a, order, axis=1)
+
+
+def _scaled(x: Float[Array, "*B"], by: float) -> Float[Array, "*B"]:
+    return x if by == 1 else (by * widened(x)).astype(x.dtype)
 
 
 def _linear(config: DecoderConfig, module: str, name: str, *, rngs: nnx.Rngs) -> Linear:

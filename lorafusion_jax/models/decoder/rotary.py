@@ -13,28 +13,32 @@ from .config import Rope
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of the angle of every pair at every position."""
+    """Cosine and sine of the angle of every pair at every position, and the queries' factor if there is one."""
 
     cos: Float[Array, "B T R"]
     sin: Float[Array, "B T R"]
+    queries: Float[Array, "B T"] | None = None
 
 
 def rotation(rope: Rope, positions: Int[Array, "B T"], lengths: Int[Array, "B #T"]) -> Rotation:
-    """Return the angles of positions, from 0 on, in float32; the scaling `dynamic` depends on the rows' `lengths`."""
+    """Return the angles of positions, from 0 on, in float32; `dynamic` and `longrope` depend on the rows' `lengths`."""
     angles = positions.astype(jnp.float32)[:, :, None] * _frequencies(rope, lengths)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    grown = None
+    if rope.query_growth:
+        grown = 1 + rope.query_growth * jnp.log1p((positions // rope.context).astype(jnp.float32))
+    return Rotation(rope.scale * jnp.cos(angles), rope.scale * jnp.sin(angles), grown)
 
 
 def rotate(x: Float[Array, "B T H K"], by: Rotation) -> Float[Array, "B T H K"]:
     """Rotate the first numbers of each head, each paired with the one half the rotated width further."""
     half = by.cos.shape[-1]
-    cos, sin = (a.astype(x.dtype)[:, :, None, :] for a in by)
+    cos, sin = (a.astype(x.dtype)[:, :, None, :] for a in (by.cos, by.sin))
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def _frequencies(rope: Rope, lengths: Int[Array, "B T"]) -> Float[Array, "#B #T R"]:
-    """Return the frequency of every pair; with the scaling `dynamic` they differ by row."""
+    """Return the frequency of every pair; with the scalings `dynamic` and `longrope` they differ by row."""
     exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
     if rope.scaling == "dynamic":
         longest = jnp.maximum(lengths, rope.context).astype(jnp.float32)
@@ -49,4 +53,24 @@ def _frequencies(rope: Rope, lengths: Int[Array, "B T"]) -> Float[Array, "#B #T 
         turns = rope.context * frequencies / np.float32(2 * np.pi)
         kept = np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
         frequencies = ((1 - kept) / rope.factor + kept) * frequencies
+    if rope.scaling == "yarn":
+        # As with llama3, but the share is linear in the pair's number.
+        first, last = (_pair_with_turns(rope, turns) for turns in (rope.high_freq, rope.low_freq))
+        if rope.whole_pairs:
+            first, last = np.floor(first), np.ceil(last)
+        first, last = max(first, 0), min(last, rope.width - 1)
+        kept = 1 - np.clip((np.arange(len(exponents)) - first) / max(last - first, 0.001), 0, 1)
+        frequencies = ((1 - kept) / rope.factor + kept) * frequencies
+    if rope.scaling == "longrope":
+        long, short = (
+            jnp.asarray(frequencies / np.array(of, np.float32))[None, None] for of in (rope.long, rope.short)
+        )
+        return jnp.where((lengths > rope.context)[:, :, None], long, short)
+    if rope.scaling == "none":
+        frequencies = 0 * frequencies
     return jnp.asarray(frequencies, jnp.float32)[None, None]
+
+
+def _pair_with_turns(rope: Rope, turns: float) -> float:
+    """Return the pair, maybe between two, that turns so often in the pretraining's context."""
+    return rope.width * np.log(rope.context / (turns * 2 * np.pi)) / (2 * np.log(rope.theta))

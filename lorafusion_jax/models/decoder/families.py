@@ -1,0 +1,125 @@
+"""What sets each family apart from Llama: a function from its config to fields of `DecoderConfig`, by `model_type`.
+
+The configs are those of Hugging Face, completed by transformers. Next to fields, a function may return `partial_rope`,
+whether a part of a head is rotated, and `activation` has Hugging Face's name.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from .hf_rope import rope_of
+
+Fields = dict[str, Any]
+
+# Patterns of models' names -> their families. A Mistral is often published as a Llama, also in every GGUF file.
+# Names of tools are not those of models.
+NAMES = {
+    r"(?<!o)llama(?!.?(factory|cpp))|smollm(?!3)": ("llama",),
+    "smollm3": ("smollm3",),
+    "mistral": ("mistral", "llama"),
+    "ministral": ("ministral3", "mistral", "llama"),
+    "qwen": ("qwen2", "qwen3"),
+    "gemma": ("gemma", "gemma2", "gemma3_text"),
+    "granite": ("granite",),
+    "olmo": ("olmo2", "olmo3"),
+}
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def biased(hf: Any) -> tuple[str, ...]:
+    """Return the sites that have a bias by the fields that most families share."""
+    attention = _ATTENTION if getattr(hf, "attention_bias", False) else ()
+    return (*attention, *(_MLP if getattr(hf, "mlp_bias", False) else ()))
+
+
+def head_width(hf: Any) -> int:
+    """Return the width of a head, which many configs leave out."""
+    return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+def _llama(hf: Any) -> Fields:
+    # It ignores a window, such as that of a Mistral whose weights it has.
+    return {}
+
+
+def _windows(hf: Any) -> Fields:
+    """Return the windows of the layers that the config lists, or of all layers."""
+    kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+    if not hf.sliding_window:
+        return {}
+    return {"window": hf.sliding_window, "sliding": tuple(kind == "sliding_attention" for kind in kinds)}
+
+
+def _qwen2(hf: Any) -> Fields:
+    return _windows(hf) | {"biased": _ATTENTION[:3]}
+
+
+def _qwen3(hf: Any) -> Fields:
+    return _windows(hf) | {"qk_norm": True}
+
+
+def _gemma(hf: Any) -> Fields:
+    return {"norm_offset": 1.0, "embedding_scale": hf.hidden_size**0.5}
+
+
+def _gemma2(hf: Any) -> Fields:
+    both = _gemma(hf) | _windows(hf) | {"activation": hf.hidden_activation, "post_norms": True}
+    caps = {"attention_cap": hf.attn_logit_softcapping or 0.0, "logit_cap": hf.final_logit_softcapping or 0.0}
+    return both | caps | {"query_scale": hf.query_pre_attn_scalar**-0.5}
+
+
+def _gemma3(hf: Any) -> Fields:
+    if hf.attn_logit_softcapping:
+        raise ValueError(f"attn_logit_softcapping is {hf.attn_logit_softcapping} in a Gemma 3: expected none")
+    return _gemma2(hf) | {"qk_norm": True}
+
+
+def _phi3(hf: Any) -> Fields:
+    windows = {"window": hf.sliding_window, "sliding": (True,) * hf.num_hidden_layers} if hf.sliding_window else {}
+    return windows | {"fused": True, "partial_rope": True}
+
+
+def _granite(hf: Any) -> Fields:
+    return {
+        "embedding_scale": hf.embedding_multiplier,
+        "query_scale": hf.attention_multiplier,
+        "residual_scale": hf.residual_multiplier,
+        "logit_scale": 1 / hf.logits_scaling,
+    }
+
+
+def _smollm3(hf: Any) -> Fields:
+    # Layers without rotary positions are those that may have a window.
+    sliding = tuple(not rotated for rotated in hf.no_rope_layers[: hf.num_hidden_layers])
+    window = (hf.sliding_window or 0) if hf.use_sliding_window else 0
+    if window and sliding != tuple(kind == "sliding_attention" for kind in hf.layer_types):
+        raise ValueError("layer_types and no_rope_layers differ: expected windows in layers without rotary positions")
+    rope = rope_of(hf.rope_parameters, head_width(hf), hf.max_position_embeddings)
+    return {"window": window, "sliding": sliding, "local_rope": dataclasses.replace(rope, scaling="none")}
+
+
+def _olmo2(hf: Any) -> Fields:
+    return {"pre_norms": False, "post_norms": True, "qk_norm": True, "whole_qk_norm": True}
+
+
+def _olmo3(hf: Any) -> Fields:
+    return _olmo2(hf) | _windows(hf)
+
+
+FAMILIES: dict[str, Callable[[Any], Fields]] = {
+    "llama": _llama,
+    "mistral": _windows,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "phi3": _phi3,
+    "granite": _granite,
+    "ministral3": _windows,
+    "smollm3": _smollm3,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
+}
