@@ -11,18 +11,18 @@ of rows.jsonl for each chip and arm, a table of each part, and prepare.png. Inte
 
 import dataclasses
 import hashlib
-import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import _script
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import nnx
 from lab.common import ROOT, with_interval, write_tables
 from lab.genres import GENRES, fitted_text, measured_text
 from lab.smollm2 import SMOLLM2, base
@@ -30,12 +30,17 @@ from restore import Setting
 
 from lorafusion_jax import LoadOptions, PrepareOptions, Restoring, prepare, restore
 from lorafusion_jax.crossbar import (
+    Cell,
     Correction,
     CrossbarConfig,
     Mapping,
+    Preparation,
+    Rules,
     calibrate_tree,
     chips_in,
     config_hash,
+    moments,
+    programmed_weights,
     reads,
     save_config,
     with_corrections,
@@ -50,6 +55,7 @@ from lorafusion_jax.parts import (
     log_likelihood,
     logits_of_base,
     program_on_arrays,
+    set_matrices,
     windows,
 )
 from lorafusion_jax.report import colour, plot
@@ -58,6 +64,7 @@ from lorafusion_jax.trials import Cells, Row, print_plan
 
 WINDOWS, MEASURED_CHIPS, DEVELOPED_ON = 8, (0, 1, 2, 3, 4), (5, 6)
 MOMENTS, CALIBRATION = 3072, 256  # tokens
+_SECONDS = 60
 _TEN_YEARS = 10 * 365 * 86_400.0
 
 TODAY, ALL = "today", "factors, transform, ranges"
@@ -69,6 +76,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "transform": {"transform": "hadamard"},
     "factors, transform": {"factors": True, "transform": "hadamard"},
     ALL: {"factors": True, "transform": "hadamard", "clip": "optimal"},
+    # Rivals. "factors" alone follow AWQ's rule, with root mean squares of inputs.
+    **{f"ranges of {100 * share:g} % of the weights": {"quantile": share} for share in (0.999, 0.99, 0.95)},
+    "SmoothQuant's factors": {},  # with root mean squares of inputs instead of their largest
+    "down_proj digital": {},  # 25 % of the weights
+    "two copies of all layers": {},
+    "four copies of the first ten layers": {},
 }
 
 
@@ -76,13 +89,13 @@ class Arm(NamedTuple):
     """Changes before the cells are written, and corrections of the chip afterwards: their kind, rate and source."""
 
     changes: str = ALL
-    corrections: str = ""  # "", scales or low-rank
+    corrections: Literal["scales", "low-rank"] | None = None
     rate: float = 0.0015
     epochs: int = 1
     age_0: bool = False  # computed at age 0
 
     def __str__(self) -> str:
-        after = {"": "", "scales": ", then scales", "low-rank": ", then scales and low rank 1 %"}[self.corrections]
+        after = {None: "", "scales": ", then scales", "low-rank": ", then scales and low rank 1 %"}[self.corrections]
         return self.changes + after + (" made at age 0" if self.age_0 else "")
 
 
@@ -112,6 +125,10 @@ PARTS: dict[str, list[tuple[Setting, Arm]]] = {
         *((Setting(0.0, bits=bits), Arm(changes)) for bits in (5, 4) for changes in (TODAY, "factors, transform")),
         *((Setting(0.0, inputs=bits), Arm(changes)) for bits in (6, 4) for changes in (TODAY, "factors, transform")),
         *((Setting(0.0, read_noise=0.01), Arm(changes)) for changes in (TODAY, ALL)),
+    ],
+    "rivals": [
+        *((Setting(), Arm(changes)) for changes in [*CHANGES][7:]),
+        *((Setting(verify=tolerance), OLD) for tolerance in (0.02, 0.03)),
     ],
     "other": [(Setting(), arm) for arm in (OLD, NONE, SCALES)],
     "tune": [(Setting(), SCALES._replace(rate=rate)) for rate in (0.0005, 0.0015, 0.005)],
@@ -155,9 +172,9 @@ def main(arguments: Sequence[str] = ()) -> None:
         for setting, arm in PARTS[part]
     ]
     if options.plan:
-        seconds = {str(job_of(row)._replace(chip=0)): row["cpu_seconds"] for row in cells.rows()}
-        costs = ((job.part, seconds.get(str(job._replace(chip=0)), math.nan)) for job in cells.missing(wanted))
-        print_plan(costs, "; nan: no chip of it is measured yet")
+        seconds = {job_of(row)._replace(chip=0): row["cpu_seconds"] for row in cells.rows()}
+        costs = ((job.part, seconds.get(job._replace(chip=0), _SECONDS)) for job in cells.missing(wanted))
+        print_plan(costs, f", {_SECONDS} seconds for each of an arm that was never measured")
         return
     if wanted and options.texts is None:
         raise ValueError("the texts are in no package that is installed: give their folder with --texts")
@@ -203,8 +220,7 @@ class Bench:
     def prepared(self, config: CrossbarConfig) -> LoadedModel:
         """Return the model with the preparations that a configuration needs, which are kept in a folder."""
         folder = self.runs / f"{self.model.stem}-{config_hash(config)[:16]}"
-        plain = config.mapping == dataclasses.replace(config.mapping, **_WITHOUT)
-        if plain:
+        if config.mapping == dataclasses.replace(config.mapping, clip="none", factors=False, transform="none"):
             return self.loaded
         if not folder.exists():
             save_config(config, file := self.runs / "config.yaml")
@@ -216,17 +232,57 @@ class Bench:
         """Return a chip; the last one is freed before another takes its place."""
         config = setting.config()
         config = dataclasses.replace(config, mapping=dataclasses.replace(config.mapping, **CHANGES[changes]))
-        if self.at != (at := (config_hash(config), number)):
+        if self.at != (at := (config_hash(config), changes, number)):
             self.programmed = None
-            problem = self.prepared(config).problem
-            key = jax.random.fold_in(jax.random.key(0), number)
-            programmed = program_on_arrays(problem.graph, problem.frozen, {"*": config}, key).base
-            self.programmed = calibrate_tree(self.run, programmed, self.train[: CALIBRATION // 128])
+            problem, rules = self.prepared(config).problem, {"*": config}
+            frozen, key = problem.frozen, jax.random.fold_in(jax.random.key(0), number)
+            if changes.startswith("SmoothQuant"):
+                rules = {"*": dataclasses.replace(config, mapping=dataclasses.replace(config.mapping, factors=True))}
+                frozen = dataclasses.replace(frozen, preparations=self.smoothed())
+            if changes.endswith("digital"):
+                rules = {"*.down_proj": None, **rules}
+            programmed = program_on_arrays(problem.graph, frozen, rules, key).base
+            if "copies" in changes:
+                self.programmed = self.averaged(programmed, rules, key, changes)
+            else:
+                self.programmed = calibrate_tree(self.run, programmed, self.train[: CALIBRATION // 128])
             self.at = at
         return self.programmed
 
+    def smoothed(self) -> dict[str, Preparation]:
+        """Return SmoothQuant's factors: a_i^2 = max |x_i| / max_j |w_ij|, for each matrix apart."""
+        problem = self.loaded.problem
+        perfect = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
+        on_arrays = program_on_arrays(problem.graph, problem.frozen, {"*": perfect}, jax.random.key(0)).base
+        squares = moments(self.run, on_arrays, self.train[: MOMENTS // 128])
+        found = {}
+        for chip, matrix in zip(chips_in(on_arrays), digital_matrices(self.loaded, on_arrays), strict=True):
+            ratio = jnp.sqrt(squares[chip.name] + 1e-12) / (jnp.max(jnp.abs(matrix), axis=-1) + 1e-6)
+            found[chip.name] = Preparation(factors=jnp.sqrt(ratio))
+        return found
+
+    def averaged(self, weights: Any, rules: Rules, key: Any, changes: str) -> Any:
+        """Return digital weights that are the mean of several chips', in all layers or the first ten."""
+        problem = self.loaded.problem
+        count, layers = (2, None) if changes.startswith("two") else (4, 10)
+        names = [chip.name for chip in chips_in(weights)]
+        copies = [[programmed_weights(chip) for chip in chips_in(weights)]]
+        for copy in range(1, count):
+            again = program_on_arrays(problem.graph, problem.frozen, rules, jax.random.fold_in(key, copy)).base
+            copies.append([programmed_weights(chip) for chip in chips_in(again)])
+        model = nnx.merge(problem.graph, jax.tree.map(lambda weight: weight, problem.frozen.base))
+        means = [
+            jnp.mean(jnp.stack([matrix[:layers] for matrix in of_site]), axis=0)
+            for of_site in zip(*copies, strict=True)
+        ]
+        parts = zip(names, means, copies[0], strict=True)
+        set_matrices(model, {name: jnp.concatenate([mean, one[len(mean) :]]) for name, mean, one in parts})
+        return nnx.state(model)
+
     def corrections(self, job: Job) -> dict[str, Correction]:
-        """Return the corrections of a chip."""
+        """Return the corrections of a chip, none for an arm without."""
+        if job.arm.corrections is None:
+            return {}
         setting = job.setting._replace(drift=0.0) if job.arm.age_0 else job.setting
         weights, digital = self.chip(setting, job.arm.changes, job.chip), self.loaded.problem.frozen.base
         held = digital_matrices(self.loaded, weights)
@@ -249,9 +305,6 @@ class Bench:
         return found
 
 
-_WITHOUT = {name: getattr(Mapping(), name) for name in ("clip", "factors", "transform")}
-
-
 def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
     """Yield a row for each job."""
     assert options.texts is not None
@@ -259,7 +312,7 @@ def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
     digital = bench.measure(bench.loaded.problem.frozen.base)
     for job in missing:
         began = time.process_time()
-        corrections = bench.corrections(job) if job.arm.corrections else {}
+        corrections = bench.corrections(job)
         weights = with_corrections(bench.chip(job.setting, job.arm.changes, job.chip), corrections)
         found = bench.measure(weights)
         yield {
@@ -273,6 +326,9 @@ def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
             "texts_sha256": hashlib.sha256(
                 str([b.labels.tolist() for b in sum(bench.texts.values(), [])]).encode()
             ).hexdigest(),
+            "pulses": [
+                float(np.mean(np.asarray(chip.pulses))) for chip in chips_in(weights) if chip.pulses is not None
+            ],
             "paths": sorted({chip.plan.path for chip in chips_in(weights)}),
             "cpu_seconds": time.process_time() - began,
             **environment(),
