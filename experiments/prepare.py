@@ -210,7 +210,7 @@ class Bench:
         self.texts = {genre: self._windows(measured_text(genre, texts)[:20_000])[:WINDOWS] for genre in GENRES}
 
         def losses(weights: Any, batch: Batch) -> Any:
-            return -jnp.mean(log_likelihood(self.run(weights, batch), batch.labels))
+            return -jnp.sum(log_likelihood(self.run(weights, batch), batch.labels)) / batch.labels.size
 
         self.losses = jax.jit(losses)
 
