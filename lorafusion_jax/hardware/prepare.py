@@ -23,7 +23,7 @@ from ..tasks import Batch, tokenise
 from .calibration import looped
 from .prepared import OneSite, PreparedManifest, save_prepared
 from .program import program
-from .restored import WINDOW, answered, logits_of_base, read_texts, windows
+from .restored import WINDOW, answered, logits_of_base, no_padding, read_texts, windows
 
 # Perfect cells without converters: the inputs of their reads are those of the digital model.
 _PERFECT = crossbar.CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=crossbar.Mapping(weight_bits=None), dac=None)
@@ -76,7 +76,8 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     weights = {name: dense(w, jnp.float32) for name, w in matrices(nnx.merge(graph, frozen.base)).items()}
     perfect = program(graph, frozen, {"*": _PERFECT}, jax.random.key(0)).base
-    moments = crossbar.moments(logits_of_base(graph), perfect, progress("text", batches))
+    run = logits_of_base(graph)
+    moments = crossbar.moments(run, perfect, progress("text", batches), counted=no_padding(loaded))
     errors, found = crossbar.code_errors(config), dict[str, crossbar.Preparation]()
     sites: dict[str, OneSite] = {}
     with progress("sites", len(weights)) as bar:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .. import crossbar
 from ..support.checks import at_least, one_of
@@ -82,6 +82,7 @@ def restore(
     how: Restoring = Restoring(),
     *,
     left_out: LeftOut | None = None,
+    counted: Callable[[Any, str], Bool[Array, "*B"]] | None = None,
 ) -> dict[str, crossbar.Correction]:
     """Return corrections that bring a model on chips back to its digital outputs, by the names of the chips.
 
@@ -96,6 +97,7 @@ def restore(
       how: kind of the corrections, and their training.
       left_out: inputs and targets that are not trained on. On these, training starts from factors of 1 if they are
         better than the closed form, and the best epoch is kept.
+      counted: inputs that are no padding, as for `crossbar.moments`.
 
     Raises:
       ValueError: there are no batches, or what `crossbar.fit_corrections` refuses.
@@ -103,7 +105,7 @@ def restore(
     if how.method == "lora":
         corrections = _zeros(weights, how.numbers, jax.random.fold_in(jax.random.key(how.seed), 1))
     else:
-        kinds = {"offsets": how.method == "offsets", "numbers": how.numbers, "ridge": how.ridge}
+        kinds = {"offsets": how.method == "offsets", "numbers": how.numbers, "ridge": how.ridge, "counted": counted}
         corrections = crossbar.fit_corrections(run, weights, matrices, batches, **kinds)
         if how.epochs and left_out is not None:
             neutral = _neutral(corrections, jax.random.fold_in(jax.random.key(how.seed), 1))

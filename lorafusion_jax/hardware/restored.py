@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from .. import crossbar
 from ..io import arrays
@@ -196,7 +196,8 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
                 all_ranks = rank * crossbar.numbers_per_rank(crossbar.chips_in(weights))
                 how = dataclasses.replace(how, numbers=round(all_ranks))
             targets, kept_back = (Outputs(logits, digital.base, batches) for batches in (train, left_out))
-            corrections = restore(run, weights, held, train, targets, how, left_out=(left_out, kept_back))
+            own = {"left_out": (left_out, kept_back), "counted": no_padding(setup)}
+            corrections = restore(run, weights, held, train, targets, how, **own)
             before_and_after = [
                 sum(float(divergence(logits(on, b), logits(digital.base, b))) * b.labels.size for b in left_out) / count
                 for on in (weights, crossbar.with_corrections(weights, corrections))
@@ -384,6 +385,17 @@ def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
         labels = np.where((numbers < 0)[:, None], IGNORED, _until_the_end(loaded, tokens))
         batches.append(batch._replace(labels=labels))
     return [jax.tree.map(jnp.asarray, batch) for batch in batches]
+
+
+def no_padding(loaded: LoadedModel) -> Callable[[Batch, str], Bool[Array, "B T"]] | None:
+    """Return a function to the inputs of a matrix that are no padding; None for a causal model, which has none here."""
+    sites = loaded.config.sites
+
+    def of_matrix(batch: Batch, name: str) -> Bool[Array, "B T"]:
+        of_source = name in sites and sites[name].reads == ("source",)
+        return batch.input_mask if of_source else batch.labels != IGNORED
+
+    return None if loaded.config.causal else of_matrix
 
 
 def _of_chips(chips: Chips, base_sha256: str) -> dict[str, Any]:

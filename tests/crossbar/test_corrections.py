@@ -84,6 +84,14 @@ def test_scales_are_those_of_weighted_least_squares(offsets):
             np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
 
 
+def test_padding_does_not_count():
+    padded = [jnp.concatenate([x, 100 * x]) for x in _BATCHES]
+    counted = {"counted": lambda batch, name: jnp.arange(len(batch)) < len(batch) // 2}
+    found = _fit(batches=padded, offsets=True, **counted), crossbar.moments(_run, _chips(), padded, **counted)
+    wanted = _fitted(offsets=True), crossbar.moments(_run, _chips(), _BATCHES)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, wanted)
+
+
 def test_low_rank_is_the_best_matrix_of_that_rank():
     # All ranks that there are: what remains is the least-squares error of a full matrix, which is none here.
     found = _fit(numbers=10_000, ridge=1e-7)

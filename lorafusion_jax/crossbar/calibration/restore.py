@@ -21,7 +21,7 @@ from ..chip.chip import Chip, chips_in
 from ..chip.correction import Correction, by_name, numbers_per_rank
 from ..read.matmul import matmul
 from .one_chip import check_numbers
-from .whole_model import Run, summed
+from .whole_model import Counted, Run, summed
 
 # More singular directions than so many times the mean rank are not considered for one matrix.
 _MOST_RANKS = 8
@@ -84,6 +84,7 @@ def fit_corrections(
     offsets: bool = False,
     numbers: int = 0,
     ridge: float = 1e-2,
+    counted: Counted | None = None,
 ) -> dict[str, Correction]:
     """Return the corrections whose reads of the batches are closest to the digital products, chip by chip.
 
@@ -100,6 +101,7 @@ def fit_corrections(
         remaining error, relative to the outputs, for their numbers (reduced-rank regression).
       ridge: pulls scales towards 1 and matrices towards 0, but not offsets: share of the mean power that is added to
         each column or direction; above 0 with `numbers`.
+      counted: inputs that are no padding, as for `moments`.
 
     Raises:
       ValueError: there are no batches, they do not read one of the chips or bring NaN, chips share a name, a matrix
@@ -120,7 +122,8 @@ def fit_corrections(
             wrong = f"the matrix of {chip.name} has the shape {matrix.shape}: expected {chip.shape}"
             raise ValueError(wrong + _reshaped(chip, matrix))
     zeros = [_zeros(chip, numbers > 0) for chip in chips]
-    total = summed(run, weights, batches, _READS[numbers > 0], zeros, [(matrix,) for matrix in matrices])
+    own = [(matrix,) for matrix in matrices]
+    total = summed(run, weights, batches, _READS[numbers > 0], zeros, own, counted)
     del zeros  # as large as the moments
     most = math.ceil(_MOST_RANKS * numbers / numbers_per_rank(chips))
     corrections, directions = {}, []

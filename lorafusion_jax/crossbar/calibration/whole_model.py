@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ...support.platform import is_traced
 from ..chip.chip import Chip, chips_in, reads, with_chips
@@ -21,6 +21,7 @@ from ..read.paths.registry import PATHS
 from .one_chip import BINS, INPUT_BINS, STEPS, Statistics, calibrated, check_numbers, probe
 
 Run = Callable[[Any, Any], Array]  # (weights, batch) -> an array that depends on every product, such as logits
+Counted = Callable[[Any, str], Bool[Array, "*B"]]  # (batch, name of a chip) -> inputs [*B, d_in] that are no padding
 _NAMED = 5  # sites that a warning names
 
 
@@ -49,6 +50,7 @@ def summed(
     read: Callable[..., tuple[Array, Any]],
     zeros: list[Any],
     own: Sequence[tuple[Array, ...]] = (),
+    counted: Counted | None = None,
 ) -> list[Any]:
     """Return what `read` finds at every chip, summed over all reads of the batches, in the order of the tree.
 
@@ -60,11 +62,13 @@ def summed(
         tree of what was found. Use one for all calls, as for `run`.
       zeros: such a tree for every chip, without any read.
       own: arrays [*N, ...] of every chip, with the axes of its stack, if `read` needs some.
+      counted: inputs that `read` meets; the others are zeros for it. By default all.
     """
     total, batch = zeros, None
-    own = own or [()] * len(zeros)
+    own, chips = own or [()] * len(zeros), chips_in(weights)
     for number, batch in enumerate(batches):
-        found = _found(total, weights, own, batch, jnp.int32(number), run=run, read=read)
+        masks = [counted and _of_stack(counted(batch, chip.name), chip) for chip in chips]
+        found = _found(total, weights, own, masks, batch, jnp.int32(number), run=run, read=read)
         total = jax.tree.map(jnp.add, total, found)
     if batch is None:
         raise ValueError("there are no batches: give a few without labels, like those that the model will be used on")
@@ -99,14 +103,22 @@ def site_errors(weights: Any, statistics: list[Statistics]) -> list[dict[str, An
 
 @functools.partial(jax.jit, static_argnames=("run", "read"))
 def _found(
-    zeros: list[Any], weights: Any, own: Sequence[tuple[Array, ...]], batch: Any, number: Array, *, run: Run, read: Any
+    zeros: list[Any],
+    weights: Any,
+    own: Sequence[tuple[Array, ...]],
+    masks: Sequence[Array | None],
+    batch: Any,
+    number: Array,
+    *,
+    run: Run,
+    read: Any,
 ) -> list[Any]:
     """Return what the reads of one batch find; only the shapes of `zeros` matter."""
     leaves = chips_in(reads(weights, number))
 
     def total(zeros: list[Any]) -> Array:
-        of_chips = zip(leaves, zeros, own, strict=True)
-        tapped = [dataclasses.replace(leaf, tap=_Tap(found, arrays, read)) for leaf, found, arrays in of_chips]
+        taps = [_Tap(*of_chip, read) for of_chip in zip(zeros, own, masks, strict=True)]
+        tapped = [dataclasses.replace(leaf, tap=tap) for leaf, tap in zip(leaves, taps, strict=True)]
         return jnp.sum(run(with_chips(weights, tapped), batch))
 
     return jax.grad(total)(zeros)
@@ -117,10 +129,13 @@ def _found(
 class _Tap:
     found: Any
     own: tuple[Array, ...]
+    counted: Bool[Array, "*B"] | None
     read: Callable[..., tuple[Array, Any]] = dataclasses.field(metadata={"static": True})
 
     def collect(self, x: Float[Array, "*B d_in"], chip: Chip) -> Float[Array, "*B d_out"]:
         """Return `read`'s product, and what it finds as the gradient of `found`; other gradients are zero."""
+        if self.counted is not None:
+            x = jnp.where(self.counted[..., None], x, 0)
         arrays, tree = jax.tree.flatten((chip, *self.own))
         return _tapped((self.read, tree), x, tuple(jax.tree.leaves(self.found)), arrays)
 
@@ -139,6 +154,10 @@ def _tapped_forward(how, x, found, arrays):
 
 
 _tapped.defvjp(_tapped_forward, lambda how, gradients, cotangent: gradients)
+
+
+def _of_stack(mask: Bool[Array, "*B"], chip: Chip) -> Bool[Array, "..."]:
+    return jnp.broadcast_to(mask, (*chip.shape[:-2], *mask.shape))
 
 
 def _zeros(leaf: Chip) -> Statistics:
