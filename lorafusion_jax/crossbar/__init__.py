@@ -25,6 +25,7 @@ from .chip.chip import (
     with_chips,
     with_corrections,
     with_read_key,
+    with_shared_factors,
 )
 from .chip.correction import Correction, Corrections, numbers_per_rank
 from .chip.files import load_chip, save_chip

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     return manifest
 
 
-def groups(sites: Mapping[str, Site], weights: Mapping[str, Any]) -> list[list[str]]:
+def groups(sites: Mapping[str, Site], weights: Iterable[str]) -> list[list[str]]:
     """Return the names of matrices, in groups that meet the same inputs."""
     found: dict[Any, list[str]] = {}
     for name in weights:

@@ -130,7 +130,7 @@ def _with_pool(
     for factor, sites in factors.items() if preparations else ():
         for site, weights in sites.items():
             one = Preparation()
-            if factor in ("A", "U"):
+            if factor in ("A", "U") and site in preparations:
                 of_site = preparations[site]
                 shape = (weights.shape[0], *[1] * (weights.ndim - 3), weights.shape[-2])
                 wide = None if of_site.factors is None else of_site.factors.reshape(shape)

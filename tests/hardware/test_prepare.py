@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
+import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
 from lorafusion_jax import crossbar, parts
 from lorafusion_jax.cli import main
 from lorafusion_jax.hardware.calibration import calibration_batches, logits_of
+from lorafusion_jax.hardware.prepare import groups
+from lorafusion_jax.parts import matrices
 
 NOISY = crossbar.CrossbarConfig(
     mapping=crossbar.Mapping(scale="column"), device=crossbar.Device(programming=crossbar.Independent(0.05))
@@ -134,3 +137,19 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
         loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
         config = crossbar.load_config(folder / "prepared" / "config.yaml")
         parts.program_on_arrays(loaded.problem.graph, loaded.problem.frozen, {"*": config}, jax.random.key(0))
+
+
+def test_an_input_that_several_matrices_meet_is_transformed_once():
+    """The 7 matrices of an encoder's layer have 4 inputs: queries, keys and values share one, and so do gates."""
+    graph, base = nnx.split(tiny.t5())
+    config = crossbar.CrossbarConfig(mapping=crossbar.Mapping(factors=True, transform="hadamard"))
+    weights, found = matrices(nnx.merge(graph, base)), {}
+    for names in groups(tiny.CONFIG.sites, [name for name in weights if name.startswith("encoder.")]):
+        found |= crossbar.prepare({name: weights[name] for name in names}, None, config)
+    frozen = lf.Frozen(base, preparations=found)
+    on_arrays = parts.program_on_arrays(graph, frozen, {"encoder.*": config}, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(on_arrays.base)
+    run = jax.jit(lambda leaves, batch: parts.logits_of_base(graph)(tree.unflatten(leaves), batch))
+    products_of_attention = 2 * 3
+    compiled = run.lower(leaves, tiny.batch()).compile().as_text()
+    assert compiled.count(" dot(") == len(weights) + products_of_attention + 4

@@ -187,6 +187,24 @@ def with_corrections(weights: Any, corrections: Corrections) -> Any:
     return with_chips(weights, list((chips | corrected).values()))
 
 
+def with_shared_factors(weights: Any) -> Any:
+    """Return a tree of weights in which chips that prepare inputs alike have one array of factors.
+
+    A compiled function then transforms the input of queries, keys and values once, because XLA merges operations with
+    the same operands.
+    """
+    first: dict[Any, Any] = {}
+
+    def of_leaf(leaf: Any) -> Any:
+        one = leaf.preparation if is_chip(leaf) else None
+        if one is None or one.factors is None or not one.identity:
+            return leaf
+        factors = first.setdefault((one.identity.partition("-")[0], one.factors.shape), one.factors)
+        return dataclasses.replace(leaf, preparation=dataclasses.replace(one, factors=factors))
+
+    return jax.tree.map(of_leaf, weights, is_leaf=is_chip)
+
+
 def over_stack(fn: Callable[..., Any], lead: tuple[int, ...]) -> Callable[..., Any]:
     """Return `fn` mapped over the leading axes of a stack."""
     for _ in lead:

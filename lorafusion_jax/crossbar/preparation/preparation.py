@@ -23,7 +23,7 @@ class Preparation:
       factors: a, whose signs are random if inputs are transformed; None for ones.
       ranges: full scale of each column of the prepared matrix, in its units; None for its largest weight.
       transforms: inputs are transformed by H.
-      identity: digest of the arrays, of the whole stack.
+      identity: digests of the whole stack: of what changes inputs, a hyphen, and of the ranges.
     """
 
     factors: Float[Array, "*N d_in"] | None = None

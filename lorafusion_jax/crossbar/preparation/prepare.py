@@ -84,7 +84,7 @@ def prepare(
         for name, matrix in weights.items():
             ranges = jax.jit(one_by_one(choose, shape[:-1]))(matrix, squares, bare)
             prepared[name] = dataclasses.replace(bare, ranges=ranges)
-    return {name: dataclasses.replace(one, identity=_digest(one)) for name, one in prepared.items()}
+    return {name: dataclasses.replace(one, identity=_identity(one)) for name, one in prepared.items()}
 
 
 def expected_error(
@@ -200,11 +200,13 @@ def _centred(factors: Float[Array, " d"]) -> Float[Array, " d"]:
     return factors / jnp.exp(jnp.mean(jnp.log(factors)))
 
 
-def _digest(preparation: Preparation) -> str:
-    digest = hashlib.sha256(str(preparation.transforms).encode())
-    for part in (preparation.factors, preparation.ranges):
-        digest.update(b"" if part is None else np.asarray(part).tobytes())
-    return digest.hexdigest()[:16]
+def _identity(preparation: Preparation) -> str:
+    of_inputs = hashlib.sha256(str(preparation.transforms).encode() + _bytes(preparation.factors)).hexdigest()
+    return f"{of_inputs[:16]}-{hashlib.sha256(_bytes(preparation.ranges)).hexdigest()[:16]}"
+
+
+def _bytes(part: Array | None) -> bytes:
+    return b"" if part is None else np.asarray(part).tobytes()
 
 
 def _shared_shape(matrices: Mapping[str, Float[Array, "*N d_in _cols"]]) -> tuple[int, ...]:
