@@ -54,7 +54,7 @@ def _fill(theirs: Any, ours: Model) -> None:
     import torch
 
     parameters = dict(theirs.named_parameters())
-    for slot in family_of(ours.config).checkpoint.slots(ours):
+    for slot in family_of(ours.config).checkpoint(ours.config).slots(ours):
         weights = np.asarray(slot.variable.get_value(), np.float32)
         for name, layer in zip(slot.names, weights if slot.stacked else weights[None], strict=True):
             parameters.pop(name).copy_(torch.tensor(layer.T if slot.transposed else layer))

@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent / "lorafusion_jax"
 _OF_FAMILIES = {_PACKAGE / "models" / "registry.py"}.union(
     *((_PACKAGE / "models" / family).glob("*.py") for family in FAMILIES)
 )
-_MEMBERS = {"T5", "t5", "Llama", "SmolLM2", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi", "Granite", "OLMo"}
+_MEMBERS = {"T5", "t5", "Llama", "SmolLM2", "Mistral", "Qwen2", "Qwen3", "Gemma", "Phi", "Granite", "OLMo", "LLaVA"}
 # Fields of their configs, which `Architecture` does not have.
 _FIELDS = {"num_layers", "num_decoder_layers", "d_kv", "scale_logits", "start_id", "gated"}
 _FIELDS |= {"qk_norm", "post_norms", "local_rope", "query_scale", "embedding_scale", "residual_scale", "pre_norms"}

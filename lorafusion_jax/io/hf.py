@@ -19,7 +19,7 @@ import numpy as np
 import qwix
 
 from ..models import weights as linear
-from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot
+from ..models.architecture import Architecture, Checkpoint, Family, Model, Slot, unwrapped
 from ..models.registry import family_of_json
 from ..support.reading import named, read_json
 from ..support.text import shown, some
@@ -81,6 +81,24 @@ class Base:
             return family.read_config(self.raw)
 
     @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The names of tensors other than kernels."""
+        return self.family.checkpoint(self.config)
+
+    @functools.cached_property
+    def stored_names(self) -> Mapping[str, str]:
+        """The names of the stored tensors, by those that the model gives them."""
+        layout = self.checkpoint
+        slots = layout.slots(self.family.abstract(self.config))
+        known = {unwrapped(name): name for slot in slots for name in slot.names} | {layout.head: layout.head}
+        return {known.get(unwrapped(name), name): name for name in self.files.tensors()}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Return the stored tensors by the model's names."""
+        stored = self.files.tensors()
+        return {name: stored[place] for name, place in self.stored_names.items()}
+
+    @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer, without transformers where that gives the same; raises `load_tokenizer`'s errors."""
         return self.files.fast_tokenizer()
@@ -109,7 +127,7 @@ class Base:
 
     def _opened(self, dtype: str) -> tuple[Mapping[str, Tensor], Model, list[Slot]]:
         """Return the tensors (checked but not read), the model without weights, and its slots."""
-        tensors, names = self.files.tensors(), self.family.checkpoint
+        tensors, names = self.tensors(), self.checkpoint
         config = dataclasses.replace(self.config, dtype=dtype)
         if names.head in tensors:
             tied = names.embedding in tensors and np.array_equal(tensors[names.head], tensors[names.embedding])
@@ -175,7 +193,7 @@ def base_tensor(source: str | Path | Base) -> Callable[[str], np.ndarray]:
     @functools.cache
     def files() -> tuple[Mapping[str, Tensor], Checkpoint]:
         base = open_base(source)
-        return base.files.tensors(), base.family.checkpoint
+        return base.tensors(), base.checkpoint
 
     def read(name: str) -> np.ndarray:
         tensors, names = files()
@@ -198,6 +216,12 @@ def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
     """Write the files of `save_base` into an existing folder."""
     base = open_base(source)
     tensors = hf_tensors(model, base)
+    if patterns := base.checkpoint.unread:
+        # Named as in the base's files, so that whatever reads them reads the new ones.
+        tensors = {base.stored_names.get(name, name): tensor for name, tensor in tensors.items()}
+        stored = base.files.tensors()
+        unread = {name for pattern in patterns for name in fnmatch.filter(stored, pattern)}
+        tensors |= {name: np.asarray(stored[name]) for name in unread}
     base.files.save_texts(folder)
     # transformers loads the weights in the dtype of config.json.
     content = read_json(folder / "config.json", dict[str, Any], "a Hugging Face model", own=False)
@@ -210,7 +234,7 @@ def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
 def hf_tensors(model: Model, source: str | Path | Base) -> dict[str, np.ndarray]:
     """Return weights by Hugging Face's names, matrices [d_out, d_in]; `source` is the base they come from."""
     base = open_base(source)
-    names, tensors = base.family.checkpoint, {}
+    names, tensors = base.checkpoint, {}
     for slot in names.slots(model):
         weights = np.asarray(linear.dense(slot.variable.get_value(), model.config.dtype))
         layers = weights if slot.stacked else weights[None]
@@ -227,7 +251,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], slots: list[Slot], layout: Che
     advice = "give a configuration and weights that belong together"
     if missing := [name for name in shapes if name not in tensors]:
         raise ValueError(f"the weights lack {some(missing)}: {advice}")
-    unused = {name for pattern in layout.unused for name in fnmatch.filter(tensors, pattern)}
+    unused = {name for pattern in layout.unused + layout.unread for name in fnmatch.filter(tensors, pattern)}
     if unexpected := [name for name in tensors if name not in {*shapes, *optional, *unused}]:
         raise ValueError(f"the model has no place for {some(unexpected)}: {advice}")
     for name, shape in shapes.items():

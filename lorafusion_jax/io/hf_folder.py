@@ -28,12 +28,14 @@ _BIN = "pytorch_model.bin"
 _TOKENIZER, _TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
 _FURTHER = ("added_tokens.json", "special_tokens_map.json", _TEMPLATE)
+_IMAGES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json")
 _UNCHANGED = 100_000  # transformers looks for faults of known models in larger vocabularies
 _TEXTS = (
     *(_CONFIG, _GENERATION, _TOKENIZER, _TOKENIZER_CONFIG, *_FURTHER),
     *("merges.txt", "spiece.model", "tokenizer.model", "vocab.json"),
+    *_IMAGES,
 )
-_TOKENIZER_FILES = [name for name in _TEXTS if name not in (_CONFIG, _GENERATION, _TEMPLATE)]
+_TOKENIZER_FILES = [name for name in _TEXTS if name not in (_CONFIG, _GENERATION, _TEMPLATE, *_IMAGES)]
 
 
 class _Plain(TypedDict, total=False):

@@ -10,6 +10,7 @@ Axis letters: B batch, S source, T target, V vocabulary, D model width, L layer.
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -31,6 +32,8 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 # Time of an operation on scores, with softmax and masks, over that of one in a product with a matrix: measured.
 _SCORES = 4.0
+# Versions of transformers have a text model at `language_model.model`, `model`, `model.language_model` and so on.
+_WRAPPERS = re.compile(r"^(?:(?:model|language_model|text_model)\.)+")
 
 
 class Attention(NamedTuple):
@@ -241,6 +244,7 @@ class Checkpoint:
       head: name of the head's tensor; a file of a tied model may lack it.
       copies: other names under which files repeat the embedding.
       unused: tensors that no layer reads, as patterns of `fnmatch`.
+      unread: tensors of parts that are not implemented, in the same way; merged models keep them.
       others: function from a model to the slots of its embedding, norms and so on.
     """
 
@@ -248,6 +252,7 @@ class Checkpoint:
     head: str
     copies: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     others: Callable[[Any], list[Slot]]
 
     def slots(self, model: Model) -> list[Slot]:
@@ -310,6 +315,7 @@ class Family:
       read_config: function from the content of a config.json to the structure; raises ValueError without naming the
         file.
       model: function from (config, rngs=) to a randomly initialised model.
+      checkpoint: function from a structure to the layout of its files.
       gguf: layout of its GGUF files, if they are read.
       task_type: PEFT's name of the models' task.
       shapes: known sizes by name.
@@ -322,7 +328,7 @@ class Family:
     config: type[Architecture]
     read_config: Callable[[Mapping[str, Any]], Architecture]
     model: Callable[..., Model]
-    checkpoint: Checkpoint
+    checkpoint: Callable[[Any], Checkpoint]
     gguf: GGUFLayout | None = None
     task_type: str
     shapes: Mapping[str, Architecture]
@@ -379,6 +385,11 @@ def places(config: Architecture) -> Mapping[str, tuple[str, int]]:
 def linear_shapes(config: Architecture) -> dict[str, tuple[int, int]]:
     """Return (d_in, d_out) of every adaptable matrix by its Hugging Face module path."""
     return {path: (config.sites[name].d_in, config.sites[name].d_out) for path, (name, _) in places(config).items()}
+
+
+def unwrapped(name: str) -> str:
+    """Return a tensor's or module's name without the modules around a text model, which differ between versions."""
+    return _WRAPPERS.sub("", name)
 
 
 def step_operations(config: Architecture, source: Any, target: Any, rows: Iterable[tuple[int, Any, Any]]) -> Any:

@@ -131,7 +131,7 @@ def folders(tmp_path_factory):
         tensors = {
             # Multiples of 1 / 64 below 8, so that 1 + w loses nothing.
             name: (rng.integers(-512, 512, slot.shape) / 64).astype(np.float32)
-            for slot in FAMILY.checkpoint.slots(model)
+            for slot in FAMILY.checkpoint(model.config).slots(model)
             for name in slot.names
         }
         save_file(tensors, folder / "model.safetensors")

@@ -86,6 +86,30 @@ _FURTHER = {
         | {"original_max_position_embeddings": 4, "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 0.7},
     },
 }
+_VIT = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VIT |= {"image_size": 28, "patch_size": 14}
+_QWEN_VIT = {"depth": 1, "num_heads": 2, "hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 32}
+_MROPE = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [1, 1, 2]}
+# Models for images and text: the fields of the text model, and of the others.
+_WITH_IMAGES = {
+    "gemma3": (_FAMILIES["gemma3_text"], {"vision_config": _VIT, "mm_tokens_per_image": 4}),
+    "qwen2_vl": (
+        {"rope_parameters": _MROPE},
+        {"vision_config": {"depth": 1, "num_heads": 2, "embed_dim": 16, "hidden_size": 32}},
+    ),
+    "qwen2_5_vl": ({"rope_parameters": _MROPE}, {"vision_config": _QWEN_VIT, "tie_word_embeddings": True}),
+    "qwen3_vl": (
+        {"head_dim": 12, "rope_parameters": _MROPE | {"mrope_section": [2, 2, 2], "mrope_interleaved": True}},
+        {"vision_config": _QWEN_VIT | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}},
+    ),
+    "mistral3": (
+        _FURTHER["ministral3"] | {"model_type": "ministral3"},
+        {"vision_config": _VIT | {"model_type": "pixtral"}, "tie_word_embeddings": False},
+    ),
+    "llava": ({"model_type": "llama"}, {"vision_config": _VIT | {"model_type": "clip_vision_model"}}),
+    "idefics3": ({"model_type": "llama"}, {"vision_config": _VIT}),
+    "smolvlm": ({"model_type": "llama"}, {"vision_config": _VIT}),
+}
 _LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0, 1.3, 1.1, 2.0],
@@ -117,6 +141,7 @@ _VARIANTS = {
     "yarn between pairs": {"rope_parameters": _YARN | {"truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}},
     "no rope": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
     **{kind: changes | {"model_type": kind} for kind, changes in _FURTHER.items()},
+    **{kind: {"model_type": kind} for kind in _WITH_IMAGES},
 }
 _ADAPTERS = {
     "small": {"r": 2, "lora_alpha": 3, "use_rslora": True},
@@ -142,8 +167,13 @@ def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
     if model_type == "t5":
         model = peft_models.t5(**changes)
     else:
-        config = transformers.AutoConfig.for_model(model_type, **(_SIZES | changes))
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        if model_type in _WITH_IMAGES:
+            text, changes = _WITH_IMAGES[model_type]
+            fields, kind = changes | {"text_config": _SIZES | text}, "ImageTextToText"
+        else:
+            fields, kind = _SIZES | changes, "CausalLM"
+        config = transformers.AutoConfig.for_model(model_type, **fields)
+        model = getattr(transformers, f"AutoModelFor{kind}").from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -155,8 +185,10 @@ def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
 def _read(folder: Path):
     import transformers
 
-    if lf.read_config(folder).causal:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    if (config := lf.read_config(folder)).causal:
+        kind = "ImageTextToText" if config.model_type in _WITH_IMAGES else "CausalLM"
+        load = getattr(transformers, f"AutoModelFor{kind}").from_pretrained
+        return load(folder, attn_implementation="eager").eval()
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
 
 
@@ -244,16 +276,20 @@ def _differ(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
     return all(np.abs(x - y).max() > 1e-2 * np.abs(y).max() for x, y in zip(a, b, strict=True))
 
 
-@pytest.fixture(scope="module", params=[*_FAMILIES, *(pytest.param(kind, marks=pytest.mark.long) for kind in _FURTHER)])
+@pytest.fixture(
+    scope="module",
+    params=[*_FAMILIES, *(pytest.param(kind, marks=pytest.mark.long) for kind in (*_FURTHER, *_WITH_IMAGES))],
+)
 def base(request, tmp_path_factory) -> Path:
     """A base model of a family, with adapters on all its linear maps as PEFT saves them."""
     import peft
 
     folder = tmp_path_factory.mktemp(request.param)
-    _made(folder / "base", request.param, (_FAMILIES | _FURTHER)[request.param])
+    _made(folder / "base", request.param, (_FAMILIES | _FURTHER).get(request.param, {}))
     for name, fields in _ADAPTERS.items():
         task = "SEQ_2_SEQ_LM" if request.param == "t5" else "CAUSAL_LM"
-        config = peft.LoraConfig(task_type=task, target_modules="all-linear", **fields)
+        linear = r".*language_model\..*_proj" if request.param in _WITH_IMAGES else "all-linear"
+        config = peft.LoraConfig(task_type=task, target_modules=linear, **fields)
         adapted = peft.get_peft_model(_read(folder / "base"), config)
         peft_models.randomise(adapted, std=0.2).save_pretrained(folder / name)
     return folder / "base"

@@ -16,6 +16,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import numpy as np
 from msgspec import Meta
 
+from ...models.architecture import unwrapped
 from ...models.registry import last_part, types_of_name
 from ...support.reading import FileError, parse_json, structured
 from ...support.text import shown, some
@@ -198,7 +199,7 @@ def scalings(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, f
     """
     end = time.process_time() + _SECONDS
     patterns = {
-        field: [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (config.get(field) or {}).items()]
+        field: [(re.compile(rf"(.*\.)?({unwrapped(key)})$"), value) for key, value in (config.get(field) or {}).items()]
         for field in _PATTERNS
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...models.architecture import unwrapped
 from ...support.text import shown
 
 # <path>.lora_A.weight, with or without PEFT's prefix, an adapter's name (`default`) and, for DoRA, `.weight`.
@@ -31,6 +32,8 @@ _MAX_NAME, _MAX_TENSORS = 400, 100_000
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 _EMBEDDINGS = ("shared", "embed_tokens", "lm_head", "wte", "word_embeddings")
 
+_IMAGES = re.compile(r"(^|\.)(visual|vision_|multi_modal_|connector)")
+
 # The tensors of one module: {lora_A, lora_B or lora_magnitude_vector: (key, array)}.
 Part = dict[str, tuple[str, np.ndarray]]
 
@@ -46,6 +49,7 @@ def collect(
 
     Keys may have any spelling that PEFT or its users have written. Without shapes these are not compared.
     """
+    known = {unwrapped(path): path for path in shapes or ()}
     parts: dict[str, Part] = {}
     ignored = {}
     if len(tensors) > _MAX_TENSORS:
@@ -59,7 +63,7 @@ def collect(
             continue
         if match["leaf"] == ".bias":
             raise ValueError(f"{key} is a bias on a factor: retrain with lora_bias=False")
-        part = parts.setdefault(match["path"], {})
+        part = parts.setdefault(known.get(unwrapped(match["path"]), match["path"]), {})
         if match["kind"] in part:
             raise ValueError(f"{part[match['kind']][0]} and {key} are one factor of two adapters: save them apart")
         _check_array(key, array, ndim=1 if match["kind"] == MAGNITUDE else 2)
@@ -152,6 +156,8 @@ def _check_shapes(parts: Mapping[str, Part], shapes: Mapping[str, tuple[int, int
     (key_a, a), (key_b, b) = parts[path]["lora_A"], parts[path]["lora_B"]
     if path.rpartition(".")[2] == "lm_head":
         raise ValueError(f"{key_a} is LoRA on the head, and only modules of blocks can be mixed: retrain without it")
+    if _IMAGES.search(path):
+        raise ValueError(f"{key_a} is LoRA on the part that reads images: retrain on the language model alone")
     if path in shapes:
         d_in, d_out = shapes[path]
         got = f"{key_a} {list(a.shape)} and {key_b} {list(b.shape)}: expected [r, {d_in}] and [{d_out}, r]"

@@ -2,18 +2,20 @@
 
 from ..architecture import Checkpoint, Family, Slot
 from .config import DecoderConfig, Rope
-from .families import FAMILIES, NAMES
+from .families import FAMILIES, NAMES, WITH_IMAGES
 from .gguf import GGUF
 from .hf_config import read_config
 from .model import Decoder
 
 __all__ = ["FAMILY", "Decoder", "DecoderConfig"]
 
-_EMBEDDING = "model.embed_tokens.weight"
+# The parts that read images, in files of several versions of transformers.
+_IMAGES = ("visual.*", "vision_tower.*", "vision_model.*", "multi_modal_projector.*", "connector.*")
 
 
 def _others(model: Decoder) -> list[Slot]:
     block, config = model.decoder, model.structure
+    stem = config.stem
     names = {}
     if config.pre_norms:
         mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
@@ -23,15 +25,27 @@ def _others(model: Decoder) -> list[Slot]:
         names["post_feedforward_layernorm"] = block.mlp_post_norm
     if config.qk_norm:
         names |= {"self_attn.q_norm": block.self_attn.q_norm, "self_attn.k_norm": block.self_attn.k_norm}
-    stacked = {f"model.layers.{{}}.{name}.weight": norm.scale for name, norm in names.items()}
+    stacked = {f"{stem}.layers.{{}}.{name}.weight": norm.scale for name, norm in names.items()}
     for name in config.sites:
         _, module, last = name.split(".")
         if last in config.biased:
-            stacked[f"model.layers.{{}}.{module}.{last}.bias"] = getattr(getattr(block, module), last).bias
-    slots = [Slot(model.embedding, [_EMBEDDING]), Slot(model.norm.scale, ["model.norm.weight"])]
+            stacked[f"{stem}.layers.{{}}.{module}.{last}.bias"] = getattr(getattr(block, module), last).bias
+    slots = [Slot(model.embedding, [f"{stem}.embed_tokens.weight"]), Slot(model.norm.scale, [f"{stem}.norm.weight"])]
     for name, variable in stacked.items():
         slots.append(Slot(variable, [name.format(layer) for layer in range(config.num_layers)], stacked=True))
     return slots
+
+
+def _checkpoint(config: DecoderConfig) -> Checkpoint:
+    stem = config.stem
+    return Checkpoint(
+        embedding=f"{stem}.embed_tokens.weight",
+        head="lm_head.weight",
+        # Early Llama checkpoints hold the frequencies of the rotary positions.
+        unused=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+        unread=() if stem == "model" else (*_IMAGES, *(f"model.{name}" for name in _IMAGES)),
+        others=_others,
+    )
 
 
 _SMOLLM2 = DecoderConfig(
@@ -52,19 +66,13 @@ _SMOLLM2 = DecoderConfig(
 
 FAMILY = Family(
     name="decoder",
-    members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or OLMo 3",
-    model_types=(*FAMILIES,),
+    members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or 3, or a model for images with such a text model",
+    model_types=(*FAMILIES, *WITH_IMAGES),
     names=NAMES,
     config=DecoderConfig,
     read_config=read_config,
     model=Decoder,
-    checkpoint=Checkpoint(
-        embedding=_EMBEDDING,
-        head="lm_head.weight",
-        # Early Llama checkpoints hold the frequencies of the rotary positions.
-        unused=("model.layers.*.self_attn.rotary_emb.inv_freq",),
-        others=_others,
-    ),
+    checkpoint=_checkpoint,
     gguf=GGUF,
     task_type="CAUSAL_LM",
     shapes={"smollm2-135m": _SMOLLM2},

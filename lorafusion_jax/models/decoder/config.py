@@ -50,6 +50,7 @@ class DecoderConfig(Architecture):
 
     Attributes:
       model_type: Hugging Face's name of the family.
+      stem: module path of the embedding, the blocks and the last norm.
       context: most tokens of a row, prompt and answer together.
       num_kv_heads: heads of keys and values; each serves num_heads / num_kv_heads heads of queries.
       local_rope: rotary positions of sliding layers, if they differ.
@@ -75,6 +76,7 @@ class DecoderConfig(Architecture):
     causal: ClassVar[bool] = True
 
     model_type: str
+    stem: str = "model"
     context: Size
     d_head: Size
     d_ff: Size
@@ -135,7 +137,7 @@ class DecoderConfig(Architecture):
                     self.num_layers,
                     d_in,
                     d_out,
-                    path=f"model.layers.{{layer}}.{module}.{name}",
+                    path=f"{self.stem}.layers.{{layer}}.{module}.{name}",
                     reads=_ALL,
                     split="rows" if last else "columns",
                     stage=f"{module} out" if last else f"{module} in",

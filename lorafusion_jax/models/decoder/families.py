@@ -16,11 +16,13 @@ Fields = dict[str, Any]
 # Names of tools are not those of models.
 NAMES = {
     r"(?<!o)llama(?!.?(factory|cpp))|smollm(?!3)": ("llama",),
+    "llava": ("llava",),
+    "smolvlm": ("idefics3", "smolvlm"),
     "smollm3": ("smollm3",),
-    "mistral": ("mistral", "llama"),
-    "ministral": ("ministral3", "mistral", "llama"),
-    "qwen": ("qwen2", "qwen3"),
-    "gemma": ("gemma", "gemma2", "gemma3_text"),
+    "mistral": ("mistral", "mistral3", "llama"),
+    "ministral": ("ministral3", "mistral3", "mistral", "llama"),
+    "qwen": ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+    "gemma": ("gemma", "gemma2", "gemma3_text", "gemma3"),
     "granite": ("granite",),
     "olmo": ("olmo2", "olmo3"),
 }
@@ -47,9 +49,9 @@ def _llama(hf: Any) -> Fields:
 def _windows(hf: Any) -> Fields:
     """Return the windows of the layers that the config lists, or of all layers."""
     kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
-    if not hf.sliding_window:
+    if not (window := getattr(hf, "sliding_window", None)):
         return {}
-    return {"window": hf.sliding_window, "sliding": tuple(kind == "sliding_attention" for kind in kinds)}
+    return {"window": window, "sliding": tuple(kind == "sliding_attention" for kind in kinds)}
 
 
 def _qwen2(hf: Any) -> Fields:
@@ -108,11 +110,17 @@ def _olmo3(hf: Any) -> Fields:
     return _olmo2(hf) | _windows(hf)
 
 
+# Models for images and text, which are read for text alone, and the module that is their text model, one of `FAMILIES`.
+WITH_IMAGES = dict.fromkeys(("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava"), "language_model")
+WITH_IMAGES |= dict.fromkeys(("idefics3", "smolvlm"), "text_model")
 FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "llama": _llama,
     "mistral": _windows,
     "qwen2": _qwen2,
+    "qwen2_vl_text": _qwen2,
+    "qwen2_5_vl_text": _qwen2,
     "qwen3": _qwen3,
+    "qwen3_vl_text": _qwen3,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,

@@ -15,12 +15,12 @@ from ...support.reading import structured
 from ...support.text import shown
 from ..architecture import Layers, Size
 from .config import DecoderConfig
-from .families import FAMILIES, biased, head_width
+from .families import FAMILIES, WITH_IMAGES, biased, head_width
 from .hf_rope import rope_of
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Fields whose values only describe how a file was made, or that need PyTorch to be read.
-_IGNORED = ("model_type", "torch_dtype", "dtype", "quantization_config")
+_IGNORED = ("torch_dtype", "dtype", "quantization_config", "vision_config")
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -50,6 +50,7 @@ class _Json(TypedDict, total=False):
     quantization_config: dict[str, Any] | None
     rope_scaling: dict[str, Any] | None
     rope_parameters: dict[str, Any] | None
+    text_config: dict[str, Any] | None
 
 
 class _Complete(TypedDict, total=False):
@@ -83,6 +84,7 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     Raises a ValueError that names a value which does not fit, or needs something that the decoder lacks.
     """
     structured(raw, _Json, "", own=False)
+    structured(raw.get("text_config") or {}, _Json, "", own=False)
     kind = raw["model_type"]
     if raw.get("quantization"):
         fix = "give the unquantised model, whose name often lacks only -4bit (its README names it as base_model)"
@@ -90,7 +92,12 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     if raw.get("quantization_config") and raw["quantization_config"].get("quant_method") != "gguf":
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"the weights are quantised by {method}: give the unquantised model, or a GGUF file of it")
-    hf = _filled(kind, raw)
+    whole = _filled(kind, raw)
+    # A model for images and text has the config of a text model inside.
+    hf = whole if isinstance(whole, types.SimpleNamespace) else whole.get_text_config()
+    if hf.model_type not in FAMILIES:
+        got = f"the text model of this {kind} is {shown(hf.model_type)}"
+        raise ValueError(f"{got}: expected one of {', '.join(FAMILIES)}")
     if getattr(hf, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention is set: expected a causal language model")
     if hf.num_attention_heads % hf.num_key_value_heads:
@@ -98,16 +105,18 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {multiple}")
     # Some versions of transformers keep the fields of all layers next to those of each kind.
     ropes = hf.rope_parameters if "full_attention" in hf.rope_parameters else {"full_attention": hf.rope_parameters}
-    ends = tuple(hf.eos_token_id) if isinstance(hf.eos_token_id, list | tuple) else (hf.eos_token_id,)
+    end, pad = (raw.get(name, getattr(hf, name, None)) for name in ("eos_token_id", "pad_token_id"))
+    ends = tuple(end) if isinstance(end, list | tuple) else (end,)
     if ends in ((), (None,)):
         raise ValueError("eos_token_id is missing: expected the token, or tokens, that end an answer")
-    local, fields, context = ropes.get("sliding_attention"), FAMILIES[kind](hf), hf.max_position_embeddings
+    local, fields, context = ropes.get("sliding_attention"), FAMILIES[hf.model_type](hf), hf.max_position_embeddings
     activation = fields.pop("activation", getattr(hf, "hidden_act", None))
     if activation not in _ACTIVATIONS:
         raise ValueError(f"the activation is {shown(activation)}: expected {' or '.join(_ACTIVATIONS)}")
     d_head, partial = head_width(hf), fields.pop("partial_rope", False)
     config = DecoderConfig(
         model_type=kind,
+        stem="model" if hf is whole else f"model.{WITH_IMAGES[kind]}",
         vocab_size=hf.vocab_size,
         d_model=hf.hidden_size,
         context=context,
@@ -122,9 +131,9 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
         activation=_ACTIVATIONS[activation],
         biased=biased(hf),
         query_scale=d_head**-0.5,
-        tied=hf.tie_word_embeddings,
+        tied=whole.tie_word_embeddings,
         # Many models have no token for padding, written as null or -1. It is masked by its place: any token will do.
-        pad_id=ends[0] if hf.pad_token_id is None or hf.pad_token_id < 0 else hf.pad_token_id,
+        pad_id=ends[0] if pad is None or pad < 0 else pad,
         eos_id=ends,
     )
     return structured(dataclasses.asdict(dataclasses.replace(config, **fields)), DecoderConfig, "")
@@ -142,7 +151,10 @@ def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings quote the file as it is, and what they warn of is refused here
     try:
-        return AutoConfig.for_model(kind, **{k: v for k, v in raw.items() if k not in _IGNORED})
+        fields = {k: v for k, v in raw.items() if k not in (*_IGNORED, "model_type")}
+        if fields.get("text_config"):
+            fields["text_config"] = {k: v for k, v in fields["text_config"].items() if k not in _IGNORED}
+        return AutoConfig.for_model(kind, **fields)
     except Exception as error:  # its checks raise errors of several libraries
         raise ValueError(f"transformers rejects this config of a {kind}: {error}: fetch it again") from error
     finally:
