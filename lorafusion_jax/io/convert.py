@@ -1,4 +1,4 @@
-"""`convert`: turn adapters of PEFT into a pool on disk, complete or absent, and make its shared basis.
+"""`convert`: turn adapters into a pool on disk, complete or absent, and make its shared basis.
 
 Adapters are read, checked and written one after the other, so memory holds one at a time.
 """
@@ -34,7 +34,7 @@ _PACKAGES = ("jax", "numpy", "safetensors")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    r"""Convert LoRA adapters of PEFT into a pool, ready to be fused, or make the shared basis of a pool.
+    r"""Convert LoRA adapters of PEFT, mlx-lm or qwix into a pool, ready to be fused, or make the shared basis of one.
 
     Examples:
       python convert_peft_weights.py --base google/flan-t5-large --out pools/two \
@@ -54,6 +54,7 @@ class ConvertOptions:
         fraction of its reads (`lorafusion fuse --basis`).
       basis_from: also project the modules on the basis of this pool, whose directions may be in arrays already, and
         report the share of their norms that it loses.
+      alpha: alpha of adapters of qwix (or tunix), which do not contain it.
       dtype: store factors in this dtype; by default in the adapter's.
       dry_run: read and check everything and print the same report, but write nothing. Of a base in a folder,
         config.json is enough for this, unless an adapter carries copies of base weights.
@@ -64,6 +65,7 @@ class ConvertOptions:
     adapters: tuple[str, ...] = ()
     adapters_file: Path | None = None
     out: Path | None = None
+    alpha: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     dry_run: bool = False
     skip_bad: bool = False
@@ -87,7 +89,7 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     if options.out is None and not options.dry_run:
         raise ValueError("the pool has no folder: give --out FOLDER, or --dry-run to write nothing")
     if not sources and options.out is not None:
-        if flags := flags_given(options, ("base", "dtype", "skip_bad")):
+        if flags := flags_given(options, ("base", "alpha", "dtype", "skip_bad")):
             raise ValueError(f"{flags}: only for adapters that are converted: leave it out, or give --adapters")
         pool = ConvertedPool(options.out)
         _add_basis(options, options.out)
@@ -152,7 +154,7 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
     skipped = []
     for source in progress("convert", sources, unit="adapter"):
         try:
-            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=opened)
+            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=opened, alpha=options.alpha)
             check_fits(adapter, adapters, alone=len(sources) == 1)
             if options.dtype is not None:
                 adapter = _cast(adapter, options.dtype)

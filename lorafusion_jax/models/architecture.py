@@ -317,6 +317,7 @@ class Family:
       model: function from (config, rngs=) to a randomly initialised model.
       checkpoint: function from a structure to the layout of its files.
       gguf: layout of its GGUF files, if they are read.
+      tunix: function from the name of a module in tunix to the paths of its linear maps, if tunix has such models.
       task_type: PEFT's name of the models' task.
       shapes: known sizes by name.
     """
@@ -330,6 +331,7 @@ class Family:
     model: Callable[..., Model]
     checkpoint: Callable[[Any], Checkpoint]
     gguf: GGUFLayout | None = None
+    tunix: Callable[[str], tuple[str, ...]] | None = None
     task_type: str
     shapes: Mapping[str, Architecture]
 

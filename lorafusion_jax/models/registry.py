@@ -69,6 +69,11 @@ def gguf_layout(name: str | None, by: Literal["general.architecture", "model_typ
     raise ValueError(f"{by} is {shown(name)}: expected one of {', '.join(known)}{fix}")
 
 
+def paths_in_tunix(module: str) -> tuple[str, ...]:
+    """Return the paths of the linear maps in a module of tunix's models; none if it is of no family."""
+    return tuple(path for family in FAMILIES.values() if family.tunix for path in family.tunix(module))
+
+
 def recorded_config(base: Mapping[str, Any]) -> Architecture:
     """Return the structure of the base model that the manifest of a converted pool records, or raise a FileError."""
     name = base["family"]

@@ -75,6 +75,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     os.link(base / "model.safetensors", folder / "sharded" / "one.safetensors")
     pickled = shutil.copytree(one_block.SMALL / "adapters" / "rotl_prev", folder / "pickled")
     mlx = shutil.copytree(Path(__file__).parents[1] / "goldens" / "mlx" / "dora", folder / "mlx")
+    tree = _write_qwix(folder / "qwix")
     run = parts.RunFolder(folder / "run")
     _write_run(run, base, pool)
     chips = _write_chips(folder / "chips")
@@ -172,6 +173,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "adapter pickle": Kind(pickled / "adapter_model.bin", lambda: parts.read_adapter(str(pickled))),
         "MLX config": Kind(mlx / "adapter_config.json", lambda: parts.read_adapter(str(mlx))),
         "MLX weights": Kind(mlx / "adapters.safetensors", lambda: parts.read_adapter(str(mlx))),
+        "qwix manifest": Kind(tree / "manifest.ocdbt", lambda: parts.read_adapter(str(tree), alpha=1.0)),
+        "qwix arrays": Kind(next((tree / "d").iterdir()), lambda: parts.read_adapter(str(tree), alpha=1.0)),
         "weights file": Kind(weights_file, weights),
         "corrections manifest": Kind(restored / "manifest.json", corrections),
         "corrections arrays": Kind(restored / "arrays.safetensors", corrections, lambda: stored(restored)),
@@ -339,6 +342,16 @@ def _write_chips(folder: Path) -> Path:
     manifest |= {"chips": 1, "one_chip": one}
     _written(folder / "manifest.json", manifest)
     return folder
+
+
+def _write_qwix(folder: Path) -> Path:
+    """Write a LoRA as tunix does, and return its checkpoint."""
+    from orbax.checkpoint import v1 as ocp
+
+    leaves = {"w_lora_a": np.ones((6, 2), np.float32), "w_lora_b": np.ones((2, 5, 2), np.float32)}
+    with ocp.training.Checkpointer(str(folder)) as checkpoints:
+        checkpoints.save_checkpointables(1, {"model_params": {"layers": {"0": {"attn": {"q_proj": leaves}}}}})
+    return folder / "1" / "model_params"
 
 
 def _write_corrections(folder: Path, chips: parts.Chips) -> None:

@@ -19,7 +19,7 @@ from .. import torch_pickle
 from ..folders import new_folder
 from ..hf import Base
 from ..source import at_home, resolve
-from . import mlx
+from . import mlx, qwix_tree
 from .config import CONFIG, Stored, check_base, check_config, config_text, read_config_file, scalings
 from .tensors import MAGNITUDE, collect
 
@@ -58,6 +58,7 @@ def read_adapter(
     base_tensor: Callable[[str], np.ndarray] | None = None,
     base: Base | None = None,
     compared: Collection[str] | None = None,
+    alpha: float | None = None,
 ) -> PeftAdapter:
     """Read and check an adapter.
 
@@ -70,6 +71,7 @@ def read_adapter(
         base: The base model, to be compared with the one that the adapter names.
         compared: Keys of tensors that were compared with the base's when the adapter was written into a pool; given
             instead of `base_tensor`.
+        alpha: Alpha of an adapter of qwix, which does not contain it.
 
     Raises:
         AdapterError: The adapter cannot be used, or a file is missing, truncated, corrupt or a Git LFS pointer.
@@ -81,7 +83,7 @@ def read_adapter(
         name = Path(os.path.abspath(folder)).name if local else source.partition("@")[0].rpartition("/")[2]
         check_name(name)
         weights, text, config, tensors, notes = _stored(
-            folder, compare_saved=base_tensor is not None or compared is not None
+            folder, alpha, compare_saved=base_tensor is not None or compared is not None
         )
         kept = {key: tensors.pop(key) for key in compared or () if key in tensors}
         with named(weights):
@@ -146,9 +148,13 @@ def put_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mappin
     safetensors_map.save(folder / WEIGHTS, tensors)
 
 
-def _stored(folder: Path, *, compare_saved: bool) -> Stored:
+def _stored(folder: Path, alpha: float | None, *, compare_saved: bool) -> Stored:
     """Return what a folder holds, in PEFT's format or another one."""
     found = [folder / name for name in (WEIGHTS, _BIN) if (folder / name).is_file()]
+    if not found and not (folder / mlx.WEIGHTS).is_file() and (tree := qwix_tree.find(folder)):
+        return qwix_tree.read(tree, alpha)
+    if alpha is not None:
+        raise ValueError(f"{folder}: alpha is {alpha:g}, but only a LoRA of qwix lacks its own: leave out --alpha")
     if not found and (folder / mlx.WEIGHTS).is_file():
         return mlx.read(folder)
     text, config = read_config_file(folder)

@@ -6,6 +6,7 @@ from .families import FAMILIES, NAMES, WITH_IMAGES
 from .gguf import GGUF
 from .hf_config import read_config
 from .model import Decoder
+from .tunix import linear_maps
 
 __all__ = ["FAMILY", "Decoder", "DecoderConfig"]
 
@@ -74,6 +75,7 @@ FAMILY = Family(
     model=Decoder,
     checkpoint=_checkpoint,
     gguf=GGUF,
+    tunix=linear_maps,
     task_type="CAUSAL_LM",
     shapes={"smollm2-135m": _SMOLLM2},
 )
