@@ -1,5 +1,7 @@
-"""`lorafusion convert`: convert adapters of PEFT into a pool, and make its shared basis."""
+"""`lorafusion convert`: convert adapters into a pool, and make its shared basis."""
 
+import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +21,17 @@ def main(arguments: Sequence[str]) -> None:
     """Convert the adapters and print a line for each, and one for each site of a basis."""
     options = parse(ConvertOptions, arguments, "convert")
     manifest = convert(options)
-    if options.adapters or options.adapters_file:
+    if options.json:
+        print(json.dumps(manifest, indent=2))
+    elif options.adapters or options.adapters_file:
         show(report(manifest))
         totals = manifest["totals"]
         done = "would be written (dry run)" if options.dry_run else f"written to {options.out}"
         show(f"{totals['adapters']} adapters, {totals['parameters']:,} parameters, {done}")
+        if manifest["base"] is None:
+            show("without --base, these were not checked: modules, shapes, the base's family, copies of its weights")
+    if manifest["base"] is None and manifest["skipped"] and not options.skip_bad:
+        sys.exit(1)
     if options.basis is not None or options.basis_from is not None:
         assert options.out is not None
         show(basis_report(options.out))
@@ -38,6 +46,7 @@ def report(manifest: Mapping[str, Any]) -> str:
         size = f"{entry['parameters']:,}"
         rows.append((entry["name"], str(len(modules)), _range(ranks), _range(scalings), entry["dtype"], size))
     notes = Counter(note for entry in manifest["adapters"] for note in entry["notes"])
+    notes.update(f"trained on {entry['trained_on']}" for entry in manifest["adapters"] if entry.get("trained_on"))
     lines = [f"{count} x {note}" for note, count in notes.items()]
     lines += [f"left out {entry['reason']}" for entry in manifest["skipped"]]
     return "\n".join([plain(rows), *map(one_line, lines)])

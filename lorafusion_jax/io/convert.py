@@ -44,7 +44,7 @@ class ConvertOptions:
 
     Attributes:
       base: folder, hub id or GGUF file of the base model that the adapters were trained on; not needed for the basis of
-        an existing pool.
+        an existing pool, nor for a dry run.
       adapters: folders or hub ids (owner/name, owner/name@revision) of the adapters.
       adapters_file: a text file with one more folder or hub id per line; # begins a comment. `lorahub` is the list of
         LoraHub's 196 adapters of FLAN-T5-large, which comes with the package.
@@ -57,8 +57,10 @@ class ConvertOptions:
       alpha: alpha of adapters of qwix (or tunix), which do not contain it.
       dtype: store factors in this dtype; by default in the adapter's.
       dry_run: read and check everything and print the same report, but write nothing. Of a base in a folder,
-        config.json is enough for this, unless an adapter carries copies of base weights.
+        config.json is enough for this, unless an adapter carries copies of base weights. Without a base, check the
+        files alone, list all adapters that cannot be used, and exit with 1 if there are any.
       skip_bad: leave out adapters that cannot be used, and list them, instead of stopping at the first.
+      json: print the report as JSON.
     """
 
     base: str | None = None
@@ -69,6 +71,7 @@ class ConvertOptions:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     dry_run: bool = False
     skip_bad: bool = False
+    json: bool = False
     basis: int | None = None
     basis_from: Path | None = None
 
@@ -89,7 +92,7 @@ def convert(options: ConvertOptions) -> dict[str, Any]:
     if options.out is None and not options.dry_run:
         raise ValueError("the pool has no folder: give --out FOLDER, or --dry-run to write nothing")
     if not sources and options.out is not None:
-        if flags := flags_given(options, ("base", "alpha", "dtype", "skip_bad")):
+        if flags := flags_given(options, ("base", "alpha", "dtype", "skip_bad", "json")):
             raise ValueError(f"{flags}: only for adapters that are converted: leave it out, or give --adapters")
         pool = ConvertedPool(options.out)
         _add_basis(options, options.out)
@@ -145,22 +148,24 @@ def _sources(options: ConvertOptions) -> list[str]:
 
 def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -> dict[str, Any]:
     """Read and check all adapters, write them and the manifest if there is a folder, and return the manifest."""
-    if options.base is None:
-        raise ValueError("the adapters need their base model: give --base FOLDER_OR_HUB_ID")
-    opened = open_base(options.base)
-    config, tensor = opened.config, base_tensor(opened)
-    shapes = linear_shapes(config)
+    if options.base is None and not options.dry_run:
+        raise ValueError("the adapters need their base model: give --base FOLDER_OR_HUB_ID, or --dry-run")
+    opened = None if options.base is None else open_base(options.base)
+    config = opened and opened.config
+    needs_base: dict[str, Any] = {}
+    if opened is not None:
+        needs_base = {"base": opened, "shapes": linear_shapes(opened.config), "base_tensor": base_tensor(opened)}
     adapters: dict[str, dict[str, Any]] = {}
     skipped = []
     for source in progress("convert", sources, unit="adapter"):
         try:
-            adapter = read_adapter(source, shapes=shapes, base_tensor=tensor, base=opened, alpha=options.alpha)
+            adapter = read_adapter(source, alpha=options.alpha, **needs_base)
             check_fits(adapter, adapters, alone=len(sources) == 1)
             if options.dtype is not None:
                 adapter = _cast(adapter, options.dtype)
             entry = describe(adapter, config)
         except AdapterError as error:
-            if not options.skip_bad:
+            if not options.skip_bad and opened is not None:
                 advice = "Nothing was written; --skip-bad leaves out such adapters and lists them."
                 raise AdapterError(f"{error}. {advice}") from error
             skipped.append({"source": source, "reason": str(error)})
@@ -171,15 +176,16 @@ def _convert(sources: list[str], options: ConvertOptions, folder: Path | None) -
             resave(adapter, written)
             entry["files"] = {name: sha256(written / name) for name in (CONFIG, WEIGHTS)}
         adapters[adapter.name] = entry
-    if not adapters:
+    if not adapters and opened is not None:
         raise AdapterError(f"none of {len(sources)} adapters can be used; the first: {skipped[0]['reason']}")
     parameters = sum(entry["parameters"] for entry in adapters.values())
     manifest = {
-        "base": {
+        "base": opened
+        and {
             "source": options.base,
             "config_sha256": opened.files.config_sha256(),
-            "family": config.family,
-            "config": {k: v for k, v in dataclasses.asdict(config).items() if k not in _RUNTIME_FIELDS},
+            "family": opened.config.family,
+            "config": {k: v for k, v in dataclasses.asdict(opened.config).items() if k not in _RUNTIME_FIELDS},
         },
         "cast_to": options.dtype,
         "adapters": list(adapters.values()),

@@ -246,6 +246,24 @@ def test_a_dry_run_reports_the_same_and_writes_nothing(base, adapter, tmp_path, 
     assert dry == [would, would]
 
 
+def test_a_dry_run_without_a_base_checks_the_files_alone(base, adapter, capsys):
+    """Its report is that of a run with the base, except for the sites, which it cannot know."""
+    good, bad = adapter("one", base_model_name_or_path="google/flan-t5-small"), adapter("bad", bias="all")
+    command = ["convert", "--dry-run", "--adapters", good]
+    table = _printed(capsys, base, [good], "--dry-run").splitlines()[:2]
+    main(command)
+    out = capsys.readouterr().out
+    assert out.splitlines()[:2] == table
+    assert "1 x trained on google/flan-t5-small" in out and "these were not checked: modules, shapes" in out
+    main([*command, bad, "--json", "--skip-bad"])
+    alone, whole = json.loads(capsys.readouterr().out), _convert(base, [good], dry_run=True)
+    assert alone["base"] is None and alone["totals"]["parameters"] == whole["totals"]["parameters"]
+    assert {path: of["rank"] for path, of in alone["adapters"][0]["sites"].items() if path == _Q} == {_Q: [2]}
+    with pytest.raises(SystemExit) as ended:
+        main([*command, bad])
+    assert ended.value.code == 1 and "left out" in capsys.readouterr().out
+
+
 def test_one_bad_adapter_stops_everything_or_is_left_out_and_listed(base, adapter, tmp_path, capsys):
     nan = {f"base_model.model.{_Q}.lora_A.weight": np.full((2, 8), np.nan, np.float32)}
     good, bad, last = adapter("good"), adapter("bad", extra=nan), adapter("last")

@@ -31,24 +31,29 @@ class Entry(TypedDict):
     files: dict[str, str]
 
 
-def describe(adapter: PeftAdapter, config: Architecture) -> dict[str, Any]:
-    """Return an adapter's entry in the manifest, except its folder and files; its numbers are checked."""
+def describe(adapter: PeftAdapter, config: Architecture | None) -> dict[str, Any]:
+    """Return an adapter's entry in the manifest, except its folder and files; its numbers are checked.
+
+    Without the structure of the base, the entry has the paths of the modules instead of sites, and the base's name.
+    """
     for path in adapter.factors:
         for kind, array in pool_values(adapter, path).items():
             check_finite(adapter, path, kind, array)
     arrays = [array for pair in adapter.factors.values() for array in pair]
     arrays += (adapter.magnitude or {}).values()
-    return {
+    ranks = {path: {"rank": [len(a)], "scaling": [adapter.scaling[path]]} for path, (a, _) in adapter.factors.items()}
+    entry = {
         "name": adapter.name,
         "source": adapter.source,
         "sha256": sha256(adapter.weights),
         "dtype": ", ".join(sorted({str(array.dtype) for array in arrays})),
         "parameters": sum(array.size for array in arrays),
         "dora": adapter.magnitude is not None,
-        "sites": rank_table(adapter, config),
+        "sites": rank_table(adapter, config) if config else ranks,
         "kept": sorted(adapter.kept),
         "notes": list(adapter.notes),
     }
+    return entry if config else entry | {"trained_on": adapter.config.get("base_model_name_or_path")}
 
 
 def load_adapter(pool: Path, entry: Entry, base: Architecture) -> PeftAdapter:
