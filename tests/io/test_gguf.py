@@ -64,6 +64,9 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_GRANITE = {"attention_multiplier": 0.5, "embedding_multiplier": 12.0, "residual_multiplier": 0.25}
+_GRANITE |= {"logits_scaling": 8.0}
 # What differs from `_TINY`, by general.architecture and a name.
 _TINY = {
     "vocab_size": 272,
@@ -115,8 +118,27 @@ _MODELS = {
         "tie_word_embeddings": True,
     },
     "phi3": {"model_type": "phi3", "sliding_window": 64, "partial_rotary_factor": 0.5},
+    "phi3 with longrope": {
+        "model_type": "phi3",
+        "original_max_position_embeddings": 32,
+        "rope_scaling": {"rope_type": "longrope", "attention_factor": 1.25}
+        | {"short_factor": [1.0, 1.5] * 4, "long_factor": [2.0, 5.0] * 4},
+    },
+    "qwen2 with yarn": {"model_type": "qwen2", "rope_scaling": _YARN},
+    "gemma": {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+    "granite": {"model_type": "granite"} | _GRANITE,
+    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {
+        "model_type": "olmo3",
+        "num_hidden_layers": 5,
+        "sliding_window": 16,
+        "rope_theta": 500_000.0,  # of another, transformers 5.24 reads the default in the layers with a window
+        "rope_scaling": _YARN,
+    },
 }
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"}
+_INTERLEAVED = ("llama", "granite", "smollm3")
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +191,20 @@ def _writer(folder, file, changes=None, kinds=lambda name: None):
         "rope.dimension_count": int(d_head * config.get("partial_rotary_factor", 1)) if kind != "gemma2" else None,
         "vocab_size": config["vocab_size"],
     }
+    if kind == "granite":
+        scales = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
+        values |= dict(zip(scales, _GRANITE.values(), strict=True))
+    if kind == "olmo3":
+        values["attention.sliding_window_pattern"] = [True, True, True, False, True]
     scaling = config.get("rope_scaling", {})
+    if scaling.get("rope_type") == "yarn":
+        values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": scaling["factor"]}
+        values["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
+    if scaling.get("rope_type") == "longrope":
+        values["rope.scaling.original_context_length"] = config["original_max_position_embeddings"]
+        values["rope.scaling.attn_factor"] = scaling["attention_factor"]
+        for part in ("short", "long"):
+            tensors[f"rope_factors_{part}"] = np.array(scaling[f"{part}_factor"], np.float32)
     if scaling.get("rope_type") == "linear":
         values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling["factor"]}
     if scaling.get("rope_type") == "llama3":
@@ -188,12 +223,12 @@ def _writer(folder, file, changes=None, kinds=lambda name: None):
     for title, tensor in tensors.items():
         if values.get(title, title) is None:
             continue
-        if name == "llama" and (".q_proj" in title or ".k_proj" in title):
+        if name in _INTERLEAVED and (".q_proj" in title or ".k_proj" in title):
             tensor = _interleaved(tensor, heads if ".q_proj" in title else kv_heads)
         if name.startswith("gemma") and title.endswith("norm.weight"):
             tensor = tensor + 1
         stem, _, suffix = title.rpartition(".")
-        to = "rope_freqs.weight" if title == "rope_freqs" else f"{names.get_name(stem)}.{suffix}"
+        to = f"{title}.weight" if title.startswith("rope_f") else f"{names.get_name(stem)}.{suffix}"
         quantised = kinds(title) if tensor.ndim == 2 else None
         data = tensor if quantised is None else gguf.quantize(tensor, _Kind[quantised])
         writer.add_tensor(to, data, raw_dtype=None if quantised is None else _Kind[quantised])
@@ -542,7 +577,7 @@ def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folder
         path, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
         heads = {"q_proj": content["num_attention_heads"], "k_proj": content["num_key_value_heads"]}
         last = path.rpartition(".")[2]
-        if architecture == "llama" and last in heads and factor == "lora_B":
+        if architecture in _INTERLEAVED and last in heads and factor == "lora_B":
             array = _interleaved(array, heads[last])
         np.testing.assert_array_equal(found[f"{names.get_name(path)}.weight.{factor.lower()}"], array)
 
@@ -626,7 +661,7 @@ _FILES = [
     ({"llama.attention.head_count_kv": [2, 1]}, r"attention\.head_count_kv is a list: \w+ one number for all"),
     ({"llama.attention.value_length": 8}, r"attention\.key_length is 16 and value_length is 8: \w+ one width"),
     ({"llama.expert_count": 8}, r"llama\.expert_count is 8, which is not implemented for llama"),
-    ({"llama.rope.scaling.type": "yarn"}, r"the rope scaling is yarn, which is not implemented: \w+ linear, or the"),
+    ({"llama.rope.scaling.type": "other"}, r"the rope scaling is other, which is not implemented: \w+ linear, yarn"),
     ({"llama.attention.head_count": 0}, r"attention\.head_count is 0: \w+ an integer from 1 to 10,000,000"),
     ({"llama.rope.scaling.type": 1}, r"llama\.rope\.scaling\.type is 1: \w+ a text"),
     ({"llama.rope.dimension_count": 8}, r"llama\.rope\.dimension_count is 8: \w+ the width of a head, 16"),
@@ -701,8 +736,8 @@ def test_stretched_frequencies_that_are_not_llama3_s_are_refused(tmp_path, folde
         lf.read_config(_close(writer))
 
 
-def test_longrope_is_refused(tmp_path, folders):
+def test_half_of_longrope_is_refused(tmp_path, folders):
     writer = _writer(folders["phi3"], tmp_path / "model.gguf")
     writer.add_tensor("rope_factors_long.weight", np.ones(4, np.float32))
-    with pytest.raises(ValueError, match=r"the rope scaling is longrope, which is not implemented: \w+ linear"):
+    with pytest.raises(ValueError, match="the rope scaling is longrope: expected rope_factors_short.weight and rope_"):
         lf.read_config(_close(writer))

@@ -67,7 +67,8 @@ _SMOLLM2 = DecoderConfig(
 
 FAMILY = Family(
     name="decoder",
-    members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or 3, or a model for images with such a text model",
+    members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or 3, or "
+    "a model for images with such a text model",
     model_types=(*FAMILIES, *WITH_IMAGES),
     names=NAMES,
     config=DecoderConfig,

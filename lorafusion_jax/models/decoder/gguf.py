@@ -20,13 +20,21 @@ _MODELS = {
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "gemma2": ("gemma2", "Gemma2ForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "gemma": ("gemma", "GemmaForCausalLM"),
     "phi3": ("phi3", "Phi3ForCausalLM"),
+    "granite": ("granite", "GraniteForCausalLM"),
+    "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
+    "olmo2": ("olmo2", "Olmo2ForCausalLM"),
 }
-_MISTRAL = ("mistral", "MistralForCausalLM")
+_MISTRAL, _OLMO3 = ("mistral", "MistralForCausalLM"), ("olmo3", "Olmo3ForCausalLM")
+# Kinds whose rows of queries and keys are interleaved in a file, and those whose config tells of biases.
+_INTERLEAVED = ("llama", "mistral", "granite", "smollm3")
+_ATTENTION_BIAS, _MLP_BIAS = ("llama", "qwen3", "granite", "smollm3", "olmo2"), ("llama", "granite", "smollm3")
 
 _LARGEST = 10_000_000  # number that the file gives for a size
 _HEAD = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
+_LONGROPE = {f"rope_factors_{kind}.weight": f"{kind}_factor" for kind in ("short", "long")}
 _OF_MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -51,11 +59,26 @@ _GEMMA_MODULES = _MODULES | {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _PHI_MODULES = _MODULES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_OLMO_MODULES = {name: module for name, module in _GEMMA_MODULES.items() if name not in ("attn_norm", "ffn_norm")}
+_MODULES_OF = {
+    "gemma2": _GEMMA_MODULES,
+    "gemma3_text": _GEMMA_MODULES,
+    "phi3": _PHI_MODULES,
+    "olmo2": _OLMO_MODULES,
+    "olmo3": _OLMO_MODULES,
+}
+# Granite's factors: key of a file -> field of a config.json.
+_GRANITE = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 
 # Gemma's largest models divide their queries by the width of a head as it would be without head_dim.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 # Keys that do not change the model's numbers, or that repeat the shapes of the tensors.
-_WITHOUT_EFFECT = {"vocab_size", "rope.scaling.finetuned", "rope.scaling.original_context_length"}
+_WITHOUT_EFFECT = {"vocab_size", "rope.scaling.finetuned"}
 # Tokens that end a turn of a chat, which llama.cpp too finds by their texts if the metadata do not name one.
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
@@ -114,7 +137,7 @@ def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dic
     """Return the content of the config.json of the model that was converted."""
     keys = _Keys(metadata)
     kind, title = _MODELS[keys.name]
-    gemma = kind.startswith("gemma")
+    gemma = kind in ("gemma2", "gemma3_text")
     hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
     d_head = keys.size("attention.key_length", hidden // heads)
     if (width := keys.take("attention.value_length", d_head)) != d_head:
@@ -134,9 +157,9 @@ def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dic
         "max_position_embeddings": context,
         "rms_norm_eps": keys.take("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": _HEAD not in tensors,
-        "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if gemma else "silu",
+        "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu",
     }
-    content |= _rope(keys, tensors, d_head)
+    content |= _rope(keys, tensors, d_head, context)
     if gemma:
         content |= _gemma(keys, layers, d_head, hidden // heads)
     elif keys.name in ("llama", "phi3"):
@@ -147,30 +170,48 @@ def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dic
             kind, title = _MISTRAL
     if keys.name == "phi3":
         content["original_max_position_embeddings"] = metadata.get("phi3.rope.scaling.original_context_length", context)
-    if keys.name in ("llama", "qwen3"):
+    if keys.name == "granite":
+        content |= {field: keys.take(key) for key, field in _GRANITE.items()}
+    if keys.name == "olmo2" and (window := keys.take("attention.sliding_window", 0)):
+        kind, title = _OLMO3
+        sliding = keys.pattern(4, layers)
+        content |= {"sliding_window": window, "layer_types": _layer_types(sliding)}
+        plain = {"rope_type": "default", "rope_theta": content["rope_theta"]}
+        full = plain | content.pop("rope_scaling", {})
+        content["rope_parameters"] = {"full_attention": full, "sliding_attention": plain}
+    if keys.name in _ATTENTION_BIAS:
         content["attention_bias"] = "blk.0.attn_q.bias" in tensors
-    if keys.name == "llama":
+    if keys.name in _MLP_BIAS:
         content["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
     keys.finish()
     return {"architectures": [title], "model_type": kind} | content | _special_ids(metadata)
 
 
-def _rope(keys: _Keys, tensors: Mapping[str, Any], d_head: int) -> dict[str, Any]:
+def _rope(keys: _Keys, tensors: Mapping[str, Any], d_head: int, context: int) -> dict[str, Any]:
     theta = keys.take("rope.freq_base", 10_000.0)
     width = keys.take("rope.dimension_count", d_head)
     kind = keys.take("rope.scaling.type", "linear")
     factor = keys.take("rope.scaling.factor", keys.take("rope.scale_linear", 0.0))
-    long = [name for name in tensors if name.startswith("rope_factors_")]
-    if long or kind not in ("linear", "none"):
-        kind = "longrope" if long else kind
-        fix = f"expected linear, or the factors of llama3 in {_ROPE_FACTORS}"
+    factors = [name for name in (*_LONGROPE, _ROPE_FACTORS) if name in tensors]
+    if kind not in ("linear", "none", "yarn", "longrope"):
+        fix = f"expected linear, yarn, longrope, or the factors of llama3 in {_ROPE_FACTORS}"
         raise ValueError(f"the rope scaling is {kind}, which is not implemented: {fix}")
     fields: dict[str, Any] = {"rope_theta": theta}
-    if kind == "linear" and factor not in (0, 1):
-        fields["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+    if kind in ("linear", "yarn") and factor not in (0, 1):
+        fields["rope_scaling"] = {"rope_type": kind, "factor": factor}
+        if factors:
+            raise ValueError(f"the file holds {factors[0]} and a {kind} rope scaling: expected one of them")
+    original = {"original_max_position_embeddings": keys.take("rope.scaling.original_context_length", context)}
+    if kind == "yarn" and "rope_scaling" in fields:
+        fields["rope_scaling"] |= original
+    # The converter of Phi-3 does not write the type.
+    if (kind == "longrope" or set(factors) & {*_LONGROPE}) and factors != [*_LONGROPE]:
+        raise ValueError(f"the rope scaling is longrope: expected {' and '.join(_LONGROPE)}: fetch the file again")
+    if factors == [*_LONGROPE]:
+        quotients = {field: [float(x) for x in np.asarray(tensors[name])] for name, field in _LONGROPE.items()}
+        scale = {"attention_factor": keys.take("rope.scaling.attn_factor", 1.0)}
+        fields["rope_scaling"] = {"rope_type": "longrope"} | quotients | scale | original
     if _ROPE_FACTORS in tensors:
-        if "rope_scaling" in fields:
-            raise ValueError(f"the file holds {_ROPE_FACTORS} and a linear rope scaling: expected one of them")
         fields["rope_scaling"] = _llama3(np.asarray(tensors[_ROPE_FACTORS]), theta, width)
     if width != d_head:
         if keys.name != "phi3":
@@ -219,12 +260,16 @@ def _gemma(keys: _Keys, layers: int, d_head: int, undeclared: int) -> dict[str, 
     fields = {
         "query_pre_attn_scalar": undeclared if layers == _GEMMA_27B_LAYERS[keys.name] else d_head,
         "sliding_window": window or None,
-        "layer_types": ["sliding_attention" if near else "full_attention" for near in sliding],
+        "layer_types": _layer_types(sliding),
         "final_logit_softcapping": keys.take("final_logit_softcapping", 30.0 if second else 0.0) or None,
     }
     if second:
         return fields | {"attn_logit_softcapping": keys.take("attn_logit_softcapping", 50.0) or None}
     return fields | {"rope_local_base_freq": keys.take("rope.freq_base_swa", 10_000.0)}
+
+
+def _layer_types(sliding: Collection[bool]) -> list[str]:
+    return ["sliding_attention" if near else "full_attention" for near in sliding]
 
 
 def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,8 +295,8 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def _modules(content: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, int]]:
     """Return Hugging Face's name of every module of a block, and the number of heads of permuted ones."""
     kind = content["model_type"]
-    modules = _GEMMA_MODULES if kind.startswith("gemma") else _PHI_MODULES if kind == "phi3" else _MODULES
-    if kind not in ("llama", "mistral"):
+    modules = _MODULES_OF.get(kind, _MODULES)
+    if kind not in _INTERLEAVED:
         return modules, {}
     return modules, {"attn_q": content["num_attention_heads"], "attn_k": content["num_key_value_heads"]}
 
@@ -261,7 +306,7 @@ def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Sto
     (modules, heads), gemma = _modules(content), content["model_type"].startswith("gemma")
     places = {}
     for name in names:
-        if name == _ROPE_FACTORS:
+        if name in (_ROPE_FACTORS, *_LONGROPE):
             continue
         block = _OF_BLOCK.fullmatch(name)
         module = block[2] if block else name.removesuffix(".weight")
@@ -301,10 +346,20 @@ def _metadata(config: DecoderConfig) -> tuple[dict[str, Any], dict[str, np.ndarr
     if config.model_type == "gemma2":
         values["attn_logit_softcapping"] = config.attention_cap
         values["final_logit_softcapping"] = config.logit_cap
-    if config.local_rope is not None:
+    if config.model_type == "granite":
+        factors = (config.query_scale, config.embedding_scale, config.residual_scale, 1 / config.logit_scale)
+        values |= dict(zip(_GRANITE, factors, strict=True))
+    if config.model_type == "olmo3":
+        values["attention.sliding_window_pattern"] = [*config.sliding]
+    if config.model_type == "gemma3_text" and config.local_rope is not None:
         values["rope.freq_base_swa"] = config.local_rope.theta
-    if rope.scaling == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope.factor}
+    if rope.scaling in ("linear", "yarn"):
+        values |= {"rope.scaling.type": rope.scaling, "rope.scaling.factor": rope.factor}
+    if rope.scaling in ("yarn", "longrope"):
+        values["rope.scaling.original_context_length"] = rope.context
+    if rope.scaling == "longrope":
+        values["rope.scaling.attn_factor"] = rope.scale
+        tensors |= dict(zip(_LONGROPE, (np.array(of, np.float32) for of in (rope.short, rope.long)), strict=True))
     if rope.scaling == "llama3":
         turns = rope.context * rope.theta ** -(np.arange(0, rope.width, 2) / rope.width) / (2 * np.pi)
         share = np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
@@ -313,7 +368,7 @@ def _metadata(config: DecoderConfig) -> tuple[dict[str, Any], dict[str, np.ndarr
 
 
 GGUF = GGUFLayout(
-    architectures={kind: name for name, (kind, _) in _MODELS.items()} | {_MISTRAL[0]: "llama"},
+    architectures={kind: name for name, (kind, _) in _MODELS.items()} | {_MISTRAL[0]: "llama", _OLMO3[0]: "olmo2"},
     config_json=_config_json,
     stored=_stored,
     names=_names,

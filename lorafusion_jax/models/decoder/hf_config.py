@@ -4,6 +4,7 @@ transformers' config classes fill in missing fields, and bring older files' fiel
 """
 
 import contextlib
+import copy
 import dataclasses
 import types
 from collections.abc import Mapping
@@ -151,7 +152,8 @@ def _filled(kind: str, raw: Mapping[str, Any]) -> Any:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its warnings quote the file as it is, and what they warn of is refused here
     try:
-        fields = {k: v for k, v in raw.items() if k not in (*_IGNORED, "model_type")}
+        # transformers adds fields to those of the rope.
+        fields = copy.deepcopy({k: v for k, v in raw.items() if k not in (*_IGNORED, "model_type")})
         if fields.get("text_config"):
             fields["text_config"] = {k: v for k, v in fields["text_config"].items() if k not in _IGNORED}
         return AutoConfig.for_model(kind, **fields)
