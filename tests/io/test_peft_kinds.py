@@ -20,6 +20,7 @@ _OPTIONS = {
     **{"rank_pattern": [{}, {"k": 2}], "alpha_pattern": [{}, {r"layers\.0\.q": 9, "o": 2}]},
     **{"layers_to_transform": [None, None, [1]], "exclude_modules": [None, ["layers.0.o"]]},
 }
+_CHANGE_BASE = ("pissa", "olora")
 # Kinds that PEFT converts to LoRA, and others that it merges.
 _CONVERTED, _MERGED = {"LOHA", "LOKR", "RANDLORA", "VERA"}, {"BOFT", "IA3", "LN_TUNING", "OFT"}
 # Arguments that classes of other kinds need.
@@ -40,11 +41,15 @@ def _saved(folder, fields):
     model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([Layer(), Layer()])})})
     base = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
     model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q", "k", "o"], **fields))
+    how = {}
+    if fields.get("init_lora_weights") in _CHANGE_BASE:
+        how["path_initial_model_for_weight_conversion"] = str(folder.with_name("initial"))
+        model.save_pretrained(*how.values())
     with torch.no_grad():
         for tensor in model.parameters():
             if tensor.requires_grad:
                 tensor += 0.1 * torch.randn_like(tensor)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **how)
     return model, base
 
 
@@ -69,6 +74,18 @@ def test_drawn_configurations_are_read_as_peft_merges_them(tmp_path):
         merged = {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}
         for name, weight in _merged(adapter, base).items():
             np.testing.assert_allclose(weight, merged[name], atol=1e-5, err_msg=f"{fields} {name}")
+
+
+@_of_peft
+@pytest.mark.parametrize("init", _CHANGE_BASE)
+@pytest.mark.parametrize("fields", [{"r": 3, "lora_alpha": 2}, {"r": 3, "lora_alpha": 2, "use_rslora": True}])
+def test_an_initialisation_that_changes_the_base_is_read_after_its_conversion(tmp_path, init, fields):
+    model, base = _saved(tmp_path / "saved", fields | {"init_lora_weights": init})
+    adapter = read_adapter(str(tmp_path / "saved"))
+    assert {len(a) for a, _ in adapter.factors.values()} == {6}
+    merged = {name: tensor.numpy() for name, tensor in model.merge_and_unload().state_dict().items()}
+    for name, weight in _merged(adapter, base).items():
+        np.testing.assert_allclose(weight, merged[name], atol=1e-5, err_msg=name)
 
 
 @_of_peft

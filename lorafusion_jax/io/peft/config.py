@@ -147,7 +147,7 @@ def check_config(config: Mapping[str, Any], *, compare_saved: bool = False) -> l
     if foreign:
         raise ValueError(f"{foreign}: expected a LoRA adapter saved by PEFT (peft_type LORA)")
     if config["peft_type"] != "LORA":
-        fix = _OTHER_KINDS.get(config["peft_type"], "retrain as LoRA")
+        fix = _OTHER_KINDS.get(str(config["peft_type"]), "retrain as LoRA")
         raise ValueError(f"peft_type is {shown(config['peft_type'])}: expected LORA; {fix}")
     for field, name in _OTHER_FORWARD.items():
         # PEFT reads an empty dict as the variant with its default settings.
