@@ -58,7 +58,7 @@ from .mapping.adc.architectures import Architecture, register_adc
 from .mapping.geometry import Geometry
 from .preparation.code_errors import CodeErrors, code_errors
 from .preparation.moments import moments
-from .preparation.preparation import Preparation
+from .preparation.preparation import Preparation, needs_preparation
 from .preparation.prepare import expected_error, prepare
 from .read.matmul import matmul
 

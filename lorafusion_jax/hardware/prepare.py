@@ -25,9 +25,6 @@ from .prepared import OneSite, PreparedManifest, save_prepared
 from .program import program
 from .restored import WINDOW, answered, logits_of_base, no_padding, read_texts, windows
 
-# Perfect cells without converters: the inputs of their reads are those of the digital model.
-_PERFECT = crossbar.CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=crossbar.Mapping(weight_bits=None), dac=None)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
@@ -75,7 +72,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     batches = _batches(loaded, content, options)
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     weights = {name: dense(w, jnp.float32) for name, w in matrices(nnx.merge(graph, frozen.base)).items()}
-    perfect = program(graph, frozen, {"*": _PERFECT}, jax.random.key(0)).base
+    perfect = program(graph, frozen, {"*": crossbar.PRESETS["ideal"]}, jax.random.key(0)).base
     run = logits_of_base(graph)
     moments = crossbar.moments(run, perfect, progress("text", batches), counted=no_padding(loaded))
     errors, found = crossbar.code_errors(config), dict[str, crossbar.Preparation]()
@@ -116,9 +113,9 @@ def groups(sites: Mapping[str, Site], weights: Iterable[str]) -> list[list[str]]
 
 def _changing(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarConfig:
     """Return the configuration with all changes, unless it has some."""
-    mapping = config.mapping
-    if mapping.factors or mapping.transform != "none" or mapping.clip != "none":
+    if crossbar.needs_preparation(config):
         return config
+    mapping = config.mapping
     if mapping.scale != "column":
         raise ValueError(
             f"{name} has mapping.scale = {mapping.scale!r}: ranges are chosen for columns; set it to column"

@@ -15,10 +15,20 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar.flax import InArrays, calibrate, convert, count_reads, site_errors, with_read_key
+from lorafusion_jax.crossbar.flax import (
+    InArrays,
+    calibrate,
+    convert,
+    count_reads,
+    prepare,
+    site_errors,
+    with_read_key,
+)
 
 _KEY = jax.random.key(0)
 _IDEAL = crossbar.load_config("ideal")
+_CHANGES = {"scale": "column", "factors": True, "transform": "hadamard"}
+_PREPARED = dataclasses.replace(_IDEAL, mapping=crossbar.Mapping(weight_bits=None, **_CHANGES))
 # One slice of weights and of inputs, which compiles fast.
 _COARSE = crossbar.CrossbarConfig(
     cell=crossbar.Cell(bits=(7,)),
@@ -95,11 +105,13 @@ def test_a_layer_reads_its_kernel_as_a_matrix(name):
 
 
 def test_layers_on_ideal_arrays_are_the_digital_ones():
-    layers = [_layer(name) for name in _LAYERS]
-    on_arrays, digital = ([convert(layer, rules, _KEY) for layer in layers] for rules in ({"*": _IDEAL}, {}))
+    names = [*_LAYERS, *(prepared := ["einsum of groups", "convolution of groups"])]
+    rules = [_IDEAL] * len(_LAYERS) + [_PREPARED] * len(prepared)
+    on_arrays = [convert(_layer(name), {"*": config}, _KEY) for name, config in zip(names, rules, strict=True)]
+    digital = [convert(_layer(name), {}, _KEY) for name in names]
     biased = functools.partial(jax.tree_util.tree_map_with_path, _with_bias)
     compiled = jax.jit(lambda layers: [layer(_X) for layer in biased(layers)])
-    for name, got, wanted in zip(_LAYERS, compiled(on_arrays), compiled(digital), strict=True):
+    for name, got, wanted in zip(names, compiled(on_arrays), compiled(digital), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-6, err_msg=name)
 
 
@@ -156,6 +168,20 @@ def test_a_language_model_goes_onto_arrays_in_one_call():
     chips = [leaf.name for leaf in jax.tree.leaves(on_arrays, is_leaf=_is_chip) if _is_chip(leaf)]
     layers = [f"attention.{name}" for name in ("key", "out", "query", "value")]
     assert sorted(chips) == [*layers, "blocks.down", "blocks.up"]  # and no table of an embedding
+
+
+def test_layers_of_one_input_are_prepared_together_for_the_inputs_of_a_model():
+    rules = _DIGITAL | {"*": _PREPARED}
+    heads = [f"attention.{name}" for name in ("query", "key", "value")]
+    found = prepare(_language(), rules, [_TOKENS], together=[heads])
+    assert found.keys() == {*heads, "attention.out", "blocks.up", "blocks.down"}
+    np.testing.assert_array_equal(found[heads[0]].factors, found[heads[1]].factors)
+    assert found["blocks.up"].factors.shape == (2, 8) and not found["blocks.up"].white
+    white = prepare(_language(), rules)
+    assert white[heads[0]].white and not np.allclose(white[heads[0]].factors, white[heads[1]].factors)
+    on_arrays = convert(_language(), rules, _KEY, found)
+    np.testing.assert_allclose(_compiled(on_arrays, _TOKENS), _compiled(_language(), _TOKENS), rtol=1e-4, atol=1e-5)
+    assert "equal power" in str(crossbar.explain(convert(_layer("linear"), {"*": _PREPARED}, _KEY).kernel[...].chip))
 
 
 def _is_chip(leaf):
@@ -327,6 +353,17 @@ _REFUSED = [
     (lambda: inspect.unwrap(site_errors)(_on_arrays(), _X), _ONE_ARRAY),
     (lambda: _scanned(nnx.Param), r"up is a stack of \(2,\) layers, .*give it to crossbar.flax.InArrays as well"),
     (lambda: calibrate(_on_arrays(_Unused(nnx.Rngs(0)), config=_CALIBRATED), [_X]), "unused was read by none"),
+    (lambda: prepare(_language(), _DIGITAL | {"*": _PREPARED}, together=[["kinds"]]), "kinds in `together`: expected"),
+    (
+        lambda: prepare(
+            _language(), _DIGITAL | {"*": _PREPARED}, [_TOKENS], together=[["attention.query", "attention.out"]]
+        ),
+        "attention.out and attention.query in `together` meet different inputs",
+    ),
+    (
+        lambda: prepare(_mlp(), {"layers.0": _PREPARED, "*": _IDEAL}, together=[["layers.0", "layers.2"]]),
+        "layers.2 and layers.0 in `together` have two configurations",
+    ),
     (lambda: jax.jit(_calibrated_inside)(_KEY), _OUTSIDE),
     (lambda: jax.vmap(_calibrated_inside)(_KEY[None]), _OUTSIDE),
 ]

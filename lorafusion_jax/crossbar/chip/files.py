@@ -53,7 +53,7 @@ def save_chip(chip: Chip, path: str | Path) -> None:
     meta = {"config": config_hash(config), "fields": to_json(config), "shape": chip.matrix_shape}
     meta |= {"name": chip.name, "plan": dataclasses.asdict(chip.plan)}
     if chip.preparation is not None:
-        meta |= {"preparation": {"transforms": chip.preparation.transforms, "identity": chip.preparation.identity}}
+        meta |= {"preparation": {n: getattr(chip.preparation, n) for n in ("transforms", "white", "identity")}}
 
     def writer(file: BinaryIO) -> None:
         save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, file.name, {_META: json.dumps(meta)})

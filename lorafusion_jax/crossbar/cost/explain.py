@@ -99,7 +99,7 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None) -
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
         conversions=taken.conversions,
         lost_bits=_lost_bits(geometry, config),
-        preparation=_preparation(config),
+        preparation=_preparation(config, what.preparation if isinstance(what, Chip) else None),
     )
 
 
@@ -113,14 +113,15 @@ def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
     return plans[0]
 
 
-def _preparation(config: CrossbarConfig) -> tuple[str, ...]:
-    """Return the changes that a configuration has."""
+def _preparation(config: CrossbarConfig, of_chip: Preparation | None) -> tuple[str, ...]:
+    """Return the changes that a configuration has, and what those of a chip were made for."""
     mapping = config.mapping
     ranges = (
         "ranges chosen for the device's errors" if has_errors(config) else "ranges of the largest weights: no errors"
     )
     parts = (("factors", mapping.factors), (f"{mapping.transform} transform", mapping.transform != "none"))
-    return tuple(name for name, there in (*parts, (ranges, mapping.clip == "optimal")) if there)
+    white = "for inputs of equal power", of_chip is not None and of_chip.white
+    return tuple(name for name, there in (*parts, (ranges, mapping.clip == "optimal"), white) if there)
 
 
 def _lost_bits(geometry: Geometry, config: CrossbarConfig) -> tuple[float, ...] | None:

@@ -23,14 +23,64 @@ from jaxtyping import Array, Float
 
 from ..calibration import whole_model
 from ..chip import chip as chips
-from ..chip.tree import Rules, check_rules, one_key
+from ..chip.tree import Preparations, Rules, check_rules, first_match, one_key
+from ..config.presets import PRESETS
+from ..preparation import prepare as preparing
+from ..preparation.moments import moments
+from ..preparation.preparation import Preparation, needs_preparation
 from .kernel import Kernel
-from .layers import InArrays, Model, converted
+from .layers import InArrays, Model, converted, on_arrays
 
-__all__ = ["InArrays", "Kernel", "calibrate", "convert", "count_reads", "site_errors", "with_read_key"]
+__all__ = ["InArrays", "Kernel", "calibrate", "convert", "count_reads", "prepare", "site_errors", "with_read_key"]
 
 
-def convert(model: Model, rules: Rules, key: Array) -> Model:
+def prepare(
+    model: nnx.Module,
+    rules: Rules,
+    batches: Sequence[Any] | None = None,
+    *,
+    together: Sequence[Sequence[str]] = (),
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Preparation]:
+    """Return the preparations that rules need (see `crossbar.prepare`), by path: one for each layer.
+
+    Args:
+      model: the digital model.
+      rules: as for `convert`.
+      batches: inputs of the model, as for `calibrate`, which show how strong those of each layer are; None for equal
+        ones.
+      together: paths of layers with the same input, such as queries, keys and values, which share a transform.
+      seed: seed of the transforms' signs.
+
+    Raises:
+      ValueError: layers of `together` are not on arrays, have other inputs or other configurations, or what
+        `crossbar.prepare` and `convert` refuse.
+    """
+    _check(model, rules)
+    weights, squares, found = on_arrays(model, rules), {}, {}
+    if batches is not None:
+        _check_batches(batches)
+        perfect = {pattern: config and PRESETS["ideal"] for pattern, config in rules.items()}
+        digital = converted(model, perfect, jax.random.key(0), {})
+        squares = moments(_run(digital, options), _taken_apart(digital)[0], batches)
+    grouped = {path for group in together for path in group}
+    if unknown := sorted(grouped - weights.keys()):
+        raise ValueError(f"{', '.join(unknown)} in `together`: expected layers on arrays: {', '.join(weights)}")
+    for group in (*together, *([path] for path in weights if path not in grouped)):
+        config, first = first_match(group[0], rules), squares.get(group[0])
+        assert config is not None
+        for path in group:
+            if first_match(path, rules) is not config:
+                raise ValueError(f"{path} and {group[0]} in `together` have two configurations: give both one")
+            if first is not None and (first.shape != squares[path].shape or not np.allclose(first, squares[path])):
+                raise ValueError(f"{path} and {group[0]} in `together` meet different inputs: leave one of them out")
+        if needs_preparation(config):
+            found |= preparing.prepare({path: weights[path] for path in group}, first, config, seed=seed)
+    return found
+
+
+def convert(model: Model, rules: Rules, key: Array, preparations: Preparations | None = None) -> Model:
     """Return a copy of an NNX model that multiplies on arrays.
 
     These layers can be put there: `Linear`, `LinearGeneral`, `Einsum`, and `Conv` (as a matrix that reads patches). So
@@ -44,17 +94,24 @@ def convert(model: Model, rules: Rules, key: Array) -> Model:
       rules: as for `program_tree`. The paths are those of layers: `blocks.layers.0.query`. Layers that are stacked by
         `nnx.vmap` are one path and have one rule; their axis is the first of their parameters.
       key: key [] of the chip. The arrays of a layer depend on it and on the layer's path.
+      preparations: those of `prepare`; None for inputs of equal power, where a configuration needs some.
 
     Raises:
       ValueError: a rule matches nothing, or something that cannot be put on arrays, or never decides; qwix made the
         model, or it is no NNX module.
     """
-    check_rules(rules)
-    key = one_key(key)
+    _check(model, rules)
     for pattern, config in rules.items():
         if config is not None and config.device.drift is not None and config.device.time is None:
             still = "has a device.drift, but its device.time is None: nothing drifts. Give the seconds"
             warnings.warn(f"the rule {pattern!r} {still} since programming", stacklevel=2)
+    if preparations is None and any(config is not None and needs_preparation(config) for config in rules.values()):
+        preparations = prepare(model, rules)
+    return converted(model, rules, one_key(key), preparations or {})
+
+
+def _check(model: Any, rules: Any) -> None:
+    check_rules(rules)
     if hasattr(type(model), "_unquantized_type"):
         raise ValueError(
             "the model comes from qwix.quantize_model or apply_lora_to_model, which would quantise the reads of arrays "
@@ -65,7 +122,6 @@ def convert(model: Model, rules: Rules, key: Array) -> Model:
             f"a model of type {type(model).__name__}: give an NNX module, or put the matrices of another model on "
             "arrays by crossbar.program_tree"
         )
-    return converted(model, rules, key)
 
 
 def calibrate(model: Model, batches: Sequence[Any], **options: Any) -> Model:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from ..chip.chip import is_chip
-from ..chip.tree import Rules, first_match, program_tree
+from ..chip.tree import Preparations, Rules, first_match, program_tree
 from .kernel import Kernel, Promote, conv_general_dilated, dot_general, einsum, einsum_axes, operands
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -59,9 +59,27 @@ class _Found(NamedTuple):
     layer: Any = None
 
 
-def converted(model: Model, rules: Rules, key: Array) -> Model:
+def converted(model: Model, rules: Rules, key: Array, preparations: Preparations) -> Model:
     """Return a copy of a model on arrays; arguments as for `crossbar.flax.convert`."""
     model = nnx.clone(model)
+    found = _checked(model, rules)
+    weights = {path: each.weight for path, each in found.items()}
+    placed = program_tree(weights, rules, key, preparations=preparations)
+    for path, leaf in placed.items():
+        if is_chip(leaf):
+            # Without the key of `program_tree`: that would give every step the same noise.
+            _put(found[path].layer, dataclasses.replace(leaf, key=None))
+    return model
+
+
+def on_arrays(model: nnx.Module, rules: Rules) -> dict[str, Array]:
+    """Return the matrices, or stacks of them, that rules put on arrays, by path."""
+    found = _checked(model, rules).items()
+    return {path: each.weight for path, each in found if each.weight.ndim > 1 and first_match(path, rules) is not None}
+
+
+def _checked(model: nnx.Module, rules: Rules) -> Mapping[str, _Found]:
+    """Return the layers and parameters of a model by path; ValueError if rules match one that stays digital."""
     found = _found(model)
     for path, each in found.items():
         if each.obstacle is not None and first_match(path, rules) is not None:
@@ -69,12 +87,7 @@ def converted(model: Model, rules: Rules, key: Array) -> Model:
                 f"{path or 'the model'} cannot be put on arrays: {each.obstacle}. Leave it digital with a rule before "
                 f"the one that matches it: {{{path!r}: None, ...}}"
             )
-    placed = program_tree({path: each.weight for path, each in found.items()}, rules, key)
-    for path, leaf in placed.items():
-        if is_chip(leaf):
-            # Without the key of `program_tree`: that would give every step the same noise.
-            _put(found[path].layer, dataclasses.replace(leaf, key=None))
-    return model
+    return found
 
 
 def _found(model: nnx.Module) -> Mapping[str, _Found]:

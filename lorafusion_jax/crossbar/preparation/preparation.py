@@ -23,12 +23,14 @@ class Preparation:
       factors: a, whose signs are random if inputs are transformed; None for ones.
       ranges: full scale of each column of the prepared matrix, in its units; None for its largest weight.
       transforms: inputs are transformed by H.
+      white: it was made for inputs of equal mean squares, because none were given.
       identity: digests of the whole stack: of what changes inputs, a hyphen, and of the ranges.
     """
 
     factors: Float[Array, "*N d_in"] | None = None
     ranges: Float[Array, "*N d_out"] | None = None
     transforms: bool = dataclasses.field(default=False, metadata={"static": True})
+    white: bool = dataclasses.field(default=False, metadata={"static": True})
     identity: str = dataclasses.field(default="", metadata={"static": True})
 
     def inputs(self, x: Float[Array, "*B d_in"]) -> Float[Array, "*B d_in"]:
@@ -58,12 +60,17 @@ class Preparation:
         return prepared if self.factors is None else prepared / self.factors.astype(prepared.dtype)[:, None]
 
 
+def needs_preparation(config: CrossbarConfig) -> bool:
+    """Return whether matrices are changed before they are written."""
+    mapping = config.mapping
+    return mapping.factors or mapping.transform != "none" or mapping.clip != "none"
+
+
 def check_preparation(preparation: Preparation | None, shape: tuple[int, ...], config: CrossbarConfig) -> None:
     """Raise a ValueError if matrices [..., d_in, d_out] have another preparation than their configuration requires."""
     mapping = config.mapping
-    asked = mapping.factors or mapping.transform != "none" or mapping.clip != "none"
     if preparation is None:
-        if asked:
+        if needs_preparation(config):
             raise ValueError(
                 "mapping.factors, transform or clip need a preparation: give one, as in prepare({'W': weights}, "
                 "moments, config)['W'], with the mean squares of the inputs, or None for equal ones"

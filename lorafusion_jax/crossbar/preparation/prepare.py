@@ -76,7 +76,8 @@ def prepare(
         transform_matrices(shape[-1])  # refuses a width that has none
         signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), shape[-1])
         factors = factors * np.broadcast_to(signs, shape)
-    bare = Preparation(factors=factors if mapping.factors or transforms else None, transforms=transforms)
+    given = factors if mapping.factors or transforms else None
+    bare = Preparation(factors=given, transforms=transforms, white=moments is None)
     squares = bare.moments(squares) if transformed is None else _floored(jnp.asarray(transformed, jnp.float32))
     prepared = dict.fromkeys(weights, bare)
     if mapping.clip == "optimal" and has_errors(config):
