@@ -46,6 +46,7 @@ WINDOW, _MEASURED = 128, 8
 _PROMPT = 16  # tokens of a text that a sample continues
 # Tokens that a causal model samples by default; lines in a batch of another model, and most tokens of its answers.
 _SAMPLED, _LINES, _ANSWER = 3072, 16, 32
+_PREPARED_RATE = 1.5e-3  # 0.01 makes chips of a prepared base worse at first
 
 
 class Settings(TypedDict):
@@ -108,7 +109,7 @@ class RestoreOptions:
         (`low-rank`), or these matrices alone (`lora`).
       rank: mean rank of the matrices of `low-rank` and `lora`; by default 4.
       epochs: passes of distillation over the text; 0 for the closed form alone.
-      rate: learning rate of factors and offsets.
+      rate: learning rate of factors and offsets; by default 0.01, and 0.0015 on chips of a prepared base.
       rate_low_rank: learning rate of the matrices; by default 0.001, and 0.003 for `lora`.
       seed: seed of the order of the text, and of sampled text.
       age: age of the chips: seconds, or as in 1h, 1day, 1month, 1year.
@@ -127,7 +128,7 @@ class RestoreOptions:
     method: Method = "scales"
     rank: float | None = None
     epochs: int = Restoring.epochs
-    rate: float = Restoring.rate
+    rate: float | None = None
     rate_low_rank: float | None = None
     seed: int = 0
     age: str | None = None
@@ -152,10 +153,12 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         raise ValueError(f"{flags}: without effect on the method {options.method}: leave it out, or choose another one")
     if not 0 < rank < float("inf"):
         raise ValueError(f"rank is {rank}: expected a finite number above 0")
+    chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
     same = {name: getattr(options, name) for name in ("method", "epochs", "rate", "rate_low_rank", "seed")}
+    if options.rate is None:
+        same["rate"] = Restoring.rate if chips.prepared is None else _PREPARED_RATE
     how = Restoring(**same, numbers=int(low_rank))  # refuses what cannot work, before the model is loaded
     same["rate_low_rank"] = how.rate_of_matrices
-    chips = load_chips(options.crossbar, key=options.chip_key, digital=options.keep_digital)
     config, keys = aged(chips.config, options.age), {number: chips.chip_key(number) for number in options.chip}
     if options.in_advance:
         config = drifting_otherwise(config)

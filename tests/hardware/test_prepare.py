@@ -100,6 +100,21 @@ def test_programmed_chips_keep_their_preparation(small, folder, fused):
     assert parts.load_chips(str(out)).sha256 != crossbar.config_hash(parts.load_chips(str(out)).config)
 
 
+@pytest.mark.long
+def test_corrections_belong_to_a_preparation(small, folder):
+    own = {"crossbar": str(folder / "prepared"), "keep_digital": DIGITAL}
+    options = parts.RestoreOptions(
+        base=str(small[0]), text=(folder / "lines.txt",), epochs=1, out=folder / "restored", **own
+    )
+    settings = parts.restore_chips(options)[0]["settings"]
+    assert settings["rate"] == 0.0015
+    plain = parts.load_chips(str(folder / "noisy.yaml"), digital=DIGITAL)
+    prepared = parts.load_chips(own["crossbar"], digital=DIGITAL)
+    parts.load_restored(str(options.out), prepared, [0], settings["base_sha256"])
+    with pytest.raises(ValueError, match="another configuration or preparation"):
+        parts.load_restored(str(options.out), plain, [0], settings["base_sha256"])
+
+
 def test_the_command_says_what_it_gains(small, folder, capsys):
     out = folder / "again"
     args = ["--base", str(small[0]), "--crossbar", str(folder / "noisy.yaml"), "--text", str(folder / "lines.txt")]
