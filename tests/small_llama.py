@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from lorafusion_jax import read_config, save_base
-from lorafusion_jax.parts import Decoder
+from lorafusion_jax.models.registry import family_of
 
 BOS, EOS, START, END = range(4)
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
@@ -33,6 +33,18 @@ CONFIG = {
     "bos_token_id": BOS,
     "eos_token_id": [EOS, END],
     "tie_word_embeddings": True,
+}
+
+# A Qwen 3.5 instead: two groups of three layers.
+QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 6,
+    "layer_types": 2 * ["linear_attention", "linear_attention", "full_attention"],
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
 }
 
 
@@ -64,7 +76,8 @@ def make(folder: Path, *, chat_template: str | None = CHATML, **config: Any) -> 
     tokenizer = make_tokenizer(chat_template=chat_template)
     (source / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": len(tokenizer)} | config))
     tokenizer.save_pretrained(source)
-    save_base(Decoder(read_config(source), rngs=nnx.Rngs(0)), folder, source)
+    structure = read_config(source)
+    save_base(family_of(structure).model(structure, rngs=nnx.Rngs(0)), folder, source)
     if (template := source / "chat_template.jinja").is_file():
         shutil.copyfile(template, folder / template.name)
     shutil.rmtree(source)

@@ -74,7 +74,8 @@ def forward_flops(config: Architecture, shape: Shape, update: Update) -> float:
 
 
 def _base(config: Architecture, shape: Shape) -> float:
-    return products(config.sites.values(), shape) + head_flops(config, shape) + _attention(config, shape)
+    dense = products(config.sites.values(), shape) + head_flops(config, shape)
+    return dense + _attention(config, shape) + _recurrence(config, shape)
 
 
 def generation_flops(config: Architecture, shape: Shape, update: Update) -> float:
@@ -82,7 +83,8 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
 
     They are those of a forward pass, because every token attends to every position of the cache, with three exceptions:
     a prompt in the answer's own stack is read before there are positions of an answer, the layers compute DoRA's norms
-    again for every token, and an update may have another form for the few tokens of a step than for a prompt.
+    again for every token, and an update, or a recurrence, may have another form for the few tokens of a step than for
+    a prompt.
     """
     rows, source, target, _ = shape
     sites = [site for site in adapted(config, update).values() if "target" in site.reads]
@@ -95,22 +97,26 @@ def generation_flops(config: Architecture, shape: Shape, update: Update) -> floa
     )
     read, answers = shape._replace(target=0), Shape(rows, 0, 1)
     updates = _updates(config, read, update) + target * _updates(config, answers, update, once=False)
-    return _base(config, shape) + updates + float(again * max(target - 1, 0) - unread)
+    apart = _recurrence(config, read) + target * _recurrence(config, answers) - _recurrence(config, shape)
+    return _base(config, shape) + updates + apart + float(again * max(target - 1, 0) - unread)
 
 
 def step_flops(config: Architecture, shape: Shape, update: Update, *, trainable: int) -> float:
     """Return the FLOPs of one training step.
 
     The backward pass has one product for every product with a frozen weight, for the gradient of the activations. Full
-    fine-tuning adds the gradients of the weights. Each of an attention's two products has two in the backward pass.
+    fine-tuning adds the gradients of the weights. Each product of an attention or a recurrence has two in the backward
+    pass.
     """
     matrices, attention = products(config.sites.values(), shape), _attention(config, shape)
+    recurrence = _recurrence(config, shape)
     updates, head = _updates(config, shape, update, once=False), head_flops(config, shape)
     sites = adapted(config, update).values()
     gradients = sum(site.layers * update.gradients(site, tokens(site.reads, shape)) for site in sites)
     backward = matrices + head + 2 * attention + updates + (matrices + head if update.trains_base else gradients)
+    backward += 2 * recurrence
     if not config.unroll:
-        backward += attention / 2  # the scores, which are recomputed
+        backward += attention / 2 + recurrence  # the scores and all of a recurrence, which are recomputed
     elif not update.trains_base:
         backward -= _first_layers(config, shape)
     return forward_flops(config, shape, update) + backward + _OPTIMISER * trainable
@@ -125,12 +131,21 @@ def _attention(config: Architecture, shape: Shape) -> float:
     )
 
 
+def _recurrence(config: Architecture, shape: Shape) -> float:
+    return 2.0 * sum(
+        stack.layers * tokens(stack.reads, rows) * stack.recurrence.multiplications(row_tokens(stack, rows))
+        for rows in shape.apart()
+        for stack in config.stacks.values()
+        if stack.recurrence is not None
+    )
+
+
 def _first_layers(config: Architecture, shape: Shape) -> int:
     """Return the FLOPs of the gradient into the embeddings, which is not needed and only computed in a loop."""
     first: dict[str, str] = {}
     for name, site in config.sites.items():
         first.setdefault(stack_of(name), site.stage)
-    sites = (site for name, site in config.sites.items() if site.stage == first[stack_of(name)])
+    sites = (s for name, s in config.sites.items() if s.stage == first[stack_of(name)] and s.first == 0)
     return products((dataclasses.replace(site, layers=1) for site in sites), shape)
 
 

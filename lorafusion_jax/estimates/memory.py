@@ -94,6 +94,7 @@ def evaluation_bytes(
     needed = _work(config, shape)
     if new_tokens:
         cache = _cache(config, shape._replace(target=new_tokens), device) * _itemsize(config)
+        cache += _FLOAT32 * 2 * shape.rows * _states(config)  # the scan over layers writes new ones
         needed = max(needed, cache + _work(config, shape._replace(target=1)))
     bits = 2 * math.prod(config.head) if device == "cpu" and config.dtype == "bfloat16" else 0
     stacked = update.trains_base or not new_tokens
@@ -116,6 +117,15 @@ def _cache(config: Architecture, shape: Shape, device: Device) -> int:
         for stack in config.stacks.values()
         if "target" in stack.reads
         for attention in stack.attentions
+    )
+
+
+def _states(config: Architecture) -> int:
+    """Return the numbers of a row's states of all layers."""
+    return sum(
+        stack.layers * (state.heads * state.d_key * state.d_value + state.inputs)
+        for stack in config.stacks.values()
+        if (state := stack.recurrence) is not None
     )
 
 
@@ -151,6 +161,9 @@ def _work(config: Architecture, shape: Shape) -> int:
     stacks = config.stacks.values()
     heads = max((attention.heads for stack in stacks for attention in stack.attentions), default=0)
     scores = heads * sum(max(tokens(s.reads, rows) * row_tokens(s, rows) for s in stacks) for rows in shape.apart())
+    scores += max(
+        tokens(s.reads, shape) * r.heads * (r.chunk + r.d_key + r.d_value) if (r := s.recurrence) else 0 for s in stacks
+    )
     hidden = max(tokens(stack.reads, shape) for stack in stacks) * max(stack.d_ff for stack in stacks)
     return _FLOAT32 * (logits + 2 * scores) + 2 * _itemsize(config) * hidden
 

@@ -45,6 +45,26 @@ class Attention(NamedTuple):
     d_head: int
 
 
+class Recurrence(NamedTuple):
+    """A state of a block instead of keys and values, [heads, d_key, d_value], that every token changes.
+
+    Attributes:
+      chunk: number of tokens that are computed at once.
+      inputs: further numbers of the state.
+    """
+
+    heads: int
+    d_key: int
+    d_value: int
+    chunk: int
+    inputs: int
+
+    def multiplications(self, length: int) -> int:
+        """Return those of a token of a row with so many: with the tokens of its chunk, and three with the state."""
+        chunk, k, v = min(length, self.chunk), self.d_key, self.d_value
+        return self.heads * (chunk * (2 * k + v) + chunk * (k + v) // 2 + 3 * k * v)
+
+
 class Stack(NamedTuple):
     """Blocks of one kind, one after the other.
 
@@ -55,6 +75,7 @@ class Stack(NamedTuple):
       d_ff: widest activation within a block.
       elementwise: float32 numbers per token that a block's norms and activation functions keep for the backward pass
         when nothing is recomputed.
+      recurrence: that of a block, if it has one.
     """
 
     layers: int
@@ -62,6 +83,7 @@ class Stack(NamedTuple):
     attentions: tuple[Attention, ...]
     d_ff: int
     elementwise: int
+    recurrence: Recurrence | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +96,8 @@ class Site:
       split: the axis that a mesh of devices splits. After a matrix that is split by rows, devices sum.
       stage: a name that sites of one stack share if they can be computed at the same time; those that read the same
         tokens then have the same input.
+      first: number of its first layer in the model.
+      every: distance of its layers in the model.
     """
 
     layers: int
@@ -83,9 +107,11 @@ class Site:
     reads: Parts = dataclasses.field(default=("target",), repr=False)
     split: Split = dataclasses.field(default="columns", repr=False)
     stage: str = dataclasses.field(default="", repr=False)
+    first: int = dataclasses.field(default=0, repr=False)
+    every: int = dataclasses.field(default=1, repr=False)
 
     def path_of(self, layer: int) -> str:
-        return self.path.format(layer=layer)
+        return self.path.format(layer=self.first + self.every * layer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -410,6 +436,12 @@ def step_operations(config: Architecture, source: Any, target: Any, rows: Iterab
         for stack in config.stacks.values()
         for attention in stack.attentions
     )  # fmt: skip
+    scores += sum(
+        count * _tokens(stack.reads, *widths) * stack.layers * stack.recurrence.multiplications(stack.recurrence.chunk)
+        for count, *widths in rows
+        for stack in config.stacks.values()
+        if stack.recurrence is not None
+    )
     return 4.0 * (products + _SCORES * scores)
 
 

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from ..support.reading import FileError, structured
 from ..support.text import shown
-from . import decoder, t5
+from . import decoder, qwen3_5, t5
 from .architecture import Architecture, Family, GGUFLayout, Model
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY, decoder.FAMILY)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (t5.FAMILY, decoder.FAMILY, qwen3_5.FAMILY)}
 
 
 def family_of(config: Architecture) -> Family:

@@ -16,6 +16,7 @@ from flax import nnx
 import lorafusion_jax as lf
 from lorafusion_jax import parts
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
+from lorafusion_jax.models import qwen3_5
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.tasks import Encoded, Packing, Split, TrainingRows, train_batches
 
@@ -34,6 +35,8 @@ _MODELS = {
         ),
         rngs=nnx.Rngs(0),
     ),
+    # A convolution and a memory that begin anew in every row.
+    "qwen3.5": lambda: qwen3_5.Qwen35(qwen3_5.FAMILY.read_config(_LLAMA | small_llama.QWEN3_5), rngs=nnx.Rngs(0)),
 }
 _LENGTHS = [(5, 2), (9, 1), (3, 4), (7, 5), (12, 3), (1, 3), (6, 2), (4, 1)]
 

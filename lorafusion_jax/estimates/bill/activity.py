@@ -179,6 +179,9 @@ def _token(method: BilledMethod, config: Architecture, crossbar: CrossbarConfig,
         if ("target" if output else "source") in stack.reads
         for attention in stack.attentions
     )
+    recurrent = [(stack.layers, stack.recurrence) for stack in config.stacks.values()]
+    state = sum(layers * recurrence.multiplications(1) for layers, recurrence in recurrent if recurrence)
+    macs, words = macs + state, words + state
     if output and config.tied:
         macs, words = macs + math.prod(config.head), words + math.prod(config.head)
     elif output:

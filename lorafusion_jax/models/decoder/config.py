@@ -61,6 +61,7 @@ class DecoderConfig(Architecture):
       biased: last names of the sites that have a bias.
       qk_norm: queries and keys are normalised (Qwen 3, Gemma 3, OLMo).
       whole_qk_norm: all heads are normalised together (OLMo), not each alone.
+      attention_gate: every head of q_proj has a gate for its output behind the query (Qwen 3.5).
       pre_norms: the inputs of attention and feed-forward are normalised.
       post_norms: the outputs of attention and feed-forward are normalised (Gemma 2 and 3, OLMo).
       norm_offset: added to the scales of norms; Gemma's scales are 1 + w.
@@ -94,6 +95,7 @@ class DecoderConfig(Architecture):
     qk_norm: bool = False
     whole_qk_norm: bool = False
     pre_norms: bool = True
+    attention_gate: bool = False
     post_norms: bool = False
     norm_offset: float = 0.0
     query_scale: float
@@ -126,7 +128,8 @@ class DecoderConfig(Architecture):
         if self.fused:
             attention, gate = {"qkv_proj": (d, inner + 2 * kv)}, {"gate_up_proj": (d, 2 * self.d_ff)}
         else:
-            attention = {"q_proj": (d, inner), "k_proj": (d, kv), "v_proj": (d, kv)}
+            queries = (d, (2 if self.attention_gate else 1) * inner)
+            attention = {"q_proj": queries, "k_proj": (d, kv), "v_proj": (d, kv)}
             gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
         modules = {"self_attn": attention | {"o_proj": (inner, d)}, "mlp": gate | {"down_proj": (self.d_ff, d)}}
         sites = {}

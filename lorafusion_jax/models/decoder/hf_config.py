@@ -7,7 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Required, TypedDict
 
 import msgspec
@@ -16,7 +16,7 @@ from ...support.reading import structured
 from ...support.text import shown
 from ..architecture import Layers, Size
 from .config import DecoderConfig
-from .families import FAMILIES, WITH_IMAGES, biased, head_width
+from .families import FAMILIES, WITH_IMAGES, Fields, biased, head_width
 from .hf_rope import rope_of
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -79,10 +79,15 @@ class _Complete(TypedDict, total=False):
     pad_token_id: Required[int | None]
 
 
-def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
+def read_config(
+    raw: Mapping[str, Any],
+    families: Mapping[str, Callable[[Any], Fields]] = FAMILIES,
+    structure: type[DecoderConfig] = DecoderConfig,
+) -> DecoderConfig:
     """Return the structure that a config.json describes, as transformers 4 and 5 write it.
 
-    Raises a ValueError that names a value which does not fit, or needs something that the decoder lacks.
+    `families` give the fields of `structure` that set a family apart. Raises a ValueError that names a value which does
+    not fit, or needs something that the decoder lacks.
     """
     structured(raw, _Json, "", own=False)
     structured(raw.get("text_config") or {}, _Json, "", own=False)
@@ -96,9 +101,9 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     whole = _filled(kind, raw)
     # A model for images and text has the config of a text model inside.
     hf = whole if isinstance(whole, types.SimpleNamespace) else whole.get_text_config()
-    if hf.model_type not in FAMILIES:
+    if hf.model_type not in families:
         got = f"the text model of this {kind} is {shown(hf.model_type)}"
-        raise ValueError(f"{got}: expected one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{got}: expected one of {', '.join(families)}")
     if getattr(hf, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention is set: expected a causal language model")
     if hf.num_attention_heads % hf.num_key_value_heads:
@@ -110,14 +115,14 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
     ends = tuple(end) if isinstance(end, list | tuple) else (end,)
     if ends in ((), (None,)):
         raise ValueError("eos_token_id is missing: expected the token, or tokens, that end an answer")
-    local, fields, context = ropes.get("sliding_attention"), FAMILIES[hf.model_type](hf), hf.max_position_embeddings
+    local, fields, context = ropes.get("sliding_attention"), families[hf.model_type](hf), hf.max_position_embeddings
     activation = fields.pop("activation", getattr(hf, "hidden_act", None))
     if activation not in _ACTIVATIONS:
         raise ValueError(f"the activation is {shown(activation)}: expected {' or '.join(_ACTIVATIONS)}")
     d_head, partial = head_width(hf), fields.pop("partial_rope", False)
     config = DecoderConfig(
         model_type=kind,
-        stem="model" if hf is whole else f"model.{WITH_IMAGES[kind]}",
+        stem="model" if hf is whole else f"model.{WITH_IMAGES.get(kind, 'language_model')}",
         vocab_size=hf.vocab_size,
         d_model=hf.hidden_size,
         context=context,
@@ -137,7 +142,7 @@ def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
         pad_id=ends[0] if pad is None or pad < 0 else pad,
         eos_id=ends,
     )
-    return structured(dataclasses.asdict(dataclasses.replace(config, **fields)), DecoderConfig, "")
+    return structured(dataclasses.asdict(structure(**vars(config) | fields)), structure, "")
 
 
 def _filled(kind: str, raw: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ queries for each of them, K head width, D model width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,17 +48,25 @@ _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, appro
 
 
 class Cache(NamedTuple):
-    """Keys and values of the prompt's columns and of those after it, some of them still to come."""
+    """Keys and values of the prompt's columns and of those after it, some of them still to come.
+
+    `states` are those of blocks that have a state instead, [L, B, ...].
+    """
 
     keys: Float[Array, "*L B H K C"]
     values: Float[Array, "*L B H C K"]
+    states: Any = None
 
 
 class Context(NamedTuple):
-    """Values that all layers of one kind share: the rotation of each token, and the columns that it may attend to."""
+    """Values that all layers of one kind share: the rotation of each token, and the columns that it may attend to.
+
+    `real` are the tokens that are no padding, for layers that need it.
+    """
 
     rotation: Rotation
     mask: Bool[Array, "B T C"]
+    real: Bool[Array, "B T"] | None = None
 
 
 class SelfAttention(nnx.Module):
@@ -96,6 +104,10 @@ class SelfAttention(nnx.Module):
             parts = jnp.split(self.qkv_proj(x, adapters), [inner, inner + kv], axis=-1)
         else:
             parts = [linear(x, adapters) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        gate = None
+        if c.attention_gate:
+            heads = parts[0].reshape(*x.shape[:2], -1, 2, c.d_head)
+            parts[0], gate = (heads[:, :, :, half].reshape(*x.shape[:2], -1) for half in range(2))
         if c.whole_qk_norm:
             parts[:2] = self.q_norm(parts[0]), self.k_norm(parts[1])
         mixed, cache = [], None
@@ -109,7 +121,8 @@ class SelfAttention(nnx.Module):
             cache = into(Cache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)))
             mixed.append(self._mix(queries, cache, context.mask))
         assert cache is not None
-        return self.o_proj(together(mixed, line, x.shape), adapters), cache
+        heard = together(mixed, line, x.shape)
+        return self.o_proj(heard if gate is None else heard * jax.nn.sigmoid(gate), adapters), cache
 
     def _mix(
         self, queries: Float[Array, "B T HG K"], cache: Cache, mask: Bool[Array, "B T C"]
@@ -187,10 +200,12 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only model with random weights."""
 
+    blocks: ClassVar[type[Any]] = Block
+
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config: Architecture = config
         self.embedding = Base(0.02 * rngs.params.normal((config.vocab_size, config.d_model)))
-        self.decoder = Block(config, rngs=rngs)
+        self.decoder: Any = self.blocks(config, rngs=rngs)
         self.norm = RMSNorm((config.d_model,), config.eps, offset=config.norm_offset)
         if not config.tied:
             self.head = Base(config.d_model**-0.5 * rngs.params.normal((config.d_model, config.vocab_size)))
@@ -242,7 +257,7 @@ class Decoder(nnx.Module):
         x, cache = self._run(ids, [self._of_rows(mask)], adapters)
         room = [(0, 0)] * 4 + [(0, length - 1)]
         keys, values = jnp.pad(cache.keys, room), jnp.pad(cache.values, [*room[:3], room[4], (0, 0)])
-        return self._logits(x[:, -1:])[:, 0], Cache(pack(keys), pack(values))
+        return self._logits(x[:, -1:])[:, 0], cache._replace(keys=pack(keys), values=pack(values))
 
     def decode_token(
         self,
@@ -264,31 +279,33 @@ class Decoder(nnx.Module):
         contexts = self._contexts(positions, lengths, seen[:, None], jnp.zeros((1, 1), jnp.int32), -ages[None])
 
         def block(
-            layer: Block, carry: tuple[Array, Cache], of_layer: tuple[Adapters, Array | None, Array]
-        ) -> tuple[tuple[Array, Cache], None]:
-            (x, cache), (adapters, local, number) = carry, of_layer
+            layer: Any, carry: tuple[Array, Cache], of_layer: tuple[Any, Array | None, tuple[Array, Any]]
+        ) -> tuple[tuple[Array, Cache], Any]:
+            (x, cache), (adapters, local, (number, _)) = carry, of_layer
 
             def into(new: Cache) -> Cache:
                 # In place: a layer's copy with the new column would be copied once more, into the loop's results.
                 nonlocal cache
-                update, (keys, values) = jax.lax.dynamic_update_slice, (pack(a)[None] for a in new)
+                update, (keys, values) = jax.lax.dynamic_update_slice, (pack(a)[None] for a in new[:2])
                 keys = update(cache.keys, keys, (number, 0, 0, 0, column))
                 values = update(cache.values, values, (number, 0, 0, column, 0))
                 cache = Cache(keys, values)
-                return Cache(*(unpack(jax.lax.dynamic_index_in_dim(a, number, keepdims=False)) for a in cache))
+                of_layer = (jax.lax.dynamic_index_in_dim(a, number, keepdims=False) for a in (cache.keys, cache.values))
+                return Cache(*map(unpack, of_layer))
 
-            x, _ = layer(x, [contexts(local)], adapters, into=into)
-            return (x, cache), None
+            x, new = layer(x, [contexts(local)], adapters, into=into)
+            return (x, cache), new.states
 
-        numbers = jnp.arange(self.structure.num_layers)
-        (x, cache), _ = self._scan(block, (self._embed(token[:, None]), cache), adapters, numbers)
-        return self._logits(x)[:, 0], cache
+        numbers = jnp.arange(len(cache.keys)), cache.states
+        carry = self._embed(token[:, None]), cache._replace(states=None)
+        (x, cache), states = self._scan(block, carry, adapters, numbers)
+        return self._logits(x)[:, 0], cache._replace(states=states)
 
     def moved(self, cache: Cache, by: Int[Array, ""], room: int = 0) -> Cache:
         new = [(0, 0)] * 3 + [(room, 0)]
         keys = jnp.pad(jnp.roll(cache.keys, by, axis=-1), [(0, 0), *new])
         values = jnp.pad(jnp.roll(cache.values, by, axis=-2), [*new, (0, 0)])
-        return Cache(keys, values)
+        return cache._replace(keys=keys, values=values)
 
     def _run(
         self,
@@ -299,7 +316,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Hidden, Cache]:
         """Run all tokens at once; return the last block's outputs, and keys and values of all layers."""
 
-        def block(layer: Block, x: Array, of_layer: tuple[Adapters, Array | None, None]) -> tuple[Array, Cache]:
+        def block(layer: Any, x: Array, of_layer: tuple[Any, Array | None, None]) -> tuple[Array, Cache]:
             adapters, local, _ = of_layer
             return layer(x, [context(local) for context in contexts], adapters, line)
 
@@ -359,7 +376,7 @@ class Decoder(nnx.Module):
         return cap * jnp.tanh(logits / cap) if cap else logits
 
     def _scan(
-        self, block: Callable[..., tuple[Any, Any]], carry: Any, adapters: Adapters, numbers: Array | None
+        self, block: Callable[..., tuple[Any, Any]], carry: Any, adapters: Adapters, numbers: Any
     ) -> tuple[Any, Any]:
         sliding = self.structure.sliding
         local = jnp.array(sliding) if any(sliding) and not all(sliding) else None

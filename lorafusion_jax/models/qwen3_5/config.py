@@ -1,0 +1,157 @@
+"""The structure of a Qwen 3.5, from its Hugging Face config: groups of layers, whose last one has attention.
+
+The layers before it have a gated delta net, which has a state instead of keys and values.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypedDict
+
+from ...support.reading import structured
+from ...support.text import shown
+from ..architecture import Layers, Parts, Recurrence, Site, Size, Stack
+from ..decoder import hf_config
+from ..decoder.config import DecoderConfig
+from .delta_rule import CHUNK
+
+MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
+_ALL: Parts = ("source", "target")
+_FULL = "full"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delta:
+    """Sizes of a gated delta net.
+
+    Attributes:
+      key_heads: heads of queries and of keys; each serves value_heads / key_heads heads of values.
+      kernel: number of tokens, itself included, that the convolution of a token reads.
+    """
+
+    key_heads: Size
+    value_heads: Size
+    d_key: Size
+    d_value: Size
+    kernel: Size
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a token that the convolution reads: queries, keys and values."""
+        return 2 * self.key_heads * self.d_key + self.value_heads * self.d_value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen35Config(DecoderConfig):
+    """Structure of a Qwen 3.5 and how to run it.
+
+    Every place in a group is a stack: `delta0`, `delta1` and so on have the layers with a delta net, `full` those with
+    attention.
+
+    Attributes:
+      delta: sizes of the delta nets.
+      group: number of layers of a group.
+    """
+
+    family: ClassVar[str] = "qwen3_5"
+
+    delta: Delta
+    group: Layers
+
+    @functools.cached_property
+    def of_attention(self) -> DecoderConfig:
+        """The structure of the layers with attention."""
+        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(DecoderConfig)}
+        fields["num_layers"] = self.num_layers // self.group
+        return DecoderConfig(**fields)
+
+    @functools.cached_property
+    def delta_shapes(self) -> Mapping[str, tuple[int, int]]:
+        """Return the shapes of a delta net's linear maps."""
+        d, width = self.delta, self.delta.value_heads * self.delta.d_value
+        outputs = {
+            "in_proj_qkv": d.channels,
+            "in_proj_z": width,
+            "in_proj_b": d.value_heads,
+            "in_proj_a": d.value_heads,
+        }
+        return {name: (self.d_model, d_out) for name, d_out in outputs.items()} | {"out_proj": (width, self.d_model)}
+
+    @functools.cached_property
+    def stacks(self) -> Mapping[str, Stack]:
+        full = self.of_attention.stacks["decoder"]
+        # The input of each norm, the convolution's result, the gate of the output, and the MLP's with its derivative.
+        kept = 2 * self.d_model + 2 * self.delta.channels + self.delta_shapes["in_proj_z"][1] + 2 * self.d_ff
+        d = self.delta
+        recurrence = Recurrence(d.value_heads, d.d_key, d.d_value, CHUNK, inputs=(d.kernel - 1) * d.channels)
+        delta = full._replace(attentions=(), elementwise=kept, recurrence=recurrence)
+        return {f"delta{place}": delta for place in range(self.group - 1)} | {_FULL: full}
+
+    @functools.cached_property
+    def sites(self) -> Mapping[str, Site]:
+        sites = {}
+        of_attention = self.of_attention.sites
+        for place, stack in enumerate(self.stacks):
+            of_stack = {name.partition(".")[2]: site for name, site in of_attention.items()}
+            if stack != _FULL:
+                mixer = {f"linear_attn.{name}": self._delta_site(name) for name in self.delta_shapes}
+                of_stack = mixer | {name: site for name, site in of_stack.items() if name.startswith("mlp.")}
+            for name, site in of_stack.items():
+                sites[f"{stack}.{name}"] = dataclasses.replace(site, first=place, every=self.group)
+        return sites
+
+    def _delta_site(self, name: str) -> Site:
+        last = name == "out_proj"
+        return Site(
+            self.num_layers // self.group,
+            *self.delta_shapes[name],
+            path=f"{self.stem}.layers.{{layer}}.linear_attn.{name}",
+            reads=_ALL,
+            split="rows" if last else "columns",
+            stage=f"linear_attn {'out' if last else 'in'}",
+        )
+
+
+class _Json(TypedDict, total=False):
+    """Further fields of a config.json, whose values transformers uses before it checks them, or not at all."""
+
+    linear_num_key_heads: Size
+    linear_num_value_heads: Size
+    linear_key_head_dim: Size
+    linear_value_head_dim: Size
+    linear_conv_kernel_dim: Size
+    layer_types: list[str] | None
+    full_attention_interval: Layers
+    attn_output_gate: Literal[True]
+    hidden_act: Literal["silu"]
+    text_config: dict[str, Any] | None
+
+
+def read_config(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Return the structure that a config.json describes; raises a ValueError that names a value which does not fit."""
+    for fields in (raw, structured(dict(raw), _Json, "", own=False).get("text_config") or {}):
+        structured(dict(fields), _Json, "", own=False)
+    return hf_config.read_config(raw, dict.fromkeys(MODEL_TYPES, _fields), Qwen35Config)
+
+
+def _fields(hf: Any) -> dict[str, Any]:
+    layers, kinds = hf.num_hidden_layers, hf.layer_types
+    group = kinds.index("full_attention") + 1 if "full_attention" in kinds else layers + 1
+    if kinds != (["linear_attention"] * (group - 1) + ["full_attention"]) * (layers // group):
+        raise ValueError(
+            f"layer_types is {shown(kinds)}: expected the {layers} layers in groups of one size, each of "
+            "linear_attention with one full_attention at its end"
+        )
+    if hf.linear_num_value_heads % hf.linear_num_key_heads:
+        heads, multiple = hf.linear_num_value_heads, hf.linear_num_key_heads
+        raise ValueError(f"linear_num_value_heads is {heads}: expected a multiple of linear_num_key_heads, {multiple}")
+    delta = Delta(
+        key_heads=hf.linear_num_key_heads,
+        value_heads=hf.linear_num_value_heads,
+        d_key=hf.linear_key_head_dim,
+        d_value=hf.linear_value_head_dim,
+        kernel=hf.linear_conv_kernel_dim,
+    )
+    # In a text all three kinds of positions of a Qwen 3.5 are equal, so its rotation is the plain one.
+    same = {"partial_rope": True, "qk_norm": True, "attention_gate": True, "norm_offset": 1.0}
+    return same | {"delta": delta, "group": group}

@@ -1,0 +1,118 @@
+"""The gated delta rule against its definition, token by token in float64, and what is refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+import small_llama
+from safetensors.numpy import save_file
+
+import lorafusion_jax as lf
+from lorafusion_jax import parts
+from lorafusion_jax.models.qwen3_5.delta_rule import CHUNK, delta_rule
+from lorafusion_jax.models.registry import family_of_json
+
+
+def _by_definition(queries, keys, values, decay, beta, memory):
+    queries, keys = (a / np.sqrt((a**2).sum(-1, keepdims=True) + 1e-6) for a in (queries, keys))
+    outputs = np.zeros_like(values)
+    for row, token, head in np.ndindex(values.shape[:3]):
+        of_keys = head * keys.shape[2] // values.shape[2]
+        q, k, M = queries[row, token, of_keys], keys[row, token, of_keys], memory[row, head]
+        M *= np.exp(decay[row, token, head])
+        M += beta[row, token, head] * np.outer(k, values[row, token, head] - k @ M)
+        outputs[row, token, head] = q @ M / np.sqrt(len(q))
+    return outputs, memory
+
+
+# One token as in decoding, part of a chunk, and chunks of which the last is not full.
+@pytest.mark.parametrize("length", [1, 5, 2 * CHUNK + 3])
+def test_the_delta_rule(length):
+    rng = np.random.default_rng(0)
+    shapes = [(2, length, 2, 3), (2, length, 2, 3), (2, length, 4, 5), (2, length, 4), (2, length, 4), (2, 4, 3, 5)]
+    q, k, v, decay, beta, memory = (rng.standard_normal(shape) for shape in shapes)
+    given = (q, k, v, -np.exp(decay - 2), 1 / (1 + np.exp(-beta)), memory)
+    ours = jax.jit(delta_rule)(*(jnp.asarray(a, jnp.float32) for a in given))
+    for got, wanted in zip(ours, _by_definition(*given), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layer_types": 3 * ["full_attention", "linear_attention"]},
+            "layer_types is .*expected the 6 layers in groups",
+        ),
+        ({"layer_types": 6 * ["linear_attention"]}, "layer_types is .*with one full_attention at its end"),
+        ({"num_hidden_layers": 5, "layer_types": None}, "layer_types is .*expected the 5 layers in groups of one size"),
+        ({"linear_num_key_heads": 3}, "linear_num_value_heads is 4: expected a multiple of linear_num_key_heads, 3"),
+        ({"attn_output_gate": False}, "attn_output_gate is False: expected"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act is 'gelu_pytorch_tanh': expected 'silu'"),
+        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim is 0: expected an integer from 1"),
+        (
+            {"model_type": "qwen3_5", "text_config": {"linear_key_head_dim": "wide"}},
+            "linear_key_head_dim is 'wide': exp",
+        ),
+        ({"model_type": "qwen3_5", "text_config": 3}, "text_config is 3: expected an object"),
+        ({"model_type": "qwen3_5_moe_text"}, "model_type is 'qwen3_5_moe_text': expected .* mixtures of experts"),
+    ],
+)
+def test_a_config_that_cannot_be_run_is_refused_by_field(changes, message):
+    raw = small_llama.CONFIG | {"vocab_size": 40} | small_llama.QWEN3_5 | changes
+    with pytest.raises(ValueError, match=message):
+        family_of_json(raw).read_config(raw)
+
+
+def test_lora_on_the_convolution_is_refused_by_name(tmp_path):
+    base = small_llama.make(tmp_path / "base", **small_llama.QWEN3_5)
+    path = "model.layers.0.linear_attn.conv1d"
+    (tmp_path / "lora").mkdir()
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["conv1d"]}
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(fields))
+    shapes = {"lora_A": (2, 64, 4), "lora_B": (64, 2, 1)}
+    tensors = {f"base_model.model.{path}.{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution"):
+        parts.convert(parts.ConvertOptions(base=str(base), adapters=(str(tmp_path / "lora"),), out=tmp_path / "pool"))
+
+
+@pytest.mark.nightly
+def test_a_fusion_on_a_plain_base_and_on_arrays(tmp_path):
+    """Of adapters on every site."""
+    layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    base = small_llama.make(tmp_path / "base", **small_llama.QWEN3_5 | layers)
+    config, rng = lf.read_config(base), np.random.default_rng(0)
+    for number in range(2):
+        tensors = {}
+        for path, (d_in, d_out) in parts.linear_shapes(config).items():
+            for factor, shape in (("lora_A", (2, d_in)), ("lora_B", (d_out, 2))):
+                tensors[f"{path}.{factor}.weight"] = 0.1 * rng.standard_normal(shape, np.float32)
+        (folder := tmp_path / f"adapter_{number}").mkdir()
+        fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+        (folder / "adapter_config.json").write_text(json.dumps(fields))
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    adapters = tuple(str(tmp_path / f"adapter_{number}") for number in range(2))
+    parts.convert(parts.ConvertOptions(base=str(base), adapters=adapters, out=tmp_path / "pool"))
+    rows = [{"input": f"{'the ' * (i % 3)}{word}", "target": word[::-1]} for i, word in enumerate(("hot", "tall") * 6)]
+    (tmp_path / "task").mkdir()
+    for part, chosen in (("train", rows), ("test", rows[:4])):
+        (tmp_path / "task" / f"{part}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    where = {"base": str(base), "pool": str(tmp_path / "pool"), "task": str(tmp_path / "task"), "out": tmp_path}
+    quick = {"modules": 2, "epochs": 1, "batch_size": 6, "max_new_tokens": 4}
+    lf.fuse(recipes.options(quick, **where, name="run", seeds=(1, 2), test_rows=4))
+
+    chips = {"base": str(base), "pool": str(tmp_path / "pool"), "out": tmp_path / "chips"}
+    parts.write_chips(
+        parts.ProgramOptions(**chips, crossbar="isaac", keep_digital=("*.mlp.*", "*.in_proj_z", "*.k_proj"))
+    )
+    results = parts.report_on_chips(
+        parts.EvaluateOnChipsOptions(
+            run=tmp_path / "run", crossbar=str(tmp_path / "chips"), norm="programmed", calibration_rows=4, test_rows=4
+        )
+    )
+    for exact, on_chip in zip(results["digital"], results["chips"][0]["seeds"], strict=True):
+        assert on_chip["loss"] == pytest.approx(exact["loss"], rel=5e-2)
