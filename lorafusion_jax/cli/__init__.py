@@ -20,7 +20,7 @@ _NARROW = 40  # columns; in a few, tyro would take minutes to lay out a help tex
 # Each subcommand is a module of this folder.
 COMMANDS = {
     "trial": "whether a pool is worth fusing for your task, by a tuned comparison",
-    "convert": "PEFT adapters -> a pool on disk",
+    "convert": "adapters -> a pool on disk",
     "fuse": "train coefficients and magnitudes on a task, evaluate by generation",
     "evaluate": "fused runs on a task, digitally or on simulated ReRAM arrays",
     "compare": "runs on the same test rows: means with intervals, and paired differences",

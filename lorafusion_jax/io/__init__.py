@@ -1,1 +1,1 @@
-"""Reading and writing: PEFT adapters, models of Hugging Face, converted pools, trained parameters, states of runs."""
+"""Reading and writing: adapters, models of Hugging Face, converted pools, trained parameters, states of runs."""

@@ -1,4 +1,4 @@
-"""PEFT adapters, read from a folder or the hub and written back.
+"""Adapters of PEFT and other formats, read from a folder or the hub and written as PEFT does.
 
 The tensors' keys and shapes determine the adapted matrices and the rank. Anything unsupported that would change the
 output is an error, whereas PEFT loads non-strictly and only warns.

@@ -57,9 +57,10 @@ _OTHER_FORWARD = {
 }
 # Remedies for other kinds of adapters, by `peft_type`.
 _MERGE = "merge it into the base with PEFT's merge_and_unload, and give that base"
-_OTHER_KINDS = dict.fromkeys(("BOFT", "IA3", "LN_TUNING", "OFT"), _MERGE) | dict.fromkeys(
-    ("LOHA", "LOKR", "RANDLORA", "VERA"), f"convert it with PEFT's save_as_lora, or {_MERGE}"
-)
+_OTHER_KINDS: Mapping[str, str] = {
+    **dict.fromkeys(("BOFT", "IA3", "LN_TUNING", "OFT"), _MERGE),
+    **dict.fromkeys(("LOHA", "LOKR", "RANDLORA", "VERA"), f"convert it with PEFT's save_as_lora, or {_MERGE}"),
+}
 _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica")
 _BASE_CHANGED = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 
