@@ -16,7 +16,11 @@ PROGRAM_GROUPS = {
     "hardware": ("crossbar", "chips", "keep_digital", "chip_key"),
     "run": ("out",),
 }
-PREPARE_GROUPS = {"data and base": ("base", "text", "tokens"), "hardware": ("crossbar", "seed"), "run": ("out",)}
+PREPARE_GROUPS = {
+    "data and base": ("base", "text", "tokens"),
+    "hardware": ("crossbar", "seed", "keep_digital"),
+    "run": ("out",),
+}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -127,10 +127,15 @@ class Chips:
 
         Raises ValueError if the base, the modules or the chips that the key draws differ from those in the folder.
         """
+        frozen = fused.problem.frozen
         if self.prepared is not None:
-            self.prepared.check(digests(fused)["base"])
-            fused = fused.with_problem(
-                frozen=dataclasses.replace(fused.problem.frozen, preparations=self.prepared.of_sites)
+            base = matrices(nnx.merge(fused.problem.graph, frozen.base))
+            self.prepared.check(digests(fused)["base"], {name: weight.shape for name, weight in base.items()})
+            fused = fused.with_problem(frozen=dataclasses.replace(frozen, preparations=self.prepared.of_sites))
+        elif frozen.preparations is None and crossbar.needs_preparation(self.config):
+            raise ValueError(
+                f"{self.name} has mapping.factors, transform or clip, which depend on the base and its inputs: run "
+                f"`lorafusion crossbar prepare --crossbar {self.name}` with text, and give its folder instead"
             )
         if self.manifest is not None:
             self._check(fused, self.manifest, control)
@@ -192,7 +197,8 @@ def load_chips(name: str, *, key: int = 0, digital: tuple[str, ...] = ()) -> Chi
     prepared = load_prepared(folder) if (folder / PREPARATIONS).is_dir() else None
     if not (folder / MANIFEST).is_file():
         if prepared is not None:
-            return Chips(crossbar.load_config(folder / CONFIG), digital, jax.random.key(key), None, name, prepared)
+            digital = (*digital, *prepared.digital)
+            return Chips(prepared.config, digital, jax.random.key(key), None, name, prepared)
         if folder.is_dir():
             raise ValueError(
                 f"{folder} has no {MANIFEST}: give a folder that `lorafusion crossbar program` or `prepare` wrote"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from .. import crossbar
+from ..crossbar.preparation.transform import transform_matrices
 from ..loading.identity import digests
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
@@ -19,6 +21,7 @@ from ..models.architecture import Site, matrices, stack_of
 from ..models.weights import dense
 from ..support.checks import at_least, check_uint32
 from ..support.progress import progress
+from ..support.reading import named
 from ..tasks import Batch, tokenise
 from .calibration import looped
 from .prepared import OneSite, PreparedManifest, save_prepared
@@ -45,6 +48,7 @@ class PrepareOptions:
       out: folder to write, which must not exist.
       tokens: tokens of the text that a causal model reads.
       seed: seed of the transform's signs.
+      keep_digital: patterns of weights that stay digital, with all chips of the folder.
     """
 
     base: str
@@ -53,6 +57,7 @@ class PrepareOptions:
     out: Path
     tokens: int = 3072
     seed: int = 0
+    keep_digital: tuple[str, ...] = ()
 
 
 def prepare(options: PrepareOptions) -> PreparedManifest:
@@ -60,7 +65,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
 
     Raises:
       ValueError: before anything is written: the folder exists, the configuration scales no columns or cannot be
-        prepared for, or the text is too short.
+        prepared for, a pattern matches no weight, matrices have a width without a transform, or the text is too short.
     """
     if options.out.exists():
         raise ValueError(f"{options.out} exists: give another --out; preparations are never overwritten")
@@ -69,11 +74,18 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     config = _changing(crossbar.load_config(options.crossbar), options.crossbar)
     content = read_texts(options.text)
     loaded = looped(load_model(LoadOptions(base=options.base, method="zero-shot")))
+    graph, frozen, digital = loaded.problem.graph, loaded.problem.frozen, options.keep_digital
+    base = matrices(nnx.merge(graph, frozen.base))
+    base = {name: weight for name, weight in base.items() if not any(fnmatchcase(name, each) for each in digital)}
+    if not base:
+        raise ValueError(f"the digital weights {', '.join(digital)} leave none for arrays: name fewer")
+    for name, weight in base.items() if config.mapping.transform != "none" else ():
+        with named(name):
+            transform_matrices(weight.shape[-2])  # refuses a width that has none
     batches = _batches(loaded, content, options)
-    graph, frozen = loaded.problem.graph, loaded.problem.frozen
-    weights = {name: dense(w, jnp.float32) for name, w in matrices(nnx.merge(graph, frozen.base)).items()}
-    perfect = program(graph, frozen, {"*": crossbar.PRESETS["ideal"]}, jax.random.key(0)).base
-    run = logits_of_base(graph)
+    rules = dict.fromkeys(digital) | {"*": crossbar.PRESETS["ideal"]}
+    perfect = program(graph, frozen, rules, jax.random.key(0)).base
+    weights, run = {name: dense(weight, jnp.float32) for name, weight in base.items()}, logits_of_base(graph)
     moments = crossbar.moments(run, perfect, progress("text", batches), counted=no_padding(loaded))
     errors, found = crossbar.code_errors(config), dict[str, crossbar.Preparation]()
     sites: dict[str, OneSite] = {}
@@ -87,7 +99,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
                     np.atleast_1d(crossbar.expected_error(weights[name], squares, config, how, errors=errors)).tolist()
                     for how in (crossbar.Preparation(), one)
                 )
-                sites[name] = OneSite(transforms=one.transforms, identity=one.identity, before=before, after=after)
+                sites[name] = OneSite(transforms=one.transforms, before=before, after=after)
                 bar.update()
     manifest = PreparedManifest(
         base=options.base,
@@ -96,6 +108,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
         text_sha256=hashlib.sha256(content.encode()).hexdigest(),
         tokens=sum(batch.labels.size for batch in batches),
         seed=options.seed,
+        digital=list(digital),
         sites=sites,
     )
     save_prepared(options.out, config, found, manifest)

@@ -6,6 +6,7 @@ FOLDER/preparations/arrays.safetensors     SITE/factors, SITE/ranges
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -13,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import crossbar
+from ..crossbar.preparation.preparation import check_preparation
 from ..io import arrays
 from ..io.folders import new_folder
-from ..support.reading import FileError
+from ..support.reading import FileError, named
 from ..support.text import shown
 
 CONFIG, PREPARATIONS = "config.yaml", "preparations"
@@ -27,19 +29,17 @@ class OneSite(TypedDict):
 
     Attributes:
       transforms: inputs are transformed.
-      identity: digest of its arrays.
       before: relative error power of the largest weights as ranges, without a preparation.
       after: the same with the preparation.
     """
 
     transforms: bool
-    identity: str
     before: list[float]
     after: list[float]
 
 
 class PreparedManifest(TypedDict):
-    """Metadata of a folder of preparations."""
+    """Metadata of a folder of preparations; `digital` are patterns of weights that have none."""
 
     base: str
     base_sha256: str
@@ -47,24 +47,32 @@ class PreparedManifest(TypedDict):
     text_sha256: str
     tokens: int
     seed: int
+    digital: list[str]
     sites: dict[str, OneSite]
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Preparations of a base by the names of its matrices, from a folder."""
+    """Preparations of a base by the names of its matrices, and patterns of those that stay digital, from a folder."""
 
     of_sites: dict[str, crossbar.Preparation]
     base_sha256: str
     folder: str
+    config: crossbar.CrossbarConfig
+    digital: tuple[str, ...]
 
-    def check(self, base_sha256: str) -> None:
-        """Raise a ValueError for another base."""
+    def check(self, base_sha256: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise a ValueError for another base, or for arrays that do not fit its matrices, given their shapes."""
         if base_sha256 != self.base_sha256:
             raise ValueError(
                 f"{self.folder} prepares another base model (sha256 {self.base_sha256[:12]}, this one is "
                 f"{base_sha256[:12]}): run `lorafusion crossbar prepare` with this base"
             )
+        for name, one in self.of_sites.items():
+            with named(f"{self.folder}: {shown(name)}"):
+                if name not in shapes:
+                    raise ValueError(f"no matrix of the base: expected some of {', '.join(shapes)}")
+                check_preparation(one, shapes[name], self.config)
 
 
 def save_prepared(
@@ -84,7 +92,8 @@ def load_prepared(folder: Path) -> Prepared:
     """Return the preparations of a folder; raises a FileError if it is damaged, or has another configuration now."""
     tree, manifest = arrays.load(folder / PREPARATIONS, metadata=PreparedManifest, what="a folder of preparations")
     again = "restore it, or run `lorafusion crossbar prepare` again with another --out"
-    if crossbar.config_hash(crossbar.load_config(folder / CONFIG)) != manifest["config_sha256"]:
+    config = crossbar.load_config(folder / CONFIG)
+    if crossbar.config_hash(config) != manifest["config_sha256"]:
         raise FileError(folder / CONFIG, got="not the configuration that the base was prepared for", fix=again)
     found = {}
     for name, of_site in manifest["sites"].items():
@@ -92,6 +101,14 @@ def load_prepared(folder: Path) -> Prepared:
         if not isinstance(arrays_of_site, dict) or not set(arrays_of_site) <= {*_PARTS}:
             got, expected = "other arrays", ", ".join(_PARTS)
             raise FileError(folder / PREPARATIONS, field=shown(name), got=got, expected=expected, fix=again)
+        leads = {getattr(values, "shape", ())[:-1] for values in arrays_of_site.values()}
+        for part, values in arrays_of_site.items():
+            dtype, shape = getattr(values, "dtype", "a folder"), getattr(values, "shape", ())
+            if dtype != np.float32 or not shape or len(leads) > 1 or not np.all(np.isfinite(values) & (values != 0)):
+                expected = "[L, d] of finite float32 numbers, none of them 0, with the L of the other array"
+                got, field = f"{dtype}{list(shape)}", shown(f"{name}/{part}")
+                raise FileError(folder / PREPARATIONS, field=field, got=got, expected=expected, fix=again)
         parts = {part: jnp.asarray(values) for part, values in arrays_of_site.items()}
-        found[name] = crossbar.Preparation(**parts, transforms=of_site["transforms"], identity=of_site["identity"])
-    return Prepared(found, manifest["base_sha256"], str(folder))
+        one = crossbar.Preparation(transforms=of_site["transforms"])
+        found[name] = dataclasses.replace(one, **parts).identified()
+    return Prepared(found, manifest["base_sha256"], str(folder), config, tuple(manifest["digital"]))

@@ -91,7 +91,7 @@ def write_chips(options: ProgramOptions) -> Manifest:
             "basis_sha256": of_weights.get("basis"),
             "config": options.crossbar,
             "config_sha256": crossbar.config_hash(config),
-            "digital": list(options.keep_digital),
+            "digital": list(chips.digital),
             "key": options.chip_key,
             "chips": options.chips,
             "one_chip": _report(leaves),

@@ -143,6 +143,13 @@ def kinds(folder: Path) -> dict[str, Kind]:
         with named(weights_file):
             coefficients_of(found[0], parts.ConvertedPool(pool).load([*found[0]]), None)
 
+    prepared, shape = _write_preparations(folder / "prepared"), (8, 4)
+
+    def preparations() -> None:
+        found = parts.load_chips(str(prepared.parent)).prepared
+        assert found is not None
+        found.check("0", {"q": shape})
+
     restored = folder / "restored" / "chip_0"
     one_chip = parts.load_chips(str(chips))
     _write_corrections(restored, one_chip)
@@ -185,6 +192,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "run results": Kind(run.folder / "results.json", run.results),
         "run metrics": Kind(run.folder / "metrics.jsonl", run.metrics),
         "run predictions": Kind(run.folder / "predictions.jsonl", run.predictions),
+        "preparations manifest": Kind(prepared / "manifest.json", preparations),
+        "preparations arrays": Kind(prepared / "arrays.safetensors", preparations, lambda: stored(prepared)),
         "chips manifest": Kind(chips / "manifest.json", lambda: parts.load_chips(str(chips)).chip_key(0)),
         "chips config": Kind(chips / "config.yaml", lambda: parts.load_chips(str(chips))),
         "chip arrays": Kind(chips / "chip_0" / "q.safetensors", lambda: load_chip(chips / "chip_0" / "q.safetensors")),
@@ -352,6 +361,20 @@ def _write_qwix(folder: Path) -> Path:
     with ocp.training.Checkpointer(str(folder)) as checkpoints:
         checkpoints.save_checkpointables(1, {"model_params": {"layers": {"0": {"attn": {"q_proj": leaves}}}}})
     return folder / "1" / "model_params"
+
+
+def _write_preparations(folder: Path) -> Path:
+    """Write a folder of preparations of a made-up matrix, as `lorafusion crossbar prepare` does, and return theirs."""
+    mapping = lf.crossbar.Mapping(scale="column", factors=True, transform="hadamard", clip="optimal")
+    config = lf.crossbar.CrossbarConfig(mapping=mapping)
+    save_config(config, folder / "config.yaml")
+    site = {"transforms": True, "before": [0.2], "after": [0.1]}
+    metadata = {"base": "base", "base_sha256": "0", "config_sha256": lf.crossbar.config_hash(config), "tokens": 3}
+    metadata |= {"text_sha256": "0", "seed": 0, "digital": ["head"], "sites": {"q": site}}
+    shapes = {"factors": (8,), "ranges": (4,)}
+    of_site = {part: np.ones(shape, np.float32) for part, shape in shapes.items()}
+    arrays.save(folder / "preparations", {"q": of_site}, metadata)
+    return folder / "preparations"
 
 
 def _write_corrections(folder: Path, chips: parts.Chips) -> None:

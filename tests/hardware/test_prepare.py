@@ -118,12 +118,15 @@ def test_corrections_belong_to_a_preparation(small, folder):
 def test_the_command_says_what_it_gains(small, folder, capsys):
     out = folder / "again"
     args = ["--base", str(small[0]), "--crossbar", str(folder / "noisy.yaml"), "--text", str(folder / "lines.txt")]
+    args += ["--keep-digital", *DIGITAL]
     main(["crossbar", "prepare", *args, "--out", str(out)])
     lines = capsys.readouterr().out.splitlines()
     (query,) = [line.split() for line in lines if line.startswith("encoder.self.q")]
     assert float(query[2]) < 0.9 * float(query[1])
-    identity = parts.load_chips(str(out)).prepared.of_sites["encoder.self.q"].identity
+    again = parts.load_chips(str(out))
+    identity = again.prepared.of_sites["encoder.self.q"].identity
     assert identity == parts.load_chips(str(folder / "prepared")).prepared.of_sites["encoder.self.q"].identity
+    assert again.digital == DIGITAL and not [name for name in again.prepared.of_sites if ".ff." in name]
 
 
 def test_wrong_preparations_are_refused(small, folder, tmp_path):
@@ -137,21 +140,32 @@ def test_wrong_preparations_are_refused(small, folder, tmp_path):
         lf.prepare(_options(small, folder, text=(tmp_path / "empty.txt",), out=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="prepares another base model"):
-        parts.load_chips(str(folder / "prepared")).prepared.check("0" * 64)
+        parts.load_chips(str(folder / "prepared")).prepared.check("0" * 64, {})
     changed = shutil.copytree(folder / "prepared", tmp_path / "changed")
-    tree, manifest = parts.load_arrays(changed / "preparations", what="preparations")
-    tree["encoder.self.q"]["slope"] = np.ones(2)
-    shutil.rmtree(changed / "preparations")
-    parts.save_arrays(changed / "preparations", tree, manifest)
-    with pytest.raises(ValueError, match="encoder.self.q.*expected factors, ranges"):
-        parts.load_chips(str(changed))
+    sound, manifest = parts.load_arrays(changed / "preparations", what="preparations")
+    loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
+    for part, values, message in (
+        ("slope", np.ones(2), "encoder.self.q.*expected factors, ranges"),
+        ("ranges", 0 * sound["encoder.self.q"]["ranges"], "encoder.self.q/ranges.*none of them 0"),
+        ("ranges", np.ones((4, 3), np.float32), "encoder.self.q/.*with the L of the other array"),
+        ("ranges", np.ones((1, 3), np.float32), r"changed: 'encoder.self.q': ranges of shape \(1, 3\)"),
+    ):
+        shutil.rmtree(changed / "preparations")
+        tree = sound | {"encoder.self.q": sound["encoder.self.q"] | {part: values}}
+        parts.save_arrays(changed / "preparations", tree, manifest)
+        with pytest.raises(ValueError, match=message):
+            parts.load_chips(str(changed)).checked(loaded)
     crossbar.save_config(NOISY, changed / "config.yaml")
     with pytest.raises(ValueError, match="not the configuration that the base was prepared for"):
         parts.load_chips(str(changed))
+    config = folder / "prepared" / "config.yaml"
     with pytest.raises(ValueError, match="need a preparation"):
-        loaded = parts.load_model(lf.LoadOptions(base=str(small[0]), method="zero-shot"))
-        config = crossbar.load_config(folder / "prepared" / "config.yaml")
-        parts.program_on_arrays(loaded.problem.graph, loaded.problem.frozen, {"*": config}, jax.random.key(0))
+        rules = {"*": crossbar.load_config(config)}
+        parts.program_on_arrays(loaded.problem.graph, loaded.problem.frozen, rules, jax.random.key(0))
+    with pytest.raises(ValueError, match="run `lorafusion crossbar prepare --crossbar .*config.yaml` with text"):
+        parts.load_chips(str(config)).checked(loaded)
+    with pytest.raises(ValueError, match="leave none for arrays: name fewer"):
+        lf.prepare(_options(small, folder, keep_digital=("*",), out=tmp_path / "new"))
 
 
 def test_an_input_that_several_matrices_meet_is_transformed_once():

@@ -5,9 +5,11 @@ written, with a range for each of its columns, beyond which weights are clipped.
 """
 
 import dataclasses
+import hashlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from ..config.schema import CrossbarConfig
@@ -58,6 +60,13 @@ class Preparation:
         if self.transforms:
             prepared = transform(prepared.T, transform_matrices(len(prepared)), inverse=True).T
         return prepared if self.factors is None else prepared / self.factors.astype(prepared.dtype)[:, None]
+
+    def identified(self) -> "Preparation":
+        """Return the preparation with digests of its arrays as identity."""
+        of_arrays = [b"" if part is None else np.asarray(part).tobytes() for part in (self.factors, self.ranges)]
+        of_arrays[0] += str(self.transforms).encode()
+        identity = "-".join(hashlib.sha256(content).hexdigest()[:16] for content in of_arrays)
+        return dataclasses.replace(self, identity=identity)
 
 
 def needs_preparation(config: CrossbarConfig) -> bool:

@@ -14,7 +14,6 @@ scale inputs, QuIP# (Tseng et al., arXiv 2402.04396) and QuaRot (Ashkboos et al.
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping
 
 import jax
@@ -23,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ...support.platform import is_traced
+from ...support.reading import named
 from ..chip.chip import one_by_one
 from ..chip.program import has_errors
 from ..config.schema import CrossbarConfig
@@ -73,7 +73,8 @@ def prepare(
         of_matrix = _spreading_factors if transforms else _largest_weight_factors
         factors = jax.jit(one_by_one(of_matrix, shape[:-1]))(jnp.concatenate(list(weights.values()), axis=-1), squares)
     if transforms:
-        transform_matrices(shape[-1])  # refuses a width that has none
+        with named(", ".join(weights)):
+            transform_matrices(shape[-1])  # refuses a width that has none
         signs = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), shape[-1])
         factors = factors * np.broadcast_to(signs, shape)
     given = factors if mapping.factors or transforms else None
@@ -85,7 +86,7 @@ def prepare(
         for name, matrix in weights.items():
             ranges = jax.jit(one_by_one(choose, shape[:-1]))(matrix, squares, bare)
             prepared[name] = dataclasses.replace(bare, ranges=ranges)
-    return {name: dataclasses.replace(one, identity=_identity(one)) for name, one in prepared.items()}
+    return {name: one.identified() for name, one in prepared.items()}
 
 
 def expected_error(
@@ -199,15 +200,6 @@ def _floored(squares: Float[Array, "*N d"], least: float = _LEAST_INPUT) -> Floa
 
 def _centred(factors: Float[Array, " d"]) -> Float[Array, " d"]:
     return factors / jnp.exp(jnp.mean(jnp.log(factors)))
-
-
-def _identity(preparation: Preparation) -> str:
-    of_inputs = hashlib.sha256(str(preparation.transforms).encode() + _bytes(preparation.factors)).hexdigest()
-    return f"{of_inputs[:16]}-{hashlib.sha256(_bytes(preparation.ranges)).hexdigest()[:16]}"
-
-
-def _bytes(part: Array | None) -> bytes:
-    return b"" if part is None else np.asarray(part).tobytes()
 
 
 def _shared_shape(matrices: Mapping[str, Float[Array, "*N d_in _cols"]]) -> tuple[int, ...]:

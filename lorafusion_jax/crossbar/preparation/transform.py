@@ -32,7 +32,7 @@ def transform_matrices(width: int) -> tuple[Float[np.ndarray, "_f _f"], ...]:
         if odd > _WIDEST:
             raise ValueError(
                 f"a transform of {width} inputs needs a dense matrix of width {odd}, more than {_WIDEST}: set "
-                "mapping.transform to none"
+                "mapping.transform to none, or keep these weights digital"
             )
         small = [_cosine(odd), *(_hadamard(order) / math.sqrt(order) for order in _orders(width // odd) or ())]
     merged: list[np.ndarray] = small[:1] or [np.ones((1, 1))]
