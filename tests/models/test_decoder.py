@@ -43,6 +43,15 @@ def test_llama3_stretches_low_frequencies_and_keeps_high_ones():
         ),
         (_LONGROPE, "long_factor has 1 numbers: expected one for each of 2 rotated pairs"),
         ({"model_type": "smollm3"} | _WINDOWS, "layer_types and no_rope_layers differ: expected windows in layers wi"),
+        ({"model_type": "granitemoehybrid", "mamba_n_heads": 4}, "num_local_experts is 8, a mixture of experts: give"),
+        (
+            {"model_type": "granitemoehybrid", "mamba_n_heads": 4, "num_local_experts": 0},
+            "layer_types has Mamba layers, which are not implemented: give a Granite of attention alone",
+        ),
+        (
+            {"model_type": "qwen2_vl", "num_attention_heads": 64},
+            "hidden_size is 16: expected at least 64, one for each",
+        ),
         ({"model_type": "granite", "logits_scaling": 0.0}, "logits_scaling is 0.0: expected a number"),
         ({"rope_parameters": {"rope_type": "\x1b[31m", "factor": 2.0}}, r"the rope scaling is '\\x1b\[31m'"),
         ({"hidden_act": "relu"}, "the activation is 'relu': expected silu or gelu_pytorch_tanh"),

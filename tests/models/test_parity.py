@@ -70,6 +70,8 @@ _FAMILIES = {
     },
 }
 _YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8, "rope_theta": 100.0}
+_GRANITE_4 = {"layer_types": ["attention"] * 3, "num_local_experts": 0, "shared_intermediate_size": 40}
+_GRANITE_4 |= {"mamba_n_heads": 4, "logits_scaling": 5.0}
 # Families whose linear maps are Llama's: their fusions are tested at length only.
 _FURTHER = {
     "gemma": {"head_dim": 12},
@@ -79,6 +81,8 @@ _FURTHER = {
         "residual_multiplier": 0.4,
         "logits_scaling": 5.0,
     },
+    "granitemoehybrid": _GRANITE_4,
+    "ministral": {"head_dim": 12, "sliding_window": _WINDOW, "layer_types": _FAMILIES["gemma3_text"]["layer_types"]},
     "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": _WINDOW},
     "olmo2": {},
     "olmo3": {
@@ -151,6 +155,7 @@ _VARIANTS = {
     "yarn": {"rope_parameters": _YARN},
     "yarn between pairs": {"rope_parameters": _YARN | {"truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}},
     "no rope": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
+    "rope in a Granite 4": _GRANITE_4 | {"model_type": "granitemoehybrid", "position_embedding_type": "rope"},
     **{kind: changes | {"model_type": kind} for kind, changes in _FURTHER.items()},
     **{kind: {"model_type": kind} for kind in _WITH_IMAGES},
 }
@@ -160,7 +165,7 @@ _ADAPTERS = {
     "other": {"r": 4, "lora_alpha": 5},
     "dora": {"r": 3, "lora_alpha": 6, "use_dora": True},
 }
-_LONG_GRADIENTS = [pytest.param(kind, "sum", marks=pytest.mark.long) for kind in _FURTHER]
+_LONG_GRADIENTS = [pytest.param(kind, "sum", marks=pytest.mark.long) for kind in (*_FURTHER, "qwen3_vl")]
 _FUSED = {"sum": ("small", "large"), "mix": ("large", "other")}
 _SCALE = 0.6  # of a DoRA adapter
 

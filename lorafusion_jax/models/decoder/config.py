@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 from ..architecture import Architecture, Attention, Layers, Parts, Site, Size, Stack
 
 _ALL: Parts = ("source", "target")
+# Module paths of Granite 4.
+_SHARED_MLP = {"mlp.gate_up_proj": "shared_mlp.input_linear", "mlp.down_proj": "shared_mlp.output_linear"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class DecoderConfig(Architecture):
       sliding: for every layer, whether it has the window and `local_rope`; empty if none has.
       activation: activation function of the gate.
       fused: queries, keys and values come from one matrix, and so do gate and up (Phi-3).
+      shared_mlp: gate and up come from one matrix, and these maps have other module paths (Granite 4).
       biased: last names of the sites that have a bias.
       qk_norm: queries and keys are normalised (Qwen 3, Gemma 3, OLMo).
       whole_qk_norm: all heads are normalised together (OLMo), not each alone.
@@ -91,6 +94,7 @@ class DecoderConfig(Architecture):
     sliding: tuple[bool, ...] = ()
     activation: Literal["silu", "gelu_tanh"] = "silu"
     fused: bool = False
+    shared_mlp: bool = False
     biased: tuple[str, ...] = ()
     qk_norm: bool = False
     whole_qk_norm: bool = False
@@ -126,21 +130,25 @@ class DecoderConfig(Architecture):
         """Every linear map, such as `decoder.self_attn.q_proj` and `decoder.mlp.down_proj`."""
         d, inner, kv = self.d_model, self.num_heads * self.d_head, self.num_kv_heads * self.d_head
         if self.fused:
-            attention, gate = {"qkv_proj": (d, inner + 2 * kv)}, {"gate_up_proj": (d, 2 * self.d_ff)}
+            attention = {"qkv_proj": (d, inner + 2 * kv)}
         else:
             queries = (d, (2 if self.attention_gate else 1) * inner)
             attention = {"q_proj": queries, "k_proj": (d, kv), "v_proj": (d, kv)}
-            gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
+        gate = dict.fromkeys(("gate_proj", "up_proj"), (d, self.d_ff))
+        if self.fused or self.shared_mlp:
+            gate = {"gate_up_proj": (d, 2 * self.d_ff)}
         modules = {"self_attn": attention | {"o_proj": (inner, d)}, "mlp": gate | {"down_proj": (self.d_ff, d)}}
         sites = {}
         for module, shapes in modules.items():
             for name, (d_in, d_out) in shapes.items():
-                last = name in ("o_proj", "down_proj")
+                last, place = name in ("o_proj", "down_proj"), f"{module}.{name}"
+                if self.shared_mlp:
+                    place = _SHARED_MLP.get(place, place)
                 sites[f"decoder.{module}.{name}"] = Site(
                     self.num_layers,
                     d_in,
                     d_out,
-                    path=f"{self.stem}.layers.{{layer}}.{module}.{name}",
+                    path=f"{self.stem}.layers.{{layer}}.{place}",
                     reads=_ALL,
                     split="rows" if last else "columns",
                     stage=f"{module} out" if last else f"{module} in",

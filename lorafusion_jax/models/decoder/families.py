@@ -20,10 +20,10 @@ NAMES = {
     "smolvlm": ("idefics3", "smolvlm"),
     "smollm3": ("smollm3",),
     "mistral": ("mistral", "mistral3", "llama"),
-    "ministral": ("ministral3", "mistral3", "mistral", "llama"),
+    "ministral": ("ministral", "ministral3", "mistral3", "mistral", "llama"),
     "qwen": ("qwen2", "qwen3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
     "gemma": ("gemma", "gemma2", "gemma3_text", "gemma3"),
-    "granite": ("granite",),
+    "granite": ("granite", "granitemoehybrid"),
     "olmo": ("olmo2", "olmo3"),
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -92,6 +92,18 @@ def _granite(hf: Any) -> Fields:
     }
 
 
+def _granite4(hf: Any) -> Fields:
+    if hf.num_local_experts:
+        raise ValueError(f"num_local_experts is {hf.num_local_experts}, a mixture of experts: give a dense Granite")
+    if "linear_attention" in hf.layer_types:
+        raise ValueError("layer_types has Mamba layers, which are not implemented: give a Granite of attention alone")
+    fields = _granite(hf) | {"shared_mlp": True, "d_ff": hf.shared_intermediate_size}
+    if hf.position_embedding_type == "rope":
+        return fields
+    rope = rope_of(hf.rope_parameters, head_width(hf), hf.max_position_embeddings)
+    return fields | {"rope": dataclasses.replace(rope, scaling="none")}
+
+
 def _smollm3(hf: Any) -> Fields:
     # Layers without rotary positions are those that may have a window.
     sliding = tuple(not rotated for rotated in hf.no_rope_layers[: hf.num_hidden_layers])
@@ -126,6 +138,8 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "gemma3_text": _gemma3,
     "phi3": _phi3,
     "granite": _granite,
+    "granitemoehybrid": _granite4,
+    "ministral": _windows,
     "ministral3": _windows,
     "smollm3": _smollm3,
     "olmo2": _olmo2,

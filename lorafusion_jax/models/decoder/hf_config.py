@@ -20,8 +20,9 @@ from .families import FAMILIES, WITH_IMAGES, Fields, biased, head_width
 from .hf_rope import rope_of
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-# Fields whose values only describe how a file was made, or that need PyTorch to be read.
-_IGNORED = ("torch_dtype", "dtype", "quantization_config", "vision_config")
+# Fields whose values only describe how a file was made, that need PyTorch to be read, or that are of parts which are
+# left out.
+_IGNORED = ("torch_dtype", "dtype", "quantization_config", "vision_config", "time_step_limit")
 
 _Positive = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -106,6 +107,10 @@ def read_config(
         raise ValueError(f"{got}: expected one of {', '.join(families)}")
     if getattr(hf, "use_bidirectional_attention", False):
         raise ValueError("use_bidirectional_attention is set: expected a causal language model")
+    if not (d_head := head_width(hf)):
+        raise ValueError(
+            f"hidden_size is {hf.hidden_size}: expected at least {hf.num_attention_heads}, one for each head"
+        )
     if hf.num_attention_heads % hf.num_key_value_heads:
         heads, multiple = hf.num_attention_heads, hf.num_key_value_heads
         raise ValueError(f"num_attention_heads is {heads}: expected a multiple of num_key_value_heads, {multiple}")
@@ -119,7 +124,7 @@ def read_config(
     activation = fields.pop("activation", getattr(hf, "hidden_act", None))
     if activation not in _ACTIVATIONS:
         raise ValueError(f"the activation is {shown(activation)}: expected {' or '.join(_ACTIVATIONS)}")
-    d_head, partial = head_width(hf), fields.pop("partial_rope", False)
+    partial = fields.pop("partial_rope", False)
     config = DecoderConfig(
         model_type=kind,
         stem="model" if hf is whole else f"model.{WITH_IMAGES.get(kind, 'language_model')}",

@@ -152,14 +152,15 @@ class MLP(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
         linear = partial(_linear, config, "mlp", rngs=rngs)
-        if config.fused:
+        self.fused = config.fused or config.shared_mlp
+        if self.fused:
             self.gate_up_proj = linear("gate_up_proj")
         else:
             self.gate_proj, self.up_proj = map(linear, ("gate_proj", "up_proj"))
         self.down_proj = linear("down_proj")
 
     def __call__(self, x: Hidden, adapters: Adapters) -> Hidden:
-        if self.config.fused:
+        if self.fused:
             gate, up = jnp.split(self.gate_up_proj(x, adapters), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x, adapters), self.up_proj(x, adapters)
