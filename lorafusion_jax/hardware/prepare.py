@@ -2,10 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from ..crossbar.preparation.transform import transform_matrices
 from ..loading.identity import digests
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
-from ..models.architecture import Site, matrices, stack_of
+from ..models.architecture import matrices, sharing_inputs
 from ..models.weights import dense
 from ..support.checks import at_least, check_uint32
 from ..support.progress import progress
@@ -90,7 +88,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     errors, found = crossbar.code_errors(config), dict[str, crossbar.Preparation]()
     sites: dict[str, OneSite] = {}
     with progress("sites", len(weights)) as bar:
-        for names in groups(loaded.config.sites, weights):
+        for names in sharing_inputs(loaded.config.sites, weights):
             squares = moments[names[0]]
             found |= crossbar.prepare({n: weights[n] for n in names}, squares, config, seed=options.seed, errors=errors)
             for name in names:
@@ -113,15 +111,6 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     )
     save_prepared(options.out, config, found, manifest)
     return manifest
-
-
-def groups(sites: Mapping[str, Site], weights: Iterable[str]) -> list[list[str]]:
-    """Return the names of matrices, in groups that meet the same inputs."""
-    found: dict[Any, list[str]] = {}
-    for name in weights:
-        site = sites.get(name)  # None for the head
-        found.setdefault(name if site is None else (stack_of(name), site.stage, site.reads), []).append(name)
-    return list(found.values())
 
 
 def _changing(config: crossbar.CrossbarConfig, name: str) -> crossbar.CrossbarConfig:

@@ -449,6 +449,15 @@ def _tokens(reads: Parts, source: Any, target: Any) -> Any:
     return sum({"source": source, "target": target}[part] for part in reads)
 
 
+def sharing_inputs(sites: Mapping[str, Site], names: Iterable[str]) -> list[list[str]]:
+    """Return the names of matrices, in groups that meet the same inputs; the head is not among the sites."""
+    found: dict[Any, list[str]] = {}
+    for name in names:
+        site = sites.get(name)
+        found.setdefault(name if site is None else (stack_of(name), site.stage, site.reads), []).append(name)
+    return list(found.values())
+
+
 def stack_of(site: str) -> str:
     """Return the name of a site's stack."""
     return site.partition(".")[0]

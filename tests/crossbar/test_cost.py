@@ -55,6 +55,19 @@ def test_counts_by_hand():
     assert counts((6, 5), _CONFIGS["offset"]).additions == differential.conversions + 6
 
 
+def test_preparing_by_hand():
+    plain = CrossbarConfig(adc=ADC())
+    prepared = dataclasses.replace(plain, mapping=crossbar.Mapping(factors=True, transform="hadamard"))
+    # 96 = 12 x 2 x 2 x 2, and 52 = 13 x 2 x 2, whose cosine transform has products.
+    for d_in, additions, products in ((96, 96 * (11 + 3), 96), (52, 52 * (12 + 2), 52 + 52 * 13)):
+        found, without = counts((d_in, 8), prepared), counts((d_in, 8), plain)
+        assert found == dataclasses.replace(without, transforms=additions, factors=products)
+        assert counts((d_in, 8), prepared, prepares=False) == without
+        more = read_energy(found, prepared).digital.typical - read_energy(without, plain).digital.typical
+        assert more == pytest.approx(0.1e-12 * additions + 4.6e-12 * products)
+    assert "1,344 additions" in str(crossbar.explain(prepared, (96, 8)))
+
+
 def test_writing_by_hand():
     found = write_cost(counts((6, 5), _UNIT))
     assert found.cells == 168

@@ -219,7 +219,7 @@ NOISY = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
         (lambda: crossbar.prepare({"w": WEIGHTS}, MOMENTS[1:], NOISY), r"shape \(47,\): expected \(48,\)"),
         (lambda: crossbar.prepare({"w": WEIGHTS, "v": WEIGHTS[1:]}, MOMENTS, NOISY), "differ in d_out alone"),
         (lambda: crossbar.prepare({}, MOMENTS, NOISY), "but these are none"),
-        (lambda: crossbar.prepare({"w": jnp.ones((523, 4))}, None, NOISY), "w: a transform of 523 inputs.*keep these weights digital"),
+        (lambda: crossbar.prepare({"w": jnp.ones((523, 4))}, None, NOISY), "w: a transform of 523 inputs"),
         (lambda: crossbar.program(WEIGHTS, NOISY, jax.random.key(0)), "need a preparation"),
         (
             lambda: crossbar.program(

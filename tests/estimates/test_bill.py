@@ -137,6 +137,16 @@ def test_reads_of_a_token_by_hand():
     )
 
 
+def test_an_input_is_prepared_once_for_a_token():
+    config = CrossbarConfig(adc=ADC(), mapping=crossbar.Mapping(factors=True, transform="hadamard"))
+    options = dataclasses.replace(_OPTIONS, modules=3, rank=4, source=6, target=2, targets=("v",), bases=(5,))
+    for of in _activities(options, config, tiny.CONFIG).values():
+        # q, k and v; o; both gates; wo; and cross-attention's k and v. Then two layers of the decoder, and the head.
+        assert of.source.reads.factors == 3 * (16 + 12 + 16 + 24) + 2 * 16
+        assert of.generated.reads.factors == 2 * (16 + 12 + 16 + 12 + 16 + 24) + 16
+        assert of.source.reads.transforms == 3 * (16 * 4 + 12 * 11 + 16 * 4 + 24 * 12) + 2 * 16 * 4
+
+
 def test_training_by_hand():
     """Forward on arrays, backward digital: the steps' FLOPs without the forward products of frozen matrices."""
     config = CrossbarConfig(adc=ADC())

@@ -16,7 +16,7 @@ import lorafusion_jax as lf
 from lorafusion_jax import crossbar, parts
 from lorafusion_jax.cli import main
 from lorafusion_jax.hardware.calibration import calibration_batches, logits_of
-from lorafusion_jax.hardware.prepare import groups
+from lorafusion_jax.models.architecture import sharing_inputs
 from lorafusion_jax.parts import matrices
 
 NOISY = crossbar.CrossbarConfig(
@@ -173,7 +173,7 @@ def test_an_input_that_several_matrices_meet_is_transformed_once():
     graph, base = nnx.split(tiny.t5())
     config = crossbar.CrossbarConfig(mapping=crossbar.Mapping(factors=True, transform="hadamard"))
     weights, found = matrices(nnx.merge(graph, base)), {}
-    for names in groups(tiny.CONFIG.sites, [name for name in weights if name.startswith("encoder.")]):
+    for names in sharing_inputs(tiny.CONFIG.sites, [name for name in weights if name.startswith("encoder.")]):
         found |= crossbar.prepare({name: weights[name] for name in names}, None, config)
     frozen = lf.Frozen(base, preparations=found)
     on_arrays = parts.program_on_arrays(graph, frozen, {"encoder.*": config}, jax.random.key(0))

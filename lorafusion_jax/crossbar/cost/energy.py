@@ -12,6 +12,7 @@ import numpy as np
 from ..config.schema import ADC, DAC, CrossbarConfig
 from ..mapping.adc.architectures import ARCHITECTURES
 from ..mapping.geometry import Geometry
+from ..preparation.transform import transform_operations
 from .constants import CONSTANTS, Constants
 from .ranges import Range, longest, total
 
@@ -30,6 +31,8 @@ class Counts:
       sums: additions over row tiles.
       inputs: numbers that come in.
       outputs: numbers that go out, each scaled by one multiplication.
+      transforms: additions of the transform of one input vector.
+      factors: multiplications of one input vector before the DACs.
     """
 
     arrays: int = 0
@@ -41,6 +44,8 @@ class Counts:
     sums: int = 0
     inputs: int = 0
     outputs: int = 0
+    transforms: int = 0
+    factors: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         sums = {name: count + getattr(other, name) for name, count in vars(self).items()}
@@ -50,8 +55,11 @@ class Counts:
         return Counts(**{name: count * times for name, count in vars(self).items()} | {"tallest": self.tallest})
 
 
-def counts(shape: tuple[int, ...], config: CrossbarConfig) -> Counts:
-    """Return the counts of a [d_in, d_out] matrix; there are no conversions without an ADC."""
+def counts(shape: tuple[int, ...], config: CrossbarConfig, *, prepares: bool = True) -> Counts:
+    """Return the counts of a [d_in, d_out] matrix; there are no conversions without an ADC.
+
+    `prepares` counts the preparation of its inputs (see `prepare`), once for all matrices that share them.
+    """
     geometry = geometry_of(shape, config)
     d_in, d_out = shape
     rows, cols, slices = geometry.rows, geometry.cols, len(config.weight_slices)
@@ -66,7 +74,8 @@ def counts(shape: tuple[int, ...], config: CrossbarConfig) -> Counts:
         additions = conversions + (reads * d_out if config.encoding.unit_column else 0)
     if config.encoding.kind == "offset" and not config.encoding.unit_column:
         additions += d_in  # the sum of the inputs, which the digital offset multiplies
-    return Counts(
+    of_inputs = preparing(d_in, config) if prepares else Counts()
+    return of_inputs + Counts(
         arrays=len(rows) * len(cols) * each,
         cells=d_in * columns * each,
         rows=d_in * len(cols) * each,
@@ -77,6 +86,12 @@ def counts(shape: tuple[int, ...], config: CrossbarConfig) -> Counts:
         inputs=d_in,
         outputs=d_out,
     )
+
+
+def preparing(d_in: int, config: CrossbarConfig) -> Counts:
+    """Return the counts of preparing one input vector."""
+    additions, multiplications = transform_operations(d_in) if config.mapping.transform == "hadamard" else (0, 0)
+    return Counts(transforms=additions, factors=multiplications + (d_in if config.mapping.factors else 0))
 
 
 class WriteCost(NamedTuple):
@@ -137,8 +152,8 @@ def read_energy(reads: Counts, config: CrossbarConfig, constants: Constants = CO
         dac=constants["dac_energy"] * (reads.rows * drive),
         adc=conversion * reads.conversions,
         shift_add=constants["add_energy"] * reads.additions,
-        digital=constants["add_energy"] * reads.sums
-        + constants["mac_energy"] * reads.outputs
+        digital=constants["add_energy"] * (reads.sums + reads.transforms)
+        + constants["mac_energy"] * (reads.outputs + reads.factors)
         + constants["word_energy"] * (reads.inputs + reads.outputs),
     )
 

@@ -12,7 +12,7 @@ from ..chip.program import has_errors, program
 from ..config.schema import CrossbarConfig
 from ..mapping.geometry import Geometry
 from ..preparation.preparation import Preparation
-from .energy import counts, geometry_of
+from .energy import Counts, counts, geometry_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def explain(what: CrossbarConfig | Chip, shape: tuple[int, ...] | None = None) -
         utilisation=d_in * d_out / (math.prod(tiles) * math.prod(array)),
         conversions=taken.conversions,
         lost_bits=_lost_bits(geometry, config),
-        preparation=_preparation(config, what.preparation if isinstance(what, Chip) else None),
+        preparation=_preparation(config, taken, what.preparation if isinstance(what, Chip) else None),
     )
 
 
@@ -113,13 +113,14 @@ def _plan(config: CrossbarConfig, shape: tuple[int, int]) -> Plan:
     return plans[0]
 
 
-def _preparation(config: CrossbarConfig, of_chip: Preparation | None) -> tuple[str, ...]:
+def _preparation(config: CrossbarConfig, taken: Counts, of_chip: Preparation | None) -> tuple[str, ...]:
     """Return the changes that a configuration has, and what those of a chip were made for."""
     mapping = config.mapping
     ranges = (
         "ranges chosen for the device's errors" if has_errors(config) else "ranges of the largest weights: no errors"
     )
-    parts = (("factors", mapping.factors), (f"{mapping.transform} transform", mapping.transform != "none"))
+    transform = f"{mapping.transform} transform with {taken.transforms:,} additions for one input vector"
+    parts = (("factors", mapping.factors), (transform, mapping.transform != "none"))
     white = "for inputs of equal power", of_chip is not None and of_chip.white
     return tuple(name for name, there in (*parts, (ranges, mapping.clip == "optimal"), white) if there)
 

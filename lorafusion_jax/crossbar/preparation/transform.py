@@ -57,6 +57,18 @@ def transform(
     return split.reshape(x.shape)
 
 
+def transform_operations(width: int) -> tuple[int, int]:
+    """Return additions and multiplications of the transform of one vector.
+
+    A Hadamard matrix of order q, one factor of the Kronecker product, needs q - 1 additions for each number; its scale
+    and the signs belong to the factors. A cosine transform of the odd width q needs q multiplications too.
+    """
+    odd = width // (width & -width)
+    if (orders := _orders(width)) is not None:
+        return width * sum(order - 1 for order in orders), 0
+    return width * (odd - 1 + sum(order - 1 for order in _orders(width // odd) or ())), width * odd
+
+
 @functools.lru_cache
 def _orders(width: int) -> tuple[int, ...] | None:
     """Return orders of Hadamard matrices whose product is the width, powers of two last; None if none are known."""

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ...crossbar import Counts, CrossbarConfig, counts
+from ...crossbar.cost.energy import preparing
 from ...methods.entry import Matrix, Update, module
 from ...methods.recipes import recipe_of
-from ...models.architecture import Architecture, Site, stack_of, targeted
+from ...models.architecture import Architecture, Site, sharing_inputs, stack_of, targeted
 from ...tasks import batch_orders, bucket, split
 from ...training.recipe import Recipe
 from ..flops import Shape, adapted, forward_flops, head_flops, products, row_tokens, step_flops, tokens
@@ -151,7 +152,7 @@ def _passes(
     base_reads = update_reads = Counts()
     if not update.trains_base:
         for shape, n in (steps + forward).items():
-            base_reads += _read(config.sites, _kernel, crossbar, shape) * n
+            base_reads += _read_base(config, crossbar, shape) * n
             base_flops -= n * products(config.sites.values(), shape)
             if not config.tied:
                 base_reads += counts(config.head, crossbar) * (n * shape.rows * shape.target)
@@ -171,7 +172,7 @@ def _passes(
 def _token(method: BilledMethod, config: Architecture, crossbar: CrossbarConfig, row: Shape, *, output: bool) -> Work:
     """Return the work of one token of a row: one that is generated as output, or one that is read."""
     one, sites = Shape(1, 0, 1) if output else Shape(1, 1, 0), adapted(config, method.update)
-    reads = _read(config.sites, _kernel, crossbar, one)
+    reads = _read_base(config, crossbar, one)
     # Scores and the weighted sum of values, for every position that an attention attends to.
     macs = words = sum(
         2 * stack.layers * row_tokens(attention, row) * attention.heads * attention.d_head
@@ -218,6 +219,14 @@ def _of_tokens(sites: Mapping[str, Site], work: Callable[[Site], int], shape: Sh
     return sum(tokens(site.reads, shape) * site.layers * work(site) for site in sites.values())
 
 
+def _read_base(config: Architecture, crossbar: CrossbarConfig, shape: Shape) -> Counts:
+    """Return the counts of reading the base's sites, whose inputs are prepared once for all matrices of an input."""
+    reads = _read(config.sites, _kernel, crossbar, shape)
+    for site in (config.sites[names[0]] for names in sharing_inputs(config.sites, config.sites)):
+        reads += preparing(site.d_in, crossbar) * (tokens(site.reads, shape) * site.layers)
+    return reads
+
+
 def _read(
     sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig, shape: Shape
 ) -> Counts:
@@ -228,7 +237,7 @@ def _read(
 def _standing(sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig) -> Counts:
     """Return the counts of the sites' matrices, each in separate arrays."""
     return _sum(
-        counts(matrix, crossbar) * (n * site.layers)
+        counts(matrix, crossbar, prepares=False) * (n * site.layers)
         for site in sites.values()
         for matrix, n in Counter(matrices(site)).items()
     )
@@ -237,7 +246,7 @@ def _standing(sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]
 def _shared(sites: Mapping[str, Site], matrices: Callable[[Site], list[Matrix]], crossbar: CrossbarConfig) -> Counts:
     """Return the counts of shared matrices that are large enough for every site."""
     widest = Site(1, max(site.d_in for site in sites.values()), max(site.d_out for site in sites.values()))
-    return _sum(counts(matrix, crossbar) for matrix in matrices(widest))
+    return _sum(counts(matrix, crossbar, prepares=False) for matrix in matrices(widest))
 
 
 def _of_base(config: Architecture, crossbar: CrossbarConfig) -> Counts:
