@@ -7,6 +7,9 @@ slices of 2; a batch of 256 inputs of 8 bits, one bit at a time; an ADC of 8 bit
 calibrated. The floor of such a read is a loop of as many full products as it has pairs of slices: 32 for unsigned
 inputs, 28 for signed ones. Floor and candidate take turns; ratios are those of their medians.
 
+Prepared reads (input factors and a transform) are compared with the same reads without, by width; those of a single
+product, without an ADC, have no bar.
+
 `--paths` prints the time of a read by each path: of this weight, and of those of examples/smollm2/chip.yaml.
 
 `--decoder` reads one layer of SmolLM2-135M with random weights, in the arrays of examples/smollm2/chip.yaml, as teacher
@@ -34,6 +37,7 @@ from lorafusion_jax.parts import known_shapes
 _SIZE, _BATCH = 1024, 256
 _CHIPS, _CHIP_SIZE, _CHIP_BATCH = 16, 512, 64
 _REPEATS = 7
+_WIDTHS, _OUTPUTS = (64, 576, 1024, 1536, 2816), 576  # inputs and outputs of prepared reads
 _PROBED, _ROUNDS = 64, 3  # tokens that the ranges of --decoder are calibrated on
 _CHIP = _measure.ROOT / "examples" / "smollm2" / "chip.yaml"
 _DAC = crossbar.DAC(signed=False, scaling="fixed", limit=1.0)
@@ -77,6 +81,8 @@ def _cases() -> list[dict[str, Any]]:
     cases.append(_chips(key))
     program = jax.jit(lambda w: crossbar.program(w, config))
     cases.append(_case("programming", crossbar.program(w, config).plan.path, program, (w,), single, (2.0, 1.0)))
+    for width in _WIDTHS:
+        cases += [_prepared(width, "bit-sliced", _CONFIG.adc, 1.15), _prepared(width, "product", None, None)]
     return cases + _temporaries(w[:_CHIP_SIZE, :_CHIP_SIZE], x[:_CHIP_BATCH, :_CHIP_SIZE])
 
 
@@ -212,6 +218,29 @@ def _calibrated(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig, row
 def _given(w: jax.Array, x: jax.Array, config: crossbar.CrossbarConfig) -> crossbar.ADC:
     """Return the ADC with the range that one chip's calibration finds, for reads and chips that share it."""
     return crossbar.ADC(bits=8, range="given", limits=np.asarray(_calibrated(w, x, config).limits)[0].tolist())
+
+
+def _prepared(width: int, kind: str, adc: crossbar.ADC | None, bar: float | None) -> dict[str, Any]:
+    """Time reads with input factors and a transform against the same reads without."""
+    plain = crossbar.CrossbarConfig(mapping=crossbar.Mapping(scale="column"), adc=adc)
+    changed = _with(plain, mapping=crossbar.Mapping(scale="column", factors=True, transform="hadamard"))
+    key = jax.random.key(0)
+    w, x = jax.random.normal(key, (width, _OUTPUTS)), jax.random.normal(jax.random.fold_in(key, 1), (_BATCH, width))
+    made = crossbar.prepare({"w": w}, None, changed)["w"]
+    chips = {"ours": crossbar.program(w, changed, key, preparation=made), "plain": crossbar.program(w, plain, key)}
+    if adc is not None:
+        chips = {name: crossbar.calibrated(chip, crossbar.probe(x, chip)[1]) for name, chip in chips.items()}
+    read = jax.jit(crossbar.matmul)
+    runs = {name: lambda chip=chip: jax.block_until_ready(read(x, chip)) for name, chip in chips.items()}
+    seconds = in_turns(runs, _REPEATS)
+    return case(
+        f"crossbar, prepared {kind} read of {width} inputs / the same unprepared",
+        of_turns(seconds["ours"], seconds["plain"]),
+        bar,
+        path=chips["ours"].plan.path,
+        milliseconds=1e3 * float(np.median(seconds["ours"])),
+        plain_milliseconds=1e3 * float(np.median(seconds["plain"])),
+    )
 
 
 def _chips(key: jax.Array) -> dict[str, Any]:
