@@ -48,18 +48,8 @@ def _frequencies(rope: Rope, lengths: Int[Array, "B T"]) -> Float[Array, "#B #T 
     frequencies = np.float32(1.0) / np.float32(rope.theta) ** exponents
     if rope.scaling == "linear":
         frequencies = frequencies / np.float32(rope.factor)
-    if rope.scaling == "llama3":
-        # Between the two bounds the share of the unstretched frequency grows with the number of turns in a context.
-        turns = rope.context * frequencies / np.float32(2 * np.pi)
-        kept = np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
-        frequencies = ((1 - kept) / rope.factor + kept) * frequencies
-    if rope.scaling == "yarn":
-        # As with llama3, but the share is linear in the pair's number.
-        first, last = (_pair_with_turns(rope, turns) for turns in (rope.high_freq, rope.low_freq))
-        if rope.whole_pairs:
-            first, last = np.floor(first), np.ceil(last)
-        first, last = max(first, 0), min(last, rope.width - 1)
-        kept = 1 - np.clip((np.arange(len(exponents)) - first) / max(last - first, 0.001), 0, 1)
+    if rope.scaling in ("llama3", "yarn"):
+        kept = _kept(rope, frequencies)
         frequencies = ((1 - kept) / rope.factor + kept) * frequencies
     if rope.scaling == "longrope":
         long, short = (
@@ -71,6 +61,16 @@ def _frequencies(rope: Rope, lengths: Int[Array, "B T"]) -> Float[Array, "#B #T 
     return jnp.asarray(frequencies, jnp.float32)[None, None]
 
 
-def _pair_with_turns(rope: Rope, turns: float) -> float:
-    """Return the pair, maybe between two, that turns so often in the pretraining's context."""
-    return rope.width * np.log(rope.context / (turns * 2 * np.pi)) / (2 * np.log(rope.theta))
+def _kept(rope: Rope, frequencies: np.ndarray) -> np.ndarray:
+    """Return the share of every pair's unstretched frequency, which falls from 1 to 0 between two bounds."""
+    if rope.scaling == "llama3":
+        # It is linear in the number of turns in a context.
+        turns = rope.context * frequencies / np.float32(2 * np.pi)
+        return np.clip((turns - rope.low_freq) / (rope.high_freq - rope.low_freq), 0, 1)
+    # It is linear in the pair's number, between the pairs that turn so often in a context.
+    bounds = np.array([rope.high_freq, rope.low_freq])
+    first, last = rope.width * np.log(rope.context / (2 * np.pi * bounds)) / (2 * np.log(rope.theta))
+    if rope.whole_pairs:
+        first, last = np.floor(first), np.ceil(last)
+    first, last = max(first, 0), min(last, rope.width - 1)
+    return 1 - np.clip((np.arange(len(frequencies)) - first) / max(last - first, 0.001), 0, 1)
