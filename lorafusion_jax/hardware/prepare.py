@@ -97,7 +97,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
                     np.atleast_1d(crossbar.expected_error(weights[name], squares, config, how, errors=errors)).tolist()
                     for how in (crossbar.Preparation(), one)
                 )
-                sites[name] = OneSite(transforms=one.transforms, before=before, after=after)
+                sites[name] = OneSite(transforms=one.transforms, identity=one.identity, before=before, after=after)
                 bar.update()
     manifest = PreparedManifest(
         base=options.base,

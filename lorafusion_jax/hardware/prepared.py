@@ -8,7 +8,7 @@ FOLDER/preparations/arrays.safetensors     SITE/factors, SITE/ranges
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +29,13 @@ class OneSite(TypedDict):
 
     Attributes:
       transforms: inputs are transformed.
+      identity: digests of its arrays.
       before: relative error power of the largest weights as ranges, without a preparation.
       after: the same with the preparation.
     """
 
     transforms: bool
+    identity: str
     before: list[float]
     after: list[float]
 
@@ -47,7 +49,7 @@ class PreparedManifest(TypedDict):
     text_sha256: str
     tokens: int
     seed: int
-    digital: list[str]
+    digital: NotRequired[list[str]]
     sites: dict[str, OneSite]
 
 
@@ -111,4 +113,6 @@ def load_prepared(folder: Path) -> Prepared:
         parts = {part: jnp.asarray(values) for part, values in arrays_of_site.items()}
         one = crossbar.Preparation(transforms=of_site["transforms"])
         found[name] = dataclasses.replace(one, **parts).identified()
-    return Prepared(found, manifest["base_sha256"], str(folder), config, tuple(manifest["digital"]))
+        if found[name].identity != of_site["identity"]:
+            raise FileError(folder / PREPARATIONS, field=shown(name), got="arrays with another identity", fix=again)
+    return Prepared(found, manifest["base_sha256"], str(folder), config, tuple(manifest.get("digital", ())))

@@ -368,11 +368,12 @@ def _write_preparations(folder: Path) -> Path:
     mapping = lf.crossbar.Mapping(scale="column", factors=True, transform="hadamard", clip="optimal")
     config = lf.crossbar.CrossbarConfig(mapping=mapping)
     save_config(config, folder / "config.yaml")
-    site = {"transforms": True, "before": [0.2], "after": [0.1]}
     metadata = {"base": "base", "base_sha256": "0", "config_sha256": lf.crossbar.config_hash(config), "tokens": 3}
+    of_site = {"factors": np.ones(8, np.float32), "ranges": np.ones(4, np.float32)}
+    made = {part: jnp.asarray(values) for part, values in of_site.items()}
+    one = lf.crossbar.Preparation(factors=made["factors"], ranges=made["ranges"], transforms=True).identified()
+    site = {"transforms": True, "identity": one.identity, "before": [0.2], "after": [0.1]}
     metadata |= {"text_sha256": "0", "seed": 0, "digital": ["head"], "sites": {"q": site}}
-    shapes = {"factors": (8,), "ranges": (4,)}
-    of_site = {part: np.ones(shape, np.float32) for part, shape in shapes.items()}
     arrays.save(folder / "preparations", {"q": of_site}, metadata)
     return folder / "preparations"
 

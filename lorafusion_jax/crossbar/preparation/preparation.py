@@ -64,7 +64,7 @@ class Preparation:
     def identified(self) -> "Preparation":
         """Return the preparation with digests of its arrays as identity."""
         of_arrays = [b"" if part is None else np.asarray(part).tobytes() for part in (self.factors, self.ranges)]
-        of_arrays[0] += str(self.transforms).encode()
+        of_arrays[0] = str(self.transforms).encode() + of_arrays[0]
         identity = "-".join(hashlib.sha256(content).hexdigest()[:16] for content in of_arrays)
         return dataclasses.replace(self, identity=identity)
 
