@@ -64,7 +64,8 @@ def step_bytes(
     seeds is added, which cannot overwrite the old one. Shape and trained parameters are those of one seed.
     """
     gradients = trainable * _FLOAT32 * (1 if update.trains_base else 3)
-    kept = _kept(config, shape, update)
+    # A group of layers is recomputed as a whole.
+    kept = _kept(config, shape, update) + sum(_recurrences(config, shape))
     batched = seeds if seed_mode == "batched" else 1
     needed = batched * (kept + gradients + _work(config, shape) + _fused(config, update))
     needed += _copies(config, device, load_in, stacked=update.trains_base)
@@ -91,7 +92,8 @@ def evaluation_bytes(
     over layers writes a new copy of the target's for every token.
     """
     batched = seeds if seed_mode == "batched" else 1
-    needed = _work(config, shape)
+    # Without a backward pass a third of it is needed at a time, and of one layer.
+    needed = _work(config, shape) + max(_recurrences(config, shape)) // 3
     if new_tokens:
         cache = _cache(config, shape._replace(target=new_tokens), device) * _itemsize(config)
         cache += _FLOAT32 * 2 * shape.rows * _states(config)  # the scan over layers writes new ones
@@ -129,6 +131,12 @@ def _states(config: Architecture) -> int:
     )
 
 
+def _recurrences(config: Architecture, shape: Shape) -> list[int]:
+    """Return the bytes of the values of one recurrence in each stack, chunk by chunk."""
+    stacks = config.stacks.values()
+    return [_FLOAT32 * tokens(s.reads, shape) * s.elementwise if s.recurrence else 0 for s in stacks]
+
+
 def _kept(config: Architecture, shape: Shape, update: Update) -> int:
     """Return the bytes that the backward pass keeps: every layer's input, and most products.
 
@@ -161,9 +169,6 @@ def _work(config: Architecture, shape: Shape) -> int:
     stacks = config.stacks.values()
     heads = max((attention.heads for stack in stacks for attention in stack.attentions), default=0)
     scores = heads * sum(max(tokens(s.reads, rows) * row_tokens(s, rows) for s in stacks) for rows in shape.apart())
-    scores += max(
-        tokens(s.reads, shape) * r.heads * (r.chunk + r.d_key + r.d_value) if (r := s.recurrence) else 0 for s in stacks
-    )
     hidden = max(tokens(stack.reads, shape) for stack in stacks) * max(stack.d_ff for stack in stacks)
     return _FLOAT32 * (logits + 2 * scores) + 2 * _itemsize(config) * hidden
 

@@ -24,6 +24,7 @@ from lorafusion_jax.methods import METHODS
 from lorafusion_jax.methods.fused import BasisUpdate
 from lorafusion_jax.methods.vera import SharedUpdate
 from lorafusion_jax.models.decoder.config import Rope
+from lorafusion_jax.models.qwen3_5.config import Delta, Qwen35Config
 from lorafusion_jax.models.t5.config import SHAPES
 from lorafusion_jax.parts import plan
 from lorafusion_jax.tasks import Batch, Example, Rows, Task
@@ -40,6 +41,11 @@ _HEADS = {"d_head": 32, "num_heads": 4, "num_kv_heads": 2, "query_scale": 32**-0
 _SIZES = {"vocab_size": 512, "d_model": 128, "d_ff": 320, "num_layers": 2, "context": 128}
 _DECODER = parts.DecoderConfig(model_type="llama", **_SIZES, **_HEADS, eps=1e-6, unroll=True)
 _SCANNED_DECODER = dataclasses.replace(_DECODER, num_layers=9, unroll=False)
+_DELTA = Delta(key_heads=4, value_heads=4, d_key=32, d_value=32, kernel=4)
+_HYBRID = Qwen35Config(
+    model_type="qwen3_5_text", **_SIZES, **_HEADS, eps=1e-6, unroll=True, attention_gate=True, group=2, delta=_DELTA
+)
+_SCANNED_HYBRID = dataclasses.replace(_HYBRID, num_layers=8, group=4, unroll=False)
 _UNROLLED = {"unroll": True}
 _BFLOAT16 = {"dtype": "bfloat16"}
 _SHAPE = parts.Shape(4, 32, 8)
@@ -196,6 +202,7 @@ _LONG = pytest.mark.long
     ("name", "config", "changes", "tolerance"),
     [
         pytest.param("full", _DECODER, {}, 0.1, marks=_LONG),
+        pytest.param("full", _HYBRID, {}, 0.02, marks=_LONG),
         ("fusion", _SMALL, {"recipe": dataclasses.replace(_RECIPE, basis=32)}, 0.02),
         # A sum that is formed as a matrix, which multiplies all tokens, or those of the source.
         ("fusion", _SMALL, {"rank": 32}, 0.1),
@@ -341,6 +348,7 @@ def test_flops_of_generation(name, config, counted_as, rank):
                 ("fusion-basis", "sequential", _SCANNED, "int8", {}),
                 ("full", "sequential", _SCANNED, "full", {}),
                 ("fusion", "sequential", _SCANNED_DECODER, "full", {}),
+                ("fusion", "sequential", _SCANNED_HYBRID, "full", {}),
                 ("lora", "batched", _SCANNED_DECODER, "int8", _BFLOAT16),
                 ("lora", "sequential", _SCANNED_DECODER, "full", _UNROLLED),
             )
@@ -386,6 +394,7 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
         pytest.param(_SCANNED, "float32", "full", 32, marks=_LONG),
         pytest.param(_SCANNED, "bfloat16", "int8", 32, marks=_LONG),
         pytest.param(_SCANNED_DECODER, "float32", "full", 32, marks=_LONG),
+        pytest.param(_SCANNED_HYBRID, "float32", "full", 32, marks=_LONG),
     ],
 )
 def test_memory_of_generation(config, dtype, load_in, rows):

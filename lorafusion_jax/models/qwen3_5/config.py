@@ -80,9 +80,9 @@ class Qwen35Config(DecoderConfig):
     @functools.cached_property
     def stacks(self) -> Mapping[str, Stack]:
         full = self.of_attention.stacks["decoder"]
-        # The input of each norm, the convolution's result, the gate of the output, and the MLP's with its derivative.
-        kept = 2 * self.d_model + 2 * self.delta.channels + self.delta_shapes["in_proj_z"][1] + 2 * self.d_ff
         d = self.delta
+        # The input of each norm, the MLP's gate with its derivative, the convolution's steps, and products of a chunk.
+        kept = 2 * (self.d_model + self.d_ff) + 8 * (d.channels + d.value_heads * (CHUNK + d.d_key + d.d_value))
         recurrence = Recurrence(d.value_heads, d.d_key, d.d_value, CHUNK, inputs=(d.kernel - 1) * d.channels)
         delta = full._replace(attentions=(), elementwise=kept, recurrence=recurrence)
         return {f"delta{place}": delta for place in range(self.group - 1)} | {_FULL: full}
