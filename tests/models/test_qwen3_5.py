@@ -14,6 +14,7 @@ import lorafusion_jax as lf
 from lorafusion_jax import parts
 from lorafusion_jax.models.qwen3_5.delta_rule import CHUNK, delta_rule
 from lorafusion_jax.models.registry import family_of_json
+from lorafusion_jax.training.mesh import check_model, make_mesh
 
 
 def _by_definition(queries, keys, values, decay, beta, memory):
@@ -78,6 +79,15 @@ def test_lora_on_the_convolution_is_refused_by_name(tmp_path):
     save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution"):
         parts.convert(parts.ConvertOptions(base=str(base), adapters=(str(tmp_path / "lora"),), out=tmp_path / "pool"))
+
+
+def test_a_mesh_that_splits_matrices_is_refused():
+    """On two CPU devices the exchange of parts of `in_proj_qkv` never ended."""
+    config = family_of_json(small_llama.QWEN3_5).read_config(
+        small_llama.CONFIG | {"vocab_size": 40} | small_llama.QWEN3_5
+    )
+    with jax.set_mesh(make_mesh("model=2", 1)), pytest.raises(ValueError, match="--mesh model=2 would split a recurr"):
+        check_model(config)
 
 
 @pytest.mark.nightly
