@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(ConvertOptions, arguments, "convert")
     manifest = convert(options)
     if options.json:
-        print(json.dumps(manifest, indent=2))
+        show(json.dumps(manifest, indent=2))
     elif options.adapters or options.adapters_file:
         show(report(manifest))
         totals = manifest["totals"]

@@ -86,17 +86,18 @@ class Base:
         return self.family.checkpoint(self.config)
 
     @functools.cached_property
-    def stored_names(self) -> Mapping[str, str]:
-        """The names of the stored tensors, by those that the model gives them."""
+    def _known(self) -> Mapping[str, str]:
         layout = self.checkpoint
         slots = layout.slots(self.family.abstract(self.config))
-        known = {unwrapped(name): name for slot in slots for name in slot.names} | {layout.head: layout.head}
-        return {known.get(unwrapped(name), name): name for name in self.files.tensors()}
+        return {unwrapped(name): name for slot in slots for name in slot.names} | {layout.head: layout.head}
+
+    def model_name(self, stored: str) -> str:
+        """Return the name that the model gives to a stored tensor."""
+        return self._known.get(unwrapped(stored), stored)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the stored tensors by the model's names."""
-        stored = self.files.tensors()
-        return {name: stored[place] for name, place in self.stored_names.items()}
+        return {self.model_name(name): tensor for name, tensor in self.files.tensors().items()}
 
     @functools.cached_property
     def tokenizer(self) -> Any:
@@ -218,8 +219,9 @@ def put_base(model: Model, folder: Path, source: str | Path | Base) -> None:
     tensors = hf_tensors(model, base)
     if patterns := base.checkpoint.unread:
         # Named as in the base's files, so that whatever reads them reads the new ones.
-        tensors = {base.stored_names.get(name, name): tensor for name, tensor in tensors.items()}
         stored = base.files.tensors()
+        places = {base.model_name(name): name for name in stored}
+        tensors = {places.get(name, name): tensor for name, tensor in tensors.items()}
         unread = {name for pattern in patterns for name in fnmatch.filter(stored, pattern)}
         tensors |= {name: np.asarray(stored[name]) for name in unread}
     base.files.save_texts(folder)

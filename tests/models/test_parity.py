@@ -304,7 +304,7 @@ def base(request, tmp_path_factory) -> Path:
     _made(folder / "base", request.param, (_FAMILIES | _FURTHER).get(request.param, {}))
     for name, fields in _ADAPTERS.items():
         task = "SEQ_2_SEQ_LM" if request.param == "t5" else "CAUSAL_LM"
-        linear = r".*language_model\..*_proj(_\w+)?" if request.param in _WITH_IMAGES else "all-linear"
+        linear = r".*(language|text)_model\..*_proj(_\w+)?" if request.param in _WITH_IMAGES else "all-linear"
         config = peft.LoraConfig(task_type=task, target_modules=linear, **fields)
         adapted = peft.get_peft_model(_read(folder / "base"), config)
         peft_models.randomise(adapted, std=0.2).save_pretrained(folder / name)
