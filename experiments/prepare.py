@@ -171,6 +171,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         for chip in options.chips or (DEVELOPED_ON if part == "tune" else MEASURED_CHIPS)
         for setting, arm in PARTS[part]
     ]
+    wanted.sort(key=lambda job: job.arm.corrections is not None)  # the long ones last
     if options.plan:
         seconds = {job_of(row)._replace(chip=0): row["cpu_seconds"] for row in cells.rows()}
         costs = ((job.part, seconds.get(job._replace(chip=0), _SECONDS)) for job in cells.missing(wanted))
