@@ -1,0 +1,54 @@
+"""Preparing SmolLM2: its tables by hand, and its page against the committed rows."""
+
+import csv
+from pathlib import Path
+
+import prepare as experiment
+import pytest
+from lab.genres import GENRES
+from page_tables import rows_below
+
+from lorafusion_jax.trials import append_lines, read_lines
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PAGE = _ROOT / "docs" / "results" / "prepare.md"
+
+
+def _row(chip, losses):
+    job = experiment.Job("main", experiment.Setting(), chip, experiment.NONE)
+    of_job = {"part": "main", "setting": job.setting._asdict(), "chip": chip, "arm": job.arm._asdict()}
+    digital = {genre: [3.0, 3.0] for genre in GENRES}
+    return {"base": experiment.SMOLLM2, **of_job, "losses": losses, "digital_losses": digital, "cpu_seconds": 60.0}
+
+
+def test_means_are_over_chips_and_genres_without_the_fitted_one():
+    by_genre = dict.fromkeys(GENRES, [3.1, 3.3]) | {"fiction": [3.5, 3.7], "news": [9.0, 9.0]}
+    worse = {genre: [loss + 0.2 for loss in losses] for genre, losses in by_genre.items()}
+    (_, line) = experiment.tables([_row(0, by_genre), _row(1, worse)])["main"]
+    # The genres of the first chip lose 0.6, 0.2, 0.2 and 0.2, those of the second 0.2 more.
+    assert (line[2], line[3], line[6:]) == ("2", "0.400", ["0.500", "0.700", "0.300", "0.300", "0.300", "6.100"])
+
+
+def test_the_interval_draws_chips_and_windows_again():
+    """Losses of one chip do not differ by window, so a draw of two chips has one of three means."""
+    rows = [_row(chip, dict.fromkeys(GENRES, [loss, loss])) for chip, loss in enumerate((3.1, 3.5))]
+    assert experiment.over_chips_and_windows(rows) == pytest.approx((0.1, 0.5))
+
+
+def test_the_page_has_the_table_of_its_rows():
+    rows = read_lines(_ROOT / "results" / "prepare" / "rows.jsonl")
+    for part, lines in experiment.tables(rows).items():
+        with (_ROOT / "results" / "prepare" / f"{part}.csv").open() as file:
+            assert list(csv.reader(file)) == lines
+    head = ["change", "excess loss", "interval", "worst chip", "fiction", "proceedings", "play", "manual", "news"]
+    shown = [[cell.strip("*") for cell in row] for row in rows_below(_PAGE, head)]
+    assert shown == [[line[1], line[3], *line[5:]] for line in experiment.tables(rows)["main"][1:]]
+
+
+def test_measured_rows_are_not_planned_again(tmp_path, capsys):
+    plan = ["--parts", "main", "--chips", "0", "--out", str(tmp_path), "--plan"]
+    experiment.main(plan)
+    assert "7 cells, 7 CPU minutes" in capsys.readouterr().out
+    append_lines(tmp_path / "rows.jsonl", [_row(0, dict.fromkeys(GENRES, [3.0, 3.0]))])
+    experiment.main(plan)
+    assert "6 cells, 6 CPU minutes" in capsys.readouterr().out
