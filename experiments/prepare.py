@@ -24,21 +24,21 @@ import numpy as np
 import tyro
 from flax import nnx
 from lab.common import ROOT, with_interval, write_tables
-from lab.genres import GENRES, fitted_text, measured_text
+from lab.genres import GENRES, digest, fitted_text, measured_text
 from lab.smollm2 import SMOLLM2, base
-from restore import Setting
+from restore import Arm as Correcting
+from restore import Setting, how
 
-from lorafusion_jax import LoadOptions, PrepareOptions, Restoring, prepare, restore
+from lorafusion_jax import LoadOptions, PrepareOptions, prepare, restore
 from lorafusion_jax.crossbar import (
-    Cell,
     Correction,
     CrossbarConfig,
-    Mapping,
     Preparation,
     Rules,
     calibrate_tree,
     chips_in,
     config_hash,
+    load_config,
     moments,
     programmed_weights,
     reads,
@@ -164,7 +164,10 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     if unknown := set(options.parts) - PARTS.keys():
         raise ValueError(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    cells = Cells(options.out / "rows.jsonl", job_of, {"base": (options.base or Path(SMOLLM2)).name})
+    common = {"base": (options.base or Path(SMOLLM2)).name}
+    if options.texts is not None:
+        common["texts_sha256"] = digest(options.texts)
+    cells = Cells(options.out / "rows.jsonl", job_of, common)
     wanted = [
         Job(part, setting, chip, arm)
         for part in options.parts
@@ -220,7 +223,8 @@ class Bench:
 
     def prepared(self, config: CrossbarConfig) -> LoadedModel:
         """Return the model with the preparations that a configuration needs, which are kept in a folder."""
-        folder = self.runs / f"{self.model.stem}-{config_hash(config)[:16]}"
+        of_text = hashlib.sha256(self.fitted.read_bytes()).hexdigest()
+        folder = self.runs / f"{self.model.stem}-{config_hash(config)[:16]}-{of_text[:16]}"
         if config.mapping == dataclasses.replace(config.mapping, clip="none", factors=False, transform="none"):
             return self.loaded
         if not folder.exists():
@@ -253,8 +257,8 @@ class Bench:
     def smoothed(self) -> dict[str, Preparation]:
         """Return SmoothQuant's factors: a_i^2 = max |x_i| / max_j |w_ij|, for each matrix apart."""
         problem = self.loaded.problem
-        perfect = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
-        on_arrays = program_on_arrays(problem.graph, problem.frozen, {"*": perfect}, jax.random.key(0)).base
+        ideal = {"*": load_config("ideal")}
+        on_arrays = program_on_arrays(problem.graph, problem.frozen, ideal, jax.random.key(0)).base
         squares = moments(self.run, on_arrays, self.train[: MOMENTS // 128])
         found = {}
         for chip, matrix in zip(chips_in(on_arrays), digital_matrices(self.loaded, on_arrays), strict=True):
@@ -287,13 +291,10 @@ class Bench:
         setting = job.setting._replace(drift=0.0) if job.arm.age_0 else job.setting
         weights, digital = self.chip(setting, job.arm.changes, job.chip), self.loaded.problem.frozen.base
         held = digital_matrices(self.loaded, weights)
-        numbers = 0
-        if job.arm.corrections == "low-rank":
-            scales = sum(matrix.size // matrix.shape[-2] for matrix in held)
-            numbers = int(0.01 * sum(matrix.size for matrix in held)) - scales
-        how = Restoring(method=job.arm.corrections, numbers=numbers, epochs=job.arm.epochs, rate=job.arm.rate)
+        share = 0.01 if job.arm.corrections == "low-rank" else None
+        training = how(Correcting(job.arm.corrections, share, job.arm.epochs, job.arm.rate), held)
         targets = [Outputs(self.logits, digital, batches) for batches in (self.train, self.left_out)]
-        return restore(self.run, weights, held, self.train, targets[0], how, left_out=(self.left_out, targets[1]))
+        return restore(self.run, weights, held, self.train, targets[0], training, left_out=(self.left_out, targets[1]))
 
     def measure(self, weights: Any) -> dict[str, list[float]]:
         """Return the loss of each window, in nats per token, by genre."""
@@ -324,9 +325,6 @@ def measured(missing: Sequence[Job], options: Options) -> Iterator[Row]:
             "losses": found,
             "digital_losses": digital,
             "numbers": sum(correction.numbers() for correction in corrections.values()),
-            "texts_sha256": hashlib.sha256(
-                str([b.labels.tolist() for b in sum(bench.texts.values(), [])]).encode()
-            ).hexdigest(),
             "pulses": [
                 float(np.mean(np.asarray(chip.pulses))) for chip in chips_in(weights) if chip.pulses is not None
             ],
@@ -383,8 +381,10 @@ def _line(job: Job, rows: Sequence[Row]) -> list[str]:
     by_genre = [f"{statistics.fmean(above(row, [genre]) for row in rows):.3f}" for genre in GENRES]
     arm = f"{job.arm} ({job.arm.rate:g})" if job.part == "tune" else str(job.arm)
     mean, interval = with_interval(of_chips, 3)
+    pulses = [statistics.fmean(row["pulses"]) for row in rows if row.get("pulses")]
+    setting = str(job.setting) + (f", {statistics.fmean(pulses):.2f} pulses a cell" if pulses else "")
     return [
-        str(job.setting),
+        setting,
         arm,
         str(len(rows)),
         mean,

@@ -4,6 +4,7 @@ The files lie in source distributions on PyPI: brotli 1.2.1 (tests/testdata, fro
 4.4.0 (gensim/test/test_data, news of the Australian Broadcasting Corporation). Documentation is that of Python.
 """
 
+import hashlib
 import pydoc_data.topics
 from pathlib import Path
 
@@ -27,6 +28,12 @@ def fitted_text(folder: Path) -> str:
     each = _FITTED_ARTICLES // len(shipped)
     parts = [[text, *articles[n * each : (n + 1) * each]] for n, text in enumerate(shipped)]
     return "\n".join(text for part in parts for text in part)
+
+
+def digest(folder: Path) -> str:
+    """Return the SHA-256 of all texts; documentation differs between versions of Python."""
+    texts = [fitted_text(folder), *(measured_text(genre, folder) for genre in GENRES)]
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def measured_text(genre: str, folder: Path) -> str:

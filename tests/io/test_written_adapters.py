@@ -66,7 +66,7 @@ _ACCEPTED = [
     ({"revision": "main", "runtime_config": {"ephemeral_gpu_offload": False}}, (1.0, 1.0)),
     ({"a_field_of_tomorrow": 1, "another": {"a": [1]}}, (1.0, 1.0)),
     ({"base_model_name_or_path": None}, (1.0, 1.0)),
-    ({"base_model_name_or_path": "/root/models/checkpoint-500/"}, (1.0, 1.0)),
+    ({"base_model_name_or_path": "/models/checkpoint-500/"}, (1.0, 1.0)),
     ({"base_model_name_or_path": r"C:\models\Qwen2.5-7B"}, (1.0, 1.0)),
     ({"base_model_name_or_path": "unsloth/qwen2.5-7b-instruct-unsloth-bnb-4bit"}, (1.0, 1.0)),
     ({"base_model_name_or_path": "Qwen/Qwen3-8B"}, (1.0, 1.0)),  # of the same family: the shapes decide
