@@ -8,7 +8,7 @@ FOLDER/preparations/arrays.safetensors     SITE/factors, SITE/ranges
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +49,7 @@ class PreparedManifest(TypedDict):
     text_sha256: str
     tokens: int
     seed: int
-    digital: NotRequired[list[str]]
+    digital: list[str]
     sites: dict[str, OneSite]
 
 
@@ -115,4 +115,4 @@ def load_prepared(folder: Path) -> Prepared:
         found[name] = dataclasses.replace(one, **parts).identified()
         if found[name].identity != of_site["identity"]:
             raise FileError(folder / PREPARATIONS, field=shown(name), got="arrays with another identity", fix=again)
-    return Prepared(found, manifest["base_sha256"], str(folder), config, tuple(manifest.get("digital", ())))
+    return Prepared(found, manifest["base_sha256"], str(folder), config, tuple(manifest["digital"]))
