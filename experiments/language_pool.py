@@ -31,6 +31,7 @@ from lab.smollm2 import HUB_ID, base
 from lorafusion_jax import FuseOptions, LoRARecipe
 from lorafusion_jax.parts import (
     Epoch,
+    Params,
     Setup,
     environment,
     evaluate,
@@ -175,7 +176,7 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
     evaluated = time.perf_counter()
     state = fit(setup.problem, setup.rows, state, run.recipe, run.seeds, after_epoch=epochs.append)
     trained = time.perf_counter()
-    params = jax.tree.map(_rounded, state.params)
+    params = jax.tree.map(rounded, state.params)
     row = {
         "task": name,
         "family": _FAMILY.get(name),
@@ -194,13 +195,17 @@ def _train(name: str, path: Path, options: Options) -> dict[str, Any]:
         "data_sha256": setup.task.sha256,
         **environment(),
     }
+    write_lora(options.out / "adapters" / name, setup, params, options.base.stem if options.base else HUB_ID)
+    return row
+
+
+def write_lora(folder: Path, setup: Setup, params: Params, base: str) -> None:
+    """Write the LoRA of a run's only seed in PEFT's format, bfloat16."""
     of_seed = jax.tree.map(lambda p: p[0], params)
     problem = setup.problem.replace(index=setup.problem.index[0])
     adapters, _ = jax.jit(problem.method.adapters)(of_seed, problem.frozen, problem.index)
-    config, tensors = lora_adapter(setup.config, adapters, base=options.base.stem if options.base else HUB_ID)
-    halves = {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()}
-    write_adapter(options.out / "adapters" / name, config, halves)
-    return row
+    config, tensors = lora_adapter(setup.config, adapters, base=base)
+    write_adapter(folder, config, {key: tensor.astype(ml_dtypes.bfloat16) for key, tensor in tensors.items()})
 
 
 def _scores(setup: Setup, run: FuseOptions, params: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +219,7 @@ def _scores(setup: Setup, run: FuseOptions, params: dict[str, Any]) -> dict[str,
     }
 
 
-def _rounded(p: jax.Array) -> jax.Array:
+def rounded(p: jax.Array) -> jax.Array:
     """Return numbers that bfloat16 holds exactly, as the adapter's file does."""
     return p.astype(jnp.bfloat16).astype(p.dtype)
 

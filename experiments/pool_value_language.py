@@ -353,11 +353,11 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
         match, of_other = (means(own, "exact_match") for own in of_both)
         points = with_interval([match[task] - of_other[task] for task in gain], 1)
         label = [str(number), f"{arm} minus {other}", str(len(seeds))]
-        contrasts.append([*label, *_estimate([*gain.values()]), *points])
+        contrasts.append([*label, *estimate([*gain.values()]), *points])
         if (arm, other) == (ROTATED, FUSION):
             for seed in sorted(seeds):
                 alone = [first[seed][task]["test_loss"] - second[seed][task]["test_loss"] for task in gain]
-                by_seed.append([str(number), str(seed), *_estimate(alone)])
+                by_seed.append([str(number), str(seed), *estimate(alone)])
             for task in gain:
                 losses = (f"{value:.4f}" for value in (a[task], b[task], gain[task]))
                 by_task.append([task, str(number), str(len(seeds)), *losses])
@@ -365,7 +365,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
     return {name: lines for name, lines in found.items() if len(lines) > 1}
 
 
-def _estimate(values: Sequence[float]) -> list[str]:
+def estimate(values: Sequence[float]) -> list[str]:
     """Return the number of values, one for each task, their mean, its interval, and p of a t test."""
     test: Any = scipy.stats.ttest_1samp(values, 0.0)
     return [str(len(values)), *with_interval(values, 3), f"{test.pvalue:.2g}"]

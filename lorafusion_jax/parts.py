@@ -184,6 +184,7 @@ from .training.frozen import LOSS as LOSS
 from .training.loss import cross_entropy as cross_entropy
 from .training.loss import log_likelihood as log_likelihood
 from .training.loss import seed_entropies as seed_entropies
+from .training.loss import seed_likelihoods as seed_likelihoods
 from .training.mesh import AXES as AXES
 from .training.mesh import make_mesh as make_mesh
 from .training.mesh import on_mesh as on_mesh
