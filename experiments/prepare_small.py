@@ -1,0 +1,210 @@
+"""Preparing small models before their cells are written: fusions of the embedded pool, and a CNN on digits.
+
+    python experiments/prepare_small.py                            # tables of the committed rows
+    python experiments/prepare_small.py --parts fusions digits     # measures those that are missing, in 40 minutes
+
+The design is in the additions of experiments/prepare.md. OUT gets a line of small.jsonl for each task or seed and arm,
+and a table of each part.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import _script
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from lab.common import ROOT, SMALL, TASKS, options_of_small, with_interval, write_tables
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from lorafusion_jax import PrepareOptions, fuse, prepare
+from lorafusion_jax.crossbar import flax, load_config
+from lorafusion_jax.parts import EvaluateOnChipsOptions, RestoreOptions, evaluate_on_chips, read_json, restore_chips
+from lorafusion_jax.tasks import load_task
+from lorafusion_jax.trials import ARMS, Cells, Row
+
+CHIPS, SEEDS = {"fusions": 4, "digits": 10}, (0, 1, 2, 3, 4)
+ARRAYS, SCALES = ("today", "prepared"), ", then scales"
+# Tasks whose prompts show which inputs matter, and train scales: 47 of each.
+_PROMPTS = ("double_digit", "last3_starvow", "odd_dash", "reverse_mirror", "reverse_starcon", "rotr_next")
+_STEPS, _BATCH = 400, 128
+
+
+class Job(NamedTuple):
+    """A row that is to be measured: an arm of a task or of the seed of a CNN."""
+
+    part: str
+    subject: str | int
+    arm: str
+
+
+PARTS = {
+    "fusions": [Job("fusions", task, arm + after) for task in TASKS for after in ("", SCALES) for arm in ARRAYS],
+    "digits": [Job("digits", seed, arm) for seed in SEEDS for arm in ARRAYS],
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the measurement.
+
+    Attributes:
+      parts: parts to measure; none for the tables of OUT alone.
+      runs: folder of fusions, preparations and scales.
+      out: folder of results; rows that are there are not measured again.
+    """
+
+    parts: tuple[str, ...] = ()
+    runs: Path = ROOT / "runs" / "prepare_small"
+    out: Path = ROOT / "results" / "prepare"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Measure what is missing, and write the tables."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    if unknown := set(options.parts) - PARTS.keys():
+        raise ValueError(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    cells = Cells(options.out / "small.jsonl", job_of)
+    wanted = [job for part in options.parts for job in PARTS[part]]
+    cells.fill(wanted, lambda missing: map(Bench(options.runs).row, missing), str)
+    if rows := cells.rows():
+        write_tables(options.out, tables(rows))
+
+
+def job_of(row: Row) -> Job:
+    """Return what a row was measured of."""
+    return Job(row["part"], row["subject"], row["arm"])
+
+
+class CNN(nnx.Module):
+    """Two convolutions and two linear layers for images of 8 x 8."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Conv(1, 16, (3, 3), rngs=rngs)
+        self.second = nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs)
+        self.hidden = nnx.Linear(512, 64, rngs=rngs)
+        self.head = nnx.Linear(64, 10, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        x = nnx.relu(self.second(nnx.relu(self.first(x))))
+        return self.head(nnx.relu(self.hidden(x.reshape(len(x), -1))))
+
+
+class Bench:
+    """What rows share: fusions, preparations and scales in a folder, and the last CNN."""
+
+    def __init__(self, runs: Path):
+        self.runs, self.seed = runs, None
+        self.base, self.unprepared = str(SMALL / "base"), str(SMALL.parent / "chip.yaml")
+
+    def row(self, job: Job) -> Row:
+        """Return the row of a job: scores of the digital model and of each chip."""
+        digital, chips = self.fusion(job) if job.part == "fusions" else self.cnn(job)
+        return {**job._asdict(), "digital": digital, "chips": chips}
+
+    def fusion(self, job: Job) -> tuple[Row, list[Row]]:
+        """Return exact match and loss of a task's fusion."""
+        run, numbers = self.runs / str(job.subject), range(CHIPS["fusions"])
+        if not run.exists():
+            fuse(options_of_small(run.name, ARMS["LoRAFusion"], seeds=(1,), out=self.runs, name=run.name))
+        (digital,) = read_json(run / "results.json", dict[str, Any], "results")["seeds"]
+        (text := self.runs / "prompts.txt").write_text(_prompts())
+        crossbar, prepared, scales = self.unprepared, self.runs / "prepared", None
+        if job.arm.startswith("prepared"):
+            crossbar = str(prepared)
+            if not prepared.exists():
+                prepare(PrepareOptions(base=self.base, crossbar=self.unprepared, text=(text,), out=prepared))
+        if job.arm.endswith(SCALES):
+            scales = self.runs / f"scales-{job.arm.removesuffix(SCALES)}"
+            of_chips = {"crossbar": crossbar, "chip": (*numbers,), "out": scales}
+            restore_chips(RestoreOptions(base=self.base, text=(text,), **of_chips))
+        options = EvaluateOnChipsOptions(run=run, crossbar=crossbar, chips=len(numbers), restore=scales)
+        scored = evaluate_on_chips(options)["rows"]
+        return _scores(digital), [_scores(row) for row in scored]
+
+    def cnn(self, job: Job) -> tuple[Row, list[Row]]:
+        """Return the accuracy of a CNN."""
+        images, labels = load_digits(return_X_y=True)
+        images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
+        train, test, labels, answers = train_test_split(images, labels, random_state=0)
+        if self.seed != job.subject:
+            self.seed, self.model = job.subject, trained(train, labels, int(job.subject))
+        config = load_config("neurram")
+        changed = {"factors": True, "transform": "hadamard", "clip": "optimal"} if job.arm == "prepared" else {}
+        rules = {
+            "*": dataclasses.replace(config, mapping=dataclasses.replace(config.mapping, scale="column", **changed))
+        }
+        few = [jnp.asarray(train[:_BATCH])]
+        preparations = flax.prepare(self.model, rules, few)
+        predicted = nnx.jit(lambda model, x: model(x).argmax(axis=1))
+
+        def accuracy(model: CNN) -> Row:
+            return {"accuracy": 100 * float(np.mean(np.asarray(predicted(model, test)) == answers))}
+
+        keys = [jax.random.fold_in(jax.random.key(int(job.subject)), chip) for chip in range(CHIPS["digits"])]
+        on_chips = (flax.calibrate(flax.convert(self.model, rules, key, preparations), few) for key in keys)
+        return accuracy(self.model), [accuracy(model) for model in on_chips]
+
+
+def trained(images: np.ndarray, labels: np.ndarray, seed: int) -> CNN:
+    """Return a CNN that is trained digitally."""
+    model, generator = CNN(nnx.Rngs(seed)), np.random.default_rng(seed)
+    optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: CNN, optimizer: Any, x: Any, y: Any) -> None:
+        def loss(model: CNN) -> Any:
+            return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    for _ in range(_STEPS):
+        drawn = generator.integers(0, len(images), _BATCH)
+        step(model, optimizer, images[drawn], labels[drawn])
+    return model
+
+
+def _prompts() -> str:
+    """Return prompts of training rows, without their answers."""
+    rows = (load_task(SMALL / "tasks" / task, train_rows=47).train for task in _PROMPTS)
+    return "".join(f"{example.input}\n" for of_task in rows for example in of_task)
+
+
+def _scores(row: Row) -> Row:
+    return {name: row[name] for name in ("exact_match", "loss")}
+
+
+def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """Return a table of each part; means over chips, and over tasks or seeds."""
+    found: dict[str, list[list[str]]] = {}
+    for part in PARTS:
+        of_part = [row for row in rows if row["part"] == part]
+        for score in of_part[0]["digital"] if of_part else ():
+            today = statistics.fmean(_lost(of_part, "today", score))
+            digital = statistics.fmean(row["digital"][score] for row in of_part)
+            for arm in dict.fromkeys(row["arm"] for row in of_part):
+                lost = _lost(of_part, arm, score)
+                mean = statistics.fmean(lost)
+                numbers = [f"{digital - mean:.3f}", *with_interval(lost, 3), f"{100 * (1 - mean / today):.0f}"]
+                found.setdefault(part, [_HEAD]).append([arm, score, str(len(lost)), f"{digital:.3f}", *numbers])
+    return found
+
+
+_HEAD = ["arm", "score", "tasks or seeds", "digital", "on chips", "lost", "interval", "of today's loss that is back, %"]
+
+
+def _lost(rows: Sequence[Row], arm: str, score: str) -> list[float]:
+    """Return what each task or seed loses on chips, on average; of losses, minus what they gain."""
+    of_arm = [row for row in rows if row["arm"] == arm]
+    return [row["digital"][score] - statistics.fmean(chip[score] for chip in row["chips"]) for row in of_arm]
+
+
+if __name__ == "__main__":
+    _script.run(main)
