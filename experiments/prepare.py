@@ -136,10 +136,7 @@ PARTS: dict[str, list[tuple[Setting, Arm]]] = {
         *((Setting(verify=tolerance), OLD) for tolerance in (0.02, 0.03)),
     ],
     "verified": [(Setting(verify=tolerance), NONE) for tolerance in (0.02, 0.03)],
-    "bounds": [
-        *((Setting(error), NONE) for error in (0.02, 0.03, 0.04)),
-        *((Setting(), Arm(changes)) for changes in _BOUNDS),
-    ],
+    "bounds": [(Setting(0.02), NONE), *((Setting(), Arm(changes)) for changes in (ALL, *_BOUNDS))],
     "other": [(Setting(), arm) for arm in (OLD, NONE, SCALES)],
     "tune": [(Setting(), SCALES._replace(rate=rate)) for rate in (0.0005, 0.0015, 0.005)],
 }

@@ -125,15 +125,15 @@ class Bench:
             scales = self.runs / f"scales-{job.arm.removesuffix(SCALES)}"
             of_chips = {"crossbar": crossbar, "chip": (*numbers,), "out": scales}
             restore_chips(RestoreOptions(base=self.base, text=(text,), **of_chips))
-        options = EvaluateOnChipsOptions(run=run, crossbar=crossbar, chips=len(numbers), restore=scales)
+        options = EvaluateOnChipsOptions(run=run, crossbar=crossbar, chips=len(numbers), restore=scales and str(scales))
         scored = evaluate_on_chips(options)["rows"]
         return _scores(digital), [_scores(row) for row in scored]
 
     def cnn(self, job: Job) -> tuple[Row, list[Row]]:
         """Return the accuracy of a CNN."""
-        images, labels = load_digits(return_X_y=True)
+        images, labels = map(np.asarray, load_digits(return_X_y=True))
         images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
-        train, test, labels, answers = train_test_split(images, labels, random_state=0)
+        train, test, labels, answers = map(np.asarray, train_test_split(images, labels, random_state=0))
         if self.seed != job.subject:
             self.seed, self.model = job.subject, trained(train, labels, int(job.subject))
         config = load_config("neurram")
