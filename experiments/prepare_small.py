@@ -25,13 +25,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from lorafusion_jax import PrepareOptions, fuse, prepare
-from lorafusion_jax.crossbar import flax, load_config
+from lorafusion_jax.crossbar import Device, flax, load_config
 from lorafusion_jax.parts import EvaluateOnChipsOptions, RestoreOptions, evaluate_on_chips, read_json, restore_chips
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import ARMS, Cells, Row
 
 CHIPS, SEEDS = {"fusions": 4, "digits": 10}, (0, 1, 2, 3, 4)
-ARRAYS, SCALES = ("today", "prepared"), ", then scales"
+ARRAYS, SCALES, PERFECT = ("today", "prepared"), ", then scales", "perfect cells"
 TASKS = ("swapends_prev", "pairswap_numvow", "sort_next2")  # those of docs/results/chips.md
 # Tasks whose prompts show which inputs matter, and train scales: 47 of each.
 _PROMPTS = ("double_digit", "last3_starvow", "odd_dash", "reverse_mirror", "reverse_starcon", "rotr_next")
@@ -48,7 +48,7 @@ class Job(NamedTuple):
 
 PARTS = {
     "fusions": [Job("fusions", task, arm) for task in TASKS for arm in (*ARRAYS, "prepared" + SCALES)],
-    "digits": [Job("digits", seed, arm) for seed in SEEDS for arm in ARRAYS],
+    "digits": [Job("digits", seed, arm) for seed in SEEDS for arm in (*ARRAYS, PERFECT)],
 }
 
 
@@ -139,9 +139,9 @@ class Bench:
             self.seed, self.model = job.subject, trained(train, labels, int(job.subject))
         config = load_config("neurram")
         changed = {"factors": True, "transform": "hadamard", "clip": "optimal"} if job.arm == "prepared" else {}
-        rules = {
-            "*": dataclasses.replace(config, mapping=dataclasses.replace(config.mapping, scale="column", **changed))
-        }
+        mapping = dataclasses.replace(config.mapping, scale="column", **changed)
+        device = Device() if job.arm == PERFECT else config.device
+        rules = {"*": dataclasses.replace(config, mapping=mapping, device=device)}
         few = [jnp.asarray(train[:_BATCH])]
         preparations = flax.prepare(self.model, rules, few)
         predicted = nnx.jit(lambda model, x: model(x).argmax(axis=1))
@@ -150,6 +150,7 @@ class Bench:
             return {"accuracy": 100 * float(np.mean(np.asarray(predicted(model, test)) == answers))}
 
         keys = [jax.random.fold_in(jax.random.key(int(job.subject)), chip) for chip in range(CHIPS["digits"])]
+        keys = keys[:1] if job.arm == PERFECT else keys
         on_chips = (flax.calibrate(flax.convert(self.model, rules, key, preparations), few) for key in keys)
         return accuracy(self.model), [accuracy(model) for model in on_chips]
 
