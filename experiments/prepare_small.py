@@ -1,10 +1,10 @@
 """Preparing small models before their cells are written: fusions of the embedded pool, and a CNN on digits.
 
     python experiments/prepare_small.py                            # tables of the committed rows
-    python experiments/prepare_small.py --parts fusions digits     # measures those that are missing, in 40 minutes
+    python experiments/prepare_small.py --parts fusions digits     # measures those that are missing
 
 The design is in the additions of experiments/prepare.md. OUT gets a line of small.jsonl for each task or seed and arm,
-and a table of each part.
+and a table of each part. The CNN needs scikit-learn, which `make test` installs.
 """
 
 import dataclasses
@@ -21,8 +21,6 @@ import optax
 import tyro
 from flax import nnx
 from lab.common import ROOT, SMALL, options_of_small, with_interval, write_tables
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from lorafusion_jax import PrepareOptions, fuse, prepare
 from lorafusion_jax.crossbar import Device, flax, load_config
@@ -132,6 +130,9 @@ class Bench:
 
     def cnn(self, job: Job) -> tuple[Row, list[Row]]:
         """Return the accuracy of a CNN."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
         images, labels = map(np.asarray, load_digits(return_X_y=True))
         images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
         train, test, labels, answers = map(np.asarray, train_test_split(images, labels, random_state=0))

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 import prepare as experiment
+import prepare_small as small
 import pytest
 from lab.genres import GENRES
 from page_tables import rows_below
@@ -12,6 +13,7 @@ from lorafusion_jax.trials import append_lines, read_lines
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PAGE = _ROOT / "docs" / "results" / "prepare.md"
+_RESULTS = _ROOT / "results" / "prepare"
 
 
 def _row(chip, losses):
@@ -36,13 +38,13 @@ def test_the_interval_draws_chips_and_windows_again():
 
 
 def test_the_page_has_the_table_of_its_rows():
-    rows = read_lines(_ROOT / "results" / "prepare" / "rows.jsonl")
+    rows = read_lines(_RESULTS / "rows.jsonl")
     for part, lines in experiment.tables(rows).items():
-        with (_ROOT / "results" / "prepare" / f"{part}.csv").open() as file:
+        with (_RESULTS / f"{part}.csv").open() as file:
             assert list(csv.reader(file)) == lines
-    head = ["change", "excess loss", "interval", "worst chip", "fiction", "proceedings", "play", "manual", "news"]
+    head = ["change", "excess loss", "interval", "worst chip", "news"]
     shown = [[cell.strip("*") for cell in row] for row in rows_below(_PAGE, head)]
-    assert shown == [[line[1], line[3], *line[5:]] for line in experiment.tables(rows)["main"][1:]]
+    assert shown == [[line[1], line[3], line[5], line[6], line[-1]] for line in experiment.tables(rows)["main"][1:]]
 
 
 def test_measured_rows_are_not_planned_again(tmp_path, capsys):
@@ -52,3 +54,14 @@ def test_measured_rows_are_not_planned_again(tmp_path, capsys):
     append_lines(tmp_path / "rows.jsonl", [_row(0, dict.fromkeys(GENRES, [3.0, 3.0]))])
     experiment.main(plan)
     assert "6 cells, 6 CPU minutes" in capsys.readouterr().out
+
+
+def test_the_page_has_the_shares_that_small_models_get_back():
+    found = small.tables(read_lines(_RESULTS / "small.jsonl"))
+    for part, lines in found.items():
+        with (_RESULTS / f"{part}.csv").open() as file:
+            assert list(csv.reader(file)) == lines
+    today, prepared, _ = found["digits"][1:]
+    expected = [[today[3], today[4], prepared[4], prepared[7]]]
+    shown = rows_below(_PAGE, ["score, %", "digital", "today", "prepared", "of the lost, back, %", "goal"])
+    assert [row[1:5] for row in shown] == expected
