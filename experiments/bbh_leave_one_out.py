@@ -32,10 +32,10 @@ from lab.common import ROOT, write_tables
 from lab.pool_cells import Arm
 from lab.smollm2 import HUB_ID, SMOLLM2, base
 from lab.tasks import prompt_overlap
-from lab.tuning import best_tried, rates_at, tune
+from lab.tuning import best_tried, rates_at, tried_line, tune
 from language_pool import rounded, write_lora
 from pool_value_language import ARMS as OF_LANGUAGE
-from pool_value_language import FUSION, MAGNITUDES, ROTATED, ZERO, estimate
+from pool_value_language import FUSION, MAGNITUDES, ROTATED, ZERO, estimate, tuning_key
 
 from lorafusion_jax import FuseOptions, LoadOptions, LoRARecipe
 from lorafusion_jax.methods import find, recipe_of
@@ -69,8 +69,9 @@ from lorafusion_jax.trials import Cells, Lanes, Row, Training, print_plan
 
 RATED, RATES = "object_counting", (0.001, 0.003)
 FAMILIES = DEDUCTION, TRACKING = "logical_deduction", "tracking_shuffled_objects"
-PILOT = (RATED, "boolean_expressions", "dyck_languages", "hyperbaton", "navigate", "sports_understanding")
-PILOT = (*PILOT, f"{DEDUCTION}_three_objects", f"{TRACKING}_three_objects", "word_sorting")
+# Of equal numbers of rows, the shortest first.
+PILOT = (RATED, "boolean_expressions", "sports_understanding", "hyperbaton", "word_sorting", "dyck_languages")
+PILOT = (*PILOT, "navigate", f"{DEDUCTION}_three_objects", f"{TRACKING}_three_objects")
 NINE = ("boolean_expressions", "disambiguation_qa", "dyck_languages", "hyperbaton", "navigate", "object_counting")
 NINE = (*NINE, f"{DEDUCTION}_five_objects", f"{TRACKING}_five_objects", "word_sorting")
 TWELVE = (*NINE, f"{DEDUCTION}_three_objects", "snarks", "sports_understanding")
@@ -199,8 +200,7 @@ class Lab:
         of = functools.partial(Cells[Any], common=common)
         self.adapters = of(options.out / "adapters.jsonl", lambda row: (row["task"], row["rate"]))
         self.cells = of(options.out / "rows.jsonl", lambda row: Cell(*(row[name] for name in Cell._fields)))
-        key = ("arm", "rows", "point", "task", "seed")
-        self.trials = of(options.out / "rates.jsonl", lambda row: tuple(_frozen(row[name]) for name in key))
+        self.trials = of(options.out / "rates.jsonl", tuning_key)
         self.lanes = functools.lru_cache(maxsize=1)(self._lanes)
 
     @functools.cached_property
@@ -344,10 +344,7 @@ class Lab:
         if part.startswith("rates"):
             arms = [(arm, rows, moves(len(ARMS[arm].rates))) for arm, rows in self.arms(part)]
             keys = [
-                (arm, rows, at, *each)
-                for arm, rows, by in arms
-                for at in (_ZEROS[len(by[0])], *by)
-                for each in TRIED_ON
+                (arm, rows, at, *each) for arm, rows, by in arms for at in ((0,) * len(by[0]), *by) for each in TRIED_ON
             ]
             works = [
                 self.work(task, Cell(arm, rows, task, seed)) for arm, rows, _, task, seed in self.trials.missing(keys)
@@ -374,11 +371,6 @@ class Lab:
 
 # CPU seconds of a character where no adapter is measured; a step with 26 modules of rank 8 over one with a LoRA.
 _SECONDS, _FUSED = 0.0005, 1.6
-_ZEROS = {1: (0,), 2: (0, 0)}
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def moves(rates: int) -> list[tuple[int, ...]]:
@@ -433,10 +425,7 @@ def tables(adapters: Sequence[Row], rows: Sequence[Row], trials: Sequence[Row]) 
     for task, gain in gains(by_arm[ROTATED], by_arm[FUSION]).items():
         by_task.append([task, *(f"{of[task]:.3f}" if task in of else "-" for of in by_arm.values()), f"{gain:.3f}"])
     rates = [["arm", "rows", "rates", "mean test loss", "rates tried"]]
-    for arm, number in itertools.product(TRAINED, EPOCHS):
-        if (best := best_tried(trials, arm, number)) is not None:
-            shown = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in best.rates.items())
-            rates.append([arm, str(number), shown, f"{best.loss:.3f}", str(best.number)])
+    rates += itertools.chain(*(tried_line(trials, arm, number) for arm in TRAINED for number in EPOCHS))
     found = {"pilot": pilot, "tasks": by_task, "tests": tests(rows), "rates": rates}
     return {name: lines for name, lines in found.items() if len(lines) > 1}
 

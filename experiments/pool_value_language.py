@@ -42,7 +42,7 @@ from lab.language import (
 )
 from lab.pool_cells import Arm, Watch
 from lab.smollm2 import base
-from lab.tuning import best_tried, rates_at, tune
+from lab.tuning import rates_at, tried_line, tune
 
 from lorafusion_jax import FuseOptions
 from lorafusion_jax.methods import find as find_method
@@ -210,11 +210,11 @@ def tuned(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], out: Path
             yield key | {"point": point, "rates": rates, "test_loss": loss}
 
     moves = [by for by in itertools.product((-1, 0, 1), repeat=len(begin)) if sum(map(abs, by)) == 1]
-    trials, over = Cells(out / "language_tune.jsonl", _tuning_key), [*itertools.product(TUNING, TUNING_SEEDS[rows])]
+    trials, over = Cells(out / "language_tune.jsonl", tuning_key), [*itertools.product(TUNING, TUNING_SEEDS[rows])]
     return tune(trials, (name, rows), begin, moves, over, measure)
 
 
-def _tuning_key(row: Row) -> tuple[Any, ...]:
+def tuning_key(row: Row) -> tuple[Any, ...]:
     return row["arm"], row["rows"], tuple(row["point"]), row["task"], row["seed"]
 
 
@@ -339,9 +339,7 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row], targets: int = TARGETS) -
             counts = f"{next(iter(next(iter(own.values())).values()))['numbers']:,}"
             loss, match = (np.mean([*means(own, value).values()]) for value in ("test_loss", "exact_match"))
             arms.append([arm, counts, str(number), str(len(own)), f"{loss:.3f}", f"{match:.1f}"])
-        if own and (best := best_tried(tuning, arm, number)):
-            shown = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in best.rates.items())
-            rates.append([arm, str(number), shown, f"{best.loss:.3f}", str(best.number)])
+            rates += tried_line(tuning, arm, number)
     pairs = [(arm, FUSION) for arm in ARMS if arm != FUSION]
     for number, (arm, other) in itertools.product(EPOCHS, [*pairs, *MORE_PAIRS]):
         first, second = complete(rows, arm, number, targets), complete(rows, other, number, targets)

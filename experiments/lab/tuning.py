@@ -80,3 +80,12 @@ def best_tried(trials: Iterable[Row], arm: str, rows: int) -> Tried | None:
         return None
     best = min(losses, key=lambda point: losses[point])
     return Tried(by_point[best][0]["rates"], losses[best], len(losses))
+
+
+def tried_line(trials: Iterable[Row], arm: str, rows: int) -> list[list[str]]:
+    """Return the line of a table with the best rates of an arm, no line if none were tried."""
+    best = best_tried(trials, arm, rows)
+    if best is None:
+        return []
+    shown = ", ".join(f"{name.removeprefix('lr_')} {rate:g}" for name, rate in best.rates.items())
+    return [[arm, str(rows), shown, f"{best.loss:.3f}", str(best.number)]]
