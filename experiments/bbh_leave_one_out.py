@@ -67,7 +67,7 @@ from lorafusion_jax.tasks import (
 )
 from lorafusion_jax.trials import Cells, Lanes, Row, Training, print_plan
 
-RATED, RATES = "object_counting", (0.001, 0.003)
+RATED, RATES, LEARNED = "object_counting", (0.001, 0.003), 5
 FAMILIES = DEDUCTION, TRACKING = "logical_deduction", "tracking_shuffled_objects"
 # Of equal numbers of rows, the shortest first.
 PILOT = (RATED, "boolean_expressions", "sports_understanding", "hyperbaton", "word_sorting", "dyck_languages")
@@ -243,7 +243,14 @@ class Lab:
         elif part in ("pilot", "adapters"):
             self._train((RATED, rate) for rate in RATES)
             rate = best_rate(self.adapters.rows())
-            self._train((name, rate) for name in (PILOT if part == "pilot" else self.tasks))
+            self._train((name, rate) for name in PILOT)
+            if part == "adapters":
+                learned = sum(map(learns, chosen(self.adapters.rows())))
+                if learned < LEARNED:
+                    raise ValueError(
+                        f"{self.name} learns {learned} tasks of the pilot: the design ends below {LEARNED}"
+                    )
+                self._train((name, rate) for name in self.tasks)
         else:
             self.cells.fill(self.wanted(part), self._measured, lambda row: f"{self.cells.key_of(row)}: {row[LOSS]}")
 
@@ -270,8 +277,10 @@ class Lab:
         row: Row = {"task": name, "rate": rate, "seed": seeds[0], "steps": int(state.step[0])}
         row["validation_loss"] = [round(float(epoch.validation_loss[0]), 5) for epoch in epochs]
         row["adapter"], row["answer_tokens"] = nats(setup, params, setup.test)
-        row["alone"], _ = nats(self.alone, {}, setup.test)
-        if name in PILOT:
+        if there := [row for row in self.adapters.rows() if row["task"] == name]:  # at another rate
+            row |= {control: there[0][control] for control in ("alone", "examples", "frequencies")}
+        elif name in PILOT:
+            row["alone"], _ = nats(self.alone, {}, setup.test)
             shown = few_shot(dataclasses.replace(task, train=train), SHOTS, seeds[0])
             texts = Texts(setup.tokenizer, setup.text_format)
             row["examples"], _ = nats(self.alone, {}, encode_shown(texts, shown, len(shown.test), 0))
@@ -361,7 +370,7 @@ class Lab:
         task, arm, rows = self.tasks[name], ARMS[LORA if cell is None else cell.arm], 95 if cell is None else cell.rows
         trained = 3 * EPOCHS[rows] * rows if arm.rates else 26 * rows if arm.method in ("single", "lorahub") else 0
         if cell is None:
-            tested = 2 + (1 + SHOTS) * (name in PILOT)
+            tested = 1 + (2 + SHOTS) * (name in PILOT)
         else:
             answered = answers and cell.arm in ANSWERED
             tested = (1 + SHOTS * (cell.arm == SHOWN)) * (2 + len((answer_options(task) or [()])[0]) if answered else 1)
@@ -392,6 +401,12 @@ def best_rate(rows: Sequence[Row]) -> float:
     return min(RATES, key=lambda rate: found[rate])
 
 
+def chosen(rows: Sequence[Row]) -> list[Row]:
+    """Return the pilot's rows at its rate."""
+    rate = best_rate(rows)
+    return [row for row in rows if row["task"] in PILOT and row["rate"] == rate]
+
+
 def learns(row: Row) -> bool:
     """Return whether an adapter's loss is below both controls by more than two standard errors over rows."""
     by = [losses(row, control) - losses(row, "adapter") for control in ("examples", "frequencies")]
@@ -416,10 +431,9 @@ def gains(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, 
 def tables(adapters: Sequence[Row], rows: Sequence[Row], trials: Sequence[Row]) -> dict[str, list[list[str]]]:
     """Return the tables of what is measured; losses are in nats per answer token."""
     pilot = [["task", "base", SHOWN, "frequencies of answers", "adapter", "learned"]]
-    for row in sorted(adapters, key=lambda row: row["task"]):
-        if row["task"] in PILOT and row["rate"] == best_rate(adapters):
-            values = [f"{losses(row, of).mean():.3f}" for of in ("alone", "examples", "frequencies", "adapter")]
-            pilot.append([row["task"], *values, "yes" if learns(row) else "no"])
+    for row in sorted(chosen(adapters) if adapters else (), key=lambda row: row["task"]):
+        values = [f"{losses(row, of).mean():.3f}" for of in ("alone", "examples", "frequencies", "adapter")]
+        pilot.append([row["task"], *values, "yes" if learns(row) else "no"])
     by_arm = {arm: means(rows, arm, LOSS) for arm in (ZERO, SHOWN, LORAHUB, MAGNITUDES, ROTATED, FUSION, LORA)}
     by_task = [["task", *by_arm, "advantage"]]
     for task, gain in gains(by_arm[ROTATED], by_arm[FUSION]).items():

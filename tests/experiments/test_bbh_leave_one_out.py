@@ -39,7 +39,7 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_parts_continue_and_arms_fuse_the_adapters(run, tmp_path, capsys):
+def test_parts_continue_and_arms_fuse_the_adapters(run, tmp_path, capsys, monkeypatch):
     run("--parts", "adapters", "--plan")
     assert capsys.readouterr().out.startswith("adapters: 4 cells")
     rows = run("--parts", "pilot")
@@ -48,7 +48,12 @@ def test_parts_continue_and_arms_fuse_the_adapters(run, tmp_path, capsys):
     # Of four training rows two are True: each answer that was seen has 3 of 7 parts.
     assert boolean["frequencies"] == pytest.approx([math.log(7 / 3)] * 4, abs=1e-4)
     assert all(len(boolean[of]) == 4 for of in ("adapter", "alone", "examples", "answer_tokens"))
-    assert len(run("--parts", "pilot")) == 3 and len(run("--parts", "adapters")) == 5
+    assert len(run("--parts", "pilot")) == 3
+    monkeypatch.setattr(experiment, "LEARNED", 3)
+    with pytest.raises(ValueError, match="llama learns . tasks of the pilot: the design ends below 3"):
+        run("--parts", "adapters")
+    monkeypatch.setattr(experiment, "LEARNED", 0)
+    assert len(run("--parts", "adapters")) == 5
     key = {"base": "llama", "rows_sha256": boolean["rows_sha256"], "arm": experiment.FUSION, "rows": 20}
     for arm in (experiment.FUSION, experiment.ROTATED):
         rates = {"point": [0, 0], "rates": {"lr_coefficients": 0.01, "lr_magnitudes": 0.1}}
