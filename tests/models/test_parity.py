@@ -501,9 +501,23 @@ def test_windows_that_a_family_does_not_read(tmp_path, model_type):
 
 @pytest.mark.parametrize("context", [4, 8, 40])
 def test_longrope_has_the_frequencies_of_the_row_s_length(tmp_path, context):
-    """Rows of 5, 9 and 12 tokens. An answer keeps the frequencies of its prompt, where transformers reads it again."""
+    """Rows of 12, 5 and 9 tokens. An answer keeps its prompt's frequencies: its ids are those of a longer context.
+
+    transformers gives the same ids until the text exceeds the context, where it reads the text again.
+    """
+    import torch
+
     changes = {"original_max_position_embeddings": context, "rope_parameters": _LONGROPE | {"attention_factor": 1.2}}
     ours = lf.load_base(_made(tmp_path / "base", "phi3", changes))
     _check(_theirs(_read(tmp_path / "base")), ours)
     if context != 8:
-        _check_said(_read(tmp_path / "base"), ours)
+        return _check_said(_read(tmp_path / "base"), ours)
+    longer = _made(tmp_path / "longer", "phi3", changes | {"original_max_position_embeddings": 40})
+    said, row = np.asarray(_say(*nnx.split(ours), {}))[1], _ROWS[1]
+    theirs, uncrossed = (
+        _read(folder).generate(torch.tensor([row]), do_sample=False, max_new_tokens=_TOKENS)[0, len(row) :].numpy()
+        for folder in (tmp_path / "base", longer)
+    )
+    np.testing.assert_array_equal(said, uncrossed)
+    np.testing.assert_array_equal(said[: context - len(row) + 1], theirs[: context - len(row) + 1])
+    assert (said != theirs).any()

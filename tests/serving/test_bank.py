@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_llama
 import tiny
 from flax import nnx
 
@@ -16,6 +17,7 @@ from lorafusion_jax import crossbar
 from lorafusion_jax.adapters.coefficients import GRANULARITIES, shape
 from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Outputs
+from lorafusion_jax.models.registry import family_of_json
 from lorafusion_jax.parts import Magnitudes, dense, log_likelihood, matrices, program_on_arrays, set_matrices
 from lorafusion_jax.serving.rows import RowModules
 from lorafusion_jax.training.loss import batch_logits
@@ -148,6 +150,37 @@ def test_each_row_has_the_tokens_of_its_task(bank, alone):
     assert clear.mean() > 0.9
     assert len({tuple(row) for row in ids.tolist()}) > len(_TASKS) / 2
     assert (got[-1] == tiny.CONFIG.pad_id).all()
+    plain = _PLAIN.generate(jax.tree.map(lambda a: a[-2:-1], _BATCH), _numbers(-1), max_new_tokens=_NEW)
+    np.testing.assert_array_equal(got[-2], plain[0])
+
+
+@pytest.mark.long
+def test_rows_of_a_qwen_3_5_are_those_of_their_tasks_alone():
+    """On delta nets and attention. The plain base has its bits in a batch of one shape, and its ids in any."""
+    raw = small_llama.CONFIG | small_llama.QWEN3_5 | {"vocab_size": 40, "num_hidden_layers": 2}
+    raw["layer_types"] = ["linear_attention", "full_attention"]
+    config = family_of_json(raw).read_config(raw)
+    graph, base = nnx.split(family_of_json(raw).model(config, rngs=nnx.Rngs(0)))
+    names = {site.rpartition(".")[2] for site in config.sites}
+    pool, method = tiny.pool(3, names=names, config=config), lf.Fusion(magnitudes=False)
+    frozen = method.precompute(lf.Frozen(base, pool), lf.kernels(nnx.merge(graph, base)))
+    bank = lf.TaskBank.empty(graph, frozen, 2)
+    problem = lf.Problem(graph=graph, method=method, frozen=frozen, index=jnp.arange(3))
+    tasks = [_params(method, number, range(3), pool) for number in range(2)]
+    for number, params in enumerate(tasks):
+        bank = bank.with_task(number, method, params, pool.names)
+    batch, numbers, none = tiny.batch(config, rows=4, target=_NEW), _numbers(1, -1, 0, -1), _numbers(-1, -1, -1, -1)
+    plain, got = lf.TaskBank.empty(graph, lf.Frozen(base), 1), np.asarray(bank.logits(batch, numbers))
+    of_base = np.asarray(plain.logits(batch, none))
+    np.testing.assert_array_equal(got[1::2], of_base[1::2])
+    for row in (0, 2):
+        wanted = np.asarray(_alone(tasks[numbers[row]], batch, problem))[row]
+        _close(got[row], wanted)
+        assert np.abs(got[row] - of_base[row]).max() > 0.02 * np.abs(wanted).max()
+    said = np.asarray(bank.generate(batch, numbers, max_new_tokens=_NEW))
+    for row in (1, 3):
+        one = jax.tree.map(lambda a, row=row: a[row : row + 1], batch)
+        np.testing.assert_array_equal(plain.generate(one, _numbers(-1), max_new_tokens=_NEW)[0], said[row])
 
 
 @pytest.mark.parametrize(
