@@ -41,6 +41,7 @@ EPOCHS = {5: 40, 10: 40, 20: 20, 95: 20}
 SOURCE_WIDTH, TARGET_WIDTHS = 12, (8, 16)
 
 Row = dict[str, Any]
+Entries = Sequence[tuple[int, Mapping[str, float]]]  # seeds with their rates
 # Called after each epoch, with the problem and the test rows, leaves [seeds, rows, ...].
 Watch = Callable[[Epoch, lf.Problem, Batch], None]
 
@@ -90,6 +91,9 @@ def key_of(row: Row) -> tuple[Any, ...]:
 class Lab:
     """The base, its pools and the tokens of tasks; arms of equal shapes share their compiled programs."""
 
+    arms: Mapping[str, Arm] = ARMS
+    lanes = len(SEEDS)  # entries of a program
+
     def __init__(self, pools: Path):
         self.pools, self.tokenizer = pools, lf.load_tokenizer(SMALL / "base")
         self.pad_id: Any = self.tokenizer.pad_token_id
@@ -105,20 +109,20 @@ class Lab:
         name: str,
         target: Target,
         rows: int,
-        entries: Sequence[tuple[int, Mapping[str, float]]],
+        entries: Entries,
         *,
         draw: int = 0,
         answer: bool = True,
         watch: Watch = lambda epoch, problem, test: None,
     ) -> list[Row]:
         """Return a row for each entry, a seed with its rates; without `answer` no test row is answered."""
-        if ARMS[name].method == "constant":
+        if self.arms[name].method == "constant":
             return [self._constant(target, rows, seed) for seed, _ in entries]
         found: list[Row] = []
-        for first in range(0, len(entries), len(SEEDS)):
-            part = entries[first : first + len(SEEDS)]
-            # Programs have as many entries as there are seeds: the last one is repeated.
-            filled = [*part, *[part[-1]] * (len(SEEDS) - len(part))]
+        for first in range(0, len(entries), self.lanes):
+            part = entries[first : first + self.lanes]
+            # Programs have one number of entries: the last one is repeated.
+            filled = [*part, *[part[-1]] * (self.lanes - len(part))]
             found += self._measure(name, target, rows, filled, draw, answer, watch)[: len(part)]
         return found
 
@@ -127,34 +131,23 @@ class Lab:
         name: str,
         target: Target,
         rows: int,
-        entries: Sequence[tuple[int, Mapping[str, float]]],
+        entries: Entries,
         draw: int,
         answer: bool,
         watch: Watch,
     ) -> list[Row]:
-        problem = self.problem(name, target.pool, draw)
+        problem = self.of_entries(name, target.pool, draw, entries)
         tokens, test, test_texts = self.tokens(target.task)
-        seeds = tuple(seed for seed, _ in entries)
-        order = np.array([SEEDS.index(seed) for seed in seeds], np.int32)
-        own = order[:, None] * (TRAIN_ROWS + VALIDATION_ROWS)
+        own = np.array([[SEEDS.index(seed)] for seed, _ in entries], np.int32) * (TRAIN_ROWS + VALIDATION_ROWS)
         training = own + np.arange(rows, dtype=np.int32)
-        problem = problem.replace(index=problem.index[order])
         for_all = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (len(entries), *leaf.shape)), test)
         if name == ZERO:
             params, steps = {}, 0
         else:
-            recipe = recipe_for(ARMS[name], rows)
-            recipes = [dataclasses.replace(recipe, **rates) for _, rates in entries]
-            by_group = [problem.method.learning_rates(one) for one in recipes]
-            nothing = jnp.zeros(len(entries))
-            rates = lf.Rates(
-                jax.tree.map(lambda *numbers: jnp.array(numbers, jnp.float32), *by_group), l2=nothing, l1=nothing
-            )
             validation = own + np.arange(TRAIN_ROWS, TRAIN_ROWS + VALIDATION_ROWS, dtype=np.int32)
             of_seeds = TrainingRows(tokens, Split(training, validation), self.pad_id)
-            watched: Any = {"after_epoch": lambda epoch: watch(epoch, problem, for_all)}
-            state = fit(problem, of_seeds, start(problem, seeds), recipe, seeds, rates=rates, **watched)
-            params, steps = state.best, int(state.step[0])
+            watched: Any = {"watch": lambda epoch: watch(epoch, problem, for_all)}
+            params, steps = self.trained(name, (target.pool, draw), problem, of_seeds, entries, **watched)
         losses = np.asarray(seed_entropies(params, for_all, problem))
         found: list[Row] = [
             {"numbers": self._numbers(name, problem), "steps": steps, "test_loss": round(float(loss), 5)}
@@ -180,6 +173,39 @@ class Lab:
                 found[n] |= {"diverged": True} | {part: base[part] for part in ("test_loss", "exact_match")}
         return found
 
+    def trained(
+        self, name: str, of_pool: tuple[str, int], problem: lf.Problem, rows: TrainingRows, entries: Entries, **how: Any
+    ) -> tuple[Any, int]:
+        """Return the parameters of an arm for each entry, and the number of steps."""
+        return self.fitted(name, problem, rows, entries, **how)
+
+    def of_entries(self, name: str, pool: str, draw: int, entries: Entries) -> lf.Problem:
+        """Return the problem of an arm with the modules of the entries' seeds."""
+        problem = self.problem(name, pool, draw)
+        return problem.replace(index=problem.index[np.array([SEEDS.index(seed) for seed, _ in entries])])
+
+    def fitted(
+        self,
+        name: str,
+        problem: lf.Problem,
+        rows: TrainingRows,
+        entries: Entries,
+        *,
+        share: float = 1.0,
+        begin: Any = None,
+        watch: Callable[[Epoch], None] = lambda epoch: None,
+    ) -> tuple[Any, int]:
+        """Return the parameters of an arm after a share of its epochs, from `begin` on, and the number of steps."""
+        recipe = recipe_for(self.arms[name], rows.split.train.shape[1])
+        recipe = dataclasses.replace(recipe, epochs=round(share * recipe.epochs))
+        recipes = [recipe_of(type(recipe), vars(recipe) | dict(rates)) for _, rates in entries]
+        by_group = [problem.method.learning_rates(one) for one in recipes]
+        rates = jax.tree.map(lambda *numbers: jnp.array(numbers, jnp.float32), *by_group)
+        nothing, seeds = jnp.zeros(len(entries)), tuple(seed for seed, _ in entries)
+        how: Any = {"rates": lf.Rates(rates, l2=nothing, l1=nothing), "after_epoch": watch}
+        state = fit(problem, rows, start(problem, seeds, begin), recipe, seeds, **how)
+        return state.best, int(state.step[0])
+
     def _constant(self, target: Target, rows: int, seed: int) -> Row:
         def example(row: Mapping[str, str]) -> Example:
             return Example(row["context"], row["completion"])
@@ -195,7 +221,7 @@ class Lab:
 
     def _problem(self, name: str, pool_name: str, draw: int) -> lf.Problem:
         """Return the problem of all seeds."""
-        arm, pool = ARMS[name], None
+        arm, pool = self.arms[name], None
         index = np.zeros((len(SEEDS), 0), np.int32)
         if arm.pool != "none":
             pool, index = self.pool(arm.pool, pool_name, draw)

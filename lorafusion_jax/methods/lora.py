@@ -1,4 +1,4 @@
-"""LoRA, the baseline: one new low-rank module, trained from scratch; with magnitudes it is DoRA."""
+"""LoRA: one new low-rank module, trained from scratch or from a fusion; with magnitudes it is DoRA."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,20 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jaxtyping import PRNGKeyArray
 
 from ..adapters.pool import LoraPool
+from ..adapters.truncation import Factors, factors_of, truncated
 from ..adapters.updates import LowRank, WeightDecomposed
-from ..models.architecture import Site
+from ..models.architecture import Site, kernels
 from ..models.weights import Weight
+from ..support.text import some
 from ..training.frozen import Frozen
+from ..training.mesh import to_host
 from ..training.method import Adapted, Index, Method, Params
+from ..training.problem import Problem
 from .entry import Billed, Built, CostLayout, MethodEntry, Update, module
 from .magnitudes import with_norms
 from .recipes import TargetedRecipe
@@ -108,12 +114,49 @@ class LoRA(Method):
             params["magnitudes"] = {name: frozen.norms[name] for name, _ in self.sites}
         return params
 
+    def start_at(self, source: Problem, of_source: Params, fresh: Params) -> tuple[Params, dict[str, float]]:
+        """Return the numbers whose model is that of another method at this rank, and what the rank leaves out.
+
+        Scales of columns are a part of A B, or of the magnitudes of a DoRA. Sites and ranks that the other method does
+        not use keep their fresh numbers.
+
+        Args:
+          source: problem of one seed of the other method, on the same base.
+          of_source: its numbers.
+          fresh: numbers of this method, from `init`.
+
+        Returns:
+          The numbers, and by site the share of the squared norm of the difference of both matrices that is left out.
+
+        Raises:
+          ValueError: the other method adapts a site that this one does not.
+        """
+        factors, base = to_host(_factors(of_source, source)), kernels(nnx.merge(source.graph, source.frozen.base))
+        if not factors:
+            raise ValueError("it adapts no matrices")
+        if outside := [name for name in factors if name not in dict(self.sites)]:
+            raise ValueError(f"it adapts {some(outside)}, which --lora-targets leaves out: add them")
+        A, B, magnitudes, left_out = *({**fresh["lora"][side]} for side in "AB"), {**fresh.get("magnitudes", {})}, {}
+        for site, of_site in factors.items():
+            kernel = jax.tree.map(jnp.asarray, to_host(base[site]))  # whole in every process
+            found = truncated(of_site, kernel, self.rank, rescaled=not self.dora)
+            used = np.any(found.B != 0, axis=2)[:, None]
+            A[site], B[site] = jnp.where(used, found.A, A[site]), jnp.asarray(found.B * (self.rank / self.alpha))
+            magnitudes[site], left_out[site] = jnp.asarray(found.norms), found.left_out
+        params: Params = {"lora": {"A": A, "B": B}}
+        return params | ({"magnitudes": magnitudes} if self.dora else {}), left_out
+
     def adapters(self, params: Params, frozen: Frozen, index: Index) -> Adapted:
         A, B = params["lora"]["A"], params["lora"]["B"]
         B = {site: b * (self.alpha / self.rank) for site, b in B.items()}
         if self.dora:
             return {site: WeightDecomposed(A[site], B[site], params["magnitudes"][site]) for site in A}, {}
         return {site: LowRank(A[site], B[site]) for site in A}, {}
+
+
+@jax.jit
+def _factors(params: Params, problem: Problem) -> dict[str, Factors]:
+    return factors_of(problem.method.adapters(params, problem.frozen, problem.index)[0])
 
 
 def as_pool(method: LoRA, params: Params, names: Sequence[str]) -> LoraPool:

@@ -79,6 +79,7 @@ class SeedResults(TypedDict):
     option_accuracy: NotRequired[float | None]
     forward_rows: NotRequired[int]
     backward_rows: NotRequired[int]
+    left_out: NotRequired[dict[str, float]]  # share of the squared norm of a start that a LoRA's rank lacks, by site
 
 
 class Results(TypedDict):

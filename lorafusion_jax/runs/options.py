@@ -85,7 +85,8 @@ class FuseOptions(LoadOptions):
       process: number of this one, from 0.
       resume: continue a run that was interrupted.
       start_from: start from the saved fusion of another run (same base, modules, seeds and method), or from weights of
-        modules: a folder that `lorafusion merge` wrote, or the JSON file of its --weights-file.
+        modules: a folder that `lorafusion merge` wrote, or the JSON file of its --weights-file. The methods lora and
+        dora also start from a run of another method, or from a PEFT adapter, at their own rank.
       save_seconds: time between checkpoints, which are written at the end of an epoch.
     """
 

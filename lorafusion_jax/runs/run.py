@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ from ..io import arrays
 from ..io.digests import Digests
 from ..io.hf import Base, open_base
 from ..loading.identity import check_digests, digests
-from ..loading.model import with_modules, with_whole_modules
-from ..methods.fusion import choice_of
+from ..loading.model import LoadedModel, load_model, with_modules, with_whole_modules
+from ..methods.fusion import CoefficientsRecipe, choice_of
+from ..methods.lora import LoRA
 from ..methods.recipes import TargetedRecipe, basis_of, modules_of
 from ..support import processes
 from ..support.reading import FileError
@@ -33,7 +34,7 @@ from ..training.method import Params
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
-from .setup import Setup, check, load_setup, trainable_count
+from .setup import Setup, check, load_setup, of_run, trainable_count
 from .train import FINAL, FinalSteps, train
 from .weight_list import listed_params, read_weights, with_listed_modules
 
@@ -96,7 +97,7 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
     now = digests(setup)
-    begin = _start_params(setup, options, now)
+    begin, left_out = _start_params(setup, options, now)
     config = _config(options, setup, now)
     if recorded is not None:
         _compare_environment(recorded, config)
@@ -110,7 +111,7 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
             if processes.first():
                 _refuse_begun(run)  # again: another run may have begun it while this one was loading
             run.write_config(config)
-        return _complete(run, hardware, options, config, begin)
+        return _complete(run, hardware, options, config, begin, left_out)
 
 
 def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:
@@ -189,7 +190,12 @@ def _located(config: RunConfig) -> FuseOptions:
 
 
 def _complete(
-    run: RunFolder, hardware: HardwareSetup, options: FuseOptions, config: RunConfig, begin: dict[str, Any] | None
+    run: RunFolder,
+    hardware: HardwareSetup,
+    options: FuseOptions,
+    config: RunConfig,
+    begin: dict[str, Any] | None,
+    left_out: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     setup = hardware.training
     params, steps, seconds = train(run, setup, options, begin)
@@ -208,7 +214,10 @@ def _complete(
         "exact_match": float(np.mean(evaluation.exact_match)),
         "exact_match_std": float(np.std(evaluation.exact_match, ddof=1)) if len(seeds) > 1 else None,
         "seeds": [
-            row | {"steps": steps[i], "modules": list(setup.modules[i])} | rows_passed(setup, options, steps[i])
+            row
+            | {"steps": steps[i], "modules": list(setup.modules[i])}
+            | rows_passed(setup, options, steps[i])
+            | left_out[i]
             for i, row in enumerate(seed_rows(seeds, evaluation))
         ],
         "test_rows": len(setup.test),
@@ -220,12 +229,21 @@ def _complete(
     return results
 
 
-def _start_params(setup: Setup, options: FuseOptions, now: Digests) -> dict[str, Any] | None:
-    """Return the numbers of the run to start from; ValueError if they do not fit this one, whose digests are given."""
+def _start_params(
+    setup: Setup, options: FuseOptions, now: Digests
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return the numbers to start from, and for the results of each seed what a LoRA's rank leaves out of them.
+
+    Raises:
+      ValueError: the numbers do not fit this run, whose digests are given.
+    """
+    nothing: list[dict[str, Any]] = [{}] * len(options.seeds)
     if options.start_from is None:
-        return None
+        return None, nothing
+    if isinstance(setup.problem.method, LoRA) and (source := _lora_source(setup, options)) is not None:
+        return _lora_start(setup, options, *source)
     if (listed := read_weights(options.start_from)) is not None:
-        return listed_params(setup, options, now, *listed)
+        return listed_params(setup, options, now, *listed), nothing
     other, params, config = load_run(options.start_from)
     here = {"seeds": list(options.seeds), "modules": [list(m) for m in setup.modules]}
     got = {"seeds": list(other.seeds), "modules": config["modules"]}
@@ -241,7 +259,50 @@ def _start_params(setup: Setup, options: FuseOptions, now: Digests) -> dict[str,
             f"{options.start_from} was trained with the method {other.method} and other shapes "
             f"({', '.join(params)}): give the same --method and --granularity"
         )
-    return params
+    return params, nothing
+
+
+def _lora_source(setup: Setup, options: FuseOptions) -> tuple[LoadedModel, Params] | None:
+    """Return the model that a LoRA starts from, with the numbers of all seeds; None for a run of the same method."""
+    folder = options.start_from
+    assert folder is not None
+    if (listed := read_weights(folder)) is None and not (folder / "adapter_config.json").is_file():
+        other, params, config = load_run(folder)
+        if other.method == options.method:
+            return None
+        if other.seeds != options.seeds:
+            raise ValueError(f"{folder} has the seeds {list(other.seeds)}, here {list(options.seeds)}: give the same")
+        first = jax.tree.map(lambda p: p[0], params)
+        return of_run(load_model(other, like=setup), other, folder, config, first), params
+    pool = options.pool if listed else str(folder.parent)
+    weights, recorded = listed or ({folder.name: 1.0}, None)
+    changes: Any = {"method": "coefficients", "recipe": CoefficientsRecipe(), "adapters": tuple(weights), "pool": pool}
+    source = dataclasses.replace(options, **changes)
+    loaded = load_model(source, like=setup)
+    return loaded, listed_params(loaded, source, digests(loaded), weights, recorded)
+
+
+def _lora_start(
+    setup: Setup, options: FuseOptions, source: LoadedModel, params: Params
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the numbers of a LoRA whose model is the source's as far as its rank allows, and what that leaves out."""
+    method, fresh = setup.problem.method, start(setup.problem, options.seeds).params
+    assert isinstance(method, LoRA)
+    begin, left_out = [], []
+    for place in range(len(options.seeds)):
+        of_source, own = (jax.tree.map(lambda p, at=place: p[at], tree) for tree in (params, fresh))
+        try:
+            found = method.start_at(source.problem.replace(index=source.problem.index[place]), of_source, own)
+        except ValueError as error:
+            raise ValueError(f"--from {options.start_from}: {error}") from error
+        begin.append(found[0])
+        left_out.append(found[1])
+    shares = [100 * share for of_seed in left_out for share in of_seed.values()]
+    note(
+        f"starts from {options.start_from} at rank {method.rank}, which leaves out {min(shares):.1f} to "
+        f"{max(shares):.1f} % of the squared norm of a site's update"
+    )
+    return jax.tree.map(lambda *p: jnp.stack(p), *begin), [{"left_out": of_seed} for of_seed in left_out]
 
 
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> dict[str, int]:

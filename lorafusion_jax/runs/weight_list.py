@@ -1,4 +1,4 @@
-"""The list of weights of modules that `lorafusion merge` combines, as a start of a fusion.
+"""The list of weights of modules that `lorafusion merge` combines, as a start of a fusion or of a LoRA.
 
 It is a JSON file, or merge.json in a folder that `lorafusion merge` wrote.
 """
@@ -17,12 +17,13 @@ from ..adapters.basis import Pool
 from ..adapters.coefficients import column_names, refined
 from ..io.digests import Digests
 from ..loading.identity import check_digests
+from ..loading.model import LoadedModel
 from ..methods.fusion import CoefficientsRecipe, Fusion, choice_of
+from ..methods.lora import LoRARecipe
 from ..methods.recipes import basis_of
 from ..support.reading import read_json
 from ..support.text import shown, some
 from .options import FuseOptions
-from .setup import Setup
 
 Weights = dict[str, float | dict[str, float]]
 """Weight of every module, or its weights by block, named STACK.LAYER."""
@@ -83,25 +84,27 @@ def with_listed_modules(options: FuseOptions) -> FuseOptions:
     if options.start_from is None or (listed := read_weights(options.start_from)) is None:
         return options
     names, recipe, method = tuple(listed[0]), options.recipe, options.entry
+    lora = isinstance(recipe, LoRARecipe)
     for wrong, message in (
         (not names, "it has none: give a weight for each module to fuse"),
+        (lora and options.pool is None, "the modules are those of a pool: give it with --pool"),
         (
-            not isinstance(recipe, CoefficientsRecipe) or "coefficients" not in method.groups,
-            f"the method {method.name} cannot start from them: use fusion or coefficients",
+            not lora and (not isinstance(recipe, CoefficientsRecipe) or "coefficients" not in method.groups),
+            f"the method {method.name} cannot start from them: use fusion, coefficients, lora or dora",
         ),
         (getattr(recipe, "composition", "sum") != "sum", "they belong to a sum: use the composition sum"),
         (
-            options.adapters not in ((), names) or choice_of(recipe) != "draw",
+            not lora and options.adapters not in ((), names) or choice_of(recipe) != "draw",
             "they name the modules already: leave out --adapters and --choose",
         ),
     ):
         if wrong:
             raise ValueError(f"--from {options.start_from} is a list of weights: {message}")
-    return dataclasses.replace(options, adapters=names)
+    return options if lora else dataclasses.replace(options, adapters=names)
 
 
 def listed_params(
-    setup: Setup, options: FuseOptions, now: Digests, weights: Weights, recorded: Digests | None
+    setup: LoadedModel, options: FuseOptions, now: Digests, weights: Weights, recorded: Digests | None
 ) -> dict[str, Any]:
     """Return the numbers of all seeds that give the model of a list of weights, from the digests of both sides."""
     problem, source = setup.problem, options.start_from

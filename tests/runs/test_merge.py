@@ -113,7 +113,6 @@ def test_a_fusion_starts_at_the_model_that_is_merged(small, listed, tmp_path, nu
     [
         ({}, {}, "it has none: give a weight"),
         ({"triple": 1}, {}, "the pool lacks 'triple'"),
-        (None, {"method": "lora"}, "the method lora cannot start from them: use fusion or coefficients"),
         (None, {"composition": "mix"}, "they belong to a sum"),
         (None, {"adapters": ("0",)}, "they name the modules already: leave out --adapters"),
         (None, {"granularity": "global"}, "has weights by block: use the granularity block, site or rank"),

@@ -1,0 +1,268 @@
+"""Does a pool make a better LoRA? LoRAs that start from a fusion, and from other models, for string tasks.
+
+    python experiments/warm_starts.py                          # tables, tests and the figure of the rows in OUT
+    python experiments/warm_starts.py --rows 20 95 5 --out OUT  # measures again: rates and all arms
+
+The design is experiments/warm_starts.md. Tasks, pools, and the rows of LoRAFusion and of LoRA from scratch are those of
+pool_value.py. Written to OUT: a line of tune.jsonl for each task and rate, a line of rows.jsonl for each cell, tables
+as CSV, and loss.png. Interrupted, the same command continues.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import _script
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+import tyro
+from lab.common import ROOT, with_interval, write_tables
+from lab.pool_cells import ARMS, FUSION, ROTATED, ZERO, Arm, Entries, Lab, Row
+from lab.string_pools import CLASSES, design
+from lab.tuning import best_tried, rates_at, tune
+
+import lorafusion_jax as lf
+from lorafusion_jax.parts import seed_entropies, start
+from lorafusion_jax.report import colour, holm, plot
+from lorafusion_jax.tasks import TrainingRows
+from lorafusion_jax.trials import Cells, read_lines
+
+SEEDS, ROWS = (1, 2, 3), (5, 20, 95)
+LORA, WARM, WARM_ROTATED = "LoRA, rank 16", "from the fusion", "from a rotated fusion"
+SINGLE, MEAN, MAGNITUDES = "from the best single module", "from the mean module", "from magnitudes"
+SINGLE_MODULES = "coefficients of single modules"
+# What each arm starts from, and the share of the steps that train it.
+STARTED = {
+    WARM: (FUSION, 0.5),
+    WARM_ROTATED: (ROTATED, 0.5),
+    SINGLE: (SINGLE_MODULES, 0.0),
+    MEAN: (SINGLE_MODULES, 0.0),
+    MAGNITUDES: ("magnitudes only", 0.5),
+}
+COMPARED = (FUSION, LORA)  # measured by pool_value.py
+SECONDARY = 5
+POOL_VALUE = ROOT / "results" / "pool_value"
+TARGETS = {target.task.name: target for target in design().targets}
+TESTED = {name: target.relevance for name, target in TARGETS.items() if target.pool != "tuning"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of the measurement.
+
+    Attributes:
+      rows: numbers of training rows to measure, one after the other; none for the tables alone.
+      arms: arms to measure, in this order.
+      out: folder of results; cells that are there are not measured again.
+      pools: folder of the pools that pool_value.py trains.
+    """
+
+    rows: tuple[Literal[5, 20, 95], ...] = ()
+    arms: tuple[str, ...] = tuple(STARTED)
+    out: Path = ROOT / "results" / "warm_starts"
+    pools: Path = ROOT / "runs" / "pool_value" / "pools"
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Measure what is missing, and write tables and figure."""
+    options = tyro.cli(Options, args=list(arguments), description=__doc__)
+    lab = StartedLab(options.pools) if options.rows else None
+    for rows, name in itertools.product(options.rows, options.arms):
+        assert lab is not None
+        run(lab, name, rows, options.out)
+    rows = read_lines(options.out / "rows.jsonl")
+    for number in ROWS:
+        earlier = read_lines(POOL_VALUE / f"rows_{number}.jsonl")
+        rows += [row for row in earlier if row["arm"] in (*COMPARED, ZERO) and row["seed"] in SEEDS]
+    write_tables(options.out, tables(rows, read_lines(options.out / "tune.jsonl")))
+    draw(rows, options.out / "loss.png")
+
+
+class StartedLab(Lab):
+    """The lab of the pool's value, with LoRAs that start from another arm."""
+
+    arms = {
+        **ARMS,
+        **dict.fromkeys(STARTED, ARMS[LORA]),
+        SINGLE_MODULES: Arm("coefficients", "real", recipe={"granularity": "global"}),
+    }
+    lanes = len(SEEDS)
+
+    def trained(
+        self, name: str, of_pool: tuple[str, int], problem: lf.Problem, rows: TrainingRows, entries: Entries, **how: Any
+    ) -> tuple[Any, int]:
+        """Return the parameters of an arm for each entry, and the number of steps in all."""
+        source, share = STARTED[name]
+        other = self.of_entries(source, *of_pool, entries)
+        seeds, steps = tuple(seed for seed, _ in entries), 0
+        params = self._best_single(other, rows) if name == SINGLE else start(other, seeds).params  # those of the mean
+        if share:
+            params, steps = self.fitted(source, other, rows, entries, share=share)
+        fresh, method = start(problem, seeds).params, problem.method
+        assert isinstance(method, lf.LoRA)
+        begin = []
+        for place in range(len(entries)):
+            of_seed, own = (jax.tree.map(lambda leaf, at=place: leaf[at], tree) for tree in (params, fresh))
+            begin.append(method.start_at(other.replace(index=other.index[place]), of_seed, own)[0])
+        together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *begin)
+        found, more = self.fitted(name, problem, rows, entries, share=1 - share, begin=together, **how)
+        return found, steps + more
+
+    def _best_single(self, problem: lf.Problem, rows: TrainingRows) -> Any:
+        """Return coefficients of 1 for the module of least loss on the training rows of each seed."""
+        seeds, modules = problem.index.shape
+        (batch,) = rows.once(rows.split.train.shape[1])
+        losses = []
+        for n in range(modules):
+            params = {"coefficients": jnp.tile(jax.nn.one_hot(n, modules), (seeds, 1))}
+            losses.append(np.asarray(seed_entropies(params, batch, problem)))
+        return {"coefficients": jax.nn.one_hot(np.argmin(losses, axis=0), modules)}
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("arm", "rows", "task", "seed"))
+
+
+def run(lab: Lab, name: str, rows: int, out: Path) -> None:
+    """Measure the missing cells of an arm at a number of training rows; its rates are tuned before."""
+    everything = Cells(out / "rows.jsonl", key_of)
+    keys = [(name, rows, task, seed) for task, seed in itertools.product(TESTED, SEEDS)]
+    if not everything.missing(keys):
+        return
+    rates = tuned(lab, name, rows, out / "tune.jsonl")
+
+    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+        for task, of_seeds in itertools.groupby(missing, key=lambda key: key[2]):
+            began, seeds = time.process_time(), [key[3] for key in of_seeds]
+            found = lab.measure(name, TARGETS[task], rows, [(seed, rates) for seed in seeds])
+            seconds = round((time.process_time() - began) / len(seeds), 2)
+            for seed, cell in zip(seeds, found, strict=True):
+                key = {"arm": name, "rows": rows, "task": task, "seed": seed, "relevance": TESTED[task]}
+                yield key | {"rates": rates} | cell | {"cpu_seconds": seconds}
+
+    everything.fill(keys, measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.2f} CPU s")
+
+
+def tuned(lab: Lab, name: str, rows: int, file: Path) -> dict[str, float]:
+    """Return the rates of an arm whose mean test loss on the tuning tasks no change of one rate lowers.
+
+    The search starts from the rates that pool_value.py found for the two parts of the arm.
+    """
+    own = [task for task, target in TARGETS.items() if target.pool == "tuning"]
+    earlier = read_lines(POOL_VALUE / "tune.jsonl")
+    parts = [best_tried(earlier, part, rows) for part in (STARTED[name][0], LORA)]
+    begin = {rate: value for part in parts if part is not None for rate, value in part.rates.items()}
+
+    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+        for task, keys in itertools.groupby(missing, key=lambda key: key[3]):
+            points = [key[2] for key in keys]
+            entries = [(seed, rates_at(begin, point)) for point in points for seed in SEEDS]
+            losses = [cell["test_loss"] for cell in lab.measure(name, TARGETS[task], rows, entries, answer=False)]
+            for point, of_point in zip(points, np.reshape(losses, (len(points), len(SEEDS))), strict=True):
+                rates = {"point": point, "rates": rates_at(begin, point)}
+                loss = {"test_loss": round(float(of_point.mean()), 5)}
+                yield {"arm": name, "rows": rows, "task": task} | rates | loss
+
+    moves = [by for by in itertools.product((-1, 0, 1), repeat=len(begin)) if sum(map(abs, by)) == 1]
+    trials = Cells(file, lambda row: (row["arm"], row["rows"], tuple(row["point"]), row["task"]))
+    return tune(trials, (name, rows), begin, moves, [(task,) for task in own], measure)
+
+
+def means(rows: Sequence[Row], arm: str, number: int, value: str = "test_loss") -> dict[str, float] | None:
+    """Return the mean of an arm by task over the seeds, once all of its cells exist."""
+    found = {(row["task"], row["seed"]): row[value] for row in rows if (row["arm"], row["rows"]) == (arm, number)}
+    if not found.keys() >= {*itertools.product(TESTED, SEEDS)}:
+        return None
+    return {task: float(np.mean([found[task, seed] for seed in SEEDS])) for task in TESTED}
+
+
+def difference(rows: Sequence[Row], arm: str, number: int, value: str = "test_loss") -> dict[str, float] | None:
+    """Return the loss of an arm minus that of the LoRA from the fusion, by task."""
+    a, b = means(rows, arm, number, value), means(rows, WARM, number, value)
+    return None if a is None or b is None else {task: a[task] - b[task] for task in TESTED}
+
+
+def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[str]]]:
+    """Return the tables of arms and contrasts whose cells all exist, and of the tests of the design."""
+    arms = [["arm", "rows", "test loss", "exact match, %"]]
+    contrasts = [["rows", "arm minus LoRA from the fusion", "relevance", "tasks", "nats", "95 % interval", "points"]]
+    rates = [["arm", "rows", "rates", "mean test loss", "rates tried"]]
+    for number, name in itertools.product(ROWS, (ZERO, *COMPARED, *STARTED)):
+        loss, match = means(rows, name, number), means(rows, name, number, "exact_match")
+        if loss is None or match is None:
+            continue
+        arms.append([name, str(number), *(f"{np.mean([*of.values()]):.{d}f}" for of, d in ((loss, 3), (match, 1)))])
+        gain, points = difference(rows, name, number), difference(rows, name, number, "exact_match")
+        if name != WARM and gain is not None and points is not None:
+            for relevance in ("all", *CLASSES):
+                own = [task for task in TESTED if relevance in ("all", TESTED[task])]
+                nats, more = with_interval([gain[task] for task in own], 3), np.mean([points[task] for task in own])
+                contrasts.append([str(number), name, relevance, str(len(own)), *nats, f"{more:.1f}"])
+        if name in STARTED and (best := best_tried(tuning, name, number)):
+            shown = ", ".join(f"{rate.removeprefix('lr_')} {value:g}" for rate, value in best.rates.items())
+            rates.append([name, str(number), shown, f"{best.loss:.3f}", str(best.number)])
+    found = {"arms": arms, "contrasts": contrasts, "rates": rates, "tests": tests(rows)}
+    return {name: lines for name, lines in found.items() if len(lines) > 1}
+
+
+def tests(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the tests of the design; a secondary one whose cells are missing counts with p = 1."""
+    lines: list[list[str]] = []
+    contrasts = ((LORA, 20), (FUSION, 20), (WARM_ROTATED, 20), (FUSION, 95), (WARM_ROTATED, 95))
+    p_values: list[float] = []
+    for arm, number in contrasts:
+        gain = difference(rows, arm, number)
+        if gain is not None:
+            found: Any = scipy.stats.ttest_1samp([*gain.values()], 0.0)
+            p_values.append(float(found.pvalue))
+            lines.append([f"{arm} minus {WARM}, {number} rows", *with_interval([*gain.values()], 3)])
+        else:
+            p_values.append(1.0)
+            lines.append([])
+    gain = difference(rows, LORA, 20)
+    p_values.append(1.0)
+    lines.append([])
+    if gain is not None:
+        place = [len(CLASSES) - 1 - CLASSES.index(TESTED[task]) for task in gain]  # operations in the pool
+        trend: Any = scipy.stats.linregress(place, [*gain.values()])
+        half = scipy.stats.t.ppf(0.975, len(gain) - 2) * trend.stderr
+        p_values[-1], interval = float(trend.pvalue), f"{trend.slope - half:.3f} to {trend.slope + half:.3f}"
+        lines[-1] = ["the first one, more per class of relevance", f"{trend.slope:.3f}", interval]
+    corrected = ["-", *(f"{p:.2g}" for p in holm(p_values[1:]))]
+    shown = zip(lines, p_values, corrected, strict=True)
+    head = ["contrast", "nats", "95 % interval", "p", "p by Holm"]
+    return [head, *([*line, f"{p:.2g}", by_holm] for line, p, by_holm in shown if line)]
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw the test loss against the number of training rows, a line for each arm; without rows it is the base's."""
+    shown: dict[str, Mapping[int, float]] = {}
+    for name in (*COMPARED, WARM, WARM_ROTATED):
+        by_number = {number: means(rows, name, number) for number in ROWS}
+        shown[name] = {number: np.mean([*of.values()]).item() for number, of in by_number.items() if of is not None}
+    base = means(rows, ZERO, ROWS[0])
+    if base is None or not all(shown.values()):
+        return
+
+    def on(figure: Any) -> None:
+        panel = figure.subplots()
+        for n, (name, losses) in enumerate(shown.items()):
+            numbers = {0: float(np.mean([*base.values()])), **losses}
+            panel.plot([*map(str, numbers)], [*numbers.values()], "o-", color=colour(n), label=_LABELS.get(name, name))
+        panel.set_xlabel("training rows")
+        panel.set_ylabel("test loss, nats per token")
+        panel.legend()
+
+    plot(path, (7.0, 4.2), on)
+
+
+_LABELS = {LORA: "LoRA from scratch", WARM: "LoRA from the fusion", WARM_ROTATED: "LoRA from a rotated fusion"}
+
+
+if __name__ == "__main__":
+    _script.run(main)
