@@ -15,7 +15,7 @@ from ..methods.entry import MethodEntry
 from ..methods.fusion import PRESETS
 from ..methods.recipes import recipe_of
 from ..runs.options import FuseOptions, options_with, plain
-from ..runs.run import run_path
+from ..runs.run import run_path, stages
 from ..runs.weight_list import with_listed_modules
 from ..support import processes
 from ..support.reading import show
@@ -72,7 +72,8 @@ def main(arguments: Sequence[str]) -> None:
     command.check_plan()
     options = with_listed_modules(plain(command))
     if command.plan:
-        show(describe_run(options, command))
+        for stage in stages(options):
+            show(describe_run(stage, command))
         if options.arrays.crossbar is not None:
             show(f"counted digitally: simulated arrays ({options.arrays.crossbar}) take more time and memory")
         return

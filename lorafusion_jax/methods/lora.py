@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from ..training.frozen import Frozen
 from ..training.mesh import to_host
 from ..training.method import Adapted, Index, Method, Params
 from ..training.problem import Problem
+from ..training.recipe import Recipe
 from .entry import Billed, Built, CostLayout, MethodEntry, Update, module
 from .magnitudes import with_norms
 from .recipes import TargetedRecipe
@@ -31,12 +33,20 @@ class LoRARecipe(TargetedRecipe):
 
     Attributes:
       lora_rank: rank of the new module, whose alpha is twice that.
+      warm_start: train a `fusion` of the pool first, for half of the epochs and at its own default rates, and start
+        from it.
       lr_lora: learning rate of the module's matrices. Tuned: 0.002 on the embedded base with 95 rows and 0.0001 with
         five, 0.005 on HuggingFaceTB/SmolLM2-135M-Instruct.
     """
 
     lora_rank: int = 16
+    warm_start: Literal["none", "fusion"] = "none"
     lr_lora: float = 2e-3
+
+
+def is_warm(recipe: Recipe) -> TypeGuard[LoRARecipe]:
+    """Return whether a recipe is one of a LoRA that starts from a fusion of the same run."""
+    return isinstance(recipe, LoRARecipe) and recipe.warm_start == "fusion"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,15 @@ import numpy as np
 from ..io import arrays
 from ..io.digests import Digests
 from ..io.hf import Base, open_base
+from ..io.pool import open_pool
 from ..loading.identity import check_digests, digests
 from ..loading.model import LoadedModel, load_model, with_modules, with_whole_modules
-from ..methods.fusion import CoefficientsRecipe, choice_of
-from ..methods.lora import LoRA
-from ..methods.recipes import TargetedRecipe, basis_of, modules_of
+from ..methods.fusion import CoefficientsRecipe, FusionRecipe, choice_of
+from ..methods.lora import LoRA, LoRARecipe, is_warm
+from ..methods.recipes import TargetedRecipe, basis_of, modules_of, recipe_of
 from ..support import processes
 from ..support.reading import FileError
+from ..support.text import some
 from ..support.version import __version__
 from ..tasks import without_revision
 from ..training.compiled import make_room
@@ -31,6 +33,7 @@ from ..training.descent import gradient_at_zero
 from ..training.fit import start
 from ..training.mesh import make_mesh
 from ..training.method import Params
+from ..training.recipe import Recipe
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
@@ -76,11 +79,13 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
 
 
 def with_targets(options: FuseOptions, base: Base | None = None) -> FuseOptions:
-    """Return the options as a run records them, with the targets of the model's family by default."""
+    """Return the options as a run records them, with the targets of the model's family, or of the pool, by default."""
     recipe = options.recipe
     if not isinstance(recipe, TargetedRecipe) or recipe.lora_targets is not None:
         return options
-    targets = (base or open_base(options.base)).config.targets
+    base = base or open_base(options.base)
+    pool = open_pool(options.pool, base) if options.pool and is_warm(recipe) else None
+    targets = base.config.targets if pool is None else pool.targets
     return dataclasses.replace(options, recipe=dataclasses.replace(recipe, lora_targets=targets))
 
 
@@ -93,25 +98,50 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
     if recorded is not None and (done := run.results()) is not None:
         note(f"{run.folder} is complete: nothing to resume")
         return dict(done)
-    setup = load_setup(options, seed_mode=recorded["environment"]["seed_mode"] if recorded else None, base=base)
+    *before, last = stages(options)
+    for stage in before:
+        _check_targets(last, base)
+        _run(stage, base, set_up)
+    setup = load_setup(last, seed_mode=recorded["environment"]["seed_mode"] if recorded else None, base=base)
     if choice_of(options.recipe) != "draw":
         setup = _chosen(setup, options, recorded)
     now = digests(setup)
-    begin, left_out = _start_params(setup, options, now)
+    begin, left_out = _start_params(setup, last, now)
     config = _config(options, setup, now)
     if recorded is not None:
         _compare_environment(recorded, config)
         check_digests(run.folder, recorded["digests"], now, options)
     hardware = HardwareSetup(setup, lambda params: setup)
     if set_up is not None:
-        hardware = set_up(setup, options, begin or start(setup.problem, options.seeds).params)
+        hardware = set_up(setup, last, begin or start(setup.problem, options.seeds).params)
     processes.barrier("every process has read what is there")
     with run.locked():
         if recorded is None:
             if processes.first():
                 _refuse_begun(run)  # again: another run may have begun it while this one was loading
             run.write_config(config)
-        return _complete(run, hardware, options, config, begin, left_out)
+        return _complete(run, hardware, last, config, begin, left_out)
+
+
+def stages(options: FuseOptions) -> tuple[FuseOptions, ...]:
+    """Return the runs that make up a run: itself, or with a warm start a fusion in its folder, then a LoRA from it."""
+    recipe = options.recipe
+    if not is_warm(recipe):
+        return (options,)
+    half, folder = recipe.epochs // 2, run_path(options)
+    shared = recipe_of(FusionRecipe, {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)})
+    fusion = dataclasses.replace(shared, epochs=half)
+    lora = dataclasses.replace(recipe, epochs=recipe.epochs - half, warm_start="none")
+    first = dataclasses.replace(options, method="fusion", recipe=fusion, out=folder, name="fusion")
+    return first, dataclasses.replace(options, recipe=lora, start_from=folder / "fusion")
+
+
+def _check_targets(options: FuseOptions, base: Base) -> None:
+    """Raise ValueError, before its first stage, if a LoRA with a warm start does not adapt all that the pool does."""
+    assert isinstance(options.recipe, LoRARecipe) and options.pool is not None
+    missing = {*open_pool(options.pool, base).targets} - {*(options.recipe.lora_targets or ())}
+    if missing:
+        raise ValueError(f"{options.pool} adapts {some(sorted(missing))}, which --lora-targets leaves out: add them")
 
 
 def _chosen(setup: Setup, options: FuseOptions, recorded: RunConfig | None) -> Setup:

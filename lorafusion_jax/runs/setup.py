@@ -17,6 +17,7 @@ from ..loading.identity import check_digests, digests
 from ..loading.model import AnyLoaded, LoadedModel, Texts, load_model, load_texts, packing_of, with_modules
 from ..loading.spec import Control, LoadOptions
 from ..methods.fusion import GIVE_BASIS, choice_of
+from ..methods.lora import is_warm
 from ..methods.recipes import basis_of
 from ..methods.untrained import FewShotRecipe
 from ..support.checks import at_least, check_uint32, one_of
@@ -67,6 +68,7 @@ def check(options: FuseOptions) -> None:
     for number, value in (vars(options) | vars(recipe)).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{number} is {value}: give a finite number, because config.json cannot hold others")
+    warm = is_warm(recipe)
     quantised, controlled, mesh = options.load_in != "full", options.control != "none", options.mesh is not None
     by_hand = (options.coordinator, options.processes, options.process)
     for wrong, message in (
@@ -90,6 +92,9 @@ def check(options: FuseOptions) -> None:
             "--choose, or use the method fusion or coefficients",
         ),
         (chosen and options.adapters, "--adapters names the modules already: leave it out, or --choose"),
+        (warm and options.pool is None, "--warm-start fusion trains a fusion first: give its pool with --pool"),
+        (warm and options.start_from, "--warm-start fusion makes the start: leave it out, or --from"),
+        (warm and recipe.epochs < 2, "--warm-start fusion divides the epochs into two parts: give 2 or more"),
         (options.start_from and method.learns != "trained", f"the method {name} starts from no run: leave out --from"),
         (mesh and method.learns == "untrained", f"{name} trains no seeds to share out over devices: leave out --mesh"),
         (mesh and in_arrays, "a run on simulated arrays is not shared out: leave out --mesh, or --crossbar"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import recipes
 from lorafusion_jax import fuse, load_run
 from lorafusion_jax.parts import RunFolder, run_path
 from lorafusion_jax.runs.merge import MergeOptions, merge
+from lorafusion_jax.runs.run import HardwareSetup, run
 
 _RANKS = 96  # as many as the base's width
 
@@ -118,3 +120,37 @@ def test_a_fusion_of_another_pool_is_refused(small, fused, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="fused was fused with other weights: .* of the pool"):
         fuse(_lora(small, tmp_path, folder, rank=4))
+
+
+def test_one_command_trains_a_fusion_and_then_a_lora_from_it(small, tmp_path):
+    """The same as two commands, each with half of the epochs; interrupted in between, it continues."""
+    options = recipes.small_run(
+        small, tmp_path, name="both", method="lora", lora_rank=4, epochs=4, lr_lora=0.01, warm_start="fusion"
+    )
+    with pytest.raises(KeyError):
+        run(options, set_up=lambda setup, stage, begin: _stop_at_the_lora(setup, stage))
+    assert RunFolder(tmp_path / "both" / "fusion").results() and not RunFolder(tmp_path / "both").exists()
+    results = fuse(dataclasses.replace(options, resume=True))
+    fuse(recipes.small_run(small, tmp_path, name="first", modules=20))
+    again = fuse(_lora(small, tmp_path, tmp_path / "first", rank=4, rate=0.01, epochs=2))
+    assert results["seeds"] == again["seeds"] and load_run(tmp_path / "both")[0].recipe.epochs == 4
+    jax.tree.map(np.testing.assert_array_equal, *(load_run(tmp_path / name)[1] for name in ("both", "run")))
+
+
+def _stop_at_the_lora(setup, stage):
+    return {"fusion": HardwareSetup(setup, lambda params: setup)}[stage.method]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool": None}, "--warm-start fusion trains a fusion first: give its pool with --pool"),
+        ({"start_from": Path()}, "--warm-start fusion makes the start: leave it out, or --from"),
+        ({"epochs": 1}, "--warm-start fusion divides the epochs into two parts: give 2 or more"),
+        ({"lora_targets": ("q",)}, "pool adapts v, which --lora-targets leaves out: add them"),
+    ],
+)
+def test_a_warm_start_that_is_not_possible_is_refused_before_its_fusion(small, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(recipes.small_run(small, tmp_path, name="run", method="lora", warm_start="fusion", **changes))
+    assert not (tmp_path / "run").exists()
