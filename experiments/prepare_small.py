@@ -122,7 +122,7 @@ class Bench:
                 prepare(PrepareOptions(base=self.base, crossbar=self.unprepared, text=(text,), out=prepared))
         if job.arm.endswith(SCALES):
             of_chips = {"crossbar": crossbar, "chip": (*numbers,), "out": scales}
-            restore_chips(RestoreOptions(base=self.base, text=(text,), **of_chips))
+            restore_chips(RestoreOptions(base=self.base, text=(text,), rate=0.01, **of_chips))
         restored = str(scales) if job.arm.endswith(SCALES) else None
         options = EvaluateOnChipsOptions(run=run, crossbar=crossbar, chips=len(numbers), restore=restored)
         scored = evaluate_on_chips(options)["rows"]

@@ -38,10 +38,13 @@ def test_the_interval_draws_chips_and_windows_again():
 
 
 def test_the_page_has_the_table_of_its_rows():
-    rows = read_lines(_RESULTS / "rows.jsonl")
-    for part, lines in experiment.tables(rows).items():
-        with (_RESULTS / f"{part}.csv").open() as file:
-            assert list(csv.reader(file)) == lines
+    rows, more = (read_lines(folder / "rows.jsonl") for folder in (_RESULTS, _RESULTS / "more"))
+    found = {_RESULTS: experiment.tables(rows), _RESULTS / "more": experiment.tables(more)}
+    found[_RESULTS] |= small.tables(read_lines(_RESULTS / "small.jsonl"))
+    for folder, tables in found.items():
+        for part, lines in tables.items():
+            with (folder / f"{part}.csv").open() as file:
+                assert list(csv.reader(file)) == lines
     head = ["change", "excess loss", "interval", "worst chip", "news"]
     shown = [[cell.strip("*") for cell in row] for row in rows_below(_PAGE, head)]
     assert shown == [[line[1], line[3], line[5], line[6], line[-1]] for line in experiment.tables(rows)["main"][1:]]
@@ -56,12 +59,13 @@ def test_measured_rows_are_not_planned_again(tmp_path, capsys):
     assert "6 cells, 6 CPU minutes" in capsys.readouterr().out
 
 
-def test_the_page_has_the_shares_that_small_models_get_back():
-    found = small.tables(read_lines(_RESULTS / "small.jsonl"))
-    for part, lines in found.items():
-        with (_RESULTS / f"{part}.csv").open() as file:
-            assert list(csv.reader(file)) == lines
-    today, prepared, _ = found["digits"][1:]
-    expected = [[today[3], today[4], prepared[4], prepared[7]]]
+def test_the_page_has_what_small_models_get_back():
+    today, prepared, _ = small.tables(read_lines(_RESULTS / "small.jsonl"))["digits"][1:]
     shown = rows_below(_PAGE, ["score, %", "digital", "today", "prepared", "of the lost, back, %", "goal"])
-    assert [row[1:5] for row in shown] == expected
+    assert [row[1:5] for row in shown] == [[today[3], today[4], prepared[4], prepared[7]]]
+
+
+def test_the_page_has_prepared_models_on_verified_chips():
+    finer, coarser = experiment.tables(read_lines(_RESULTS / "more" / "rows.jsonl"))["verified"][1:]
+    *_, (_, _, shown) = rows_below(_PAGE, ["rival", "cost", "excess loss"])
+    assert shown.strip("*") == f"{coarser[3]}; {finer[3]}"
