@@ -1,4 +1,4 @@
-"""`lorafusion evaluate`: evaluate fused runs on a task, digitally or on simulated chips."""
+"""`lorafusion evaluate`: evaluate fused runs or mixtures on a task, digitally or on simulated chips."""
 
 import dataclasses
 import statistics
@@ -11,7 +11,7 @@ import numpy as np
 from ..hardware.evaluate import EvaluateOnChipsOptions, evaluate_on_chips, results_path
 from ..hardware.report import report_on_chips
 from ..runs.options import check_digital
-from ..runs.predict import EvaluateOptions, evaluate_run, evaluate_runs
+from ..runs.predict import EvaluateOptions, evaluate_mixture, evaluate_run, evaluate_runs
 from ..support.reading import show
 from ..support.text_tables import plain
 from .parsing import parse, part_of
@@ -22,24 +22,42 @@ from .scores import loss, score_lines, score_table
 class EvaluateCommand(EvaluateOnChipsOptions):
     """Evaluate fused runs, each on its own task or all on another one, digitally or one of them on simulated chips.
 
+    With --base and --pool, evaluate a weighted sum of modules on a task.
+
     Examples:
       lorafusion evaluate --run runs/snarks-fusion --task bbh/ruin_names.json
       lorafusion evaluate --runs runs/snarks-fusion runs/hyperbaton-fusion
       lorafusion evaluate --run runs/snarks-fusion --crossbar chips/noisy --ages 1s 1h 1day 1month 1year
       lorafusion evaluate --run runs/snarks-fusion --crossbar noisy.yaml --chips 8 --adc-bits 6 --read-noise 0.01
       lorafusion evaluate --run runs/snarks-fusion --crossbar isaac --report
+      lorafusion evaluate --base base --pool pool --weights sort_dash=0.7 --task tasks/sort_next2
 
     Attributes:
       run: folder of the run.
       runs: folders of several runs, instead of --run, which are evaluated digitally, one after the other.
+      base: base model of a mixture, instead of --run.
+      pool: pool of the mixture.
+      weights: weights of the mixture's modules, as name=number.
+      weights_file: JSON file of the weights, as in `lorafusion merge`.
+      prompt: template of the mixture's input, with {input} or other columns of the task's rows.
+      chat: put the mixture's input into the base model's own chat template.
     """
 
     run: Path | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     runs: tuple[Path, ...] = ()
+    base: str | None = None
+    pool: str | None = None
+    weights: tuple[str, ...] = ()
+    weights_file: Path | None = None
+    prompt: str | None = None
+    chat: bool = False
 
 
 GROUPS = {
-    "data and base": ("run", "runs", "task", "train_rows", "test_rows", "eval_batch"),
+    "data and base": (
+        "run", "runs", "base", "pool", "weights", "weights_file", "prompt", "chat", "task", "train_rows", "test_rows",
+        "eval_batch",
+    ),
     "hardware": (
         "crossbar", "chips", "ages", "compensate", "report", "read_noise", "adc_bits", "keep_digital", "norm",
         "lora_in", "chip_key", "calibration_rows", "restore",
@@ -54,8 +72,13 @@ def main(arguments: Sequence[str]) -> None:
         rows = evaluate_runs(**part_of(command, evaluate_runs, "--runs"))
         show(plain(score_lines(rows, "run", "task", "seed"), left=(0, 1, 2, 4)))
         return
+    if command.base is not None and command.run is None:
+        if command.pool is None or command.task is None:
+            raise ValueError("a mixture needs a pool and a task: give both, --pool and --task")
+        show(score_table(evaluate_mixture(**part_of(command, evaluate_mixture, "--base"))))
+        return
     if command.run is None:
-        raise ValueError("nothing to evaluate: give one run with --run, or several with --runs")
+        raise ValueError("nothing to evaluate: give a run with --run, several with --runs, or --base and --pool")
     options = EvaluateOnChipsOptions(**part_of(command, EvaluateOnChipsOptions, "--run"))
     if options.crossbar is None:
         every, digital = (kind.__dataclass_fields__ for kind in (EvaluateOnChipsOptions, EvaluateOptions))

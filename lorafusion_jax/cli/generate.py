@@ -1,4 +1,4 @@
-"""`lorafusion generate`: print the answers of fused runs, or of a base model, to new text."""
+"""`lorafusion generate`: print the answers of fused runs, of mixtures, or of a base model, to new text."""
 
 import dataclasses
 import json
@@ -20,27 +20,33 @@ _BREAKS = re.compile(r"[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateCommand(GenerateOptions, CalibratedChipOptions):
-    """Let a fused run, several of them, or a base model as it is, answer new text: one line in, one answer out.
+    """Let fused runs, weighted sums of modules, or a base model as it is, answer new text: one line in, one answer out.
 
     Examples:
       echo "double then digit : a b c" | lorafusion generate --run runs/double_digit-fusion
       lorafusion generate --runs runs/snarks-fusion runs/hyperbaton-fusion --file rows.jsonl
+      echo '{"mixture": {"sort_dash": 0.7}, "input": "a b"}' | lorafusion generate --base base --pool pool
       lorafusion generate --base HuggingFaceTB/SmolLM2-135M-Instruct --chat --stream
       lorafusion generate --base base --crossbar chips/noisy --restore restored-scales --file lines.txt
 
     Attributes:
       runs: folders of several runs on one base and pool, instead of --run, which answer in batches of mixed tasks.
-        Each line is then a JSON object such as {"run": "snarks-fusion", "input": "some text"}; the base model answers
-        a line without a run.
+        Each line is then a JSON object such as {"run": "snarks-fusion", "input": "some text"}, or with a mixture as
+        with `pool`; the base model answers a line without either.
+      pool: pool of the base, without runs: each line is a JSON object such as {"mixture": {"sort_dash": 0.7}, "input":
+        "some text"}, with the weights of `lorafusion merge`.
+      prompt: template of the model's input with a pool, with {input} or other columns.
       json: print each answer as a JSON string; by default only its line breaks are escaped.
     """
 
     runs: tuple[Path, ...] = ()
+    pool: str | None = None
+    prompt: str | None = None
     json: bool = False
 
 
 GROUPS = {
-    "data and base": ("run", "runs", "base", "chat", "file", "seed"),
+    "data and base": ("run", "runs", "base", "pool", "prompt", "chat", "file", "seed"),
     "generation": (
         "max_new_tokens", "stream", "json", "temperature", "top_k", "top_p", "sampling_seed", "eval_batch",
     ),
@@ -51,10 +57,12 @@ GROUPS = {
 def main(arguments: Sequence[str]) -> None:
     """Print an answer to each line of text."""
     command = parse(GenerateCommand, arguments, "generate", groups=GROUPS)
-    if command.runs:
+    if command.runs or command.pool:
         options = dataclasses.replace(command, json=False)
-        answers = generate_rows(**part_of(options, generate_rows, "--runs"))
+        answers = generate_rows(**part_of(options, generate_rows, "--runs" if command.runs else "--pool"))
     else:
+        if command.prompt is not None:
+            raise ValueError("--prompt is the template of a base with a pool: give --pool, or leave it out")
         answers = (stream_lines if command.stream else generate_lines)(command, _on_chip(command))
     quote, shown = ('"', _in_json) if command.json else ("", one_line if sys.stdout.isatty() else _without_breaks)
     for answer in answers:

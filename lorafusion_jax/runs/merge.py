@@ -13,11 +13,9 @@ from ..io.export import fused_adapter, merged_base
 from ..io.folders import new_folder
 from ..io.hf import open_base
 from ..io.pool import open_pool
-from ..support.reading import read_json
-from ..support.text import shown, some
 from ..support.writing import write_text
 from .export import MERGED, Format, check_format, put_as, put_merged
-from .weight_list import RECORD, Merged, Weights, coefficients_of
+from .weight_list import RECORD, Merged, check_modules, coefficients_of, typed_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +54,9 @@ def merge(options: MergeOptions) -> str:
         raise ValueError(f"{options.out} exists: give a new folder with --out, or remove it first")
     base = open_base(options.base)
     check_format(options.format, base)
-    weights = _weights(options)
+    weights = typed_weights(options.weights, options.weights_file)
     stored = open_pool(options.pool, base)
-    if unknown := [name for name in weights if name not in stored.names]:
-        raise ValueError(
-            f"{options.pool} has no module {some(unknown)}: it has {some(stored.names)}; correct the names"
-        )
+    check_modules(weights, stored.names, options.pool)
     pool = stored.load(list(weights))
     coefficients = expand(coefficients_of(weights, pool, options.pool), pool, "block")
     index = jnp.arange(len(pool))
@@ -75,24 +70,3 @@ def merge(options: MergeOptions) -> str:
         digests: Digests = {"base": base.digest, "modules": pool_digests(pool).modules}
         write_text(partial / RECORD, json.dumps(Merged(weights=weights, digests=digests), indent=1) + "\n")
     return f"{len(weights)} modules of {options.pool}"
-
-
-def _weights(options: MergeOptions) -> Weights:
-    weights: Weights = {}
-    if options.weights_file is not None:
-        if not options.weights_file.is_file():
-            raise ValueError(f'{options.weights_file}: no such file: expected JSON such as {{"sort_dash": 0.7}}')
-        weights |= read_json(options.weights_file, Weights, "weights by module", own=False)
-    for text in options.weights:
-        name, _, number = text.rpartition("=")
-        if name in weights:
-            raise ValueError(f"{name} has two weights, one in --weights {shown(text)}: give one")
-        try:
-            weights[name] = float(number)
-        except ValueError:
-            name = ""
-        if not name:
-            raise ValueError(f"--weights {shown(text)}: expected name=number, such as sort_dash=0.7")
-    if not weights:
-        raise ValueError("no weights: give some with --weights name=0.7 or --weights-file")
-    return weights

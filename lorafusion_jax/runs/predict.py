@@ -1,4 +1,4 @@
-"""Use of a fused run: `lorafusion evaluate` on another task, `lorafusion generate` on new text; or of a base alone."""
+"""Use of a run, a mixture or a base: `lorafusion evaluate` on a task, `lorafusion generate` on new text."""
 
 import contextlib
 import dataclasses
@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from ..io.hf import Base, open_base
+from ..io.pool import open_pool
 from ..loading.model import Texts, load_model, load_texts
 from ..loading.spec import LoadOptions
 from ..models.generate import GREEDY, Sampling
@@ -40,6 +41,7 @@ from .options import FuseOptions, row_format
 from .rows import SeedModels, advance_rows, begin_rows, draw_keys, generate_rows
 from .run import check_answers, load_run, load_seed
 from .setup import Setup, load_setup, of_run, own_task
+from .weight_list import check_modules, coefficients_of, typed_weights
 
 _NEW_TOKENS = 256  # of a base model's answer
 
@@ -151,6 +153,44 @@ def evaluate_runs(
         named = {"run": str(run), "task": setup.task.name}
         rows += [named | row for row in seed_rows(*evaluate_seeds(setup, fused, params))]
     return rows
+
+
+def evaluate_mixture(
+    base: str,
+    pool: str,
+    *,
+    task: str,
+    weights: Sequence[str] = (),
+    weights_file: Path | None = None,
+    prompt: str | None = None,
+    chat: bool = False,
+    train_rows: int | None = None,
+    test_rows: int | None = None,
+    eval_batch: int = 64,
+) -> list[dict[str, Any]]:
+    """Return the scores of a weighted sum of modules of a pool on a task, as one seed (see `seed_rows`).
+
+    `weights` and `weights_file` are those of `lorafusion merge`, other arguments those of `FuseOptions`.
+    """
+    mixture = typed_weights(weights, weights_file)
+    check_modules(mixture, open_pool(pool).names, pool)
+    options = FuseOptions(
+        base=base,
+        pool=pool,
+        task=task,
+        prompt=prompt,
+        chat=chat,
+        method="coefficients",
+        adapters=tuple(mixture),
+        train_rows=train_rows or 0,
+        test_rows=test_rows,
+        eval_batch=eval_batch,
+    )
+    setup = load_setup(options, to_train=False)
+    modules = setup.problem.frozen.pool
+    assert modules is not None
+    coefficients = coefficients_of(mixture, modules, pool)[setup.problem.index]
+    return seed_rows(*evaluate_seeds(setup, options, {"coefficients": coefficients}))
 
 
 def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Params]:

@@ -4,7 +4,7 @@ It is a JSON file, or merge.json in a folder that `lorafusion merge` wrote.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -53,8 +53,40 @@ def read_weights(source: Path) -> tuple[Weights, Digests | None] | None:
     return merged["weights"], merged["digests"]
 
 
+def typed_weights(weights: Sequence[str], file: Path | None) -> Weights:
+    """Return the weights in options such as name=0.7, and in a JSON file.
+
+    Raises:
+      ValueError: there is no weight, a module has two, or one is not a number.
+    """
+    found: Weights = {}
+    if file is not None:
+        if not file.is_file():
+            raise ValueError(f'{file}: no such file: expected JSON such as {{"sort_dash": 0.7}}')
+        found |= read_json(file, Weights, "weights by module", own=False)
+    for text in weights:
+        name, _, number = text.rpartition("=")
+        if name in found:
+            raise ValueError(f"{name} has two weights, one in --weights {shown(text)}: give one")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ValueError(f"--weights {shown(text)}: expected name=number, such as sort_dash=0.7")
+    if not found:
+        raise ValueError("no weights: give some with --weights name=0.7 or --weights-file")
+    return found
+
+
+def check_modules(chosen: Iterable[str], there: Sequence[str], pool: str | None) -> None:
+    """Raise a ValueError for names that are not modules of a pool."""
+    if unknown := [name for name in chosen if name not in there]:
+        raise ValueError(f"{pool} has no module {some(unknown)}: it has {some(there)}; correct the names")
+
+
 def coefficients_of(weights: Weights, pool: Pool, source: str | None) -> Float[Array, "N blocks"]:
-    """Return the coefficients of every module of a pool by block.
+    """Return the coefficients of every module of a pool by block, zero for those without a weight.
 
     Raises:
       ValueError: a weight is not a finite number, a block is not the pool's, or the pool is a DoRA adapter (`source`).
@@ -64,7 +96,7 @@ def coefficients_of(weights: Weights, pool: Pool, source: str | None) -> Float[A
     blocks = column_names(pool, "block")
     coefficients = np.zeros((len(pool), len(blocks)), np.float32)
     for row, name in enumerate(pool.names):
-        of_module = weights[name]
+        of_module = weights.get(name, 0.0)
         by_block = of_module if isinstance(of_module, Mapping) else dict.fromkeys(blocks, of_module)
         for block, weight in by_block.items():
             if block not in blocks:

@@ -174,13 +174,25 @@ class TaskBank:
         frozen = self.frozen
         if isinstance(method, Magnitudes) and params["magnitudes"].keys() - (frozen.norms or {}).keys():
             frozen = with_norms(frozen, kernels(nnx.merge(self.graph, frozen.base)), params["magnitudes"])
-        entry = _entry(self.tasks, frozen, params, index, own, method=method, granularity=self.granularity)
+        how: Any = {"method": method, "granularity": self.granularity}
+        entry = _entry(self.tasks, nameless(frozen), params, index, _unnamed(own), **how)
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, entry))
 
     def without_task(self, number: int) -> "TaskBank":
         """Return the bank without a task: the plain base serves its number."""
         self._check_number(number)
         return dataclasses.replace(self, tasks=_replaced(self.tasks, number, _plain(self.tasks)))
+
+    def with_pool(self, pool: LoraPool) -> "TaskBank":
+        """Return the bank with a pool that has its modules, at the same places, and others behind them."""
+        old, frozen, c = self.frozen.pool, self.frozen, self.tasks.coefficients
+        assert old is not None and c is not None
+        terms = jax.jit(gram)(pool, kernels(nnx.merge(self.graph, frozen.base))) if frozen.gram is not None else None
+        refined = partial(coefficients_lib.refined, granularity=self.granularity, to=self.granularity, into=pool)
+        c = jax.vmap(partial(refined, pool=old))(c)
+        c = jnp.pad(c, [(0, 0), (0, len(pool) - len(old)), *[(0, 0)] * (c.ndim - 2)])
+        frozen = dataclasses.replace(frozen, pool=pool, gram=terms)
+        return dataclasses.replace(self, frozen=frozen, tasks=self.tasks._replace(coefficients=c))
 
     def adapters(self, numbers: Int[Array, " B"]) -> dict[str, RowAdapter]:
         """Return the adapters of a batch, by site, from the number of each row's task (-1 for the plain base)."""
@@ -285,6 +297,15 @@ class TaskBank:
         if pool.magnitude is not None and not pool.rank.keys() <= self.tasks.scales.keys():
             raise ValueError("the pool has a DoRA adapter's magnitudes: make the bank with its sites as `scaled`")
         return index
+
+
+def nameless(frozen: Frozen) -> Frozen:
+    """Return the weights with the same names for all modules, because names are part of a compiled program's key."""
+    return dataclasses.replace(frozen, pool=_unnamed(frozen.pool))
+
+
+def _unnamed(pool: Pool | None) -> Pool | None:
+    return pool and dataclasses.replace(pool, names=("",) * len(pool))
 
 
 @jax.tree_util.register_dataclass

@@ -1,13 +1,16 @@
-"""Answers of several fused runs at once: `lorafusion generate --runs`."""
+"""Answers of several fused runs and typed mixtures at once: `lorafusion generate --runs`, or with `--pool`."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..io.pool import open_pool
 from ..models.generate import GREEDY, Sampling
+from ..runs.weight_list import Weights, check_modules
 from ..support.checks import at_least
-from ..support.reading import check_regular, utf8
+from ..support.reading import check_regular, named, structured, utf8
 from ..support.reading import decode as decode_json
 from ..support.text import shown
 from .service import FusedRun, Service, run_input
@@ -16,8 +19,12 @@ _EXAMPLE = '{"run": "a-run", "input": "some text"}'
 
 
 def generate_rows(
-    runs: Sequence[Path],
+    runs: Sequence[Path] = (),
     *,
+    base: str | None = None,
+    pool: str | None = None,
+    prompt: str | None = None,
+    chat: bool = False,
     file: Path | None = None,
     seed: int | None = None,
     max_new_tokens: int | None = None,
@@ -25,13 +32,18 @@ def generate_rows(
     sampling: Sampling = GREEDY,
     sampling_seed: int = 0,
 ) -> list[str]:
-    """Return the answers of runs on one base and pool to the rows of a JSONL file, or of standard input.
+    """Return the answers of runs or mixtures on one base and pool to the rows of a JSONL file, or of standard input.
 
     A row is {"run": NAME, "input": TEXT}, or has the columns of the run's prompt. NAME is a folder of the runs or its
-    last part. The base model answers rows without a run. Other arguments are options of `lorafusion generate`. Raises a
-    ValueError for a row of another form or run, and for runs that cannot be served together.
+    last part. Instead of "run", a row may have "mixture": {MODULE: WEIGHT} (see `Service.add_mixture`). The base model
+    answers other rows. Without runs, give `base` and `pool`. Other arguments are options of `lorafusion generate`.
+    Raises a ValueError for a row of another form, run or mixture, and for runs that cannot be served together.
     """
     at_least(1, max_new_tokens=max_new_tokens, eval_batch=eval_batch)
+    if runs and (base, pool, prompt, chat) != (None, None, None, False):
+        raise ValueError("runs have their base, pool, prompt and chat template: leave out these options, or --runs")
+    if not runs and None in (base, pool):
+        raise ValueError("mixtures need a base and a pool: give both, --base and --pool")
     by_name = _read(runs)
     names = {spelling: name for name in by_name for spelling in (name, str(by_name[name].folder))}
     where = file or "standard input"
@@ -40,30 +52,51 @@ def generate_rows(
     with utf8(where):
         text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
         # A text of JSON may hold U+2028 and its like, which end no line here.
-        lines = enumerate(text.split("\n"), start=1)
-        rows = [_row(line.encode(), f"{where}:{i}", names, by_name) for i, line in lines if line.strip()]
-    if not rows:
+        lines = {f"{where}:{i}": line.encode() for i, line in enumerate(text.split("\n"), start=1) if line.strip()}
+    if not lines:
         raise ValueError(f"{where} holds no rows: give a line for each answer, such as {_EXAMPLE}")
-    service = Service(list(by_name.values()), capacity=len(by_name))
+    rows = [_row(line, of, names, by_name, prompt) for of, line in lines.items()]
+    mixtures = {name: mixture for _, name, mixture in rows if name and mixture}
+    lines_of = {name: of for (_, name, _), of in reversed([*zip(rows, lines, strict=True)])}
+    source = pool or next((run.options.pool for run in by_name.values() if run.options.entry.pool), None)
+    there = open_pool(source).names if mixtures and source else ()
+    for name, mixture in mixtures.items():
+        with named(lines_of[name]):
+            check_modules(mixture, there, source)
+    modules = sorted({module for mixture in mixtures.values() for module in mixture})
+    capacity = max(1, len(by_name) + len(mixtures))
+    if base is not None and pool is not None:
+        service = Service.open(base, pool, modules=modules or None, capacity=capacity, prompt=prompt, chat=chat)
+    else:
+        service = Service([*by_name.values()], modules=modules, capacity=capacity)
     for name, run in by_name.items():
         service.add(name, run, seed)
-    texts, asked = zip(*rows, strict=True)
+    for name, mixture in mixtures.items():
+        with named(lines_of[name]):
+            service.add_mixture(name, mixture)
+    texts, asked, _ = zip(*rows, strict=True)
     how = {"sampling": sampling, "sampling_seed": sampling_seed}
     return service.generate(texts, asked, max_new_tokens=max_new_tokens, eval_batch=eval_batch, **how)
 
 
 def _row(
-    line: bytes, where: str, names: Mapping[str, str], runs: Mapping[str, FusedRun]
-) -> tuple[dict[str, Any], str | None]:
-    """Return the columns of a row and the name of the run that answers it."""
+    line: bytes, where: str, names: Mapping[str, str], runs: Mapping[str, FusedRun], prompt: str | None
+) -> tuple[dict[str, Any], str | None, Weights | None]:
+    """Return the columns of a row, the name of the task that answers it, and its weights if that is a mixture."""
     row = decode_json(line, dict[str, Any], where, own=False, fix=f"give a row such as {_EXAMPLE}")
-    run = row.pop("run", None)
+    run, mixture = row.pop("run", None), row.pop("mixture", None)
     if run is not None and run not in [*names]:  # JSON of any type
-        known = ", ".join(dict.fromkeys(names.values()))
+        known = ", ".join(dict.fromkeys(names.values())) or "none without --runs"
         raise ValueError(f"{where} names the run {shown(run)}: expected one of {known}")
+    if run is not None and mixture is not None:
+        raise ValueError(f"{where} has a run and a mixture: leave one of them out")
+    if mixture is not None:
+        mixture = structured(mixture, Weights, f"{where}, mixture", own=False, fix='give weights such as {"name": 0.7}')
+        if not mixture:
+            raise ValueError(f"{where} has an empty mixture: give the weight of at least one module")
     name = None if run is None else names[run]
-    run_input(row, where, None if name is None else runs[name])  # raises ValueError before anything is loaded
-    return row, name
+    run_input(row, where, None if name is None else runs[name], prompt)  # raises ValueError before anything is loaded
+    return row, name if mixture is None else json.dumps(mixture, sort_keys=True), mixture
 
 
 def _read(folders: Sequence[Path]) -> dict[str, FusedRun]:

@@ -1,4 +1,4 @@
-"""Fused runs that answer together: a bank of tasks with names and texts.
+"""Fused runs and typed mixtures that answer together: a bank of tasks with names and texts.
 
 Axis letters: B rows of a batch.
 """
@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from ..io.digests import Digests
 from ..io.pool import open_pool
 from ..loading.identity import check_digests, digests
 from ..loading.model import evaluation_worth, load_model, module_names
+from ..loading.spec import LoadIn, LoadOptions
 from ..methods.entry import Built
 from ..methods.fusion import PLAIN_SUM, CoefficientsRecipe, Fusion
 from ..methods.lora import LoRA, as_pool
@@ -29,18 +30,24 @@ from ..methods.recipes import basis_of, recipe_of
 from ..models.architecture import Architecture, kernels
 from ..models.generate import GREEDY, Sampling
 from ..models.weights import read_at_random
+from ..runs.folder import note
 from ..runs.options import FuseOptions
 from ..runs.rows import Rows, draw_keys, room_for
 from ..runs.run import load_run, seed_place
 from ..runs.setup import check_params
+from ..runs.weight_list import Weights, check_modules, coefficients_of
 from ..support.checks import at_least, check_uint32
+from ..support.text import shown, some
 from ..tasks import Encoded, Example, as_input, decode, encode, eval_batches
 from ..training.frozen import Frozen
 from ..training.method import Method, Params
-from .bank import TaskBank, TaskModels
+from ..training.recipe import Recipe
+from .bank import TaskBank, TaskModels, nameless
 
 # What all runs of one bank have in common.
 _SHARED = ("base", "pool", "control", "control_draw", "dtype", "load_in")
+_MIXTURE = Fusion(granularity="block", magnitudes=False)
+_FREE = "\0"  # name of a place without a module
 
 
 class FusedRun(NamedTuple):
@@ -128,41 +135,52 @@ class FusedRun(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A task of a service: its number in the bank, and the run that it is from, None for a module alone."""
+    """A task of a service: its number in the bank, and the run that it is from, None for a mixture of modules."""
 
     number: int
     run: FusedRun | None
 
 
 class Service:
-    """Runs on one base and pool, which is loaded once, and their answers in batches of mixed tasks.
+    """Runs and mixtures on one base and pool, which is loaded once, and their answers in batches of mixed tasks.
 
     Attributes:
-      bank: the runs' numbers, base and pool.
+      bank: the tasks' numbers, base and pool.
       tasks: the added tasks, by name.
       tokenizer: tokenizer of the base model.
       text_format: layout of its prompts and answers; those of a run may also be a chat.
     """
 
-    def __init__(self, runs: Sequence[FusedRun], *, capacity: int, modules: Sequence[str] = ()):
+    def __init__(
+        self,
+        runs: Sequence[FusedRun],
+        *,
+        capacity: int,
+        modules: Sequence[str] = (),
+        options: LoadOptions | None = None,
+        prompt: str | None = None,
+    ):
         """Load the base, and the modules of some runs, without adding the runs.
 
         Args:
-          runs: the bank has all their modules and sites with magnitudes, and their finest granularity.
+          runs: the bank has all their modules and sites with magnitudes, and their finest granularity from `block` on.
           capacity: number of tasks that there is room for.
-          modules: names of further modules of the pool, for runs that are added later.
+          modules: names of further modules of the pool, for mixtures, and for runs that are added later.
+          options: base, pool and chat template without runs; by default those of a run, and texts as they are.
+          prompt: template of the inputs of mixtures, modules and the plain base.
 
         Raises:
           ValueError: there is no run; runs differ in base, pool, control or precision; the pool lacks a module; base or
             modules have other weights than a run was fused with.
         """
-        if not runs:
-            raise ValueError("no runs: give at least one, whose base and pool are loaded")
-        # Magnitudes alone need no pool.
-        self._first = next((run for run in runs if run.options.entry.pool), runs[0])
+        if not runs and options is None:
+            raise ValueError("no runs: give at least one, whose base and pool are loaded, or use Service.open")
+        self.prompt, self.chat, self._source = prompt, options is not None and options.chat, "the service"
+        if options is None:  # magnitudes alone need no pool
+            self._source, options, *_ = next((run for run in runs if run.options.entry.pool), runs[0])
+        self._options = options = dataclasses.replace(options, seeds=(0,))
         for run in runs:
             self._check_shares(run)
-        options = dataclasses.replace(self._first.options, seeds=(0,))
         loras = [run for run in runs if run.is_lora]
         if loras and (basis_of(options.recipe) is not None or options.load_in != "full"):
             raise ValueError(
@@ -175,12 +193,13 @@ class Service:
             used = {*modules, *(name for run in fused_runs for of_seed in run.modules for name in of_seed)}
             there = module_names(open_pool(options.pool), options)
             if missing := ", ".join(sorted(used - set(there))):
-                raise ValueError(f"{options.pool} is not the pool of the runs: it lacks {missing}; give that pool")
+                raise ValueError(f"{options.pool} lacks {missing}: give the pool of the runs, or correct the names")
             names = tuple(name for name in there if name in used)
             # Modules that no run mixes with each other may differ in rank.
             recipe = recipe_of(CoefficientsRecipe, vars(options.recipe) | {"composition": "sum", "train_core": False})
             options = dataclasses.replace(options, method="coefficients", recipe=recipe, adapters=names)
         fused = load_model(options)
+        self._loaded = fused.with_problem(frozen=Frozen(fused.problem.frozen.base))
         self._digests = digests(fused)
         for run in runs:
             check_digests(run.folder, run.digests, self._digests, run.options)
@@ -205,10 +224,42 @@ class Service:
             fused.problem.graph,
             frozen,
             capacity,
-            granularity=GRANULARITIES[max(granularities, default=0)],
+            granularity=GRANULARITIES[max([*granularities, GRANULARITIES.index("block")])],
             scaled=sorted(scaled),
             cores=any("core" in run.params for run in runs),
         )
+
+    @classmethod
+    def open(
+        cls,
+        base: str,
+        pool: str,
+        *,
+        modules: Sequence[str] | None = None,
+        capacity: int = 8,
+        prompt: str | None = None,
+        chat: bool = False,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        load_in: LoadIn = "full",
+    ) -> "Service":
+        """Load a base and modules of a pool without any run.
+
+        Args:
+          base: the base model, as in `LoadOptions`.
+          pool: a converted pool, or a folder of PEFT adapter folders.
+          modules: names of the modules; by default all.
+          capacity: number of tasks that there is room for.
+          prompt: template of inputs, with {input} or other columns.
+          chat: put inputs into the base model's chat template.
+          dtype: dtype of weights and activations.
+          load_in: hold base and pool in 4 or 8 bits.
+
+        Raises:
+          ValueError: the pool lacks a module, or the base has no chat template.
+        """
+        options = LoadOptions(base=base, pool=pool, method="coefficients", chat=chat, dtype=dtype, load_in=load_in)
+        names = open_pool(pool).names if modules is None else modules
+        return cls((), capacity=capacity, modules=names, options=options, prompt=prompt)
 
     def add(self, name: str, run: FusedRun, seed: int | None = None) -> None:
         """Add one seed of a run (by default its first) as a task, which replaces an earlier task of this name.
@@ -242,10 +293,65 @@ class Service:
         self.bank = self.bank.with_task(number, run.method(self._config, pool), of_seed, modules, sites=sites)
         self.tasks[name] = Task(number, run)
 
-    def add_module(self, name: str, module: str) -> None:
-        """Add one module of the pool alone, as it was trained, which replaces an earlier task of this name.
+    def add_mixture(self, name: str, weights: Weights) -> None:
+        """Add a weighted sum of loaded modules, which replaces an earlier mixture of this name without compiling.
 
-        Its prompts are texts as they are.
+        The weights, by module or by module and block, are those of `lorafusion merge`. They are not normalised.
+
+        Raises:
+          ValueError: the bank is full, a run has this name, there is no weight, a module was not loaded, a block is
+            unknown, a weight is not a finite number, or the pool is a DoRA adapter.
+        """
+        pool = self.bank.frozen.pool
+        if pool is None:
+            raise ValueError("the service has no pool, so it has no modules to mix: open it with a pool")
+        if name in self.tasks and self.tasks[name].run is not None:
+            raise ValueError(f"{shown(name)} is the name of a run: give the mixture another name")
+        if not weights:
+            raise ValueError("an empty mixture: give the weight of at least one module")
+        loaded = [module for module in pool.names if module != _FREE]
+        if missing := sorted(weights.keys() - {*loaded}):
+            raise ValueError(f"the module {some(missing)} is not loaded: choose of {some(loaded)}, or load it")
+        # Of all modules, so that other modules are the same program.
+        coefficients = coefficients_of(weights, pool, self._options.pool)
+        number = self._number(name)
+        self.bank = self.bank.with_task(number, _MIXTURE, {"coefficients": coefficients}, range(len(pool)))
+        self.tasks[name] = Task(number, None)
+
+    def load_modules(self, names: Sequence[str]) -> None:
+        """Load further whole modules of the pool, for tasks that are added later.
+
+        Room for modules grows to powers of two. Only then does the next batch compile again, after a note on stderr.
+
+        Raises:
+          ValueError: the pool lacks a module, one is loaded already, or modules are in 4 or 8 bits or in a basis.
+        """
+        pool, source = self.bank.frozen.pool, self._options.pool
+        if not isinstance(pool, LoraPool) or self._options.load_in != "full" or source is None:
+            raise ValueError("only whole modules in full precision join a running service: open it with these modules")
+        check_modules(names, open_pool(source).names, source)
+        if there := sorted({*names} & {*pool.names}):
+            raise ValueError(f"{some(there)} is loaded already: leave it out")
+        options = dataclasses.replace(self._options, method="coefficients", recipe=Recipe(), adapters=tuple(names))
+        new = load_model(options, like=self._loaded)
+        added = new.problem.frozen.pool
+        assert isinstance(added, LoraPool)
+        in_order = dataclasses.replace(added.select(new.problem.index[0].tolist()), names=new.modules[0])
+        pools = [pool.select([name for name in pool.names if name != _FREE]), in_order]
+        count = len(pools[0]) + len(pools[1])
+        if count > len(pool):
+            pools.append(_nothing(2 ** (count - 1).bit_length() - count))
+            note(f"note: the service has room for {sum(map(len, pools))} modules now, and compiles again")
+        else:
+            pools.append(_nothing(len(pool) - count))
+        layers = {site: shape.layers for site, shape in self._config.sites.items()}
+        self.bank = self.bank.with_pool(joined(pools, layers))
+        self._digests["modules"] |= digests(new)["modules"]
+
+    def add_module(self, name: str, module: str) -> None:
+        """Add one module of the pool alone, as it was trained: a mixture of it with the weight 1.
+
+        It replaces an earlier task of this name.
 
         Raises:
           ValueError: the bank is full, or the module was not loaded.
@@ -272,8 +378,9 @@ class Service:
         """Return an answer to each text.
 
         Args:
-          texts: inputs, which a run's prompt or chat template is put around, or rows with the columns of the prompt.
-          names: name of the task that answers each of them; None for the plain base, which gets the text as it is.
+          texts: inputs, which a run's or the service's prompt or chat template is put around, or rows with the columns
+            of the prompt.
+          names: name of the task that answers each of them; None for the plain base.
           max_new_tokens: most tokens of an answer; by default as in the run, for the plain base the most of all tasks.
           eval_batch: most rows in a batch.
           sampling: choice of the next token.
@@ -293,8 +400,8 @@ class Service:
         inputs: dict[int, Int[np.ndarray, " _"]] = {}
         for name, run in runs.items():
             rows = [row for row, of_row in enumerate(names) if of_row == name]
-            examples = [Example(run_input(texts[row], f"text {row + 1}", run), "") for row in rows]
-            text_format = dataclasses.replace(self.text_format, chat=run is not None and run.options.chat)
+            examples = [Example(run_input(texts[row], f"text {row + 1}", run, self.prompt), "") for row in rows]
+            text_format = dataclasses.replace(self.text_format, chat=run.options.chat if run else self.chat)
             tokens = encode(self.tokenizer, examples, text_format, new_tokens=limits[name])
             inputs |= zip(rows, tokens.inputs, strict=True)
         encoded = Encoded(tuple(inputs[row] for row in range(len(texts))), (np.zeros(0, np.int32),) * len(texts))
@@ -302,7 +409,7 @@ class Service:
         worth = evaluation_worth(self._config)
         batches = list(eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id, worth=worth))
         answers: list[list[int]] = [[]] * len(encoded)
-        bank = dataclasses.replace(self.bank, frozen=self.bank.frozen.unstacked())
+        bank = dataclasses.replace(self.bank, frozen=nameless(self.bank.frozen).unstacked())
         most, longest = [limits[name] for name in names], max(limits.values(), default=1)
         keys = partial(draw_keys, sampling, sampling_seed)
         how: dict[str, Any] = {"room": room_for(longest, eval_batch, worth), "sampling": sampling}
@@ -336,26 +443,31 @@ class Service:
         return self.tasks[name]
 
     def _check_shares(self, run: FusedRun) -> None:
-        first = self._first
-        if run.options.entry.pool and basis_of(run.options.recipe) != basis_of(first.options.recipe):
-            k, other = (basis_of(of.options.recipe) for of in (run, first))
+        first = self._options
+        if run.options.entry.pool and basis_of(run.options.recipe) != basis_of(first.recipe):
+            k, other = (basis_of(of.recipe) for of in (run.options, first))
             here, there = (f"modules in a basis of {n} directions" if n else "whole modules" for n in (k, other))
-            raise ValueError(f"{run.folder} fuses {here}, and {first.folder} {there}: serve them apart, or fuse again")
+            raise ValueError(f"{run.folder} fuses {here}, and {self._source} {there}: serve them apart, or fuse again")
         for field in _SHARED:
             if field in ("pool", "control", "control_draw") and not run.options.entry.pool:
                 continue
-            here, there = (_resolved(getattr(of.options, field)) for of in (run, first))
+            here, there = (_resolved(getattr(of, field)) for of in (run.options, first))
             if here != there:
                 raise ValueError(
-                    f"{run.folder} has the {field} {here}, and {first.folder} has {there}: one bank has one {field}. "
+                    f"{run.folder} has the {field} {here}, and {self._source} has {there}: one bank has one {field}. "
                     "Serve them apart, or fuse one of them again with the other's"
                 )
 
 
-def run_input(row: str | Mapping[str, Any], where: str, run: FusedRun | None) -> str:
-    """Return the model's input for a text or row of a run, None for the plain base (see `tasks.as_input`)."""
-    prompt, input = (run.options.prompt, run.options.input) if run else (None, None)
+def run_input(row: str | Mapping[str, Any], where: str, run: FusedRun | None, prompt: str | None) -> str:
+    """Return the model's input for a text or row of a run, or of none with a prompt (see `tasks.as_input`)."""
+    prompt, input = (run.options.prompt, run.options.input) if run else (prompt, None)
     return as_input(row, where, prompt, input=input)
+
+
+def _nothing(modules: int) -> LoraPool:
+    """Return places for modules that are loaded later."""
+    return LoraPool(A={}, B={}, rank={}, names=(_FREE,) * modules)
 
 
 def _resolved(value: str | int | None) -> str | int | None:

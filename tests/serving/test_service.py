@@ -110,18 +110,20 @@ def _file(folder: Path, rows: list[dict[str, Any]]) -> Path:
     return folder / "rows.jsonl"
 
 
-def test_every_row_is_answered_as_by_its_run_alone(runs, alone, tmp_path, capsys):
-    """By name or by folder, in batches smaller than the file; a row without a run asks the plain base."""
+def test_every_row_is_answered_as_by_its_run_alone(runs, alone, small, tmp_path, capsys):
+    """By name or by folder, in batches smaller than the file; the plain base answers a row without a run."""
     asked = [(name, i) for i in range(len(_LINES)) for name in ("mixed", "fused", "scaled")]
     rows = [{"run": name, "input": _LINES[i]} for name, i in asked]
     rows[0]["run"] = str(runs["mixed"])
     folders = [str(folder) for folder in runs.values()]
     # Some marks end lines elsewhere, and not in a file of rows.
-    file = _file(tmp_path, [*rows, {"input": _LINES[0]}, {"input": "a\u2028b\x85c"}])
+    nothing = {"mixture": {min(folder.name for folder in small[1].iterdir()): 0.0}}  # answers as the base does
+    file = _file(tmp_path, [*rows, {"input": _LINES[0]}, nothing | {"input": _LINES[0]}, {"input": "a\u2028b\x85c"}])
     file.write_text(file.read_text(), encoding="utf-8-sig")
     cli.main(["generate", "--runs", *folders, "--file", str(file), "--eval-batch", "4"])
     printed = capsys.readouterr().out.split("\n")
-    assert printed[: len(asked)] == [alone[name][i] for name, i in asked] and len(printed) == len(asked) + 3
+    assert printed[: len(asked)] == [alone[name][i] for name, i in asked] and len(printed) == len(asked) + 4
+    assert printed[len(asked)] == printed[len(asked) + 1]
     assert len({*printed[:3], printed[len(asked)]}) > 2
 
 
@@ -206,6 +208,7 @@ def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, capl
         (lambda: service.generate(["a"], ["scaled"]), "no task 'scaled': there are fused, mixed, another"),
         (lambda: service.remove("scaled"), "no task 'scaled': there are"),
         (lambda: service.generate(["a", "b"], ["mixed"]), "2 texts and 1 names"),
+        (lambda: service.add_mixture("fused", {"a": 1.0}), "'fused' is the name of a run"),
         (lambda: service.add("fused", fused, seed=7), "has no seed 7: it has 1, 2"),
         (lambda: service.generate(["a"], [None], max_new_tokens=0), "max_new_tokens is "),
         (lambda: service.generate(["a"], [None], eval_batch=0), "eval_batch is "),
@@ -241,7 +244,7 @@ def test_a_run_whose_modules_were_not_loaded_needs_them_from_the_start(runs, sma
     roomy = lf.Service([mixed], capacity=1, modules=names)
     roomy.add("other", other)
     assert roomy.bank.frozen.pool.names == tuple(names)
-    with pytest.raises(ValueError, match="is not the pool of the runs: it lacks nobody; give"):
+    with pytest.raises(ValueError, match="lacks nobody: give the pool of the runs"):
         lf.Service([mixed], capacity=1, modules=["nobody"])
 
 
@@ -337,6 +340,7 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, 
     for row, message in (
         ({"run": "nobody", "input": "a"}, "names the run 'nobody': expected one of fused, mixed, scaled"),
         ({"run": ["fused"], "input": "a"}, r"names the run \['fused'\]: expected one of fused, mixed, scaled"),
+        ({"run": "fused", "mixture": {"a": 1}}, "has a run and a mixture: leave one of them out"),
         ({"run": "fused"}, ": its input is None: give it a text"),
         ({"run": "fused", "input": " "}, ": its input is ' ': give it a text"),
         ([], ": holds a list, not an object: give a row such as"),
@@ -361,7 +365,7 @@ def test_rows_files_and_options_that_cannot_be_used_are_refused(runs, tmp_path, 
         generate_rows((Path(),), file=_file(tmp_path, [{"run": "none", "input": "a"}]))
     mixed = str(runs["mixed"])
     for arguments, message in [
-        (["evaluate", "--task", "t"], "give one run with --run, or several with --runs"),
+        (["evaluate", "--task", "t"], "give a run with --run, several with --runs, or"),
         (["generate", "--run", mixed, "--runs", mixed], "--run: not possible together with --runs"),
         (["generate", "--runs", mixed, "--stream"], "--stream: not possible together with --runs"),
         (["evaluate", "--runs", mixed, "--crossbar", "isaac"], "--crossbar: not possible together with --runs"),

@@ -1,0 +1,175 @@
+"""Mixtures of modules with typed weights, without any run: `Service.open`, `generate` and `evaluate` with a pool."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_llama
+from safetensors.numpy import load_file, save_file
+
+import lorafusion_jax as lf
+from lorafusion_jax import cli
+from lorafusion_jax.serving.predict import generate_rows
+
+_LINES = ["double then digit : a b c", "reverse then upper : d e", "sort then next : c b a d"]
+
+
+@pytest.fixture(scope="module")
+def names(small) -> list[str]:
+    return sorted(folder.name for folder in small[1].iterdir())
+
+
+@pytest.fixture(scope="module")
+def blocks(names):
+    return {names[0]: 3.0, names[1]: {"encoder.0": -2.0, "decoder.0": 4.0}}
+
+
+@pytest.fixture(scope="module")
+def merged(small, blocks, tmp_path_factory) -> list[str]:
+    """The answers of the model that `merge` writes for a mixture."""
+    folder = tmp_path_factory.mktemp("merged")
+    (folder / "weights.json").write_text(json.dumps(blocks))
+    (folder / "lines").write_text("\n".join(_LINES))
+    pool = ["--base", str(small[0]), "--pool", str(small[1])]
+    how = ["--weights-file", str(folder / "weights.json"), "--format", "merged", "--out", str(folder / "model")]
+    cli.main(["merge", *pool, *how])
+    return lf.parts.generate_lines(lf.parts.GenerateOptions(base=str(folder / "model"), file=folder / "lines"))
+
+
+@pytest.fixture(scope="module")
+def service(small, names, blocks) -> lf.Service:
+    service = lf.Service.open(*map(str, small), modules=names[:2], capacity=3)
+    service.add_mixture("blocks", blocks)
+    service.add_mixture("zero", {names[0]: 0.0, names[1]: 0.0})
+    return service
+
+
+def _rows(folder: Path, rows: list[dict]) -> Path:
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "rows.jsonl"
+
+
+def test_a_mixture_answers_as_the_merged_model_and_one_of_zeros_as_the_base(service, small, merged, blocks, tmp_path):
+    rows = [{"mixture": blocks, "input": line} for line in _LINES] + [{"input": line} for line in _LINES]
+    pair = {"base": str(small[0]), "pool": str(small[1])}
+    base = service.generate(_LINES, [None] * 3)
+    assert generate_rows(**pair, file=_rows(tmp_path, rows), max_new_tokens=128) == merged + base
+    assert service.generate(_LINES * 2, ["blocks"] * 3 + ["zero"] * 3) == merged + base
+    assert merged != base
+    ids = np.arange(3, 15, dtype=np.int32).reshape(2, 6)
+    batch = lf.Batch(ids, np.ones((2, 6), bool), ids, np.ones(2, bool))
+    numbers = {name: np.full(2, task.number, np.int32) for name, task in service.tasks.items()}
+    of_zero = service.bank.logits(batch, numbers["zero"])
+    whole = map(jnp.asarray, (ids, batch.input_mask, ids))
+    np.testing.assert_array_equal(of_zero, jax.jit(lf.load_base(small[0]).label_logits)(*whole, {}))
+    np.testing.assert_array_equal(of_zero, service.bank.logits(batch, np.full(2, -1, np.int32)))
+
+
+def test_other_weights_and_modules_compile_nothing_until_the_room_is_full(service, small, names, capsys, caplog):
+    service.load_modules([names[2]])
+    assert "room for 4 modules now, and compiles again" in capsys.readouterr().err
+    service.add_mixture("new", {names[2]: 2.0})
+    alone = lf.Service.open(*map(str, small), modules=[names[2]], capacity=1)
+    alone.add_mixture("new", {names[2]: 2.0})
+    expected = alone.generate(_LINES, ["new"] * 3)
+    assert service.generate(_LINES, ["new"] * 3) == expected
+    before = service.generate(_LINES * 2, ["blocks"] * 3 + ["zero"] * 3)
+    with jax.log_compiles():
+        service.load_modules([names[3]])
+        caplog.clear()
+        service.add_mixture("new", {names[3]: -1.5})
+        other = service.generate(_LINES, ["new"] * 3)
+        service.add_mixture("new", {names[2]: 2.0, names[3]: 0.0})
+        assert service.generate(_LINES, ["new"] * 3) == expected != other
+        assert service.generate(_LINES * 2, ["blocks"] * 3 + ["zero"] * 3) == before
+    assert "Compiling" not in caplog.text and "room" not in capsys.readouterr().err
+
+
+def test_mixtures_have_the_prompt_or_the_chat_template_of_the_service(small, names, merged, blocks, tmp_path, capsys):
+    how, text = _LINES[0].split(" : ")
+    pool = ["--base", str(small[0]), "--pool", str(small[1])]
+    rows = _rows(tmp_path, [{"mixture": blocks, "how": how, "text": text}])
+    cli.main(["generate", *pool, "--prompt", "{how} : {text}", "--file", str(rows)])
+    assert capsys.readouterr().out.rstrip("\n") == merged[0]
+    base = small_llama.make(tmp_path / "base")
+    (tmp_path / "lines").write_text("hot")
+    options = lf.parts.GenerateOptions(base=str(base), file=tmp_path / "lines", chat=True, max_new_tokens=8)
+    alone = lf.parts.generate_lines(options)
+    options = lf.LoadOptions(base=str(base), method="zero-shot", chat=True)
+    chat = lf.Service((), capacity=1, options=options)
+    assert chat.generate(["hot"], [None], max_new_tokens=8) == alone
+
+
+def test_evaluate_scores_a_mixture_as_the_merged_model(small, names, tmp_path, capsys):
+    pool, task = ["--base", str(small[0]), "--pool", str(small[1])], ["--test-rows", "4", "--task"]
+    task.append(str(Path(__file__).parents[2] / "examples/small/tasks/double_digit"))
+    weights = ["--weights", f"{names[1]}=3", f"{names[0]}=-1"]
+    cli.main(["merge", *pool, *weights, "--format", "merged", "--out", str(tmp_path / "model")])
+    options = lf.FuseOptions(base=str(tmp_path / "model"), method="zero-shot", task=task[-1], test_rows=4)
+    setup = lf.parts.load_setup(options, to_train=False)
+    loss = float(lf.parts.evaluate(setup, {}, batch_size=4).loss[0])
+    capsys.readouterr()
+    cli.main(["evaluate", *pool, *weights, *task])
+    assert capsys.readouterr().out.split()[-1] == f"{loss:.4f}"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"run": "r", "mixture": {"a": 1}}, "names the run 'r': expected one of none without --runs"),
+        ({"mixture": {}}, "has an empty mixture: give the weight of at least one module"),
+        ({"mixture": {"nobody": 1}}, "has no module nobody: it has "),
+        ({"mixture": {"NAME": "a"}}, "is 'a': expected a number or an object; give weights such as"),
+        ({"mixture": [1]}, "mixture: holds a list, not an object"),
+        ({"mixture": {"NAME": 1e39}}, "is 1e.39: expected a finite number of float32"),
+        ({"mixture": {"NAME": {"encoder.7": 1}}}, "name a block 'encoder.7': expected one of encoder.0"),
+        ({"mixture": {"NAME": 1}, "input": " "}, "its input is ' ': give it a text"),
+    ],
+)
+def test_rows_that_cannot_be_answered_are_refused_with_their_line(small, names, row, message, tmp_path):
+    text = json.dumps({"input": "a"}) + "\n" + json.dumps({"input": "a"} | row).replace("NAME", names[0])
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=f"rows.jsonl:2.*{message}"):
+        generate_rows(base=str(small[0]), pool=str(small[1]), file=tmp_path / "rows.jsonl")
+
+
+def test_mixtures_and_options_that_cannot_be_used_are_refused(service, small, names, tmp_path, capsys):
+    dora = tmp_path / "pool"
+    shutil.copytree(small[1] / names[0], dora / "dora")
+    config, (weights,) = dora / "dora" / "adapter_config.json", (dora / "dora").glob("*.safetensors")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    kept = load_file(weights)
+    sizes = {name: len(b) for name, b in kept.items() if "lora_B" in name}
+    kept |= {name.replace("lora_B.weight", "lora_magnitude_vector"): np.ones(n, "f4") for name, n in sizes.items()}
+    save_file(kept, weights, metadata={"format": "pt"})
+    of_dora = lf.Service.open(str(small[0]), str(dora), capacity=1)
+    quantised = lf.Service.open(*map(str, small), modules=names[:1], load_in="int8")
+    for wrong, message in (
+        (lambda: service.add_mixture("x", {}), "an empty mixture"),
+        (lambda: service.add_mixture("x", {"nobody": 1.0}), "the module nobody is not loaded: choose of "),
+        (lambda: service.add_mixture("x", {names[0]: float("nan")}), "is nan: expected a finite number"),
+        (lambda: service.load_modules(["0"]), "has no module 0: it has "),
+        (lambda: service.load_modules(names[:1]), "is loaded already: leave it out"),
+        (lambda: quantised.load_modules(names[1:2]), "only whole modules in full precision join"),
+        (lambda: of_dora.add_mixture("x", {"dora": 1.0}), "is a DoRA adapter, whose magnitudes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+    base, pool = ["--base", str(small[0])], ["--pool", str(small[1])]
+    for arguments, message in [
+        (["generate", *pool], "mixtures need a base and a pool"),
+        (["generate", *base, "--prompt", "{input}"], "--prompt is the template of a base with a pool"),
+        (["generate", *base, *pool, "--runs", "r"], "runs have their base, pool, prompt and chat template"),
+        (["generate", *base, *pool, "--stream"], "--stream: not possible together with --pool"),
+        (["evaluate", *base, "--task", "t"], "a mixture needs a pool and a task"),
+        (["evaluate", *base, *pool, "--task", "t"], "no weights: give some with --weights"),
+        (["evaluate", *base, *pool, "--task", "t", "--weights", "0=1"], "has no module 0: it has "),
+        (["evaluate", *base, *pool, "--task", "t", "--crossbar", "isaac"], "--crossbar: not possible together with"),
+    ]:
+        with pytest.raises(SystemExit):
+            cli.main(arguments)
+        assert message in capsys.readouterr().err
