@@ -402,7 +402,9 @@ def best_rate(rows: Sequence[Row]) -> float:
 
 
 def chosen(rows: Sequence[Row]) -> list[Row]:
-    """Return the pilot's rows at its rate."""
+    """Return the pilot's rows at its rate, none before the rate is chosen."""
+    if {row["rate"] for row in rows if row["task"] == RATED} < {*RATES}:
+        return []
     rate = best_rate(rows)
     return [row for row in rows if row["task"] in PILOT and row["rate"] == rate]
 
@@ -431,7 +433,7 @@ def gains(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, 
 def tables(adapters: Sequence[Row], rows: Sequence[Row], trials: Sequence[Row]) -> dict[str, list[list[str]]]:
     """Return the tables of what is measured; losses are in nats per answer token."""
     pilot = [["task", "base", SHOWN, "frequencies of answers", "adapter", "learned"]]
-    for row in sorted(chosen(adapters) if adapters else (), key=lambda row: row["task"]):
+    for row in sorted(chosen(adapters), key=lambda row: row["task"]):
         values = [f"{losses(row, of).mean():.3f}" for of in ("alone", "examples", "frequencies", "adapter")]
         pilot.append([row["task"], *values, "yes" if learns(row) else "no"])
     by_arm = {arm: means(rows, arm, LOSS) for arm in (ZERO, SHOWN, LORAHUB, MAGNITUDES, ROTATED, FUSION, LORA)}
