@@ -4,13 +4,26 @@ import itertools
 import json
 import string
 import struct
-from pathlib import Path
 
 import gguf
+import gguf_models
 import numpy as np
 import pytest
 import qwix
 from flax import nnx
+from gguf_models import (
+    BYTE_LEVEL,
+    IDS,
+    INTERLEAVED,
+    MODELS,
+    PIECES,
+    SENTENCE_PIECE,
+    byte_letters,
+    close,
+    interleaved,
+    writer_of,
+    written,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -20,7 +33,6 @@ from lorafusion_jax.io.gguf.base import GGUFBase
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged
-from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.parts import ConvertOptions, convert, dense, linear_shapes, open_base, shape_config, write_adapter
 from lorafusion_jax.runs.merge import MergeOptions, merge
 
@@ -33,7 +45,7 @@ def test_every_type_that_the_gguf_package_dequantises_is_read(tmp_path, kind):
     data = np.random.default_rng(0).integers(0, 64, (2, 3 * size), np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "file.gguf", "llama")
     writer.add_tensor("a", data, raw_dtype=kind)
-    file = _close(writer)
+    file = close(writer)
     try:
         expected = gguf.dequantize(data, kind)
     except NotImplementedError:
@@ -46,222 +58,28 @@ def test_every_type_that_the_gguf_package_dequantises_is_read(tmp_path, kind):
         np.testing.assert_array_equal(tensor[1:2], expected[1:2])
 
 
-# Files as llama.cpp's conversion writes them.
-
-
-def _close(writer):
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return Path(writer.path)
-
-
-_LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
-_GRANITE = {"attention_multiplier": 0.5, "embedding_multiplier": 12.0, "residual_multiplier": 0.25}
-_GRANITE |= {"logits_scaling": 8.0}
-# What differs from `_TINY`, by general.architecture and a name.
-_TINY = {
-    "vocab_size": 272,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 2.0**-20,
-    "rope_theta": 20_000.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
-_MODELS = {
-    "llama": {"model_type": "llama"},
-    "llama 3": {"model_type": "llama", "head_dim": 64, "rope_theta": 500_000.0, "rope_scaling": _LLAMA3},
-    "llama with biases, tied": {
-        "model_type": "llama",
-        "attention_bias": True,
-        "mlp_bias": True,
-        "tie_word_embeddings": True,
-        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
-        "eos_token_id": [2, 5],
-    },
-    "mistral": {"model_type": "mistral", "sliding_window": 32},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3"},
-    "gemma2": {
-        "model_type": "gemma2",
-        "sliding_window": 16,
-        "attn_logit_softcapping": 20.0,
-        "final_logit_softcapping": 10.0,
-        "query_pre_attn_scalar": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "tie_word_embeddings": True,
-    },
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 7,
-        "sliding_window": 16,
-        "rope_local_base_freq": 10_000.0,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        "query_pre_attn_scalar": 16,
-        "layer_types": ["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
-        "tie_word_embeddings": True,
-    },
-    "phi3": {"model_type": "phi3", "sliding_window": 64, "partial_rotary_factor": 0.5},
-    "phi3 with longrope": {
-        "model_type": "phi3",
-        "original_max_position_embeddings": 32,
-        "rope_scaling": {"rope_type": "longrope", "attention_factor": 1.25}
-        | {"short_factor": [1.0, 1.5] * 4, "long_factor": [2.0, 5.0] * 4},
-    },
-    "qwen2 with yarn": {"model_type": "qwen2", "rope_scaling": _YARN},
-    "gemma": {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
-    "granite": {"model_type": "granite"} | _GRANITE,
-    "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
-    "olmo2": {"model_type": "olmo2"},
-    "olmo3": {
-        "model_type": "olmo3",
-        "num_hidden_layers": 5,
-        "sliding_window": 16,
-        "rope_theta": 500_000.0,  # of another, transformers 5.24 reads the default in the layers with a window
-        "rope_scaling": _YARN,
-    },
-}
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"}
-_INTERLEAVED = ("llama", "granite", "smollm3")
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The models as Hugging Face folders, random weights."""
+    """The models with random weights: multiples of 1 / 64 below 8, so that 1 + w loses nothing."""
     found = {}
-    for number, (name, changes) in enumerate(_MODELS.items()):
-        folder, rng = tmp_path_factory.mktemp("base"), np.random.default_rng(number)
-        config = _TINY | changes
-        (folder / "config.json").write_text(json.dumps(config))
-        model = FAMILY.abstract(FAMILY.read_config(config))
-        tensors = {
-            # Multiples of 1 / 64 below 8, so that 1 + w loses nothing.
-            name: (rng.integers(-512, 512, slot.shape) / 64).astype(np.float32)
-            for slot in FAMILY.checkpoint(model.config).slots(model)
-            for name in slot.names
-        }
-        save_file(tensors, folder / "model.safetensors")
-        tokens = _SENTENCE_PIECE if name in ("mistral", "gemma3") else _BYTE_LEVEL | _IDS
-        build_tokenizer(tokens | {"tokenizer.ggml.padding_token_id": 0}).save_pretrained(folder)
-        found[name] = folder
+    for number, name in enumerate(MODELS):
+        rng, folder = np.random.default_rng(number), tmp_path_factory.mktemp("base")
+        found[name] = gguf_models.make(folder, name, lambda _, shape, rng=rng: rng.integers(-512, 512, shape) / 64)
     return found
 
 
-def _interleaved(rows, heads):
-    """Rows i and half + i of every head next to each other: llama.cpp's `permute`."""
-    return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _writer(folder, file, changes=None, kinds=lambda name: None):
-    """A GGUF file of a Hugging Face folder, not yet written; `changes` replace values or remove them, or tensors."""
-    config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    kind = config["model_type"]
-    name = _ARCHITECTURES.get(kind, kind)
-    heads, kv_heads, d_head = (config[key] for key in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-    values = {
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "block_count": config["num_hidden_layers"],
-        "attention.head_count": heads,
-        "attention.head_count_kv": kv_heads,
-        "attention.key_length": d_head,
-        "attention.value_length": d_head,
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "attention.sliding_window": config.get("sliding_window"),
-        "attn_logit_softcapping": config.get("attn_logit_softcapping"),
-        "final_logit_softcapping": config.get("final_logit_softcapping"),
-        "rope.freq_base": config["rope_theta"],
-        "rope.dimension_count": int(d_head * config.get("partial_rotary_factor", 1)) if kind != "gemma2" else None,
-        "vocab_size": config["vocab_size"],
-    }
-    if kind == "granite":
-        scales = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
-        values |= dict(zip(scales, _GRANITE.values(), strict=True))
-    if kind == "olmo3":
-        values["attention.sliding_window_pattern"] = [True, True, True, False, True]
-    scaling = config.get("rope_scaling", {})
-    if scaling.get("rope_type") == "yarn":
-        values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": scaling["factor"]}
-        values["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
-    if scaling.get("rope_type") == "longrope":
-        values["rope.scaling.original_context_length"] = config["original_max_position_embeddings"]
-        values["rope.scaling.attn_factor"] = scaling["attention_factor"]
-        for part in ("short", "long"):
-            tensors[f"rope_factors_{part}"] = np.array(scaling[f"{part}_factor"], np.float32)
-    if scaling.get("rope_type") == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling["factor"]}
-    if scaling.get("rope_type") == "llama3":
-        tensors["rope_freqs"] = _quotients(config["rope_theta"], d_head, scaling)
-    end, *others = config["eos_token_id"] if isinstance(config["eos_token_id"], list) else [config["eos_token_id"]]
-    ids = {"bos": config["bos_token_id"], "eos": end, "padding": config["pad_token_id"], "eot": [*others, None][0]}
-    values = {f"{name}.{key}": value for key, value in values.items()} | _BYTE_LEVEL
-    values |= {f"tokenizer.ggml.{key}_token_id": token for key, token in ids.items()} | (changes or {})
-    writer = gguf.GGUFWriter(file, name)
-    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
-    for key, value in values.items():
-        writer.kv_data[0].pop(key, None)
-        if value is not None:
-            (add | {bool: writer.add_bool})[type(value)](key, value)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[name.upper()], config["num_hidden_layers"])
-    for title, tensor in tensors.items():
-        if values.get(title, title) is None:
-            continue
-        if name in _INTERLEAVED and (".q_proj" in title or ".k_proj" in title):
-            tensor = _interleaved(tensor, heads if ".q_proj" in title else kv_heads)
-        if name.startswith("gemma") and title.endswith("norm.weight"):
-            tensor = tensor + 1
-        stem, _, suffix = title.rpartition(".")
-        to = f"{title}.weight" if title.startswith("rope_f") else f"{names.get_name(stem)}.{suffix}"
-        quantised = kinds(title) if tensor.ndim == 2 else None
-        data = tensor if quantised is None else gguf.quantize(tensor, _Kind[quantised])
-        writer.add_tensor(to, data, raw_dtype=None if quantised is None else _Kind[quantised])
-    return writer
-
-
-def _written(*arguments, **more):
-    return _close(_writer(*arguments, **more))
-
-
-def _quotients(theta, width, scaling):
-    """The stretches of all pairs, as llama.cpp's conversion computes them."""
-    found = []
-    for i in range(0, width, 2):
-        turns = scaling["original_max_position_embeddings"] / (2 * np.pi * theta ** (i / width))
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        found.append(1 / ((1 - kept) / scaling["factor"] + kept))
-    return np.array(found, np.float32)
-
-
-@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_file_is_the_folder_it_was_made_of(tmp_path, folders, name):
     """The same structure and the same weights, bit for bit."""
     folder = folders[name]
-    file = _written(folder, tmp_path / "model.gguf")
+    file = written(folder, tmp_path / "model.gguf")
     assert lf.read_config(file) == lf.read_config(folder) and open_base(file).digest == open_base(folder).digest
 
 
 def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, folders):
     folder = folders["llama"]
     file, coded, again = (
-        _written(folder, tmp_path / f"{number}.gguf", kinds=lambda _name, kind=kind: kind)
+        written(folder, tmp_path / f"{number}.gguf", kinds=lambda _name, kind=kind: kind)
         for number, kind in enumerate((None, "Q8_0", "Q8_0"))
     )
     got, expected = (dict(nnx.to_flat_state(nnx.state(lf.load_base(source)))) for source in (file, folder))
@@ -273,7 +91,7 @@ def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, fold
 
 def test_a_file_has_a_digest_of_its_tokenizer_alone(tmp_path, folders):
     changes = ({}, {"tokenizer.chat_template": "hi"}, {"tokenizer.ggml.add_bos_token": True})
-    files = [_written(folders["llama"], tmp_path / f"{n}.gguf", of) for n, of in enumerate(changes)]
+    files = [written(folders["llama"], tmp_path / f"{n}.gguf", of) for n, of in enumerate(changes)]
     plain, other_template, other_tokenizer = (open_base(file).files.tokenizer_sha256() for file in files)
     assert plain == other_template != other_tokenizer
 
@@ -282,7 +100,7 @@ def test_other_values_of_older_and_newer_files(tmp_path, folders):
     """A pattern of windows, absent widths of heads, the older key of a scaling, keys without effect, ends of turns."""
 
     def read(name, changes):
-        return lf.read_config(_written(folders[name], tmp_path / "model.gguf", changes))
+        return lf.read_config(written(folders[name], tmp_path / "model.gguf", changes))
 
     pattern = {"attention.sliding_window_pattern": [True] * 6 + [False], "rope.freq_base_swa": 5_000.0}
     config = read("gemma3", {f"gemma3.{key}": value for key, value in (pattern | {"expert_count": 0}).items()})
@@ -291,7 +109,7 @@ def test_other_values_of_older_and_newer_files(tmp_path, folders):
     config = read("llama", absent | {"llama.rope.scale_linear": 2.0})
     assert (config.d_head, config.num_kv_heads, config.rope.scaling, config.rope.factor) == (16, 4, "linear", 2.0)
     for text in ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>"):
-        tokens = [*_BYTE_LEVEL["tokenizer.ggml.tokens"]]
+        tokens = [*BYTE_LEVEL["tokenizer.ggml.tokens"]]
         tokens[7] = text
         assert read("llama", {"tokenizer.ggml.tokens": tokens}).end_ids == (2, 7)
     # The largest Gemmas scale queries by a width that their files lack.
@@ -312,7 +130,7 @@ def _in_turn(title):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
-    file = _written(folders["llama"], tmp_path / "model.gguf", kinds=_in_turn)
+    file = written(folders["llama"], tmp_path / "model.gguf", kinds=_in_turn)
     tensor, model = lf.base_tensor(file), lf.load_base(file, dtype=dtype, quantise="int8")
     tensors = open_base(file).files.tensors()
     head = model.variables()["head"].get_value()
@@ -340,26 +158,8 @@ def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
 # Tokenizers.
 
 
-def _byte_letters():
-    """GPT-2's letters of the 256 bytes."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-_BYTE_LEVEL = {
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "gpt-2",
-    "tokenizer.ggml.tokens": ["<pad>", "<s>", "</s>", "<think>", "th", "the", *_byte_letters().values()],
-    "tokenizer.ggml.token_type": [3, 3, 3, 4, *[1] * 258],
-    "tokenizer.ggml.merges": ["t h", "th e"],
-    "tokenizer.chat_template": "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}",
-}
-_IDS = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
-
-
 def _ids(tokens):
-    names = _BYTE_LEVEL["tokenizer.ggml.tokens"]
+    names = BYTE_LEVEL["tokenizer.ggml.tokens"]
     return [names.index(token) for token in tokens]
 
 
@@ -375,48 +175,38 @@ def _ids(tokens):
     ],
 )
 def test_pre_tokenizers_split_by_name(pre, pieces):
-    tokenizer = build_tokenizer(_BYTE_LEVEL | _IDS | {"tokenizer.ggml.pre": pre})
+    tokenizer = build_tokenizer(BYTE_LEVEL | IDS | {"tokenizer.ggml.pre": pre})
     got = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("He's 1234 won'T   x!?\n\ny")
-    letters = {letter: byte for byte, letter in _byte_letters().items()}
+    letters = {letter: byte for byte, letter in byte_letters().items()}
     assert [bytes(letters[letter] for letter in piece).decode() for piece, _ in got] == pieces
 
 
 def test_byte_level_tokens_special_tokens_and_flags():
-    tokenizer = build_tokenizer(_BYTE_LEVEL | _IDS)
+    tokenizer = build_tokenizer(BYTE_LEVEL | IDS)
     assert tokenizer("the th é</s><think>")["input_ids"] == _ids(["the", "Ġ", "th", "Ġ", "Ã", "©", "</s>", "<think>"])
     assert tokenizer.decode(tokenizer("the é</s><think>")["input_ids"], skip_special_tokens=True) == "the é<think>"
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "</s>")
     flags = {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}
-    both = build_tokenizer(_BYTE_LEVEL | _IDS | flags | {"tokenizer.ggml.padding_token_id": 0})
+    both = build_tokenizer(BYTE_LEVEL | IDS | flags | {"tokenizer.ggml.padding_token_id": 0})
     assert both("the")["input_ids"] == _ids(["<s>", "the", "</s>"]) and both.pad_token == "<pad>"
     assert both.whole("the", "th")["input_ids"] == _ids(["<s>", "the", "</s>", "<s>", "th", "</s>"])
     # Llama 3's tokenizers begin with BOS unless told otherwise, and keep a word that no merges make.
     merges = {"tokenizer.ggml.merges": ["h e"], "tokenizer.ggml.pre": "llama-bpe"}
     with pytest.raises(ValueError, match="its merges give no tokenizer"):
-        build_tokenizer(_BYTE_LEVEL | _IDS | merges)
+        build_tokenizer(BYTE_LEVEL | IDS | merges)
     merges["tokenizer.ggml.merges"] = ["t h"]
-    assert build_tokenizer(_BYTE_LEVEL | _IDS | merges)("the")["input_ids"] == _ids(["<s>", "the"])
+    assert build_tokenizer(BYTE_LEVEL | IDS | merges)("the")["input_ids"] == _ids(["<s>", "the"])
     merges["tokenizer.ggml.pre"] = "gpt-2"
-    assert build_tokenizer(_BYTE_LEVEL | _IDS | merges)("the")["input_ids"] == _ids(["th", "e"])
+    assert build_tokenizer(BYTE_LEVEL | IDS | merges)("the")["input_ids"] == _ids(["th", "e"])
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], return_dict=False)
     assert chat == _ids(["<s>", "the", "</s>"])
-
-
-_PIECES = {"▁": -5.0, "a": -6.0, "b": -7.0, "c": -8.0, "ab": -1.0, "▁a": -2.0, "bc": -0.5, "abc": -3.0, "▁ab": -4.0}
-_SENTENCE_PIECE = {
-    "tokenizer.ggml.model": "llama",
-    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *_PIECES, "  ", "<turn>"],
-    "tokenizer.ggml.scores": [0.0] * 259 + [*_PIECES.values(), -1000.0, -1000.0],
-    "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(_PIECES), 4, 3],
-    "tokenizer.ggml.unknown_token_id": 0,
-} | _IDS
 
 
 def _by_score(text):
     """SentencePiece's merges by a loop: the best pair, the first one of equals."""
     parts = [*text]
     while True:
-        pairs = [(_PIECES[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in _PIECES]
+        pairs = [(PIECES[a + b], -i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in PIECES]
         if not pairs:
             return parts
         at = -max(pairs)[1]
@@ -424,7 +214,7 @@ def _by_score(text):
 
 
 def test_sentence_piece_merges_by_score():
-    tokenizer = build_tokenizer(_SENTENCE_PIECE)
+    tokenizer = build_tokenizer(SENTENCE_PIECE)
 
     @given(st.text("abc ", min_size=1, max_size=12).filter(lambda text: "  " not in text))
     def check(text):
@@ -434,16 +224,16 @@ def test_sentence_piece_merges_by_score():
 
 
 def test_sentence_piece_bytes_special_tokens_and_the_space_before():
-    tokenizer = build_tokenizer(_SENTENCE_PIECE)
+    tokenizer = build_tokenizer(SENTENCE_PIECE)
     assert tokenizer.tokenize("abé") == ["▁ab", "<0xC3>", "<0xA9>"]
     assert tokenizer("ab")["input_ids"][0] == 1
     assert tokenizer.tokenize("a<turn>a") == ["▁a", "<turn>", "▁a"]
     for text in ("ab é c", "  b"):
         assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
-    gemma = build_tokenizer(_SENTENCE_PIECE | {"tokenizer.ggml.add_space_prefix": False})
+    gemma = build_tokenizer(SENTENCE_PIECE | {"tokenizer.ggml.add_space_prefix": False})
     assert gemma.tokenize("a  ab a") == ["a", "  ", "ab", "▁a"]
     assert gemma.decode(gemma("a  ab")["input_ids"], skip_special_tokens=True) == "a  ab"
-    without = {key: value for key, value in _SENTENCE_PIECE.items() if not key.endswith("scores")}
+    without = {key: value for key, value in SENTENCE_PIECE.items() if not key.endswith("scores")}
     merged = build_tokenizer(without | {"tokenizer.ggml.merges": ["b c", "▁ a"]})
     assert merged.tokenize("abc") == ["▁a", "bc"]
 
@@ -452,7 +242,7 @@ def test_sentence_piece_bytes_special_tokens_and_the_space_before():
 
 
 def test_a_file_is_converted_for_saved_and_read_back(tmp_path, folders):
-    file = str(_written(folders["llama"], tmp_path / "model.gguf"))
+    file = str(written(folders["llama"], tmp_path / "model.gguf"))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
@@ -483,9 +273,9 @@ def test_a_file_is_converted_for_saved_and_read_back(tmp_path, folders):
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, folders, name, kind):
-    file = _written(folders[name], tmp_path / "base.gguf")
+    file = written(folders[name], tmp_path / "base.gguf")
     tensors = {key: -array for key, array in load_file(folders[name] / "model.safetensors").items()}
     write_merged(tmp_path / "merged.gguf", GGUFBase(file), tensors, kind)
     merged = GGUFBase(tmp_path / "merged.gguf")
@@ -501,7 +291,7 @@ def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, fol
     assert reader.fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
 
 
-@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_a_folder_is_written_with_its_structure_and_tokenizer(tmp_path, folders, name):
     folder, file = folders[name], tmp_path / "model.gguf"
     write_merged(file, open_base(folder).files, load_file(folder / "model.safetensors"), "F16")
@@ -516,30 +306,13 @@ def test_a_model_of_a_folder_is_written_with_its_structure_and_tokenizer(tmp_pat
     assert ours.chat_template == theirs.chat_template and ours.special_tokens_map == theirs.special_tokens_map
 
 
-@pytest.mark.peft
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # of the others transformers ignores keys
-def test_transformers_reads_a_written_model_as_its_folder(tmp_path, folders, name):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    folder = folders[name]
-    write_merged(tmp_path / "model.gguf", open_base(folder).files, load_file(folder / "model.safetensors"), "F16")
-    ids = torch.arange(3, 40)[None]
-    logits = []
-    for where, how in ((tmp_path, {"gguf_file": "model.gguf"}), (folder, {})):
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **how).eval()
-        with torch.no_grad():
-            logits.append(model(input_ids=ids).logits.numpy())
-    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-4)
-
-
 def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, folders):
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
     config = json.loads((folders["llama"] / "config.json").read_text())
     tensors = load_file(folders["llama"] / "model.safetensors")
-    build_tokenizer(_BYTE_LEVEL | _IDS).save_pretrained(tmp_path)
+    build_tokenizer(BYTE_LEVEL | IDS).save_pretrained(tmp_path)
     config["rope_scaling"] = {"rope_type": "dynamic", "factor": 2.0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"would hold rope .* convert the folder with llama.cpp's"):
@@ -556,7 +329,7 @@ def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, fo
     assert not (tmp_path / "model.gguf").exists()
 
 
-@pytest.mark.parametrize("name", _MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folders, name):
     config, content = lf.read_config(folders[name]), open_base(folders[name]).raw
     draw = np.random.default_rng(0)
@@ -577,13 +350,13 @@ def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folder
         path, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rsplit(".", 1)
         heads = {"q_proj": content["num_attention_heads"], "k_proj": content["num_key_value_heads"]}
         last = path.rpartition(".")[2]
-        if architecture in _INTERLEAVED and last in heads and factor == "lora_B":
-            array = _interleaved(array, heads[last])
+        if architecture in INTERLEAVED and last in heads and factor == "lora_B":
+            array = interleaved(array, heads[last])
         np.testing.assert_array_equal(found[f"{names.get_name(path)}.weight.{factor.lower()}"], array)
 
 
 def test_weighted_modules_of_a_file_or_folder_are_written_as_files(tmp_path, folders):
-    file = str(_written(folders["llama"], tmp_path / "base.gguf"))
+    file = str(written(folders["llama"], tmp_path / "base.gguf"))
     path, draw = "model.layers.1.self_attn.k_proj", np.random.default_rng(0)
     factors = {"A": draw.normal(size=(2, 64)).astype("f4"), "B": draw.normal(size=(32, 2)).astype("f4")}
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["k_proj"]}
@@ -594,7 +367,7 @@ def test_weighted_modules_of_a_file_or_folder_are_written_as_files(tmp_path, fol
     merge(MergeOptions(out=tmp_path / "lora", format="gguf", **options))
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "lora" / "adapter.gguf").tensors}
     a, b = (found[f"blk.1.attn_k.weight.lora_{name}"] for name in "ab")
-    np.testing.assert_allclose(b @ a, _interleaved(update, 2), atol=1e-5)
+    np.testing.assert_allclose(b @ a, interleaved(update, 2), atol=1e-5)
     merge(MergeOptions(out=tmp_path / "merged", format="gguf-f16", **options))
     merged, base = (lf.base_tensor(source)(f"{path}.weight") for source in (tmp_path / "merged" / "model.gguf", file))
     np.testing.assert_allclose(merged, base + update, atol=2**-8)
@@ -613,7 +386,7 @@ def test_a_family_without_gguf_files_is_refused(tmp_path):
 
 
 def test_files_that_are_not_whole_or_not_gguf(tmp_path, folders):
-    file = _written(folders["llama"], tmp_path / "model.gguf")
+    file = written(folders["llama"], tmp_path / "model.gguf")
     content = file.read_bytes()
     damaged = {
         content[:-40]: rf": truncated or damaged, .* ends behind the file's last byte \({len(content) - 40:,}\)",
@@ -697,7 +470,7 @@ _TOKENIZERS = [
 )
 def test_files_that_are_refused(tmp_path, folders, read, prefix, changes, message):
     changes = {f"{prefix}{key}": value for key, value in changes.items()}
-    file = _written(folders["llama"], tmp_path / "model.gguf", changes)
+    file = written(folders["llama"], tmp_path / "model.gguf", changes)
     with pytest.raises(ValueError, match=f"^{file}.*{message}") as caught:
         read(file)
     assert len(str(caught.value)) < 1_000
@@ -722,22 +495,22 @@ def test_shapes_that_no_file_holds_are_refused(tmp_path, shape):
     writer.add_tensor("x", np.zeros(32, np.float32))
     writer.tensors[0]["x"].shape = shape
     with pytest.raises(ValueError, match=r"model\.gguf: (x has .* blocks of|truncated or damaged, x ends).* fetch"):
-        read_gguf(_close(writer))
+        read_gguf(close(writer))
 
 
 @pytest.mark.parametrize("change", [lambda q: q[::-1], lambda q: q * np.float32(1.01), lambda q: q[:-1]])
 def test_stretched_frequencies_that_are_not_llama3_s_are_refused(tmp_path, folders, change):
-    writer = _writer(folders["llama 3"], tmp_path / "model.gguf")
+    writer = writer_of(folders["llama 3"], tmp_path / "model.gguf")
     held = writer.tensors[0]["rope_freqs.weight"]
     held.tensor = np.ascontiguousarray(change(held.tensor))
     held.shape, held.nbytes = held.tensor.shape, held.tensor.nbytes
     message = r"rope_freqs\.weight (has shape \[31\]: \w+ \[32\]|are not those of a rope scaling llama3)"
     with pytest.raises(ValueError, match=message):
-        lf.read_config(_close(writer))
+        lf.read_config(close(writer))
 
 
 def test_half_of_longrope_is_refused(tmp_path, folders):
-    writer = _writer(folders["phi3"], tmp_path / "model.gguf")
+    writer = writer_of(folders["phi3"], tmp_path / "model.gguf")
     writer.add_tensor("rope_factors_long.weight", np.ones(4, np.float32))
     with pytest.raises(ValueError, match="the rope scaling is longrope: expected rope_factors_short.weight and rope_"):
-        lf.read_config(_close(writer))
+        lf.read_config(close(writer))

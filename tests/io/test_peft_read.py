@@ -5,7 +5,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import peft_models
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -311,10 +310,21 @@ def test_missing_files(write):
     folder = Path(write())
     (folder / "adapter_model.safetensors").unlink()
     _refused(folder, r"has neither adapter_model\.safetensors nor adapter_model\.bin: fetch the weights as well")
-    (folder / "adapters.npz").write_bytes(b"x")
-    _refused(folder, r"nor adapter_model\.bin \(adapters\.npz is MLX's\)")
     (folder / "adapter_config.json").unlink()
     _refused(folder, r"has no adapter_config\.json: expected the folder that PEFT's save_pretrained wrote")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "tool"),
+    [
+        ("adapters.npz", "x", "of MLX"),
+        ("pytorch_lora_weights.safetensors", "unet.mid.attn.to_q.lora_A.weight", "of diffusers"),
+        ("style.safetensors", "lora_unet_mid_attn_to_q.lora_down.weight", "in the format of Kohya's scripts"),
+    ],
+)
+def test_weights_of_other_tools_are_refused_by_name(tmp_path, file, key, tool):
+    save_file({key: np.ones((2, 2), np.float32)}, tmp_path / file)
+    _refused(tmp_path, f"has {file} {tool}, not PEFT's adapter_model.safetensors: save the adapter with PEFT")
 
 
 _ONE_MORE = _factors(path="encoder.block.1.layer.0.SelfAttention.q")
@@ -443,30 +453,3 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="new exists: give a new folder, or remove it first"):
         write_adapter(tmp_path / "deep" / "new", _CONFIG, _TENSORS)
     _assert_same(load_file(tmp_path / "deep" / "new" / "adapter_model.safetensors"), transposed)
-
-
-# Against PEFT itself.
-
-
-@pytest.mark.peft
-@pytest.mark.filterwarnings("ignore:PiSSA changes the base:UserWarning")
-def test_pissa_is_accepted_once_converted(tmp_path):
-    import peft
-    import torch
-
-    base = peft_models.t5()
-    weight = base.encoder.block[0].layer[0].SelfAttention.q.weight.detach().clone()
-    pissa = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights="pissa", target_modules=["q"], r=2))
-    pissa.peft_config["default"].init_lora_weights = True
-    pissa.save_pretrained(tmp_path / "start")
-    pissa.peft_config["default"].init_lora_weights = "pissa"
-    layer = pissa.base_model.model.encoder.block[0].layer[0].SelfAttention.q
-    with torch.no_grad():
-        layer.lora_B["default"].weight += 0.1
-    pissa.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    merged = layer.base_layer.weight + layer.get_delta_weight("default")
-    adapter = read_adapter(str(tmp_path / "end"))
-    a, b = adapter.factors[_Q]
-    assert a.shape[0] == 4
-    update = adapter.scaling[_Q] * b @ a
-    np.testing.assert_allclose(weight.numpy() + update, merged.detach().numpy(), atol=1e-5)

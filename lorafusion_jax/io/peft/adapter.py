@@ -26,7 +26,11 @@ from .tensors import MAGNITUDE, collect
 WEIGHTS = "adapter_model.safetensors"
 _BIN = "adapter_model.bin"
 _LONGEST_REASON = 2_000
-_FOREIGN_FILES = {"adapters.npz": "MLX", "pytorch_adapter.bin": "AdapterHub"}
+_FOREIGN_FILES = {
+    "adapters.npz": "MLX",
+    "pytorch_adapter.bin": "AdapterHub",
+    "pytorch_lora_weights.safetensors": "diffusers",
+}
 
 
 class AdapterError(ValueError):
@@ -148,6 +152,17 @@ def put_adapter(folder: Path, config: Mapping[str, Any] | bytes, tensors: Mappin
     safetensors_map.save(folder / WEIGHTS, tensors)
 
 
+def _foreign(folder: Path) -> str:
+    """Name the weights of another tool in a folder, or return nothing."""
+    for file, tool in _FOREIGN_FILES.items():
+        if (folder / file).exists():
+            return f"{file} of {tool}"
+    for path in folder.glob("*.safetensors"):
+        if any(".lora_down." in key for key in safetensors_map.load(path)):
+            return f"{path.name} in the format of Kohya's scripts"
+    return ""
+
+
 def _stored(folder: Path, alpha: float | None, *, compare_saved: bool) -> Stored:
     """Return what a folder holds, in PEFT's format or another one."""
     found = [folder / name for name in (WEIGHTS, _BIN) if (folder / name).is_file()]
@@ -157,12 +172,13 @@ def _stored(folder: Path, alpha: float | None, *, compare_saved: bool) -> Stored
         raise ValueError(f"{folder}: alpha is {alpha:g}, but only a LoRA of qwix lacks its own: leave out --alpha")
     if not found and (folder / mlx.WEIGHTS).is_file():
         return mlx.read(folder)
+    if not found and (foreign := _foreign(folder)):
+        raise AdapterError(f"{folder} has {foreign}, not PEFT's {WEIGHTS}: save the adapter with PEFT, or fetch that")
     text, config = read_config_file(folder)
     with named(folder / CONFIG):
         notes = check_config(config, compare_saved=compare_saved)
     if not found:
-        foreign = [f" ({file} is {name}'s)" for file, name in _FOREIGN_FILES.items() if (folder / file).exists()]
-        raise AdapterError(f"{folder} has neither {WEIGHTS} nor {_BIN}{''.join(foreign)}: fetch the weights as well")
+        raise AdapterError(f"{folder} has neither {WEIGHTS} nor {_BIN}: fetch the weights as well")
     if len(found) > 1:
         notes.append(f"ignored: {_BIN}, because {WEIGHTS} is next to it")
     load = torch_pickle.load if found[0].suffix == ".bin" else safetensors_map.load
