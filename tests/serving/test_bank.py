@@ -408,3 +408,15 @@ def test_tasks_and_banks_that_do_not_fit_are_refused():
     uneven = tiny.pool(2, lambda n, site, layer: 3 + n)
     with pytest.raises(ValueError, match="different ranks"):
         lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, uneven), 1).with_task(0, _MIX, _PARAMS, uneven.names)
+
+
+@pytest.mark.parametrize("granularity", ["site", "rank"])
+def test_a_bank_whose_pool_grew_is_one_made_with_that_pool(granularity):
+    """Earlier tasks keep their numbers, and magnitudes divide by norms with the new modules."""
+    method, few, longer = lf.Fusion(granularity=granularity), _POOL.select([1, 2]), _POOL.select([1, 2, 0, 3])
+    old, new = (method, _params(method, 1, [1, 0]), [1, 0]), (method, _params(method, 2), [3, 0, 2])
+    how = {"granularity": granularity, "scaled": tuple(_POOL.A)}
+    grown = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, few), 2, **how).with_task(0, *old).with_pool(longer)
+    whole = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, longer), 2, **how).with_task(0, *old).with_task(1, *new)
+    batch, numbers = _rows(4), _numbers(0, 1, -1, 1)
+    _close(grown.with_task(1, *new).logits(batch, numbers), whole.logits(batch, numbers))
