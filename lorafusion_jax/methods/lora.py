@@ -124,24 +124,33 @@ class LoRA(Method):
             params["magnitudes"] = {name: frozen.norms[name] for name, _ in self.sites}
         return params
 
-    def start_at(self, source: Problem, of_source: Params, fresh: Params) -> tuple[Params, dict[str, float]]:
+    def start_at(self, source: Problem, of_source: Params, fresh: Params) -> tuple[Params, list[dict[str, float]]]:
         """Return the numbers whose model is that of another method at this rank, and what the rank leaves out.
 
         Scales of columns are a part of A B, or of the magnitudes of a DoRA. Sites and ranks that the other method does
         not use keep their fresh numbers.
 
         Args:
-          source: problem of one seed of the other method, on the same base.
+          source: problem of the other method, on the same base; the leaves of all numbers have an axis of its seeds.
           of_source: its numbers.
           fresh: numbers of this method, from `init`.
 
         Returns:
-          The numbers, and by site the share of the squared norm of the difference of both matrices that is left out.
+          The numbers, and for each seed and site the share of the squared norm of the difference of both matrices that
+          is left out.
 
         Raises:
-          ValueError: the other method adapts a site that this one does not.
+          ValueError: the other method adapts no site, or one that this one does not.
         """
-        factors, base = to_host(_factors(of_source, source)), kernels(nnx.merge(source.graph, source.frozen.base))
+        found, base = [], kernels(nnx.merge(source.graph, source.frozen.base))
+        for place, index in enumerate(source.index):
+            of_seed, own = (jax.tree.map(lambda p, at=place: p[at], tree) for tree in (of_source, fresh))
+            found.append(self._start_of_seed(to_host(_factors(of_seed, source.replace(index=index))), base, own))
+        return jax.tree.map(lambda *p: jnp.stack(p), *(params for params, _ in found)), [share for _, share in found]
+
+    def _start_of_seed(
+        self, factors: dict[str, Factors], base: dict[str, Weight], fresh: Params
+    ) -> tuple[Params, dict[str, float]]:
         if not factors:
             raise ValueError("it adapts no matrices")
         if outside := [name for name in factors if name not in dict(self.sites)]:

@@ -128,9 +128,9 @@ def stages(options: FuseOptions) -> tuple[FuseOptions, ...]:
     recipe = options.recipe
     if not is_warm(recipe):
         return (options,)
-    half, folder = recipe.epochs // 2, run_path(options)
-    shared = recipe_of(FusionRecipe, {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)})
-    fusion = dataclasses.replace(shared, epochs=half)
+    folder, half = run_path(options), recipe.epochs // 2
+    shared = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
+    fusion = recipe_of(FusionRecipe, shared | {"epochs": half})
     lora = dataclasses.replace(recipe, epochs=recipe.epochs - half, warm_start="none")
     first = dataclasses.replace(options, method="fusion", recipe=fusion, out=folder, name="fusion")
     return first, dataclasses.replace(options, recipe=lora, start_from=folder / "fusion")
@@ -318,21 +318,16 @@ def _lora_start(
     """Return the numbers of a LoRA whose model is the source's as far as its rank allows, and what that leaves out."""
     method, fresh = setup.problem.method, start(setup.problem, options.seeds).params
     assert isinstance(method, LoRA)
-    begin, left_out = [], []
-    for place in range(len(options.seeds)):
-        of_source, own = (jax.tree.map(lambda p, at=place: p[at], tree) for tree in (params, fresh))
-        try:
-            found = method.start_at(source.problem.replace(index=source.problem.index[place]), of_source, own)
-        except ValueError as error:
-            raise ValueError(f"--from {options.start_from}: {error}") from error
-        begin.append(found[0])
-        left_out.append(found[1])
+    try:
+        begin, left_out = method.start_at(source.problem, params, fresh)
+    except ValueError as error:
+        raise ValueError(f"--from {options.start_from}: {error}") from error
     shares = [100 * share for of_seed in left_out for share in of_seed.values()]
     note(
         f"starts from {options.start_from} at rank {method.rank}, which leaves out {min(shares):.1f} to "
         f"{max(shares):.1f} % of the squared norm of a site's update"
     )
-    return jax.tree.map(lambda *p: jnp.stack(p), *begin), [{"left_out": of_seed} for of_seed in left_out]
+    return begin, [{"left_out": of_seed} for of_seed in left_out]
 
 
 def rows_passed(setup: Setup, options: FuseOptions, steps: int) -> dict[str, int]:
