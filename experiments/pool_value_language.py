@@ -44,7 +44,7 @@ from lab.pool_cells import Arm, Watch
 from lab.smollm2 import base
 from lab.tuning import rates_at, tried_line, tune
 
-from lorafusion_jax import FuseOptions
+from lorafusion_jax import FuseOptions, Problem
 from lorafusion_jax.methods import find as find_method
 from lorafusion_jax.methods import recipe_of
 from lorafusion_jax.parts import (
@@ -60,7 +60,7 @@ from lorafusion_jax.parts import (
     trainable_count,
     with_targets,
 )
-from lorafusion_jax.tasks import BETWEEN_EXAMPLES, Encoded, Split, Task, few_shot, load_task
+from lorafusion_jax.tasks import BETWEEN_EXAMPLES, Encoded, Split, Task, TrainingRows, few_shot, load_task
 from lorafusion_jax.trials import Cells, read_lines
 
 DRAW = 20261128
@@ -198,7 +198,7 @@ def run(lab: "Lab", keys: Sequence[Key], paths: Mapping[str, Path], out: Path) -
 
 def tuned(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], out: Path) -> dict[str, float]:
     """Return the rates of an arm whose mean test loss on the tuning tasks is no higher than at any neighbour."""
-    begin = ARMS[name].rates
+    begin = lab.arms[name].rates
     if not begin or name in UNTUNED:
         return dict(begin)
 
@@ -221,6 +221,8 @@ def tuning_key(row: Row) -> tuple[Any, ...]:
 class Lab:
     """The base and its pool, loaded once for each arm and draw."""
 
+    arms: Mapping[str, Arm] = ARMS
+
     def __init__(self, base: Path, pool: Path, adapters: Sequence[str] = ADAPTERS):
         there = {path.name for path in pool.iterdir()} if pool.is_dir() else set[str]()
         if others := sorted(there.difference(adapters)):
@@ -231,7 +233,7 @@ class Lab:
                 "python experiments/language_pool.py --own-seeds trains them"
             )
         self.path, self.pool, self.base = base, pool, None
-        self.model = functools.lru_cache(maxsize=len(ARMS))(self._model)
+        self.model = functools.lru_cache(maxsize=len(self.arms))(self._model)
 
     def measure(
         self,
@@ -246,17 +248,15 @@ class Lab:
     ) -> Row:
         """Train an arm on a seed's rows of a task, and return its row; without `answer` no test row is answered."""
         make_room()
-        arm, shots = ARMS[name], ARMS[name].recipe.get("shots", 0)
+        arm, shots = self.arms[name], self.arms[name].recipe.get("shots", 0)
         model = self.model(name, seed if arm.pool == "rotated" else 0)
         setup = setup_of(model, load(path), rows, seed, shots)
         params: Any = {}
         steps = 0
         if arm.rates:
-            recipe = dataclasses.replace(recipe_for(arm, rows), **rates)
-            begin, test = start(setup.problem, (seed,)), test_batch(setup)
+            test = test_batch(setup)
             watched: Any = {"after_epoch": lambda epoch: watch(epoch, setup.problem, test)}
-            state = fit(setup.problem, setup.rows, begin, recipe, (seed,), **watched)
-            params, steps = state.best, int(state.step[0])
+            params, steps = self.trained(name, setup, rows, seed, rates, **watched)
         row: Row = {"numbers": sum(trainable_count(setup).values()), "steps": steps, "test_rows": len(setup.test)}
         if answer:
             stop = BETWEEN_EXAMPLES if shots else None
@@ -267,8 +267,32 @@ class Lab:
             row["test_loss"] = round(float(test_losses(setup, params)[0]), 5)
         return row
 
+    def trained(
+        self, name: str, setup: Setup, rows: int, seed: int, rates: Mapping[str, float], **how: Any
+    ) -> tuple[Any, int]:
+        """Return the parameters of an arm, and the number of steps."""
+        return self.fitted(name, setup.problem, setup.rows, (rows, seed), rates, **how)
+
+    def fitted(
+        self,
+        name: str,
+        problem: Problem,
+        rows: TrainingRows,
+        of: tuple[int, int],
+        rates: Mapping[str, float],
+        *,
+        share: float = 1.0,
+        begin: Any = None,
+        **how: Any,
+    ) -> tuple[Any, int]:
+        """Return the parameters after a share of the epochs of so many rows and a seed, and the number of steps."""
+        recipe = recipe_for(self.arms[name], of[0])
+        numbers = vars(recipe) | dict(rates) | {"epochs": round(share * recipe.epochs)}
+        state = fit(problem, rows, start(problem, of[1:], begin), recipe_of(type(recipe), numbers), of[1:], **how)
+        return state.best, int(state.step[0])
+
     def _model(self, name: str, draw: int) -> LoadedModel:
-        arm = ARMS[name]
+        arm = self.arms[name]
         options = FuseOptions(
             base=str(self.path),
             pool=None if arm.pool == "none" else str(self.pool),

@@ -24,7 +24,7 @@ import tyro
 from lab.common import ROOT, with_interval, write_tables
 from lab.pool_cells import ARMS, FUSION, ROTATED, ZERO, Arm, Entries, Lab, Row
 from lab.string_pools import CLASSES, design
-from lab.tuning import best_tried, rates_at, tune
+from lab.tuning import best_tried, rates_at, tried_line, tune
 
 import lorafusion_jax as lf
 from lorafusion_jax.parts import seed_entropies, start
@@ -75,10 +75,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     for rows, name in itertools.product(options.rows, options.arms):
         assert lab is not None
         run(lab, name, rows, options.out)
-    rows = read_lines(options.out / "rows.jsonl")
-    for number in ROWS:
-        earlier = read_lines(POOL_VALUE / f"rows_{number}.jsonl")
-        rows += [row for row in earlier if row["arm"] in (*COMPARED, ZERO) and row["seed"] in SEEDS]
+    rows = with_earlier_rows(read_lines(options.out / "rows.jsonl"))
     write_tables(options.out, tables(rows, read_lines(options.out / "tune.jsonl")))
     draw(rows, options.out / "loss.png")
 
@@ -100,28 +97,24 @@ class StartedLab(Lab):
         source, share = STARTED[name]
         other = self.of_entries(source, *of_pool, entries)
         seeds, steps = tuple(seed for seed, _ in entries), 0
-        params = self._best_single(other, rows) if name == SINGLE else start(other, seeds).params  # those of the mean
+        params = best_single(other, rows) if name == SINGLE else start(other, seeds).params  # those of the mean
         if share:
             params, steps = self.fitted(source, other, rows, entries, share=share)
-        fresh, method = start(problem, seeds).params, problem.method
-        assert isinstance(method, lf.LoRA)
-        begin = []
-        for place in range(len(entries)):
-            of_seed, own = (jax.tree.map(lambda leaf, at=place: leaf[at], tree) for tree in (params, fresh))
-            begin.append(method.start_at(other.replace(index=other.index[place]), of_seed, own)[0])
-        together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *begin)
-        found, more = self.fitted(name, problem, rows, entries, share=1 - share, begin=together, **how)
+        assert isinstance(problem.method, lf.LoRA)
+        begin, _ = problem.method.start_at(other, params, start(problem, seeds).params)
+        found, more = self.fitted(name, problem, rows, entries, share=1 - share, begin=begin, **how)
         return found, steps + more
 
-    def _best_single(self, problem: lf.Problem, rows: TrainingRows) -> Any:
-        """Return coefficients of 1 for the module of least loss on the training rows of each seed."""
-        seeds, modules = problem.index.shape
-        (batch,) = rows.once(rows.split.train.shape[1])
-        losses = []
-        for n in range(modules):
-            params = {"coefficients": jnp.tile(jax.nn.one_hot(n, modules), (seeds, 1))}
-            losses.append(np.asarray(seed_entropies(params, batch, problem)))
-        return {"coefficients": jax.nn.one_hot(np.argmin(losses, axis=0), modules)}
+
+def best_single(problem: lf.Problem, rows: TrainingRows) -> Any:
+    """Return coefficients of 1 for the module of least loss on the training rows of each seed."""
+    seeds, modules = problem.index.shape
+    (batch,) = rows.once(rows.split.train.shape[1])
+    losses = []
+    for n in range(modules):
+        params = {"coefficients": jnp.tile(jax.nn.one_hot(n, modules), (seeds, 1))}
+        losses.append(np.asarray(seed_entropies(params, batch, problem)))
+    return {"coefficients": jax.nn.one_hot(np.argmin(losses, axis=0), modules)}
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -173,6 +166,12 @@ def tuned(lab: Lab, name: str, rows: int, file: Path) -> dict[str, float]:
     return tune(trials, (name, rows), begin, moves, [(task,) for task in own], measure)
 
 
+def with_earlier_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows with those of the same tasks, numbers and seeds that pool_value.py measured."""
+    earlier = [row for number in ROWS for row in read_lines(POOL_VALUE / f"rows_{number}.jsonl")]
+    return [*rows, *(row for row in earlier if row["arm"] in (*COMPARED, ZERO) and row["seed"] in SEEDS)]
+
+
 def means(rows: Sequence[Row], arm: str, number: int, value: str = "test_loss") -> dict[str, float] | None:
     """Return the mean of an arm by task over the seeds, once all of its cells exist."""
     found = {(row["task"], row["seed"]): row[value] for row in rows if (row["arm"], row["rows"]) == (arm, number)}
@@ -203,9 +202,8 @@ def tables(rows: Sequence[Row], tuning: Sequence[Row]) -> dict[str, list[list[st
                 own = [task for task in TESTED if relevance in ("all", TESTED[task])]
                 nats, more = with_interval([gain[task] for task in own], 3), np.mean([points[task] for task in own])
                 contrasts.append([str(number), name, relevance, str(len(own)), *nats, f"{more:.1f}"])
-        if name in STARTED and (best := best_tried(tuning, name, number)):
-            shown = ", ".join(f"{rate.removeprefix('lr_')} {value:g}" for rate, value in best.rates.items())
-            rates.append([name, str(number), shown, f"{best.loss:.3f}", str(best.number)])
+        if name in STARTED:
+            rates += tried_line(tuning, name, number)
     found = {"arms": arms, "contrasts": contrasts, "rates": rates, "tests": tests(rows)}
     return {name: lines for name, lines in found.items() if len(lines) > 1}
 

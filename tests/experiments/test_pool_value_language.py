@@ -9,6 +9,7 @@ import numpy as np
 import pool_value_language as experiment
 import pytest
 import small_llama
+import warm_starts_language
 from lab.language import MOST_SHARED, SOURCES, TUNING, load
 from lab.tuning import best_point, rates_at
 from page_tables import rows_below
@@ -143,6 +144,8 @@ def test_rates_are_searched_until_no_neighbour_is_better(least):
 class _Recorded:
     """A lab with made-up losses, which records its cells and stops after a number of them."""
 
+    arms = experiment.ARMS
+
     def __init__(self, cells):
         self.left, self.asked = cells, []
 
@@ -229,3 +232,19 @@ def test_the_page_shows_contrasts_of_the_rows():
     head = ["minus LoRAFusion, 20 rows", "seeds", "nats", "interval", "points of exact match"]
     shown = {(*row[2:],) for row in rows_below(_PAGE, head)}
     assert shown and shown <= found
+
+
+@pytest.mark.long
+def test_loras_that_start_from_the_pool_are_measured(llama, pool, task):
+    """Without learning, all but the mean and the single module start from the base; a rank of 8 holds the two."""
+    lab = warm_starts_language.StartedLab(llama, pool)
+    rates = dict.fromkeys(("lr_lora", "lr_coefficients", "lr_magnitudes"), 0.0)
+    found = {
+        name: lab.measure(name, task, 20, 2, {rate: rates[rate] for rate in lab.arms[name].rates}, answer=False)
+        for name in warm_starts_language.STARTED
+    }
+    base = lab.measure("zero-shot", task, 20, 2, {}, answer=False)["test_loss"]
+    for name, row in found.items():
+        assert row["steps"] == 40 and np.isfinite(row["test_loss"]), name
+    assert found["from magnitudes"]["test_loss"] == pytest.approx(base, abs=1e-4)
+    assert found["from the best single module"]["test_loss"] != pytest.approx(base, abs=1e-3)
