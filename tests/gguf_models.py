@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.models.decoder import FAMILY
@@ -137,6 +138,7 @@ INTERLEAVED = ("llama", "granite", "smollm3")
 def make(folder: Path, name: str, draw: Callable[[str, tuple[int, ...]], np.ndarray]) -> Path:
     """Write a model's Hugging Face folder, with weights that `draw` makes of a tensor's name and shape."""
     config = TINY | MODELS[name]
+    config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     model = FAMILY.abstract(FAMILY.read_config(config))
