@@ -22,6 +22,7 @@ from lorafusion_jax import cli, parts
 from lorafusion_jax.adapters.pool import joined
 from lorafusion_jax.loading.identity import digests
 from lorafusion_jax.methods import find
+from lorafusion_jax.runs import predict
 from lorafusion_jax.runs.options import row_format
 from lorafusion_jax.serving.predict import generate_rows
 from lorafusion_jax.tasks import draw_modules, load_task
@@ -145,6 +146,21 @@ def test_a_model_that_continues_its_prompt_answers_chats_and_prompts_in_one_batc
     said = generate_rows(folders, file=_file(tmp_path, rows))
     assert said == [answer for of_run in alone for answer in of_run]
     assert len(set(said)) == len(said)
+
+
+def test_a_run_is_merged_into_plain_weights_for_long_answers_to_the_same_tokens(service, runs, tmp_path, monkeypatch):
+    """100 lines; the service keeps its adapters. The base is so small that merging pays from the second token on."""
+    merged, lines = [], [f"sort then next : {a} {b}" for a in "abcdefghij" for b in "klmnopqrst"]
+    monkeypatch.setattr(predict, "merged_base", lambda *of: merged.append(1) or lf.merged_base(*of))
+    (tmp_path / "lines").write_text("\n".join(lines))
+    (tmp_path / "short").write_text("a")
+    how = {"run": runs["fused"], "file": tmp_path / "lines"}
+    assert parts.generate_lines(parts.GenerateOptions(**how)) == service.generate(lines, ["fused"] * 100)
+    assert len(merged) == 1
+    first = "".join(next(parts.stream_lines(parts.GenerateOptions(**how, max_new_tokens=60))))
+    assert len(merged) == 2 and first == service.generate(lines[:1], ["fused"], max_new_tokens=60)[0]
+    parts.generate_lines(parts.GenerateOptions(**how | {"file": tmp_path / "short"}, max_new_tokens=1))
+    assert len(merged) == 2
 
 
 def test_a_run_whose_prompt_names_columns_answers_rows_with_them(write, small, answers, tmp_path):
