@@ -348,7 +348,7 @@ class Lab:
 
     def planned(self, part: Part) -> Iterator[tuple[str, float]]:
         """Yield the CPU seconds of what is missing, in proportion to the characters that adapters took."""
-        there = self.adapters.rows()
+        there = [*{row["task"]: row for row in reversed(self.adapters.rows())}.values()]  # those that measured controls
         took = [sum(row["cpu_seconds"].values()) / self.work(row["task"]) for row in there]
         if part.startswith("rates"):
             arms = [(arm, rows, moves(len(ARMS[arm].rates))) for arm, rows in self.arms(part)]
