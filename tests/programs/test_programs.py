@@ -186,8 +186,8 @@ def compare(read, export, capsys):
                 apart.append(np.nanmax(np.abs(logits[name] - wanted[name])))
         found = 100 * float(np.mean(same)), float(max(apart))
         with capsys.disabled():
-            versions, count = " ".join(_REQUIREMENTS[program]), len(names)
-            print(f"\n{versions}: {kind} of {count}, {found[0]:.1f} % of answers, logits to {found[1]:.1e}", end=" ")
+            what = f"{' '.join(_REQUIREMENTS[program])}: {kind} of {len(names)} models, {found[0]:.1f} % of answers"
+            print(f"\n{what}, logits to {found[1]:.1e}" if logits else f"\n{what}", end=" ")
         return found
 
     return compare_with_peft
