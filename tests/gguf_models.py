@@ -235,5 +235,3 @@ def _quotients(theta, width, scaling):
         kept = np.clip((turns - low) / (high - low), 0, 1)
         found.append(1 / ((1 - kept) / scaling["factor"] + kept))
     return np.array(found, np.float32)
-
-
