@@ -127,6 +127,7 @@ PARTS: dict[str, list[tuple[Setting, Arm]]] = {
     "age": [(_AGED, arm) for arm in (OLD, NONE, Arm(corrections="scales", age_0=True))],
     "converters": [
         *((Setting(bits=8), Arm(changes)) for changes in (TODAY, ALL)),
+        (Setting(bits=8, quantile=1.0), NONE),
         *((Setting(0.0, bits=bits), Arm(changes)) for bits in (5, 4) for changes in (TODAY, "factors, transform")),
         *((Setting(0.0, inputs=bits), Arm(changes)) for bits in (6, 4) for changes in (TODAY, "factors, transform")),
         *((Setting(0.0, read_noise=0.01), Arm(changes)) for changes in (TODAY, ALL)),

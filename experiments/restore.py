@@ -115,7 +115,7 @@ class Arm(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """Errors of cells, bits of ADCs and inputs, read noise, age, compensation, and tolerance of writes."""
+    """Errors of cells, bits of ADCs and inputs, read noise, age, compensation, tolerance of writes, ADCs' quantile."""
 
     error: float = 0.03
     bits: int | None = None
@@ -124,12 +124,14 @@ class Setting(NamedTuple):
     compensate: bool = False
     verify: float | None = None
     inputs: int | None = None
+    quantile: float | None = None
 
     def config(self) -> CrossbarConfig:
         config = load_config(EXAMPLES / "chip.yaml")
         assert config.adc is not None and config.dac is not None
         dac = config.dac if self.inputs is None else dataclasses.replace(config.dac, bits=self.inputs)
-        adc = None if self.bits is None else dataclasses.replace(config.adc, bits=self.bits)
+        quantile = config.adc.quantile if self.quantile is None else self.quantile
+        adc = None if self.bits is None else dataclasses.replace(config.adc, bits=self.bits, quantile=quantile)
         device = dataclasses.replace(
             config.device,
             programming=Independent(self.error) if self.error else None,
@@ -149,6 +151,8 @@ class Setting(NamedTuple):
             found.append(f"verified to {100 * self.verify:g} %")
         if self.bits is not None:
             found.append(f"{self.bits}-bit ADCs")
+        if self.quantile is not None:
+            found.append(f"quantile {self.quantile:g}")
         if self.inputs is not None:
             found.append(f"{self.inputs}-bit inputs")
         if self.read_noise:
