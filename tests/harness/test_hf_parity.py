@@ -1,10 +1,12 @@
 """The harness's own `hf` model, which computes with PyTorch, is the oracle of scores and answers on local tasks."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_llama
+import smollm2
 from lab import lm_eval_tasks
 
 pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
@@ -12,6 +14,7 @@ pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from lorafusion_jax import load_base, save_base
 from lorafusion_jax.harness.model import HarnessLM
 
 pytestmark = pytest.mark.peft
@@ -106,3 +109,13 @@ def test_contexts_are_as_long_as_those_of_the_hf_model(t5, tmp_path):
 
     for base in (t5, small_llama.make(tmp_path / "base")):
         assert HarnessLM(base=str(base)).max_length == HFLM(pretrained=str(base), device="cpu").max_length
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("chat", [False, True])
+def test_smollm2_scores_and_answers_as_with_pytorch(chat, tmp_path):
+    """Our model reads the GGUF file, PyTorch a folder of its dequantised weights."""
+    file = smollm2.gguf_file()
+    save_base(load_base(file), tmp_path / "base", file)
+    _assert_equal(HarnessLM(base=str(file), max_length=96), tmp_path / "base", tmp_path, apply_chat_template=chat)
+    shutil.rmtree(tmp_path / "base")

@@ -306,6 +306,23 @@ def test_a_model_of_a_folder_is_written_with_its_structure_and_tokenizer(tmp_pat
     assert ours.chat_template == theirs.chat_template and ours.special_tokens_map == theirs.special_tokens_map
 
 
+@pytest.mark.peft
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # of the others transformers ignores keys
+def test_transformers_reads_a_written_model_as_its_folder(tmp_path, folders, name):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = folders[name]
+    write_merged(tmp_path / "model.gguf", open_base(folder).files, load_file(folder / "model.safetensors"), "F16")
+    ids = torch.arange(3, 40)[None]
+    logits = []
+    for where, how in ((tmp_path, {"gguf_file": "model.gguf"}), (folder, {})):
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **how).eval()
+        with torch.no_grad():
+            logits.append(model(input_ids=ids).logits.numpy())
+    np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-4)
+
+
 def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, folders):
     import tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -25,6 +25,23 @@ def test_logits_are_those_of_mlx_also_from_a_converted_pool(goldens, tmp_path, n
         np.testing.assert_allclose(logits, golden[name], rtol=0, atol=1e-5 * np.abs(golden[name]).max())
 
 
+@pytest.mark.peft
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_peft_reads_the_adapter_of_the_pool(goldens, tmp_path, name):
+    import peft
+    import torch
+    import transformers
+
+    base, golden = goldens / "fusion/llama/base", dict(np.load(goldens / "mlx/logits.npz"))
+    source, out = str(goldens / "mlx" / name), tmp_path / "pool"
+    (entry,) = convert(ConvertOptions(base=str(base), adapters=(source,), out=out))["adapters"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model = peft.PeftModel.from_pretrained(model, out / entry["folder"]).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor(golden["rows"])).logits.numpy()
+    np.testing.assert_allclose(logits, golden[name], rtol=0, atol=1e-5 * np.abs(golden[name]).max())
+
+
 _Q = "model.layers.0.self_attn.q_proj"
 _FACTORS = {f"{_Q}.lora_a": (6, 2), f"{_Q}.lora_b": (2, 10)}
 _SCALE = {"lora_parameters": {"scale": 3.0}}

@@ -157,6 +157,16 @@ def test_minus_one_is_no_token_for_padding(model_type):
 
 
 @pytest.mark.parametrize(
+    ("model_type", "window", "sliding"),
+    [("llama", 0, ()), ("mistral", 5, (True, False, False, False)), ("phi3", 5, (True,) * 4)],
+)
+def test_only_some_families_have_windows_or_layers_without_them(model_type, window, sliding):
+    layers = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
+    config = FAMILY.read_config(_SMALL | {"model_type": model_type, "sliding_window": 5, "layer_types": layers})
+    assert (config.window, config.sliding) == (window, sliding)
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {},
