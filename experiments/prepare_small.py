@@ -1,10 +1,12 @@
-"""Preparing small models before their cells are written: fusions of the embedded pool, and a CNN on digits.
+"""Preparing before cells are written: scores of fusions of the embedded pool and of SmolLM2's, and of a CNN on digits.
 
     python experiments/prepare_small.py                            # tables of the committed rows
     python experiments/prepare_small.py --parts fusions digits     # measures those that are missing
+    python experiments/prepare_small.py --parts language --texts FOLDER --tasks FOLDER    # SmolLM2's fusions
 
 The design is in the additions of experiments/prepare.md. OUT gets a line of small.jsonl for each task or seed and arm,
-and a table of each part. The CNN needs scikit-learn, which `make test` installs.
+and a table of each part. The CNN needs scikit-learn, which `make test` installs. `language` needs the texts that
+experiments/lab/genres.py names, and the tasks of experiments/language.py.
 """
 
 import dataclasses
@@ -21,16 +23,22 @@ import optax
 import tyro
 from flax import nnx
 from lab.common import ROOT, SMALL, options_of_small, with_interval, write_tables
+from lab.genres import fitted_text
+from lab.smollm2 import base
+from restore import Options as Fusing
+from restore import Setting, fused
 
 from lorafusion_jax import PrepareOptions, fuse, prepare
-from lorafusion_jax.crossbar import Device, flax, load_config
+from lorafusion_jax.crossbar import Device, flax, load_config, save_config
 from lorafusion_jax.parts import EvaluateOnChipsOptions, RestoreOptions, evaluate_on_chips, read_json, restore_chips
 from lorafusion_jax.tasks import load_task
 from lorafusion_jax.trials import ARMS, Cells, Row
 
-CHIPS, SEEDS = {"fusions": 4, "digits": 10}, (0, 1, 2, 3, 4)
+CHIPS, SEEDS = {"fusions": 4, "language": 3, "digits": 10}, (0, 1, 2, 3, 4)
 ARRAYS, SCALES, PERFECT = ("today", "prepared"), ", then scales", "perfect cells"
 TASKS = ("swapends_prev", "pairswap_numvow", "sort_next2")  # those of docs/results/chips.md
+# Those of docs/results/restore.md, which no shipped adapter was trained on.
+LANGUAGE = ("sentiment", "person-sport", "prev_item", "word_length", "country-currency", "english-spanish")
 # Tasks whose prompts show which inputs matter, and train scales: 47 of each.
 _PROMPTS = ("double_digit", "last3_starvow", "odd_dash", "reverse_mirror", "reverse_starcon", "rotr_next")
 _STEPS, _BATCH = 400, 128
@@ -45,7 +53,10 @@ class Job(NamedTuple):
 
 
 PARTS = {
-    "fusions": [Job("fusions", task, arm) for task in TASKS for arm in (*ARRAYS, "prepared" + SCALES)],
+    **{
+        part: [Job(part, task, arm) for arm in (*ARRAYS, "prepared" + SCALES) for task in tasks]
+        for part, tasks in (("fusions", TASKS), ("language", LANGUAGE))
+    },
     "digits": [Job("digits", seed, arm) for seed in SEEDS for arm in (*ARRAYS, PERFECT)],
 }
 
@@ -56,11 +67,15 @@ class Options:
 
     Attributes:
       parts: parts to measure; none for the tables of OUT alone.
+      texts: folder of the texts, for `language`.
+      tasks: folder of the function-vector data sets, for `language`.
       runs: folder of fusions, preparations and scales.
       out: folder of results; rows that are there are not measured again.
     """
 
     parts: tuple[str, ...] = ()
+    texts: Path | None = None
+    tasks: Path | None = None
     runs: Path = ROOT / "runs" / "prepare_small"
     out: Path = ROOT / "results" / "prepare"
 
@@ -72,7 +87,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         raise ValueError(f"there is no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     cells = Cells(options.out / "small.jsonl", job_of)
     wanted = [job for part in options.parts for job in PARTS[part]]
-    cells.fill(wanted, lambda missing: map(Bench(options.runs).row, missing), lambda row: str(job_of(row)))
+    cells.fill(wanted, lambda missing: map(Bench(options).row, missing), lambda row: str(job_of(row)))
     if rows := cells.rows():
         write_tables(options.out, tables(rows))
 
@@ -99,33 +114,41 @@ class CNN(nnx.Module):
 class Bench:
     """What rows share: fusions, preparations and scales in a folder, and the last CNN."""
 
-    def __init__(self, runs: Path):
-        self.runs, self.seed = runs, None
-        self.base, self.unprepared = str(SMALL / "base"), str(SMALL.parent / "chip.yaml")
+    def __init__(self, options: Options):
+        self.options, self.seed = options, None
 
     def row(self, job: Job) -> Row:
         """Return the row of a job: scores of the digital model and of each chip."""
-        digital, chips = self.fusion(job) if job.part == "fusions" else self.cnn(job)
+        digital, chips = self.cnn(job) if job.part == "digits" else self.fusion(job)
         return {**job._asdict(), "digital": digital, "chips": chips}
 
     def fusion(self, job: Job) -> tuple[Row, list[Row]]:
         """Return exact match and loss of a task's fusion."""
-        run, numbers = self.runs / str(job.subject), range(CHIPS["fusions"])
-        if not run.exists():
-            fuse(options_of_small(run.name, ARMS["LoRAFusion"], seeds=(1,), out=self.runs, name=run.name))
-        digital = read_json(run / "results.json", dict[str, Any], "results")["seeds"][0]
-        (text := self.runs / "prompts.txt").write_text(_prompts())
-        crossbar, prepared, scales = self.unprepared, self.runs / "prepared", self.runs / "scales-prepared"
+        task, numbers, options, runs = str(job.subject), range(CHIPS[job.part]), self.options, self.options.runs
+        if job.part == "language":
+            if options.texts is None or options.tasks is None:
+                raise ValueError("`language` needs --texts and --tasks: give the folders of the texts and of the tasks")
+            runs, model, text, training = runs / "language", base(), fitted_text(options.texts), {"epochs": 1}
+            runs.mkdir(parents=True, exist_ok=True)
+            save_config(Setting().config(), crossbar := runs / "chip.yaml")
+            fused(Fusing(tasks=options.tasks, runs=runs), [task])
+        else:
+            model, crossbar, text, training = SMALL / "base", SMALL.parent / "chip.yaml", _prompts(), {"rate": 0.01}
+            if not (runs / task).exists():
+                fuse(options_of_small(task, ARMS["LoRAFusion"], seeds=(1,), out=runs, name=task))
+        digital = read_json(runs / task / "results.json", dict[str, Any], "results")["seeds"][0]
+        (prompts := runs / "prompts.txt").write_text(text)
+        of_base = {"base": str(model), "text": (prompts,)}
+        prepared, scales = runs / "prepared", runs / "scales-prepared"
         if job.arm != "today":
-            crossbar = str(prepared)
             if not prepared.exists():
-                prepare(PrepareOptions(base=self.base, crossbar=self.unprepared, text=(text,), out=prepared))
+                prepare(PrepareOptions(crossbar=str(crossbar), out=prepared, **of_base))
+            crossbar = prepared
         if job.arm.endswith(SCALES):
-            of_chips = {"crossbar": crossbar, "chip": (*numbers,), "out": scales}
-            restore_chips(RestoreOptions(base=self.base, text=(text,), rate=0.01, **of_chips))
+            restore_chips(RestoreOptions(crossbar=str(crossbar), chip=(*numbers,), out=scales, **of_base, **training))
         restored = str(scales) if job.arm.endswith(SCALES) else None
-        options = EvaluateOnChipsOptions(run=run, crossbar=crossbar, chips=len(numbers), restore=restored)
-        scored = evaluate_on_chips(options)["rows"]
+        on_chips = {"crossbar": str(crossbar), "chips": len(numbers), "restore": restored}
+        scored = evaluate_on_chips(EvaluateOnChipsOptions(run=runs / task, **on_chips))["rows"]
         return _scores(digital), [_scores(row) for row in scored]
 
     def cnn(self, job: Job) -> tuple[Row, list[Row]]:
