@@ -56,6 +56,26 @@ def test_a_sample_of_the_sums_stands_for_all():
 # The steps of whole sums, and the ranges of others.
 
 
+def test_ranges_of_a_prepared_chip_have_the_least_error_of_its_outputs():
+    """Against every range: one of 200 vectors is massive, and a transform spreads it over all rows."""
+    config = dataclasses.replace(
+        ONE,
+        mapping=crossbar.Mapping(scale="column", transform="hadamard"),
+        dac=DAC(bits=8, slice_bits=None),
+        adc=ADC(bits=4),
+        tile=crossbar.Tile(rows=64),
+    )
+    weights, x = normal(64, 16), normal(200, 64).at[0, 3].set(300)
+    preparation = crossbar.prepare({"w": weights}, jnp.mean(x**2, axis=0), config)["w"]
+    chip = settled(crossbar.program(weights, config, preparation=preparation), x)
+
+    def error(limits):
+        return float(jnp.sum((matmul(x, dataclasses.replace(chip, limits=limits)) - x @ weights) ** 2))
+
+    errors = [error(chip.limits * 2.0**octave) for octave in range(-3, 4)]
+    assert np.argmin(errors) == 3
+
+
 def test_ranges_of_real_sums_follow_them_however_small_they_are():
     """Their quantile, to a bin, where the worst case is far larger; zeros have no part in it."""
     weights, x = normal(4096, 8).at[3, 2].set(60), normal(32, 4096).at[:, 3].set(0).at[5, 7].set(50)

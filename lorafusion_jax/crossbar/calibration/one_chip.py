@@ -1,6 +1,9 @@
 """Calibration of one chip: ADC ranges from data, clipped conversions and errors, all from probing reads.
 
 A probing read returns its result and `Statistics`, which add up: `calibrated(chip, probe(x, chip)[1])`.
+
+On a prepared chip, conversions count by the square of their input vector's full scale, because a transform spreads the
+massive inputs of a language model over all rows: few vectors then have the largest sums, and most of the output.
 """
 
 import dataclasses
@@ -39,6 +42,7 @@ class Statistics:
 
     Attributes:
       histogram: [K, BINS] conversions by log2 |column sum|, up to the largest possible one; zeros are in the first bin.
+        On a prepared chip each counts as the square of its full scale, here, in `errors` and in `clipped`.
       errors: [K, STEPS] squared errors of integer sums that are read in steps of 1, 2, 4, ... levels.
       clipped: [K] conversions beyond the range, and `clipped_inputs` inputs beyond the DAC's.
       inputs: [INPUT_BINS] inputs by log2 |x|, negative ones of an unsigned DAC as zeros; empty for an ideal DAC.
@@ -97,7 +101,10 @@ def probe(
         reference = reference + chip.correction.offset.astype(batch.dtype)[None]
     signal, error = jnp.sum(jnp.square(reference)), jnp.sum(jnp.square(y.reshape(reference.shape) - reference))
     unnamed, batch = dataclasses.replace(chip, name="", preparation=None), prepared_inputs(batch, chip)
-    histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(batch, unnamed)
+    counts = jnp.ones(len(batch), batch.dtype)
+    if chip.preparation is not None:
+        counts = counts * jnp.square(full_scale(batch, unnamed)).reshape(-1)
+    histogram, errors, clipped, inputs, clipped_inputs = _met_by_converters(batch, unnamed, counts)
     return y.astype(dtype), Statistics(histogram, errors, clipped, inputs, clipped_inputs, signal, error)
 
 
@@ -201,9 +208,9 @@ def _extent(chip: Chip, dtype: jnp.dtype) -> Float[Array, " K"]:
 # Compiled, because its loop would otherwise be compiled again at every call outside `jax.jit`.
 @functools.partial(jax.jit, inline=True)
 def _met_by_converters(
-    x: Float[Array, "B d_in"], chip: Chip
+    x: Float[Array, "B d_in"], chip: Chip, counts: Float[Array, " B"]
 ) -> tuple[Array, Array, Array, Float[Array, " input_bins"], Float[Array, ""]]:
-    """Return the first fields of `Statistics`."""
+    """Return the first fields of `Statistics`; the conversions of an input vector count `counts` times."""
     config = chip.config
     limit = full_scale(x, chip)
     n = encoding.input_codes(x, limit, chip.geometry, config, chip.key)
@@ -214,11 +221,11 @@ def _met_by_converters(
         inputs = jnp.zeros((INPUT_BINS,), jnp.int32).at[at.reshape(-1)].add(1).astype(x.dtype)
         beyond = (jnp.abs(x) > limit) | ((x < 0) if not config.dac.signed else False)
         outside = jnp.sum(beyond, dtype=x.dtype)
-    return *_of_conversions(n, chip), inputs, outside
+    return *_of_conversions(n, chip, counts), inputs, outside
 
 
 def _of_conversions(
-    n: Float[Array, "B d_in"], chip: Chip
+    n: Float[Array, "B d_in"], chip: Chip, counts: Float[Array, " B"]
 ) -> tuple[Float[Array, "K bins"], Float[Array, "K steps"], Float[Array, " K"]]:
     """Return the distribution of |column sum| of every weight slice, its errors in whole steps, and those clipped."""
     geometry, config, key, dtype = chip.geometry, chip.config, chip.key, n.dtype
@@ -242,7 +249,7 @@ def _of_conversions(
     at_once = min(max(1, at_once), len(n))
     groups = math.ceil(len(n) / at_once)
     tiles = jnp.pad(tiles, ((0, groups * at_once - len(n)), (0, 0), (0, 0)))
-    known = (jnp.arange(len(tiles)) < len(n)).astype(dtype)
+    known = jnp.pad(counts, (0, len(tiles) - len(n)))
     keys = None if key is None else jax.random.split(key, (groups, at_once))
     drawing = jax.random.split(jax.random.key(0), groups)
     conversions = size // slices
