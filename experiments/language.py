@@ -9,6 +9,7 @@ r"""Fusion on real language: SmolLM2 and its pool of 24 adapters, on tasks that 
     more         constant answers, other bases, choices and compositions, shuffled layers, DoRA, VeRA, searches
     five         the trained rows of `main`, from five examples
     twenty       LoRAFusion, a random pool, magnitudes and LoRA from twenty
+    examples     prompts and LoRAFusion from twenty, of which one or three stand in every prompt
     relevance    ten modules: none, one, two or all of the task's own family, and the others from other families
     more-relevance    the others are random matrices; and all of it with coefficients only
 
@@ -16,6 +17,7 @@ Results are rows of OUT/GROUP.jsonl; interrupted, the same command continues. Wr
 """
 
 import dataclasses
+import json
 import os
 import random
 import sys
@@ -38,6 +40,7 @@ from lab.language import (
     TRAIN_ROWS,
     UNSEEN,
     find,
+    load,
     options_of,
     trained_pairs,
     unseen,
@@ -47,16 +50,17 @@ from results_page import report
 
 from lorafusion_jax import LowRank, fuse, random_pool, read_config
 from lorafusion_jax.parts import dense, lora_adapter, open_pool, write_adapter
-from lorafusion_jax.report import Scores, colour, plot, scores
+from lorafusion_jax.report import Scores, colour, plot, scores, write_text
+from lorafusion_jax.tasks import BETWEEN_EXAMPLES
 from lorafusion_jax.trials import Arm, Job, read_rows, run_jobs
 
-Group = Literal["main", "more", "five", "twenty", "relevance", "more-relevance"]
+Group = Literal["main", "more", "five", "twenty", "examples", "relevance", "more-relevance"]
 
 UNSEEN_TASKS = tuple(name for tasks in UNSEEN.values() for name in tasks)
 # Tasks with a family of at least four modules in the pool, which a dose of relevant ones is drawn from.
 RELEVANCE = {"prev_item": "words", "person-sport": "knowledge"}
 DOSES = ("0", "1", "2", "all")
-_ROWS = {"five": 5, "twenty": 20}  # to learn from; in the other groups 100
+_ROWS = {"five": 5, "twenty": 20, "examples": 20}  # to learn from; in the other groups 100
 # Pools that are made of adapters, the base and the tasks, linked: rows of any OUT and machine name the same files.
 FOLDER = ROOT / "runs" / "smollm2"
 _SHIPPED = EXAMPLES / "adapters"
@@ -149,8 +153,28 @@ def jobs_of(group: Group, options: LanguageOptions, paths: dict[str, Path]) -> I
         elif group == "twenty":
             for method in (_FUSION, "random pool", "magnitudes only", "LoRA"):
                 yield _job(task, f"{method}, 20 examples", MAIN[method], path, options, train_rows=_ROWS[group])
+        elif group == "examples":
+            few = dataclasses.replace(options, seeds=options.seeds[:1])
+            for shown in (1, 3):
+                prompted = with_examples(path, shown)
+                for method in ("zero-shot", _FUSION):
+                    name = f"{method}, {shown} in the prompt"
+                    job = _job(task, name, MAIN[method], prompted, few, train_rows=_ROWS[group])
+                    yield job._replace(options=dataclasses.replace(job.options, prompt=None))
         elif task in RELEVANCE:
             yield from _relevance(group, task, path, options)
+
+
+def with_examples(path: Path, shown: int) -> Path:
+    """Return a task whose first training rows stand in the prompts of all others, and train nothing."""
+    task = load(path, _ROWS["examples"])
+    said = "".join(f"{row.input} {row.target}{BETWEEN_EXAMPLES}" for row in task.train[:shown])
+    folder = FOLDER / "_with_examples" / f"{task.name}-{shown}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, rows in (("train", task.train[shown:]), ("test", task.test)):
+        lines = [json.dumps({"input": said + row.input, "target": row.target}) + "\n" for row in rows]
+        write_text(folder / f"{part}.jsonl", "".join(lines))
+    return folder
 
 
 def _relevance(group: Group, task: str, path: Path, options: LanguageOptions) -> Iterator[Job]:

@@ -200,6 +200,17 @@ def trained(tmp_path, monkeypatch) -> list[str]:
     return tasks
 
 
+def test_examples_stand_in_every_prompt_and_train_nothing(tmp_path):
+    _colours(path := tmp_path / "new.json", 190, 0)
+    plain = language.load(path, 20)
+    task = language.load_task(experiment.with_examples(path, 3))
+    said = "".join(f"{row.input} {row.target}\n\n" for row in plain.train[:3])
+    for part, rows in (("train", plain.train[3:]), ("test", plain.test)):
+        assert [(row.input, row.target) for row in getattr(task, part)] == [
+            (said + row.input, row.target) for row in rows
+        ]
+
+
 @pytest.mark.nightly
 def test_the_table_and_its_tuning_run_on_a_small_model(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "TUNING", ("tune",))
