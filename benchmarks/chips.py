@@ -74,17 +74,16 @@ def _step(setup: Setup, count: int, asked: str | None) -> Callable[[], Any]:
     chips = load_chips(str(Path(ROOT / "examples" / "chip.yaml")))
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
     first = start(setup.problem, (1,)).params
-    on_all = on_every_chip(setup, first, chips.rules(), keys, modules=None, norm="ideal")
-    assert on_all.split is not None
     recipe = FusionRecipe()
-    orders = batch_orders(on_all.split.train, batch_size=recipe.batch_size, epochs=1, seeds=(1,) * count)
-    batches = next(train_step_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)).batches
     context = contextlib.nullcontext if asked is None else partial(jax.set_mesh, make_mesh(asked, count))
     with context():
+        on_all = on_every_chip(setup, first, chips.rules(), keys, modules=None, norm="ideal")
+        assert on_all.split is not None
+        orders = batch_orders(on_all.split.train, batch_size=recipe.batch_size, epochs=1, seeds=(1,) * count)
+        batches = next(train_step_batches(setup.train, orders, pad_id=setup.tokenizer.pad_token_id)).batches
         problem = on_all.problem.replace(seed_mode="sequential")
-        of_seeds = (start(problem, (1,) * count), batches, problem.index, recipe_rates(problem.method, recipe, count))
-        state, batches, index, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
-        problem = problem.replace(index=index, frozen=on_mesh(problem.frozen))
+        of_seeds = (start(problem, (1,) * count), batches, recipe_rates(problem.method, recipe, count))
+        state, batches, rates = (on_mesh(part, of_seeds=True) for part in of_seeds)
     optimisation = recipe.optimisation(orders.shape[1])
 
     def step() -> None:

@@ -60,7 +60,7 @@ GROUPS = {
     ),
     "hardware": (
         "crossbar", "chips", "ages", "compensate", "report", "read_noise", "adc_bits", "keep_digital", "norm",
-        "lora_in", "chip_key", "calibration_rows", "restore",
+        "lora_in", "chip_key", "calibration_rows", "restore", "mesh",
     ),
 }  # fmt: skip
 

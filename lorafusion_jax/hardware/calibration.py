@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -15,6 +16,7 @@ from ..runs.setup import Setup
 from ..tasks import Batch, Encoded, eval_batches
 from ..training.frozen import Frozen
 from ..training.loss import batch_logits
+from ..training.mesh import to_host
 from ..training.method import Method, Params
 from ..training.problem import Problem
 
@@ -34,10 +36,11 @@ def calibration_batches(
     setup: Setup, params: Mapping[str, Any], rows: int, *, batch_size: int = 64
 ) -> Iterator[tuple[Params, Int[Array, " N"], Batch]]:
     """Yield the training rows to calibrate on, with every seed's numbers."""
+    params, indices = to_host((dict(params), setup.problem.index))
     some = Encoded(*(part[:rows] for part in (setup.train.inputs, setup.train.labels)))
     for _, batch in eval_batches(some, min(batch_size, len(some)), pad_id=setup.tokenizer.pad_token_id):
-        for seed in range(setup.problem.index.shape[0]):
-            yield jax.tree.map(lambda p, seed=seed: p[seed], dict(params)), setup.problem.index[seed], batch
+        for seed, index in enumerate(indices):
+            yield jax.tree.map(lambda p, seed=seed: p[seed], params), jnp.asarray(index), batch
 
 
 @functools.lru_cache  # the same function again: `crossbar.calibration` compiles once for each

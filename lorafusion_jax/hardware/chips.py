@@ -9,12 +9,13 @@ Axis letters: C chips, S seeds.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..adapters.norms import PairTerms
@@ -23,7 +24,10 @@ from ..models.weights import reads
 from ..runs.setup import Setup
 from ..tasks import Split
 from ..training.frozen import Frozen
+from ..training.mesh import axis_size, on_mesh
 from ..training.method import Params
+from ..training.problem import Problem
+from ..training.seeds import over_seeds
 from .calibration import CALIBRATION_ROWS, calibrate
 from .program import Norms, Restored, program
 
@@ -78,17 +82,19 @@ class Redrawn(Frozen):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChipPerSeed(Frozen):
-    """Weights on several chips: every leaf has a leading axis of chips.
+    """Weights on several chips: every leaf has a leading axis of chips, which a mesh splits.
 
     Attributes:
-      chip_of_seed: number of the chip of each seed.
+      chip_of_seed: place of the chip of each seed among those of its device.
     """
 
-    chip_of_seed: Int[Array, " S"]
+    split: ClassVar[PartitionSpec] = PartitionSpec("seed")
+
+    chip_of_seed: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def of_seed(self, number: Int[Array, ""]) -> Frozen:
         """Return the weights on one seed's chip."""
-        chip = self.chip_of_seed[number]
+        chip = jnp.array(self.chip_of_seed, jnp.int32)[number]
         return reads(jax.tree.map(lambda leaf: leaf[chip], _plain(self)), number)
 
     def unstacked(self) -> Frozen:
@@ -116,9 +122,9 @@ def on_every_chip(
     calibration_rows: int = CALIBRATION_ROWS,
     restored: Sequence[Restored] = (),
 ) -> Setup:
-    """Return the setup of S seeds on C chips: C * S seeds, each with a chip.
+    """Return the setup of S seeds on C chips: C * S seeds, each with a chip, or more on a mesh (see `for_every_chip`).
 
-    ADC ranges are calibrated on the first chip, and are those of all.
+    ADC ranges are calibrated on the first chip, and are those of all. A device has the chips of its seeds alone.
 
     Args:
       setup: digital setup with a loop over layers.
@@ -135,20 +141,43 @@ def on_every_chip(
     of_first = restored[0] if restored else None
     first = program(problem.graph, problem.frozen, rules, keys[0], restored=of_first, **how)
     limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
-    count, seeds = len(keys), len(problem.index)
+    chip_of_seed, seed = _places(len(keys), len(problem.index))
+    first_of_device = chip_of_seed.reshape(axis_size("seed"), -1)[:, :1]
+    of_device = chip_of_seed - np.repeat(first_of_device, len(seed) // len(first_of_device))
+    there = np.minimum(first_of_device + np.arange(of_device.max() + 1), len(keys) - 1).ravel()
+    on_chips = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(restored[n] for n in there)) if restored else None
+    weights = programmed(problem, rules, keys[there], on_chips, limits=limits, modules=modules, norm=norm)
+    frozen = ChipPerSeed(**_fields(weights), chip_of_seed=tuple(of_device.tolist()))
+    on_all = setup.with_problem(frozen=frozen, index=on_mesh(problem.index[seed], of_seeds=True))
+    return dataclasses.replace(on_all, split=setup.split and Split(*(rows[seed] for rows in setup.split)))
+
+
+def programmed(
+    problem: Problem,
+    rules: Rules,
+    keys: Array,
+    restored: Restored | None = None,
+    *,
+    limits: Limits | None = None,
+    modules: Int[Array, " P"] | None = None,
+    norm: Norms = "ideal",
+) -> Frozen:
+    """Return the weights on several chips, given their keys; leaves have an axis of chips, which a mesh splits."""
     structure, values = split_config(tuple(rules.items()))
-    on_chips = jax.tree.map(lambda *leaves: jnp.stack(leaves), *restored) if restored else None
-    arrays = (problem.frozen, (keys, on_chips), values, limits, modules)
-    weights = _program_all(*arrays, structure=structure, graph=problem.graph, norm=norm)
-    frozen = ChipPerSeed(**_fields(weights), chip_of_seed=jnp.repeat(jnp.arange(count), seeds))
-    split = setup.split and Split(*(np.tile(rows, (count, 1)) for rows in setup.split))
-    on_all = setup.with_problem(frozen=frozen, index=jnp.tile(problem.index, (count, 1)))
-    return dataclasses.replace(on_all, split=split)
+    own, shared = on_mesh((keys, restored), of_seeds=True), (problem.frozen, values, limits, modules)
+    return _program_all(own, shared, structure=structure, graph=problem.graph, norm=norm)
 
 
 def for_every_chip(tree: _Tree, count: int) -> _Tree:
-    """Return leaves of S seeds again for each of `count` chips."""
-    return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * count), tree)
+    """Return leaves of S seeds again for each of `count` chips; the last again until a mesh divides their number."""
+    return on_mesh(jax.tree.map(lambda leaf: leaf[_places(count, len(leaf))[1]], tree), of_seeds=True)
+
+
+def _places(count: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of chip and seed of every seed on every chip, and the last again for a mesh."""
+    size = axis_size("seed")
+    padded = -(-count * seeds // size) * size
+    return np.divmod(np.minimum(np.arange(padded), count * seeds - 1), seeds)
 
 
 def limits_of(frozen: Frozen) -> Limits:
@@ -167,22 +196,20 @@ def _plain(frozen: Frozen) -> Frozen:
 
 @partial(jax.jit, static_argnames=("structure", "graph", "norm"))
 def _program_all(
-    digital: Frozen,
     chips: tuple[Array, Restored | None],
-    values: list[Any],
-    limits: Limits,
-    modules: Int[Array, " P"] | None,
+    shared: tuple[Frozen, list[Any], Limits | None, Int[Array, " P"] | None],
     *,
     structure: Structure,
     graph: nnx.GraphDef,
     norm: Norms,
 ) -> Frozen:
-    def of_chip(chip: tuple[Array, Restored | None]) -> Frozen:
-        key, restored = chip
+    def of_chip(chip: tuple[Array, Restored | None], shared: Any) -> Frozen:
+        (key, restored), (digital, values, limits, modules) = chip, shared
         how = {"modules": modules, "norm": norm, "restored": restored}
-        return _with_limits(program(graph, digital, dict(structure.config(values)), key, **how), limits)
+        written = program(graph, digital, dict(structure.config(values)), key, **how)
+        return written if limits is None else _with_limits(written, limits)
 
-    return jax.lax.map(of_chip, chips)
+    return over_seeds(of_chip, "sequential")(chips, shared)
 
 
 def _with_limits(frozen: Frozen, limits: Limits) -> Frozen:

@@ -1,5 +1,6 @@
 """A run on several chips, at several ages, in one program."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,6 +27,7 @@ from ..runs.setup import Setup
 from ..support.checks import at_least
 from ..support.progress import progress
 from ..support.writing import check_writable
+from ..training.mesh import make_mesh, on_mesh
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, looped
 from .chips import for_every_chip, on_every_chip
@@ -52,6 +54,7 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
       calibration_rows: training rows that the ADCs are calibrated on.
       report: evaluate chip after chip, each calibrated on its own, and next to the digital model; and report every
         site's signal to quantisation noise ratio, arrays and conversions.
+      mesh: divide chips and seeds over devices, as in seed=8.
     """
 
     chips: int | None = None
@@ -62,6 +65,7 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
     lora_in: Literal["sram", "cells"] = "sram"
     calibration_rows: int = CALIBRATION_ROWS
     report: bool = False
+    mesh: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     Raises:
       ValueError: a run with examples in its prompts; and as `asked` does.
     """
+    mesh = None if options.mesh is None else make_mesh(options.mesh, in_arrays=True)
     on = asked(options)
     check_writable(results_path(options))
     if on.fused.entry.answers == "examples":
@@ -126,9 +131,11 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
         )
     params, chips, count = on.params, on.chips, on.count
     keys = jnp.stack([chips.chip_key(number) for number in range(count)])
-    setup = looped(on.setup)
-    rows = []
-    with progress("chips", count * len(on.configs)) as bar:
+    seeds, rows = on.fused.seeds, []
+    on_devices = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with on_devices, progress("chips", count * len(on.configs)) as bar:
+        setup = looped(on.setup)
+        setup = setup.with_problem(frozen=on_mesh(setup.problem.frozen))
         for (age, compensate), config in on.configs.items():
             on_all = on_every_chip(
                 setup,
@@ -142,9 +149,10 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
             )
             everyone = for_every_chip(params, count)
             evaluation = evaluate(on_all, everyone, batch_size=options.eval_batch)
-            scores = seed_rows(on.fused.seeds * count, evaluation)
+            computed = len(evaluation.correct)  # more on a mesh
+            scores = seed_rows((seeds * computed)[:computed], evaluation)[: count * len(seeds)]
             rows += [
-                {"age": age, "compensate": compensate, "chip": number // len(on.fused.seeds)}
+                {"age": age, "compensate": compensate, "chip": number // len(seeds)}
                 | {name: row[name] for name in ("seed", "exact_match", "loss")}
                 for number, row in enumerate(scores)
             ]
@@ -173,7 +181,7 @@ def results_path(options: EvaluateOnChipsOptions, kind: Literal["chips", "crossb
 
 def _given(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return the options of an evaluation that are not at their defaults, with absolute paths of files."""
-    own = [name for name in vars(options) if name not in ("run", "eval_batch", "report")]
+    own = [name for name in vars(options) if name not in ("run", "eval_batch", "report", "mesh")]
     given = {name: value for name in own if (value := getattr(options, name)) != getattr(EvaluateOnChipsOptions, name)}
     paths = {name: given[name] for name in ("crossbar", "task", "restore") if os.path.exists(given.get(name) or "")}
     lists = {name: list(value) for name, value in given.items() if isinstance(value, tuple)}

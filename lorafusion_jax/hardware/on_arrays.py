@@ -17,6 +17,7 @@ from ..runs.options import FuseOptions, OnArrays
 from ..runs.run import HardwareSetup, run
 from ..runs.setup import Setup
 from ..training.frozen import Frozen
+from ..training.mesh import on_mesh
 from ..training.method import Params
 from .calibration import CALIBRATION_ROWS, calibrate, looped
 from .chips import redrawn
@@ -65,7 +66,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
         key = chips.chip_key(asked.chip)
         how = {"modules": numbers, "norm": asked.norm, "restored": restored}
         chip = program(graph, digital, chips.rules(config), key, **how)
-        return calibrate(setup, params, chip, rows=CALIBRATION_ROWS)
+        return on_mesh(calibrate(setup, params, chip, rows=CALIBRATION_ROWS))
 
     chip = calibrated(config, restored)
     training = chip
@@ -74,7 +75,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     elif asked.train_chip != "chip":
         key = jax.random.fold_in(chips.key, STEP_CHIPS)
         steps = "every" if asked.train_chip == "fresh" else "other"
-        training = redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm)
+        training = on_mesh(redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm))
 
     def tested(trained: Params) -> Setup:
         # Again, because the trained parameters change the inputs of the converters.

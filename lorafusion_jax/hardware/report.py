@@ -19,10 +19,12 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     """Return and write the scores of a run digitally and on every chip, its arrays, and their errors by site.
 
     Raises:
-      ValueError: more than one age or way of compensation; and as `asked` does.
+      ValueError: more than one age or way of compensation, or a mesh; and as `asked` does.
     """
     if len(cases(options)) > 1:
         raise ValueError("a report is of one age, compensated or not: give one of --ages, and not --compensate both")
+    if options.mesh is not None:
+        raise ValueError("a report evaluates one chip after another: leave out --mesh, or --report")
     on = asked(options)
     check_writable(path := results_path(options, "crossbar"))
     (((age, compensate), config),) = on.configs.items()

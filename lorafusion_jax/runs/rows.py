@@ -20,7 +20,7 @@ from ..models.layers import Adapters
 from ..models.weights import read_at_random
 from ..support.platform import for_cpu
 from ..tasks import Batch, Encoded, eval_batches, pad
-from ..training.mesh import on_mesh, to_host
+from ..training.mesh import axis_size, on_mesh, to_host
 from ..training.method import Params
 from ..training.problem import Problem
 from ..training.seeds import AXIS
@@ -86,7 +86,7 @@ def generate_rows(
     batches = list(eval_batches(encoded, batch_size, pad_id=pad_id, worth=worth))
     seeds, noisy = problem.index.shape[0], read_at_random(problem.frozen)
     # Seeds are computed in turn: in each turn one of every device, or, batched, all of them.
-    turns = 1 if problem.seed_mode == "batched" else seeds // jax.sharding.get_mesh().shape.get("seed", 1)
+    turns = 1 if problem.seed_mode == "batched" else seeds // axis_size("seed")
     tokens, computed = np.full((seeds, len(encoded), max_new_tokens), pad_id, np.int32), 0
     limits = np.full(len(encoded), max_new_tokens)
     how: Any = {"sampling": sampling, "room": room_for(max_new_tokens, batch_size, worth)}

@@ -97,7 +97,7 @@ def check(options: FuseOptions) -> None:
         (warm and recipe.epochs < 2, "--warm-start fusion divides the epochs into two parts: give 2 or more"),
         (options.start_from and method.learns != "trained", f"the method {name} starts from no run: leave out --from"),
         (mesh and method.learns == "untrained", f"{name} trains no seeds to share out over devices: leave out --mesh"),
-        (mesh and in_arrays, "a run on simulated arrays is not shared out: leave out --mesh, or --crossbar"),
+        (options.distributed and in_arrays, "a run on simulated arrays is of one process: leave out --distributed"),
         (options.distributed and not mesh, "--distributed shares a run out over devices: give a layout with --mesh"),
         (
             by_hand != (None, None, None) and (None in by_hand or not options.distributed),

@@ -1,15 +1,17 @@
 """The weights that no step changes, and the noise that seeds, steps and other purposes read them with."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from ..adapters.basis import Pool
 from ..adapters.norms import Gram, PairTerms
 from ..models.weights import reads, unstacked
+from .seeds import WHOLE
 
 # Purposes of reads of arrays other than training: the first of the numbers that determine the noise.
 VALIDATION, SEARCH, GENERATION, LOSS, OPTIONS = range(5)
@@ -20,7 +22,8 @@ VALIDATION, SEARCH, GENERATION, LOSS, OPTIONS = range(5)
 class Frozen:
     """Weights that no step changes.
 
-    A subclass may give each seed or each step other weights: `hardware.chips` does.
+    A subclass may give each seed or each step other weights: `hardware.chips` does. `split` is how a mesh splits all
+    leaves, where devices compute seeds.
 
     Attributes:
       base: the base model's weights.
@@ -30,6 +33,8 @@ class Frozen:
       precomputed: other pytree that the method computes once (`Method.precompute`), such as random matrices.
       preparations: preparations of the base's matrices by their names, for arrays (`crossbar.prepare`).
     """
+
+    split: ClassVar[PartitionSpec] = WHOLE
 
     base: nnx.State
     pool: Pool | None = None

@@ -29,11 +29,11 @@ _SPLIT = {"columns": (None, "model"), "rows": ("model", None)}
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
-def make_mesh(asked: str, seeds: int) -> Mesh:
-    """Return the mesh of an option such as `seed=4,model=2` for a run of so many seeds.
+def make_mesh(asked: str, seeds: int = 0, *, in_arrays: bool = False) -> Mesh:
+    """Return the mesh of an option such as `seed=4,model=2` for a run of so many seeds, `in_arrays` or not.
 
     Raises a ValueError for an axis or size that is not valid, too few devices, more devices of several processes than
-    the mesh has, and seeds that cannot be divided evenly.
+    the mesh has, seeds that cannot be divided evenly, and simulated arrays to be divided.
     """
     sizes = dict.fromkeys(AXES, 1)
     for part in asked.split(","):
@@ -43,6 +43,8 @@ def make_mesh(asked: str, seeds: int) -> Mesh:
         sizes[name] = int(size)
     if seeds % sizes["seed"]:
         raise ValueError(f"{seeds} seeds cannot be shared out evenly over --mesh seed={sizes['seed']}: give a multiple")
+    if in_arrays and sizes["model"] > 1:
+        raise ValueError(f"--mesh {asked} would split simulated arrays, which is not implemented: give seed alone")
     size, there = sizes["seed"] * sizes["model"], jax.device_count()
     if size > there:
         forced = f", or set XLA_FLAGS=--xla_force_host_platform_device_count={size}"
@@ -87,7 +89,7 @@ def rules(config: Architecture) -> Rules:
 
 def check_model(config: Architecture) -> None:
     """Raise ValueError for a base model that the ambient mesh cannot split, or whose dimensions it does not divide."""
-    size = _axis_size("model")
+    size = axis_size("model")
     for stack in config.stacks.values():
         for attention in stack.attentions:
             _check_divides(size, attention.heads, "num_heads")
@@ -146,7 +148,7 @@ def to_host(tree: Any) -> Any:
 
 def loading() -> contextlib.AbstractContextManager[Any]:
     """Return the context to load weights in, so that one accelerator need not hold all weights of a mesh."""
-    if _axis_size("model") == 1 or for_cpu():
+    if axis_size("model") == 1 or for_cpu():
         return contextlib.nullcontext()
     return jax.default_device(jax.local_devices(backend="cpu")[0])
 
@@ -168,5 +170,6 @@ def _check_divides(size: int, dimension: int, name: str, axis: str = "model") ->
         raise ValueError(f"--mesh {axis}={size} does not divide {name}, which is {dimension}: give one that divides it")
 
 
-def _axis_size(axis: str) -> int:
+def axis_size(axis: str) -> int:
+    """Return the size of an axis of the ambient mesh, 1 without one."""
     return jax.sharding.get_mesh().shape.get(axis, 1)

@@ -19,7 +19,7 @@ from ..models.weights import reads
 from ..support.platform import check_mesh
 from .frozen import Frozen
 from .method import Method, Metrics, Params
-from .seeds import SeedMode, over_seeds
+from .seeds import WHOLE, SeedMode, over_seeds
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +93,7 @@ class Problem:
 
         numbers = jnp.arange(self.index.shape[0]) if numbers is None else numbers
         seeds = (numbers, self.index, *of_seeds)
-        return over_seeds(one_seed, self.seed_mode)(seeds, (self.frozen, shared))
+        return over_seeds(one_seed, self.seed_mode, (self.frozen.split, WHOLE))(seeds, (self.frozen, shared))
 
     def adapted_model(self, params: Params) -> tuple[Model, dict[str, Any], Metrics]:
         """Return the model of one seed, the adapters to call it with, and metrics about them.

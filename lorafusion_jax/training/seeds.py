@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from ..support.platform import for_cpu
 
 SeedMode = Literal["batched", "sequential"]
+WHOLE = PartitionSpec()  # of arrays that every device has
 AXIS = "seeds_of_a_device"  # of the batched mode, for collectives of a device's seeds
 
 
@@ -21,11 +22,12 @@ def default_seed_mode() -> SeedMode:
     return "sequential" if for_cpu() else "batched"
 
 
-def over_seeds(fn: Callable[..., Any], seed_mode: SeedMode) -> Callable[..., Any]:
+def over_seeds(fn: Callable[..., Any], seed_mode: SeedMode, split: Any = WHOLE) -> Callable[..., Any]:
     """Return `fn(seeds, shared)`, of one seed's arrays and shared ones, mapped over the first axis of all `seeds`.
 
     Results of `batched` are within 1e-5 of single runs, and those of `sequential` equal them bit for bit. On a mesh
-    (see `training.mesh`) every device maps its seeds without waiting for other devices.
+    (see `training.mesh`) every device maps its seeds without waiting for other devices. `split` is how the shared
+    arrays are split, a prefix of their tree; by default every device has all.
     """
 
     def mapped(seeds: Any, shared: Any) -> Any:
@@ -38,5 +40,5 @@ def over_seeds(fn: Callable[..., Any], seed_mode: SeedMode) -> Callable[..., Any
         return mapped
     # The compiler partitions the axis `model`. Without that axis, the program has the bits of one device.
     by_hand = {axis for axis, size in mesh.shape.items() if axis == "seed" or size == 1}
-    of_seeds, whole = PartitionSpec("seed"), PartitionSpec()
-    return jax.shard_map(mapped, in_specs=(of_seeds, whole), out_specs=of_seeds, axis_names=by_hand, check_vma=False)
+    of_seeds = PartitionSpec("seed")
+    return jax.shard_map(mapped, in_specs=(of_seeds, split), out_specs=of_seeds, axis_names=by_hand, check_vma=False)

@@ -1,16 +1,19 @@
 """Reads, calibration and programming under `jax.shard_map`, which checks what differs between devices."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Encoding, Independent, Mapping, ReadNoise, Tile, Wire
+from lorafusion_jax.crossbar import flax as crossbar_flax
 
 _TILE, _ADC = Tile(rows=16, cols=12), ADC(bits=6, range="max")
 _PLAIN = CrossbarConfig(tile=_TILE, adc=_ADC)
@@ -100,7 +103,26 @@ def test_chips_may_be_spread_over_devices_without_a_map():
     weights = jax.random.normal(jax.random.key(4), (40, 20))
     read = jax.jit(jax.vmap(lambda key: crossbar.matmul(_inputs(), crossbar.program(weights, config, key))))
     mesh = jax.make_mesh((4,), ("chips",), axis_types=(AxisType.Auto,))
-    spread = jax.device_put(keys, jax.sharding.NamedSharding(mesh, P("chips")))
+    spread = jax.device_put(keys, NamedSharding(mesh, P("chips")))
     y = read(spread)
     assert len(y.sharding.device_set) == 4
     np.testing.assert_allclose(y, read(keys), rtol=0, atol=1e-6 * float(jnp.abs(y).max()))
+
+
+def test_chips_of_a_flax_model_are_read_where_they_are():
+    """As docs/guides/flax_chips.md shares them out."""
+    config = dataclasses.replace(_PLAIN, device=Device(programming=Independent(0.03)))
+    model, x = nnx.Linear(40, 20, rngs=nnx.Rngs(0)), _inputs()
+    chips = [crossbar_flax.convert(model, {"*": config}, jax.random.key(number)) for number in range(4)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chips)
+    mesh = jax.make_mesh((4,), ("chips",), axis_types=(AxisType.Auto,))
+    spread = jax.device_put(stacked, NamedSharding(mesh, P("chips")))
+    tree = jax.tree.structure(stacked)  # a compiled program's description is no array
+    read = jax.jit(lambda leaves: jax.vmap(lambda model: model(x))(tree.unflatten(leaves)))
+    stacked, spread = jax.tree.leaves(stacked), jax.tree.leaves(spread)
+    alone, shared = (read.lower(leaves).compile() for leaves in (stacked, spread))
+    assert not re.search(r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", shared.as_text())
+    assert shared.cost_analysis()["flops"] == pytest.approx(alone.cost_analysis()["flops"] / 4, rel=0.05)
+    held = [program.memory_analysis().argument_size_in_bytes for program in (alone, shared)]
+    assert held[1] == pytest.approx(held[0] / 4, rel=0.05)
+    np.testing.assert_array_equal(shared(spread), alone(stacked))
