@@ -13,7 +13,7 @@ GROUPS = {
     "data and base": ("base", "text", "tokens"),
     "corrections": ("method", "rank", "epochs", "rate", "rate_low_rank", "seed"),
     "hardware": ("crossbar", "chip", "age", "in_advance", "keep_digital", "chip_key"),
-    "run": ("out",),
+    "run": ("mesh", "out"),
 }
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from statistics import fmean
 from typing import Any, Literal, get_args
 
 import jax
@@ -18,8 +17,11 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from .. import crossbar
+from ..crossbar.calibration.restore import closed_forms, output_moments
 from ..support.checks import at_least, one_of
 from ..support.progress import progress
+from ..training.mesh import on_mesh
+from ..training.seeds import over_seeds
 from ..training.step import standard_promotion
 
 # (weights, batch) -> logits. Use one function for all calls, because each function is compiled once.
@@ -102,15 +104,48 @@ def restore(
     Raises:
       ValueError: there are no batches, or what `crossbar.fit_corrections` refuses.
     """
+    kinds = {"left_out": left_out, "counted": counted}
+    return restore_each(run, _stacked([weights]), matrices, batches, targets, how, **kinds)[0]
+
+
+def restore_each(
+    run: Run,
+    models: Any,
+    matrices: Sequence[Float[Array, "*N d_in d_out"]],
+    batches: Sequence[Any],
+    targets: Sequence[Float[Array, "*B V"]],
+    how: Restoring,
+    *,
+    left_out: LeftOut | None,
+    counted: Callable[[Any, str], Bool[Array, "*B"]] | None,
+) -> list[dict[str, crossbar.Correction]]:
+    """Return what `restore` does for each of several models on chips.
+
+    `models` are their weights: every leaf has a leading axis of models, which a mesh splits over its axis `seed`.
+    """
+    names = [chip.name for chip in crossbar.chips_in(models)]
+    count, key = len(jax.tree.leaves(models)[0]), jax.random.fold_in(jax.random.key(how.seed), 1)
     if how.method == "lora":
-        corrections = _zeros(weights, how.numbers, jax.random.fold_in(jax.random.key(how.seed), 1))
+        found = [_zeros(names, matrices, how.numbers, key)] * count
     else:
-        kinds = {"offsets": how.method == "offsets", "numbers": how.numbers, "ridge": how.ridge, "counted": counted}
-        corrections = crossbar.fit_corrections(run, weights, matrices, batches, **kinds)
+        kinds = {"offsets": how.method == "offsets", "numbers": how.numbers, "ridge": how.ridge}
+        total = output_moments(
+            of_each(run), models, [_stacked([m] * count) for m in matrices], batches, counted, **kinds
+        )
+        total = jax.device_get(total)
+        each = (jax.tree.map(lambda leaf, place=place: leaf[place], total) for place in range(count))
+        found = [closed_forms(names, matrices, moments, **kinds) for moments in each]
         if how.epochs and left_out is not None:
-            neutral = _neutral(corrections, jax.random.fold_in(jax.random.key(how.seed), 1))
-            corrections = min(corrections, neutral, key=lambda one: _diverged(run, weights, one, left_out))
-    return distil(run, weights, corrections, batches, targets, how, left_out=left_out) if how.epochs else corrections
+            starts = found, [_neutral(one, key) for one in found]
+            off = [_diverged(run, models, stacked_corrections(start), left_out) for start in starts]
+            found = [one if a <= b else other for one, other, a, b in zip(*starts, *off, strict=True)]
+    return _distil_each(run, models, found, batches, targets, how, left_out) if how.epochs else found
+
+
+@lru_cache  # the same function again: it is compiled once for each
+def of_each(run: Run) -> Run:
+    """Return a function from the weights of several models (see `restore_each`) and a batch to the logits of each."""
+    return lambda models, batch: over_seeds(run, "sequential")(models, batch)
 
 
 def distil(
@@ -128,26 +163,43 @@ def distil(
     Each step minimises KL(digital || chip) on one batch with Adam, whose rates fall to zero in a cosine. Every epoch
     has a separate random order.
     """
+    return _distil_each(run, _stacked([weights]), [corrections], batches, targets, how, left_out)[0]
+
+
+def _distil_each(
+    run: Run,
+    models: Any,
+    corrections: Sequence[crossbar.Corrections],
+    batches: Sequence[Any],
+    targets: Sequence[Float[Array, "*B V"]],
+    how: Restoring,
+    left_out: LeftOut | None,
+) -> list[dict[str, crossbar.Correction]]:
     if len(batches) != len(targets) or not batches:
         raise ValueError(f"{len(batches)} batches and {len(targets)} targets: expected as many, and at least 1")
     steps = how.epochs * len(batches)
-    parts = {site: {n: part for n, part in vars(c).items() if part is not None} for site, c in corrections.items()}
-    params = jax.tree.map(jnp.copy, parts)
+    best = _stacked_parts(corrections)
+    params = jax.tree.map(jnp.copy, best)
     optimiser = _optimiser(how.rate, how.rate_of_matrices, steps)
-    key, state = jax.random.fold_in(jax.random.key(how.seed), 0), optimiser.init(params)
+    key, state = jax.random.fold_in(jax.random.key(how.seed), 0), jax.vmap(optimiser.init)(params)
     orders = [jax.random.permutation(jax.random.fold_in(key, epoch), len(batches)) for epoch in range(how.epochs)]
-    best, least = corrections, math.inf if left_out is None else _diverged(run, weights, corrections, left_out)
+    least = np.array(math.inf) if left_out is None else _diverged(run, models, _corrections(best), left_out)
     with progress("steps", steps) as bar:
         for step, number in enumerate(np.concatenate(orders), start=1):
-            here = crossbar.reads(weights, step - 1)
+            here = crossbar.reads(models, step - 1)
             params, state = _step(params, state, here, batches[number], targets[number], run, optimiser.update)
             bar.update()
             if step % len(batches) == 0:
-                now = _corrections(jax.tree.map(jnp.copy, params))  # the step reuses the memory of params
-                diverged = 0.0 if left_out is None else _diverged(run, weights, now, left_out)
-                if left_out is None or diverged < least:
-                    best, least = now, diverged
-    return dict(best)
+                now = jax.tree.map(jnp.copy, params)  # the step reuses the memory of params
+                better = np.ones(len(corrections), bool)
+                if left_out is not None:
+                    better = (diverged := _diverged(run, models, _corrections(now), left_out)) < least
+                    least = np.where(better, diverged, least)
+                best = jax.tree.map(partial(_where, better), now, best)
+    best = jax.device_get(best)
+    return [
+        {site: _cut(best[site], place, like) for site, like in one.items()} for place, one in enumerate(corrections)
+    ]
 
 
 @lru_cache  # the same function again: a step is compiled once for all chips
@@ -163,25 +215,72 @@ def _optimiser(rate: float, rate_low_rank: float, steps: int) -> optax.GradientT
 
 @partial(jax.jit, static_argnums=(5, 6), donate_argnums=(0, 1))
 def _step(params: Any, state: Any, weights: Any, batch: Any, target: Array, run: Run, update: Any) -> tuple[Any, Any]:
-    def loss(params: Any) -> Array:
-        return divergence(run(crossbar.with_corrections(weights, _corrections(params)), batch), target)
+    def of_model(model: Any, shared: Any) -> tuple[Any, Any]:
+        (params, state, weights), (batch, target) = model, shared
 
-    gradient = jax.grad(loss)(params)
-    with standard_promotion():
-        updates, state = update(gradient, state)
-    return optax.apply_updates(params, updates), state
+        def loss(params: Any) -> Array:
+            return divergence(run(crossbar.with_corrections(weights, _corrections(params)), batch), target)
+
+        gradient = jax.grad(loss)(params)
+        with standard_promotion():
+            updates, state = update(gradient, state)
+        return optax.apply_updates(params, updates), state
+
+    return over_seeds(of_model, "sequential")((params, state, weights), (batch, target))
 
 
-def _diverged(run: Run, weights: Any, corrections: crossbar.Corrections, left_out: LeftOut) -> float:
-    """Return the mean divergence of a chip with corrections from the targets."""
-    corrected = crossbar.with_corrections(weights, corrections)
+def _diverged(run: Run, models: Any, corrections: crossbar.Corrections, left_out: LeftOut) -> Float[np.ndarray, " C"]:
+    """Return the mean divergence of each model with corrections from the targets."""
+    corrected = crossbar.with_corrections(models, corrections)
     numbered = enumerate(zip(*left_out, strict=True))
-    return fmean(float(_divergence(crossbar.reads(corrected, n), *pair, run)) for n, pair in numbered)
+    return np.mean([divergences(crossbar.reads(corrected, n), *pair, run) for n, pair in numbered], axis=0, dtype=float)
 
 
 @partial(jax.jit, static_argnums=3)
-def _divergence(weights: Any, batch: Any, target: Array, run: Run) -> Array:
-    return divergence(run(weights, batch), target)
+def divergences(models: Any, batch: Any, target: Array, run: Run) -> Float[Array, " C"]:
+    """Return the divergence of each of several models from the targets of a batch."""
+    off = over_seeds(lambda weights, shared: divergence(run(weights, shared[0]), shared[1]), "sequential")
+    return off(models, (batch, target))
+
+
+def stacked_corrections(corrections: Sequence[crossbar.Corrections]) -> dict[str, crossbar.Correction]:
+    """Return the corrections of several models with a leading axis, filled up to the highest rank with zeros."""
+    return _corrections(_stacked_parts(corrections))
+
+
+def _stacked_parts(corrections: Sequence[crossbar.Corrections]) -> dict[str, dict[str, Array]]:
+    parts = [{site: _parts(correction) for site, correction in one.items()} for one in corrections]
+    of_one_rank(parts)
+    return _stacked(parts)
+
+
+def _parts(correction: crossbar.Correction) -> dict[str, Array]:
+    return {name: values for name, values in vars(correction).items() if values is not None}
+
+
+def of_one_rank(of_chips: Sequence[dict[str, dict[str, Any]]]) -> None:
+    """Fill up matrices of low rank with zeros, so that those of all chips have one shape."""
+    for site in of_chips[0]:
+        parts = [sites[site] for sites in of_chips if "U" in sites[site]]
+        widest = max((part["V"].shape[-2] for part in parts), default=0)
+        for part in parts:
+            more = (0, widest - part["V"].shape[-2])
+            lead = [(0, 0)] * (part["V"].ndim - 2)
+            part["U"], part["V"] = np.pad(part["U"], [*lead, (0, 0), more]), np.pad(part["V"], [*lead, more, (0, 0)])
+
+
+def _cut(parts: dict[str, np.ndarray], place: int, like: crossbar.Correction) -> crossbar.Correction:
+    """Return one of stacked corrections in the shapes of another one."""
+    shapes = {name: tuple(map(slice, values.shape)) for name, values in _parts(like).items()}
+    return crossbar.Correction(**{name: jnp.asarray(parts[name][place][shape]) for name, shape in shapes.items()})
+
+
+def _stacked(trees: Sequence[Any]) -> Any:
+    return on_mesh(jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees), of_seeds=True)
+
+
+def _where(better: np.ndarray, new: Array, old: Array) -> Array:
+    return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
 
 def _neutral(corrections: crossbar.Corrections, key: Array) -> dict[str, crossbar.Correction]:
@@ -194,9 +293,8 @@ def _neutral(corrections: crossbar.Corrections, key: Array) -> dict[str, crossba
 
     found = {}
     for number, (site, one) in enumerate(corrections.items()):
-        there = {name: values for name, values in vars(one).items() if values is not None}
         key_here = jax.random.fold_in(key, number)
-        found[site] = crossbar.Correction(**{name: of_part(name, v, key_here) for name, v in there.items()})
+        found[site] = crossbar.Correction(**{name: of_part(name, v, key_here) for name, v in _parts(one).items()})
     return found
 
 
@@ -211,14 +309,13 @@ def divergence(logits: Float[Array, "*B V"], target: Float[Array, "*B V"]) -> Fl
     return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - got), axis=-1))
 
 
-def _zeros(weights: Any, numbers: int, key: Array) -> dict[str, crossbar.Correction]:
+def _zeros(names: Sequence[str], matrices: Sequence[Array], numbers: int, key: Array) -> dict[str, crossbar.Correction]:
     """Return corrections of low rank that change nothing yet: U is random and V is zero, as in LoRA."""
-    chips = crossbar.chips_in(weights)
-    per_rank = crossbar.numbers_per_rank(chips)
+    per_rank = crossbar.numbers_per_rank(matrices)
     if not (rank := numbers // per_rank):
         raise ValueError(f"{numbers:,} numbers are less than one rank for each matrix: give at least {per_rank:,}")
     empty = {}
-    for chip in chips:
-        *lead, d_in, d_out = chip.shape
-        empty[chip.name] = crossbar.Correction(U=jnp.zeros((*lead, d_in, rank)), V=jnp.zeros((*lead, rank, d_out)))
+    for name, matrix in zip(names, matrices, strict=True):
+        *lead, d_in, d_out = matrix.shape
+        empty[name] = crossbar.Correction(U=jnp.zeros((*lead, d_in, rank)), V=jnp.zeros((*lead, rank, d_out)))
     return _neutral(empty, key)

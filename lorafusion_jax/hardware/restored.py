@@ -4,6 +4,7 @@ FOLDER/chip_N/manifest.json         digests of the base and the configuration, k
 FOLDER/chip_N/arrays.safetensors    SITE/scale and so on, and the converters' ranges that they belong to
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -32,10 +33,12 @@ from ..support.reading import FileError, check_regular, utf8
 from ..support.text import shown
 from ..support.writing import check_no_link
 from ..tasks import IGNORED, Batch, Example, encode, eval_batches, tokenise
+from ..training.mesh import axis_size, make_mesh, on_mesh
 from .calibration import looped
+from .chips import programmed
 from .folder import Chips, aged, load_chips
 from .program import Restored, program
-from .restore import Method, Restoring, divergence, restore
+from .restore import Method, Restoring, divergences, of_each, of_one_rank, restore_each, stacked_corrections
 
 _WHAT = "a folder of corrections"
 _RANGES = ("limits", "input_limit")
@@ -116,6 +119,7 @@ class RestoreOptions:
       in_advance: compute corrections for that age in advance, with other draws of the drift than the chips will have.
       keep_digital: patterns of weights that stay digital; a folder has its own.
       chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
+      mesh: divide the chips over devices, as in seed=8.
       out: folder to write; by default `restored-METHOD` in the folder of the chips. Chips that it has are not computed
         again.
     """
@@ -135,6 +139,7 @@ class RestoreOptions:
     in_advance: bool = False
     keep_digital: tuple[str, ...] = ()
     chip_key: int = 0
+    mesh: str | None = None
     out: Path | None = None
 
 
@@ -147,6 +152,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     """
     at_least(1, chips=len(options.chip), tokens=options.tokens)
     check_uint32(seed=options.seed)
+    mesh = None if options.mesh is None else make_mesh(options.mesh, in_arrays=True)
     low_rank, rank = options.method in ("low-rank", "lora"), 4.0 if options.rank is None else options.rank
     unused = ("rate",) if options.method == "lora" else () if low_rank else ("rank", "rate_low_rank")
     if flags := flags_given(options, unused):
@@ -185,36 +191,44 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
         return {number: made[number] for number in keys}
     train, left_out = _read_text(loaded, options, content)
     setup = looped(loaded)
-    graph, digital = setup.problem.graph, setup.problem.frozen
-    run = logits_of_base(graph)
+    run = logits_of_base(setup.problem.graph)
     logits = jax.jit(run)
     count = _tokens(left_out)
-    with locked(out, "another --out"):
+    on_devices = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with locked(out, "another --out"), on_devices:
         made = _all_kept(out, settings)
-        for number in progress("chips", [number for number in keys if number not in made]):
-            chip = program(graph, digital, chips.rules(config), keys[number])
-            weights = crossbar.calibrate_tree(run, chip.base, train)
+        setup = setup.with_problem(frozen=on_mesh(setup.problem.frozen))
+        digital, devices = setup.problem.frozen, axis_size("seed")
+        missing = [number for number in keys if number not in made]
+        for first in progress("chips", range(0, len(missing), devices)):
+            group = missing[first : first + devices]  # one chip on every device, the last also where none is left
+            there = jnp.stack([keys[number] for number in [*group, *group[-1:] * (devices - len(group))]])
+            weights = _on_chips(setup, chips.rules(config), there)
+            weights = crossbar.calibrate_tree(of_each(run), weights, train)
             held = digital_matrices(setup, weights)
             if low_rank:
-                all_ranks = rank * crossbar.numbers_per_rank(crossbar.chips_in(weights))
-                how = dataclasses.replace(how, numbers=round(all_ranks))
+                how = dataclasses.replace(how, numbers=round(rank * crossbar.numbers_per_rank(held)))
             targets, kept_back = (Outputs(logits, digital.base, batches) for batches in (train, left_out))
             own = {"left_out": (left_out, kept_back), "counted": no_padding(setup)}
-            corrections = restore(run, weights, held, train, targets, how, **own)
-            before_and_after = [
-                sum(float(divergence(logits(on, b), logits(digital.base, b))) * b.labels.size for b in left_out) / count
-                for on in (weights, crossbar.with_corrections(weights, corrections))
-            ]
-            numbers = sum(correction.numbers() for correction in corrections.values())
-            made[number] = {
-                "chip": number,
-                "settings": settings,
-                "numbers": numbers,
-                "share": numbers / sum(matrix.size for matrix in held),
-                "tokens": _tokens(train),
-                "divergence": before_and_after,
-            }
-            arrays.save(out / f"chip_{number}", _to_save(weights, corrections), made[number])
+            corrections = restore_each(run, weights, held, train, targets, how, **own)
+            corrected = crossbar.with_corrections(weights, stacked_corrections(corrections))
+            before_and_after = np.zeros((2, devices))
+            for of_batch in zip(*own["left_out"], strict=True):
+                off = [divergences(on, *of_batch, run) for on in (weights, corrected)]
+                before_and_after += np.asarray(off) * of_batch[0].labels.size / count
+            ranges = jax.device_get({c.name: (c.limits, c.input_limit) for c in crossbar.chips_in(weights)})
+            for place, number in enumerate(group):
+                numbers = sum(correction.numbers() for correction in corrections[place].values())
+                made[number] = {
+                    "chip": number,
+                    "settings": settings,
+                    "numbers": numbers,
+                    "share": numbers / sum(matrix.size for matrix in held),
+                    "tokens": _tokens(train),
+                    "divergence": before_and_after[:, place].tolist(),
+                }
+                of_chip = jax.tree.map(lambda leaf, place=place: leaf[place], ranges)
+                arrays.save(out / f"chip_{number}", _to_save(of_chip, corrections[place]), made[number])
     return {number: made[number] for number in keys}
 
 
@@ -281,7 +295,7 @@ def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: 
                     f"{_short(now[field])}): run `lorafusion restore` on these chips"
                 )
         trees.append(tree)
-    _of_one_rank(trees)
+    of_one_rank(trees)
     return [_restored(tree, str(folder)) for tree in trees]
 
 
@@ -326,7 +340,7 @@ def logits_of_base(graph: nnx.GraphDef) -> Callable[[nnx.State, Batch], Float[Ar
 
 
 def digital_matrices(loaded: LoadedModel, weights: Any) -> list[Float[Array, "*N d_in d_out"]]:
-    """Return the digital matrices of the chips in a tree of the base's weights."""
+    """Return the digital matrices of the chips in a tree of the base's weights, or of several chips."""
     base = matrices(nnx.merge(loaded.problem.graph, loaded.problem.frozen.base))
     return [dense(base[chip.name], jnp.float32) for chip in crossbar.chips_in(weights)]
 
@@ -460,24 +474,24 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> tu
     return batches[:-measured], batches[-measured:]
 
 
-def _to_save(weights: Any, corrections: dict[str, crossbar.Correction]) -> dict[str, dict[str, np.ndarray]]:
+def _on_chips(setup: LoadedModel, rules: crossbar.Rules, keys: Array) -> Any:
+    """Return the base's weights on chips, with an axis of chips."""
+    if len(keys) > 1:
+        return programmed(setup.problem, rules, keys).base
+    # Outside of one program, weights of one kind are written by one program, which compiles sooner.
+    one = program(setup.problem.graph, setup.problem.frozen, rules, keys[0]).base
+    return jax.tree.map(lambda leaf: leaf[None], one)
+
+
+def _to_save(
+    ranges: dict[str, tuple[Any, Any]], corrections: dict[str, crossbar.Correction]
+) -> dict[str, dict[str, np.ndarray]]:
     """Return the arrays of one chip by site and part."""
     by_site = {}
-    for chip in crossbar.chips_in(weights):
-        parts = vars(corrections[chip.name]) | {name: getattr(chip, name) for name in _RANGES}
-        by_site[chip.name] = {name: np.asarray(value) for name, value in parts.items() if value is not None}
+    for site, values in ranges.items():
+        parts = vars(corrections[site]) | dict(zip(_RANGES, values, strict=True))
+        by_site[site] = {name: np.asarray(value) for name, value in parts.items() if value is not None}
     return by_site
-
-
-def _of_one_rank(of_chips: Sequence[dict[str, dict[str, np.ndarray]]]) -> None:
-    """Fill up matrices of low rank with zeros, so that those of all chips have one shape."""
-    for site in of_chips[0]:
-        parts = [sites[site] for sites in of_chips if "U" in sites[site]]
-        widest = max((part["V"].shape[-2] for part in parts), default=0)
-        for part in parts:
-            more = (0, widest - part["V"].shape[-2])
-            lead = [(0, 0)] * (part["V"].ndim - 2)
-            part["U"], part["V"] = np.pad(part["U"], [*lead, (0, 0), more]), np.pad(part["V"], [*lead, more, (0, 0)])
 
 
 def _restored(tree: dict[str, dict[str, np.ndarray]], folder: str) -> Restored:

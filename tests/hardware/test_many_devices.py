@@ -73,6 +73,8 @@ def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(small,
     for asked, message in (("model=2", "would split simulated arrays"), ("seed=8", "needs 8 devices, got 4")):
         with pytest.raises(ValueError, match=message):
             parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(**given, mesh=asked))
+        with pytest.raises(ValueError, match=message):
+            parts.restore_chips(parts.RestoreOptions(base="nowhere", crossbar="isaac", mesh=asked))
     for how, message in (
         ({"mesh": "model=2"}, "would split simulated arrays"),
         ({"mesh": "seed=2", "distributed": True}, "is of one process: leave out --distributed"),

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar, parts
 from lorafusion_jax.crossbar import Independent, save_config
+from lorafusion_jax.hardware import restore as restoring
 from lorafusion_jax.hardware.restored import answered
 from lorafusion_jax.io.folders import locked
 from lorafusion_jax.tasks import IGNORED, decode
@@ -240,6 +242,37 @@ def test_chips_that_are_finished_are_not_computed_again(home, tmp_path):
     assert both[0] == alone[0]
     with pytest.raises(ValueError, match=r"chip_0 has corrections with another method \(scales, now offsets\)"):
         parts.restore_chips(_options(home, chip=(2,), method="offsets", **given))
+
+
+@pytest.mark.long
+def test_chips_over_devices_get_the_corrections_of_one_device(home, tmp_path, monkeypatch):
+    programs, step = [], restoring._step
+
+    def compiled(*given):
+        if not programs:
+            leaves, tree = jax.tree.flatten(given[:5])
+            again = jax.jit(lambda leaves: step(*tree.unflatten(leaves), *given[5:]))
+            programs.append(again.lower(leaves).compile().as_text())
+            parts_of_devices = [leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(given[2])]
+            assert {*parts_of_devices} == {1}
+        return step(*given)
+
+    monkeypatch.setattr(restoring, "_step", compiled)
+    given = {"chip": (0, 2, 1), "epochs": 2, "method": "low-rank", "rank": 2.0}  # the second device has no fourth chip
+    parts.restore_chips(_options(home, out=tmp_path / "spread", mesh="seed=2", **given))
+    assert not re.search(r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", programs[0])
+    for number in (0, 2):
+        alone, spread = (
+            load_file(folder / f"chip_{number}" / "arrays.safetensors")
+            for folder in (home / "restored", tmp_path / "spread")
+        )
+        assert alone.keys() == spread.keys()
+        for name, values in alone.items():
+            np.testing.assert_allclose(spread[name], values, rtol=1e-3, atol=1e-3 * np.abs(values).max())
+        np.testing.assert_allclose(
+            *(_made(f, number)["divergence"] for f in (home / "restored", tmp_path / "spread")), rtol=1e-3
+        )
+    assert _made(tmp_path / "spread", 1)["numbers"]
 
 
 def test_two_processes_do_not_write_into_one_folder(home, tmp_path):

@@ -107,8 +107,25 @@ def fit_corrections(
       ValueError: there are no batches, they do not read one of the chips or bring NaN, chips share a name, a matrix
         has another shape than its chip, or `numbers` or `ridge` is out of its range.
     """
+    kinds = {"offsets": offsets, "numbers": numbers, "ridge": ridge}
+    total = output_moments(run, weights, matrices, batches, counted, **kinds)
+    return closed_forms([chip.name for chip in chips_in(weights)], matrices, total, **kinds)
+
+
+def output_moments(
+    run: Run,
+    weights: Any,
+    matrices: Sequence[Float[Array, "*N d_in d_out"]],
+    batches: Iterable[Any],
+    counted: Counted | None,
+    *,
+    offsets: bool,
+    numbers: int,
+    ridge: float,
+) -> list[_Moments]:
+    """Return the moments of the outputs of every chip; arguments and errors are those of `fit_corrections`."""
     chips = chips_in(weights)
-    named = by_name(chips)
+    by_name(chips)
     if type(numbers) is not int or numbers < 0:
         raise ValueError(f"numbers = {numbers!r}: give a whole number of at least 0")
     if not 0 <= ridge < math.inf or (numbers and not ridge):
@@ -124,15 +141,27 @@ def fit_corrections(
     zeros = [_zeros(chip, numbers > 0) for chip in chips]
     own = [(matrix,) for matrix in matrices]
     total = summed(run, weights, batches, _READS[numbers > 0], zeros, own, counted)
-    del zeros  # as large as the moments
-    most = math.ceil(_MOST_RANKS * numbers / numbers_per_rank(chips))
-    corrections, directions = {}, []
-    for chip, matrix in zip(chips, matrices, strict=True):
-        seen = jax.tree.map(np.asarray, total.pop(0))  # freed one after the other
-        lead = chip.shape[:-2]
-        if not np.all(seen.count > 0):
+    for chip, seen in zip(chips, total, strict=True):
+        if not np.all(np.asarray(seen.count) > 0):
             raise ValueError(f"{chip.name} was read by none of the batches: give batches that use all chips")
         check_numbers(chip, seen.yz)
+    return total
+
+
+def closed_forms(
+    names: Sequence[str],
+    matrices: Sequence[Float[Array, "*N d_in d_out"]],
+    total: list[_Moments],
+    *,
+    offsets: bool,
+    numbers: int,
+    ridge: float,
+) -> dict[str, Correction]:
+    """Return the corrections of one model, given the names and the moments of its chips; see `fit_corrections`."""
+    most = math.ceil(_MOST_RANKS * numbers / numbers_per_rank(matrices))
+    corrections, directions = {}, []
+    for name, matrix in zip(names, matrices, strict=True):
+        seen = jax.tree.map(np.asarray, total.pop(0))  # freed one after the other
         scale, offset = _blend(seen.yz, seen.zz, ridge), None
         if offsets:
             one = np.where(seen.one > 0, seen.one, 1)[..., None]
@@ -140,24 +169,24 @@ def fit_corrections(
             offset = (seen.y - scale * seen.z) / one
         if numbers:
             fewest = seen.count.min()
-            if fewest < chip.matrix_shape[0]:
+            if fewest < matrix.shape[-2]:
                 warnings.warn(
-                    f"{chip.name} was read with {fewest:.0f} vectors, fewer than its {chip.matrix_shape[0]} inputs: "
+                    f"{name} was read with {fewest:.0f} vectors, fewer than its {matrix.shape[-2]} inputs: "
                     f"the ridge of {ridge:g} decides what they leave open; give more text, or a larger ridge",
                     stacklevel=2,
                 )
-            for index in np.ndindex(lead):
+            for index in np.ndindex(matrix.shape[:-2]):
                 one = jax.tree.map(lambda leaf, index=index: leaf[index], seen)
                 try:
                     found = _low_rank(one, np.asarray(matrix[index], float), scale[index].astype(float), ridge, most)
                 except np.linalg.LinAlgError:
                     raise ValueError(
-                        f"the inputs of {chip.name} do not determine its matrix of low rank: give more text, or a "
+                        f"the inputs of {name} do not determine its matrix of low rank: give more text, or a "
                         f"larger ridge than {ridge:g}"
                     ) from None
-                directions.append((chip.name, index, *found))
-        corrections[chip.name] = Correction(**jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset}))
-    return _with_low_rank(corrections, directions, named, numbers)
+                directions.append((name, index, *found))
+        corrections[name] = Correction(**jax.tree.map(jnp.asarray, {"scale": scale, "offset": offset}))
+    return _with_low_rank(corrections, directions, dict(zip(names, matrices, strict=True)), numbers)
 
 
 def _reshaped(chip: Chip, matrix: Array) -> str:
@@ -201,7 +230,7 @@ def _low_rank(
 def _with_low_rank(
     corrections: dict[str, Correction],
     directions: list[tuple[str, tuple[int, ...], np.ndarray, np.ndarray, np.ndarray]],
-    chips: dict[str, Chip],
+    matrices: dict[str, Array],
     numbers: int,
 ) -> dict[str, Correction]:
     """Return the corrections with the directions that remove most for their numbers, as many as the numbers allow."""
@@ -216,7 +245,7 @@ def _with_low_rank(
             ranks[number], left_over = ranks[number] + 1, left_over - cost
     found = dict(corrections)
     for name in dict.fromkeys(name for name, *_ in directions):
-        *lead, d_in, d_out = chips[name].shape
+        *lead, d_in, d_out = matrices[name].shape
         own = [(d, rank) for d, rank in zip(directions, ranks, strict=True) if d[0] == name]
         widest = max(1, *(rank for _, rank in own))
         U, V = np.zeros((*lead, d_in, widest), np.float32), np.zeros((*lead, widest, d_out), np.float32)

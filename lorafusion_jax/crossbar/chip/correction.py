@@ -57,8 +57,8 @@ class Correction:
 
 
 def numbers_per_rank(chips: Sequence[Any]) -> int:
-    """Return how many numbers matrices of rank 1 have, one for each matrix of the chips."""
-    return sum(math.prod(chip.shape[:-2]) * sum(chip.matrix_shape) for chip in chips)
+    """Return how many numbers matrices of rank 1 have, one for each matrix of the chips, or of stacks of matrices."""
+    return sum(math.prod(chip.shape[:-2]) * sum(chip.shape[-2:]) for chip in chips)
 
 
 def check_correction(correction: Correction, name: str, shape: tuple[int, ...]) -> None:
