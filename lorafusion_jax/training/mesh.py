@@ -88,15 +88,14 @@ def rules(config: Architecture) -> Rules:
 
 
 def check_model(config: Architecture) -> None:
-    """Raise ValueError for a base model that the ambient mesh cannot split, or whose dimensions it does not divide."""
+    """Raise ValueError for a base model whose dimensions the ambient mesh does not divide."""
     size = axis_size("model")
     for stack in config.stacks.values():
         for attention in stack.attentions:
             _check_divides(size, attention.heads, "num_heads")
             _check_divides(size, attention.kv_heads, "num_kv_heads")
-        if stack.recurrence is not None and size > 1:
-            fix = "give model=1, and more seeds instead"
-            raise ValueError(f"--mesh model={size} would split a recurrence, which is not implemented: {fix}")
+        if stack.recurrence is not None:
+            _check_divides(size, stack.recurrence.heads, "linear_num_value_heads")
         _check_divides(size, stack.d_ff, "d_ff")
     _check_divides(size, config.vocab_size, "vocab_size")
 
