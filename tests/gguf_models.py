@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
-from lorafusion_jax.models.decoder import FAMILY
+from lorafusion_jax.models.registry import family_of_json
 
 
 def byte_letters():
@@ -130,8 +130,19 @@ MODELS = {
         "rope_theta": 500_000.0,  # of another, transformers 5.24 reads the default in the layers with a window
         "rope_scaling": _YARN,
     },
+    "qwen3.5": {
+        "model_type": "qwen3_5_text",
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+        "partial_rotary_factor": 0.25,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+    },
 }
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2"}
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "olmo3": "olmo2", "qwen3_5_text": "qwen35"}
 INTERLEAVED = ("llama", "granite", "smollm3")
 
 
@@ -141,8 +152,9 @@ def make(folder: Path, name: str, draw: Callable[[str, tuple[int, ...]], np.ndar
     config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    model = FAMILY.abstract(FAMILY.read_config(config))
-    slots = FAMILY.checkpoint(model.config).slots(model)
+    family = family_of_json(config)
+    model = family.abstract(family.read_config(config))
+    slots = family.checkpoint(model.config).slots(model)
     tensors = {title: draw(title, slot.shape).astype(np.float32) for slot in slots for title in slot.names}
     save_file(tensors, folder / "model.safetensors")
     tokens = SENTENCE_PIECE if name in ("mistral", "gemma3") else BYTE_LEVEL | IDS
@@ -153,6 +165,26 @@ def make(folder: Path, name: str, draw: Callable[[str, tuple[int, ...]], np.ndar
 def interleaved(rows, heads):
     """Rows i and half + i of every head next to each other: llama.cpp's `permute`."""
     return rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def of_delta_net(title, tensor, config):
+    """As llama.cpp's `_reorder_v_heads`: heads of values by their number within a head of keys."""
+    keys, d_key, d_value = (config[f"linear_{size}"] for size in ("num_key_heads", "key_head_dim", "value_head_dim"))
+
+    def tiled(rows, width):
+        return rows.reshape(keys, -1, width, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+    if "conv1d" in title or "in_proj_qkv" in title:
+        of_keys, of_values = np.split(tensor.squeeze(), [2 * keys * d_key])
+        return np.concatenate([of_keys, tiled(of_values, d_value)])
+    if "in_proj_z" in title:
+        return tiled(tensor, d_value)
+    if "out_proj" in title:
+        return tiled(tensor.T, d_value).T.copy()
+    if "norm" in title:
+        return tensor
+    tensor = tiled(tensor, 1)
+    return -np.exp(tensor, dtype=np.float64).astype(np.float32) if "A_log" in title else tensor
 
 
 def writer_of(folder, file, changes=None, kinds=lambda name: None):
@@ -181,6 +213,12 @@ def writer_of(folder, file, changes=None, kinds=lambda name: None):
     if kind == "granite":
         scales = ("attention.scale", "embedding_scale", "residual_scale", "logit_scale")
         values |= dict(zip(scales, _GRANITE.values(), strict=True))
+    if name == "qwen35":
+        sizes = {"conv_kernel": "conv_kernel_dim", "state_size": "key_head_dim", "group_count": "num_key_heads"}
+        sizes["time_step_rank"] = "num_value_heads"
+        values |= {f"ssm.{key}": config[f"linear_{field}"] for key, field in sizes.items()}
+        values["ssm.inner_size"] = config["linear_num_value_heads"] * config["linear_value_head_dim"]
+        values |= {"full_attention_interval": 2, "rope.dimension_sections": [2, 1, 1, 0]}
     if kind == "olmo3":
         values["attention.sliding_window_pattern"] = [True, True, True, False, True]
     scaling = config.get("rope_scaling", {})
@@ -212,11 +250,15 @@ def writer_of(folder, file, changes=None, kinds=lambda name: None):
             continue
         if name in INTERLEAVED and (".q_proj" in title or ".k_proj" in title):
             tensor = interleaved(tensor, heads if ".q_proj" in title else kv_heads)
-        if name.startswith("gemma") and title.endswith("norm.weight"):
+        plain = not name.startswith("gemma") and (name != "qwen35" or "linear_attn.norm" in title)
+        if title.endswith("norm.weight") and not plain:
             tensor = tensor + 1
+        if "linear_attn" in title:
+            title, tensor = title.replace("dt_bias", "dt_proj.bias"), of_delta_net(title, tensor, config)
         stem, _, suffix = title.rpartition(".")
         to = f"{title}.weight" if title.startswith("rope_f") else f"{names.get_name(stem)}.{suffix}"
-        quantised = kinds(title) if tensor.ndim == 2 else None
+        to = names.get_name(title) if suffix == "A_log" else to
+        quantised = kinds(title) if tensor.ndim == 2 and "conv1d" not in title else None
         data = tensor if quantised is None else gguf.quantize(tensor, gguf.GGMLQuantizationType[quantised])
         writer.add_tensor(to, data, raw_dtype=None if quantised is None else gguf.GGMLQuantizationType[quantised])
     return writer

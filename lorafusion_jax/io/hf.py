@@ -301,7 +301,7 @@ def _gather_quantised(slot: Slot, tensors: Mapping[str, Tensor], dtype: str, qty
 
 
 def _in_int8(tensor: Tensor) -> TypeGuard[StoredTensor]:
-    return isinstance(tensor, StoredTensor) and tensor.kind == "Q8_0"
+    return isinstance(tensor, StoredTensor) and tensor.in_int8
 
 
 def _copy(name: str, tensor: Tensor, out: np.ndarray, transposed: bool) -> None:

@@ -297,14 +297,26 @@ class Stored(NamedTuple):
 
     Attributes:
       name: name in Hugging Face's files; the file's own if the family has no such tensor.
-      heads: number of heads, each of whose rows i and half + i are rows 2 i and 2 i + 1 of the file; 0 if rows keep
-        their places.
+      order: function from the number of rows, or of columns with `axis` 1, to their numbers in the order of the file;
+        None if they keep their places. Raises ValueError for a number that does not fit.
       offset: number that was added to the values.
+      change: `decay`: the file has -exp(x) instead of x; `taps`: the file lacks the middle axis, and is float32.
     """
 
     name: str
-    heads: int = 0
+    order: Callable[[int], np.ndarray] | None = None
+    axis: int = 0
     offset: float = 0.0
+    change: Literal["", "decay", "taps"] = ""
+
+    def in_file(self, array: np.ndarray) -> np.ndarray:
+        """Return Hugging Face's numbers as the file has them, in float32."""
+        array = np.asarray(array, np.float32) + np.float32(self.offset)
+        if self.change == "decay":
+            array = -np.exp(array, dtype=np.float64).astype(np.float32)
+        array = array.reshape(len(array), -1) if self.change == "taps" else array
+        moved = array if self.order is None else array.take(self.order(array.shape[self.axis]), self.axis)
+        return np.ascontiguousarray(moved)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

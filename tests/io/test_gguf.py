@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import string
 import struct
 
@@ -21,6 +22,7 @@ from gguf_models import (
     byte_letters,
     close,
     interleaved,
+    of_delta_net,
     writer_of,
     written,
 )
@@ -60,11 +62,13 @@ def test_every_type_that_the_gguf_package_dequantises_is_read(tmp_path, kind):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The models with random weights: multiples of 1 / 64 below 8, so that 1 + w loses nothing."""
+    """The models with random weights: multiples of 1 / 64 below 8, so that 1 + w and -exp(A_log) lose nothing."""
     found = {}
     for number, name in enumerate(MODELS):
         rng, folder = np.random.default_rng(number), tmp_path_factory.mktemp("base")
-        found[name] = gguf_models.make(folder, name, lambda _, shape, rng=rng: rng.integers(-512, 512, shape) / 64)
+        found[name] = gguf_models.make(
+            folder, name, lambda title, shape, rng=rng: rng.integers(128 if "A_log" in title else -512, 512, shape) / 64
+        )
     return found
 
 
@@ -171,6 +175,7 @@ def _ids(tokens):
         ("smollm", ["He", "'s", " ", "1", "2", "3", "4", " won", "'", "T", "  ", " x", "!?", "\n", "\n", "y"]),
         ("llama-bpe", ["He", "'s", " ", "123", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
         ("qwen2", ["He", "'s", " ", "1", "2", "3", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
+        ("qwen35", ["He", "'s", " ", "1", "2", "3", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
         ("tekken", ["He", "'s", " ", "1", "2", "3", "4", " won", "'T", "  ", " x", "!?\n\n", "y"]),
     ],
 )
@@ -306,6 +311,29 @@ def test_a_model_of_a_folder_is_written_with_its_structure_and_tokenizer(tmp_pat
     assert ours.chat_template == theirs.chat_template and ours.special_tokens_map == theirs.special_tokens_map
 
 
+def test_the_text_model_of_a_qwen_3_5_with_images_and_its_blocks_for_several_tokens(tmp_path, folders):
+    folder = folders["qwen3.5"]
+    text, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    build_tokenizer(BYTE_LEVEL | IDS).save_pretrained(tmp_path)
+    config = {key: text[key] for key in ("tie_word_embeddings", "eos_token_id", "pad_token_id")}
+    config |= {"model_type": "qwen3_5", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    inside = {re.sub("^model", "model.language_model", name): tensor for name, tensor in tensors.items()}
+    save_file(inside, tmp_path / "model.safetensors")
+    write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, inside, "F16")
+    assert (
+        open_base(tmp_path / "model.gguf").digest
+        == open_base(written(folder, tmp_path / "text.gguf", kinds=lambda _: "F16")).digest
+    )
+    further = {"qwen35.block_count": 3, "qwen35.nextn_predict_layers": 1}
+    writer = writer_of(folder, tmp_path / "several.gguf", further)
+    writer.add_tensor("blk.2.attn_norm.weight", np.ones(64, np.float32))
+    several = open_base(close(writer))
+    assert (several.config, several.digest) == (lf.read_config(folder), open_base(folder).digest)
+    write_merged(tmp_path / "again.gguf", several.files, tensors, "F16")
+    assert "blk.2.attn_norm.weight" in read_gguf(tmp_path / "again.gguf").tensors
+
+
 @pytest.mark.peft
 @pytest.mark.parametrize("name", ["llama", "qwen2"])  # of the others transformers ignores keys
 def test_transformers_reads_a_written_model_as_its_folder(tmp_path, folders, name):
@@ -334,6 +362,12 @@ def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, fo
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"would hold rope .* convert the folder with llama.cpp's"):
         write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, tensors, "F16")
+    config = json.loads((folders["qwen3.5"] / "config.json").read_text()) | {"linear_value_head_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match="linear_value_head_dim is 8: in GGUF it is linear_key_head_dim, 32; use --format"
+    ):
+        write_merged(tmp_path / "model.gguf", open_base(tmp_path).files, {}, "F16")
     config = json.loads((folders["gemma3"] / "config.json").read_text()) | {"query_pre_attn_scalar": 7}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"would hold query_scale .*: no GGUF file holds it; use --format merged$"):
@@ -369,6 +403,8 @@ def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folder
         last = path.rpartition(".")[2]
         if architecture in INTERLEAVED and last in heads and factor == "lora_B":
             array = interleaved(array, heads[last])
+        if "linear_attn" in path and factor == ("lora_A" if last == "out_proj" else "lora_B"):
+            array = of_delta_net(path, array, content)
         np.testing.assert_array_equal(found[f"{names.get_name(path)}.weight.{factor.lower()}"], array)
 
 

@@ -48,7 +48,7 @@ class GGUFBase:
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Return the weights with Hugging Face's names and layout, [d_out, d_in]."""
         places = self._layout.stored(self.config(), self._tensors)
-        return {hf.name: self._tensors[name].changed(hf.heads, hf.offset) for name, hf in places.items()}
+        return {hf.name: self._tensors[name].changed(hf) for name, hf in places.items()}
 
     def stored(self) -> Iterator[tuple[str, Stored | None, StoredTensor]]:
         """Yield each tensor's name, its place in Hugging Face's files (or None), and the tensor."""

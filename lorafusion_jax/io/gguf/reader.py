@@ -4,6 +4,7 @@ Source: the format's description, ggml/docs/gguf.md. The header is read here bec
 every string: for 49,152 tokens it took 3.4 s instead of 0.05 s. It also gives no message about a truncated file.
 """
 
+import contextlib
 import math
 import mmap
 import struct
@@ -14,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from msgspec import Meta
 
+from ...models.architecture import Stored
 from ...support.reading import structured
 from ..source import map_file
 
@@ -71,7 +73,8 @@ class StoredTensor:
         self.base, self.shape, self.kind = data, shape, kind
         self._blocks = np.ndarray((*shape[:-1], row_bytes), np.uint8, data, start)
         self._order: np.ndarray | None = None
-        self._offset = np.float32(0)
+        self._columns: np.ndarray | None = None
+        self._place = Stored("")
 
     @property
     def stored(self) -> int:
@@ -81,7 +84,7 @@ class StoredTensor:
     @property
     def stored_dtype(self) -> str:
         """The dtype of `as_stored`, or the name of a quantised type."""
-        return str(self.dtype if self._offset else _PLAIN.get(self.kind, self.kind))
+        return str(self.dtype if self._place.offset else _PLAIN.get(self.kind, self.kind))
 
     def as_stored(self, rows: slice) -> np.ndarray:
         """Return rows [n, d_in] in the file's dtype, or the bytes [n, ...] of their blocks (of a vector all)."""
@@ -89,26 +92,43 @@ class StoredTensor:
             return self[rows].astype(self.stored_dtype)
         return self._stored(rows) if len(self.shape) > 1 else self._blocks
 
-    def changed(self, heads: int, offset: float) -> "StoredTensor":
-        """Return the tensor in Hugging Face's order of rows (see `architecture.Stored`)."""
+    @property
+    def in_int8(self) -> bool:
+        """Return whether codes and scales can be kept: of Q8_0, if no block has its columns apart."""
+        if self.kind != "Q8_0" or self._columns is None:
+            return self.kind == "Q8_0"
+        return bool((np.diff(self._columns.reshape(-1, 32)) == 1).all())
+
+    def changed(self, place: Stored) -> "StoredTensor":
+        """Return the tensor as Hugging Face has it."""
         other = StoredTensor.__new__(StoredTensor)
-        other.__dict__.update(self.__dict__)
-        if heads and self.shape[0] % (2 * heads) == 0:  # a wrong shape is reported where the model's is known
-            other._order = np.arange(self.shape[0]).reshape(heads, -1, 2).swapaxes(1, 2).ravel()
-        other._offset = np.float32(offset)
+        other.__dict__.update(self.__dict__, _place=place)
+        if place.order is not None and place.axis < len(self.shape):
+            with contextlib.suppress(ValueError):  # a wrong shape is reported where the model's is known
+                order = np.argsort(place.order(self.shape[place.axis]))
+                other._order, other._columns = (None, order) if place.axis else (order, None)
+        if place.change == "taps" and len(self.shape) > 1:
+            other.shape = (self.shape[0], 1, *self.shape[1:])
         return other
 
-    @np.errstate(invalid="ignore", over="ignore")  # the loader of a model refuses numbers that are not finite
+    @np.errstate(
+        invalid="ignore", over="ignore", divide="ignore"
+    )  # the loader of a model refuses numbers that are not finite
     def __getitem__(self, rows: slice) -> np.ndarray:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        if len(self.shape) == 1:
+        if self._blocks.ndim == 1:
             numbers = dequantize(self._blocks, GGMLQuantizationType[self.kind])
             numbers = numbers[rows if self._order is None else self._order[rows]]
         else:
             numbers = dequantize(self._stored(rows), GGMLQuantizationType[self.kind])
-        return numbers - self._offset if self._offset else numbers
+        if self._columns is not None:
+            numbers = numbers[..., self._columns]
+        if self._place.change == "decay":
+            numbers = np.log(-numbers, dtype=np.float64).astype(np.float32)
+        numbers = numbers.reshape(-1, *self.shape[1:])
+        return numbers - np.float32(self._place.offset) if self._place.offset else numbers
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
@@ -116,6 +136,8 @@ class StoredTensor:
     def codes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the codes [d_out, d_in] (int8) and the scales [d_out, d_in / 32] (float16) of a matrix in Q8_0."""
         blocks = self._stored(slice(None)).reshape(self.shape[0], -1, 34)
+        if self._columns is not None:
+            blocks = blocks[:, self._columns[::32] // 32]
         scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
         return np.ascontiguousarray(blocks[..., 2:]).view(np.int8).reshape(self.shape), scales
 

@@ -30,6 +30,9 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _Splitting((_WORDS + r"\p{N}{1,3}" + _REST,), adds_bos=True, whole_words=True)
 _QWEN2 = _Splitting((_WORDS + r"\p{N}" + _REST,), normalised=True)
+_QWEN35 = _QWEN2._replace(
+    patterns=(_WORDS.replace(r"\p{L}+", r"[\p{L}\p{M}]+") + r"\p{N}" + _REST.replace(r"\p{L}", r"\p{L}\p{M}"),)
+)
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _TEKKEN = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
@@ -46,6 +49,7 @@ _SPLITTINGS = {
     "dbrx": _Splitting(_LLAMA3.patterns),  # Phi-4
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
+    "qwen35": _QWEN35,
     "tekken": _Splitting((_TEKKEN,), adds_bos=True, whole_words=True),  # Mistral Nemo
 }
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # tokenizer.ggml.token_type

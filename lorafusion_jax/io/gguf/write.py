@@ -19,7 +19,7 @@ from .base import GGUFBase
 from .tokenizer import tokenizer_metadata
 
 # Fields that a file may give another value: a Mistral without a window is a Llama, and ends of turns end answers too.
-_UNLIKE = {"model_type", "tied", "pad_id", "eos_id"}
+_UNLIKE = {"model_type", "stem", "tied", "pad_id", "eos_id"}
 # Keys of every file that is written, whatever its base has.
 _OWN = ("general.architecture", "general.file_type", "general.quantization_version")
 _CONVERTER = "use --format merged, and convert the folder with llama.cpp's convert_hf_to_gguf.py"
@@ -48,7 +48,9 @@ def write_lora(file: Path, content: Mapping[str, Any], tensors: Mapping[str, np.
     for key, array in sorted(tensors.items()):
         path, _, factor = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
         name, stored = places[f"{path}.weight"]
-        array = _interleaved(array.astype(np.float32), stored.heads if factor == "lora_B" else 0)
+        # B has the rows of the matrix, A its columns.
+        moved = stored.order if factor == ("lora_A" if stored.axis else "lora_B") else None
+        array = Stored(name, moved, stored.axis).in_file(array)
         writer.add_tensor(f"{name}.{factor.lower()}", array)
     _finish(writer)
 
@@ -87,10 +89,8 @@ def write_merged(
     writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for name, place, own in stored:
-        array = np.asarray(own if place is None else tensors[place.name], np.float32)
-        if place is not None:
-            array = _interleaved(array + np.float32(place.offset), place.heads)
-        fits = array.ndim > 1 and (kind == "F16" or array.shape[-1] % 32 == 0)
+        array = np.asarray(own, np.float32) if place is None else place.in_file(tensors[place.name])
+        fits = array.ndim > 1 and (kind == "F16" or array.shape[-1] % 32 == 0) and not (place and place.change)
         chosen = GGMLQuantizationType[kind if fits else "F32"]
         writer.add_tensor(name, quantize(array, chosen), raw_dtype=chosen)
     _finish(writer)
@@ -132,13 +132,6 @@ def _rounded(value: Any) -> Any:
 def _places(layout: GGUFLayout, content: Mapping[str, Any]) -> dict[str, tuple[str, Stored]]:
     """Return the place in a file of every tensor, by Hugging Face's name."""
     return {stored.name: (name, stored) for name, stored in layout.stored(content, layout.names(content)).items()}
-
-
-def _interleaved(array: np.ndarray, heads: int) -> np.ndarray:
-    """Return the rows in the order of a file (see `Stored.heads`)."""
-    if not heads:
-        return np.ascontiguousarray(array)
-    return np.ascontiguousarray(array.reshape(heads, 2, -1, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape))
 
 
 def _finish(writer: Any) -> None:

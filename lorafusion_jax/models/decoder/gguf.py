@@ -3,8 +3,9 @@
 Source: llama.cpp's conversion scripts, and the defaults of its models (src/models) for missing keys.
 """
 
+import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ _LARGEST = 10_000_000  # number that the file gives for a size
 _HEAD = "output.weight"
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONGROPE = {f"rope_factors_{kind}.weight": f"{kind}_factor" for kind in ("short", "long")}
-_OF_MODEL = {
+OF_MODEL = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     _HEAD: "lm_head.weight",
@@ -43,7 +44,7 @@ _OF_MODEL = {
 _PARTS = ("weight", "bias")
 _OF_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _NORMS = {"attn_norm": "input_layernorm", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_MODULES = _NORMS | {
+MODULES = _NORMS | {
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -53,12 +54,12 @@ _MODULES = _NORMS | {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_GEMMA_MODULES = _MODULES | {
+_GEMMA_MODULES = MODULES | {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_PHI_MODULES = _MODULES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+_PHI_MODULES = MODULES | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
 _OLMO_MODULES = {name: module for name, module in _GEMMA_MODULES.items() if name not in ("attn_norm", "ffn_norm")}
 _MODULES_OF = {
     "gemma2": _GEMMA_MODULES,
@@ -78,12 +79,12 @@ _GRANITE = {
 # Gemma's largest models divide their queries by the width of a head as it would be without head_dim.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 # Keys that do not change the model's numbers, or that repeat the shapes of the tensors.
-_WITHOUT_EFFECT = {"vocab_size", "rope.scaling.finetuned"}
+_WITHOUT_EFFECT = {"vocab_size", "rope.scaling.finetuned", "rope.dimension_sections"}
 # Tokens that end a turn of a chat, which llama.cpp too finds by their texts if the metadata do not name one.
 _ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
-class _Keys:
+class Keys:
     """The metadata of one architecture. Keys that are left at the end name something that the decoder lacks."""
 
     def __init__(self, metadata: Mapping[str, Any]):
@@ -133,10 +134,18 @@ class _Keys:
                 )
 
 
-def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of the config.json of the model that was converted."""
-    keys = _Keys(metadata)
-    kind, title = _MODELS[keys.name]
+def config_json(
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    models: Mapping[str, tuple[str, str]] = _MODELS,
+    further: Callable[[Keys, int], dict[str, Any]] = lambda *_: {},
+) -> dict[str, Any]:
+    """Return the content of the config.json of the model that was converted.
+
+    `further` fields of some models come from the keys and the number of blocks.
+    """
+    keys = Keys(metadata)
+    kind, title = models[keys.name]
     gemma = kind in ("gemma2", "gemma3_text")
     hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
     d_head = keys.size("attention.key_length", hidden // heads)
@@ -183,11 +192,12 @@ def _config_json(metadata: Mapping[str, Any], tensors: Mapping[str, Any]) -> dic
         content["attention_bias"] = "blk.0.attn_q.bias" in tensors
     if keys.name in _MLP_BIAS:
         content["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
+    content |= further(keys, layers)
     keys.finish()
     return {"architectures": [title], "model_type": kind} | content | _special_ids(metadata)
 
 
-def _rope(keys: _Keys, tensors: Mapping[str, Any], d_head: int, context: int) -> dict[str, Any]:
+def _rope(keys: Keys, tensors: Mapping[str, Any], d_head: int, context: int) -> dict[str, Any]:
     theta = keys.take("rope.freq_base", 10_000.0)
     width = keys.take("rope.dimension_count", d_head)
     kind = keys.take("rope.scaling.type", "linear")
@@ -214,7 +224,7 @@ def _rope(keys: _Keys, tensors: Mapping[str, Any], d_head: int, context: int) ->
     if _ROPE_FACTORS in tensors:
         fields["rope_scaling"] = _llama3(np.asarray(tensors[_ROPE_FACTORS]), theta, width)
     if width != d_head:
-        if keys.name != "phi3":
+        if keys.name not in ("phi3", "qwen35"):
             raise ValueError(f"{keys.name}.rope.dimension_count is {width}: expected the width of a head, {d_head}")
         fields["partial_rotary_factor"] = width / d_head
     return fields
@@ -253,7 +263,7 @@ def _llama3(factors: np.ndarray, theta: float, width: int) -> dict[str, Any] | N
     raise ValueError(f"the factors in {_ROPE_FACTORS} are not those of a rope scaling llama3: give another base")
 
 
-def _gemma(keys: _Keys, layers: int, d_head: int, undeclared: int) -> dict[str, Any]:
+def _gemma(keys: Keys, layers: int, d_head: int, undeclared: int) -> dict[str, Any]:
     second = keys.name == "gemma2"
     window = keys.take("attention.sliding_window", 4096 if second else 0)
     sliding = keys.pattern(2 if second else 6, layers) if window else [False] * layers
@@ -292,41 +302,44 @@ def _special_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _modules(content: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, int]]:
-    """Return Hugging Face's name of every module of a block, and the number of heads of permuted ones."""
-    kind = content["model_type"]
-    modules = _MODULES_OF.get(kind, _MODULES)
-    if kind not in _INTERLEAVED:
-        return modules, {}
-    return modules, {"attn_q": content["num_attention_heads"], "attn_k": content["num_key_value_heads"]}
+def _modules(content: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return Hugging Face's name of every module of a block."""
+    return _MODULES_OF.get(content["model_type"], MODULES)
 
 
 def _stored(content: Mapping[str, Any], names: Collection[str]) -> dict[str, Stored]:
     """Return Hugging Face's name of every tensor; what the model lacks keeps its own name."""
-    (modules, heads), gemma = _modules(content), content["model_type"].startswith("gemma")
-    places = {}
+    kind, modules, places, orders = content["model_type"], _modules(content), {}, {}
+    if kind in _INTERLEAVED:
+        heads = {"attn_q": content["num_attention_heads"], "attn_k": content["num_key_value_heads"]}
+        orders = {name: functools.partial(_interleaved, number) for name, number in heads.items()}
     for name in names:
         if name in (_ROPE_FACTORS, *_LONGROPE):
             continue
         block = _OF_BLOCK.fullmatch(name)
         module = block[2] if block else name.removesuffix(".weight")
-        title = _OF_MODEL.get(name, name)
+        title = OF_MODEL.get(name, name)
         if block and module in modules:
             title = f"model.layers.{block[1]}.{modules[module]}.{block[3]}"
-        offset = 1.0 if gemma and module.endswith("_norm") else 0.0
-        places[name] = Stored(title, heads=heads.get(module, 0), offset=offset)
+        offset = 1.0 if kind.startswith("gemma") and module.endswith("_norm") else 0.0
+        places[name] = Stored(title, orders.get(module), offset=offset)
     return places
+
+
+def _interleaved(heads: int, rows: int) -> np.ndarray:
+    """Return the order in which rows i and half + i of every head lie next to each other."""
+    return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).ravel()
 
 
 def _names(content: Mapping[str, Any]) -> list[str]:
     """Return the names of all tensors that a file can hold."""
-    blocks, modules = range(content["num_hidden_layers"]), _modules(content)[0]
-    return [*_OF_MODEL, *(f"blk.{n}.{module}.{part}" for n in blocks for module in modules for part in _PARTS)]
+    blocks, modules = range(content["num_hidden_layers"]), _modules(content)
+    return [*OF_MODEL, *(f"blk.{n}.{module}.{part}" for n in blocks for module in modules for part in _PARTS)]
 
 
-def _metadata(config: DecoderConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def metadata(config: DecoderConfig, name: str = "") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the keys that describe a structure, and the factors of a rope scaling llama3 as a tensor."""
-    name, rope, tensors = GGUF.architectures[config.model_type], config.rope, {}
+    name, rope, tensors = name or GGUF.architectures[config.model_type], config.rope, {}
     values: dict[str, Any] = {
         "context_length": config.context,
         "embedding_length": config.d_model,
@@ -369,9 +382,9 @@ def _metadata(config: DecoderConfig) -> tuple[dict[str, Any], dict[str, np.ndarr
 
 GGUF = GGUFLayout(
     architectures={kind: name for name, (kind, _) in _MODELS.items()} | {_MISTRAL[0]: "llama", _OLMO3[0]: "olmo2"},
-    config_json=_config_json,
+    config_json=config_json,
     stored=_stored,
     names=_names,
-    metadata=_metadata,
+    metadata=metadata,
     lost="query_scale",
 )

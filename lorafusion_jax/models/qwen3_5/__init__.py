@@ -2,6 +2,7 @@
 
 from ..architecture import Checkpoint, Family, Slot
 from .config import MODEL_TYPES, Qwen35Config, read_config
+from .gguf import GGUF
 from .model import Qwen35
 
 __all__ = ["FAMILY", "Qwen35", "Qwen35Config"]
@@ -53,6 +54,7 @@ FAMILY = Family(
     read_config=read_config,
     model=Qwen35,
     checkpoint=_checkpoint,
+    gguf=GGUF,
     task_type="CAUSAL_LM",
     shapes={},
 )
