@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from ..models.weights import Weight, dense
-from .updates import Dense, LowRank, Modules, Rescaled, gather
+from .updates import Dense, LowRank, Modules, Rescaled
 
 # Columns of the sketch beyond the rank, and its iterations: the part that is left out is then within 1 % of the least.
 _MORE, _ITERATIONS = 16, 4
@@ -60,14 +60,11 @@ def factors_of(adapters: Mapping[str, Any]) -> dict[str, Factors]:
         if isinstance(update, Dense):  # a sum whose factors are together larger than this matrix
             layers, _, d_out = update.delta.shape
             return Factors(update.delta, jnp.broadcast_to(jnp.eye(d_out), (layers, d_out, d_out)), update.scale)
-        if isinstance(update, LowRank):
-            return Factors(dense(update.A, jnp.float32), dense(update.B, jnp.float32), update.scale)
-        if not isinstance(update, Modules):
+        if isinstance(update, Modules):
+            update = update.low_rank()
+        if not isinstance(update, LowRank):
             raise ValueError(f"an update of the kind {type(update).__name__} has no factors to start a LoRA from")
-        A, B = (dense(jax.vmap(gather)(w, update.index), jnp.float32) for w in (update.A, update.B))
-        B = B * update.coefficients[..., None]
-        layers, _, d_in, _ = A.shape
-        return Factors(A.swapaxes(1, 2).reshape(layers, d_in, -1), B.reshape(layers, -1, B.shape[-1]), update.scale)
+        return Factors(dense(update.A, jnp.float32), dense(update.B, jnp.float32), update.scale)
 
     return {site: of_site(update) for site, update in adapters.items()}
 

@@ -8,15 +8,18 @@ Axis letters: L layer, N adapters of a fusion, P adapters of the pool, r rank.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
+from qwix import QArray
 
+from ..models.architecture import Model, kernels
 from ..models.layers import widened
-from ..models.weights import SUM, Weight, dense, is_in_arrays, matmul, summed
+from ..models.weights import FEW, SUM, Weight, at_layer, dense, is_in_arrays, matmul, summed
 from .norms import column_norm, product
 
 Composition = Literal["mix", "sum"]
@@ -60,12 +63,16 @@ class WeightDecomposed:
     magnitude: Float[Array, "*L d_out"]
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
+        return self.rescaled(kernel)(x, kernel)
+
+    def rescaled(self, kernel: Weight) -> LowRank:
+        """Return the update of one layer with its norms computed."""
         W = dense(kernel, jnp.float32)
         squared = jnp.sum(jnp.square(W), axis=0)
         cross = 2 * jnp.sum(product(self.A.T, W) * self.B, axis=0)
         of_update = jnp.sum(self.B * product(product(self.A.T, self.A), self.B), axis=0)
         norm, _ = column_norm(squared, cross, of_update)
-        return LowRank(self.A, self.B, self.magnitude / jax.lax.stop_gradient(norm))(x, kernel)
+        return LowRank(self.A, self.B, self.magnitude / jax.lax.stop_gradient(norm))
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +87,7 @@ class Dense:
     scale: Array | None = None
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        if is_in_arrays(kernel):
+        if is_in_arrays(kernel) or x.size <= FEW * x.shape[-1]:
             return _scaled(matmul(x, kernel) + matmul(x, self.delta), self.scale)
         return _scaled(matmul(x, dense(kernel, jnp.float32) + self.delta), self.scale)
 
@@ -124,6 +131,14 @@ class Modules:
         mixed = reads * jnp.expand_dims(self.coefficients.astype(x.dtype), range(x.ndim - 1))
         return _scaled(matmul(x, kernel) + jnp.einsum("...nr,nro->...o", mixed, B), self.scale)
 
+    def low_rank(self) -> LowRank:
+        """Return the sum over all layers as one update, quantised if the modules are."""
+        A, B = side_by_side(*(jax.vmap(gather)(w, self.index) for w in (self.A, self.B)))
+        layers, N, _ = self.coefficients.shape
+        c = jnp.broadcast_to(self.coefficients, (layers, N, B.shape[1] // N)).reshape(layers, -1, 1)
+        weighted = dataclasses.replace(B, scale=B.scale * c) if isinstance(B, QArray) else dense(B, c.dtype) * c
+        return LowRank(A, weighted, self.scale)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +181,34 @@ class InBasis:
         return _scaled(matmul(x, kernel) + update, self.scale)
 
 
+def settled(adapters: Mapping[str, Any], model: Model) -> dict[str, Any]:
+    """Return adapters by site without what every call of them would compute again: mixed modules, norms of columns."""
+
+    def of_site(update: Any, kernel: Weight) -> Any:
+        if isinstance(update, WeightDecomposed):
+            layers = jnp.arange(kernel.shape[0])
+            return jax.lax.map(lambda layer: layer[0].rescaled(at_layer(kernel, layer[1])), (update, layers))
+        if not isinstance(update, Modules):
+            return update
+        # Added to weights in bfloat16, a small update would be rounded away; quantised factors are read faster.
+        plain = model.config.dtype == "float32" and not isinstance(update.A, QArray)
+        return update.low_rank() if update.delta is None or not plain else Dense(update.delta, update.scale)
+
+    return {site: of_site(update, kernels(model)[site]) for site, update in adapters.items()}
+
+
 def _scaled(y: Array, scale: Array | None) -> Array:
     y = summed(y)
     if scale is None:
         return y
     exact = widened(y)  # XLA is slow at sums of bfloat16 on a CPU, here those of the gradient of the scale
     return (exact * jnp.expand_dims(scale.astype(exact.dtype), range(y.ndim - 1))).astype(y.dtype)
+
+
+def side_by_side(A: Weight, B: Weight) -> tuple[Weight, Weight]:
+    """Return modules [L, N, d_in, r] and [L, N, r, d_out] as one of rank N r, which may be quantised."""
+    A = jax.tree.map(lambda a: jnp.swapaxes(a, 1, 2).reshape(a.shape[0], a.shape[2], -1), A)
+    return A, jax.tree.map(lambda b: b.reshape(b.shape[0], -1, b.shape[3]), B)
 
 
 def gather(weight: Weight, index: Array) -> Weight:

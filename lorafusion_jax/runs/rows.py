@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Int32, Key
 
+from ..adapters.updates import settled
 from ..loading.model import evaluation_worth
 from ..models.architecture import Architecture, Model
 from ..models.generate import GREEDY, Generation, Sampling, advance, begin, of_rows, refill, widened
@@ -304,7 +305,7 @@ def begin_rows(models: Models, *rows: Array | None, **how: Any) -> tuple[Generat
     def one(model: Model, adapters: Adapters, ids: Array, mask: Array, there: Array, *of_rows: Array | None) -> Any:
         limits, keys = of_rows
         state = begin(model, ids, mask, adapters, row_mask=there, row_limits=limits, row_keys=keys, **how)
-        return state, adapters if models.keeps_adapters else None
+        return state, settled(adapters, model) if models.keeps_adapters else None
 
     return models.each(one, None, (), rows)
 

@@ -17,8 +17,9 @@ from lorafusion_jax.adapters.coefficients import initial, present, shape
 from lorafusion_jax.adapters.composition import compose_in_basis
 from lorafusion_jax.adapters.merges import merge
 from lorafusion_jax.adapters.norms import PairTerms, pair_terms, pairs_are_smaller
-from lorafusion_jax.adapters.updates import Dense, Outputs
-from lorafusion_jax.parts import column_names, dense, expand, fused_adapter
+from lorafusion_jax.adapters.updates import Dense, Outputs, settled
+from lorafusion_jax.models.weights import at_layer
+from lorafusion_jax.parts import column_names, dense, expand, fused_adapter, set_matrices
 
 _GRANULARITIES = ("global", "block", "site", "rank")
 _INDEX = [3, 0, 2]  # of a pool of four
@@ -126,6 +127,31 @@ def test_a_sum_that_norms_form_is_multiplied_by_many_tokens_in_float32(tokens, d
     _close(gradient, from_factors, 1e-4)
     (_, without), _ = value(c, lambda adapter: dataclasses.replace(adapter, delta=jnp.zeros_like(adapter.delta)))
     assert np.array_equal(y, without) == (not used)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8", "dora"])
+def test_settled_updates_leave_generation_the_products_alone(kind):
+    """Oracle: the updates as training calls them, which gather modules or compute norms in every call. Of the products,
+    three are the branches of a kernel whose layers lie apart."""
+    model, pool = tiny.t5(), tiny.pool(4)
+    if kind == "int8":
+        codes = {n: lf.quantise(dense(w, jnp.float32), kind, tiled_axis=1) for n, w in lf.kernels(model).items()}
+        set_matrices(model, codes)
+        pool = pool.quantised(kind)
+    terms = lf.gram(pool, {site: kernel for site, kernel in lf.kernels(model).items() if site in pool.A})
+    m = {site: 1.3 * norms for site, norms in lf.column_norms(terms).items()}
+    if kind == "dora":
+        model = nnx.merge(nnx.graphdef(model), lf.Frozen(nnx.state(model)).unstacked().base)
+        adapters = {site: lf.WeightDecomposed(pool.A[site][:, 1], pool.B[site][:, 1], m[site]) for site in m}
+    else:
+        adapters, _ = _fuse(tiny.coefficients(shape(pool, 3, "block")), pool, "block", "sum", terms, m)
+    ready, x = jax.jit(lambda adapters: settled(adapters, model))(adapters), jnp.linspace(-1, 1, 16)[None]
+    for site in ("encoder.self.q", "decoder.self.v"):
+        kernel = at_layer(lf.kernels(model)[site], jnp.int32(1))
+        got, wanted = (_layer(update[site], 1) for update in (ready, adapters))
+        _close(got(x, kernel), wanted(x, kernel))
+        program = str(jax.make_jaxpr(got)(x, kernel))
+        assert program.count(" dot_general[") <= 5 and "gather" not in program
 
 
 @pytest.mark.parametrize("granularity", ["block", "rank"])

@@ -39,7 +39,7 @@ _DRAWN = lf.Sampling(temperature=1.5, top_k=20)
 
 
 def _model(family: str) -> Any:
-    if family == "t5":
+    if family in ("t5", "fused"):
         return T5(dataclasses.replace(tiny.CONFIG, eos_id=_ENDS), rngs=nnx.Rngs(0))
     config = FAMILY.read_config({"llama": _TINY, "windows": _WINDOWS}[family])
     return Decoder(dataclasses.replace(config, dtype="float32"), rngs=nnx.Rngs(3))
@@ -50,8 +50,11 @@ def _problem(family: str, seeds: int, seed_mode: Any = "sequential") -> tuple[lf
     graph, weights = nnx.split(_model(family))
     model = nnx.merge(graph, weights)
     method = lf.LoRA(sites=tuple(model.config.sites.items()), rank=2)
-    index = jnp.zeros((seeds, 0), jnp.int32)
-    problem = lf.Problem(graph=graph, method=method, frozen=lf.Frozen(weights), index=index, seed_mode=seed_mode)
+    index, frozen = jnp.zeros((seeds, 0), jnp.int32), lf.Frozen(weights)
+    if family == "fused":
+        method, index = lf.Fusion(magnitudes=False, granularity="rank"), jnp.array([[2, 0]])
+        frozen = method.precompute(lf.Frozen(weights, tiny.pool(3).quantised("int8")), lf.kernels(model))
+    problem = lf.Problem(graph=graph, method=method, frozen=frozen, index=index, seed_mode=seed_mode)
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(jax.vmap(problem.replace(index=index[0]).init), jax.random.split(jax.random.key(0), seeds))
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32), shapes)
@@ -106,7 +109,7 @@ def test_answers_are_those_of_generate(family, sampling):
 
 @pytest.mark.parametrize(("tokens", "size"), [(12, 1), (1, 5)])
 def test_one_row_or_one_token_at_most(tokens, size):
-    for family in ("t5", "llama"):
+    for family in ("fused", "llama"):
         problem, params = _problem(family, 1)
         prompts = _prompts(4)
         found = _said(problem, params, prompts, tokens, size)
