@@ -31,6 +31,7 @@ from ..adapters.basis import Pool, SharedBasis
 from ..adapters.coefficients import GRANULARITIES, Granularity
 from ..adapters.norms import Gram, gram
 from ..adapters.pool import LoraPool
+from ..adapters.updates import side_by_side
 from ..methods.fusion import Fusion
 from ..methods.magnitudes import Magnitudes, with_norms
 from ..models.architecture import kernels
@@ -194,6 +195,23 @@ class TaskBank:
         frozen = dataclasses.replace(frozen, pool=pool, gram=terms)
         return dataclasses.replace(self, frozen=frozen, tasks=self.tasks._replace(coefficients=c))
 
+    def with_modules_of(self, numbers: Int[np.ndarray, "..."]) -> "TaskBank":
+        """Return the bank with only the modules that the tasks of these numbers use, up to the next power of two.
+
+        A shared basis, and modules in arrays, stay whole.
+        """
+        pool, c = self.frozen.pool, self.tasks.coefficients
+        if not isinstance(pool, LoraPool) or c is None or is_in_arrays((pool.A, pool.B)):
+            return self
+        used = np.any(np.asarray(c)[numbers] != 0, axis=(0, *range(2, c.ndim)))
+        room = 1 << max(int(np.sum(used)) - 1, 0).bit_length()
+        if room >= len(pool):
+            return self
+        index = np.sort(np.argsort(~used, kind="stable")[:room])  # modules beyond the used ones have zeros
+        chosen = dataclasses.replace(pool.select(index.tolist()), names=("",) * room)
+        frozen = dataclasses.replace(self.frozen, pool=chosen, gram=None)
+        return dataclasses.replace(self, frozen=frozen, tasks=self.tasks._replace(coefficients=c[:, index]))
+
     def adapters(self, numbers: Int[Array, " B"]) -> dict[str, RowAdapter]:
         """Return the adapters of a batch, by site, from the number of each row's task (-1 for the plain base)."""
         pool, of_rows = self.frozen.pool, jax.tree.map(lambda numbers_of: numbers_of[numbers], self.tasks)
@@ -217,8 +235,7 @@ class TaskBank:
                     real = jnp.arange(A.shape[-1])[None, None, None] < jnp.expand_dims(pool.rank[site], (1, 3))
                     c = jnp.where(real, c, jnp.zeros_like(c))
                 else:
-                    A = jax.tree.map(lambda a: jnp.swapaxes(a, 1, 2).reshape(a.shape[0], a.shape[2], -1), A)
-                    B = jax.tree.map(lambda b: b.reshape(b.shape[0], -1, b.shape[3]), B)
+                    A, B = side_by_side(A, B)
                 mixes = jnp.broadcast_to(of_rows.mixes, (c.shape[0], c.shape[1]))
                 modules[site] = RowModules(A, B, c, mixes, in_arrays)
         return {site: RowAdapter(modules.get(site), scale.get(site)) for site in {**modules, **scale}}

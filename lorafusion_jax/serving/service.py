@@ -175,6 +175,7 @@ class Service:
         """
         if not runs and options is None:
             raise ValueError("no runs: give at least one, whose base and pool are loaded, or use Service.open")
+        self._rooms = set[int]()  # numbers of modules, fewer than the bank's, of earlier batches
         self.prompt, self.chat, self._source = prompt, options is not None and options.chat, "the service"
         if options is None:  # magnitudes alone need no pool
             self._source, options, *_ = next((run for run in runs if run.options.entry.pool), runs[0])
@@ -377,6 +378,8 @@ class Service:
     ) -> list[str]:
         """Return an answer to each text.
 
+        Tasks that use 1, 2, 4, ... of the modules have a program each, which compiles after a note on stderr.
+
         Args:
           texts: inputs, which a run's or the service's prompt or chat template is put around, or rows with the columns
             of the prompt.
@@ -409,7 +412,12 @@ class Service:
         worth = evaluation_worth(self._config)
         batches = list(eval_batches(encoded, eval_batch, pad_id=self.tokenizer.pad_token_id, worth=worth))
         answers: list[list[int]] = [[]] * len(encoded)
-        bank = dataclasses.replace(self.bank, frozen=nameless(self.bank.frozen).unstacked())
+        bank = self.bank.with_modules_of(numbers)
+        if bank is not self.bank and (room := len(bank.frozen.pool or ())) not in self._rooms:
+            self._rooms.add(room)
+            of = len(self.bank.frozen.pool or ())
+            note(f"note: the tasks of these texts use at most {room} of {of} modules, and their first batch compiles")
+        bank = dataclasses.replace(bank, frozen=nameless(bank.frozen).unstacked())
         most, longest = [limits[name] for name in names], max(limits.values(), default=1)
         keys = partial(draw_keys, sampling, sampling_seed)
         how: dict[str, Any] = {"room": room_for(longest, eval_batch, worth), "sampling": sampling}

@@ -229,6 +229,25 @@ def test_tasks_come_and_go_without_a_compilation(bank, caplog):
         np.testing.assert_array_equal(found[others], first[others])
 
 
+def test_modules_that_no_row_uses_are_left_out():
+    """Oracle: the bank with all four modules, which takes more operations."""
+    bank = lf.TaskBank.empty(_GRAPH, lf.Frozen(_BASE, _POOL), 2)
+    for number, modules in enumerate(([2], [1, 3])):
+        bank = bank.with_task(number, _BLOCK, _params(_BLOCK, number, modules), modules)
+    few, numbers = bank.with_modules_of(np.array([0, -1])), _numbers(0, -1, 0)
+    assert len(few.frozen.pool) == 1 and len(bank.with_modules_of(np.array([1])).frozen.pool) == 2
+    assert bank.with_modules_of(np.array([0, 1])) is bank
+
+    def run(bank):
+        leaves, tree = jax.tree.flatten((bank, _rows(3), numbers))
+        program = jax.jit(lambda leaves: lf.TaskBank.logits(*tree.unflatten(leaves))).lower(leaves).compile()
+        return program(leaves), program.cost_analysis()["flops"]
+
+    (got, fewer), (wanted, more) = run(few), run(bank)
+    _close(got, np.asarray(wanted))
+    assert fewer < more
+
+
 @pytest.mark.parametrize("arrays", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_tasks_in_a_shared_basis_have_the_logits_of_the_run_alone(arrays):
     """With magnitudes and without, with a core, and next to the plain base."""

@@ -53,13 +53,14 @@ def _rows(folder: Path, rows: list[dict]) -> Path:
     return folder / "rows.jsonl"
 
 
-def test_a_mixture_answers_as_the_merged_model_and_one_of_zeros_as_the_base(service, small, merged, blocks, tmp_path):
+def test_mixtures_answer_as_the_merged_model_and_zeros_as_the_base(service, small, merged, blocks, tmp_path, capsys):
     rows = [{"mixture": blocks, "input": line} for line in _LINES] + [{"input": line} for line in _LINES]
     pair = {"base": str(small[0]), "pool": str(small[1])}
     base = service.generate(_LINES, [None] * 3)
     assert generate_rows(**pair, file=_rows(tmp_path, rows), max_new_tokens=128) == merged + base
     assert service.generate(_LINES * 2, ["blocks"] * 3 + ["zero"] * 3) == merged + base
-    assert merged != base
+    assert merged != base == service.generate(_LINES, [None] * 3)
+    assert capsys.readouterr().err.count("use at most 1 of 2 modules, and their first batch compiles") == 1
     ids = np.arange(3, 15, dtype=np.int32).reshape(2, 6)
     batch = lf.Batch(ids, np.ones((2, 6), bool), ids, np.ones(2, bool))
     numbers = {name: np.full(2, task.number, np.int32) for name, task in service.tasks.items()}

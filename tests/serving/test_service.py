@@ -206,6 +206,7 @@ def test_several_runs_are_evaluated_as_each_of_them_alone(runs, capsys):
 def test_tasks_are_added_replaced_and_removed_by_name(runs, service, alone, caplog):
     fused, mixed = lf.FusedRun.read(runs["fused"]), lf.FusedRun.read(runs["mixed"])
     before = service.generate(_LINES * 2, ["fused"] * 3 + ["mixed"] * 3)
+    assert service.generate(_LINES * 2, ["mixed"] * 6) == alone["mixed"] * 2  # compiles for fewer modules
     assert before == alone["fused"] + alone["mixed"]
     with pytest.raises(ValueError, match="no room for another: the bank holds 3 tasks, its capacity. Remove one"):
         service.add("another", mixed)
