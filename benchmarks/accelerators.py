@@ -46,7 +46,17 @@ from _model import (
 from jax import Array
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding, use_abstract_mesh
 
-from lorafusion_jax import Architecture, Frozen, Fusion, FusionRecipe, LoraPool, Problem, SharedBasis, crossbar
+from lorafusion_jax import (
+    Architecture,
+    Frozen,
+    Fusion,
+    FusionRecipe,
+    LoraPool,
+    Problem,
+    SharedBasis,
+    crossbar,
+    over_seeds,
+)
 from lorafusion_jax.crossbar.read import definition
 from lorafusion_jax.parts import (
     AXES,
@@ -118,6 +128,9 @@ _READS = {
 }
 
 
+_OF_EIGHT = "reads of eight arrays on a mesh of 8"
+
+
 class _Chip(NamedTuple):
     topology: str
     accelerator: str
@@ -166,7 +179,7 @@ def main() -> None:
     parser.add_argument("--chip", choices=_CHIPS, default="v5e")
     parser.add_argument("--shape", choices=CHOICES, default="small-pool", help="of the base model")
     parser.add_argument(
-        "--program", choices=[*_PROGRAMS, *_READS], nargs="+", help="by default all but the long row and reads"
+        "--program", choices=[*_PROGRAMS, *_READS, _OF_EIGHT], nargs="+", help="by default all but long rows and reads"
     )
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
@@ -182,6 +195,9 @@ def main() -> None:
     for name in names:
         if name in _READS:
             cases += _read(f"{options.chip}, compiled, not run: {name}:", name, chip, code)
+            continue
+        if name == _OF_EIGHT:
+            cases += _shared_out(f"{options.chip}, compiled, not run: {name}:", chip)
             continue
         where = f"{options.chip}, compiled, not run: {options.shape}, {name}, {options.seeds} seeds:"
         cases += measured(where, name, config, options.seeds, chip)
@@ -412,6 +428,26 @@ def _read(where: str, name: str, chip: _Chip, code: Path | None) -> list[dict[st
     if code is None:
         return [of_memory]
     return [of_memory, _time(where, counts(compiled.as_text(), bundles(code)), chip)]
+
+
+def _shared_out(where: str, chip: _Chip) -> list[dict[str, Any]]:
+    """Compile the reads of eight stacked arrays for one device and for eight, and return their cases."""
+    compiled: list[Any] = []
+    config = crossbar.CrossbarConfig(adc=crossbar.ADC(bits=8, range="max"), device=_IMPERFECT)
+    for count in (1, 8):
+        devices = np.reshape(_devices(chip)[:count], (count, 1))
+        with jax.set_mesh(Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))):
+            w, x = (jax.ShapeDtypeStruct((rows, _SIZE), jnp.float32) for rows in (_SIZE, _INPUTS))
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
+            arrays = jax.eval_shape(jax.vmap(lambda key, w: crossbar.program(w, config, key), (0, None)), keys, w)
+            read = jax.jit(over_seeds(lambda one, x: crossbar.matmul(x, one), "batched"))
+            compiled.append(read.lower(_on_mesh(arrays, of_seeds=True), _on_mesh(x)).compile())
+    flops = [program.cost_analysis()["flops"] for program in compiled]
+    return [
+        case(f"{where} collectives", counts(compiled[1].as_text()).collectives.total(), 0),
+        # Every device converts the inputs.
+        case(f"{where} FLOPs of a device / an eighth of all", 8 * flops[1] / flops[0], 1.05),
+    ]
 
 
 def _time(where: str, found: Counts, chip: _Chip, steps: int = 1) -> dict[str, Any]:
