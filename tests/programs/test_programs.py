@@ -50,7 +50,8 @@ _PROMPTS, _TOKENS, _WEIGHT = 100, 6, 0.7
 # llama.cpp and PEFT read all, the slower programs four.
 _GGUF, _FOUR = tuple(gguf_models.MODELS), ("llama 3", "mistral", "qwen3", "gemma2")
 # mlx-lm's Gemma 1 has another GELU and its Gemma 2 no windows; its Granite needs more fields, and longrope other ones.
-_NOT_MLX = ("gemma", "gemma2", "granite", "phi3 with longrope")
+# It reads a Qwen 3.5 only inside a model for images.
+_NOT_MLX = ("gemma", "gemma2", "granite", "phi3 with longrope", "qwen3.5")
 _GELU = tuple(name for name in _GGUF if name.startswith("gemma"))
 
 
