@@ -85,6 +85,10 @@ _FURTHER = {
     "ministral": {"head_dim": 12, "sliding_window": _WINDOW, "layer_types": _FAMILIES["gemma3_text"]["layer_types"]},
     "smollm3": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": _WINDOW},
     "olmo2": {},
+    "hunyuan_v1_dense": {
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "alpha": 30.0, "rope_theta": 50.0},
+    },
     "olmo3": {
         "sliding_window": _WINDOW,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],

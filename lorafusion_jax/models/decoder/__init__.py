@@ -1,4 +1,4 @@
-"""Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi-3, Granite, OLMo."""
+"""Decoder-only models: Llama, SmolLM, Mistral, Qwen 2 to 3, Gemma, Phi-3, Granite, OLMo, Hunyuan."""
 
 from ..architecture import Checkpoint, Family, Slot
 from .config import DecoderConfig, Rope
@@ -25,7 +25,9 @@ def _others(model: Decoder) -> list[Slot]:
         names["post_attention_layernorm"] = block.attention_post_norm
         names["post_feedforward_layernorm"] = block.mlp_post_norm
     if config.qk_norm:
-        names |= {"self_attn.q_norm": block.self_attn.q_norm, "self_attn.k_norm": block.self_attn.k_norm}
+        titles = ("query_layernorm", "key_layernorm") if config.late_qk_norm else ("q_norm", "k_norm")
+        of_heads = (block.self_attn.q_norm, block.self_attn.k_norm)
+        names |= {f"self_attn.{title}": norm for title, norm in zip(titles, of_heads, strict=True)}
     stacked = {f"{stem}.layers.{{}}.{name}.weight": norm.scale for name, norm in names.items()}
     for name in config.sites:
         _, module, last = name.split(".")
@@ -67,8 +69,8 @@ _SMOLLM2 = DecoderConfig(
 
 FAMILY = Family(
     name="decoder",
-    members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or 3, or "
-    "a model for images with such a text model",
+    members="Llama, Mistral, Ministral 3, Qwen2, Qwen3, Gemma 1 to 3 (text), Phi-3, Granite, SmolLM3, OLMo 2 or 3, "
+    "Hunyuan, or a model for images with such a text model",
     model_types=(*FAMILIES, *WITH_IMAGES),
     names=NAMES,
     config=DecoderConfig,

@@ -64,6 +64,7 @@ class DecoderConfig(Architecture):
       biased: last names of the sites that have a bias.
       qk_norm: queries and keys are normalised (Qwen 3, Gemma 3, OLMo).
       whole_qk_norm: all heads are normalised together (OLMo), not each alone.
+      late_qk_norm: queries and keys are normalised behind the rotation (Hunyuan).
       attention_gate: every head of q_proj has a gate for its output behind the query (Qwen 3.5).
       pre_norms: the inputs of attention and feed-forward are normalised.
       post_norms: the outputs of attention and feed-forward are normalised (Gemma 2 and 3, OLMo).
@@ -98,6 +99,7 @@ class DecoderConfig(Architecture):
     biased: tuple[str, ...] = ()
     qk_norm: bool = False
     whole_qk_norm: bool = False
+    late_qk_norm: bool = False
     pre_norms: bool = True
     attention_gate: bool = False
     post_norms: bool = False

@@ -25,6 +25,7 @@ NAMES = {
     "gemma": ("gemma", "gemma2", "gemma3_text", "gemma3"),
     "granite": ("granite", "granitemoehybrid"),
     "olmo": ("olmo2", "olmo3"),
+    "hunyuan|^hy-mt": ("hunyuan_v1_dense",),
 }
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -122,6 +123,16 @@ def _olmo3(hf: Any) -> Fields:
     return _olmo2(hf) | _windows(hf)
 
 
+def _hunyuan(hf: Any) -> Fields:
+    width = head_width(hf)
+    rope = rope_of(hf.rope_parameters, width, hf.max_position_embeddings)
+    if rope.scaling == "dynamic" and (alpha := hf.rope_parameters.get("alpha")):
+        # Not dynamic in spite of its name: one stretch for every length.
+        theta = rope.theta * alpha ** (width / max(width - 2, 1))
+        rope = dataclasses.replace(rope, theta=theta, scaling="default")
+    return {"qk_norm": True, "late_qk_norm": True, "rope": rope}
+
+
 # Models for images and text, which are read for text alone, and the module that is their text model, one of `FAMILIES`.
 WITH_IMAGES = dict.fromkeys(("gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "llava"), "language_model")
 WITH_IMAGES |= dict.fromkeys(("idefics3", "smolvlm"), "text_model")
@@ -144,4 +155,5 @@ FAMILIES: dict[str, Callable[[Any], Fields]] = {
     "smollm3": _smollm3,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
+    "hunyuan_v1_dense": _hunyuan,
 }

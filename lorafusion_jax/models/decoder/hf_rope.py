@@ -34,6 +34,7 @@ class _RopeJson(TypedDict, total=False):
     mscale: float
     mscale_all_dim: float
     llama_4_scaling_beta: float
+    alpha: _Positive | None
 
 
 def rope_of(raw: Mapping[str, Any], d_head: int, context: int, *, partial: bool = False) -> Rope:

@@ -113,9 +113,11 @@ class SelfAttention(nnx.Module):
         mixed, cache = [], None
         for *of_rows, context in zip(*(apart(part, line) for part in parts), contexts, strict=True):
             queries, keys, values = (part.reshape(*part.shape[:2], -1, c.d_head) for part in of_rows)
-            if c.qk_norm and not c.whole_qk_norm:
+            if c.qk_norm and not (c.whole_qk_norm or c.late_qk_norm):
                 queries, keys = self.q_norm(queries), self.k_norm(keys)
             queries, keys = rotate(queries, context.rotation), rotate(keys, context.rotation)
+            if c.late_qk_norm:
+                queries, keys = self.q_norm(queries), self.k_norm(keys)
             if context.rotation.queries is not None:
                 queries = queries * context.rotation.queries[:, :, None, None].astype(queries.dtype)
             cache = into(Cache(keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)))
