@@ -14,8 +14,8 @@ import lorafusion_jax as lf
 from lorafusion_jax.parts import Model, Params
 
 
-def t5(**changes: Any) -> Any:
-    """A random T5 of the sizes of `tiny.CONFIG`."""
+def t5(kind: str = "T5", **changes: Any) -> Any:
+    """A random T5, or MT5, of the sizes of `tiny.CONFIG`."""
     import torch
     import transformers
 
@@ -23,7 +23,8 @@ def t5(**changes: Any) -> Any:
     names = ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers")
     fields = {name: getattr(tiny.CONFIG, name) for name in names}
     fields |= {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**fields | changes))
+    config = getattr(transformers, f"{kind}Config")(**fields | changes)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
 def randomise(model: Any, std: float = 0.3) -> Any:

@@ -158,6 +158,7 @@ _VARIANTS = {
     },
     "yarn": {"rope_parameters": _YARN},
     "yarn between pairs": {"rope_parameters": _YARN | {"truncate": False, "beta_fast": 3.0, "beta_slow": 0.2}},
+    "mt5": {"model_type": "mt5", "vocab_size": _VOCABULARY},
     "no rope": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
     "rope in a Granite 4": _GRANITE_4 | {"model_type": "granitemoehybrid", "position_embedding_type": "rope"},
     **{kind: changes | {"model_type": kind} for kind, changes in _FURTHER.items()},
@@ -184,8 +185,8 @@ def _made(folder: Path, model_type: str, changes: dict[str, Any]) -> Path:
     import transformers
 
     torch.manual_seed(0)
-    if model_type == "t5":
-        model = peft_models.t5(**changes)
+    if model_type in ("t5", "mt5"):
+        model = peft_models.t5(model_type.upper(), **changes)
     else:
         if model_type in _WITH_IMAGES:
             text, changes = _WITH_IMAGES[model_type]
