@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import damage
 import datasets
 import gguf
+import gguf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,6 +126,8 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
     bytes_file = _write_gguf(folder / "bytes.gguf", _BYTE_LEVEL)
     pieces_file = _write_gguf(folder / "pieces.gguf", _PIECES)
+    made = gguf_models.make(folder / "qwen3.5", "qwen3.5", lambda _, shape: np.ones(shape))
+    delta_file = gguf_models.written(made, folder / "delta.gguf", kinds=lambda _: "Q8_0")
 
     def whole_pool() -> None:
         lf.load_pool(pool)
@@ -188,6 +191,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "merged list": Kind(merged / "merge.json", lambda: read_weights(merged)),
         "GGUF, byte level": Kind(bytes_file, lambda: gguf_base(bytes_file)),
         "GGUF, pieces": Kind(pieces_file, lambda: gguf_base(pieces_file)),
+        "GGUF, delta nets": Kind(delta_file, lambda: gguf_base(delta_file)),
         "run config": Kind(run.folder / "config.json", lambda: lf.load_run(run.folder)),
         "run results": Kind(run.folder / "results.json", run.results),
         "run metrics": Kind(run.folder / "metrics.jsonl", run.metrics),
