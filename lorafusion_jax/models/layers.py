@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from ..crossbar import with_shared_factors
 from ..support.platform import for_cpu
 from .narrow import from_bits, to_bits
-from .weights import PRODUCT, SUM, Unstacked, is_unstacked, matmul, summed
+from .weights import PRODUCT, SUM, Unstacked, is_unstacked, looped, matmul, summed
 
 # One adapted site: called as adapter(x, kernel), it returns the adapted x @ kernel.
 Adapter = Callable[[Array, Array], Array]
@@ -108,7 +108,8 @@ def scan_blocks(
         weights = jax.tree.map(
             lambda leaf: next(following).at(leaf.layer) if is_unstacked(leaf) else leaf, weights, is_leaf=is_unstacked
         )
-        return to_bits(block(nnx.merge(graph, with_shared_factors(weights)), x, of_layer))
+        with looped(not unroll):
+            return to_bits(block(nnx.merge(graph, with_shared_factors(weights)), x, of_layer))
 
     if not unroll:
         body = jax.checkpoint(body, policy=_PRODUCTS if for_cpu() else _SUMS, prevent_cse=False)

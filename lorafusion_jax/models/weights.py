@@ -5,10 +5,12 @@ first, and a `Chip` is read. A model is put into 4 bits or on hardware by a map 
 change to model code.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -49,6 +51,7 @@ Weight = Array | qwix.QArray | Chip | Unstacked
 
 QUANTISED_TYPES = ("nf4", "int4", "int8")
 FEW = 16  # rows of a product that takes less time than forming the matrix, from codes or as a sum
+_LOOPED = contextvars.ContextVar("looped", default=False)
 # Names by which a policy of `jax.checkpoint` saves values: products that it cannot see because of their custom
 # gradients; and outputs of linear maps, the reads of their adapters and the residual stream.
 PRODUCT, SUM = "product", "sum"
@@ -61,10 +64,20 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
     if isinstance(weight, Unstacked):
         assert weight.layer is not None
         return kept(_layer_dot(x, weight.matrices, weight.layer), PRODUCT)
-    if isinstance(weight, qwix.QArray) and 0 < math.prod(x.shape[:-1]) <= FEW and for_cpu():
+    if _LOOPED.get() and isinstance(weight, qwix.QArray) and 0 < math.prod(x.shape[:-1]) <= FEW and for_cpu():
         weight = _after(x, weight)
     plain = dense(weight, x.dtype)
     return kept(_dot(x, plain, 0), PRODUCT) if for_cpu() else jnp.dot(x, plain)
+
+
+@contextlib.contextmanager
+def looped(loop: bool) -> Iterator[None]:
+    """Trace the products of a layer in a loop. Without one XLA dequantises matrices once for all tokens."""
+    token = _LOOPED.set(loop)
+    try:
+        yield
+    finally:
+        _LOOPED.reset(token)
 
 
 def _after(x: Float[Array, "*batch d_in"], weight: qwix.QArray) -> qwix.QArray:

@@ -136,6 +136,22 @@ def test_a_model_whose_weights_are_separate_arrays(dtype):
     np.testing.assert_allclose(*(logits(a).astype(jnp.float32) for a in (apart, base)), rtol=1e-5, atol=1e-5)
 
 
+def test_only_a_loop_over_layers_dequantises_anew_for_every_token():
+    """Oracle: the logits of plain weights. XLA takes matrices that wait for no token out of a loop over tokens."""
+    codes = {s: lf.quantise(kernel, "int8", tiled_axis=-2) for s, kernel in lf.kernels(tiny.t5()).items()}
+    ids, mask = jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4), bool)
+
+    def logits(unroll, weights):
+        model = tiny.t5(dataclasses.replace(tiny.CONFIG, unroll=unroll))
+        set_matrices(model, weights)
+        return model.label_logits(ids, mask, ids, {})
+
+    plain = logits(True, {site: dense(code, jnp.float32) for site, code in codes.items()})
+    for unroll in (True, False):
+        np.testing.assert_allclose(logits(unroll, codes), plain, rtol=1e-5, atol=1e-5)
+        assert ("custom_vmap_call" in str(jax.make_jaxpr(logits, static_argnums=0)(unroll, codes))) != unroll
+
+
 @pytest.mark.parametrize("shape", [(16, 1), (2, 16, 1)])
 def test_an_adapter_without_the_layers_of_its_site_is_refused(shape):
     model = tiny.t5()
