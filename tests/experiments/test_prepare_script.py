@@ -65,7 +65,8 @@ def test_the_page_has_what_small_models_get_back():
     of_score = {part: [line for line in found[part] if line[1] == score] for part, score in _SHOWN.items()}
     of_parts = [(lines[0], line) for lines in of_score.values() for line in lines[1:]] + [found["digits"][1:3]]
     shown = rows_below(_PAGE, ["score", "digital", "today", "prepared", "of the lost, back, %", "goal"])
-    assert [[cell.strip("*") for cell in row[1:5]] for row in shown] == [[now[3], now[4], then[4], then[7]] for now, then in of_parts]
+    wanted = [[now[3], now[4], then[4], then[7]] for now, then in of_parts]
+    assert [[cell.strip("*") for cell in row[1:5]] for row in shown] == wanted
 
 
 def test_the_page_has_prepared_models_on_verified_chips():
