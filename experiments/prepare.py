@@ -409,11 +409,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     lines: dict[Arm, dict[float, list[float]]] = {}
     for row in rows:
         job = job_of(row)
-        if (
-            job.setting == Setting(job.setting.error)
-            and job.setting.error
-            and job.part in ("main", "errors", "restored")
-        ):
+        with_scales = job.part == "restored" and job.arm == SCALES
+        if job.setting == Setting(job.setting.error) and (job.part in ("main", "errors") or with_scales):
             lines.setdefault(job.arm, {}).setdefault(100 * job.setting.error, []).append(above(row))
 
     def on(figure: Any) -> None:
@@ -424,7 +421,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             panel.plot(errors, means, "o-", color=colour(number), label=str(arm))
         panel.set_yscale("log")
         panel.set_xticks([1, 3, 5])
-        panel.set_xlabel("programming error, % of the largest conductance")
+        panel.set_xlabel("programming error, % of Gmax")
         panel.set_ylabel("loss above the digital model, nats per token")
         panel.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 
