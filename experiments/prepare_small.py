@@ -128,12 +128,12 @@ class Bench:
         if job.part == "language":
             if options.texts is None or options.tasks is None:
                 raise ValueError("`language` needs --texts and --tasks: give the folders of the texts and of the tasks")
-            runs, model, text, training = runs / "language", base(), fitted_text(options.texts), {"epochs": 1}
+            runs, model, text = runs / "language", base(), fitted_text(options.texts)
             runs.mkdir(parents=True, exist_ok=True)
             save_config(Setting().config(), crossbar := runs / "chip.yaml")
             fused(Fusing(tasks=options.tasks, runs=runs), [task])
         else:
-            model, crossbar, text, training = SMALL / "base", SMALL.parent / "chip.yaml", _prompts(), {"rate": 0.01}
+            model, crossbar, text = SMALL / "base", SMALL.parent / "chip.yaml", _prompts()
             if not (runs / task).exists():
                 fuse(options_of_small(task, ARMS["LoRAFusion"], seeds=(1,), out=runs, name=task))
         digital = read_json(runs / task / "results.json", dict[str, Any], "results")["seeds"][0]
@@ -144,9 +144,12 @@ class Bench:
             if not prepared.exists():
                 prepare(PrepareOptions(crossbar=str(crossbar), out=prepared, **of_base))
             crossbar = prepared
+        restored = None
         if job.arm.endswith(SCALES):
-            restore_chips(RestoreOptions(crossbar=str(crossbar), chip=(*numbers,), out=scales, **of_base, **training))
-        restored = str(scales) if job.arm.endswith(SCALES) else None
+            how = RestoreOptions(crossbar=str(crossbar), chip=(*numbers,), out=scales, **of_base)
+            training = {"epochs": 1} if job.part == "language" else {"rate": 0.01}
+            restore_chips(dataclasses.replace(how, **training))
+            restored = str(scales)
         on_chips = {"crossbar": str(crossbar), "chips": len(numbers), "restore": restored}
         scored = evaluate_on_chips(EvaluateOnChipsOptions(run=runs / task, **on_chips))["rows"]
         return _scores(digital), [_scores(row) for row in scored]
