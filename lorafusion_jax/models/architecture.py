@@ -59,14 +59,14 @@ class Recurrence(NamedTuple):
     chunk: int
     inputs: int
 
-    def multiplications(self, length: int) -> float:
+    def multiplications(self, length: int) -> int:
         """Return those of a token of a row with so many: with the tokens of its chunk, and three with the state.
 
         Those with the tokens solve a triangular system too, by the inverse of its matrix. Rows are filled up to chunks.
         """
         chunk, k, v = min(1 << (length - 1).bit_length(), self.chunk), self.d_key, self.d_value
         filled = -(-length // chunk) * chunk / length
-        return filled * self.heads * (chunk * (3 * k + 2 * v) + chunk**2 / 3 + 3 * k * v)
+        return round(filled * self.heads * (chunk * (3 * k + 2 * v) + chunk**2 / 3 + 3 * k * v))
 
 
 class Stack(NamedTuple):
