@@ -80,14 +80,16 @@ class WeightDecomposed:
 class Dense:
     """One update as a whole matrix: `x (W + dW) * scale`.
 
-    dW is formed for all layers, so it is used only where it is not larger than the modules' factors.
+    dW is formed for all layers, so it is used only where it is not larger than the modules' factors. With `apart`, few
+    rows are multiplied by both matrices, which takes less time than adding these for every token.
     """
 
     delta: Float[Array, "*L d_in d_out"]
     scale: Array | None = None
+    apart: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __call__(self, x: Float[Array, "*B d_in"], kernel: Weight) -> Float[Array, "*B d_out"]:
-        if is_in_arrays(kernel) or x.size <= FEW * x.shape[-1]:
+        if is_in_arrays(kernel) or (self.apart and x.size <= FEW * x.shape[-1]):
             return _scaled(matmul(x, kernel) + matmul(x, self.delta), self.scale)
         return _scaled(matmul(x, dense(kernel, jnp.float32) + self.delta), self.scale)
 
@@ -188,11 +190,13 @@ def settled(adapters: Mapping[str, Any], model: Model) -> dict[str, Any]:
         if isinstance(update, WeightDecomposed):
             layers = jnp.arange(kernel.shape[0])
             return jax.lax.map(lambda layer: layer[0].rescaled(at_layer(kernel, layer[1])), (update, layers))
+        if isinstance(update, Dense):
+            return dataclasses.replace(update, apart=True)
         if not isinstance(update, Modules):
             return update
         # Added to weights in bfloat16, a small update would be rounded away; quantised factors are read faster.
         plain = model.config.dtype == "float32" and not isinstance(update.A, QArray)
-        return update.low_rank() if update.delta is None or not plain else Dense(update.delta, update.scale)
+        return update.low_rank() if update.delta is None or not plain else Dense(update.delta, update.scale, apart=True)
 
     return {site: of_site(update, kernels(model)[site]) for site, update in adapters.items()}
 

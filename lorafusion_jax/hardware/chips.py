@@ -142,6 +142,7 @@ def on_every_chip(
     first = program(problem.graph, problem.frozen, rules, keys[0], restored=of_first, **how)
     limits = limits_of(calibrate(setup, params, first, rows=calibration_rows))
     chip_of_seed, seed = _places(len(keys), len(problem.index))
+    # The chips of a device follow each other; fewer than those of another device are filled up with the next ones.
     first_of_device = chip_of_seed.reshape(axis_size("seed"), -1)[:, :1]
     of_device = chip_of_seed - np.repeat(first_of_device, len(seed) // len(first_of_device))
     there = np.minimum(first_of_device + np.arange(of_device.max() + 1), len(keys) - 1).ravel()

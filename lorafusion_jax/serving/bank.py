@@ -208,6 +208,7 @@ class TaskBank:
         if room >= len(pool):
             return self
         index = np.sort(np.argsort(~used, kind="stable")[:room])  # modules beyond the used ones have zeros
+        # Without names, which would be a program each.
         chosen = dataclasses.replace(pool.select(index.tolist()), names=("",) * room)
         frozen = dataclasses.replace(self.frozen, pool=chosen, gram=None)
         return dataclasses.replace(self, frozen=frozen, tasks=self.tasks._replace(coefficients=c[:, index]))

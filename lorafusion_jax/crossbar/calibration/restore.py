@@ -125,7 +125,7 @@ def output_moments(
 ) -> list[_Moments]:
     """Return the moments of the outputs of every chip; arguments and errors are those of `fit_corrections`."""
     chips = chips_in(weights)
-    by_name(chips)
+    by_name(chips)  # refuses a name of two chips
     if type(numbers) is not int or numbers < 0:
         raise ValueError(f"numbers = {numbers!r}: give a whole number of at least 0")
     if not 0 <= ridge < math.inf or (numbers and not ridge):

@@ -111,9 +111,8 @@ class StoredTensor:
             other.shape = (self.shape[0], 1, *self.shape[1:])
         return other
 
-    @np.errstate(
-        invalid="ignore", over="ignore", divide="ignore"
-    )  # the loader of a model refuses numbers that are not finite
+    # The loader of a model refuses numbers that are not finite.
+    @np.errstate(invalid="ignore", over="ignore", divide="ignore")
     def __getitem__(self, rows: slice) -> np.ndarray:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
