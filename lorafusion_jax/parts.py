@@ -66,15 +66,15 @@ from .hardware.program import program as _program_on_arrays
 from .hardware.report import report_on_chips as report_on_chips
 from .hardware.restore import distil as distil
 from .hardware.restore import divergence as divergence
-from .hardware.restored import Outputs as Outputs
 from .hardware.restored import RestoreOptions as RestoreOptions
 from .hardware.restored import digital_matrices as digital_matrices
 from .hardware.restored import drifting_otherwise as drifting_otherwise
 from .hardware.restored import load_restored as load_restored
-from .hardware.restored import logits_of_base as logits_of_base
 from .hardware.restored import restore_chips as restore_chips
-from .hardware.restored import sampled as sampled
-from .hardware.restored import windows as windows
+from .hardware.texts import Outputs as Outputs
+from .hardware.texts import logits_of_base as logits_of_base
+from .hardware.texts import sampled as sampled
+from .hardware.texts import windows as windows
 from .hardware.write import ProgramOptions as ProgramOptions
 from .hardware.write import write_chips as write_chips
 

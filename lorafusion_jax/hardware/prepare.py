@@ -24,7 +24,7 @@ from ..tasks import Batch, tokenise
 from .calibration import looped
 from .prepared import OneSite, PreparedManifest, save_prepared
 from .program import program
-from .restored import WINDOW, answered, logits_of_base, no_padding, read_texts, windows
+from .texts import WINDOW, answered, logits_of_base, no_padding, read_texts, windows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

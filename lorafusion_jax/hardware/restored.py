@@ -6,7 +6,6 @@ FOLDER/chip_N/arrays.safetensors    SITE/scale and so on, and the converters' ra
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .. import crossbar
 from ..io import arrays
@@ -24,31 +23,29 @@ from ..io.folders import locked, read_manifest
 from ..loading.identity import digests
 from ..loading.model import LoadedModel, load_model
 from ..loading.spec import LoadOptions
-from ..models.architecture import Model, matrices
-from ..models.generate import Sampling, generate
+from ..models.architecture import matrices
 from ..models.weights import dense
 from ..support.checks import at_least, check_uint32, flags_given
 from ..support.progress import progress
-from ..support.reading import FileError, check_regular, utf8
+from ..support.reading import FileError
 from ..support.text import shown
 from ..support.writing import check_no_link
-from ..tasks import IGNORED, Batch, Example, encode, eval_batches, tokenise
+from ..tasks import IGNORED, Batch, tokenise
 from ..training.mesh import axis_size, make_mesh, on_mesh
 from .calibration import looped
 from .chips import programmed
 from .folder import Chips, aged, load_chips
 from .program import Restored, program
 from .restore import Method, Restoring, divergences, of_each, of_one_rank, restore_each, stacked_corrections
+from .texts import LINES, WINDOW, Outputs, answered, logits_of_base, no_padding, read_texts, sampled, windows
 
 _WHAT = "a folder of corrections"
 _RANGES = ("limits", "input_limit")
 _PARTS = ("scale", "offset", "U", "V", *_RANGES)
-# Most tokens of a row of text. One of so many windows or lines is left out of the training, to measure on: the last
-# windows, but lines from the whole text.
-WINDOW, _MEASURED = 128, 8
-_PROMPT = 16  # tokens of a text that a sample continues
-# Tokens that a causal model samples by default; lines in a batch of another model, and most tokens of its answers.
-_SAMPLED, _LINES, _ANSWER = 3072, 16, 32
+# One of so many windows or lines is left out of the training, to measure on: the last windows, but lines from the whole
+# text.
+_MEASURED = 8
+_SAMPLED = 3072  # tokens that a causal model samples by default
 _PREPARED_RATE = 1.5e-3  # 0.01 makes chips of a prepared base worse at first
 
 
@@ -232,29 +229,6 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     return {number: made[number] for number in keys}
 
 
-def read_texts(paths: Sequence[Path]) -> str:
-    """Return the content of text files, one after the other."""
-    texts = []
-    for path in paths:
-        check_regular(path)
-        with utf8(path):
-            texts.append(path.read_text(encoding="utf-8"))
-    return "\n".join(texts)
-
-
-class Outputs(Sequence[Array]):
-    """Outputs of a model on batches, computed where they are read: all logits together can be larger than the model."""
-
-    def __init__(self, run: Callable[[Any, Any], Array], weights: Any, batches: Sequence[Any]):
-        self._run, self._weights, self._batches = run, weights, batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._run(self._weights, self._batches[at])
-
-
 def load_restored(name: str, chips: Chips, numbers: Sequence[int], base_sha256: str) -> list[Restored]:
     """Return the corrections of some chips; matrices of low rank have the same rank on all of them.
 
@@ -327,92 +301,10 @@ def drifting_otherwise(config: crossbar.CrossbarConfig) -> crossbar.CrossbarConf
     return dataclasses.replace(config, device=dataclasses.replace(device, drift=drift))
 
 
-@functools.lru_cache  # the same function again: it is compiled once for each
-def logits_of_base(graph: nnx.GraphDef) -> Callable[[nnx.State, Batch], Float[Array, "B T V"]]:
-    """Return the base model as a function of its weights and a batch; logits of positions without a label are 0."""
-
-    def run(base: nnx.State, batch: Batch) -> Float[Array, "B T V"]:
-        model: Model = nnx.merge(graph, base)
-        logits = model.label_logits(batch.input_ids, batch.input_mask, batch.labels, {})
-        return jnp.where((batch.labels != IGNORED)[..., None], logits, 0)
-
-    return run
-
-
 def digital_matrices(loaded: LoadedModel, weights: Any) -> list[Float[Array, "*N d_in d_out"]]:
     """Return the digital matrices of the chips in a tree of the base's weights, or of several chips."""
     base = matrices(nnx.merge(loaded.problem.graph, loaded.problem.frozen.base))
     return [dense(base[chip.name], jnp.float32) for chip in crossbar.chips_in(weights)]
-
-
-def windows(loaded: LoadedModel, ids: Sequence[int]) -> list[Batch]:
-    """Return text in rows of `WINDOW` tokens, a batch each, that predict all tokens but their first.
-
-    Rows begin with the token that the tokenizer puts before a text, if it has one: models that were trained with it
-    read text badly without it.
-    """
-    bos = _before_a_text(loaded)
-    width = WINDOW - len(bos)
-    text = np.asarray(ids[: len(ids) // width * width], np.int32).reshape(-1, width)
-    rows = jnp.asarray(np.concatenate([np.tile(np.asarray(bos, np.int32), (len(text), 1)), text], axis=1))[:, None]
-    first, alone = jnp.ones((1, 1), bool), jnp.ones(1, bool)
-    return [Batch(row[:, :1], first, row[:, 1:], alone) for row in rows]
-
-
-def _before_a_text(loaded: LoadedModel) -> list[int]:
-    return [token for token in tokenise(loaded.tokenizer, "")["input_ids"] if token == loaded.tokenizer.bos_token_id]
-
-
-def sampled(loaded: LoadedModel, tokens: int, seed: int, text: Sequence[int] = ()) -> list[int]:
-    """Return text that a causal model samples from itself at temperature 1, in rows that fill a window each.
-
-    Rows continue 16 tokens of the text, from a random place in it. Without a text, they continue the token before a
-    text, or the end-of-text token. What follows the end of an answer is `IGNORED`.
-    """
-    bos = _before_a_text(loaded)
-    rows = -(-tokens // (WINDOW - len(bos)))
-    start = np.tile(np.asarray(bos or loaded.config.end_ids[:1], np.int32), (rows, 1))
-    if len(text):
-        places = np.random.default_rng(seed).integers(0, len(text) - _PROMPT + 1, rows)
-        prompts = np.stack([np.asarray(text[at : at + _PROMPT], np.int32) for at in places])
-        start = np.concatenate([start[:, : len(bos)], prompts], axis=1)
-    keys = jax.random.split(jax.random.key(seed), rows)
-    model = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base)
-    new = jax.jit(
-        functools.partial(generate, max_new_tokens=WINDOW - start.shape[1], sampling=Sampling(temperature=1.0)),
-    )(model, jnp.asarray(start), jnp.ones_like(start, bool), row_keys=keys)
-    whole = np.concatenate([start, _until_the_end(loaded, new)], axis=1)
-    return whole[:, len(bos) :].reshape(-1).tolist()
-
-
-def _until_the_end(loaded: LoadedModel, tokens: Array) -> np.ndarray:
-    """Return generated tokens with `IGNORED` behind the first that ends an answer."""
-    ended = np.cumsum(np.isin(tokens, loaded.config.end_ids), axis=1)
-    return np.where(np.pad(ended, [(0, 0), (1, 0)])[:, :-1] > 0, IGNORED, np.asarray(tokens))
-
-
-def answered(loaded: LoadedModel, lines: Sequence[str]) -> list[Batch]:
-    """Return lines of text as sources, in batches; targets are the digital model's answers."""
-    model, tokenizer = nnx.merge(loaded.problem.graph, loaded.problem.frozen.base), loaded.tokenizer
-    answer = jax.jit(functools.partial(generate, max_new_tokens=_ANSWER))
-    encoded = encode(tokenizer, [Example(line, "") for line in lines], loaded.text_format)
-    batches = []
-    for numbers, batch in eval_batches(encoded, _LINES, pad_id=tokenizer.pad_token_id):
-        tokens = answer(model, batch.input_ids, batch.input_mask)
-        labels = np.where((numbers < 0)[:, None], IGNORED, _until_the_end(loaded, tokens))
-        batches.append(batch._replace(labels=labels))
-    return [jax.tree.map(jnp.asarray, batch) for batch in batches]
-
-
-def no_padding(loaded: LoadedModel) -> Callable[[Batch, str], Bool[Array, "B T"]] | None:
-    """Return a function to the inputs of a matrix that are no padding; None for a causal model, which has none here."""
-    sites = loaded.config.sites
-
-    def of_matrix(batch: Batch, name: str) -> Bool[Array, "B T"]:
-        of_source = name in sites and sites[name].reads == ("source",)
-        return batch.input_mask if of_source else batch.labels != IGNORED
-
-    return None if loaded.config.causal else of_matrix
 
 
 def _of_chips(chips: Chips, base_sha256: str) -> dict[str, Any]:
@@ -458,8 +350,8 @@ def _read_text(loaded: LoadedModel, options: RestoreOptions, content: str) -> tu
     """Return batches of the text, the content of its files or a sample: those to train on, and those left out."""
     if not loaded.config.causal:
         lines = [line for line in content.splitlines() if line.strip()]
-        if len(lines) <= _LINES or options.tokens:
-            needed = f"more than {_LINES} lines with --text, without --tokens"
+        if len(lines) <= LINES or options.tokens:
+            needed = f"more than {LINES} lines with --text, without --tokens"
             raise ValueError(f"{options.base} is not causal, and the text has {len(lines)} lines: give {needed}")
         to_train = [line for place, line in enumerate(lines) if place % _MEASURED]
         return answered(loaded, to_train), answered(loaded, lines[::_MEASURED])

@@ -22,7 +22,7 @@ import lorafusion_jax as lf
 from lorafusion_jax import cli, crossbar, parts
 from lorafusion_jax.crossbar import Independent, save_config
 from lorafusion_jax.hardware import restore as restoring
-from lorafusion_jax.hardware.restored import answered
+from lorafusion_jax.hardware.texts import answered
 from lorafusion_jax.io.folders import locked
 from lorafusion_jax.tasks import IGNORED, decode
 
