@@ -17,7 +17,6 @@ Results are rows of OUT/GROUP.jsonl; interrupted, the same command continues. Wr
 """
 
 import dataclasses
-import json
 import os
 import random
 import sys
@@ -44,13 +43,14 @@ from lab.language import (
     options_of,
     trained_pairs,
     unseen,
+    write_task,
 )
 from lab.smollm2 import EXAMPLES, HUB_ID, base
 from results_page import report
 
 from lorafusion_jax import LowRank, fuse, random_pool, read_config
 from lorafusion_jax.parts import dense, lora_adapter, open_pool, write_adapter
-from lorafusion_jax.report import Scores, colour, plot, scores, write_text
+from lorafusion_jax.report import Scores, colour, plot, scores
 from lorafusion_jax.tasks import BETWEEN_EXAMPLES
 from lorafusion_jax.trials import Arm, Job, read_rows, run_jobs
 
@@ -170,11 +170,7 @@ def with_examples(path: Path, shown: int) -> Path:
     task = load(path, _ROWS["examples"])
     said = "".join(f"{row.input} {row.target}{BETWEEN_EXAMPLES}" for row in task.train[:shown])
     folder = FOLDER / "_with_examples" / f"{task.name}-{shown}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, rows in (("train", task.train[shown:]), ("test", task.test)):
-        lines = [json.dumps({"input": said + row.input, "target": row.target}) + "\n" for row in rows]
-        write_text(folder / f"{part}.jsonl", "".join(lines))
-    return folder
+    return write_task(folder, before=said, train=task.train[shown:], test=task.test)
 
 
 def _relevance(group: Group, task: str, path: Path, options: LanguageOptions) -> Iterator[Job]:

@@ -237,11 +237,16 @@ def unseen(path: Path, trained: Mapping[str, set[tuple[str, str]]], out: Path, t
     left_out = sum(pair in known for pair in pairs[:EVALUATED_ROWS])
     if not left_out:
         return Unseen(path, 0)
-    for part, rows in (("train", task.train), ("test", kept)):
-        lines = [json.dumps({"input": row.input, "target": row.target}) + "\n" for row in rows]
-        (out / task.name).mkdir(parents=True, exist_ok=True)
-        write_text(out / task.name / f"{part}.jsonl", "".join(lines))
-    return Unseen(out / task.name, left_out)
+    return Unseen(write_task(out / task.name, train=task.train, test=kept), left_out)
+
+
+def write_task(folder: Path, *, before: str = "", **parts: Iterable[Example]) -> Path:
+    """Write the parts of a task with a text before every input, and return their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, rows in parts.items():
+        lines = [json.dumps({"input": before + row.input, "target": row.target}) + "\n" for row in rows]
+        write_text(folder / f"{part}.jsonl", "".join(lines))
+    return folder
 
 
 def shares(task: Task, trained: Mapping[str, set[tuple[str, str]]]) -> dict[str, float]:
