@@ -240,7 +240,7 @@ def tests(rows: Sequence[Row]) -> list[list[str]]:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw the test loss against the number of training rows, a line for each arm; without rows it is the base's."""
     shown: dict[str, Mapping[int, float]] = {}
-    for name in (*COMPARED, WARM, WARM_ROTATED):
+    for name in (*COMPARED, *STARTED):
         by_number = {number: means(rows, name, number) for number in ROWS}
         shown[name] = {number: np.mean([*of.values()]).item() for number, of in by_number.items() if of is not None}
     base = means(rows, ZERO, ROWS[0])
@@ -259,7 +259,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     plot(path, (7.0, 4.2), on)
 
 
-_LABELS = {LORA: "LoRA from scratch", WARM: "LoRA from the fusion", WARM_ROTATED: "LoRA from a rotated fusion"}
+_LABELS = {LORA: "LoRA from scratch", **{name: f"LoRA {name}" for name in STARTED}}
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ def test_the_page_has_the_contrasts_of_the_tables():
     lines = csv.reader((_RESULTS / "contrasts.csv").read_text().replace("-", "−").splitlines())
     contrasts = {(line[1], line[0]): f"{line[4]} ({line[5]})" for line in lines if line[2] == "all"}
     names = {"LoRA from scratch": experiment.LORA, "LoRAFusion alone": experiment.FUSION}
-    shown = rows_below(page, ["minus LoRA from the fusion, nats", "20 rows", "95 rows"])
+    shown = rows_below(page, ["minus LoRA from the fusion, nats", "5 rows", "20 rows", "95 rows"])
     assert len(shown) == 2 + len(experiment.STARTED) - 1
     for name, *values in shown:
         arm = names.get(name, name.removeprefix("LoRA "))
-        assert values == [contrasts.get((arm, rows), "-") for rows in ("20", "95")], name
+        assert values == [contrasts[arm, rows] for rows in ("5", "20", "95")], name
