@@ -1,44 +1,51 @@
-"""Routing without labels: routers of 24 modules on the 30 string tasks, and on the tasks of the modules themselves.
+"""Routing without labels: routers of 24 modules on new tasks, and on the tasks of the modules themselves.
 
-    python experiments/routing.py              # the tables of the rows in OUT
-    python experiments/routing.py --measure    # measures what is missing
+    python experiments/routing.py                    # the tables of the rows in OUT
+    python experiments/routing.py --measure          # measures what is missing of the string tasks
+    python experiments/routing.py --tasks FOLDER     # measures what is missing of language, and the times
 
 The design is Part 2 of experiments/warm_starts.md. Written to OUT: a line of rows.jsonl for each router, pool and task,
-and tables. The pools are those of experiments/pool_value.py. Interrupted, the same command continues.
+and tables. The pools are those of experiments/pool_value.py and pool_value_language.py, which has FOLDER and the
+targets of language. Interrupted, the same command continues.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import _script
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pool_value_language as language
 import tyro
 from flax import nnx
-from lab.common import ROOT, SMALL, with_interval, write_tables
-from lab.pool_cells import FUSION, TARGET_WIDTHS, Lab, Row
-from lab.string_pools import CLASSES, SEED, Target, adapter_rows, design, pool_folder, train_rows
-from string_tasks import Task, draw
+from lab.common import ROOT, SMALL, with_interval, write_csv, write_tables
+from lab.language import EVALUATED_ROWS, NEW_TOKENS, SOURCES, UNSEEN, find, load, source_rows
+from lab.pool_cells import FUSION, Lab, Row
+from lab.smollm2 import base
+from lab.string_pools import CLASSES, SEED, adapter_rows, design, pool_folder, test_rows, train_rows
+from string_tasks import draw
 
 import lorafusion_jax as lf
 from lorafusion_jax.parts import open_pool
 from lorafusion_jax.tasks import IGNORED, SEPARATE_TEXTS, Example, decode, encode, exact_match
 from lorafusion_jax.trials import Cells, read_lines
 
-POOLS = ("1", "2", "3")
+POOLS, LANGUAGE = ("1", "2", "3"), "language"
+FAMILIES = UNSEEN["near"] | UNSEEN["far"] | dict.fromkeys(language.DRAWN_FROM, "extraction")
 OWN_ROWS, _OWN = 20, 5  # rows of a module's own task, and the purpose of their draw
 BASE, SINGLE, UNIFORM = "base", "best single module, 20 labels", "uniform"
 NEAREST = ("nearest", "nearest, top 3")
 DIVERGENCE = "divergence"
 ARROW, SPECTRAL = {"arrow, top 3": 3, "arrow, all": 24}, {"spectral, top 3": 3, "spectral, all": 24}
-ROUTERS = (UNIFORM, *NEAREST, DIVERGENCE, *ARROW, *SPECTRAL)
+ROUTERS = (UNIFORM, *NEAREST, *ARROW, *SPECTRAL, DIVERGENCE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +53,18 @@ class Options:
     """Options of the measurement.
 
     Attributes:
-      measure: measure the missing cells.
+      measure: measure the missing cells of the string tasks.
+      tasks: folder of the function-vector data sets, also in subfolders, to measure language.
       out: folder of results.
-      pools: folder of the trained pools.
+      pools: folder of the trained pools of the string tasks.
+      pool: folder of the adapters of language.
     """
 
     measure: bool = False
+    tasks: Path | None = None
     out: Path = ROOT / "results" / "routing"
     pools: Path = ROOT / "runs" / "pool_value" / "pools"
+    pool: Path = language.Options.pool
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +81,7 @@ class Routed:
     of: jax.Array
     k: jax.Array
     kind: str = dataclasses.field(metadata={"static": True})
-    watched: bool = dataclasses.field(metadata={"static": True})
+    watched: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         read = jnp.einsum("btd,ndr->btnr", x, self.A)
@@ -99,14 +110,14 @@ class Modules(NamedTuple):
     grams: dict[str, jax.Array]
     centres: jax.Array
 
-    def adapters(self, kind: str, of: Mapping[str, jax.Array], k: int = 0, *, watched: bool = False) -> dict[str, Any]:
+    def adapters(self, kind: str, of: Mapping[str, jax.Array], k: int = 0) -> dict[str, Any]:
         pool = self.pool
         of_sites: dict[str, Any] = {site: (pool.A[site], pool.B[site], of[site]) for site in pool.rank}
-        return {s: Routed(A, B, own, jnp.full(len(A), k), kind, watched) for s, (A, B, own) in of_sites.items()}
+        return {s: Routed(A, B, own, jnp.full(len(A), k), kind) for s, (A, B, own) in of_sites.items()}
 
-    def of_rows(self, c: jax.Array, *, watched: bool = False) -> dict[str, Any]:
+    def of_rows(self, c: jax.Array) -> dict[str, Any]:
         of = {site: jnp.broadcast_to(c, (len(rank), *c.shape)) for site, rank in self.pool.rank.items()}
-        return self.adapters("rows", of, watched=watched)
+        return self.adapters("rows", of)
 
 
 @jax.jit
@@ -115,15 +126,68 @@ def _leading(A: jax.Array, B: jax.Array) -> jax.Array:
     return (q @ jnp.linalg.svd(r @ B, full_matrices=False)[0])[..., 0]
 
 
-class Routing:
-    """The base, the pools and the measurements."""
+Examples = Sequence[Example]
+
+
+class Strings:
+    """The small T5, its pools and the string tasks."""
+
+    text_format, most_new = SEPARATE_TEXTS, 0
 
     def __init__(self, pools: Path):
-        self.lab = lab = Lab(pools)
-        self.pools: dict[str, Modules] = {}
+        self.lab, self.pools = Lab(pools), pools
+        self.graph, self.base, self.tokenizer = self.lab.graph, self.lab.base, self.lab.tokenizer
+
+    def pool(self, name: str) -> lf.LoraPool:
+        return open_pool(pool_folder(self.pools, name, shuffled=False), str(SMALL / "base")).load()
+
+    def rows(self, own: bool, pool: str, name: str) -> tuple[Examples, Examples, set[str]]:
+        """Return rows that trained a module, or 20 with labels, those to measure, and the names of related modules."""
+        modules = {task.name: task for task in design().pools[pool]}
+        if own:
+            trained = adapter_rows(modules[name], pool, shuffled=False)
+            test = draw(modules[name], OWN_ROWS, (SEED, _OWN), exclude={row["context"] for row in trained})
+            return _examples(trained), _examples(test), {name}
+        task = next(target.task for target in design().targets if target.task.name == name)
+        related = {other for other, of in modules.items() if {*of} & {*task}}
+        return _examples(train_rows(task, 1)[:20]), _examples(test_rows(task)), related
+
+
+class Language:
+    """SmolLM2, its pool and the tasks of language."""
+
+    most_new = NEW_TOKENS
+
+    def __init__(self, pool: Path, tasks: Path):
+        model = language.Lab(base(), pool).model(language.ZERO, 0)
+        self.folder, self.tasks, self.text_format = pool, tasks, model.text_format
+        self.graph, self.base, self.tokenizer = model.problem.graph, model.problem.frozen.base, model.tokenizer
+        self.paths, _ = language.draw(tasks, ROOT / "runs" / "pool_value" / "language")
+
+    def pool(self, name: str) -> lf.LoraPool:
+        return open_pool(self.folder, str(base())).load()
+
+    def rows(self, own: bool, pool: str, name: str) -> tuple[Examples, Examples, set[str]]:
+        if own:
+            path = find(name, self.tasks)
+            task = load(path, source_rows(path))
+            return task.train, task.test[:OWN_ROWS], {name}
+        task = load(self.paths[name])
+        return task.train[:20], task.test[:EVALUATED_ROWS], {*SOURCES.get(FAMILIES.get(name, ""), ())}
+
+
+def _examples(rows: Sequence[Mapping[str, str]]) -> Examples:
+    return [Example(row["context"], row["completion"]) for row in rows]
+
+
+class Routing:
+    """The measurements of a set of tasks."""
+
+    def __init__(self, of: Strings | Language):
+        self.set, self.modules = of, functools.cache(self._modules)
 
         def scores(base: nnx.State, batch: lf.Batch, adapters: Any) -> tuple[jax.Array, jax.Array]:
-            model = nnx.merge(lab.graph, base)
+            model = nnx.merge(of.graph, base)
             logits = model.label_logits(batch.input_ids, batch.input_mask, batch.labels, adapters)
             log_p, real = jax.nn.log_softmax(logits), batch.labels >= 0
             of_labels = jnp.take_along_axis(log_p, jnp.where(real, batch.labels, 0)[..., None], axis=-1)[..., 0]
@@ -131,141 +195,183 @@ class Routing:
 
         def answers(base: nnx.State, batch: lf.Batch, adapters: Any, tokens: int) -> jax.Array:
             return lf.generate(
-                nnx.merge(lab.graph, base), batch.input_ids, batch.input_mask, adapters, max_new_tokens=tokens
+                nnx.merge(of.graph, base), batch.input_ids, batch.input_mask, adapters, max_new_tokens=tokens
             )
 
         def hidden(base: nnx.State, ids: jax.Array, mask: jax.Array) -> jax.Array:
-            model: Any = nnx.merge(lab.graph, base)
-            states = model.encode(ids, mask, {})
+            model: Any = nnx.merge(of.graph, base)
+            if model.config.causal:
+                states = model.norm(model._run(ids, [model._of_rows(mask)], {})[0])
+            else:
+                states = model.encode(ids, mask, {})
             return jnp.sum(states * mask[..., None], axis=1) / jnp.sum(mask, axis=1)[:, None]
 
-        self.scores, self.hidden = partial(jax.jit(scores), lab.base), partial(jax.jit(hidden), lab.base)
-        self.answers = partial(jax.jit(answers, static_argnames="tokens"), lab.base)
+        self.scores, self.hidden = partial(jax.jit(scores), of.base), partial(jax.jit(hidden), of.base)
+        self.answers = partial(jax.jit(answers, static_argnames="tokens"), of.base)
 
-    def modules(self, name: str, *, rotated: bool) -> Modules:
+    def _modules(self, name: str, rotated: bool) -> Modules:
         """Return a pool, or its copy with singular vectors drawn at random."""
-        key = f"{name}, rotated" if rotated else name
-        if key not in self.pools:
-            pool = open_pool(pool_folder(self.lab.pools, name, shuffled=False), str(SMALL / "base")).load()
-            tasks = {task.name: task for task in design().pools[name]}
-            centres = []
-            for task in pool.names:
-                batch = self.batch(adapter_rows(tasks[task], name, shuffled=False)[:100])
-                centres.append(self.hidden(batch.input_ids, batch.input_mask).mean(axis=0))
-            pool = lf.rotated_pool(pool, jax.random.key(1)) if rotated else pool
-            leading = {site: _leading(pool.A[site], pool.B[site]) for site in pool.rank}
-            grams = {site: jnp.einsum("lnro,lnso->lnrs", B, B) for site, B in pool.B.items()}
-            self.pools[key] = Modules(pool, leading, grams, jnp.stack(centres))
-        return self.pools[key]
+        if rotated:
+            pool = lf.rotated_pool(self.modules(name, False).pool, jax.random.key(1))
+            centres = self.modules(name, False).centres
+        else:
+            pool = self.set.pool(name)
+            batches = [self.batch(self.set.rows(True, name, module)[0][:100]) for module in pool.names]
+            centres = jnp.stack([self.hidden(of.input_ids, of.input_mask).mean(axis=0) for of in batches])
+        leading = {site: _leading(pool.A[site], pool.B[site]) for site in pool.rank}
+        grams = {site: jnp.einsum("lnro,lnso->lnrs", B, B) for site, B in pool.B.items()}
+        return Modules(pool, leading, grams, centres)
 
-    def batch(self, rows: Sequence[Mapping[str, str]]) -> lf.Batch:
-        tokens = encode(self.lab.tokenizer, [Example(row["context"], row["completion"]) for row in rows])
-        width = next(w for w in (*TARGET_WIDTHS, 2 * TARGET_WIDTHS[-1]) if w >= max(map(len, tokens.labels)))
-        return self.lab._batch(
-            tokens.inputs, [np.pad(row, (0, width - len(row)), constant_values=IGNORED) for row in tokens.labels]
-        )
+    def batch(self, examples: Examples) -> lf.Batch:
+        """Return a batch; sources, answers and both are of different widths, and few in all."""
+        tokens = encode(self.set.tokenizer, examples, self.set.text_format, new_tokens=self.set.most_new)
 
-    def router(self, name: str, modules: Modules, batch: lf.Batch, *, watched: bool = False) -> dict[str, Any]:
-        """Return the adapters of a router for a batch."""
+        def padded(rows: Sequence[np.ndarray], more: int, value: int) -> np.ndarray:
+            width = more + 8 * -(-(max(map(len, rows)) - more) // 8)
+            return np.stack([np.pad(row, (0, width - len(row)), constant_values=value) for row in rows])
+
+        ids, labels = padded(tokens.inputs, 4, 0), padded(tokens.labels, 0, IGNORED)
+        mask = padded([np.ones_like(row) for row in tokens.inputs], 4, 0) > 0
+        return lf.Batch(ids, mask, labels, np.ones(len(ids), bool))
+
+    def router(self, name: str, modules: Modules, batch: lf.Batch, single: int = 0) -> dict[str, Any]:
+        """Return the adapters of a router for a batch, or those of a single module."""
         rows, count = len(batch.input_ids), len(modules.pool)
+        if name == BASE:
+            return {}
         if name in ARROW | SPECTRAL:
             kind, of = ("arrow", modules.leading) if name in ARROW else ("spectral", modules.grams)
-            return modules.adapters(kind, of, (ARROW | SPECTRAL)[name], watched=watched)
+            return modules.adapters(kind, of, (ARROW | SPECTRAL)[name])
         c = jnp.full((rows, count), 1 / count)
-        if name in NEAREST:
+        if name == SINGLE:
+            c = jnp.zeros((rows, count)).at[:, single].set(1)
+        elif name in NEAREST:
             mean, k = self.hidden(batch.input_ids, batch.input_mask), 1 + 2 * NEAREST.index(name)
             unit = [x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in (mean, modules.centres)]
             cosine = jnp.matmul(unit[0], unit[1].T, precision="highest")
             c = (cosine >= jnp.sort(cosine, axis=1)[:, -k, None]) / k
         elif name == DIVERGENCE:
-            _, base = self.scores(batch, {})
-            own = [
-                self.scores(batch, modules.of_rows(jnp.zeros((rows, count)).at[:, n].set(1)))[1] for n in range(count)
-            ]
-            divergence = jnp.stack([jnp.sum(jnp.exp(p) * (p - base), axis=-1) for p in own], axis=1)
+            first = batch._replace(labels=batch.labels[:, :1])
+            _, of_base = self.scores(first, {})
+            own = [self.scores(first, self.router(SINGLE, modules, batch, n))[1] for n in range(count)]
+            divergence = jnp.stack([jnp.sum(jnp.exp(p) * (p - of_base), axis=-1) for p in own], axis=1)
             c = divergence / jnp.sum(divergence, axis=1, keepdims=True)
-        return modules.of_rows(c, watched=watched)
+        return modules.of_rows(c)
 
-    def use(self, name: str, target: Target, *, rotated: bool) -> Row:
-        """Return loss and exact match of a router on the test rows of a target."""
-        modules, (_, batch, texts) = self.modules(target.pool, rotated=rotated), self.lab.tokens(target.task)
-        adapters: dict[str, Any] = {}
-        if name == SINGLE:
-            labelled, count = self.batch(train_rows(target.task, 1)[:20]), len(modules.pool)
-            one = jnp.eye(count)[:, None]
-            losses = [float(self.scores(labelled, modules.of_rows(jnp.repeat(c, 20, axis=0)))[0]) for c in one]
-            adapters = modules.of_rows(jnp.repeat(one[int(np.argmin(losses))], len(batch.input_ids), axis=0))
-        elif name != BASE:
-            adapters = self.router(name, modules, batch)
-        loss, said = self.scores(batch, adapters)[0], self.answers(batch, adapters, tokens=batch.labels.shape[1])
-        wanted = [row["completion"] for row in texts]
-        match = exact_match([decode(self.lab.tokenizer, np.asarray(said), SEPARATE_TEXTS)], wanted)
-        return {"loss": round(float(loss), 5), "exact_match": 100 * float(match.mean())}
+    def measure(self, what: str, pool: str, task: str, router: str) -> Row:
+        """Return a router's loss on rows of a task, the share of related modules, and exact match on a target."""
+        modules, (few, test, related) = self.modules(pool, what == "rotated"), self.set.rows(what == "own", pool, task)
+        places = [place for place, module in enumerate(modules.pool.names) if module in related]
+        batch, single = self.batch(test), places[0] if what == "own" else 0
+        if router == SINGLE and what == "use":
+            labelled = self.batch(few)
+            of_each = (self.router(SINGLE, modules, labelled, n) for n in range(len(modules.pool)))
+            single = int(np.argmin([float(self.scores(labelled, adapters)[0]) for adapters in of_each]))
+        adapters = self.router(router, modules, batch, single)
+        loss, share = self.shares(batch, adapters)
+        row: Row = {"loss": loss}
+        if router in ROUTERS and places and what != "rotated":
+            row["share"] = round(float(share[:, places].sum(axis=1).mean()), 4)
+            row["first"] = float(np.isin(share.argmax(axis=1), places).mean())
+        if what != "own":
+            answers = self.answers(batch, adapters, tokens=self.set.most_new or batch.labels.shape[1])
+            said = decode(self.set.tokenizer, np.asarray(answers), self.set.text_format)
+            row["exact_match"] = 100 * float(exact_match([said], [example.target for example in test]).mean())
+        return row
 
-    def own(self, name: str, task: Task, pool: str) -> Row:
-        """Return the loss on rows of a module's own task, the share sent to it, and how often it has the largest."""
-        modules, trained = self.modules(pool, rotated=False), adapter_rows(task, pool, shuffled=False)
-        rows = draw(task, OWN_ROWS, (SEED, _OWN), exclude={row["context"] for row in trained})
-        batch, place = self.batch(rows), modules.pool.names.index(task.name)
-        if name in (BASE, SINGLE):
-            one = jnp.zeros((OWN_ROWS, len(modules.pool))).at[:, place].set(1)
-            return {"loss": round(float(self.scores(batch, modules.of_rows(one) if name == SINGLE else {})[0]), 5)}
+    def shares(self, batch: lf.Batch, adapters: dict[str, Any]) -> tuple[float, np.ndarray]:
+        """Return the loss, and the share of each module in the coefficients of each row."""
         _SEEN.clear()
-        loss, _ = self.scores(batch, self.router(name, modules, batch, watched=True))
-        jax.block_until_ready(loss)
+        watched = {site: dataclasses.replace(routed, watched=True) for site, routed in adapters.items()}
+        loss = round(float(self.scores(batch, watched)[0]), 5)
         jax.effects_barrier()
-        masks = {mask.shape[1]: mask for mask in (batch.input_mask, batch.labels >= 0)}
-        total = np.sum([(np.asarray(c) * masks[c.shape[1]][..., None]).sum(axis=1) for c in _SEEN], axis=0)
-        share = total / total.sum(axis=1, keepdims=True)
-        first = float((share.argmax(axis=1) == place).mean())
-        return {"loss": round(float(loss), 5), "share": round(float(share[:, place].mean()), 4), "first": first}
+        source, target = np.asarray(batch.input_mask), np.asarray(batch.labels) >= 0
+        # A decoder's prompts are at the right end of their columns, with the answers behind them.
+        both = np.concatenate([np.sort(source, axis=1), target[:, :-1]], axis=1)
+        masks = {mask.shape[1]: mask for mask in (source, target, both)}
+        seen = [(np.asarray(c) * masks[c.shape[1]][..., None]).sum(axis=1) for c in _SEEN]
+        total = np.sum(seen, axis=0) if seen else np.ones((len(source), 1))
+        return loss, total / total.sum(axis=1, keepdims=True)
+
+    def times(self, pool: str, task: str) -> list[list[str]]:
+        """Return CPU times of a batch with other coefficients in each row, and of the passes before it."""
+        modules, batch = self.modules(pool, False), self.batch(self.set.rows(False, pool, task)[1][:16])
+        mixed = self.router(UNIFORM, modules, batch)
+        parts: dict[str, Callable[[], Any]] = {
+            "prompts": lambda: self.answers(batch, mixed, tokens=1),
+            "prompts and 12 tokens": lambda: self.answers(batch, mixed, tokens=NEW_TOKENS),
+            **{name: partial(self.router, name, modules, batch) for name in (NEAREST[0], DIVERGENCE)},
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        for _, (name, part) in itertools.product(range(4), parts.items()):
+            began = time.process_time()
+            jax.block_until_ready(part())
+            seconds[name].append(time.process_time() - began)
+        of = {name: median(rounds[1:]) for name, rounds in seconds.items()}  # the first round compiles
+        whole = of["prompts"], of["prompts and 12 tokens"] - of["prompts"]
+        lines = [[name, f"{s:.2f}", *(f"{100 * s / part:.0f}" for part in whole)] for name, s in of.items()]
+        return [["16 rows", "CPU s", "of the prompts, %", "of 11 tokens more, %"], *lines]
 
 
 def key_of(row: Row) -> tuple[str, str, str, str]:
     return row["what"], row["pool"], row["task"], row["router"]
 
 
-def cells() -> Iterator[tuple[str, str, str, str]]:
+@functools.cache
+def _language_rows() -> list[Row]:
+    return read_lines(language.RESULTS / "language.jsonl")
+
+
+def tasks_of(pool: str) -> tuple[list[str], list[str]]:
+    """Return the names of a pool's targets, and those of its modules."""
+    if pool == LANGUAGE:
+        return [*dict.fromkeys(row["task"] for row in _language_rows())], [*language.ADAPTERS]
+    targets = [target.task.name for target in design().targets if target.pool == pool]
+    return targets, [task.name for task in design().pools[pool]]
+
+
+def cells(pools: Sequence[str] = POOLS) -> Iterator[tuple[str, str, str, str]]:
     """Yield the keys of all cells: targets, own tasks, and targets with rotated modules."""
-    for target in (target for target in design().targets if target.pool in POOLS):
-        yield from (("use", target.pool, target.task.name, router) for router in (BASE, SINGLE, *ROUTERS))
-    for pool in POOLS:
-        for task, router in itertools.product(design().pools[pool], (BASE, SINGLE, *ROUTERS)):
-            yield "own", pool, task.name, router
-    for target in (target for target in design().targets if target.pool in POOLS):
-        yield from (("rotated", target.pool, target.task.name, router) for router in ROUTERS)
+    for what, routers in (("use", (BASE, SINGLE, *ROUTERS)), ("own", (BASE, SINGLE, *ROUTERS)), ("rotated", ROUTERS)):
+        for router, pool in itertools.product(routers, pools):
+            yield from ((what, pool, task, router) for task in tasks_of(pool)[what == "own"])
 
 
-def measure(pools: Path, file: Path) -> None:
+def measure(routing: Routing, pools: Sequence[str], file: Path) -> None:
     """Measure the missing cells."""
-    routing = Routing(pools)
-    targets = {target.task.name: target for target in design().targets}
+    relevance = {target.task.name: target.relevance for target in design().targets}
 
     def of(missing: Sequence[tuple[str, str, str, str]]) -> Iterator[Row]:
-        for what, pool, task, router in missing:
+        for key in missing:
             began = time.process_time()
-            if what == "own":
-                found = routing.own(router, next(t for t in design().pools[pool] if t.name == task), pool)
-            else:
-                found = routing.use(router, targets[task], rotated=what == "rotated")
-                found["relevance"] = targets[task].relevance
-            key = {"what": what, "pool": pool, "task": task, "router": router}
-            yield key | found | {"cpu_seconds": round(time.process_time() - began, 2)}
+            row = dict(zip(("what", "pool", "task", "router"), key, strict=True)) | routing.measure(*key)
+            if key[0] != "own" and key[1] in POOLS:
+                row["relevance"] = relevance[key[2]]
+            yield row | {"cpu_seconds": round(time.process_time() - began, 2)}
 
-    Cells(file, key_of).fill(cells(), of, lambda row: f"{key_of(row)}: {row['cpu_seconds']} CPU s")
+    Cells(file, key_of).fill(cells(pools), of, lambda row: f"{key_of(row)}: {row['cpu_seconds']} CPU s")
 
 
-def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
+def tables(rows: Sequence[Row], pools: Sequence[str] = POOLS) -> dict[str, list[list[str]]]:
     """Return the tables of the rows whose cells all exist."""
     own = [["router", "share to the own module", "own module first, %", "loss", "minus uniform", "95 % interval"]]
     use = [["modules", "router", "loss", "exact match, %", "minus uniform, nats", "95 % interval"]]
+    use[0] += ["minus base, nats", "95 % interval"]
+    related = [["router", "tasks", "share to related modules", "minus uniform", "95 % interval"]]
     classes = [["router", *(f"minus uniform, {relevance}" for relevance in CLASSES)]]
     found = {key_of(row): row for row in rows}
     for what, router in itertools.product(("own", "use", "rotated"), (BASE, SINGLE, *ROUTERS)):
-        here = [found[key] for key in cells() if (key[0], key[3]) == (what, router) and key in found]
-        if not here or len(here) < len([key for key in cells() if (key[0], key[3]) == (what, router)]):
+        keys = [key for key in cells(pools) if (key[0], key[3]) == (what, router)]
+        here = [found[key] for key in keys if key in found]
+        if not here or len(here) < len(keys):
             continue
-        more = [row["loss"] - found[what, row["pool"], row["task"], UNIFORM]["loss"] for row in here]
+
+        def minus(other: str, value: str = "loss", what: str = what, here: Sequence[Row] = here) -> list[float]:
+            """Return the difference from another router of each task that has this value."""
+            of = "use" if other == BASE else what
+            return [r[value] - found[of, r["pool"], r["task"], other][value] for r in here if value in r]
+
+        more = minus(UNIFORM)
         loss, contrast = f"{fmean(row['loss'] for row in here):.3f}", with_interval(more, 3)
         if what == "own":
             label = "own module alone" if router == SINGLE else router
@@ -274,26 +380,22 @@ def tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
                 shares = [f"{fmean(r['share'] for r in here):.3f}", f"{100 * fmean(r['first'] for r in here):.0f}"]
             own.append([label, *shares, loss, *contrast])
             continue
-        use.append(
-            [
-                "rotated" if what == "rotated" else "real",
-                router,
-                loss,
-                f"{fmean(row['exact_match'] for row in here):.1f}",
-                *contrast,
-            ]
-        )
-        if what == "use":
+        match = f"{fmean(row['exact_match'] for row in here):.1f}"
+        kind = "rotated" if what == "rotated" else "real"
+        use.append([kind, router, loss, match, *contrast, *with_interval(minus(BASE), 3)])
+        if shares := [row["share"] for row in here if "share" in row]:
+            gain = with_interval(minus(UNIFORM, "share"), 3)
+            related.append([router, str(len(shares)), f"{fmean(shares):.3f}", *gain])
+        if what == "use" and "relevance" in here[0]:
             by_class = [[d for row, d in zip(here, more, strict=True) if row["relevance"] == r] for r in CLASSES]
             classes.append([router, *(" (".join(with_interval(values, 3)) + ")" for values in by_class)])
     for number in (5, 20, 95):
-        fused = [row for row in read_lines(ROOT / f"results/pool_value/rows_{number}.jsonl") if row["arm"] == FUSION]
-        scores = (
-            f"{fmean(row[value] for row in fused):.{digits}f}"
-            for value, digits in (("test_loss", 3), ("exact_match", 1))
-        )
-        use.append(["real", f"LoRAFusion, {number} rows", *scores, "-", "-"])
-    return {"own": own, "use": use, "classes": classes}
+        measured = _language_rows() if LANGUAGE in pools else read_lines(language.RESULTS / f"rows_{number}.jsonl")
+        if fused := [row for row in measured if (row["arm"], row["rows"]) == (FUSION, number)]:
+            loss, match = (fmean(row[value] for row in fused) for value in ("test_loss", "exact_match"))
+            use.append(["real", f"LoRAFusion, {number} rows", f"{loss:.3f}", f"{match:.1f}", *"----"])
+    of_all = {"own": own, "use": use, "related": related, "classes": classes}
+    return {name: lines for name, lines in of_all.items() if len(lines) > 1}
 
 
 def main(arguments: Sequence[str] = ()) -> None:
@@ -301,8 +403,14 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     file = options.out / "rows.jsonl"
     if options.measure:
-        measure(options.pools, file)
-    write_tables(options.out, tables(read_lines(file)))
+        measure(Routing(Strings(options.pools)), POOLS, file)
+    if options.tasks is not None:
+        routing = Routing(Language(options.pool, options.tasks))
+        measure(routing, [LANGUAGE], file)
+        write_csv(options.out / "language_times.csv", routing.times(LANGUAGE, "english-spanish"))
+    rows = read_lines(file)
+    write_tables(options.out, tables(rows))
+    write_tables(options.out, tables(rows, [LANGUAGE]), "language_")
 
 
 if __name__ == "__main__":

@@ -72,9 +72,12 @@ def test_tables_compare_with_uniform_once_all_cells_are_there():
     rows = [
         {"what": what, "pool": pool, "task": task, "router": router, "relevance": CLASSES[n % 3], "exact_match": 10.0}
         | {"loss": losses.get(router, 0.4 + n % 2 / 100)}
+        | ({"share": 0.25 if router == routing.UNIFORM else 0.75} if router in routing.ROUTERS else {})
         for n, (what, pool, task, router) in enumerate(keys)
     ]
-    lines = {line[1]: line for line in routing.tables(rows)["use"]}
+    found = routing.tables(rows)
+    lines = {line[1]: line for line in found["use"]}
     assert lines[routing.BASE][2:5] == ["0.700", "10.0", "0.200"] and float(lines["nearest"][4]) < 0
-    assert "LoRAFusion, 20 rows" in lines
-    assert "nearest" not in {line[1] for line in routing.tables(rows[:-20])["use"]}
+    assert lines[routing.UNIFORM][6] == "-0.200" and "LoRAFusion, 20 rows" in lines
+    assert {line[0]: line[2:4] for line in found["related"]}["nearest"] == ["0.750", "0.500"]
+    assert keys[-1][3] not in {line[1] for line in routing.tables(rows[:-1])["use"]}
