@@ -21,10 +21,12 @@ def cross_entropy(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> F
 
 def log_likelihood(logits: Float[Array, "B T V"], labels: Int[Array, "B T"]) -> Float[Array, " B"]:
     """Return the log-probability of every row's labels other than -100, in nats, in float32 or wider."""
-    real = labels != IGNORED
-    log_probs = jax.nn.log_softmax(widened(logits), axis=-1)
-    picked = jnp.take_along_axis(log_probs, jnp.where(real, labels, 0)[:, :, None], axis=-1)[:, :, 0]
-    return jnp.sum(jnp.where(real, picked, 0.0), axis=1)
+    real, exact = labels != IGNORED, widened(logits)
+    picked = jnp.take_along_axis(exact, jnp.where(real, labels, 0)[:, :, None], axis=-1)
+    # As `log_softmax`, whose other log-probabilities would take two more arrays of the size of the logits.
+    top = jax.lax.stop_gradient(jnp.max(exact, axis=-1, keepdims=True))
+    log_probs = picked - top - jnp.log(jnp.sum(jnp.exp(exact - top), axis=-1, keepdims=True))
+    return jnp.sum(jnp.where(real, log_probs[:, :, 0], 0.0), axis=1)
 
 
 def objective(params: Params, batch: Batch, problem: Problem, l1: Float[Array, ""]) -> tuple[Float[Array, ""], Metrics]:

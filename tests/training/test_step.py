@@ -8,7 +8,7 @@ import tiny
 
 import lorafusion_jax as lf
 from lorafusion_jax.adapters.coefficients import present
-from lorafusion_jax.parts import FullFineTuning, Magnitudes
+from lorafusion_jax.parts import FullFineTuning, Magnitudes, cross_entropy
 from lorafusion_jax.training import step as step_lib
 from lorafusion_jax.training.step import end_epoch, prune
 
@@ -324,3 +324,18 @@ def test_the_objective(frozen, problem, start):
         return value(c, filled)[1]["l1"]
 
     np.testing.assert_allclose(jax.grad(penalty)(c), 0.5 * np.sign(c) * acting / np.sum(acting), rtol=1e-6)
+
+
+def test_the_loss_is_that_of_all_log_probabilities_without_their_memory():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(50 * rng.standard_normal((2, 8, 512)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 512, (2, 8)), jnp.int32).at[1, 3:].set(-100)
+
+    def expected(logits):
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(labels < 0, 0.0, picked)) / 11
+
+    loss = jax.jit(jax.value_and_grad(lambda logits: cross_entropy(logits, labels))).lower(logits).compile()
+    for ours, theirs in zip(loss(logits), jax.jit(jax.value_and_grad(expected))(logits), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+    assert loss.memory_analysis().temp_size_in_bytes < logits.nbytes
