@@ -13,6 +13,7 @@ import bbh_rows
 import numpy as np
 import pytest
 import small_llama
+from page_tables import rows_below
 
 from lorafusion_jax.tasks import Example, Task, write_lorahub_split
 from lorafusion_jax.trials import append_lines, read_lines
@@ -136,7 +137,19 @@ def test_tests_are_over_tasks_and_wait_for_all_of_them():
     assert len(lines) == 5 and len(experiment.tests(rows[:-1])) == 1
 
 
-def test_tables_are_those_of_their_rows():
-    found = [read_lines(_RESULTS / f"{name}.jsonl") for name in ("adapters", "rows", "rates")]
+@pytest.mark.parametrize("results", [_RESULTS, _RESULTS / "gemma"])
+def test_tables_are_those_of_their_rows(results):
+    found = [read_lines(results / f"{name}.jsonl") for name in ("adapters", "rows", "rates")]
     for name, lines in experiment.tables(*found).items():
-        assert list(csv.reader((_RESULTS / f"{name}.csv").read_text().splitlines())) == lines
+        assert list(csv.reader((results / f"{name}.csv").read_text().splitlines())) == lines
+
+
+def test_the_page_has_the_pilot_of_both_models():
+    small, gemma = (csv.reader((of / "pilot.csv").read_text().splitlines()) for of in (_RESULTS, _RESULTS / "gemma"))
+    lines = [[*a[:1], *a[2:5], *b[2:5], _LEARNED_BY.get((a[5], b[5]))] for a, b in zip(small, gemma, strict=True)][1:]
+    head = [part for model in ("SmolLM2", "Gemma") for part in (f"{model}: 3 examples", "frequencies", "adapter")]
+    assert rows_below(_PAGE, ["task", *head, "learned by"]) == lines
+
+
+_LEARNED_BY = {("yes", "yes"): "both", ("no", "yes"): "Gemma", ("no", "no"): "neither"}
+_PAGE = _RESULTS.parents[1] / "docs" / "results" / "bbh_leave_one_out.md"
