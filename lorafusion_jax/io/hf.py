@@ -120,6 +120,8 @@ class Base:
                     digests |= {name: threads.submit(digest_of_one, name, tensors[name]) for name in slot.names}
                 if quantise and slot.transposed:
                     slot.variable.set_value(_gather_quantised(slot, tensors, dtype, quantise))
+                elif quantise == "int8" and model.config.tied and slot.names == [self.checkpoint.embedding]:
+                    slot.variable.set_value(_embedding(slot, tensors, dtype))
                 else:
                     slot.variable.set_value(jax.device_put(_gather(slot, tensors, dtype)))
         if digests:
@@ -176,7 +178,8 @@ def load_base(
     Args:
       source: a folder, a hub id `owner/name` or `owner/name@revision`, or a GGUF file.
       dtype: dtype of weights and activations.
-      quantise: one of `linear.QUANTISED_TYPES`, for all kernels and the head (unless tied); tiles along d_in.
+      quantise: one of `linear.QUANTISED_TYPES`, for all kernels and the head (unless tied, except for codes that a
+        GGUF file holds); tiles along d_in.
 
     Raises:
       ValueError: the model is of another kind, a file is missing or damaged, or tensors are missing, unexpected,
@@ -273,6 +276,18 @@ def _gather(slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> np.ndarray
     for name, layer in zip(slot.names, weights if slot.stacked else weights[None], strict=True):
         _copy(name, tensors[name], layer, slot.transposed)
     return weights
+
+
+def _embedding(slot: Slot, tensors: Mapping[str, Tensor], dtype: str) -> jax.Array | qwix.QArray:
+    """Return an embedding that is the head too, in its codes if the file holds some; other ones stay whole."""
+    (name,) = slot.names
+    if not _in_int8(tensor := tensors[name]):
+        return jax.device_put(_gather(slot, tensors, dtype))
+    codes, scales = tensor.codes()
+    scales = scales.astype(np.float32)
+    _check_finite(name, scales)
+    release(tensor)
+    return qwix.QArray(jax.device_put(codes), jax.device_put(scales), qtype="int8")
 
 
 def _gather_quantised(slot: Slot, tensors: Mapping[str, Tensor], dtype: str, qtype: str) -> qwix.QArray:

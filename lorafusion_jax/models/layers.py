@@ -99,7 +99,7 @@ def scan_blocks(
     leaves, tree = jax.tree.flatten(state, is_leaf=is_unstacked)
     apart = [leaf for leaf in leaves if is_unstacked(leaf)]
     sliced = tree.unflatten(
-        [Unstacked((), jnp.arange(len(leaf.matrices))) if is_unstacked(leaf) else leaf for leaf in leaves]
+        [Unstacked((), jnp.arange(leaf.shape[0])) if is_unstacked(leaf) else leaf for leaf in leaves]
     )
 
     def body(x: Any, layer: Any) -> tuple[Any, Any]:

@@ -30,18 +30,20 @@ from .narrow import from_bits, kept, to_bits
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unstacked:
-    """A stack of plain matrices as one array for each layer (see `unstacked`), frozen: products give them no gradient.
+    """A stack of matrices that loops do not slice (see `unstacked`), frozen: products give plain ones no gradient.
 
     Attributes:
+      matrices: one array for each layer, or the whole stack in codes of 8 bits.
       layer: number of the layer to multiply by, in a loop over layers, which slices it from those of all; None outside.
     """
 
-    matrices: tuple[Float[Array, "d_in d_out"], ...]
+    matrices: tuple[Float[Array, "d_in d_out"], ...] | qwix.QArray
     layer: Int[Array, "*L"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.matrices), *self.matrices[0].shape)
+        stack = self.matrices
+        return stack.shape if isinstance(stack, qwix.QArray) else (len(stack), *stack[0].shape)
 
     def at(self, layer: Int[Array, ""]) -> "Unstacked":
         return dataclasses.replace(self, layer=layer)
@@ -63,11 +65,33 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
         return crossbar.matmul(x, weight)
     if isinstance(weight, Unstacked):
         assert weight.layer is not None
-        return kept(_layer_dot(x, weight.matrices, weight.layer), PRODUCT)
+        if isinstance(weight.matrices, tuple):
+            return kept(_layer_dot(x, weight.matrices, weight.layer), PRODUCT)
+        if x.size == x.shape[-1]:
+            return _row_of_codes(x, weight.matrices, weight.layer)
+        weight = at_layer(weight.matrices, weight.layer)
     if _LOOPED.get() and isinstance(weight, qwix.QArray) and 0 < math.prod(x.shape[:-1]) <= FEW and for_cpu():
         weight = _after(x, weight)
     plain = dense(weight, x.dtype)
     return kept(_dot(x, plain, 0), PRODUCT) if for_cpu() else jnp.dot(x, plain)
+
+
+def _row_of_codes(
+    x: Float[Array, "*batch d_in"], stack: qwix.QArray, layer: Int[Array, ""]
+) -> Float[Array, "*batch _"]:
+    """Return the product of one row with a layer's matrix in codes, read once by a loop that adds up all tiles in step.
+
+    XLA would otherwise copy the layer's codes and write its matrix in float32. It computes a last sum in the loop too,
+    where it is slow, so that one is a product.
+    """
+    layers, tiles, d_out = stack.scale.shape
+    codes = stack.qvalue.reshape(layers, tiles, -1, d_out)
+    row, sums = x.reshape(tiles, -1, 1).astype(_exact(x)), jnp.zeros((), _exact(x))
+    for place in range(codes.shape[2]):
+        of_place = jax.lax.dynamic_slice(codes, (layer, 0, place, 0), (1, tiles, 1, d_out)).reshape(tiles, d_out)
+        sums = sums + row[:, place] * of_place.astype(row.dtype)
+    sums = sums * stack.scale[layer].astype(row.dtype)
+    return jnp.dot(jnp.ones(tiles, row.dtype), sums).reshape(*x.shape[:-1], d_out).astype(x.dtype)
 
 
 @contextlib.contextmanager
@@ -102,15 +126,25 @@ def _zero_of_batch(size: int, batched: Any, x: Float[Array, " B"]) -> tuple[Floa
     return _zero(x[0]), False  # members share the weight
 
 
-def embed(embedding: Float[Array, "V D"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+def embed(embedding: Array | qwix.QArray, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
     """Return the rows of an embedding. On a CPU, XLA would make a float32 copy of one in bfloat16 to take them from."""
     check_mesh((embedding, ids))
-    return from_bits(jax.tree.map(lambda table: jnp.take(table, ids, axis=0), to_bits(embedding)))
+    rows = from_bits(jax.tree.map(lambda table: jnp.take(table, ids, axis=0), to_bits(embedding)))
+    return _dequantised(rows) if isinstance(rows, qwix.QArray) else rows
 
 
-def unembed(x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
+def unembed(x: Float[Array, "*batch D"], embedding: Array | qwix.QArray) -> Float[Array, "*batch V"]:
     """Return `x @ embedding.T` in the dtype of `x`: the logits of a model whose head is its embedding."""
-    plain = embedding.astype(x.dtype)
+    if isinstance(embedding, qwix.QArray) and for_cpu() and x.size == x.shape[-1]:
+        size, tiles = embedding.scale.shape
+        codes = embedding.qvalue.reshape(size, tiles, -1)
+        row, sums = x.reshape(tiles, -1).astype(_exact(x)), jnp.zeros((), _exact(x))
+        start = _zero(row[0, 0].astype(jnp.float32)).astype(jnp.int32)  # else XLA keeps float32 copies for all tokens
+        for tile in range(tiles):
+            of_tile = jax.lax.dynamic_slice_in_dim(codes, tile + start, 1, axis=1)[:, 0].astype(row.dtype)
+            sums = sums + row[None, tile] * of_tile * embedding.scale[:, tile, None].astype(row.dtype)
+        return jnp.dot(sums, jnp.ones(sums.shape[1], row.dtype)).reshape(*x.shape[:-1], size).astype(x.dtype)
+    plain = dense(embedding, x.dtype)
     if x.dtype != jnp.bfloat16 or not for_cpu():
         return jnp.einsum("...d,vd->...v", x, plain)
     if math.prod(x.shape[:-1]) > 1:
@@ -227,7 +261,9 @@ def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
     """Return the weight as a plain array of `dtype`: dequantised, or the values that were programmed."""
     if isinstance(weight, Unstacked):
         assert weight.layer is not None
-        return _choose(weight.matrices, weight.layer, _converted, jnp.zeros((), dtype))
+        if isinstance(weight.matrices, tuple):
+            return _choose(weight.matrices, weight.layer, _converted, jnp.zeros((), dtype))
+        weight = at_layer(weight.matrices, weight.layer)
     if isinstance(weight, qwix.QArray):
         weight = _dequantised(weight)
     elif isinstance(weight, Chip):
@@ -253,17 +289,21 @@ def _dequantised(weight: qwix.QArray) -> Array:
 
 
 def unstacked(weights: Any) -> Any:
-    """Return a tree of weights with every stack of plain matrices as `Unstacked`, which shares the stack's memory.
+    """Return a tree of weights with every stack of plain or 8-bit matrices as `Unstacked`, which shares its memory.
 
     On a CPU a loop over layers copies each matrix out of its stack, which costs as much as the product if only a few
     rows are multiplied, as in generation. Nothing changes except on a single CPU, or inside of compiled functions.
     """
 
     def of_leaf(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array) or leaf.ndim != 3 or is_traced(leaf):
+        in_codes = isinstance(leaf, qwix.QArray) and leaf.qtype == "int8"
+        numbers = leaf.qvalue if in_codes else leaf
+        if not isinstance(numbers, jax.Array) or numbers.ndim != 3 or is_traced(numbers):
             return leaf
-        if {device.platform for device in leaf.devices()} != {"cpu"} or len(leaf.devices()) > 1:
+        if {device.platform for device in numbers.devices()} != {"cpu"} or len(numbers.devices()) > 1:
             return leaf
+        if in_codes:  # narrower scales would be copied to float32 for every token
+            return Unstacked(leaf) if leaf.scale.dtype == jnp.float32 else leaf
         # `device_put` makes an array from a view of the stack's memory without copying it.
         where = leaf.sharding if leaf.committed else None
         return Unstacked(tuple(jax.device_put(list(np.asarray(leaf)), where)))

@@ -8,6 +8,7 @@ import struct
 
 import gguf
 import gguf_models
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
@@ -157,6 +158,18 @@ def test_q8_0_keeps_its_codes(tmp_path, folders, dtype):
             rounding = 2.0**-7 * np.abs(wanted.astype(np.float32)) if dtype == "bfloat16" else 1e-5
             assert (np.abs(got.astype(np.float32) - wanted.astype(np.float32)) <= 0.5 * step + rounding).all()
             assert weight.scale_tile_shape[1] == (64 if "gate_proj" in path else 32)
+
+
+def test_an_embedding_that_is_the_head_keeps_its_codes(tmp_path, folders):
+    """Oracle: logits and answers of the same numbers in float32."""
+    file = written(folders["llama with biases, tied"], tmp_path / "model.gguf", kinds=lambda title: "Q8_0")
+    models = [lf.load_base(file, quantise=quantise) for quantise in ("int8", None)]
+    codes, plain = (model.embedding.get_value() for model in models)
+    assert isinstance(codes, qwix.QArray)
+    np.testing.assert_array_equal(dense(codes, "float32"), plain)
+    ids = jnp.arange(1, 7)[None]
+    np.testing.assert_allclose(*(model(ids, ids > 0) for model in models), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(*(lf.generate(model, ids, ids > 0, max_new_tokens=4) for model in models))
 
 
 # Tokenizers.

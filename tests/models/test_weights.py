@@ -116,6 +116,26 @@ def test_separate_arrays_share_the_memory_of_their_stack():
     assert isinstance(jax.jit(unstacked)(stack), jax.Array)  # nothing to share there
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_one_row_reads_codes_of_8_bits_without_a_matrix_in_float32(rows):
+    """Oracle: products with the dequantised matrices, and the bytes that XLA allocates."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, rows, 256), (3, 256, 96)))
+    stack = lf.quantise(w, "int8", tiled_axis=-2)
+    table = lf.quantise(w[0].T, "int8", tiled_axis=-1, tile=32)
+
+    def products(x, stack, table):
+        return lf.matmul(x, stack.at(jnp.int32(1))), unembed(x, table)
+
+    program = jax.jit(products).lower(x[0], unstacked(stack), table).compile()
+    assert (program.memory_analysis().temp_size_in_bytes < 4 * 256 * 96) == (rows == 1)
+    mapped = jax.vmap(products, in_axes=(0, None, None))(x, unstacked(stack), table)
+    plain = dense(stack, jnp.float32)[1], dense(table, jnp.float32).T
+    for y, of_both, matrix in zip(program(x[0], unstacked(stack), table), mapped, plain, strict=True):
+        np.testing.assert_allclose(y, np.asarray(x[0]) @ matrix, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(of_both, np.asarray(x) @ np.asarray(matrix), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_whose_weights_are_separate_arrays(dtype):
     """Only plain stacks are taken apart: one of 4 bits stays as it is."""

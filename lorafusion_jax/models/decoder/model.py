@@ -364,7 +364,7 @@ class Decoder(nnx.Module):
         return of_layer
 
     def _embed(self, ids: Target) -> Hidden:
-        x = embed(self.embedding[...], ids).astype(self.config.dtype)
+        x = embed(self.embedding.get_value(), ids).astype(self.config.dtype)
         scale = self.structure.embedding_scale
         # Hugging Face rounds the factor to the dtype of the activations, which matters in bfloat16.
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
@@ -372,7 +372,7 @@ class Decoder(nnx.Module):
     def _logits(self, x: Hidden) -> Logits:
         x, cap = self.norm(x), self.structure.logit_cap
         if self.config.tied:
-            logits = unembed(x, self.embedding[...])
+            logits = unembed(x, self.embedding.get_value())
         else:
             logits = matmul(x, self.head.get_value())
         logits = _scaled(logits, self.structure.logit_scale)

@@ -288,14 +288,14 @@ class T5(nnx.Module):
         return Cache(*own, *map(with_room, (cache.cross_keys, cache.cross_values), axes))
 
     def _embed(self, ids: Target) -> Hidden:
-        return embed(self.embedding[...], ids).astype(self.config.dtype)
+        return embed(self.embedding.get_value(), ids).astype(self.config.dtype)
 
     def _logits(self, x: Hidden) -> Logits:
         x = self.decoder_norm(x)
         if self.scale_logits:
             x = x * self.config.d_model**-0.5
         if self.config.tied:
-            return unembed(x, self.embedding[...])
+            return unembed(x, self.embedding.get_value())
         return matmul(x, self.head.get_value())
 
     def _scan(self, block: Callable[..., tuple[Any, Any]], stacked: nnx.Module, carry: Any, xs: Any) -> tuple[Any, Any]:
