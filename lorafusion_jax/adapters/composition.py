@@ -138,7 +138,11 @@ def compose(
         layers = (of.A[site], of.B[site], c, *terms)
         # checkpoint: the backward pass dequantises modules again instead of keeping them; norms are kept.
         of_layers = jax.checkpoint(of_layer, policy=jax.checkpoint_policies.save_only_these_names(_NORM))
-        update, scale, floored = jax.lax.map(of_layers, layers, batch_size=4)
+        if composition == "mix" and for_cpu() and all(isinstance(leaf, jax.Array) for leaf in layers[:2]):
+            # A loop would copy the pool, forward and backward.
+            update, scale, floored = jax.jit(jax.vmap(of_layers))(layers)
+        else:
+            update, scale, floored = jax.lax.map(of_layers, layers, batch_size=4)
         scale, total = scale if of_pairs is None else of_pairs, total + jnp.sum(floored, dtype=jnp.int32)
         per_layer = jnp.broadcast_to(index[None], (c.shape[0], *index.shape))
         if isinstance(update, LowRank | Dense):

@@ -477,6 +477,14 @@ def test_a_mix_takes_ranks_that_differ_where_modules_do_not_meet():
             _close(matrices[site][layer], _kernel(site, layer) + update)
 
 
+@pytest.mark.parametrize(("composition", "loop"), [("mix", False), ("sum", True)])
+def test_a_mix_copies_no_layers_of_the_pool_for_a_loop(composition, loop):
+    A, B = (jnp.ones((5, 2, *shape)) for shape in ((16, 4), (4, 12)))
+    pool = lf.LoraPool(A={"q": A}, B={"q": B}, rank={"q": jnp.full((5, 2), 4)}, names=("a", "b"))
+    program = jax.make_jaxpr(lambda c: lf.compose(pool, jnp.arange(2), {"q": c}, composition))
+    assert ("scan[" in str(program(jnp.ones((5, 2, 1))))) == loop
+
+
 # Pools in few bits.
 
 
