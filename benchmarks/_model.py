@@ -316,8 +316,7 @@ class Floor:
         # Gradients with respect to what is added to the embedded tokens are those of the first activations.
         widths = (SOURCE + TARGET - 1,) if config.causal else (SOURCE, TARGET)
         shifts = {width: jnp.zeros((BATCH, width, config.d_model), config.dtype) for width in widths}
-        base = weights.base if config.unroll else weights.unstacked().base
-        self._leaves, tree = jax.tree.flatten((shifts, base, batch))
+        self._leaves, tree = jax.tree.flatten((shifts, weights.unstacked().base, batch))
         gradient = jax.value_and_grad(loss)
         self._program = jax.jit(lambda leaves: gradient(*tree.unflatten(leaves))).lower(self._leaves).compile()
         memory = self._program.memory_analysis()

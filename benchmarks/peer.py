@@ -17,6 +17,7 @@ the `peft` extra, and a C++ compiler for torch.compile.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib
 import json
@@ -35,12 +36,12 @@ import _measure
 import jax
 import numpy as np
 from _measure import MALLOC, ROOT, case, features, has_peft, of_turns, processor, product_rates
-from _model import CHOICES, MODULES, Dtype, Step, config_of, frozen, unrolled
+from _model import CHOICES, MODULES, Dtype, Step, config_of, frozen
 from _peer import Peer, lines_of
 from padding import encoded, tasks_of
 
 from lorafusion_jax import PRESETS, Architecture, Frozen
-from lorafusion_jax.parts import markdown, packing_of, shallow_unrolled, start, step_operations
+from lorafusion_jax.parts import markdown, packing_of, pays_unrolled, start, step_operations
 from lorafusion_jax.report import write_text
 from lorafusion_jax.tasks import Batch, Encoded, batch_orders, split, train_step_batches
 
@@ -107,11 +108,13 @@ class _Form(NamedTuple):
       batches: those that are measured.
       tokens: real tokens that as many operations take on average in all batches of all tasks.
       share: real tokens / computed tokens in all batches of all tasks.
+      unroll: most of our trainings unroll the layers.
     """
 
     batches: list[Any]
     tokens: float
     share: float
+    unroll: bool
 
 
 # Functions: one begins a training, one takes a step and returns its loss.
@@ -244,7 +247,10 @@ def _work(options: argparse.Namespace) -> None:
         return
     candidate, (shape,) = _CANDIDATES[options.worker], options.shape
     config = config_of(shape, candidate.dtype)
-    weights, forms = jax.block_until_ready(frozen(config, candidate.dtype, MODULES)), _forms(options, config)
+    forms = _forms(options, config)
+    unroll = forms[_PACKED].unroll and candidate.dtype == "float32"
+    config = dataclasses.replace(config, unroll=unroll != candidate.other)
+    weights = jax.block_until_ready(frozen(config, candidate.dtype, MODULES))
     reset, step = (_ours if candidate.form == "ours" else _theirs)(config, weights, candidate)
     # A compiled function gains nothing from the file's order.
     used = {"ours": [_PACKED], "eager": [_PADDED, _SORTED]}.get(candidate.form, [_SORTED])
@@ -267,9 +273,7 @@ def _timed(reset: Callable[[], None], step: Callable[[Any], float], batches: Seq
 
 
 def _ours(config: Architecture, weights: Frozen, candidate: _Candidate) -> _Training:
-    as_run = shallow_unrolled(config)
-    other = config if as_run.unroll else unrolled(config)
-    step = Step(other if candidate.other else as_run, weights, "mix")
+    step = Step(config, weights, "mix")
 
     def reset() -> None:
         step.state = start(step.problem, (0,))
@@ -302,7 +306,7 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
     packing, recipe = packing_of(config, on_cpu=True), PRESETS["default"]
     draw = partial(np.random.default_rng(0).integers, 2, config.vocab_size, dtype=np.int32)
     batches: dict[str, list[Any]] = {_PACKED: [], _PADDED: [], _SORTED: []}
-    real = 0
+    real, unrolled = 0, []
     for task in tasks:
         rows = np.sort(split(len(task.train), (1,)).train)
         texts = encoded(task.train, tokenizer)
@@ -315,6 +319,7 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
         # Lanes are chosen for a whole run, whose later epochs are shuffled.
         later = in_order(rows, epochs=recipe.epochs, seeds=(1,))[:, ordered.shape[1] :]
         run = np.concatenate([ordered, later], axis=1)
+        unrolled.append(pays_unrolled(config, tokens, run, packing))
         steps = train_step_batches(tokens, run, pad_id=0, packing=packing)
         batches[_PACKED] += [step.batches for step in islice(steps, ordered.shape[1])]
         for form, order in ((_PADDED, ordered), (_SORTED, by_length)):
@@ -345,7 +350,8 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
     for form, like in ((_PACKED, _PADDED), (_PADDED, _PADDED), (_SORTED, _SORTED)):
         numbers, (computed, operations) = chosen(like), sizes[form].sum(axis=0)
         tokens = real * sizes[form][numbers, 1].sum() / operations
-        made[form] = _Form([batches[form][n] for n in numbers], tokens, real / computed)
+        unroll = bool(np.mean(unrolled) > 0.5)
+        made[form] = _Form([batches[form][n] for n in numbers], tokens, real / computed, unroll)
     return made
 
 

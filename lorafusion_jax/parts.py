@@ -102,7 +102,7 @@ from .loading.model import Texts as Texts
 from .loading.model import load_model as load_model
 from .loading.model import load_texts as load_texts
 from .loading.model import packing_of as packing_of
-from .loading.model import shallow_unrolled as shallow_unrolled
+from .loading.model import pays_unrolled as pays_unrolled
 from .loading.spec import LoadIn as LoadIn
 
 # Methods.

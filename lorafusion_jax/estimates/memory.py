@@ -10,7 +10,7 @@ from typing import Literal
 
 from ..loading.spec import LoadIn
 from ..methods.entry import Update
-from ..models.architecture import Architecture
+from ..models.architecture import Architecture, unrolled_numbers
 from ..models.weights import tile_size
 from ..training.seeds import SeedMode
 from .flops import Shape, adapted, last_sites, row_tokens, tokens
@@ -151,15 +151,8 @@ def _kept(config: Architecture, shape: Shape, update: Update) -> int:
         count = tokens(site.reads, shape)
         width = update.width(site, count)
         total += count * site.layers * (width + site.d_out if width else 0)
-    others = 0
-    if config.unroll:
-        for stack in stacks:
-            scores = sum(
-                attention.heads * tokens(stack.reads, rows) * row_tokens(attention, rows)
-                for attention in stack.attentions
-                for rows in shape.apart()
-            )
-            others += stack.layers * (scores + tokens(stack.reads, shape) * stack.elementwise)
+    parts = shape.rows * shape.source, shape.rows * shape.target
+    others = unrolled_numbers(config, *parts, [rows[:3] for rows in shape.apart()]) if config.unroll else 0
     return total * itemsize + others * _FLOAT32
 
 
@@ -181,8 +174,8 @@ def _fused(config: Architecture, update: Update) -> int:
 def _copies(config: Architecture, device: Device, load_in: LoadIn, *, stacked: bool) -> int:
     """Return the bytes of second copies of weights.
 
-    A CPU holds unrolled layers, and the bits of an NF4 model or of `stacked` layers in bfloat16. Of weights in few bits
-    one matrix at a time is dequantised; NF4's codes are copied twice on the way.
+    A CPU holds `stacked` layers that are unrolled, and the bits of those in bfloat16 or of an NF4 model. Of weights in
+    few bits one matrix at a time is dequantised; NF4's codes are copied twice on the way.
     """
     numbers = sum(s.layers * s.d_in * s.d_out for s in config.sites.values())
     itemsize = _itemsize(config)
@@ -191,7 +184,7 @@ def _copies(config: Architecture, device: Device, load_in: LoadIn, *, stacked: b
         of_codes = numbers // 2 if device == "cpu" and load_in == "nf4" else 0
         head = 0 if config.tied else math.prod(config.head)
         return max(of_number * head, of_codes + of_number * max(s.d_in * s.d_out for s in config.sites.values()))
-    copied = config.unroll or (stacked and config.dtype == "bfloat16")
+    copied = stacked and (config.unroll or config.dtype == "bfloat16")
     return itemsize * numbers if device == "cpu" and copied else 0
 
 

@@ -58,6 +58,4 @@ def logits_of(
 
 def looped(setup: _Loaded) -> _Loaded:
     """Return the model with a loop over layers, because reads compile slowly."""
-    model = nnx.merge(setup.problem.graph, setup.problem.frozen.base)
-    model.config = dataclasses.replace(model.config, unroll=False)
-    return setup.with_problem(graph=nnx.split(model)[0])
+    return dataclasses.replace(setup, problem=setup.problem.with_layers(unroll=False))

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Int32
 
 from .. import tasks
 from ..adapters.basis import Pool, base_directions, directions, in_directions, random_directions
@@ -20,9 +21,11 @@ from ..io.pool import AdapterFolders, ConvertedPool, open_pool
 from ..methods.entry import Built
 from ..methods.fusion import choice_of
 from ..methods.recipes import basis_of, modules_of
-from ..models.architecture import Architecture, Model, kernels, step_operations
+from ..models.architecture import Architecture, Model, kernels, step_operations, unrolled_numbers
 from ..models.weights import Weight
 from ..support.platform import for_cpu
+from ..tasks.batches import step_widths
+from ..tasks.packing import groups
 from ..training import mesh as sharding
 from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
@@ -33,8 +36,11 @@ from .spec import LoadOptions
 
 AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 
-# A model of so few layers runs a quarter faster without a loop over them, and its activations need no saving.
+# A model of so few layers compiles as fast without a loop over them.
 _SHALLOW = 8
+# Of training with unrolled layers on a CPU, as measured (docs/concepts/speed_bounds.md): the share of a step that it
+# saves, the operations of compiling each further layer, and the most bytes that it may keep for the backward pass.
+_SAVED, _COMPILING_LAYER, _KEPT = 0.06, 2e10, 2**30
 _CONTROL_KEY = 0
 _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
     "random-factors": random_pool,
@@ -104,9 +110,26 @@ def load_texts(base: Base, *, chat: bool) -> Texts:
     return Texts(tokenizer, text_format)
 
 
-def shallow_unrolled(config: Architecture) -> Architecture:
-    """Return the structure as runs compile it: few layers one after the other, others in a loop."""
-    return dataclasses.replace(config, unroll=True) if config.layers <= _SHALLOW else config
+def pays_unrolled(
+    config: Architecture,
+    encoded: tasks.Encoded,
+    orders: Int32[np.ndarray, "seeds steps B"],
+    packing: tasks.Packing | None,
+) -> bool:
+    """Return whether unrolled layers save more in all steps of a training on a CPU than they take to compile.
+
+    Arguments other than the structure are those of `train_step_batches`, for seeds in turn.
+    """
+    of_steps = step_widths(encoded, orders, packing, alike=False)
+    programs, times = np.unique(of_steps.reshape(-1, of_steps.shape[-1]), axis=0, return_counts=True)
+    (source, target, *of_rows), rows = programs.T, orders.shape[2]
+    shape = (rows * source, rows * target, [(rows, source, target)])
+    if of_rows:
+        counts = [len(numbers) for numbers in groups(np.zeros((rows, 2), int))]
+        shape = (source, target, list(zip(counts, of_rows[::2], of_rows[1::2], strict=True)))
+    saved = _SAVED * np.sum(times * step_operations(config, *shape))
+    compiling = len(programs) * max(config.layers - _SHALLOW, 0) * _COMPILING_LAYER
+    return bool(saved > compiling and 4 * np.max(unrolled_numbers(config, *shape)) <= _KEPT)
 
 
 def load_model(
@@ -133,7 +156,7 @@ def load_model(
         quantise = None if options.load_in == "full" else options.load_in
         with sharding.loading():
             model = base.load(dtype=options.dtype, quantise=quantise, hashed=True)
-        model.config = shallow_unrolled(model.config)
+        model.config = dataclasses.replace(model.config, unroll=model.config.layers <= _SHALLOW)
         graph, weights = nnx.split(model)
         weights = on_mesh(weights, model.config)
         nnx.update(model, weights)

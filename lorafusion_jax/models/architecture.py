@@ -461,6 +461,21 @@ def step_operations(config: Architecture, source: Any, target: Any, rows: Iterab
     return 4.0 * (products + _SCORES * scores)
 
 
+def unrolled_numbers(config: Architecture, source: Any, target: Any, rows: Iterable[tuple[int, Any, Any]]) -> Any:
+    """Return how many float32 numbers a backward pass keeps if layers are unrolled, in addition to those of a loop.
+
+    They are norms, gates and attention weights. Arguments are those of `step_operations`.
+    """
+    scores = sum(
+        count * _tokens(stack.reads, *widths) * _tokens(attention.reads, *widths) * (stack.layers * attention.heads)
+        for count, *widths in rows
+        for stack in config.stacks.values()
+        for attention in stack.attentions
+    )
+    stacks = config.stacks.values()
+    return scores + sum(_tokens(s.reads, source, target) * (s.layers * s.elementwise) for s in stacks)
+
+
 def _tokens(reads: Parts, source: Any, target: Any) -> Any:
     return sum({"source": source, "target": target}[part] for part in reads)
 

@@ -95,25 +95,47 @@ def scan_blocks(
     `Architecture`.
     """
     graph, state = nnx.split(stacked)
-    # Stacks in separate arrays are not sliced: the loop passes numbers of layers instead.
     leaves, tree = jax.tree.flatten(state, is_leaf=is_unstacked)
     apart = [leaf for leaf in leaves if is_unstacked(leaf)]
+
+    def of_layer(x: Any, weights: nnx.State, own: Any) -> tuple[Any, Any]:
+        with looped(not unroll):
+            return block(nnx.merge(graph, with_shared_factors(weights)), x, own)
+
+    if unroll and apart:
+        of_layer, outputs = jax.jit(of_layer), []  # traced once for all layers
+        for layer in _layers((state, xs)):
+            x, output = of_layer(x, *layer)
+            outputs.append(output)
+        return x, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *outputs)
+    # Stacks in separate arrays are not sliced: the loop passes numbers of layers instead.
     sliced = tree.unflatten(
         [Unstacked((), jnp.arange(leaf.shape[0])) if is_unstacked(leaf) else leaf for leaf in leaves]
     )
 
     def body(x: Any, layer: Any) -> tuple[Any, Any]:
-        x, (weights, of_layer) = from_bits((x, layer))
+        x, (weights, own) = from_bits((x, layer))
         following = iter(apart)
         weights = jax.tree.map(
             lambda leaf: next(following).at(leaf.layer) if is_unstacked(leaf) else leaf, weights, is_leaf=is_unstacked
         )
-        with looped(not unroll):
-            return to_bits(block(nnx.merge(graph, with_shared_factors(weights)), x, of_layer))
+        return to_bits(of_layer(x, weights, own))
 
     if not unroll:
         body = jax.checkpoint(body, policy=_PRODUCTS if for_cpu() else _SUMS, prevent_cse=False)
     return from_bits(jax.lax.scan(body, *to_bits((x, (sliced, xs))), unroll=unroll))
+
+
+def _layers(stacked: Any) -> list[Any]:
+    """Return a tree for each layer. The gradient of a split array is one concatenation, that of slices many sums."""
+
+    def split(leaf: Any) -> Sequence[Array]:
+        if is_unstacked(leaf):
+            return leaf.matrices
+        return [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * len(leaf))]
+
+    leaves, tree = jax.tree.flatten(stacked, is_leaf=is_unstacked)
+    return [tree.unflatten(of_layer) for of_layer in zip(*map(split, leaves), strict=True)]
 
 
 def of_stack(adapters: Adapters, stack: str, sites: Mapping[str, Any]) -> Mapping[str, Any]:

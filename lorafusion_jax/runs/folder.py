@@ -41,6 +41,7 @@ class Environment(TypedDict):
     """Environment in which a run was begun."""
 
     seed_mode: SeedMode
+    unroll: NotRequired[bool]  # the layers in training (`Architecture.unroll`)
     dtype: str
     device: str
     cores: int

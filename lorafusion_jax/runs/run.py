@@ -37,7 +37,7 @@ from ..training.recipe import Recipe
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
 from .folder import Environment, Folders, RunConfig, RunFolder, note
 from .options import FuseOptions, options_to_json
-from .setup import Setup, check, load_setup, of_run, trainable_count
+from .setup import Setup, check, load_setup, of_run, trainable_count, unrolls
 from .train import FINAL, FinalSteps, train
 from .weight_list import listed_params, read_weights, with_listed_modules
 
@@ -108,11 +108,15 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
         setup = _chosen(setup, options, recorded)
     now = digests(setup)
     begin, left_out = _start_params(setup, last, now)
-    config = _config(options, setup, now)
+    unroll = set_up is None and unrolls(setup, last)
+    if recorded is not None:
+        unroll = recorded["environment"].get("unroll", setup.config.unroll)
+    config = _config(options, setup, now, unroll)
     if recorded is not None:
         _compare_environment(recorded, config)
         check_digests(run.folder, recorded["digests"], now, options)
-    hardware = HardwareSetup(setup, lambda params: setup)
+    training = dataclasses.replace(setup, problem=setup.problem.with_layers(unroll=unroll))
+    hardware = HardwareSetup(training, lambda params: setup)
     if set_up is not None:
         hardware = set_up(setup, last, begin or start(setup.problem, options.seeds).params)
     processes.barrier("every process has read what is there")
@@ -360,9 +364,9 @@ def _prediction_rows(setup: Setup, seeds: tuple[int, ...], evaluation: Evaluatio
             }
 
 
-def _config(options: FuseOptions, setup: Setup, now: Digests) -> RunConfig:
+def _config(options: FuseOptions, setup: Setup, now: Digests, unroll: bool) -> RunConfig:
     trained = [] if setup.split is None else np.unique(np.concatenate(setup.split, axis=None))
-    folders = Folders()
+    folders, how = Folders(), {"seed_mode": setup.problem.seed_mode, "unroll": unroll, "dtype": options.dtype}
     for name in ("base", "pool", "task"):
         given = getattr(options, name)
         if given and not Path(given).expanduser().is_absolute() and Path(given).exists():
@@ -373,7 +377,7 @@ def _config(options: FuseOptions, setup: Setup, now: Digests) -> RunConfig:
         "task_sha256": setup.task.sha256,
         "trained_sha256": sorted({setup.task.train[i].input_sha256 for i in trained}),
         "max_new_tokens": setup.max_new_tokens,
-        "environment": Environment(seed_mode=setup.problem.seed_mode, dtype=options.dtype, **environment()),
+        "environment": Environment(**how, **environment()),
         "digests": now,
         "folders": folders,
     }
@@ -408,6 +412,6 @@ def _compare_environment(recorded: RunConfig, now: RunConfig) -> None:
         if recorded[key] != now[key]:
             raise ValueError(f"the {key} changed since the run was begun: restore them, or begin another run")
     was, is_ = recorded["environment"], now["environment"]
-    if different := [key for key in is_ if was[key] != is_[key]]:
+    if different := [key for key in was if was[key] != is_[key]]:
         changes = "; ".join(f"{key} was {was[key]}, is {is_[key]}" for key in different)
         note(f"note: {changes}; the last bits may differ from an uninterrupted run")

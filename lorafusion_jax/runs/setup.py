@@ -14,7 +14,16 @@ from .. import tasks
 from ..io.arrays import check_signature, signature
 from ..io.hf import Base, open_base
 from ..loading.identity import check_digests, digests
-from ..loading.model import AnyLoaded, LoadedModel, Texts, load_model, load_texts, packing_of, with_modules
+from ..loading.model import (
+    AnyLoaded,
+    LoadedModel,
+    Texts,
+    load_model,
+    load_texts,
+    packing_of,
+    pays_unrolled,
+    with_modules,
+)
 from ..loading.spec import Control, LoadOptions
 from ..methods.fusion import GIVE_BASIS, choice_of
 from ..methods.lora import is_warm
@@ -22,6 +31,7 @@ from ..methods.recipes import basis_of
 from ..methods.untrained import FewShotRecipe
 from ..support.checks import at_least, check_uint32, one_of
 from ..support.platform import for_cpu
+from ..training.fit import orders_of
 from ..training.method import Params
 from ..training.seeds import SeedMode
 from .folder import RunConfig
@@ -158,6 +168,19 @@ def load_setup(
             encode_shown(texts, shown, len(test), new_tokens)
     fused = load_model(options, seed_mode, base)
     return Setup(**vars(fused), task=task, train=train, test=test, split=rows, max_new_tokens=new_tokens)
+
+
+def unrolls(setup: Setup, options: FuseOptions) -> bool:
+    """Return whether a training unrolls the layers: if that pays, or as in the loaded model where it was not measured.
+
+    It was measured with frozen float32 weights and seeds in turn, on a CPU without a mesh.
+    """
+    entry, recipe, single = options.entry, options.recipe, jax.sharding.get_abstract_mesh().empty and for_cpu()
+    plain = options.dtype == "float32" and options.load_in == "full" and setup.problem.seed_mode == "sequential"
+    if entry.learns != "trained" or "base" in entry.groups or not (single and plain):
+        return setup.config.unroll
+    orders = orders_of(setup.rows, recipe, options.seeds)
+    return pays_unrolled(setup.config, setup.train, orders, setup.rows.packing if recipe.pack else None)
 
 
 def tasks_of_seeds(task: tasks.Task, options: FuseOptions) -> list[tasks.Task]:

@@ -159,14 +159,10 @@ def train_step_batches(
     `orders` (row numbers from `batch_orders`), so a resumed run, and every interval of a run, has the same shapes.
     Every interval but the first ends `length` steps after the one before it, or with the last step.
     """
-    table = _table(encoded, pad_id)
-    lengths = np.stack([table.input_lengths, table.label_lengths], axis=1)[orders]
-    padded = np.array(_shapes(lengths.max(axis=(0, 2))))
-    planned = None if packing is None else packing.plan(lengths, padded, alike=alike)
-    of_step = padded if planned is None else planned
+    table, of_step = _table(encoded, pad_id), step_widths(encoded, orders, packing, alike=alike)
 
     def take(steps: slice, *widths: int) -> Batch:
-        if packing is None or planned is None:
+        if packing is None or len(widths) == 2:
             return table.take(orders[:, steps], *widths)
         return _packed(encoded, orders[:, steps], widths, pad_id=pad_id, causal=packing.causal)
 
@@ -180,6 +176,17 @@ def train_step_batches(
         else:
             yield StepBatch(take(steps, *map(max, *shapes)), shapes, own)
         first_step = steps.stop
+
+
+def step_widths(
+    encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], packing: Packing | None, *, alike: bool
+) -> Int[np.ndarray, "*seeds steps widths"]:
+    """Return the widths of all steps: those of `Packing.plan`, or the source and target width of padded rows."""
+    sizes = [(len(source), len(target)) for source, target in zip(encoded.inputs, encoded.labels, strict=True)]
+    lengths = np.array([*sizes, (0, 0)])[orders]
+    padded = np.array(_shapes(lengths.max(axis=(0, 2))))
+    planned = None if packing is None else packing.plan(lengths, padded, alike=alike)
+    return padded if planned is None else planned
 
 
 def eval_batches(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Int32
 
 from ..support.platform import for_cpu
 from ..support.progress import progress
@@ -95,8 +95,7 @@ def fit(
         each interval (see `whole_epochs`) but its last.
       after_epoch: called with the result of each epoch, to log and to save.
     """
-    shuffle = None if recipe.protocol == "reference" else seeds
-    orders = batch_orders(rows.split.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle)
+    orders = orders_of(rows, recipe, seeds)
     per_epoch = orders.shape[1] // recipe.epochs
     optimisation = recipe.optimisation(orders.shape[1])
     # All validation rows in one batch: its loss is then their mean per token.
@@ -156,6 +155,12 @@ def fit(
                 break
             first_step = number * per_epoch
     return state
+
+
+def orders_of(rows: TrainingRows, recipe: Recipe, seeds: tuple[int, ...]) -> Int32[np.ndarray, "seeds steps B"]:
+    """Return the rows of every step of a training."""
+    shuffle = None if recipe.protocol == "reference" else seeds
+    return batch_orders(rows.split.train, batch_size=recipe.batch_size, epochs=recipe.epochs, seeds=shuffle)
 
 
 @partial(jax.jit, static_argnames=("optimisation", "shapes"), donate_argnames=("state",))

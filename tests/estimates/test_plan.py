@@ -363,7 +363,7 @@ def test_memory_of_a_step(name, seed_mode, config, load_in, structure):
         name, settings = "fusion", dataclasses.replace(_SETTINGS, rank=16)
     graph, frozen = _frozen(name, config, settings)
     frozen = _held_in(load_in, graph, frozen)
-    if name != "full" and not config.unroll:
+    if name != "full":
         frozen = frozen.unstacked()
     state, index = _state(name, config, settings, seeds)
     problem, optimisation = _problem(name, config, settings, seed_mode), lf.Optimisation(steps=9, clip=1.0)

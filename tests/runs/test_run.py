@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 import lorafusion_jax as lf
 from lorafusion_jax import parts
 from lorafusion_jax.io import checkpoint
+from lorafusion_jax.runs import run as run_lib
 from lorafusion_jax.support import interrupts, processes
 from lorafusion_jax.tasks import eval_batches
 from lorafusion_jax.training import fit as fit_lib
@@ -140,6 +141,26 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, copied, capsys):
     assert seconds == before == fused[1]["seconds"]["train"] if reached is None else seconds > before > 0
     assert said.count("going on from step") == (reached is not None)
     assert reached is None or f"{folder}: going on from step {reached}\n" in said
+
+
+@pytest.mark.parametrize("recorded", [True, False, None])
+def test_a_resumed_run_compiles_its_layers_as_it_began(recorded, fused, copied, monkeypatch):
+    """Runs before 0.1.0 record nothing, and unroll the four layers of this model."""
+    options, folder = copied
+    config, found = json.loads((folder / "config.json").read_text()), []
+    assert config["environment"].pop("unroll") is fused[1]["environment"]["unroll"] is True
+    config["environment"] |= {} if recorded is None else {"unroll": recorded}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "results.json").unlink()
+
+    def train(run, setup, *_):
+        found.append(setup.config.unroll)
+        raise SystemExit
+
+    monkeypatch.setattr(run_lib, "train", train)
+    with pytest.raises(SystemExit):
+        lf.fuse(options)
+    assert found == [recorded is not False]
 
 
 def test_a_run_that_is_resumed_may_be_evaluated_in_smaller_batches(fused, copied):

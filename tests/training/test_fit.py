@@ -161,7 +161,7 @@ def test_gradients_with_layers_in_separate_arrays(dtype):
     ("method", "recipe", "unroll", "apart"),
     [
         (Fusion(), _RECIPE, False, True),
-        (Fusion(), _RECIPE, True, False),
+        (Fusion(), _RECIPE, True, True),
         (FullFineTuning(), FullRecipe(epochs=1), False, False),
     ],
     ids=["fusion", "unrolled", "full"],
