@@ -166,7 +166,8 @@ def programmed(
     """Return the weights on several chips, given their keys; leaves have an axis of chips, which a mesh splits."""
     structure, values = split_config(tuple(rules.items()))
     own, shared = on_mesh((keys, restored), of_seeds=True), (problem.frozen, values, limits, modules)
-    return _program_all(own, shared, structure=structure, graph=problem.graph, norm=norm)
+    written = _program_all(own, shared, structure=structure, graph=problem.graph, norm=norm)
+    return on_mesh(written, problem.config, of_seeds=True)
 
 
 def for_every_chip(tree: _Tree, count: int) -> _Tree:

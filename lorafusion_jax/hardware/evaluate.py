@@ -54,7 +54,7 @@ class EvaluateOnChipsOptions(EvaluateOptions, ChipsOptions):
       calibration_rows: training rows that the ADCs are calibrated on.
       report: evaluate chip after chip, each calibrated on its own, and next to the digital model; and report every
         site's signal to quantisation noise ratio, arrays and conversions.
-      mesh: divide chips and seeds over devices, as in seed=8.
+      mesh: divide chips and seeds over devices, as in seed=8, and matrices over the axis `model`.
     """
 
     chips: int | None = None
@@ -121,7 +121,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     Raises:
       ValueError: a run with examples in its prompts; and as `asked` does.
     """
-    mesh = None if options.mesh is None else make_mesh(options.mesh, in_arrays=True)
+    mesh = None if options.mesh is None else make_mesh(options.mesh)
     on = asked(options)
     check_writable(results_path(options))
     if on.fused.entry.answers == "examples":
@@ -135,7 +135,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     on_devices = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with on_devices, progress("chips", count * len(on.configs)) as bar:
         setup = looped(on.setup)
-        setup = setup.with_problem(frozen=on_mesh(setup.problem.frozen))
+        setup = setup.with_problem(frozen=on_mesh(setup.problem.frozen, setup.config))
         for (age, compensate), config in on.configs.items():
             on_all = on_every_chip(
                 setup,

@@ -66,7 +66,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
         key = chips.chip_key(asked.chip)
         how = {"modules": numbers, "norm": asked.norm, "restored": restored}
         chip = program(graph, digital, chips.rules(config), key, **how)
-        return on_mesh(calibrate(setup, params, chip, rows=CALIBRATION_ROWS))
+        return on_mesh(calibrate(setup, params, chip, rows=CALIBRATION_ROWS), setup.config)
 
     chip = calibrated(config, restored)
     training = chip
@@ -75,7 +75,8 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
     elif asked.train_chip != "chip":
         key = jax.random.fold_in(chips.key, STEP_CHIPS)
         steps = "every" if asked.train_chip == "fresh" else "other"
-        training = on_mesh(redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm))
+        training = redrawn(chip, digital, chips.rules(config), key, steps=steps, norm=asked.norm)
+        training = on_mesh(training, setup.config)
 
     def tested(trained: Params) -> Setup:
         # Again, because the trained parameters change the inputs of the converters.

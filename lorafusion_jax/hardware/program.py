@@ -16,11 +16,14 @@ from jaxtyping import Array, Int
 
 from ..adapters.norms import PairTerms, gram, norms
 from ..adapters.pool import LoraPool
-from ..crossbar import Correction, Preparation, Rules, chips_in, program_tree, with_chips, with_corrections
-from ..models.architecture import kernels, matrices, set_matrices
+from ..crossbar import Chip, Correction, Preparation, Rules, chips_in, program_tree, with_chips, with_corrections
+from ..crossbar.chip.plan import Cut, Split
+from ..crossbar.chip.split import unfit
+from ..models.architecture import Architecture, kernels, matrices, set_matrices
 from ..models.weights import dense
 from ..support.reading import named
 from ..training.frozen import Frozen
+from ..training.mesh import axis_size, check_model
 
 # Weights that the magnitudes' norms are computed from: those on the chip, which have to be read back, or their targets.
 Norms = Literal["programmed", "ideal"]
@@ -96,14 +99,16 @@ def program(
     preparations = _with_pool(frozen.preparations or {}, factors)
     write = functools.partial(program_tree, rules=rules, key=key, numbers=numbers, preparations=preparations)
     written = base | ({"pool": factors} if factors else {})
-    if restored is not None:  # corrections that do not fit are refused before anything is written
-        jax.eval_shape(lambda weights: len(restored.on(write(weights))), written)
-    placed = write(written)
+
+    def finished(weights: Any) -> Any:
+        return _shared_out(weights if restored is None else restored.on(weights), model.config)
+
+    if restored is not None or axis_size("model") > 1:  # what does not fit is refused before anything is written
+        jax.eval_shape(lambda weights: len(finished(write(weights))), written)
+    placed = finished(write(written))
     if any(config is not None for config in rules.values()) and not chips_in(placed):
         raise ValueError(f"the digital weights {', '.join(map(repr, rules))} leave none for arrays: name fewer")
     factors = placed.pop("pool", None)
-    if restored is not None:
-        placed = restored.on(placed)
     set_matrices(model, placed)
     _, state = nnx.split(model)
     programmed = dataclasses.replace(frozen, base=state, preparations=None)
@@ -120,6 +125,31 @@ def program(
             terms = jax.jit(gram)(pool, kernels(nnx.merge(graph, frozen.base)))
         return dataclasses.replace(programmed, gram=terms and dataclasses.replace(terms, modules=pool))
     return dataclasses.replace(programmed, gram=jax.jit(gram)(in_arrays, kernels(model)))
+
+
+def _shared_out(weights: Any, config: Architecture) -> Any:
+    """Return weights whose chips are split over the mesh's axis `model`, each as its digital matrix is."""
+    if (devices := axis_size("model")) == 1:
+        return weights
+    check_model(config)
+    splits: dict[str, Cut] = {**config.splits}
+    for name, site in config.sites.items():
+        factors = "BV" if site.split == "columns" else "AU"
+        splits.update(dict.fromkeys((name, *(f"pool.{factor}.{name}" for factor in factors)), site.split))
+    cut: list[tuple[Chip, Cut | None]] = [(chip, splits.get(chip.name)) for chip in chips_in(weights)]
+
+    def refused(parts: int) -> list[str]:
+        reasons = ((chip.name, by and unfit(chip, by, parts)) for chip, by in cut)
+        return [f"{name} has {reason}" for name, reason in reasons if reason]
+
+    if why := refused(devices):
+        fits = next(parts for parts in range(devices - 1, 0, -1) if devices % parts == 0 and not refused(parts))
+        raise ValueError(
+            f"--mesh model={devices} splits arrays between tiles, but {why[0]}: give model={fits}, or keep it digital "
+            "(--keep-digital)"
+        )
+    plans = [dataclasses.replace(chip.plan, split=by and Split(by, "model", devices)) for chip, by in cut]
+    return with_chips(weights, [dataclasses.replace(c, plan=plan) for (c, _), plan in zip(cut, plans, strict=True)])
 
 
 def _with_pool(

@@ -149,7 +149,9 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     """
     at_least(1, chips=len(options.chip), tokens=options.tokens)
     check_uint32(seed=options.seed)
-    mesh = None if options.mesh is None else make_mesh(options.mesh, in_arrays=True)
+    mesh = None if options.mesh is None else make_mesh(options.mesh)
+    if mesh is not None and mesh.shape["model"] > 1:
+        raise ValueError(f"--mesh {options.mesh} would split the chips that a device restores: give seed alone")
     low_rank, rank = options.method in ("low-rank", "lora"), 4.0 if options.rank is None else options.rank
     unused = ("rate",) if options.method == "lora" else () if low_rank else ("rank", "rate_low_rank")
     if flags := flags_given(options, unused):

@@ -21,8 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from .. import crossbar
-from ..crossbar import Chip, is_chip, programmed_weights
+from ..crossbar import Chip, programmed_weights
+from ..crossbar import is_chip as is_chip
 from ..crossbar import reads as reads
+from ..crossbar.chip.split import partitions as partitions
 from ..support.platform import check_mesh, for_cpu, is_traced
 from .narrow import from_bits, kept, to_bits
 

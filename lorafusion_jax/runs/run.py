@@ -74,8 +74,7 @@ def run(options: FuseOptions, set_up: SetUpHardware | None = None) -> dict[str, 
         if options.distributed:
             stack.enter_context(processes.joined(options.coordinator, options.processes, options.process))
         if options.mesh is not None:
-            in_arrays = options.arrays.crossbar is not None
-            stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds), in_arrays=in_arrays)))
+            stack.enter_context(jax.set_mesh(make_mesh(options.mesh, len(options.seeds))))
         return _run(with_targets(options, base), base, set_up)
 
 

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..models.architecture import Architecture, Split
 from ..models.registry import abstract_model
+from ..models.weights import is_chip, partitions
 from ..support.platform import for_cpu
 
 _Tree = TypeVar("_Tree")
@@ -29,11 +30,11 @@ _SPLIT = {"columns": (None, "model"), "rows": ("model", None)}
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
-def make_mesh(asked: str, seeds: int = 0, *, in_arrays: bool = False) -> Mesh:
-    """Return the mesh of an option such as `seed=4,model=2` for a run of so many seeds, `in_arrays` or not.
+def make_mesh(asked: str, seeds: int = 0) -> Mesh:
+    """Return the mesh of an option such as `seed=4,model=2` for a run of so many seeds.
 
     Raises a ValueError for an axis or size that is not valid, too few devices, more devices of several processes than
-    the mesh has, seeds that cannot be divided evenly, and simulated arrays to be divided.
+    the mesh has, and seeds that cannot be divided evenly.
     """
     sizes = dict.fromkeys(AXES, 1)
     for part in asked.split(","):
@@ -43,8 +44,6 @@ def make_mesh(asked: str, seeds: int = 0, *, in_arrays: bool = False) -> Mesh:
         sizes[name] = int(size)
     if seeds % sizes["seed"]:
         raise ValueError(f"{seeds} seeds cannot be shared out evenly over --mesh seed={sizes['seed']}: give a multiple")
-    if in_arrays and sizes["model"] > 1:
-        raise ValueError(f"--mesh {asked} would split simulated arrays, which is not implemented: give seed alone")
     size, there = sizes["seed"] * sizes["model"], jax.device_count()
     if size > there:
         forced = f", or set XLA_FLAGS=--xla_force_host_platform_device_count={size}"
@@ -117,15 +116,21 @@ def shardings(tree: Any, config: Architecture | None = None, *, of_seeds: bool =
     mesh = jax.sharding.get_mesh()
     split = () if config is None else rules(config)
 
-    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> list[NamedSharding]:
+        if is_chip(leaf):
+            specs = partitions(leaf)
+            if of_seeds:
+                specs = [PartitionSpec("seed", *spec[1:]) for spec in specs]
+            return [NamedSharding(mesh, spec) for spec in specs]
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = partition(name, leaf.ndim, split, of_seeds=of_seeds)
         for axis, size in zip(spec, leaf.shape, strict=False):
             if axis is not None:
                 _check_divides(mesh.shape[axis], size, name, axis)
-        return NamedSharding(mesh, spec)
+        return [NamedSharding(mesh, spec)]
 
-    return [of_leaf(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    by_path = jax.tree.leaves_with_path(tree, is_leaf=is_chip)
+    return [sharding for path, leaf in by_path for sharding in of_leaf(path, leaf)]
 
 
 def partition(name: str, dimensions: int, rules: Rules, *, of_seeds: bool = False) -> PartitionSpec:
@@ -171,4 +176,4 @@ def _check_divides(size: int, dimension: int, name: str, axis: str = "model") ->
 
 def axis_size(axis: str) -> int:
     """Return the size of an axis of the ambient mesh, 1 without one."""
-    return jax.sharding.get_mesh().shape.get(axis, 1)
+    return jax.sharding.get_abstract_mesh().shape.get(axis, 1)

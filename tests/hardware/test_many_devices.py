@@ -9,9 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
+import tiny
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from lorafusion_jax import crossbar, fuse, parts, tasks
-from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Independent, Mapping, ReadNoise
+from lorafusion_jax import Frozen, crossbar, fuse, parts, tasks
+from lorafusion_jax.crossbar import ADC, Cell, CrossbarConfig, Device, Encoding, Independent, Mapping, ReadNoise, Tile
+from lorafusion_jax.hardware.program import program
 from lorafusion_jax.training.loss import seed_entropies
 
 _COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
@@ -20,7 +24,7 @@ _NOISY = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None),
 
 
 def _mesh(asked):
-    return contextlib.nullcontext() if asked is None else jax.set_mesh(parts.make_mesh(asked, in_arrays=True))
+    return contextlib.nullcontext() if asked is None else jax.set_mesh(parts.make_mesh(asked))
 
 
 @pytest.mark.long
@@ -68,18 +72,60 @@ def test_runs_on_chips_have_the_results_of_one_device(small, tmp_path):
     assert [(row["chip"], row["seed"]) for row in read[1]] == [(chip, seed) for chip in range(3) for seed in (1, 2)]
 
 
+def _tiled(rows=8, cols=8, **changes):
+    return CrossbarConfig(tile=Tile(rows=rows, cols=cols), adc=ADC(bits=8, range="max"), **changes)
+
+
+_SMALL = dataclasses.replace(tiny.CONFIG, num_heads=4, d_kv=8, num_layers=1, num_decoder_layers=1, unroll=True)
+
+
+def test_arrays_are_split_where_their_digital_matrices_are():
+    graph, digital = (
+        nnx.split(tiny.t5(_SMALL))[0],
+        tiny.frozen(tiny.t5(_SMALL), tiny.pool(3, names="vo", config=_SMALL)),
+    )
+    rules = {"encoder.self.*": _tiled(), "pool.*.encoder.self.*": _tiled(cols=4), "*": None}
+    chips = []
+
+    def noted(key):
+        chips.extend(crossbar.chips_in(program(graph, digital, rules, key)))
+        return key
+
+    with _mesh("model=2"):
+        jax.eval_shape(noted, jax.random.key(0))
+        specs = {chip.name: [sharding.spec for sharding in parts.shardings(chip)] for chip in chips}
+    cut = {chip.name: chip.plan.split and chip.plan.split.by for chip in chips}
+    sites = {f"encoder.self.{name}": "rows" if name == "o" else "columns" for name in "qkvo"}
+    sides = {"pool.A.encoder.self.o": "rows", "pool.B.encoder.self.v": "columns"}
+    assert cut == sites | sides | {"pool.A.encoder.self.v": None, "pool.B.encoder.self.o": None}
+    assert specs["encoder.self.v"][:2] == [P(None, None, "model"), P(None, None, None)]  # codes, scale
+
+
 def test_what_chips_cannot_share_out_is_refused_before_anything_is_loaded(small, tmp_path):
     given = {"run": tmp_path, "crossbar": "isaac"}
-    for asked, message in (("model=2", "would split simulated arrays"), ("seed=8", "needs 8 devices, got 4")):
-        with pytest.raises(ValueError, match=message):
-            parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(**given, mesh=asked))
+    with pytest.raises(ValueError, match="needs 8 devices, got 4"):
+        parts.evaluate_on_chips(parts.EvaluateOnChipsOptions(**given, mesh="seed=8"))
+    for asked, message in (("seed=8", "needs 8 devices, got 4"), ("model=2", "would split the chips that a device")):
         with pytest.raises(ValueError, match=message):
             parts.restore_chips(parts.RestoreOptions(base="nowhere", crossbar="isaac", mesh=asked))
-    for how, message in (
-        ({"mesh": "model=2"}, "would split simulated arrays"),
-        ({"mesh": "seed=2", "distributed": True}, "is of one process: leave out --distributed"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            fuse(recipes.small_run(small, tmp_path, arrays=parts.OnArrays(crossbar="isaac"), **how))
+    with pytest.raises(ValueError, match="is of one process: leave out --distributed"):
+        how = {"mesh": "seed=2", "distributed": True}
+        fuse(recipes.small_run(small, tmp_path, arrays=parts.OnArrays(crossbar="isaac"), **how))
     with pytest.raises(ValueError, match="leave out --mesh, or --report"):
         parts.report_on_chips(parts.EvaluateOnChipsOptions(**given, mesh="seed=2"))
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"*.v": _tiled(cols=12)}, "v has 3 tiles of 11 or 10 columns: give model=1, or keep it digital"),
+        ({"*.v": _tiled(cols=16)}, "v has 2 tiles of 16 columns: give model=2"),
+        ({"*.o": _tiled(rows=16), "*.q": _tiled()}, "o has 2 tiles of 16 rows: give model=2"),
+        ({"*.o": _tiled(mapping=Mapping(scale="tile"))}, "o has a range for every row tile"),
+        ({"*.v": _tiled(encoding=Encoding(kind="offset", unit_column=True))}, "v has unit columns"),
+    ],
+)
+def test_arrays_that_devices_cannot_share_out_name_the_next_width_that_fits(rules, message):
+    graph, base = nnx.split(tiny.t5(_SMALL))
+    with _mesh("model=4"), pytest.raises(ValueError, match=f"model=4 splits arrays .*{message}"):
+        program(graph, Frozen(base), rules, jax.random.key(0))

@@ -31,12 +31,14 @@ class Noise(NamedTuple):
       scale: [K] factors of the deviations.
       words: data of the key of the random stream.
       of_adc: [K] standard deviation of a conversion itself; None for none.
+      corner: place and column of the first conversion, and columns in all, where these arrays are part of a matrix.
     """
 
     variance: Any
     scale: Float[Array, " K"]
     words: UInt32[Array, "2"]
     of_adc: Float[Array, " K"] | None = None
+    corner: UInt32[Array, "3"] | None = None
 
 
 def powers(cells: Cells, geometry: Geometry, config: CrossbarConfig) -> Float[Array, "K P R C rows _cols"]:
@@ -82,8 +84,10 @@ def add_noise(
         jax.lax.broadcasted_iota(jnp.uint32, sums.shape, axis) + jnp.asarray(first).astype(jnp.uint32)
         for axis, first in enumerate(corner)
     )
-    planes = noise.scale.shape[0]
-    drawn = normal_at(noise.words, place.astype(jnp.uint32) * np.uint32(planes) + k, b * np.uint32(cols) + c)
+    planes, place, width = np.uint32(noise.scale.shape[0]), place.astype(jnp.uint32), jnp.uint32(cols)
+    if noise.corner is not None:
+        place, c, width = place + noise.corner[0], c + noise.corner[1], noise.corner[2]
+    drawn = normal_at(noise.words, place * planes + k, b * width + c)
     own = slice(corner[0], corner[0] + sums.shape[0])
     scale = noise.scale[own, None, None]
     deviation = scale * root(variance)

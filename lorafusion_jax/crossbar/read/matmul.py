@@ -122,6 +122,7 @@ def _multiply(
     """Return the product as the arrays and their converters compute it; without `rounds`, ADCs only clip."""
     geometry, config = chip.geometry, chip.config
     n = encoding.input_codes(x, limit, geometry, config, chip.key)
+    limit = jnp.where(jnp.isfinite(limit), limit, jnp.nan)
     # The factors, one after the other, could leave the range of the dtype where their product is within it.
     scale, limit, exponents = _within_range(chip.scale, limit)
     chip = dataclasses.replace(chip, scale=scale)
@@ -132,11 +133,12 @@ def _multiply(
     y = y * (limit / geometry.input_top)
     for power in exponents:
         y = y * power
-    # Codes are integers on most paths, and counted as such, which NaN cannot be.
-    known = jnp.all(~jnp.isnan(n), axis=1, keepdims=True)
+    # Codes are integers on most paths, and counted as such, which NaN cannot be. A full scale of NaN has made y NaN.
+    if chip.input_limit is not None:
+        y = jnp.where(jnp.all(~jnp.isnan(n), axis=1, keepdims=True), y, jnp.nan)
     if config.adc is not None and chip.limits is not None and not PATHS[chip.plan.path].converts:
-        known &= loses_nothing(chip.limits, geometry, config)
-    return jnp.where(known, y, jnp.nan)
+        y = jnp.where(loses_nothing(chip.limits, geometry, config), y, jnp.nan)
+    return y
 
 
 def _within_range(scale: Array, limit: Array) -> tuple[Array, Array, tuple[Array, Array]]:
