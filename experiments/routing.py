@@ -294,9 +294,9 @@ class Routing:
         return loss, total / total.sum(axis=1, keepdims=True)
 
     def times(self, pool: str, task: str) -> list[list[str]]:
-        """Return CPU times of a batch with other coefficients in each row, and of the passes before it."""
+        """Return CPU times of a batch whose rows have coefficients each, and of the passes before it."""
         modules, batch = self.modules(pool, False), self.batch(self.set.rows(False, pool, task)[1][:16])
-        mixed = self.router(UNIFORM, modules, batch)
+        mixed = modules.of_rows(jnp.zeros((16, len(modules.pool))))  # as the base, whose answers do not end
         parts: dict[str, Callable[[], Any]] = {
             "prompts": lambda: self.answers(batch, mixed, tokens=1),
             "prompts and 12 tokens": lambda: self.answers(batch, mixed, tokens=NEW_TOKENS),
@@ -362,7 +362,7 @@ def tables(rows: Sequence[Row], pools: Sequence[str] = POOLS) -> dict[str, list[
     found = {key_of(row): row for row in rows}
     for what, router in itertools.product(("own", "use", "rotated"), (BASE, SINGLE, *ROUTERS)):
         keys = [key for key in cells(pools) if (key[0], key[3]) == (what, router)]
-        here = [found[key] for key in keys if key in found]
+        here = [found[key] for key in keys if {key, (*key[:3], UNIFORM)} <= found.keys()]
         if not here or len(here) < len(keys):
             continue
 
