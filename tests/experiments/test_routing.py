@@ -81,3 +81,5 @@ def test_tables_compare_with_uniform_once_all_cells_are_there():
     assert lines[routing.UNIFORM][6] == "-0.200" and "LoRAFusion, 20 rows" in lines
     assert {line[0]: line[2:4] for line in found["related"]}["nearest"] == ["0.750", "0.500"]
     assert keys[-1][3] not in {line[1] for line in routing.tables(rows[:-1])["use"]}
+    others = [row for row in rows if row["router"] != routing.UNIFORM]
+    assert all(line[1].startswith("LoRAFusion") for line in routing.tables(others)["use"][1:])
