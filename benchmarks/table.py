@@ -3,7 +3,7 @@
     python benchmarks/table.py bench [--out results/speed]
 
 `fast`: the embedded small shape and padding, in less than a minute. `bench`: what has a bar of FLAN-T5-small, and of
-FLAN-T5-large with one seed, in about 30 minutes on two cores. `full`: every shape, pool, number of seeds and
+FLAN-T5-large with one seed, in about 40 minutes on two cores. `full`: every shape, pool, number of seeds and
 precision, adapters and crossbars too. A missed bar is only printed; a script that fails is an error. Parts that need
 more cores than there are, or the `peft` extra, are left out.
 """
@@ -40,6 +40,7 @@ _BENCH = (
     "memory.py --peak",
     "padding.py",
     "start.py",
+    "whole_task.py",
 )
 _FULL = (
     "fusion_step.py --shape small-pool --dtype float32 bfloat16 nf4 --seeds 1 4 16",
@@ -66,8 +67,9 @@ _FULL = (
     "convert.py",
     "crossbar.py",
     "start.py",
+    "whole_task.py --shape flan-t5-small flan-t5-base smollm2-135m --rows 20 95",
 )
-_NEED_PEFT = ("peer.py", "generation.py", "convert.py")  # which compare with nothing else
+_NEED_PEFT = ("peer.py", "generation.py", "convert.py", "whole_task.py")  # which compare with nothing else
 _LEVELS = {"fast": _FAST, "bench": _BENCH, "full": _FULL}
 _HEAD = ("what", "ratio", "required", "ambition", "verdict")
 

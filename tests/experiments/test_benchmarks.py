@@ -148,6 +148,20 @@ def test_the_peer_trains_alike_and_kept_results_are_not_measured_again(tmp_path)
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.peft
+@pytest.mark.nightly
+def test_a_whole_task_trains_and_answers_alike_in_peft():
+    small = ["--shape", "small-pool", "--peers", "eager", "--rows", "10", "--json"]
+    ran = subprocess.run([sys.executable, _ROOT / "benchmarks/whole_task.py", *small], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    cases = json.loads(ran.stdout)["cases"]
+    _check(cases)
+    assert [case["required"] for case in cases] == [1.2, 1.5]
+    for case in cases:  # one batch an epoch, whose order is no matter
+        found = case["computed_from"]
+        assert found["loss"] == pytest.approx(found["peer_loss"], rel=1e-4) and found["same_answers"] >= 0.99
+
+
 def test_a_process_of_the_peer_that_was_killed_is_named():
     command = [sys.executable, "-c", "input(); import os; os.kill(os.getpid(), 9)"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
