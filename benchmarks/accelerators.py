@@ -9,25 +9,27 @@ bfloat16, layers in a loop. Times and cycles are of one step. By name also a ste
 loop (`_hlo.py`), of reads also from machine code (`_bundles.py`), since the compiler estimates no cycles of a Pallas
 kernel. The roofline time is the larger of FLOPs and of bytes over a chip's published peaks
 (https://cloud.google.com/tpu/docs/v6e), a bound from below and not a measurement. Needs the `aot-tpu` extra. Of an H100
-(`aot-cuda`) only memory and precision are shown.
+(`aot-cuda`) only memory, precision and exchanges are shown.
 """
 
+import collections
 import dataclasses
 import importlib.util
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
 from _bundles import bundles, dump
-from _hlo import Counts, below_highest, counts
+from _hlo import COLLECTIVES, Counts, below_highest, counts
 from _measure import case
 from _model import (
     BATCH,
@@ -44,7 +46,16 @@ from _model import (
     step_of,
 )
 from jax import Array
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, SingleDeviceSharding, use_abstract_mesh
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    SingleDeviceSharding,
+    use_abstract_mesh,
+)
+from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import (
     Architecture,
@@ -57,6 +68,7 @@ from lorafusion_jax import (
     crossbar,
     over_seeds,
 )
+from lorafusion_jax.crossbar.chip.plan import Split
 from lorafusion_jax.crossbar.read import definition
 from lorafusion_jax.parts import (
     AXES,
@@ -128,7 +140,13 @@ _READS = {
 }
 
 
-_OF_EIGHT = "reads of eight arrays on a mesh of 8"
+_By = Literal["rows", "columns"] | None
+# Reads by eight devices: each of a chip, or all of one matrix, whose columns or rows they share out.
+_SHARED: dict[str, _By] = {
+    "reads of eight arrays on a mesh of 8": None,
+    "read of columns on a mesh of 8": "columns",
+    "read of rows on a mesh of 8": "rows",
+}
 
 
 class _Chip(NamedTuple):
@@ -142,7 +160,7 @@ class _Chip(NamedTuple):
 _CHIPS = {
     "v5e": _Chip("v5e:2x4", "v5litepod-8", machine("v5e").peak["bfloat16"], 819e9),
     "v6e": _Chip("v6e:2x4", "v6e-8", machine("v6e").peak["bfloat16"], 1640e9),
-    "h100": _Chip("1x1x1", "NVIDIA H100 80GB HBM3", machine("h100").peak["bfloat16"], 3350e9, "cuda"),
+    "h100": _Chip("1x1x8", "NVIDIA H100 80GB HBM3", machine("h100").peak["bfloat16"], 3350e9, "cuda"),
 }
 # XLA's description of an H100; without a card there is no choice of kernels by measurement.
 _H100 = """
@@ -179,7 +197,7 @@ def main() -> None:
     parser.add_argument("--chip", choices=_CHIPS, default="v5e")
     parser.add_argument("--shape", choices=CHOICES, default="small-pool", help="of the base model")
     parser.add_argument(
-        "--program", choices=[*_PROGRAMS, *_READS, _OF_EIGHT], nargs="+", help="by default all but long rows and reads"
+        "--program", choices=[*_PROGRAMS, *_READS, *_SHARED], nargs="+", help="by default all but long rows and reads"
     )
     parser.add_argument("--seeds", type=int, default=8)
     options = parser.parse_args()
@@ -196,8 +214,8 @@ def main() -> None:
         if name in _READS:
             cases += _read(f"{options.chip}, compiled, not run: {name}:", name, chip, code)
             continue
-        if name == _OF_EIGHT:
-            cases += _shared_out(f"{options.chip}, compiled, not run: {name}:", chip)
+        if name in _SHARED:
+            cases += _shared_out(f"{options.chip}, compiled, not run: {name}:", _SHARED[name], chip)
             continue
         where = f"{options.chip}, compiled, not run: {options.shape}, {name}, {options.seeds} seeds:"
         cases += measured(where, name, config, options.seeds, chip)
@@ -430,24 +448,44 @@ def _read(where: str, name: str, chip: _Chip, code: Path | None) -> list[dict[st
     return [of_memory, _time(where, counts(compiled.as_text(), bundles(code)), chip)]
 
 
-def _shared_out(where: str, chip: _Chip) -> list[dict[str, Any]]:
-    """Compile the reads of eight stacked arrays for one device and for eight, and return their cases."""
+def _shared_out(where: str, by: _By, chip: _Chip) -> list[dict[str, Any]]:
+    """Compile reads for one device and for eight, and return their cases."""
     compiled: list[Any] = []
+    path = None if by is None else "definition"  # XLA splits no kernels
     config = crossbar.CrossbarConfig(adc=crossbar.ADC(bits=8, range="max"), device=_IMPERFECT)
     for count in (1, 8):
-        devices = np.reshape(_devices(chip)[:count], (count, 1))
+        devices = np.reshape(_devices(chip)[:count], (1, count) if by else (count, 1))
         with jax.set_mesh(Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))):
             w, x = (jax.ShapeDtypeStruct((rows, _SIZE), jnp.float32) for rows in (_SIZE, _INPUTS))
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 8))
-            arrays = jax.eval_shape(jax.vmap(lambda key, w: crossbar.program(w, config, key), (0, None)), keys, w)
-            read = jax.jit(over_seeds(lambda one, x: crossbar.matmul(x, one), "batched"))
-            compiled.append(read.lower(_on_mesh(arrays, of_seeds=True), _on_mesh(x)).compile())
-    flops = [program.cost_analysis()["flops"] for program in compiled]
-    return [
-        case(f"{where} collectives", counts(compiled[1].as_text()).collectives.total(), 0),
-        # Every device converts the inputs.
-        case(f"{where} FLOPs of a device / an eighth of all", 8 * flops[1] / flops[0], 1.05),
+            arrays = jax.eval_shape(
+                jax.vmap(lambda key, w: crossbar.program(w, config, key, path=path), (0, None)), keys, w
+            )
+            read, of_x, of_y = over_seeds(lambda one, x: crossbar.matmul(x, one), "batched"), P(), P("seed")
+            if by is not None:
+                arrays = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), arrays)
+                arrays = dataclasses.replace(arrays, plan=dataclasses.replace(arrays.plan, split=Split(by, "model", 8)))
+                read, (of_x, of_y) = (lambda one, x: crossbar.matmul(x, one)), (P(), P(None, "model"))
+                if by == "rows":
+                    of_x, of_y = of_y, of_x
+            given = _on_mesh(arrays, of_seeds=by is None), _on(NamedSharding(jax.sharding.get_mesh(), of_x), x)
+            there = NamedSharding(jax.sharding.get_mesh(), of_y)
+            compiled.append(jax.jit(read, out_shardings=there).lower(*given).compile())
+    held, found = [program.memory_analysis().argument_size_in_bytes for program in compiled], _exchanged(compiled[1])
+    cases = [
+        # Rows add up their outputs, and take the range of an input vector from all of its numbers.
+        case(f"{where} collectives", found.total(), 2 if by == "rows" else 0, kinds=dict(found)),
+        # Every device has all inputs, or all of the inputs' ranges.
+        case(f"{where} bytes of a device's arguments / an eighth of all", 8 * held[1] / held[0], 1.2),
     ]
+    if chip.platform == "tpu":
+        flops = [program.cost_analysis()["flops"] for program in compiled]
+        cases.append(case(f"{where} FLOPs of a device / an eighth of all", 8 * flops[1] / flops[0], 1.05))
+    return cases
+
+
+def _exchanged(compiled: Any) -> collections.Counter[str]:
+    return collections.Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text()))
 
 
 def _time(where: str, found: Counts, chip: _Chip, steps: int = 1) -> dict[str, Any]:

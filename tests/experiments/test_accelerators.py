@@ -20,7 +20,8 @@ pytestmark = [
 def test_programs_meet_their_bars():
     reads = ("read of arrays", "read of imperfect arrays", "read with noise", "read with noise, cell by cell")
     steps = ("mix", "mix, packed rows", "mix on a mesh of 4 x 2")
-    programs = (*steps, "generation with the sum", *reads, "reads of eight arrays on a mesh of 8")
+    shared = ("reads of eight arrays on a mesh of 8", "read of columns on a mesh of 8", "read of rows on a mesh of 8")
+    programs = (*steps, "generation with the sum", *reads, *shared)
     # XLA's flags of the tests are those of a CPU.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
     command = [sys.executable, _ROOT / "benchmarks" / "accelerators.py", "--json", "--program", *programs]
