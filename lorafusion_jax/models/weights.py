@@ -91,7 +91,7 @@ def _row_of_codes(
     row, sums = x.reshape(tiles, -1, 1).astype(_exact(x)), jnp.zeros((), _exact(x))
     for place in range(codes.shape[2]):
         of_place = jax.lax.dynamic_slice(codes, (layer, 0, place, 0), (1, tiles, 1, d_out)).reshape(tiles, d_out)
-        sums = sums + row[:, place] * of_place.astype(row.dtype)
+        sums = sums + row[:, place] * _widened(of_place, row.dtype)
     sums = sums * stack.scale[layer].astype(row.dtype)
     return jnp.dot(jnp.ones(tiles, row.dtype), sums).reshape(*x.shape[:-1], d_out).astype(x.dtype)
 
@@ -138,22 +138,37 @@ def embed(embedding: Array | qwix.QArray, ids: Int[Array, "*batch"]) -> Float[Ar
 def unembed(x: Float[Array, "*batch D"], embedding: Array | qwix.QArray) -> Float[Array, "*batch V"]:
     """Return `x @ embedding.T` in the dtype of `x`: the logits of a model whose head is its embedding."""
     if isinstance(embedding, qwix.QArray) and for_cpu() and x.size == x.shape[-1]:
-        size, tiles = embedding.scale.shape
-        codes = embedding.qvalue.reshape(size, tiles, -1)
-        row, sums = x.reshape(tiles, -1).astype(_exact(x)), jnp.zeros((), _exact(x))
-        start = _zero(row[0, 0].astype(jnp.float32)).astype(jnp.int32)  # else XLA keeps float32 copies for all tokens
-        for tile in range(tiles):
-            of_tile = jax.lax.dynamic_slice_in_dim(codes, tile + start, 1, axis=1)[:, 0].astype(row.dtype)
-            sums = sums + row[None, tile] * of_tile * embedding.scale[:, tile, None].astype(row.dtype)
-        return jnp.dot(sums, jnp.ones(sums.shape[1], row.dtype)).reshape(*x.shape[:-1], size).astype(x.dtype)
+        return _row_of_table(x, embedding)
     plain = dense(embedding, x.dtype)
     if x.dtype != jnp.bfloat16 or not for_cpu():
         return jnp.einsum("...d,vd->...v", x, plain)
-    if math.prod(x.shape[:-1]) > 1:
-        return _dot(x, plain, 1)
-    # For a single row XLA has no kernel, and would convert the whole embedding.
-    of_two: Array = _dot(jnp.pad(x.reshape(1, -1), ((0, 1), (0, 0))), plain, 1)
-    return of_two[:1].reshape(*x.shape[:-1], -1)
+    return _dot(x, plain, 1)
+
+
+def _row_of_table(x: Float[Array, "*batch D"], table: Array | qwix.QArray) -> Float[Array, "*batch V"]:
+    """Return the product of one row with all rows of a table in codes or bfloat16, which a loop reads once."""
+    numbers, scale = (table.qvalue, table.scale) if isinstance(table, qwix.QArray) else (_bits(table), None)
+    tiles = x.size // math.gcd(x.size, 16 if x.size < 1024 else 64) if scale is None else scale.shape[1]
+    numbers = numbers.reshape(len(numbers), tiles, -1)
+    row, sums = x.reshape(tiles, 1, -1).astype(_exact(x)), jnp.zeros((), _exact(x))
+    # Else XLA would keep copies in float32 for all tokens.
+    start = _zero(jax.lax.stop_gradient(row[0, 0, 0]).astype(jnp.float32)).astype(jnp.int32)
+    for tile in range(tiles):
+        of_tile = jax.lax.dynamic_slice_in_dim(numbers, tile + start, 1, axis=1)[:, 0]
+        part = row[tile] * _widened(of_tile, row.dtype)
+        sums = sums + (part if scale is None else part * scale[:, tile, None].astype(row.dtype))
+    return jnp.dot(sums, jnp.ones(sums.shape[1], row.dtype)).reshape(*x.shape[:-1], -1).astype(x.dtype)
+
+
+def _bits(numbers: Array) -> Array:
+    return jax.lax.bitcast_convert_type(numbers, jnp.uint16)
+
+
+def _widened(numbers: Array, dtype: Any) -> Array:
+    """Return codes, or the bits of bfloat16, as numbers: XLA would convert whole arrays of bfloat16, not slices."""
+    if numbers.dtype != jnp.uint16:
+        return numbers.astype(dtype)
+    return jax.lax.bitcast_convert_type(numbers.astype(jnp.uint32) << 16, jnp.float32)
 
 
 def heads_matmul(x: Float[Array, "B H T C"], y: Float[Array, "B H C S"]) -> Float[Array, "B H T S"]:
@@ -174,6 +189,8 @@ def _dot(x: Float[Array, "*batch d_in"], w: Float[Array, "m n"], axis: int) -> F
     """
     if axis == 0:
         return _product(x, w)
+    if x.size == x.shape[-1] and x.dtype == w.dtype == jnp.bfloat16:
+        return _row_of_table(x, w)
     # In this order, or a loop over tokens would keep a transposed copy.
     y = jax.lax.dot_general(w, x, (((1,), (x.ndim - 1,)), ((), ())), preferred_element_type=_exact(x))
     return jnp.moveaxis(y, 0, -1).astype(x.dtype)
@@ -206,7 +223,18 @@ def _layer_dot(
     x: Float[Array, "*batch d_in"], matrices: tuple[Array, ...], layer: Int[Array, ""]
 ) -> Float[Array, "*batch d_out"]:
     """Return the product of `x` with the matrix of a layer."""
-    return _choose(matrices, layer, _product, x)
+    one_row = x.size == x.shape[-1] and x.dtype == matrices[0].dtype == jnp.bfloat16
+    return _choose(matrices, layer, _row_product if one_row else _product, x)
+
+
+def _row_product(x: Float[Array, "*batch d_in"], w: Float[Array, "d_in d_out"]) -> Float[Array, "*batch d_out"]:
+    """Return the product of one row with a matrix in bfloat16, 16 rows of it at a time, without a float32 copy."""
+    of_group = math.gcd(x.size, 16)
+    row, bits = x.reshape(-1, of_group, 1).astype(jnp.float32), _bits(w).reshape(-1, of_group, w.shape[1])
+    sums = jnp.zeros((), jnp.float32)
+    for place in range(of_group):
+        sums = sums + row[:, place] * _widened(bits[:, place], jnp.float32)
+    return jnp.dot(jnp.ones(len(sums)), sums).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def _layer_backward(factors: tuple[tuple[Array, ...], Array], g: Array) -> tuple[Array, None, None]:
@@ -265,7 +293,7 @@ def dense(weight: Weight, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
         assert weight.layer is not None
         if isinstance(weight.matrices, tuple):
             return _choose(weight.matrices, weight.layer, _converted, jnp.zeros((), dtype))
-        weight = at_layer(weight.matrices, weight.layer)
+        return dense(at_layer(weight.matrices, weight.layer), dtype)
     if isinstance(weight, qwix.QArray):
         weight = _dequantised(weight)
     elif isinstance(weight, Chip):
@@ -307,8 +335,8 @@ def unstacked(weights: Any) -> Any:
         if in_codes:  # narrower scales would be copied to float32 for every token
             return Unstacked(leaf) if leaf.scale.dtype == jnp.float32 else leaf
         # `device_put` makes an array from a view of the stack's memory without copying it.
-        where = leaf.sharding if leaf.committed else None
-        return Unstacked(tuple(jax.device_put(list(np.asarray(leaf)), where)))
+        where = numbers.sharding if numbers.committed else None
+        return Unstacked(tuple(jax.device_put(list(np.asarray(numbers)), where)))
 
     return jax.tree.map(of_leaf, weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray | Chip))
 
