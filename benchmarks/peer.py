@@ -108,7 +108,7 @@ class _Form(NamedTuple):
       batches: those that are measured.
       tokens: real tokens that as many operations take on average in all batches of all tasks.
       share: real tokens / computed tokens in all batches of all tasks.
-      unroll: most of our trainings unroll the layers.
+      unroll: trainings of ours that unroll the layers have most of the real tokens.
     """
 
     batches: list[Any]
@@ -303,7 +303,7 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
     packing, recipe = packing_of(config, on_cpu=True), PRESETS["default"]
     draw = partial(np.random.default_rng(0).integers, 2, config.vocab_size, dtype=np.int32)
     batches: dict[str, list[Any]] = {_PACKED: [], _PADDED: [], _SORTED: []}
-    real, unrolled = 0, []
+    real = unrolled = 0
     for task in tasks:
         rows = np.sort(split(len(task.train), (1,)).train)
         texts = encoded(task.train, tokenizer)
@@ -316,7 +316,7 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
         # Lanes are chosen for a whole run, whose later epochs are shuffled.
         later = in_order(rows, epochs=recipe.epochs, seeds=(1,))[:, ordered.shape[1] :]
         run = np.concatenate([ordered, later], axis=1)
-        unrolled.append(pays_unrolled(config, tokens, run, packing))
+        unrolled += int(lengths[rows].sum()) * pays_unrolled(config, tokens, run, packing)
         steps = train_step_batches(tokens, run, pad_id=0, packing=packing)
         batches[_PACKED] += [step.batches for step in islice(steps, ordered.shape[1])]
         for form, order in ((_PADDED, ordered), (_SORTED, by_length)):
@@ -347,8 +347,7 @@ def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form
     for form, like in ((_PACKED, _PADDED), (_PADDED, _PADDED), (_SORTED, _SORTED)):
         numbers, (computed, operations) = chosen(like), sizes[form].sum(axis=0)
         tokens = real * sizes[form][numbers, 1].sum() / operations
-        unroll = bool(np.mean(unrolled) > 0.5)
-        made[form] = _Form([batches[form][n] for n in numbers], tokens, real / computed, unroll)
+        made[form] = _Form([batches[form][n] for n in numbers], tokens, real / computed, 2 * unrolled > real)
     return made
 
 

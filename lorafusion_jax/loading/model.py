@@ -40,7 +40,7 @@ AnyLoaded = TypeVar("AnyLoaded", bound="LoadedModel")
 _SHALLOW = 8
 # Of training with unrolled layers on a CPU, as measured (docs/concepts/speed_bounds.md): the share of a step that it
 # saves, the operations of compiling each further layer, and the most bytes that it may keep for the backward pass.
-_SAVED, _COMPILING_LAYER, _KEPT = 0.06, 2e10, 2**30
+_SAVED, _COMPILING_LAYER, _KEPT = 0.05, 5e10, 2**30
 _CONTROL_KEY = 0
 _CONTROLS: dict[str, Callable[[LoraPool, Array], LoraPool]] = {
     "random-factors": random_pool,

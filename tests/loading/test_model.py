@@ -10,9 +10,9 @@ from lorafusion_jax.tasks import Encoded
 @pytest.mark.parametrize(
     ("shape", "length", "epochs", "packed", "unrolled"),
     [
-        ("flan-t5-small", 100, 1, True, False),  # 10 steps of 0.6 s save less than a compilation of 4 s
+        ("flan-t5-small", 100, 1, True, False),  # 10 steps save 0.3 s, and compilation takes 4 s longer
         ("flan-t5-small", 100, 20, True, True),
-        ("flan-t5-small", 100, 20, False, True),
+        ("flan-t5-small", 100, 100, False, True),
         ("flan-t5-base", 100, 20, True, True),
         ("flan-t5-large", 300, 20, True, False),  # attention weights and gates of 48 layers
         ("flan-t5-small", 900, 20, True, False),
