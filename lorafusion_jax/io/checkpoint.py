@@ -74,11 +74,11 @@ def load_newest(
     `abstract` is a tree with the structure, shapes and dtypes that the result must have, or a FileError is raised;
     without it the result is made of dicts and lists.
     """
-    from orbax.checkpoint import v1 as ocp
-
     sound = newest_sound(folders, metadata, "a complete checkpoint", note=note)
     if sound is None:
         return None
+    from orbax.checkpoint import v1 as ocp
+
     folder, manifest, described = sound
     if abstract is not None:
         fix = "resume the run that saved it, or restore it from a copy"

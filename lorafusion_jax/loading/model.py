@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int, Int32
@@ -221,7 +220,8 @@ def with_modules(loaded: AnyLoaded, options: LoadOptions, of_seeds: Sequence[Seq
 
 
 def _index(modules: tuple[tuple[str, ...], ...], position: dict[str, int]) -> Int[Array, "seeds N"]:
-    return on_mesh(jnp.array([[position[name] for name in names] for names in modules], jnp.int32), of_seeds=True)
+    places = np.array([[position[name] for name in names] for names in modules], np.int32)
+    return on_mesh(jax.device_put(places), of_seeds=True)
 
 
 def _draw(options: LoadOptions, there: Sequence[str]) -> tuple[list[str], tuple[tuple[str, ...], ...]]:
@@ -260,24 +260,27 @@ def _load_pool(
 
     Digests are those of the modules as read, because the last bits of a control differ between devices.
     """
-    k, key = basis_of(options.recipe), jax.random.key(_CONTROL_KEY)
-    if options.control_draw:
-        key = jax.random.fold_in(key, options.control_draw)
-    if k is not None and options.control != "none":
+    k = basis_of(options.recipe)
+    if options.control == "none" or k is None:
+        pool = stored.load(names) if k is None else stored.basis(k).select(names)
+        digests = pool_digests(pool)
+    else:
         whole = stored.load()
         digests = pool_digests(whole)
         # Its directions are made of all modules.
         digests = PoolDigests(digests.modules, hashlib.sha256("".join(digests.modules.values()).encode()).hexdigest())
         if options.control == "random-factors":
-            of = random_directions(whole, k, key)
+            of = random_directions(whole, k, _control_key(options))
         elif options.control in _CONTROLS:
-            of = directions(_CONTROLS[options.control](whole, key), k)
+            of = directions(_CONTROLS[options.control](whole, _control_key(options)), k)
         else:
             of = base_directions(whole, kernels, k)
         pool = in_directions(whole.select(names), of)
-    else:
-        pool = stored.load(names) if k is None else stored.basis(k).select(names)
-        digests = pool_digests(pool)
-        if options.control != "none" and isinstance(pool, LoraPool):
-            pool = _CONTROLS[options.control](pool, key)
+    if options.control != "none" and isinstance(pool, LoraPool):
+        pool = _CONTROLS[options.control](pool, _control_key(options))
     return (pool if options.load_in == "full" else pool.quantised(options.load_in)), digests
+
+
+def _control_key(options: LoadOptions) -> Array:
+    key = jax.random.key(_CONTROL_KEY)
+    return jax.random.fold_in(key, options.control_draw) if options.control_draw else key

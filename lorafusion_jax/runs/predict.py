@@ -39,6 +39,7 @@ from ..tasks import (
     stream_text,
 )
 from ..training.frozen import Frozen
+from ..training.mesh import to_host
 from ..training.method import Params
 from ..training.problem import Problem
 from .evaluate import evaluate_seeds, seed_rows
@@ -136,7 +137,7 @@ class _Answering:
         loaded = load_model(self.fused, base=self.base)
         if self.run is not None:
             loaded = of_run(loaded, self.fused, *self.run, self.params)
-        problem = loaded.problem.replace(index=loaded.problem.index[self.place])
+        problem = loaded.problem.replace(index=jax.device_put(to_host(loaded.problem.index)[self.place]))
         of_seed = self.params, problem.frozen, problem.index
         adapters_of = jax.jit(problem.method.adapters)
         model = nnx.merge(problem.graph, problem.frozen.base)
@@ -234,7 +235,8 @@ def load_to_evaluate(options: EvaluateOptions) -> tuple[Setup, FuseOptions, Para
     test_rows = options.test_rows or fused.test_rows
     rows = {"train_rows": train_rows, "test_rows": test_rows, "eval_batch": options.eval_batch}
     fused = dataclasses.replace(fused, task=task.source, recipe=recipe, **rows)
-    setup, of_first = load_setup(fused, to_train=False, task=task), jax.tree.map(lambda p: p[0], params)
+    setup = load_setup(fused, to_train=False, task=task)
+    of_first = jax.eval_shape(lambda: jax.tree.map(lambda p: p[0], params))
     return of_run(setup, fused, options.run, config, of_first), fused, params
 
 
@@ -281,7 +283,8 @@ def generate_lines(options: GenerateOptions, load: Callable[[], Problem] | None 
     rows = min(options.eval_batch, len(encoded))
     work = sum(map(len, encoded.inputs)), answering.new_tokens * -(-len(encoded) // max(rows, 1)), rows
     params, problem = (answering.params, load()) if load else answering.load(*work)
-    params, problem = jax.tree.map(lambda p: p[None], params), problem.replace(index=problem.index[None])
+    params, index = jax.device_put(jax.tree.map(lambda p: p[None], to_host((params, problem.index))))
+    problem = problem.replace(index=index)
     answers = [""] * len(lines)
     generated = generate_rows(
         params,

@@ -96,9 +96,9 @@ def generate_rows(
         if "base" not in params:  # otherwise those of a seed replace the frozen ones
             problem = problem.replace(frozen=problem.frozen.unstacked())
         for turn in range(turns):
-            own = np.arange(seeds)[turn::turns]
-            ours = jax.tree.map(lambda p, turn=turn: p[turn::turns], params)
-            models = SeedModels(ours, problem.replace(index=problem.index[turn::turns]), on_mesh(own, of_seeds=True))
+            own, of_seeds = np.arange(seeds)[turn::turns], (params, problem.index)
+            ours, index = of_seeds if turns == 1 else _of_turn(of_seeds, turn, turns=turns)
+            models = SeedModels(ours, problem.replace(index=index), on_mesh(own, of_seeds=True))
             rows = Rows(lambda numbers, models=models: models, len(own), problem.config, of_turn, limits, keys, **how)
             shrinks = not noisy and max_new_tokens >= _LONG and max_new_tokens * batch_size > worth
             for place, row, said in rows.ended(shrinks, stops, between_stops if stops else max_new_tokens):
@@ -292,6 +292,12 @@ class Rows:
     ) -> tuple[Int32[np.ndarray, "{rows} S"], Bool[np.ndarray, "{rows} S"]]:
         ids = [prompt.ids for prompt in prompts] + [np.zeros(0, np.int32)] * (rows - len(prompts))
         return pad(ids, self.pad_id, self.width), np.arange(self.width) < np.array([len(row) for row in ids])[:, None]
+
+
+@partial(jax.jit, static_argnames="turns")
+def _of_turn(of_seeds: Any, turn: Array, *, turns: int) -> Any:
+    """Return leaves `leaf[turn::turns]`, with one program for all turns."""
+    return jax.tree.map(lambda leaf: leaf.reshape(len(leaf) // turns, turns, *leaf.shape[1:])[:, turn], of_seeds)
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "sampling"))

@@ -31,7 +31,7 @@ from ..tasks import without_revision
 from ..training.compiled import make_room
 from ..training.descent import gradient_at_zero
 from ..training.fit import start
-from ..training.mesh import make_mesh
+from ..training.mesh import make_mesh, to_host
 from ..training.method import Params
 from ..training.recipe import Recipe
 from .evaluate import Evaluation, evaluate_seeds, seed_rows
@@ -189,14 +189,14 @@ def load_run(folder: str | Path) -> tuple[FuseOptions, dict[str, Any], RunConfig
     if wrong := [p.shape for p in jax.tree.leaves(params) if p.shape[:1] != (len(options.seeds),)]:
         wanted, fix = f"an axis of {len(options.seeds)} seeds", "restore it from a copy, or train again"
         raise FileError(run.final, got=f"has an array of shape {wrong[0]}", expected=wanted, fix=fix)
-    return options, jax.tree.map(jnp.asarray, params), config
+    return options, jax.device_put(params), config
 
 
 def load_seed(folder: Path, seed: int | None) -> tuple[FuseOptions, Params, RunConfig, int]:
     """Return the options of a run, the numbers of one seed (by default its first), the config, and the seed's place."""
     options, params, config = load_run(folder)
     place = seed_place(folder, options.seeds, seed)
-    return options, jax.tree.map(lambda p: p[place], params), config, place
+    return options, jax.device_put(jax.tree.map(lambda p: p[place], to_host(params))), config, place
 
 
 def check_answers(folder: Path, options: FuseOptions) -> None:

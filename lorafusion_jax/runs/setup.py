@@ -33,6 +33,7 @@ from ..support.checks import at_least, check_uint32, one_of
 from ..support.platform import for_cpu
 from ..training.fit import orders_of
 from ..training.method import Params
+from ..training.problem import Problem
 from ..training.seeds import SeedMode
 from .folder import RunConfig
 from .options import FuseOptions, OnArrays, check_digital, row_format
@@ -218,8 +219,8 @@ def of_run(loaded: AnyLoaded, options: LoadOptions, folder: Path, config: RunCon
     """
     placed = with_modules(loaded, options, config["modules"])
     check_digests(folder, config["digests"], digests(placed), options)
-    problem = placed.problem.replace(index=placed.problem.index[0])
-    check_params(folder, params, lambda: problem.init(jax.random.key(0)))
+    problem = placed.problem
+    check_params(folder, params, lambda: problem.replace(index=problem.index[0]).init(jax.random.key(0)))
     return placed
 
 
@@ -242,6 +243,10 @@ def own_task(options: FuseOptions, folder: Path, config: RunConfig) -> tasks.Tas
 
 def trainable_count(setup: Setup) -> dict[str, int]:
     """Return the count of parameters that the first seed trains, by group."""
-    of_first = setup.problem.replace(index=setup.problem.index[0])
-    acting = of_first.trainable(of_first.init(jax.random.key(0)))
-    return {group: sum(int(jnp.sum(a)) for a in jax.tree.leaves(tree)) for group, tree in acting.items()}
+    return {group: sum(map(int, jax.tree.leaves(tree))) for group, tree in _acting(setup.problem).items()}
+
+
+@jax.jit
+def _acting(problem: Problem) -> Params:
+    of_first = problem.replace(index=problem.index[0])
+    return jax.tree.map(jnp.sum, of_first.trainable(of_first.init(jax.random.key(0))))

@@ -48,21 +48,22 @@ def train(
     saved = arrays.load_sound(run.final, metadata=FinalSteps, what=FINAL, note=note)
     if saved is not None:
         params, metadata = saved
-        params = on_mesh(jax.tree.map(jnp.asarray, params), setup.config, of_seeds=True)
+        params = on_mesh(jax.device_put(params), setup.config, of_seeds=True)
         return params, metadata["steps"], metadata.get("seconds", 0.0)
-    if method.learns == "given":
-        params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
-    elif method.search is not None:
-        run.cut_metrics(0)  # a search is not resumed, but repeated
-        of_all = (setup.problem, setup.rows, options.recipe, options.seeds, setup.modules)
-        params, taken = method.search(SearchJob(*of_all, record=run.append_metrics))
-        steps = [taken] * len(options.seeds)
-    else:
-        state, began = _fit(run, setup, options, begin)
-        params = state.best if options.recipe.stop_early else state.params
-        steps = to_host(state.step).tolist()
-    numbers, seconds = to_host(params), time.monotonic() - began
-    arrays.save(run.final, numbers, {"steps": steps, "seconds": seconds})
+    with interrupts.released():
+        if method.learns == "given":
+            params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
+        elif method.search is not None:
+            run.cut_metrics(0)  # a search is not resumed, but repeated
+            of_all = (setup.problem, setup.rows, options.recipe, options.seeds, setup.modules)
+            params, taken = method.search(SearchJob(*of_all, record=run.append_metrics))
+            steps = [taken] * len(options.seeds)
+        else:
+            state, began = _fit(run, setup, options, begin)
+            params = state.best if options.recipe.stop_early else state.params
+            steps = to_host(state.step).tolist()
+        numbers, seconds = to_host(params), time.monotonic() - began
+        arrays.save(run.final, numbers, {"steps": steps, "seconds": seconds})
     return on_mesh(params, setup.config, of_seeds=True), steps, seconds
 
 
@@ -127,7 +128,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
         _count_bad_steps(rows, bad)
         reached = rows[-1]["step"]
         due, asked = processes.any_of(time.monotonic() - last_save >= options.save_seconds, interrupts.asked())
-        if epoch.last or min(bad.values()) >= _BAD_STEPS or due or asked:
+        if min(bad.values()) >= _BAD_STEPS or due or asked:
             save(epoch.number, reached, epoch.state)
             last_save = time.monotonic()
             interrupts.release()
@@ -138,8 +139,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
 
     if not np.all(to_host(state.stopped)):
         how = {"after_interval": after_interval, "after_epoch": after_epoch}
-        with interrupts.released():
-            state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
+        state = fit(setup.problem, setup.rows, state, options.recipe, options.seeds, **how)
     return state, began
 
 

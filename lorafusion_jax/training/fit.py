@@ -65,9 +65,9 @@ def whole_epochs() -> bool:
 
 def start(problem: Problem, seeds: tuple[int, ...], params: Params | None = None) -> TrainState:
     """Return the initial state of all seeds, each with its own key; `params` as in `init_state`, leaves [seeds]."""
-    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), _INIT) for seed in seeds])
     params = on_mesh(params, problem.config, of_seeds=True)
-    state = _start(on_mesh(keys, of_seeds=True), params, problem.replace(seed_mode="batched"))
+    of_seeds = on_mesh(np.array(seeds, np.uint32), of_seeds=True)
+    state = _start(of_seeds, params, problem.replace(seed_mode="batched"))
     return on_mesh(state, problem.config, of_seeds=True)
 
 
@@ -201,8 +201,11 @@ def train_seeds(
 
 
 @jax.jit
-def _start(keys: Array, params: Params | None, problem: Problem) -> TrainState:
-    return problem.over_seeds(init_state, (keys, params))
+def _start(seeds: Array, params: Params | None, problem: Problem) -> TrainState:
+    def of_seed(one: Problem, seed: Array, params: Params | None) -> TrainState:
+        return init_state(one, jax.random.fold_in(jax.random.key(seed), _INIT), params)
+
+    return problem.over_seeds(of_seed, (seeds, params))
 
 
 @partial(jax.jit, static_argnames=("optimisation", "pruning"))
@@ -220,7 +223,7 @@ def _after_epoch(
 def recipe_rates(method: Method, recipe: Recipe, seeds: int) -> Rates:
     """Return a recipe's learning rates for a method, the same for every seed."""
     numbers = (method.learning_rates(recipe), *recipe.penalties)
-    learning_rate, l1, l2 = jax.tree.map(lambda number: jnp.full(seeds, number, jnp.float32), numbers)
+    learning_rate, l1, l2 = jax.tree.map(lambda number: jax.device_put(np.full(seeds, number, np.float32)), numbers)
     return Rates(learning_rate, l2=l2, l1=l1)
 
 

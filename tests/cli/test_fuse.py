@@ -1,6 +1,8 @@
 """`lorafusion fuse`: from arguments to options, and the plan of a run."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,15 @@ import lorafusion_jax as lf
 from lorafusion_jax.cli import fuse, main
 
 _SMALL = Path(__file__).resolve().parents[2] / "examples" / "small"
+_COUNTED = """
+import sys
+import jax
+from lorafusion_jax.cli import main
+compiled = []
+jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name.rpartition("/")[2]))
+main(sys.argv[1:])
+print(compiled.count("backend_compile_duration"))
+"""
 
 
 @pytest.fixture
@@ -70,3 +81,13 @@ def test_a_plan_shows_what_a_run_needs_and_runs_nothing(capsys, tmp_path):
         main(["fuse", "--base", str(_SMALL / "base"), *where, "--adapters", "nobody", "--plan"])
     assert "nobody" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.long
+def test_a_run_of_two_seeds_has_at_most_twelve_programs(small, tmp_path):
+    """Single operations outside of compiled functions would be programs of their own."""
+    base, pool = map(str, small)
+    where = ["--base", base, "--pool", pool, "--task", str(_SMALL / "tasks" / "double_digit"), "--out", str(tmp_path)]
+    command = [sys.executable, "-c", _COUNTED, "fuse", *where, "--seeds", "1", "2", "--epochs", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout.split()[-1]) <= 12

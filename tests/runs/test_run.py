@@ -183,6 +183,16 @@ def test_a_process_saves_with_the_others_when_one_of_them_is_stopped(fused, tmp_
     assert [path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()] == ["step_000002"]
 
 
+def test_a_signal_after_the_last_epoch_waits_until_the_numbers_are_saved(fused, tmp_path, monkeypatch):
+    def end() -> None:
+        raise SystemExit(130)
+
+    monkeypatch.setattr(interrupts, "release", end)
+    with pytest.raises(SystemExit):
+        lf.fuse(dataclasses.replace(fused[0], out=tmp_path, save_seconds=1e9))
+    assert (tmp_path / "whole" / "final").is_dir() and not (tmp_path / "whole" / "checkpoints").exists()
+
+
 class _Signals:
     """A signal that waits from the n-th look on, as a run sees it."""
 
