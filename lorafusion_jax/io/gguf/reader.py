@@ -24,6 +24,7 @@ _VERSIONS = (2, 3)
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MOST_AXES = 4
+_SHORT = 2048  # numbers of a row
 _MOST_VALUES = 10_000_000  # of an array; texts take up to eight times their bytes in Python
 # Numbers in lists take up to 44 bytes in Python: more than these would take over four times the file. A vocabulary of
 # 256,000 tokens has two for each.
@@ -121,7 +122,11 @@ class StoredTensor:
             numbers = dequantize(self._blocks, GGMLQuantizationType[self.kind])
             numbers = numbers[rows if self._order is None else self._order[rows]]
         else:
-            numbers = dequantize(self._stored(rows), GGMLQuantizationType[self.kind])
+            blocks = self._stored(rows)
+            # gguf takes 16 rows at a time, and for short rows up to twice as long: join four to one.
+            joined = math.gcd(len(blocks), 4) if self.shape[-1] <= _SHORT else 1
+            wide = blocks.reshape(-1, joined * blocks.shape[-1])
+            numbers = dequantize(wide, GGMLQuantizationType[self.kind]).reshape(-1, self.shape[-1])
         if self._columns is not None:
             numbers = numbers[..., self._columns]
         if self._place.change == "decay":
