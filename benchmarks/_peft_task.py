@@ -28,7 +28,7 @@ def main(folder: Path, form: str) -> None:
     times, job = [time.time()], json.loads((folder / "job.json").read_text())
     base = folder.parent / "base"
     adapters = sorted((folder.parent / "adapters").iterdir())
-    config = peft.LoraConfig.from_pretrained(adapters[0])
+    config: Any = peft.LoraConfig.from_pretrained(str(adapters[0]))
     causal = config.task_type == "CAUSAL_LM"
     tokenizer = transformers.AutoTokenizer.from_pretrained(base, padding_side="left" if causal else "right")
     kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForSeq2SeqLM
@@ -64,7 +64,7 @@ def _sites(model: Any, adapters: list[Path]) -> list[Site]:
     tensors = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
     layers, columns, sites = dict(model.named_modules()), dict[str, int](), []
     for name in [name.removesuffix(".lora_A.weight") for name in tensors[0] if name.endswith(".lora_A.weight")]:
-        block = re.match(r".*?\.\d+", name)[0]
+        block = re.findall(r".*?\.\d+", name)[0]
         A, B = (torch.stack([of[f"{name}.lora_{factor}.weight"].flatten() for of in tensors]) for factor in "AB")
         sites.append((layers[name], columns.setdefault(block, len(columns)), A, B))
     return sites

@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as name:
             base, words = _write_base(Path(name), shape)
-            for number, ((task, tokenizer), rows) in enumerate(product(tasks, options.rows)):
+            for number, (task, tokenizer, rows) in enumerate([(*of, rows) for of in tasks for rows in options.rows]):
                 folder, where, turns = Path(name, str(number)), f"{shape}, 1 core, {task.name}, {rows} rows", []
                 _write_task(folder, task, tokenizer, rows, words)
                 for turn in range(1 + options.rounds):
@@ -110,7 +110,9 @@ def _write_base(folder: Path, shape: str) -> tuple[Path, list[str]]:
     tokenizer.save_pretrained(base)
     if file is None:  # FLAN-T5's folder has this file, for which `lorafusion` leaves the tokenizer to transformers
         (base / "special_tokens_map.json").write_text(json.dumps(_SPECIAL))
-    factors = [{site: np.asarray(dense(w, np.float32)) for site, w in side.items()} for side in (pool.A, pool.B)]
+    factors: list[Any] = [
+        {site: np.asarray(dense(w, np.float32)) for site, w in side.items()} for side in (pool.A, pool.B)
+    ]
     adapters = [str(folder / "adapters" / f"{number:02}") for number in range(MODULES)]
     for number, adapter in enumerate(adapters):
         module = {site: LowRank(*(side[site][:, number] for side in factors)) for site in pool.A}
@@ -179,7 +181,8 @@ def _theirs(folder: Path, form: str) -> dict[str, Any]:
 
 def _call(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     """Run Python, and return its seconds, its output, and the seconds of stages that JAX logs."""
-    began, before, lines, traced, stages = time.time(), cpu_of_children(), [], 0.0, dict.fromkeys(_STAGES, 0.0)
+    began, before, lines, traced = time.time(), cpu_of_children(), [], 0.0
+    stages: Any = dict.fromkeys(_STAGES, 0.0)
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen([sys.executable, *command], env=environment, **pipes) as process:
         for line in process.stdout or ():
