@@ -48,7 +48,7 @@ def test_tasks_with_and_without_options(arguments, small, tmp_path):
     ]
     assert all(len(row["correct"]) == 4 for row in rows)
     assert {row["task"] for row in rows if row["option_accuracy"] is not None} == {"boolean_expressions"}
-    assert "boolean_expressions" in (out / "report" / "report.html").read_text()
+    assert "boolean_expressions" in (out / "report" / "table.csv").read_text()
 
 
 def test_a_plan_for_flan_t5_large_needs_no_weights(arguments, capsys):
