@@ -129,9 +129,10 @@ def scan_blocks(
 def _layers(stacked: Any) -> list[Any]:
     """Return a tree for each layer. The gradient of a split array is one concatenation, that of slices many sums."""
 
-    def split(leaf: Any) -> Sequence[Array]:
+    def split(leaf: Any) -> Sequence[Any]:
         if is_unstacked(leaf):
-            return leaf.matrices
+            whole = not isinstance(leaf.matrices, tuple)  # a stack in codes
+            return [leaf.at(jnp.int32(layer)) for layer in range(leaf.shape[0])] if whole else leaf.matrices
         return [jnp.squeeze(part, 0) for part in jax.lax.split(leaf, [1] * len(leaf))]
 
     leaves, tree = jax.tree.flatten(stacked, is_leaf=is_unstacked)
