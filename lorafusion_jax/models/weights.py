@@ -1,8 +1,8 @@
 """The product of activations with a weight of any kind: plain, quantised or programmed into arrays.
 
 Every dense product of every model is `matmul(x, weight)`. A plain array is multiplied, a `qwix.QArray` is dequantised
-first, and a `Chip` is read. A model is put into 4 bits or on hardware by a map over its tree of weights, without any
-change to model code.
+first (but not 8-bit codes for one row), and a `Chip` is read. A model is put into 4 bits or on hardware by a map over
+its tree of weights, without any change to model code.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from ..crossbar import is_chip as is_chip
 from ..crossbar import reads as reads
 from ..crossbar.chip.split import partitions as partitions
 from ..support.platform import check_mesh, for_cpu, is_traced
-from .narrow import from_bits, kept, to_bits
+from .narrow import from_bits, kept, pack, to_bits
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +70,7 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
         if isinstance(weight.matrices, tuple):
             return kept(_layer_dot(x, weight.matrices, weight.layer), PRODUCT)
         if x.size == x.shape[-1]:
-            return _row_of_codes(x, weight.matrices, weight.layer)
+            return _row_product(x, weight.matrices, weight.layer)
         weight = at_layer(weight.matrices, weight.layer)
     if _LOOPED.get() and isinstance(weight, qwix.QArray) and 0 < math.prod(x.shape[:-1]) <= FEW and for_cpu():
         weight = _after(x, weight)
@@ -78,21 +78,22 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
     return kept(_dot(x, plain, 0), PRODUCT) if for_cpu() else jnp.dot(x, plain)
 
 
-def _row_of_codes(
-    x: Float[Array, "*batch d_in"], stack: qwix.QArray, layer: Int[Array, ""]
-) -> Float[Array, "*batch _"]:
-    """Return the product of one row with a layer's matrix in codes, read once by a loop that adds up all tiles in step.
+def _row_product(
+    x: Float[Array, "*batch d_in"], weight: Array | qwix.QArray, layer: Int[Array, ""] | int = 0
+) -> Float[Array, "*batch d_out"]:
+    """Return the product of one row with a matrix in bfloat16, or a layer's in codes, which a loop reads once.
 
-    XLA would otherwise copy the layer's codes and write its matrix in float32. It computes a last sum in the loop too,
+    XLA would otherwise copy the layer's codes, and write its matrix in float32. It computes a last sum in the loop too,
     where it is slow, so that one is a product.
     """
-    layers, tiles, d_out = stack.scale.shape
-    codes = stack.qvalue.reshape(layers, tiles, -1, d_out)
+    numbers, scale = (weight.qvalue, weight.scale) if isinstance(weight, qwix.QArray) else (pack(weight)[None], None)
+    tiles, d_out = x.size // math.gcd(x.size, 16) if scale is None else scale.shape[1], numbers.shape[2]
+    numbers = numbers.reshape(len(numbers), tiles, -1, d_out)
     row, sums = x.reshape(tiles, -1, 1).astype(_exact(x)), jnp.zeros((), _exact(x))
-    for place in range(codes.shape[2]):
-        of_place = jax.lax.dynamic_slice(codes, (layer, 0, place, 0), (1, tiles, 1, d_out)).reshape(tiles, d_out)
+    for place in range(row.shape[1]):
+        of_place = jax.lax.dynamic_slice(numbers, (layer, 0, place, 0), (1, tiles, 1, d_out)).reshape(tiles, d_out)
         sums = sums + row[:, place] * _widened(of_place, row.dtype)
-    sums = sums * stack.scale[layer].astype(row.dtype)
+    sums = sums if scale is None else sums * scale[layer].astype(row.dtype)
     return jnp.dot(jnp.ones(tiles, row.dtype), sums).reshape(*x.shape[:-1], d_out).astype(x.dtype)
 
 
@@ -147,7 +148,7 @@ def unembed(x: Float[Array, "*batch D"], embedding: Array | qwix.QArray) -> Floa
 
 def _row_of_table(x: Float[Array, "*batch D"], table: Array | qwix.QArray) -> Float[Array, "*batch V"]:
     """Return the product of one row with all rows of a table in codes or bfloat16, which a loop reads once."""
-    numbers, scale = (table.qvalue, table.scale) if isinstance(table, qwix.QArray) else (_bits(table), None)
+    numbers, scale = (table.qvalue, table.scale) if isinstance(table, qwix.QArray) else (pack(table), None)
     tiles = x.size // math.gcd(x.size, 16 if x.size < 1024 else 64) if scale is None else scale.shape[1]
     numbers = numbers.reshape(len(numbers), tiles, -1)
     row, sums = x.reshape(tiles, 1, -1).astype(_exact(x)), jnp.zeros((), _exact(x))
@@ -158,10 +159,6 @@ def _row_of_table(x: Float[Array, "*batch D"], table: Array | qwix.QArray) -> Fl
         part = row[tile] * _widened(of_tile, row.dtype)
         sums = sums + (part if scale is None else part * scale[:, tile, None].astype(row.dtype))
     return jnp.dot(sums, jnp.ones(sums.shape[1], row.dtype)).reshape(*x.shape[:-1], -1).astype(x.dtype)
-
-
-def _bits(numbers: Array) -> Array:
-    return jax.lax.bitcast_convert_type(numbers, jnp.uint16)
 
 
 def _widened(numbers: Array, dtype: Any) -> Array:
@@ -225,16 +222,6 @@ def _layer_dot(
     """Return the product of `x` with the matrix of a layer."""
     one_row = x.size == x.shape[-1] and x.dtype == matrices[0].dtype == jnp.bfloat16
     return _choose(matrices, layer, _row_product if one_row else _product, x)
-
-
-def _row_product(x: Float[Array, "*batch d_in"], w: Float[Array, "d_in d_out"]) -> Float[Array, "*batch d_out"]:
-    """Return the product of one row with a matrix in bfloat16, 16 rows of it at a time, without a float32 copy."""
-    of_group = math.gcd(x.size, 16)
-    row, bits = x.reshape(-1, of_group, 1).astype(jnp.float32), _bits(w).reshape(-1, of_group, w.shape[1])
-    sums = jnp.zeros((), jnp.float32)
-    for place in range(of_group):
-        sums = sums + row[:, place] * _widened(bits[:, place], jnp.float32)
-    return jnp.dot(jnp.ones(len(sums)), sums).reshape(*x.shape[:-1], -1).astype(x.dtype)
 
 
 def _layer_backward(factors: tuple[tuple[Array, ...], Array], g: Array) -> tuple[Array, None, None]:
@@ -347,7 +334,7 @@ def at_layer(stack: Weight, layer: Int[Array, ""]) -> Weight:
 
 
 def is_unstacked(leaf: Any) -> bool:
-    """Return whether a leaf of a tree of weights is a stack in separate arrays."""
+    """Return whether a leaf of a tree of weights is a stack that loops do not slice."""
     return isinstance(leaf, Unstacked)
 
 
