@@ -23,7 +23,6 @@ from lorafusion_jax.parts import (
     Setup,
     load_chips,
     load_setup,
-    looped,
     make_mesh,
     on_every_chip,
     on_mesh,
@@ -46,7 +45,7 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={cores}"
     _measure.launch()
     pool, task = str(_SMALL / "adapters"), str(_SMALL / "tasks" / "swapends_prev")
-    setup = looped(load_setup(FuseOptions(base=str(_SMALL / "base"), pool=pool, task=task)))
+    setup = load_setup(FuseOptions(base=str(_SMALL / "base"), pool=pool, task=task)).with_layers(unroll=False)
     runs: dict[str, Callable[[], Any]] = {
         "one": _step(setup, 1, None),
         "mapped": _step(setup, options.chips, None),

@@ -67,7 +67,6 @@ from lorafusion_jax.parts import (
     load_to_evaluate,
     log_likelihood,
     logits_of_base,
-    looped,
     module_numbers,
     on_every_chip,
     program_on_arrays,
@@ -348,7 +347,7 @@ class Bench:
         ranges = {chip.name: {} for chip in chips_in(weights)}
         restored = [Restored(corrections, ranges)] if corrections else []
         on_chip = on_every_chip(
-            looped(without_merged_pool(setup)),
+            without_merged_pool(setup).with_layers(unroll=False),
             params,
             chips.rules(),
             chips.chip_key(job.chip)[None],

@@ -48,7 +48,6 @@ from .estimates.workload import workload as workload
 
 # Chips: program, evaluate, correct.
 from .hardware.calibration import calibrate as calibrate
-from .hardware.calibration import looped as looped
 from .hardware.chips import for_every_chip as for_every_chip
 from .hardware.chips import on_every_chip as on_every_chip
 from .hardware.chips import redrawn as redrawn

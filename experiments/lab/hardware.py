@@ -30,7 +30,6 @@ from lorafusion_jax.parts import (
     load_arrays,
     load_chips,
     load_to_evaluate,
-    looped,
     lora_in_cells,
     module_numbers,
     on_every_chip,
@@ -206,7 +205,7 @@ def subject(store: Store, task: str, method: str, entry: Arm, options: ChipsOpti
     setup, fused, params = load_to_evaluate(run)
     chips = load_chips(options.crossbar, key=options.chip_key)
     keys = jnp.stack([chips.chip_key(number) for number in range(options.chips)])
-    return Subject(store, fused, looped(chips.checked(setup)), params, chips, keys)
+    return Subject(store, fused, chips.checked(setup).with_layers(unroll=False), params, chips, keys)
 
 
 def of_tasks(tasks: Sequence[str], rows: Callable[[str], Iterable[Row]]) -> list[Row]:

@@ -1,9 +1,8 @@
 """Calibration of a chip's converters on a task's training rows."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ..crossbar import calibrate_tree
-from ..loading.model import LoadedModel
 from ..runs.setup import Setup
 from ..tasks import Batch, Encoded, eval_batches
 from ..training.frozen import Frozen
@@ -19,8 +17,6 @@ from ..training.loss import batch_logits
 from ..training.mesh import to_host
 from ..training.method import Method, Params
 from ..training.problem import Problem
-
-_Loaded = TypeVar("_Loaded", bound=LoadedModel)
 
 # Training rows that ADCs are calibrated on.
 CALIBRATION_ROWS = 64
@@ -54,8 +50,3 @@ def logits_of(
         return batch_logits(params, batch, Problem(graph=graph, method=method, frozen=frozen, index=index))[0]
 
     return run
-
-
-def looped(setup: _Loaded) -> _Loaded:
-    """Return the model with a loop over layers, because reads compile slowly."""
-    return dataclasses.replace(setup, problem=setup.problem.with_layers(unroll=False))

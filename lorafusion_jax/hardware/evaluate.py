@@ -29,7 +29,7 @@ from ..support.progress import progress
 from ..support.writing import check_writable
 from ..training.mesh import make_mesh, on_mesh
 from ..training.method import Params
-from .calibration import CALIBRATION_ROWS, looped
+from .calibration import CALIBRATION_ROWS
 from .chips import for_every_chip, on_every_chip
 from .folder import Chips, aged, load_chips
 from .on_arrays import check, module_numbers, without_merged_pool
@@ -134,7 +134,7 @@ def evaluate_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     seeds, rows = on.fused.seeds, []
     on_devices = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
     with on_devices, progress("chips", count * len(on.configs)) as bar:
-        setup = looped(on.setup)
+        setup = on.setup.with_layers(unroll=False)
         setup = setup.with_problem(frozen=on_mesh(setup.problem.frozen, setup.config))
         for (age, compensate), config in on.configs.items():
             on_all = on_every_chip(

@@ -19,7 +19,7 @@ from ..runs.setup import Setup
 from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
 from ..training.method import Params
-from .calibration import CALIBRATION_ROWS, calibrate, looped
+from .calibration import CALIBRATION_ROWS, calibrate
 from .chips import redrawn
 from .folder import STEP_CHIPS, Chips, Loaded, aged, load_chips
 from .program import Restored, program
@@ -58,7 +58,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
         raise ValueError(f"programming is not random in {chips.name}: train with --train-chip chip, or none")
     if asked.restore is not None and asked.train_chip in ("fresh", "both"):
         raise ValueError(f"{asked.restore} corrects chip {asked.chip} alone: train with --train-chip chip, or none")
-    setup = looped(without_merged_pool(setup))
+    setup = without_merged_pool(setup).with_layers(unroll=False)
     graph, digital = setup.problem.graph, setup.problem.frozen
 
     def calibrated(config: CrossbarConfig, restored: Restored | None) -> Frozen:
@@ -88,7 +88,7 @@ def on_arrays(setup: Setup, options: FuseOptions, params: Params) -> HardwareSet
 def restored_base(loaded: LoadedModel, asked: OnArrays) -> Frozen:
     """Return a base without a pool on a restored chip, whose converters' ranges are those of the corrections."""
     loaded, chips, config, restored = _chips(loaded, asked)
-    problem, key = looped(loaded).problem, chips.chip_key(asked.chip)
+    problem, key = loaded.with_layers(unroll=False).problem, chips.chip_key(asked.chip)
     return program(problem.graph, problem.frozen, chips.rules(config), key, restored=restored)
 
 

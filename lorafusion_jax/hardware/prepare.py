@@ -21,7 +21,6 @@ from ..support.checks import at_least, check_uint32
 from ..support.progress import progress
 from ..support.reading import named
 from ..tasks import Batch, tokenise
-from .calibration import looped
 from .prepared import OneSite, PreparedManifest, save_prepared
 from .program import program
 from .texts import WINDOW, answered, logits_of_base, no_padding, read_texts, windows
@@ -71,7 +70,7 @@ def prepare(options: PrepareOptions) -> PreparedManifest:
     check_uint32(seed=options.seed)
     config = _changing(crossbar.load_config(options.crossbar), options.crossbar)
     content = read_texts(options.text)
-    loaded = looped(load_model(LoadOptions(base=options.base, method="zero-shot")))
+    loaded = load_model(LoadOptions(base=options.base, method="zero-shot")).with_layers(unroll=False)
     graph, frozen, digital = loaded.problem.graph, loaded.problem.frozen, options.keep_digital
     base = matrices(nnx.merge(graph, frozen.base))
     base = {name: weight for name, weight in base.items() if not any(fnmatchcase(name, each) for each in digital)}

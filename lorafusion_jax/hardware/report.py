@@ -10,7 +10,7 @@ from ..runs.evaluate import evaluate_seeds, seed_rows
 from ..support.progress import progress
 from ..support.writing import check_writable
 from ..training.frozen import Frozen
-from .calibration import calibration_batches, logits_of, looped
+from .calibration import calibration_batches, logits_of
 from .evaluate import EvaluateOnChipsOptions, asked, cases, results_path, settings
 from .program import program
 
@@ -30,7 +30,7 @@ def report_on_chips(options: EvaluateOnChipsOptions) -> dict[str, Any]:
     (((age, compensate), config),) = on.configs.items()
     params, chips = on.params, on.chips
     digital = seed_rows(*evaluate_seeds(on.setup, on.fused, params))
-    setup = looped(on.setup)
+    setup = on.setup.with_layers(unroll=False)
     problem = setup.problem
     run = logits_of(problem.graph, problem.method)
     batches = list(calibration_batches(setup, params, options.calibration_rows, batch_size=options.eval_batch))

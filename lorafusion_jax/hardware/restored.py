@@ -32,7 +32,6 @@ from ..support.text import shown
 from ..support.writing import check_no_link
 from ..tasks import IGNORED, Batch, tokenise
 from ..training.mesh import axis_size, make_mesh, on_mesh
-from .calibration import looped
 from .chips import programmed
 from .folder import Chips, aged, load_chips
 from .program import Restored, program
@@ -189,7 +188,7 @@ def restore_chips(options: RestoreOptions) -> dict[int, Manifest]:
     if not keys.keys() - (made := _all_kept(out, settings)):
         return {number: made[number] for number in keys}
     train, left_out = _read_text(loaded, options, content)
-    setup = looped(loaded)
+    setup = loaded.with_layers(unroll=False)
     run = logits_of_base(setup.problem.graph)
     logits = jax.jit(run)
     count = _tokens(left_out)

@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from ..hardware.calibration import looped
 from ..hardware.on_arrays import on_arrays, restored_base
 from ..io.pool import open_pool
 from ..loading.model import LoadedModel, load_model
@@ -107,7 +106,7 @@ def load_measured(options: HarnessOptions) -> MeasuredModel:
             loaded = load_setup(fused, to_train=False, task=own)
         elif options.restore is not None and options.pool is None:
             loaded = load_model(fused)
-            loaded = looped(loaded).with_problem(frozen=restored_base(loaded, arrays))
+            loaded = loaded.with_layers(unroll=False).with_problem(frozen=restored_base(loaded, arrays))
         else:
             raise ValueError(
                 "a chip needs text that sets the ranges of its ADCs: name a task with training rows by "

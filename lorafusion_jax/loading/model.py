@@ -74,6 +74,12 @@ class LoadedModel:
         """Return the same with changed fields of the problem."""
         return dataclasses.replace(self, problem=self.problem.replace(**changes))
 
+    def with_layers(self: AnyLoaded, *, unroll: bool) -> AnyLoaded:
+        """Return the same with layers one after the other, or as a loop, in which reads of arrays compile faster."""
+        model = nnx.merge(self.problem.graph, self.problem.frozen.base)
+        model.config = dataclasses.replace(model.config, unroll=unroll)
+        return self.with_problem(graph=nnx.split(model)[0])
+
     @property
     def config(self) -> Architecture:
         """Structure of the model."""

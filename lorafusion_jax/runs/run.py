@@ -114,8 +114,7 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
     if recorded is not None:
         _compare_environment(recorded, config)
         check_digests(run.folder, recorded["digests"], now, options)
-    training = dataclasses.replace(setup, problem=setup.problem.with_layers(unroll=unroll))
-    hardware = HardwareSetup(training, lambda params: setup)
+    hardware = HardwareSetup(setup.with_layers(unroll=unroll), lambda params: setup)
     if set_up is not None:
         hardware = set_up(setup, last, begin or start(setup.problem, options.seeds).params)
     processes.barrier("every process has read what is there")

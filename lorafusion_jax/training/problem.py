@@ -59,12 +59,6 @@ class Problem:
         """Return the problem with other fields."""
         return dataclasses.replace(self, **changes)
 
-    def with_layers(self, *, unroll: bool) -> "Problem":
-        """Return the problem with its layers compiled one after the other, or as a loop (`Architecture.unroll`)."""
-        model = nnx.merge(self.graph, self.frozen.base)
-        model.config = dataclasses.replace(model.config, unroll=unroll)
-        return self.replace(graph=nnx.split(model)[0])
-
     def unstacked(self) -> "Problem":
         """Return the problem with frozen layers in separate arrays, which are not copied out of their stacks."""
         return self.replace(frozen=self.frozen.unstacked())

@@ -29,7 +29,7 @@ def _mesh(asked):
 
 @pytest.mark.long
 def test_a_device_has_its_chips_alone_and_waits_for_no_other(small, tmp_path):
-    setup = parts.looped(parts.load_setup(recipes.small_run(small, tmp_path, seed_mode="batched")))
+    setup = parts.load_setup(recipes.small_run(small, tmp_path, seed_mode="batched")).with_layers(unroll=False)
     keys, params = jax.random.split(jax.random.key(5), 3), parts.start(setup.problem, (1, 2)).params
     _, batch = next(iter(tasks.eval_batches(setup.train, 8, pad_id=0)))
     found, flops, weights = [], [], []

@@ -69,7 +69,7 @@ def test_factors_follow_from_the_models_inputs(small, folder):
 
 def test_outputs_on_prepared_chips_are_closer_to_the_digital_ones(folder, fused):
     setup, _, params = parts.load_to_evaluate(parts.EvaluateOptions(run=parts.run_path(fused)))
-    setup, prepared = parts.looped(setup), parts.load_chips(str(folder / "prepared"))
+    setup, prepared = setup.with_layers(unroll=False), parts.load_chips(str(folder / "prepared"))
     graph, method, digital = setup.problem.graph, setup.problem.method, setup.problem.frozen
     frozen = prepared.checked(setup).problem.frozen
     batch = jax.tree.map(jnp.asarray, next(calibration_batches(setup, params, 8)))
