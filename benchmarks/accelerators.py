@@ -310,7 +310,7 @@ def _generate(params: Params, batch: Batch, problem: Problem, ended: Array) -> A
         limits: Any = {"ended": ended, "most_steps": jnp.int32(_NEW)}
         return advance(model, state, adapters, **limits, axis=AXIS).tokens
 
-    problem = problem.replace(frozen=problem.frozen.unstacked())
+    problem = problem.unstacked()
     return problem.over_seeds(of_seed, (params,), (batch,))
 
 

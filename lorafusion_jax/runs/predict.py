@@ -310,7 +310,7 @@ def stream_lines(options: GenerateOptions, load: Callable[[], Problem] | None = 
     texts = load_texts(answering.base, chat=answering.fused.chat)
     params, problem = (answering.params, load()) if load else answering.load(0, answering.new_tokens)
     if "base" not in params:
-        problem = problem.replace(frozen=problem.frozen.unstacked())
+        problem = problem.unstacked()
 
     one, tokenizer = jax.tree.map(lambda p: p[None], params), texts.tokenizer
     models = SeedModels(one, problem.replace(index=problem.index[None]), np.arange(1))

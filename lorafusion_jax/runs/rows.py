@@ -94,7 +94,7 @@ def generate_rows(
     for number, of_turn in enumerate([[batch] for batch in batches] if noisy else [batches]):
         problem = problem if number == 0 else read(number)
         if "base" not in params:  # otherwise those of a seed replace the frozen ones
-            problem = problem.replace(frozen=problem.frozen.unstacked())
+            problem = problem.unstacked()
         for turn in range(turns):
             own, of_seeds = np.arange(seeds)[turn::turns], (params, problem.index)
             ours, index = of_seeds if turns == 1 else _of_turn(of_seeds, turn, turns=turns)
