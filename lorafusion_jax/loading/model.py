@@ -24,7 +24,7 @@ from ..models.architecture import Architecture, Model, kernels, step_operations,
 from ..models.weights import Weight
 from ..support.platform import for_cpu
 from ..tasks.batches import step_widths
-from ..tasks.packing import groups
+from ..tasks.packing import step_shape
 from ..training import mesh as sharding
 from ..training.frozen import Frozen
 from ..training.mesh import on_mesh
@@ -127,11 +127,7 @@ def pays_unrolled(
     """
     of_steps = step_widths(encoded, orders, packing, alike=False)
     programs, times = np.unique(of_steps.reshape(-1, of_steps.shape[-1]), axis=0, return_counts=True)
-    (source, target, *of_rows), rows = programs.T, orders.shape[2]
-    shape = (rows * source, rows * target, [(rows, source, target)])
-    if of_rows:
-        counts = [len(numbers) for numbers in groups(np.zeros((rows, 2), int))]
-        shape = (source, target, list(zip(counts, of_rows[::2], of_rows[1::2], strict=True)))
+    shape = step_shape(orders.shape[2], *programs.T)
     saved = _SAVED * np.sum(times * step_operations(config, *shape))
     compiling = len(programs) * max(config.layers - _SHALLOW, 0) * _COMPILING_LAYER
     return bool(saved > compiling and 4 * np.max(unrolled_numbers(config, *shape)) <= _KEPT)

@@ -66,20 +66,16 @@ class Packing(NamedTuple):
         seeds, steps, rows, _ = lengths.shape
         together = seeds if alike else 1  # batches of so many seeds in one program
         packed = np.maximum(lengths - np.array([self.causal, 0]), 0)
-        members = groups(packed)
-        of_groups = [np.take_along_axis(packed, numbers[..., None], axis=2).max(axis=2) for numbers in members]
+        of_groups = [np.take_along_axis(packed, numbers[..., None], axis=2).max(axis=2) for numbers in groups(packed)]
         widths = np.concatenate([packed.sum(axis=2), *of_groups], axis=2)
         widths = widths.max(axis=0) if alike else widths
-        counts = [numbers.shape[-1] for numbers in members]
 
-        def cost(number: Any, source: Any, target: Any, *of_rows: Any) -> Any:
-            apart = list(zip(counts, of_rows[::2], of_rows[1::2], strict=True))
-            return together * number * self.operations(source, target, apart)
+        def cost(number: Any, *of_step: Any) -> Any:
+            return together * number * self.operations(*step_shape(rows, *of_step))
 
         few = few_widths(widths.reshape(-1, widths.shape[-1]), cost, worth=self.compiling)
         further = max(len(np.unique(few, axis=0)) - len(np.unique(padded, axis=0)), 1)
-        sources, targets = padded.T
-        padding = seeds * np.sum(self.operations(rows * sources, rows * targets, [(rows, sources, targets)]))
+        padding = seeds * np.sum(self.operations(*step_shape(rows, *padded.T)))
         if self.moving * np.sum(cost(1, *few.T)) + self.compiling * further >= padding:
             return None
         return few.reshape(widths.shape)
@@ -89,6 +85,14 @@ def groups(lengths: Int[np.ndarray, "*leading B 2"]) -> list[Int[np.ndarray, "*l
     """Return the numbers of the rows that attention pads alike: those of the longer half, and those of the shorter."""
     ranked = np.argsort(-lengths.sum(axis=-1), axis=-1, kind="stable")
     return np.array_split(ranked, min(_GROUPS, ranked.shape[-1]), axis=-1)
+
+
+def step_shape(rows: int, source: Any, target: Any, *of_groups: Any) -> tuple[Any, Any, list[Group]]:
+    """Return the arguments of `Packing.operations` for widths of a step, those of `Packing.plan` or of padded rows."""
+    if not of_groups:
+        return rows * source, rows * target, [(rows, source, target)]
+    counts = [len(numbers) for numbers in groups(np.zeros((rows, 2), int))]
+    return source, target, list(zip(counts, of_groups[::2], of_groups[1::2], strict=True))
 
 
 def few_widths(
