@@ -208,9 +208,7 @@ class TaskBank:
         if room >= len(pool):
             return self
         index = np.sort(np.argsort(~used, kind="stable")[:room])  # modules beyond the used ones have zeros
-        # Without names, which would be a program each.
-        chosen = dataclasses.replace(pool.select(index.tolist()), names=("",) * room)
-        frozen = dataclasses.replace(self.frozen, pool=chosen, gram=None)
+        frozen = dataclasses.replace(self.frozen, pool=_unnamed(pool.select(index.tolist())), gram=None)
         return dataclasses.replace(self, frozen=frozen, tasks=self.tasks._replace(coefficients=c[:, index]))
 
     def adapters(self, numbers: Int[Array, " B"]) -> dict[str, RowAdapter]:
