@@ -91,13 +91,12 @@ class _Table(NamedTuple):
 
     input_ids: Int32[np.ndarray, "rows+1 S"]
     labels: Int32[np.ndarray, "rows+1 T"]
-    input_lengths: Int[np.ndarray, " rows+1"]
-    label_lengths: Int[np.ndarray, " rows+1"]
+    lengths: Int[np.ndarray, "rows+1 2"]
 
     def take(self, rows: Int32[np.ndarray, "*leading B"], source_width: int, target_width: int) -> Batch:
         return Batch(
             input_ids=self.input_ids[rows, :source_width],
-            input_mask=np.arange(source_width) < self.input_lengths[rows, None],
+            input_mask=np.arange(source_width) < self.lengths[rows, :1],
             labels=self.labels[rows, :target_width],
             row_mask=rows >= 0,
         )
@@ -182,8 +181,7 @@ def step_widths(
     encoded: Encoded, orders: Int32[np.ndarray, "seeds steps B"], packing: Packing | None, *, alike: bool
 ) -> Int[np.ndarray, "*seeds steps widths"]:
     """Return the widths of all steps: those of `Packing.plan`, or the source and target width of padded rows."""
-    sizes = [(len(source), len(target)) for source, target in zip(encoded.inputs, encoded.labels, strict=True)]
-    lengths = np.array([*sizes, (0, 0)])[orders]
+    lengths = _lengths(encoded)[orders]
     padded = np.array(_shapes(lengths.max(axis=(0, 2))))
     planned = None if packing is None else packing.plan(lengths, padded, alike=alike)
     return padded if planned is None else planned
@@ -208,9 +206,8 @@ def eval_batches(
         steps = -(-count // batch_size)
         return steps * -(-count // steps) * (source + target).astype(float)
 
-    order = np.argsort(table.input_lengths[:-1], kind="stable").astype(np.int32)
-    lengths = np.stack([table.input_lengths, table.label_lengths], axis=1)[order]
-    of_row = few_widths(lengths, computed, worth=worth)
+    order = np.argsort(table.lengths[:-1, 0], kind="stable").astype(np.int32)
+    of_row = few_widths(table.lengths[order], computed, worth=worth)
     for shape in np.unique(of_row, axis=0).tolist():
         rows = order[(of_row == shape).all(axis=1)]
         steps = -(-len(rows) // batch_size)
@@ -243,15 +240,18 @@ def _table(encoded: Encoded, pad_id: int) -> _Table:
     def widest(length: int) -> int:
         return -(-bucket(length) // max(COMMON)) * max(COMMON)
 
-    nothing = np.zeros(0, np.int32)
-    inputs, labels = (*encoded.inputs, nothing), (*encoded.labels, nothing)
-    input_lengths, label_lengths = (np.array([len(row) for row in rows]) for rows in (inputs, labels))
+    lengths, nothing = _lengths(encoded), np.zeros(0, np.int32)
+    source, target = map(widest, lengths.max(axis=0).tolist())
     return _Table(
-        input_ids=pad(inputs, pad_id, widest(int(input_lengths.max()))),
-        labels=pad(labels, IGNORED, widest(int(label_lengths.max()))),
-        input_lengths=input_lengths,
-        label_lengths=label_lengths,
+        input_ids=pad((*encoded.inputs, nothing), pad_id, source),
+        labels=pad((*encoded.labels, nothing), IGNORED, target),
+        lengths=lengths,
     )
+
+
+def _lengths(encoded: Encoded) -> Int[np.ndarray, "_ 2"]:
+    """Return the numbers of source and target tokens of all rows, and of an empty one behind them."""
+    return np.array([*zip(map(len, encoded.inputs), map(len, encoded.labels), strict=True), (0, 0)])
 
 
 def _packed(
@@ -263,8 +263,7 @@ def _packed(
         np.full((*leading, 1, width), fill, np.int32)
         for width, fill in ((source_width, pad_id), (target_width, IGNORED), (target_width, -1))
     )
-    sizes = [(len(source), len(target)) for source, target in zip(encoded.inputs, encoded.labels, strict=True)]
-    lengths = np.maximum(np.array([*sizes, (0, 0)]) - np.array([causal, 0]), 0)[rows]
+    lengths = np.maximum(_lengths(encoded) - np.array([causal, 0]), 0)[rows]
     members = groups(lengths)
     sources, targets = (
         tuple(
