@@ -25,9 +25,9 @@ import tyro
 from lab import pool_cells
 from lab.common import ROOT, write_tables
 from lab.language import TUNING
-from lab.pool_cells import FUSION, ROTATED, Row
+from lab.pool_cells import FUSION, ROTATED, TARGETS, Row
 from lab.smollm2 import base
-from lab.string_pools import design, write_pools
+from lab.string_pools import write_pools
 from scipy.stats import rankdata
 
 import lorafusion_jax as lf
@@ -106,9 +106,7 @@ def keys(kind: str, names: Sequence[str]) -> list[Key]:
     """Return the keys of all cells of string tasks, or of the named language tasks."""
     if kind == "language":
         return [(kind, arm, task, s, 0) for s in pool_value_language.SEEDS for task in names for arm in ARMS[kind]]
-    own = [target.task.name for target in design().targets if target.pool != "tuning"]
-    of = ((arm, task, draw) for arm in ARMS[kind] for task in own for draw in pool_cells.ARMS[arm].draws)
-    return [(kind, arm, task, seed, draw) for (arm, task, draw), seed in itertools.product(of, pool_cells.SEEDS)]
+    return [(kind, arm, *key[2:]) for arm in ARMS[kind] for key in pool_cells.cells(arm, ROWS)]
 
 
 def key_of(row: Row) -> Key:
@@ -125,11 +123,10 @@ def strings(missing: Sequence[Key], options: Options, _: Mapping[str, Path]) -> 
     for folder in write_pools(options.pools, shuffled=False):
         print(f"trained {folder}")
     lab, rates = pool_cells.Lab(options.pools), tuned("rows_20")
-    targets = {target.task.name: target for target in design().targets}
     for (kind, arm, task, draw), group in itertools.groupby(missing, key=lambda key: (*key[:3], key[4])):
         began, seeds, curve = time.process_time(), [key[3] for key in group], Curve()
         entries = [(seed, rates[arm]) for seed in seeds]
-        lab.measure(arm, targets[task], ROWS, entries, draw=draw, answer=False, watch=curve)
+        lab.measure(arm, TARGETS[task], ROWS, entries, draw=draw, answer=False, watch=curve)
         seconds = round((time.process_time() - began) / len(seeds), 2)
         for place, seed in enumerate(seeds):
             of_key = {"base": kind, "arm": arm, "task": task, "seed": seed, "draw": draw, "rates": rates[arm]}

@@ -11,7 +11,6 @@ Interrupted, the same command continues.
 import dataclasses
 import itertools
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,20 +29,21 @@ from lab.pool_cells import (
     ROTATED,
     SHUFFLED,
     SMALL_LORA,
+    TARGETS,
     TRAINED,
     ZERO,
     Lab,
     Row,
     cells,
     key_of,
+    run,
 )
 from lab.string_pools import CLASSES, design, write_pools
-from lab.tuning import best_tried, rates_at, tune
+from lab.tuning import best_tried
 
 from lorafusion_jax.report import colour, holm, over_tasks, plot
-from lorafusion_jax.trials import Cells, read_lines
+from lorafusion_jax.trials import read_lines
 
-TUNING_SEEDS = (1, 2, 3)
 EQUIVALENT = 0.05  # nats: the bound of "no advantage"
 ROWS_OF_TESTS = 20
 SECONDARY = ("H2", "H3", "H4", "H5", "H6")
@@ -74,54 +74,11 @@ def main(arguments: Sequence[str] = ()) -> None:
             if (kind := ARMS[name].pool) != "none":
                 for folder in write_pools(options.pools, shuffled=kind == "shuffled-labels"):
                     print(f"trained {folder}", file=sys.stderr, flush=True)
-            run(lab, name, rows, options.out)
+            file = options.out / f"rows_{rows}.jsonl"
+            run(lab, cells(name, rows), file, ARMS[name].rates, together=True)
     everything = [row for rows in EPOCHS for row in read_lines(options.out / f"rows_{rows}.jsonl")]
     write_tables(options.out, tables(everything, read_lines(options.out / "tune.jsonl")))
     draw(everything, options.out / "advantage.png")
-
-
-def run(lab: Lab, name: str, rows: int, out: Path) -> None:
-    """Measure the missing cells of an arm at a number of training rows; its rates are tuned before."""
-    everything, keys = Cells(out / f"rows_{rows}.jsonl", key_of), cells(name, rows)
-    if not everything.missing(keys):
-        return
-    arm, targets = ARMS[name], {target.task.name: target for target in design().targets}
-    rates = tuned(lab, name, rows, out / "tune.jsonl") if arm.rates else {}
-
-    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
-        for (task, draw_number), of_seeds in itertools.groupby(missing, key=lambda key: (key[2], key[4])):
-            began, seeds = time.process_time(), [key[3] for key in of_seeds]
-            found = lab.measure(name, targets[task], rows, [(seed, rates) for seed in seeds], draw=draw_number)
-            seconds = round((time.process_time() - began) / len(seeds), 2)
-            of_target = {"pool": targets[task].pool, "relevance": targets[task].relevance}
-            for seed, cell in zip(seeds, found, strict=True):
-                key = {"arm": name, "rows": rows, "task": task, "seed": seed, "draw": draw_number}
-                yield key | of_target | {"rates": rates} | cell | {"cpu_seconds": seconds}
-
-    everything.fill(keys, measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.2f} CPU s")
-
-
-def tuned(lab: Lab, name: str, rows: int, file: Path) -> dict[str, float]:
-    """Return the rates of an arm with the least mean test loss on the tuning tasks, at no edge of the tried ones."""
-    arm, targets = ARMS[name], {target.task.name: target for target in design().targets if target.pool == "tuning"}
-
-    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
-        for task, keys in itertools.groupby(missing, key=lambda key: key[3]):
-            points = [key[2] for key in keys]
-            entries = [(seed, rates_at(arm.rates, point)) for point in points for seed in TUNING_SEEDS]
-            losses = [cell["test_loss"] for cell in lab.measure(name, targets[task], rows, entries, answer=False)]
-            for point, own in zip(points, np.reshape(losses, (len(points), len(TUNING_SEEDS))), strict=True):
-                key = {"arm": name, "rows": rows, "task": task, "relevance": targets[task].relevance}
-                rates = {"point": point, "rates": rates_at(arm.rates, point)}
-                yield key | rates | {"test_loss": round(float(own.mean()), 5)}
-
-    neighbours = [by for by in itertools.product((-1, 0, 1), repeat=len(arm.rates)) if any(by)]
-    trials, over = Cells(file, _tuning_key), [(task,) for task in targets]
-    return tune(trials, (name, rows), arm.rates, neighbours, over, measure)
-
-
-def _tuning_key(row: Row) -> tuple[Any, ...]:
-    return row["arm"], row["rows"], tuple(row["point"]), row["task"]
 
 
 class Test(NamedTuple):
@@ -162,7 +119,7 @@ def difference(rows: Sequence[Row], first: str, second: str, number: int) -> dic
     return None if a is None or b is None else {task: a[task] - b[task] for task in RELEVANCE}
 
 
-RELEVANCE = {target.task.name: target.relevance for target in design().targets if target.pool != "tuning"}
+RELEVANCE = {name: target.relevance for name, target in TARGETS.items() if target.pool != "tuning"}
 
 
 def tests(rows: Sequence[Row]) -> list[Test]:

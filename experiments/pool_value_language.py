@@ -209,12 +209,11 @@ def tuned(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], out: Path
             key = {"arm": arm, "rows": rows, "task": task, "seed": seed}
             yield key | {"point": point, "rates": rates, "test_loss": loss}
 
-    moves = [by for by in itertools.product((-1, 0, 1), repeat=len(begin)) if sum(map(abs, by)) == 1]
-    trials, over = Cells(out / "language_tune.jsonl", tuning_key), [*itertools.product(TUNING, TUNING_SEEDS[rows])]
-    return tune(trials, (name, rows), begin, moves, over, measure)
+    trials, over = Cells(out / "language_tune.jsonl", _tuning_key), [*itertools.product(TUNING, TUNING_SEEDS[rows])]
+    return tune(trials, (name, rows), begin, over, measure)
 
 
-def tuning_key(row: Row) -> tuple[Any, ...]:
+def _tuning_key(row: Row) -> tuple[Any, ...]:
     return row["arm"], row["rows"], tuple(row["point"]), row["task"], row["seed"]
 
 

@@ -28,7 +28,7 @@ import tyro
 from flax import nnx
 from lab.common import ROOT, SMALL, with_interval, write_csv, write_tables
 from lab.language import EVALUATED_ROWS, NEW_TOKENS, SOURCES, UNSEEN, find, load, source_rows
-from lab.pool_cells import FUSION, Lab, Row
+from lab.pool_cells import FUSION, TARGETS, Lab, Row
 from lab.smollm2 import base
 from lab.string_pools import CLASSES, SEED, adapter_rows, design, pool_folder, test_rows, train_rows
 from string_tasks import draw
@@ -148,7 +148,7 @@ class Strings:
             trained = adapter_rows(modules[name], pool, shuffled=False)
             test = draw(modules[name], OWN_ROWS, (SEED, _OWN), exclude={row["context"] for row in trained})
             return _examples(trained), _examples(test), {name}
-        task = next(target.task for target in design().targets if target.task.name == name)
+        task = TARGETS[name].task
         related = {other for other, of in modules.items() if {*of} & {*task}}
         return _examples(train_rows(task, 1)[:20]), _examples(test_rows(task)), related
 
@@ -326,8 +326,9 @@ def tasks_of(pool: str) -> tuple[list[str], list[str]]:
     """Return the names of a pool's targets, and those of its modules."""
     if pool == LANGUAGE:
         return [*dict.fromkeys(row["task"] for row in _language_rows())], [*language.ADAPTERS]
-    targets = [target.task.name for target in design().targets if target.pool == pool]
-    return targets, [task.name for task in design().pools[pool]]
+    return [name for name, target in TARGETS.items() if target.pool == pool], [
+        task.name for task in design().pools[pool]
+    ]
 
 
 def cells(pools: Sequence[str] = POOLS) -> Iterator[tuple[str, str, str, str]]:
@@ -339,14 +340,13 @@ def cells(pools: Sequence[str] = POOLS) -> Iterator[tuple[str, str, str, str]]:
 
 def measure(routing: Routing, pools: Sequence[str], file: Path) -> None:
     """Measure the missing cells."""
-    relevance = {target.task.name: target.relevance for target in design().targets}
 
     def of(missing: Sequence[tuple[str, str, str, str]]) -> Iterator[Row]:
         for key in missing:
             began = time.process_time()
             row = dict(zip(("what", "pool", "task", "router"), key, strict=True)) | routing.measure(*key)
             if key[0] != "own" and key[1] in POOLS:
-                row["relevance"] = relevance[key[2]]
+                row["relevance"] = TARGETS[key[2]].relevance
             yield row | {"cpu_seconds": round(time.process_time() - began, 2)}
 
     Cells(file, key_of).fill(cells(pools), of, lambda row: f"{key_of(row)}: {row['cpu_seconds']} CPU s")

@@ -10,8 +10,7 @@ as CSV, and loss.png. Interrupted, the same command continues.
 
 import dataclasses
 import itertools
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +21,15 @@ import numpy as np
 import scipy.stats
 import tyro
 from lab.common import ROOT, with_interval, write_tables
-from lab.pool_cells import ARMS, FUSION, ROTATED, ZERO, Arm, Entries, Lab, Row
-from lab.string_pools import CLASSES, design
-from lab.tuning import best_tried, rates_at, tried_line, tune
+from lab.pool_cells import ARMS, FUSION, ROTATED, TARGETS, ZERO, Arm, Entries, Lab, Row, run
+from lab.string_pools import CLASSES
+from lab.tuning import best_tried, tried_line
 
 import lorafusion_jax as lf
 from lorafusion_jax.parts import seed_entropies, start
 from lorafusion_jax.report import colour, holm, plot
 from lorafusion_jax.tasks import TrainingRows
-from lorafusion_jax.trials import Cells, read_lines
+from lorafusion_jax.trials import read_lines
 
 SEEDS, ROWS = (1, 2, 3), (5, 20, 95)
 LORA, WARM, WARM_ROTATED = "LoRA, rank 16", "from the fusion", "from a rotated fusion"
@@ -47,7 +46,6 @@ STARTED = {
 COMPARED = (FUSION, LORA)  # measured by pool_value.py
 SECONDARY = 5
 POOL_VALUE = ROOT / "results" / "pool_value"
-TARGETS = {target.task.name: target for target in design().targets}
 TESTED = {name: target.relevance for name, target in TARGETS.items() if target.pool != "tuning"}
 
 
@@ -74,7 +72,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     lab = StartedLab(options.pools) if options.rows else None
     for rows, name in itertools.product(options.rows, options.arms):
         assert lab is not None
-        run(lab, name, rows, options.out)
+        keys = [(name, rows, task, seed, 0) for task, seed in itertools.product(TESTED, SEEDS)]
+        run(lab, keys, options.out / "rows.jsonl", begin(name, rows))
     rows = with_earlier_rows(read_lines(options.out / "rows.jsonl"))
     write_tables(options.out, tables(rows, read_lines(options.out / "tune.jsonl")))
     draw(rows, options.out / "loss.png")
@@ -117,53 +116,11 @@ def best_single(problem: lf.Problem, rows: TrainingRows) -> Any:
     return {"coefficients": jax.nn.one_hot(np.argmin(losses, axis=0), modules)}
 
 
-def key_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("arm", "rows", "task", "seed"))
-
-
-def run(lab: Lab, name: str, rows: int, out: Path) -> None:
-    """Measure the missing cells of an arm at a number of training rows; its rates are tuned before."""
-    everything = Cells(out / "rows.jsonl", key_of)
-    keys = [(name, rows, task, seed) for task, seed in itertools.product(TESTED, SEEDS)]
-    if not everything.missing(keys):
-        return
-    rates = tuned(lab, name, rows, out / "tune.jsonl")
-
-    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
-        for task, of_seeds in itertools.groupby(missing, key=lambda key: key[2]):
-            began, seeds = time.process_time(), [key[3] for key in of_seeds]
-            found = lab.measure(name, TARGETS[task], rows, [(seed, rates) for seed in seeds])
-            seconds = round((time.process_time() - began) / len(seeds), 2)
-            for seed, cell in zip(seeds, found, strict=True):
-                key = {"arm": name, "rows": rows, "task": task, "seed": seed, "relevance": TESTED[task]}
-                yield key | {"rates": rates} | cell | {"cpu_seconds": seconds}
-
-    everything.fill(keys, measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.2f} CPU s")
-
-
-def tuned(lab: Lab, name: str, rows: int, file: Path) -> dict[str, float]:
-    """Return the rates of an arm whose mean test loss on the tuning tasks no change of one rate lowers.
-
-    The search starts from the rates that pool_value.py found for the two parts of the arm.
-    """
-    own = [task for task, target in TARGETS.items() if target.pool == "tuning"]
+def begin(name: str, rows: int) -> dict[str, float]:
+    """Return the rates that pool_value.py found for the two parts of an arm, from which its tuning starts."""
     earlier = read_lines(POOL_VALUE / "tune.jsonl")
     parts = [best_tried(earlier, part, rows) for part in (STARTED[name][0], LORA)]
-    begin = {rate: value for part in parts if part is not None for rate, value in part.rates.items()}
-
-    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
-        for task, keys in itertools.groupby(missing, key=lambda key: key[3]):
-            points = [key[2] for key in keys]
-            entries = [(seed, rates_at(begin, point)) for point in points for seed in SEEDS]
-            losses = [cell["test_loss"] for cell in lab.measure(name, TARGETS[task], rows, entries, answer=False)]
-            for point, of_point in zip(points, np.reshape(losses, (len(points), len(SEEDS))), strict=True):
-                rates = {"point": point, "rates": rates_at(begin, point)}
-                loss = {"test_loss": round(float(of_point.mean()), 5)}
-                yield {"arm": name, "rows": rows, "task": task} | rates | loss
-
-    moves = [by for by in itertools.product((-1, 0, 1), repeat=len(begin)) if sum(map(abs, by)) == 1]
-    trials = Cells(file, lambda row: (row["arm"], row["rows"], tuple(row["point"]), row["task"]))
-    return tune(trials, (name, rows), begin, moves, [(task,) for task in own], measure)
+    return {rate: value for part in parts if part is not None for rate, value in part.rates.items()}
 
 
 def with_earlier_rows(rows: Sequence[Row]) -> list[Row]:

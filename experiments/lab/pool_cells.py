@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,11 +32,14 @@ from lorafusion_jax.tasks import (
     exact_match,
     pad,
 )
+from lorafusion_jax.trials import Cells
 
 from .common import SMALL
 from .string_pools import TRAIN_ROWS, VALIDATION_ROWS, Rows, Target, design, pool_folder, test_rows, train_rows
+from .tuning import rates_at, tune
 
-SEEDS, DRAWS, MODULES = (1, 2, 3, 4, 5), (0, 1, 2), 20
+SEEDS, TUNING_SEEDS, DRAWS, MODULES = (1, 2, 3, 4, 5), (1, 2, 3), (0, 1, 2), 20
+TARGETS = {target.task.name: target for target in design().targets}
 # Passes over the training rows: 40 steps of up to 10 rows, and 200 for 95 rows.
 EPOCHS = {5: 40, 10: 40, 20: 20, 95: 20}
 SOURCE_WIDTH, TARGET_WIDTHS = 12, (8, 16)
@@ -79,13 +83,13 @@ ARMS = {ZERO: Arm("zero-shot"), CONSTANT: Arm("constant"), **TRAINED}
 
 def cells(name: str, rows: int) -> list[tuple[Any, ...]]:
     """Return the keys of all rows of an arm, seeds of a task and draw together."""
-    tasks = [target.task.name for target in design().targets if target.pool != "tuning"]
+    tasks = [task for task, target in TARGETS.items() if target.pool != "tuning"]
     everything = itertools.product(tasks, ARMS[name].draws, SEEDS)
     return [(name, rows, task, seed, draw) for task, draw, seed in everything]
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("arm", "rows", "task", "seed", "draw"))
+    return (*(row[name] for name in ("arm", "rows", "task", "seed")), row.get("draw", 0))
 
 
 class Lab:
@@ -276,3 +280,44 @@ def recipe_for(arm: Arm, rows: int) -> Any:
 def _percent(texts: Sequence[str], wanted: Sequence[str]) -> float:
     """Return the share of exact matches."""
     return 100 * float(exact_match([texts], wanted).mean())
+
+
+def run(
+    lab: Lab, keys: Sequence[tuple[Any, ...]], file: Path, begin: Mapping[str, float], *, together: bool = False
+) -> None:
+    """Measure the missing cells of an arm at a number of training rows; its rates are tuned before, from `begin` on."""
+    everything = Cells(file, key_of)
+    if not everything.missing(keys):
+        return
+    name, rows = keys[0][:2]
+    rates = _tuned(lab, name, rows, file.with_name("tune.jsonl"), begin, together) if begin else {}
+
+    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+        for (task, draw), of_seeds in itertools.groupby(missing, key=lambda key: (key[2], key[4])):
+            began, seeds, target = time.process_time(), [key[3] for key in of_seeds], TARGETS[task]
+            found = lab.measure(name, target, rows, [(seed, rates) for seed in seeds], draw=draw)
+            seconds = round((time.process_time() - began) / len(seeds), 2)
+            of_target = {"pool": target.pool, "relevance": target.relevance}
+            for seed, cell in zip(seeds, found, strict=True):
+                key = {"arm": name, "rows": rows, "task": task, "seed": seed, "draw": draw}
+                yield key | of_target | {"rates": rates} | cell | {"cpu_seconds": seconds}
+
+    everything.fill(keys, measure, lambda row: f"{key_of(row)}: {row['cpu_seconds']:.2f} CPU s")
+
+
+def _tuned(lab: Lab, name: str, rows: int, file: Path, begin: Mapping[str, float], together: bool) -> dict[str, float]:
+    """Return the rates of an arm with the least mean test loss on the tuning tasks, at no edge of the tried ones."""
+
+    def measure(missing: Sequence[tuple[Any, ...]]) -> Iterator[Row]:
+        for task, keys in itertools.groupby(missing, key=lambda key: key[3]):
+            points = [key[2] for key in keys]
+            entries = [(seed, rates_at(begin, point)) for point in points for seed in TUNING_SEEDS]
+            losses = [cell["test_loss"] for cell in lab.measure(name, TARGETS[task], rows, entries, answer=False)]
+            for point, own in zip(points, np.reshape(losses, (len(points), len(TUNING_SEEDS))), strict=True):
+                key = {"arm": name, "rows": rows, "task": task, "relevance": TARGETS[task].relevance}
+                rates = {"point": point, "rates": rates_at(begin, point)}
+                yield key | rates | {"test_loss": round(float(own.mean()), 5)}
+
+    over = [(task,) for task, target in TARGETS.items() if target.pool == "tuning"]
+    trials = Cells(file, lambda row: (row["arm"], row["rows"], tuple(row["point"]), row["task"]))
+    return tune(trials, (name, rows), begin, over, measure, together=together)

@@ -37,20 +37,23 @@ def tune(
     cells: Cells[tuple[Any, ...]],
     of_arm: tuple[Any, ...],
     begin: Mapping[str, float],
-    moves: Sequence[Point],
     over: Sequence[tuple[Any, ...]],
     measure: Callable[[list[tuple[Any, ...]]], Iterable[Row]],
+    *,
+    together: bool = False,
 ) -> dict[str, float]:
-    """Return the rates of an arm whose mean test loss no move lowers.
+    """Return the rates of an arm whose mean test loss no change of one rate lowers, or of several together.
 
     Args:
       cells: of the tuning; the key of one is the arm's, a point, and one of `over`.
       of_arm: key of the arm.
       begin: rates at the first point.
-      moves: steps to all neighbours of a point.
       over: tasks, or tasks and seeds, that losses are means over.
       measure: function that yields the rows of missing cells.
+      together: several rates change at once.
     """
+    most = len(begin) if together else 1
+    moves = [by for by in itertools.product((-1, 0, 1), repeat=len(begin)) if 0 < sum(map(abs, by)) <= most]
 
     def losses(points: Sequence[Point]) -> list[float]:
         keys = [(*of_arm, point, *each) for each, point in itertools.product(over, points)]
