@@ -145,6 +145,12 @@ def has_peft() -> bool:
     return all(importlib.util.find_spec(name) for name in ("torch", "peft"))
 
 
+def need_peft() -> None:
+    """End a script that has nothing else to compare with."""
+    if not has_peft():
+        sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
+
+
 def processor() -> str:
     """Return the processor's name and how many cores this process may use."""
     name = _cpuinfo("model name") or platform.processor() or platform.machine()

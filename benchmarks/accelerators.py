@@ -471,7 +471,8 @@ def _shared_out(where: str, by: _By, chip: _Chip) -> list[dict[str, Any]]:
             given = _on_mesh(arrays, of_seeds=by is None), _on(NamedSharding(jax.sharding.get_mesh(), of_x), x)
             there = NamedSharding(jax.sharding.get_mesh(), of_y)
             compiled.append(jax.jit(read, out_shardings=there).lower(*given).compile())
-    held, found = [program.memory_analysis().argument_size_in_bytes for program in compiled], _exchanged(compiled[1])
+    held = [program.memory_analysis().argument_size_in_bytes for program in compiled]
+    found = collections.Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled[1].as_text()))
     cases = [
         # Rows add up their outputs, and take the range of an input vector from all of its numbers.
         case(f"{where} collectives", found.total(), 2 if by == "rows" else 0, kinds=dict(found)),
@@ -482,10 +483,6 @@ def _shared_out(where: str, by: _By, chip: _Chip) -> list[dict[str, Any]]:
         flops = [program.cost_analysis()["flops"] for program in compiled]
         cases.append(case(f"{where} FLOPs of a device / an eighth of all", 8 * flops[1] / flops[0], 1.05))
     return cases
-
-
-def _exchanged(compiled: Any) -> collections.Counter[str]:
-    return collections.Counter(re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text()))
 
 
 def _time(where: str, found: Counts, chip: _Chip, steps: int = 1) -> dict[str, Any]:

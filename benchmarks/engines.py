@@ -28,7 +28,6 @@ _JOBS = 6 * len(_METHODS)  # the script has six tasks
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--warm", action="store_true", help="compile before the timed runs")
     options = parser.parse_args()
     # All addresses are 127.0.0.1, which Ray's variable means for other systems.
@@ -38,15 +37,15 @@ def main() -> None:
     times = []
     if options.warm:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
-        _seconds(options.epochs, cores)
+        _seconds(cores)
     for turn in range(options.turns):
-        local = _seconds(options.epochs, cores[:1])
+        local = _seconds(cores[:1])
         cluster = importlib.import_module("ray.cluster_utils").Cluster()  # of the extra ray
         for core in cores:
             os.sched_setaffinity(0, {core})  # which the node and its workers inherit
             cluster.add_node(num_cpus=1)
         os.sched_setaffinity(0, cores)
-        ray = _seconds(options.epochs, cores, "--engine", "ray", "--address", cluster.address)
+        ray = _seconds(cores, "--engine", "ray", "--address", cluster.address)
         cluster.shutdown()
         times.append((local, ray))
         print(f"turn {turn + 1}: {local:.0f} s in one process, {ray:.0f} s on two nodes", flush=True)
@@ -55,10 +54,10 @@ def main() -> None:
     print(f"{_JOBS} jobs: ratio {ratio:.2f}, overhead of a job {overhead:.2f} s (medians of {len(times)} turns)")
 
 
-def _seconds(epochs: int, cores: list[int], *engine: str) -> float:
+def _seconds(cores: list[int], *engine: str) -> float:
     """Run the script on some cores and return its wall time."""
     with tempfile.TemporaryDirectory() as out:
-        flags = ("--seeds", "1", "--epochs", str(epochs), "--out", out, *engine, "--methods", *_METHODS)
+        flags = ("--seeds", "1", "--out", out, *engine, "--methods", *_METHODS)
         begin = time.perf_counter()
         command = ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, str(_SCRIPT), *flags]
         subprocess.run(command, check=True, capture_output=True)

@@ -1,9 +1,9 @@
 """Greedy generation with a fused pool against PyTorch + PEFT `generate`, taking turns on one core.
 
-    python benchmarks/generation.py --shape flan-t5-small [--batch 10] [--composition sum] [--json]
+    python benchmarks/generation.py --shape flan-t5-small [--batch 10] [--json]
 
-128 source and 32 new tokens, no row ending earlier; the mix of 20 modules of rank 16 on q and v (or their sum) with
-its magnitudes, beside the base (composed anew by every call here, in PEFT a DoRA adapter) and merged into its weights
+128 source and 32 new tokens, no row ending earlier; the mix of 20 modules of rank 16 on q and v with its magnitudes,
+beside the base (composed anew by every call here, in PEFT a DoRA adapter) and merged into its weights
 (`merged_base`, PEFT's `merge_and_unload`). With a decoder also the prompt alone, merged, up to the first new token.
 Random weights.
 Needs the `peft` extra, except for answers in turns with llama.cpp, whose interpreter needs the package xllamacpp:
@@ -15,7 +15,6 @@ CPU time of a token in an answer of 64 tokens, with and without a run, and of a 
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import _measure
 import jax
 import jax.numpy as jnp
 import numpy as np
-from _measure import case, has_peft, in_turns, of_turns, product_rates, smollm2
+from _measure import case, in_turns, need_peft, of_turns, product_rates, smollm2
 from _model import CHOICES, MODULES, SOURCE, TARGET, Dtype, answers, batch_of, config_of, frozen, graph_of
 from _peer import Peer
 from flax import nnx
@@ -46,7 +45,6 @@ def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-small", help="of the base model")
     parser.add_argument("--batch", type=int, nargs="+", default=[10], help="rows of a batch")
-    parser.add_argument("--composition", choices=("mix", "sum"), default="mix", help="of the modules")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--llama-cpp", metavar="PYTHON", help="interpreter with xllamacpp, to compare with that alone")
     parser.add_argument("--gguf", type=Path, nargs="+", help="models to answer with")
@@ -56,8 +54,7 @@ def main() -> None:
         _measure.launch(1)
         cases = [found for file in files for found in _llama_cpp.cases(file, options.llama_cpp, options.rounds)]
         return _measure.show(cases, as_json=options.json)
-    if not has_peft():
-        sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
+    need_peft()
     _measure.launch(1)
     rates = product_rates(_DTYPES)
     cases = [found for rows in options.batch for found in _cases(options, rows, rates)]
@@ -76,7 +73,7 @@ def _cases(options: Any, rows: int, rates: dict[str, float]) -> list[dict[str, A
         config = dataclasses.replace(config_of(shape, dtype), eos_id=-1)
         weights = jax.block_until_ready(frozen(config, dtype, MODULES))
         batch = batch_of(config, (rows, SOURCE, TARGET))
-        runs |= {f"{dtype} {how}": run for how, run in _ours(config, weights, batch, options.composition).items()}
+        runs |= {f"{dtype} {how}": run for how, run in _ours(config, weights, batch).items()}
         runs |= {f"{dtype} peer {how}": run for how, run in _theirs(config, weights, batch, dtype).items()}
     causal, cases = config_of(shape).causal, []
     decoder = _DECODER * rates["XLA float32"] / rates["PyTorch float32"]
@@ -103,8 +100,8 @@ def _cases(options: Any, rows: int, rates: dict[str, float]) -> list[dict[str, A
     return cases
 
 
-def _ours(config: Any, weights: Frozen, batch: Batch, composition: Any) -> dict[str, Callable[[], np.ndarray]]:
-    method = Fusion(composition=composition, start="uniform")
+def _ours(config: Any, weights: Frozen, batch: Batch) -> dict[str, Callable[[], np.ndarray]]:
+    method = Fusion(composition="mix", start="uniform")
     index = jnp.arange(MODULES)
     params = jax.jit(method.init)(weights, index, jax.random.key(0))
     model = nnx.merge(graph_of(config), weights.base)

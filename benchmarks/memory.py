@@ -73,7 +73,10 @@ def main() -> None:
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "nf4")
     if not options.peak:
         cases += [
-            _plan(name, options.shape, dtype, rows)
+            _compared(
+                f"{options.shape}, {_METHODS[name]}, {dtype}, batch {rows}",
+                *(of(name, options.shape, dtype, rows) for of in (_planned, _allocated)),
+            )
             for name in _METHODS
             for dtype in dtypes
             for rows in (5, 10)
@@ -95,11 +98,6 @@ def _peaks(name: str, shape: str) -> list[dict[str, Any]]:
     }
     required = 1.0 if shape == "flan-t5-large" else None
     return [case(what, b / (g * _GIB), required, gib=b / _GIB, bar_gib=g) for what, (b, g) in bars.items()]
-
-
-def _plan(name: str, shape: str, dtype: Dtype, rows: int) -> dict[str, Any]:
-    planned, allocated = _planned(name, shape, dtype, rows), _allocated(name, shape, dtype, rows)
-    return _compared(f"{shape}, {_METHODS[name]}, {dtype}, batch {rows}", planned, allocated)
 
 
 def _compared(what: str, planned: int, allocated: int) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=CHOICES, default="flan-t5-large", help="model whose steps are counted")
     parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model")
     options = parser.parse_args()
-    tasks, tokenizer = tasks_of(options)
+    tasks, tokenizer = tasks_of(options.tasks, options.tokenizer)
     config = config_of(options.shape)
     packing = Packing(config.causal, partial(step_operations, config))
     lengths = "tokenised" if tokenizer else "estimated from characters"
@@ -89,9 +89,8 @@ def main() -> None:
     _measure.show(cases, as_json=options.json)
 
 
-def tasks_of(options: Any) -> tuple[list[Task], Any]:
+def tasks_of(sources: Sequence[Path], source: Any = None) -> tuple[list[Task], Any]:
     """Return the tasks that --tasks names, or the embedded ones, and the tokenizer; None estimates lengths."""
-    sources, source = options.tasks, options.tokenizer
     if not sources:
         sources, source = sorted((_SMALL / "tasks").iterdir()), source or _SMALL / "base"
     tasks = [load_task(path) for source in sources for path in (sorted(source.rglob("*.json")) or [source])]

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import _measure
 import jax
 import numpy as np
-from _measure import MALLOC, ROOT, case, features, has_peft, of_turns, processor, product_rates
+from _measure import MALLOC, ROOT, case, features, need_peft, of_turns, processor, product_rates
 from _mix import compiled
 from _model import CHOICES, MODULES, Dtype, Step, config_of, frozen
 from _peer import Peer, lines_of
@@ -126,7 +126,6 @@ _Pass = dict[str, list[float]]
 def main() -> None:
     parser = _measure.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", type=Path, help="files or folders")
-    parser.add_argument("--tokenizer", help="folder, hub id or GGUF file of a base model; else lengths are estimated")
     parser.add_argument("--shape", choices=CHOICES, nargs="+", default=["flan-t5-small"], help="of the base model")
     parser.add_argument("--isa", choices=_ISA, nargs="+", default=["native"], help="instructions that are used")
     parser.add_argument("--candidates", choices=_CANDIDATES, nargs="+", default=[*_CANDIDATES])
@@ -137,8 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     if min(options.batches, options.rounds) < 1:
         parser.error("--batches and --rounds count from 1")
-    if not has_peft():
-        sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
+    need_peft()
     if options.worker is not None:
         _work(options)
         return
@@ -299,7 +297,7 @@ def _theirs(config: Architecture, weights: Frozen, candidate: _Candidate) -> _Tr
 
 def _forms(options: argparse.Namespace, config: Architecture) -> dict[str, _Form]:
     """Return the batches of one seed's epoch of all tasks in each form, those of a packed and a padded one alike."""
-    tasks, tokenizer = tasks_of(options)
+    tasks, tokenizer = tasks_of(options.tasks)
     packing, recipe = packing_of(config, on_cpu=True), PRESETS["default"]
     draw = partial(np.random.default_rng(0).integers, 2, config.vocab_size, dtype=np.int32)
     batches: dict[str, list[Any]] = {_PACKED: [], _PADDED: [], _SORTED: []}

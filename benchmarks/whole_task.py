@@ -32,7 +32,7 @@ from typing import Any
 
 import _measure
 import numpy as np
-from _measure import MALLOC, ROOT, case, cpu_of_children, has_peft, of_commands, of_turns, smollm2
+from _measure import MALLOC, ROOT, case, cpu_of_children, need_peft, of_commands, of_turns, smollm2
 from _model import CHOICES, MODULES, config_of, frozen
 from _peer import peft_model
 from flax import nnx
@@ -59,12 +59,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[20], help="that are trained on; 5 %% more validate")
     parser.add_argument("--peers", choices=_PEERS, nargs="+", default=[*_PEERS])
     parser.add_argument("--rounds", type=int, default=1, help="of calls after the first ones")
-    parser.set_defaults(tokenizer=None)  # lengths are estimated
     options = parser.parse_args()
     if min(*options.rows, options.rounds) < 1:
         parser.error("--rows and --rounds count from 1")
-    if not has_peft():
-        sys.exit("PyTorch and PEFT are not installed, and nothing else is compared with: pip install -e '.[peft]'")
+    need_peft()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
     tasks, cases, table = _tasks(options), [], [["seconds", "call", "all", "CPU", *_STAGES]]
     for shape in options.shape:
@@ -92,7 +90,7 @@ def _tasks(options: Any) -> list[tuple[Task, Any]]:
     """Return tasks, each with the tokenizer that counts its tokens."""
     chosen = [(load_task(_SMALL / "tasks" / "swapends_prev"), load_tokenizer(_SMALL / "base"))]
     if options.tasks:
-        tasks, tokenizer = tasks_of(options)
+        tasks, tokenizer = tasks_of(options.tasks)
         tasks.sort(key=lambda task: np.mean([len(example.input) for example in task.train]))
         third = max(len(tasks) // 3, 1)
         chosen += [(task, tokenizer) for task in tasks[third // 2 :: third][:3]]

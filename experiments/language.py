@@ -6,7 +6,7 @@ r"""Fusion on real language: SmolLM2 and its pool of 24 adapters, on tasks that 
         --out runs/language_second --groups main --seeds 1 --methods LoRAFusion "random pool"    # of another pool
 
     main         prompts, mean, best module, coefficients, magnitudes, both, a random pool, a basis, LoRA
-    more         constant answers, other bases, choices and compositions, shuffled layers, DoRA, VeRA, searches
+    more         constant answers, and coefficients of a random pool
     five         the trained rows of `main`, from five examples
     twenty       LoRAFusion, a random pool, magnitudes and LoRA from twenty
     examples     prompts and LoRAFusion from twenty, of which one or three stand in every prompt

@@ -209,7 +209,7 @@ def tuned(lab: "Lab", name: str, rows: int, paths: Mapping[str, Path], out: Path
             key = {"arm": arm, "rows": rows, "task": task, "seed": seed}
             yield key | {"point": point, "rates": rates, "test_loss": loss}
 
-    trials, over = Cells(out / "language_tune.jsonl", _tuning_key), [*itertools.product(TUNING, TUNING_SEEDS[rows])]
+    trials, over = Cells(out / "language_tune.jsonl", _tuning_key), [*itertools.product(TUNING, lab.tuning_seeds[rows])]
     return tune(trials, (name, rows), begin, over, measure)
 
 
@@ -221,6 +221,7 @@ class Lab:
     """The base and its pool, loaded once for each arm and draw."""
 
     arms: Mapping[str, Arm] = ARMS
+    tuning_seeds: Mapping[int, tuple[int, ...]] = TUNING_SEEDS
 
     def __init__(self, base: Path, pool: Path, adapters: Sequence[str] = ADAPTERS):
         there = {path.name for path in pool.iterdir()} if pool.is_dir() else set[str]()

@@ -88,6 +88,7 @@ class StartedLab(language.Lab):
         **{name: _started(name) for name in STARTED},
         SINGLE_MODULES: Arm("coefficients", "real", {"granularity": "global"}),
     }
+    tuning_seeds = {ROWS: (1,)}
 
     def trained(
         self, name: str, setup: Setup, rows: int, seed: int, rates: Mapping[str, float], **how: Any

@@ -105,7 +105,7 @@ def _entry(entry: Arm, rates: dict[str, float] | None = None, **recipe: Any) -> 
 _COEFFICIENTS = _entry(ARMS["coefficients only"], {"lr_coefficients": 0.05})
 
 # Rows of the table, with the best of the first nine trials of `python experiments/tune.py`; bases have
-# LoRAFusion's rates. Of MORE, DoRA, VeRA and the mix have not been tuned: do that before they are run.
+# LoRAFusion's rates.
 MAIN = {
     "zero-shot": ARMS["zero-shot"],
     "few-shot prompt": ARMS["few-shot prompt"],
@@ -123,14 +123,6 @@ MORE = {
     "coefficients only, random pool": dataclasses.replace(
         _COEFFICIENTS, control="random-factors", rates={"lr_coefficients": 1.0}
     ),
-    "basis, k = 32": _entry(IN_BASIS["basis"], _FUSION, basis=DIRECTIONS),
-    "best 10": _entry(ARMS["LoRAFusion"], _FUSION, modules=10, choose="gradient"),
-    "shuffled layers": dataclasses.replace(_entry(ARMS["LoRAFusion"], _FUSION), control="shuffled"),
-    "LoRAFusion, mix": _entry(ARMS["LoRAFusion, mix"], _FUSION),
-    "DoRA": dataclasses.replace(ARMS["DoRA"], few_rates={}),
-    "VeRA": dataclasses.replace(ARMS["VeRA"], few_rates={}),
-    "LoraHub": _entry(ARMS["LoraHub"]),
-    "CMA-ES": _entry(ARMS["CMA-ES"]),
 }
 
 
