@@ -41,7 +41,7 @@ def unfit(chip: Chip, by: Cut, parts: int) -> str | None:
     if parts == 1:
         return None
     if len(tiles) % parts or len(set(tiles)) > 1:
-        return f"{len(tiles)} tiles of {' or '.join(map(str, dict.fromkeys(tiles)))} {by}"
+        return f"{len(tiles)} tile{'s' * (len(tiles) > 1)} of {' or '.join(map(str, dict.fromkeys(tiles)))} {by}"
     if by == "columns" and chip.config.encoding.unit_column and chip.columns is not None:
         return "unit columns, which are next to those of all tiles"
     if by == "rows" and (chip.scale.shape[-2] > 1 or (chip.limits is not None and chip.limits.shape[-3] > 1)):
