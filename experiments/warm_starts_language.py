@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import _script
+import numpy as np
 import pool_value_language as language
 import tyro
 from lab.common import ROOT, write_tables
@@ -63,13 +64,20 @@ def main(arguments: Sequence[str] = ()) -> None:
     language.run(StartedLab(base(), options.pool), keys, paths, options.out)
     rows = read_lines(options.out / "language.jsonl")
     rows += [row for row in read_lines(language.RESULTS / "language.jsonl") if row["arm"] == language.FUSION]
-    contrasts = [["arm minus LoRA from the fusion", "tasks", "nats", "95 % interval", "p"]]
+    arms = [["arm", "seeds", "test loss", "exact match, %", "rates"]]
+    contrasts = [["arm minus LoRA from the fusion", "seeds", "tasks", "nats", "95 % interval", "p"]]
+    warm = language.complete(rows, WARM, ROWS, len(targets))
     for arm in (language.FUSION, LORA, *STARTED):
-        own, warm = (language.complete(rows, name, ROWS, len(targets)) for name in (arm, WARM))
-        if arm != WARM and own and warm:
-            a, b = language.means(own), language.means(warm)
-            contrasts.append([arm, *language.estimate([a[task] - b[task] for task in a])])
-    write_tables(options.out, {"contrasts": contrasts}, "language_")
+        if not (own := language.complete(rows, arm, ROWS, len(targets))):
+            continue
+        seeds = [seed for seed in own if seed in warm]
+        loss, other = (language.means({seed: of[seed] for seed in seeds}) for of in (own, warm))
+        match = np.mean([*language.means(own, "exact_match").values()])
+        rates = ", ".join(f"{rate} {value:g}" for rate, value in next(iter(own[seeds[0]].values()))["rates"].items())
+        arms.append([arm, str(len(own)), f"{np.mean([*language.means(own).values()]):.3f}", f"{match:.1f}", rates])
+        if arm != WARM:
+            contrasts.append([arm, str(len(seeds)), *language.estimate([loss[task] - other[task] for task in loss])])
+    write_tables(options.out, {"arms": arms, "contrasts": contrasts}, "language_")
 
 
 def _started(name: str) -> Arm:
