@@ -195,7 +195,7 @@ def tests(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw the test loss against the number of training rows, a line for each arm; without rows it is the base's."""
+    """Draw the test loss against the number of training rows, a line for each arm, from the base and routers on."""
     shown: dict[str, Mapping[int, float]] = {}
     for name in (*COMPARED, *STARTED):
         by_number = {number: means(rows, name, number) for number in ROWS}
@@ -209,13 +209,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for n, (name, losses) in enumerate(shown.items()):
             numbers = {0: float(np.mean([*base.values()])), **losses}
             panel.plot([*map(str, numbers)], [*numbers.values()], "o-", color=colour(n), label=_LABELS.get(name, name))
+        routed = [row for row in read_lines(ROUTING) if row["what"] == "use" and row["task"] in TESTED]
+        for n, (name, marker) in enumerate(_MARKERS.items()):
+            loss = np.mean([row["loss"] for row in routed if row["router"] == name])
+            panel.plot(["0"], [loss], marker, color=colour(n), label=f"{name}, no training", linestyle="")
         panel.set_xlabel("training rows")
         panel.set_ylabel("test loss, nats per token")
-        panel.legend()
+        panel.legend(fontsize="small")
 
-    plot(path, (7.0, 4.2), on)
+    plot(path, (7.0, 4.8), on)
 
 
+ROUTING = ROOT / "results" / "routing" / "rows.jsonl"
+_MARKERS = {"uniform": "s", "nearest": "^", "nearest, top 3": "v", "divergence": "D"}
 _LABELS = {LORA: "LoRA from scratch", **{name: f"LoRA {name}" for name in STARTED}}
 
 
