@@ -118,8 +118,8 @@ def describe(
     if settings.device == "cpu":
         # Measured on FLAN-T5-large's shape (docs/results/bbh.md).
         more = "The process takes about 0.9 GiB more:\n"
-        more += "Python, libraries, compiled programs and freed memory that it keeps. A long training unrolls its layers,\n"
-        more += "which adds at most 1 GiB."
+        more += "Python, libraries, compiled programs and freed memory that it keeps. A long training\n"
+        more += "unrolls its layers, which adds at most 1 GiB."
     else:
         more = "What else an accelerator holds was not measured."
         if capacity is not None:
