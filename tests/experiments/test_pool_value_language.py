@@ -144,7 +144,7 @@ def test_rates_are_searched_until_no_neighbour_is_better(least):
 class _Recorded:
     """A lab with made-up losses, which records its cells and stops after a number of them."""
 
-    arms, tuning_seeds = experiment.ARMS, experiment.TUNING_SEEDS
+    arms, tuning_seeds, untuned = experiment.ARMS, experiment.TUNING_SEEDS, experiment.Lab.untuned
 
     def __init__(self, cells):
         self.left, self.asked = cells, []
