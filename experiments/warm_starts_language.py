@@ -40,6 +40,7 @@ STARTED = {
     BARE_WARM: (language.FUSION, 0.5),
     DORA: (language.FUSION, 0.5),
 }
+ONE_SEED = (SINGLE, MEAN, MAGNITUDES, BARE_WARM, DORA)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,23 +63,26 @@ def main(arguments: Sequence[str] = ()) -> None:
     options = tyro.cli(Options, args=list(arguments), description=__doc__)
     paths, _ = language.draw(options.tasks, ROOT / "runs" / "pool_value" / "language")
     targets = [task for task in paths if task not in language.TUNING]
-    keys = [(arm, ROWS, task, seed) for arm, seed, task in itertools.product((*STARTED, LORA), language.SEEDS, targets)]
+    seeds_of = {arm: language.SEEDS[:1] if arm in ONE_SEED else language.SEEDS for arm in (*STARTED, LORA)}
+    keys = [(arm, ROWS, task, seed) for arm, seeds in seeds_of.items() for seed in seeds for task in targets]
     language.run(StartedLab(base(), options.pool), keys, paths, options.out)
     rows = read_lines(options.out / "language.jsonl")
     rows += [row for row in read_lines(language.RESULTS / "language.jsonl") if row["arm"] == language.FUSION]
     arms = [["arm", "seeds", "test loss", "exact match, %", "rates"]]
-    contrasts = [["arm minus LoRA from the fusion", "seeds", "tasks", "nats", "95 % interval", "p"]]
-    warm = language.complete(rows, WARM, ROWS, len(targets))
-    for arm in (language.FUSION, LORA, *STARTED):
-        if not (own := language.complete(rows, arm, ROWS, len(targets))):
-            continue
-        seeds = [seed for seed in own if seed in warm]
-        loss, other = (language.means({seed: of[seed] for seed in seeds}) for of in (own, warm))
-        match = np.mean([*language.means(own, "exact_match").values()])
-        rates = ", ".join(f"{rate} {value:g}" for rate, value in next(iter(own[seeds[0]].values()))["rates"].items())
-        arms.append([arm, str(len(own)), f"{np.mean([*language.means(own).values()]):.3f}", f"{match:.1f}", rates])
-        if arm != WARM:
-            contrasts.append([arm, str(len(seeds)), *language.estimate([loss[task] - other[task] for task in loss])])
+    contrasts = [["contrast", "seeds", "tasks", "nats", "95 % interval", "p"]]
+    complete = {arm: language.complete(rows, arm, ROWS, len(targets)) for arm in (language.FUSION, LORA, *STARTED)}
+    for arm, own in complete.items():
+        if own:
+            loss, match = (np.mean([*language.means(own, value).values()]) for value in ("test_loss", "exact_match"))
+            rates = ", ".join(f"{rate} {value:g}" for rate, value in [*[*own.values()][0].values()][0]["rates"].items())
+            arms.append([arm, str(len(own)), f"{loss:.3f}", f"{match:.1f}", rates])
+    for other, arm in itertools.product((WARM, SLOW), complete):
+        seeds = complete[arm].keys() & complete[other].keys()
+        if arm != other and seeds:
+            a, b = (language.means({seed: complete[name][seed] for seed in seeds}) for name in (arm, other))
+            contrasts.append(
+                [f"{arm} minus {other}", str(len(seeds)), *language.estimate([a[task] - b[task] for task in a])]
+            )
     write_tables(options.out, {"arms": arms, "contrasts": contrasts}, "language_")
 
 
