@@ -27,12 +27,13 @@ from lorafusion_jax.parts import Setup, start
 from lorafusion_jax.trials import read_lines
 
 LORA, BARE_WARM, DORA = "LoRA, rank 8", "from the fusion's update alone", "DoRA from the fusion"
-SLOW = "from the fusion, a tenth of the rate"
+SLOW, SLOW_ROTATED = (f"{arm}, a tenth of the rate" for arm in (WARM, WARM_ROTATED))
 ROWS = 20
 # What each arm starts from, and the share of the steps that train it. A DoRA and its fusion share a rate of magnitudes.
 STARTED = {
     WARM: (language.FUSION, 0.5),
     SLOW: (language.FUSION, 0.5),
+    SLOW_ROTATED: (language.ROTATED, 0.5),
     WARM_ROTATED: (language.ROTATED, 0.5),
     SINGLE: (SINGLE_MODULES, 0.0),
     MEAN: (SINGLE_MODULES, 0.0),
@@ -91,7 +92,7 @@ def _started(name: str) -> Arm:
     tried = read_lines(language.RESULTS / "language_tune.jsonl")
     parts = [best_tried(tried, part, ROWS) for part in (STARTED[name][0], LORA)]
     rates = {rate: value for part in parts if part is not None for rate, value in part.rates.items()}
-    if name == SLOW:
+    if name in (SLOW, SLOW_ROTATED):
         rates["lr_lora"] = 0.0005
     return language.ARMS[LORA]._replace(method="dora" if name == DORA else "lora", rates=rates)
 
@@ -104,7 +105,7 @@ class StartedLab(language.Lab):
         **{name: _started(name) for name in STARTED},
         SINGLE_MODULES: Arm("coefficients", "real", {"granularity": "global"}),
     }
-    tuning_seeds, untuned = {ROWS: (1,)}, (SLOW,)
+    tuning_seeds, untuned = {ROWS: (1,)}, (SLOW, SLOW_ROTATED)
 
     def trained(
         self, name: str, setup: Setup, rows: int, seed: int, rates: Mapping[str, float], **how: Any
