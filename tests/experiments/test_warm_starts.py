@@ -60,3 +60,20 @@ def test_the_page_has_the_contrasts_of_the_tables():
     for name, *values in shown:
         arm = names.get(name, name.removeprefix("LoRA "))
         assert values == [contrasts[arm, rows] for rows in ("5", "20", "95")], name
+
+
+def test_the_page_has_the_language_arms_of_the_tables():
+    page = _ROOT / "docs" / "results" / "ways_to_use_a_pool.md"
+    arms, contrasts = (
+        list(csv.reader((_RESULTS / f"language_{name}.csv").read_text().replace("-", "−").splitlines()))
+        for name in ("arms", "contrasts")
+    )
+    values = {arm: line for arm, *line, _ in arms}
+    slow = "from the fusion, a tenth of the rate"
+    gains = {line[0]: f"{line[3]} ({line[4]})" for line in contrasts}
+    names = {"from scratch": "LoRA, rank 8", "LoRAFusion alone": "LoRAFusion"}
+    shown = rows_below(page, ["", "seeds", "loss, nats", "exact match", "minus the second row"])
+    assert len(shown) == len(values) - 1
+    for name, *found in shown:
+        arm = names.get(short := name.removeprefix("LoRA "), short)
+        assert found == [*values[arm], gains.get(f"{arm} minus {slow}", "")], name
