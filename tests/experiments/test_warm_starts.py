@@ -72,8 +72,8 @@ def test_the_page_has_the_language_arms_of_the_tables():
     slow = "from the fusion, a tenth of the rate"
     gains = {line[0]: f"{line[3]} ({line[4]})" for line in contrasts}
     names = {"from scratch": "LoRA, rank 8", "LoRAFusion alone": "LoRAFusion"}
-    shown = rows_below(page, ["", "seeds", "loss, nats", "exact match", "minus the second row"])
+    shown = rows_below(page, ["arm", "seeds", "loss, nats", "exact match", "minus the second row"])
     assert len(shown) == len(values) - 1
     for name, *found in shown:
         arm = names.get(short := name.removeprefix("LoRA "), short)
-        assert found == [*values[arm], gains.get(f"{arm} minus {slow}", "")], name
+        assert found == [*values[arm], gains.get(f"{arm} minus {slow}", "–")], name
