@@ -26,8 +26,10 @@ from lorafusion_jax import Fusion, LoRA
 from lorafusion_jax.parts import Setup, start
 from lorafusion_jax.trials import read_lines
 
-LORA, BARE_WARM, DORA = "LoRA, rank 8", "from the fusion's update alone", "DoRA from the fusion"
-SLOW, SLOW_ROTATED = (f"{arm}, a tenth of the rate" for arm in (WARM, WARM_ROTATED))
+LORA, BARE_WARM = "LoRA, rank 8", "from the fusion's update alone"
+SLOW, SLOW_ROTATED, DORA = SLOWER = tuple(
+    f"{arm}, a tenth of the rate" for arm in (WARM, WARM_ROTATED, "DoRA from the fusion")
+)
 ROWS = 20
 # What each arm starts from, and the share of the steps that train it. A DoRA and its fusion share a rate of magnitudes.
 STARTED = {
@@ -92,7 +94,7 @@ def _started(name: str) -> Arm:
     tried = read_lines(language.RESULTS / "language_tune.jsonl")
     parts = [best_tried(tried, part, ROWS) for part in (STARTED[name][0], LORA)]
     rates = {rate: value for part in parts if part is not None for rate, value in part.rates.items()}
-    if name in (SLOW, SLOW_ROTATED):
+    if name in SLOWER:
         rates["lr_lora"] = 0.0005
     return language.ARMS[LORA]._replace(method="dora" if name == DORA else "lora", rates=rates)
 
@@ -105,7 +107,7 @@ class StartedLab(language.Lab):
         **{name: _started(name) for name in STARTED},
         SINGLE_MODULES: Arm("coefficients", "real", {"granularity": "global"}),
     }
-    tuning_seeds, untuned = {ROWS: (1,)}, (SLOW, SLOW_ROTATED)
+    tuning_seeds, untuned = {ROWS: (1,)}, SLOWER
 
     def trained(
         self, name: str, setup: Setup, rows: int, seed: int, rates: Mapping[str, float], **how: Any
