@@ -27,8 +27,8 @@ from lorafusion_jax.parts import Setup, start
 from lorafusion_jax.trials import read_lines
 
 LORA, BARE_WARM = "LoRA, rank 8", "from the fusion's update alone"
-SLOW, SLOW_ROTATED, DORA = SLOWER = tuple(
-    f"{arm}, a tenth of the rate" for arm in (WARM, WARM_ROTATED, "DoRA from the fusion")
+SLOW, SLOW_ROTATED, DORA, SLOW_MAGNITUDES = SLOWER = tuple(
+    f"{arm}, a tenth of the rate" for arm in (WARM, WARM_ROTATED, "DoRA from the fusion", MAGNITUDES)
 )
 ROWS = 20
 # What each arm starts from, and the share of the steps that train it. A DoRA and its fusion share a rate of magnitudes.
@@ -39,11 +39,11 @@ STARTED = {
     WARM_ROTATED: (language.ROTATED, 0.5),
     SINGLE: (SINGLE_MODULES, 0.0),
     MEAN: (SINGLE_MODULES, 0.0),
-    MAGNITUDES: (language.MAGNITUDES, 0.5),
+    SLOW_MAGNITUDES: (language.MAGNITUDES, 0.5),
     BARE_WARM: (language.FUSION, 0.5),
     DORA: (language.FUSION, 0.5),
 }
-ONE_SEED = (SINGLE, MEAN, MAGNITUDES, BARE_WARM, DORA)
+ONE_SEED = (SINGLE, MEAN, SLOW_MAGNITUDES, BARE_WARM, DORA)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
