@@ -246,5 +246,5 @@ def test_loras_that_start_from_the_pool_are_measured(llama, pool, task):
     base = lab.measure("zero-shot", task, 20, 2, {}, answer=False)["test_loss"]
     for name, row in found.items():
         assert row["steps"] == 40 and np.isfinite(row["test_loss"]), name
-    assert found["from magnitudes"]["test_loss"] == pytest.approx(base, abs=1e-4)
+    assert found[warm_starts_language.SLOW_MAGNITUDES]["test_loss"] == pytest.approx(base, abs=1e-4)
     assert found["from the best single module"]["test_loss"] != pytest.approx(base, abs=1e-3)
