@@ -84,19 +84,15 @@ def _row_product(
     """Return the product of one row with a matrix in bfloat16, or a layer's in codes, which a loop reads once.
 
     XLA would otherwise copy the layer's codes, and write its matrix in float32. It computes a last sum in the loop too,
-    where it is slow, so that one is a product. Rows that are added up share a scale, or are far apart, so that each of
-    16 places in memory is read on in order.
+    where it is slow, so that one is a product.
     """
     numbers, scale = (weight.qvalue, weight.scale) if isinstance(weight, qwix.QArray) else (pack(weight)[None], None)
     tiles, d_out = x.size // math.gcd(x.size, 16) if scale is None else scale.shape[1], numbers.shape[2]
-    split, axis = ((-1, tiles), 0) if scale is None else ((tiles, -1), 1)
-    row, sums = x.reshape(*split, 1).astype(_exact(x)), jnp.zeros((), _exact(x))
-    numbers = numbers.reshape(len(numbers), *row.shape[:2], d_out)
-    for place in range(row.shape[axis]):
-        first, size = ((place, 0), (1, tiles)) if axis == 0 else ((0, place), (tiles, 1))
-        of_place = jax.lax.dynamic_slice(numbers, (layer, *first, 0), (1, *size, d_out)).reshape(tiles, d_out)
-        of_row = jax.lax.index_in_dim(row, place, axis, keepdims=False)
-        sums = sums + of_row * _widened(of_place, row.dtype)
+    numbers = numbers.reshape(len(numbers), tiles, -1, d_out)
+    row, sums = x.reshape(tiles, -1, 1).astype(_exact(x)), jnp.zeros((), _exact(x))
+    for place in range(row.shape[1]):
+        of_place = jax.lax.dynamic_slice(numbers, (layer, 0, place, 0), (1, tiles, 1, d_out)).reshape(tiles, d_out)
+        sums = sums + row[:, place] * _widened(of_place, row.dtype)
     sums = sums if scale is None else sums * scale[layer].astype(row.dtype)
     return jnp.dot(jnp.ones(tiles, row.dtype), sums).reshape(*x.shape[:-1], d_out).astype(x.dtype)
 
