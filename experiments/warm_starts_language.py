@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] = ()) -> None:
     for arm, own in complete.items():
         if own:
             loss, match = (np.mean([*language.means(own, value).values()]) for value in ("test_loss", "exact_match"))
-            rates = ", ".join(f"{rate} {value:g}" for rate, value in [*[*own.values()][0].values()][0]["rates"].items())
+            found = next(row["rates"] for row in rows if row["arm"] == arm and row["rows"] == ROWS)
+            rates = ", ".join(f"{rate} {value:g}" for rate, value in found.items())
             arms.append([arm, str(len(own)), f"{loss:.3f}", f"{match:.1f}", rates])
     for other, arm in itertools.product((WARM, SLOW), complete):
         seeds = complete[arm].keys() & complete[other].keys()
