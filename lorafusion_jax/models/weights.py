@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import qwix
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt
 
 from .. import crossbar
 from ..crossbar import Chip, programmed_weights
@@ -37,10 +37,13 @@ class Unstacked:
     Attributes:
       matrices: one array for each layer, or the whole stack in codes of 8 bits.
       layer: number of the layer to multiply by, in a loop over layers, which slices it from those of all; None outside.
+      bits: those of matrices in bfloat16, in the same memory, for products with one row: XLA would copy each matrix to
+        read its bits.
     """
 
     matrices: tuple[Float[Array, "d_in d_out"], ...] | qwix.QArray
     layer: Int[Array, "*L"] | None = None
+    bits: tuple[UInt[Array, "d_in d_out"], ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +71,7 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
     if isinstance(weight, Unstacked):
         assert weight.layer is not None
         if isinstance(weight.matrices, tuple):
-            return kept(_layer_dot(x, weight.matrices, weight.layer), PRODUCT)
+            return kept(_layer_dot(x, weight.matrices, weight.bits, weight.layer), PRODUCT)
         if x.size == x.shape[-1]:
             return _row_product(x, weight.matrices, weight.layer)
         weight = at_layer(weight.matrices, weight.layer)
@@ -79,22 +82,30 @@ def matmul(x: Float[Array, "*batch d_in"], weight: Weight) -> Float[Array, "*bat
 
 
 def _row_product(
-    x: Float[Array, "*batch d_in"], weight: Array | qwix.QArray, layer: Int[Array, ""] | int = 0
+    x: Float[Array, "*batch d_in"], weight: qwix.QArray, layer: Int[Array, ""]
 ) -> Float[Array, "*batch d_out"]:
-    """Return the product of one row with a matrix in bfloat16, or a layer's in codes, which a loop reads once.
+    """Return the product of one row with a layer's matrix in codes, which a loop reads once.
 
     XLA would otherwise copy the layer's codes, and write its matrix in float32. It computes a last sum in the loop too,
     where it is slow, so that one is a product.
     """
-    numbers, scale = (weight.qvalue, weight.scale) if isinstance(weight, qwix.QArray) else (pack(weight)[None], None)
-    tiles, d_out = x.size // math.gcd(x.size, 16) if scale is None else scale.shape[1], numbers.shape[2]
+    numbers, scale = weight.qvalue, weight.scale
+    tiles, d_out = scale.shape[1:]
     numbers = numbers.reshape(len(numbers), tiles, -1, d_out)
     row, sums = x.reshape(tiles, -1, 1).astype(_exact(x)), jnp.zeros((), _exact(x))
     for place in range(row.shape[1]):
         of_place = jax.lax.dynamic_slice(numbers, (layer, 0, place, 0), (1, tiles, 1, d_out)).reshape(tiles, d_out)
-        sums = sums + row[:, place] * _widened(of_place, row.dtype)
-    sums = sums if scale is None else sums * scale[layer].astype(row.dtype)
+        sums = sums + row[:, place] * of_place.astype(row.dtype)
+    sums = sums * scale[layer].astype(row.dtype)
     return jnp.dot(jnp.ones(tiles, row.dtype), sums).reshape(*x.shape[:-1], d_out).astype(x.dtype)
+
+
+def _row_of_bits(x: Float[Array, "*batch d_in"], bits: UInt[Array, "d_in d_out"]) -> Float[Array, "*batch d_out"]:
+    """Return the product of one row with the bits of a matrix in bfloat16, which a loop reads once, in long streams."""
+    streams, d_out = math.gcd(x.size, 8), bits.shape[1]
+    row, parts = x.reshape(streams, -1, 1).astype(jnp.float32), bits.reshape(streams, -1, d_out)
+    sums = functools.reduce(jnp.add, (r * _widened(part, row.dtype) for r, part in zip(row, parts, strict=True)))
+    return jnp.dot(jnp.ones(len(sums), row.dtype), sums).reshape(*x.shape[:-1], d_out).astype(x.dtype)
 
 
 @contextlib.contextmanager
@@ -217,19 +228,20 @@ _dot.defvjp(lambda x, w, axis: (_dot(x, w, axis), (x, w)), _backward)
 
 @jax.custom_vjp
 def _layer_dot(
-    x: Float[Array, "*batch d_in"], matrices: tuple[Array, ...], layer: Int[Array, ""]
+    x: Float[Array, "*batch d_in"], matrices: tuple[Array, ...], bits: tuple[Array, ...], layer: Int[Array, ""]
 ) -> Float[Array, "*batch d_out"]:
     """Return the product of `x` with the matrix of a layer."""
-    one_row = x.size == x.shape[-1] and x.dtype == matrices[0].dtype == jnp.bfloat16
-    return _choose(matrices, layer, _row_product if one_row else _product, x)
+    if bits and x.size == x.shape[-1] and x.dtype == jnp.bfloat16:
+        return _choose(bits, layer, _row_of_bits, x)
+    return _choose(matrices, layer, _product, x)
 
 
-def _layer_backward(factors: tuple[tuple[Array, ...], Array], g: Array) -> tuple[Array, None, None]:
-    return _choose(*factors, _gradient_of_x, g), None, None
+def _layer_backward(factors: tuple[tuple[Array, ...], Array], g: Array) -> tuple[Array, None, None, None]:
+    return _choose(*factors, _gradient_of_x, g), None, None, None
 
 
 _layer_dot.defvjp(
-    lambda x, matrices, layer: (_layer_dot(x, matrices, layer), (matrices, layer)),
+    lambda x, matrices, bits, layer: (_layer_dot(x, matrices, bits, layer), (matrices, layer)),
     _layer_backward,
 )
 
@@ -322,8 +334,10 @@ def unstacked(weights: Any) -> Any:
         if in_codes:  # narrower scales would be copied to float32 for every token
             return Unstacked(leaf) if leaf.scale.dtype == jnp.float32 else leaf
         # `device_put` makes an array from a view of the stack's memory without copying it.
-        where = numbers.sharding if numbers.committed else None
-        return Unstacked(tuple(jax.device_put(list(np.asarray(numbers)), where)))
+        where, views = numbers.sharding if numbers.committed else None, list(np.asarray(numbers))
+        bits = [view.view(np.uint16) for view in views] if numbers.dtype == jnp.bfloat16 else []
+        matrices, bits = jax.device_put((tuple(views), tuple(bits)), where)
+        return Unstacked(matrices, bits=bits)
 
     return jax.tree.map(of_leaf, weights, is_leaf=lambda leaf: isinstance(leaf, qwix.QArray | Chip))
 

@@ -136,6 +136,26 @@ def test_one_row_reads_codes_of_8_bits_without_a_matrix_in_float32(rows):
         np.testing.assert_allclose(of_both, np.asarray(x) @ np.asarray(matrix), rtol=1e-4, atol=1e-4)
 
 
+def test_one_row_reads_bfloat16_where_its_stack_lies():
+    """Oracle: products of wider numbers, the stack's address, and the bytes that XLA allocates."""
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((2, 1, 252), (3, 252, 96)))
+    stack = unstacked(w)
+    offsets = [bits.unsafe_buffer_pointer() - w.unsafe_buffer_pointer() for bits in stack.bits]
+    assert offsets == [0, 2 * 252 * 96, 4 * 252 * 96]
+
+    def product(x, layer, matrices, bits):
+        return lf.matmul(x, Unstacked(matrices, layer, bits))
+
+    others = jnp.int32(1), stack.matrices, stack.bits
+    program = jax.jit(product).lower(x[0], *others).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 252 * 96
+    for y in (jnp.stack([program(row, *others) for row in x]), jax.vmap(lambda row: product(row, *others))(x)):
+        np.testing.assert_allclose(y.astype(float), x.astype(float) @ w[1].astype(float), rtol=0.01, atol=0.1)
+    gradient = jax.grad(lambda row: product(row, *others).sum())(x[0])
+    np.testing.assert_allclose(gradient[0].astype(float), w[1].astype(float).sum(axis=1), rtol=0.01, atol=0.1)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_whose_weights_are_separate_arrays(dtype):
     """Only plain stacks are taken apart: one of 4 bits stays as it is."""
