@@ -199,7 +199,9 @@ def _group(options: argparse.Namespace, shape: str, isa: str) -> dict[str, Any]:
 def _start(name: str, shape: str, isa: str, core: int) -> subprocess.Popen[str]:
     """Start the process of one candidate, which has one core from the beginning, so that libraries start one thread."""
     keeps = name == _RATES or _CANDIDATES[name].keeps
-    kept = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / f"inductor-{isa}")}
+    # Two processes that compile the same code in one folder would wait for each other, at most ten minutes.
+    folder = f"inductor-{isa}{'' if keeps else '-default-malloc'}"
+    kept = {"TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / folder)}
     command = [sys.executable, *sys.argv, "--shape", shape, "--worker", name]
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
