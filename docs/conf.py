@@ -80,6 +80,7 @@ def _short(_app, _what, _name, _object, _options, *texts: str | None) -> tuple[s
 
 def _to_copies(_app, name: str, source: list[str]) -> None:
     source[0] = source[0].replace("../../examples/notebooks/", "../notebooks/")
+    source[0] = source[0].replace("](../../experiments/", "](path:../../experiments/")  # designs, which are no pages
     if name.startswith("notebooks/"):  # two folders deep in the repository
         source[0] = source[0].replace("../../docs/", "../").replace("../../CONTRIBUTING.md", "../contributing.md")
 
