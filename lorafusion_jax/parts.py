@@ -47,7 +47,6 @@ from .estimates.workload import CHARACTERS_PER_TOKEN as CHARACTERS_PER_TOKEN
 from .estimates.workload import workload as workload
 
 # Chips: program, evaluate, correct.
-from .hardware.calibration import calibrate as calibrate
 from .hardware.chips import for_every_chip as for_every_chip
 from .hardware.chips import on_every_chip as on_every_chip
 from .hardware.chips import redrawn as redrawn
@@ -86,7 +85,6 @@ from .io.convert import convert as convert
 from .io.export import fused_adapter as fused_adapter
 from .io.export import lora_adapter as lora_adapter
 from .io.folders import new_folder as new_folder
-from .io.folders import write_json as write_json
 from .io.hf import open_base as open_base
 from .io.peft.adapter import AdapterError as AdapterError
 from .io.peft.adapter import read_adapter as read_adapter

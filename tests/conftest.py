@@ -219,6 +219,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small Llama, which no test changes."""
+    import small_llama
+
+    return small_llama.make(tmp_path_factory.mktemp("llama") / "base")
+
+
+@pytest.fixture(scope="session")
 def goldens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of goldens, with the weights that are made from a seed."""
     return seeded.unfold(tmp_path_factory.mktemp("goldens"))

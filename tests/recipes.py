@@ -7,7 +7,7 @@ import one_block
 
 from lorafusion_jax import FuseOptions, Recipe
 from lorafusion_jax.methods import METHODS, fields_of, recipe_of
-from lorafusion_jax.parts import RunFolder, run_path
+from lorafusion_jax.parts import RunFolder, options_to_json, run_path
 
 TASK = one_block.SMALL / "tasks" / "double_digit"
 _NUMBERS = {name for entry in METHODS.values() for name in fields_of(entry)}
@@ -30,6 +30,14 @@ def small_run(small: tuple[Path, Path], out: Path, **changes: Any) -> FuseOption
     base, pool = map(str, small)
     values = {"base": base, "pool": pool, "task": str(TASK), "seeds": (1, 2), "out": out, "test_rows": 5}
     return options(_QUICK, **values | changes)
+
+
+def run_config(options: FuseOptions, **changes: Any) -> dict[str, Any]:
+    """The contents of the `config.json` of a run that is made up."""
+    environment = {"seed_mode": "sequential", "unroll": False, "dtype": "float32", "device": "cpu", "cores": 1}
+    config = {"options": options_to_json(options), "modules": [[]], "task_sha256": "", "trained_sha256": []}
+    config |= {"max_new_tokens": 8, "environment": environment | {"versions": {"lorafusion-jax": "0.1"}}}
+    return config | {"digests": {"base": "", "modules": {}}, "folders": {}} | changes
 
 
 def answers(run: FuseOptions, seed: int) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import recipes
 import small_llama
-from safetensors.numpy import save_file
+import tiny
 
 import lorafusion_jax as lf
 from lorafusion_jax import parts
@@ -71,18 +71,12 @@ def family(tmp_path_factory) -> _Case:
 @pytest.fixture(scope="module")
 def adapters(family) -> list[Path]:
     """Three PEFT adapters."""
-    rng, sites = np.random.default_rng(0), lf.places(family.config)
+    rng, targets = np.random.default_rng(0), sorted(site.rpartition(".")[2] for site in _ADAPTED)
+    fields = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _ALPHA, "target_modules": targets}
     for number in range(3):
-        folder, tensors = family.folder / "adapters" / f"adapter_{number}", {}
-        for path, (d_in, d_out) in parts.linear_shapes(family.config).items():
-            if sites[path][0] in _ADAPTED:
-                for factor, shape in (("lora_A", (_RANK, d_in)), ("lora_B", (d_out, _RANK))):
-                    tensors[f"base_model.model.{path}.{factor}.weight"] = rng.standard_normal(shape, np.float32)
-        folder.mkdir(parents=True)
-        targets = sorted({site.rpartition(".")[2] for site in _ADAPTED})
-        fields = {"peft_type": "LORA", "r": _RANK, "lora_alpha": _ALPHA, "target_modules": targets}
-        (folder / "adapter_config.json").write_text(json.dumps(fields))
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        tensors = tiny.lora_tensors(family.config, rng.standard_normal, _RANK)
+        adapted = {name: tensor for name, tensor in tensors.items() if name.split(".")[-3] in targets}
+        parts.write_adapter(family.folder / "adapters" / f"adapter_{number}", fields, adapted)
     return sorted((family.folder / "adapters").iterdir())
 
 

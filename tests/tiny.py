@@ -1,4 +1,4 @@
-"""A small T5 of unequal depths and pools for it, for tests that need no pretrained weights."""
+"""A small T5 of unequal depths, pools for it, and what tests of models without pretrained weights share."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import lorafusion_jax as lf
-from lorafusion_jax.parts import T5, Params, T5Config
+from lorafusion_jax.parts import T5, Params, T5Config, linear_shapes
 
 CONFIG = T5Config(vocab_size=48, d_model=16, d_kv=4, d_ff=24, num_heads=3, num_layers=3, num_decoder_layers=2)
 
@@ -34,6 +34,38 @@ def for_tpu(kind: str = "TPU v5 lite", mesh: tuple[int, ...] = ()) -> contextlib
 def emitters(on: bool) -> dict[str, Any]:
     """Options of a compiler that has two kinds of fusions on a CPU. After 0.10 one kind is left, and no option."""
     return {"xla_cpu_use_fusion_emitters": on} if jax.__version__.startswith("0.10.") else {}
+
+
+def assert_same_model(got: Any, wanted: Any, compare: Callable[..., None] = np.testing.assert_array_equal) -> None:
+    """Compare two models' configurations, and their weights by path."""
+    assert got.config == wanted.config
+    ours, theirs = (dict(nnx.to_flat_state(nnx.state(model))) for model in (got, wanted))
+    assert ours.keys() == theirs.keys()
+    for path, weight in theirs.items():
+        compare(ours[path].get_value(), weight.get_value(), err_msg=str(path))
+
+
+def lora_tensors(
+    config: lf.Architecture, draw: Callable[[tuple[int, int]], np.ndarray], rank: int = 2
+) -> dict[str, np.ndarray]:
+    """Return the factors of a PEFT adapter of all linear maps."""
+    found = {}
+    for path, (d_in, d_out) in linear_shapes(config).items():
+        for factor, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
+            found[f"base_model.model.{path}.lora_{factor}.weight"] = draw(shape).astype(np.float32)
+    return found
+
+
+def compiled(
+    function: Callable[..., Any], *trees: Any, out_shardings: Any = None, options: dict[str, Any] | None = None
+) -> tuple[jax.stages.Compiled, list[jax.Array]]:
+    """Return the compiled program of `function(*trees)`, which takes a list of the trees' leaves, and the leaves.
+
+    Types are checked of trees that hold arrays, and a compiled program's description is no array.
+    """
+    leaves, tree = jax.tree.flatten(trees)
+    run = jax.jit(lambda leaves: function(*tree.unflatten(leaves)), out_shardings=out_shardings)
+    return run.lower(leaves).compile(compiler_options=options), leaves
 
 
 @functools.cache

@@ -61,7 +61,7 @@ class Base:
     @functools.cached_property
     def raw(self) -> Mapping[str, Any]:
         """The configuration as a config.json of Hugging Face."""
-        return self.files.config()
+        return self.files.config
 
     @functools.cached_property
     def family(self) -> Family:

@@ -75,13 +75,9 @@ class FolderBase:
         """The path of config.json, for messages."""
         return self.place / _CONFIG
 
-    def config(self) -> Mapping[str, Any]:
-        """Return the content of config.json, with the end tokens of generation_config.json too."""
-        return self._config
-
     @functools.cached_property
-    def _config(self) -> Mapping[str, Any]:
-        """The configuration.
+    def config(self) -> Mapping[str, Any]:
+        """The content of config.json, with the end tokens of generation_config.json too.
 
         Instruction-tuned models often end answers with tokens that only the latter has.
         """
@@ -151,8 +147,7 @@ class FolderBase:
         """
         from tokenizers import Tokenizer
 
-        raw = self.config()
-        if family_of_json(raw).read_config(raw).causal:
+        if family_of_json(self.config).read_config(self.config).causal:
             return self.tokenizer()
         folder = self._texts()
         file = folder / _TOKENIZER

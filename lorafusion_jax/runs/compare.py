@@ -88,8 +88,7 @@ def _scores(names: dict[Path, str]) -> Scores:
                     "shots": "",
                     "trainable": results["trainable"],
                     "seconds": results["seconds"]["train"] / len(results["seeds"]),
-                    "forward_rows": seed.get("forward_rows", 0),
-                    **{key: seed.get(key) for key in ("seed", "exact_match", "option_accuracy", "loss")},
+                    **{key: seed[key] for key in ("seed", "forward_rows", "exact_match", "option_accuracy", "loss")},
                     **marks,
                 }
             )

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..io import arrays, checkpoint
+from ..io.folders import newest_sound
 from ..methods.entry import SearchJob
 from ..support import interrupts, processes
 from ..training.fit import Epoch, fit, joined, start, whole_epochs
@@ -27,7 +28,7 @@ class FinalSteps(TypedDict):
     """Metadata of the trained parameters: steps of each seed, and seconds of training."""
 
     steps: list[int]
-    seconds: NotRequired[float]
+    seconds: float
 
 
 class _Reached(TypedDict):
@@ -35,7 +36,7 @@ class _Reached(TypedDict):
 
     epochs: int
     step: int
-    seconds: NotRequired[float]
+    seconds: float
 
 
 def train(
@@ -45,11 +46,10 @@ def train(
     method, began = options.entry, time.monotonic()
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds), 0.0
-    saved = arrays.load_sound(run.final, metadata=FinalSteps, what=FINAL, note=note)
-    if saved is not None:
-        params, metadata = saved
+    if run.final.exists() and newest_sound([run.final], FinalSteps, FINAL, note=note):
+        params, metadata = arrays.load(run.final, metadata=FinalSteps, what=FINAL)
         params = on_mesh(jax.device_put(params), setup.config, of_seeds=True)
-        return params, metadata["steps"], metadata.get("seconds", 0.0)
+        return params, metadata["steps"], metadata["seconds"]
     with interrupts.released():
         if method.learns == "given":
             params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
@@ -75,7 +75,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     if saved is not None:
         state, metadata = saved
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
-        reached, began = metadata["step"], began - metadata.get("seconds", 0.0)
+        reached, began = metadata["step"], began - metadata["seconds"]
     if steps:
         note(f"{run.folder}: going on from step {reached}")
     run.cut_metrics(reached)

@@ -20,7 +20,6 @@ Rates = tuple[tuple[str, float], ...]
 STEP = 3.0
 REACH = 3  # steps of the first rate to both sides
 SHARES = (1 / 4, 1 / 2, 1.0)
-TRAININGS = 7 * SHARES[0] + 4 * SHARES[1] + 2 * SHARES[2]  # full trainings that the tuning of an arm is worth
 
 
 class Candidate(NamedTuple):

@@ -5,18 +5,11 @@ import io
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import small_llama
 
 from lorafusion_jax import cli
 from lorafusion_jax.cli import generate
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return small_llama.make(tmp_path_factory.mktemp("llama") / "base")
 
 
 class _Out(io.StringIO):

@@ -37,7 +37,7 @@ def given(*limits, **others):
 
 W, X = jnp.ones((6, 5), jnp.float32), jnp.ones((3, 6), jnp.float32)
 BAD = W.at[2, 3].set(NAN)
-KEY, PLAIN, AT_MAX = jax.random.key(0), CrossbarConfig(), ADC(range="max")
+KEY, AT_MAX = jax.random.key(0), ADC(range="max")
 RANDOM, RANDOM_READS = Device(programming=crossbar.Independent(0.1)), Device(read_noise=crossbar.ReadNoise(0.1))
 
 
@@ -230,13 +230,6 @@ _OF_READS = [
 def test_what_cannot_be_built_programmed_or_read_is_refused_with_advice(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_random_chips_with_a_key_and_cells_that_age_are_programmed():
-    for adc in (ADC(range="max", gain_error=0.1), ADC(range="max", offset_error=0.1)):
-        assert chip(KEY, adc=adc).shape == (6, 5)
-    for ages in (crossbar.RERAM_WAN_2022, lambda G, key, time: G / (1 + time)):
-        assert made_of(ages).shape == (6, 5)
 
 
 @pytest.mark.parametrize("wrong", [lambda G: G[:1], lambda G: G.mean()])

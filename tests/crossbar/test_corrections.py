@@ -13,12 +13,11 @@ from testers import product
 
 import lorafusion_jax as lf
 from lorafusion_jax import crossbar
-from lorafusion_jax.crossbar import ADC, Cell, Correction, CrossbarConfig, Device, Independent, Mapping
+from lorafusion_jax.crossbar import ADC, Correction, CrossbarConfig, Device, Independent
 from lorafusion_jax.crossbar import flax as crossbar_flax
 
-_ANALOG = {"cell": Cell(bits=None), "mapping": Mapping(weight_bits=None), "dac": None}
-_NOISY = CrossbarConfig(**_ANALOG, device=Device(programming=Independent(0.05)))
-_PERFECT = CrossbarConfig(**_ANALOG)
+_PERFECT = crossbar.PRESETS["ideal"]
+_NOISY = dataclasses.replace(_PERFECT, device=Device(programming=Independent(0.05)))
 _WEIGHTS = {
     "layers": jax.random.normal(jax.random.key(0), (3, 8, 8)),
     "head": jax.random.normal(jax.random.key(1), (8, 5)),

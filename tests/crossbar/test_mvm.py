@@ -11,17 +11,23 @@ from crossbar_strategies import ENCODINGS, problem
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import ADC, CrossbarConfig, Tile, calibrated, matmul, probe, program, programmed_weights
 
-KEY = jax.random.key(11)
 
-
-def test_calibrating_again_keeps_a_range_that_loses_nothing():
+@pytest.mark.parametrize(
+    "config",
+    [
+        CrossbarConfig(adc=ADC(bits=10), tile=Tile(rows=10)),
+        CrossbarConfig(cell=crossbar.Cell(on_off_ratio=jnp.float32(50.0)), adc=ADC(bits=10, quantile=1.0)),
+    ],
+    ids=["tiles", "a ratio"],
+)
+def test_a_calibrated_chip_that_became_one_product_is_calibrated_again_and_read_inside_a_jit(config):
     W, x = problem()
-    config = CrossbarConfig(adc=ADC(bits=10), tile=Tile(rows=10))
-    state = program(W, config)
-    state = calibrated(state, probe(x, state)[1])
-    assert state.plan.path == "product"
-    again = calibrated(state, probe(2 * x, state)[1])
-    np.testing.assert_array_equal(matmul(x, again), matmul(x, state))
+    chip = program(W, config)
+    chip = calibrated(chip, probe(x, chip)[1])
+    assert chip.plan.path == "product"
+    again = calibrated(chip, probe(2 * x, chip)[1])
+    np.testing.assert_array_equal(matmul(x, again), matmul(x, chip))
+    np.testing.assert_allclose(jax.jit(lambda x: matmul(x, chip))(x), matmul(x, chip), rtol=1e-6, atol=1e-6)
 
 
 def test_granular_steps_of_whole_sums_warn_where_they_clip():
@@ -101,13 +107,3 @@ def test_only_results_out_of_range_are_lost(config):
     for of_weights, of_inputs in ((1, -120), (118, -40), (-90, 100)):
         found = read(weights * jnp.float32(2.0**of_weights), x * jnp.float32(2.0**of_inputs))
         np.testing.assert_array_equal(np.asarray(found, float), wanted * 2.0 ** (of_weights + of_inputs))
-
-
-def test_a_calibrated_chip_that_became_one_product_is_read_inside_a_jit():
-    weights, x = problem()
-    chip = program(
-        weights, CrossbarConfig(cell=crossbar.Cell(on_off_ratio=jnp.float32(50.0)), adc=ADC(bits=10, quantile=1.0))
-    )
-    chip = calibrated(chip, probe(x, chip)[1])
-    assert chip.plan.path == "product"
-    np.testing.assert_allclose(jax.jit(lambda x: matmul(x, chip))(x), matmul(x, chip), rtol=1e-6, atol=1e-6)

@@ -1,21 +1,21 @@
 """IR drop against a nodal analysis of the same circuit, and its limits."""
 
+import dataclasses
+
 import crossbar_oracle
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Mapping, Sinh, Tile, Wire, matmul, program
+from lorafusion_jax.crossbar import PRESETS, CrossbarConfig, Device, Sinh, Tile, Wire, matmul, program
 
 TIGHT = {"tolerance": 1e-13, "iterations": 2000}
 
 
 def one_array(wire: Wire) -> CrossbarConfig:
     """Return an array as large as its matrix, whose largest conductance is 1, without converters."""
-    return CrossbarConfig(
-        cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, tile=Tile(rows=None, cols=None, wire=wire)
-    )
+    return dataclasses.replace(PRESETS["ideal"], tile=Tile(rows=None, cols=None, wire=wire))
 
 
 def currents(v, G, wire: Wire) -> jax.Array:

@@ -29,6 +29,15 @@ def drawn(kind, shape=(48, 20), seed=0):
     return jnp.asarray(weights, jnp.float32), jnp.asarray(moments, jnp.float32)
 
 
+WEIGHTS, MOMENTS = drawn("normal")
+NOISY = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
+
+
+def prepared_chip(config):
+    preparation = crossbar.prepare({"w": WEIGHTS}, MOMENTS, config)["w"]
+    return crossbar.program(WEIGHTS, config, jax.random.key(0), preparation=preparation)
+
+
 def inputs(rows, width=48):
     return jnp.asarray(np.random.default_rng(1).normal(size=(rows, width)), jnp.float32)
 
@@ -55,39 +64,33 @@ def test_other_widths_get_an_orthogonal_matrix(width):
 @pytest.mark.parametrize("mapping", [FACTORS, ROTATED, ALL])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_perfect_cells_keep_the_product(mapping, dtype):
-    weights, moments = drawn("normal")
     x = inputs(5).astype(dtype)
     exact = crossbar.CrossbarConfig(
         cell=crossbar.Cell(bits=None), mapping=dataclasses.replace(mapping, weight_bits=None), dac=None
     )
-    preparation = crossbar.prepare({"w": weights}, moments, exact)["w"]
-    chip = crossbar.program(weights, exact, preparation=preparation)
-    expected = np.float64(x) @ weights
+    chip = prepared_chip(exact)
+    expected = np.float64(x) @ WEIGHTS
     np.testing.assert_allclose(np.float64(crossbar.matmul(x, chip)), expected, atol=2e-5 if dtype == "float32" else 0.1)
-    np.testing.assert_allclose(crossbar.programmed_weights(chip), weights, atol=2e-6)
+    np.testing.assert_allclose(crossbar.programmed_weights(chip), WEIGHTS, atol=2e-6)
 
 
 def test_rounded_weights_are_within_the_quantisers_bound():
-    weights, moments = drawn("normal")
-    config = crossbar.CrossbarConfig(mapping=ROTATED, dac=None)
-    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
-    chip = crossbar.program(weights, config, preparation=preparation)
-    prepared = preparation.weights(weights)
-    error = preparation.weights(crossbar.programmed_weights(chip)) - prepared
+    chip = prepared_chip(crossbar.CrossbarConfig(mapping=ROTATED, dac=None))
+    prepared = chip.preparation.weights(WEIGHTS)
+    error = chip.preparation.weights(crossbar.programmed_weights(chip)) - prepared
     assert np.all(np.abs(error) <= np.abs(prepared).max(axis=0) / 127 / 2 * 1.001)
 
 
 def test_factors_and_ranges_equal_numpy():
     weights, moments = drawn("heavy tails")
-    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
-    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
+    preparation = crossbar.prepare({"w": weights}, moments, NOISY)["w"]
     moments = np.maximum(moments, 0.1 * np.median(moments))
     factors = (moments / np.sum(weights**2, axis=1)) ** 0.25
     factors /= np.exp(np.log(factors).mean())
     np.testing.assert_allclose(np.abs(preparation.factors), factors, rtol=1e-5)
     matrix = functools.reduce(np.kron, transform_matrices(48))
     prepared, square = matrix @ (np.asarray(preparation.factors)[:, None] * weights), np.mean(moments / factors**2)
-    errors = crossbar.code_errors(config)
+    errors = crossbar.code_errors(NOISY)
     grid = np.linspace(-1, 1, 255)
     best = []
     for column in prepared.T:
@@ -130,9 +133,8 @@ def test_error_power_is_that_of_many_chips(kind, device):
 def test_inputs_that_the_text_does_not_show_may_come_later():
     """With factors that follow moments of 1e-8, the errors are eleven times those of the right moments."""
     weights, moments = drawn("heavy tails")
-    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
     shown, hidden = (
-        crossbar.expected_error(weights, moments, config, crossbar.prepare({"w": weights}, seen, config)["w"])
+        crossbar.expected_error(weights, moments, NOISY, crossbar.prepare({"w": weights}, seen, NOISY)["w"])
         for seen in (moments, moments.at[:2].set(1e-8))
     )
     assert hidden < 1.1 * shown
@@ -141,74 +143,54 @@ def test_inputs_that_the_text_does_not_show_may_come_later():
 def test_matrices_of_one_input_share_factors_and_a_stack_has_its_own():
     stack, moments = zip(*[drawn("normal", seed=seed) for seed in range(3)], strict=True)
     stack, moments = jnp.stack(stack), jnp.stack(moments)
-    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
-    both = crossbar.prepare({"q": stack[..., :8], "k": stack[..., 8:]}, moments, config)
+    both = crossbar.prepare({"q": stack[..., :8], "k": stack[..., 8:]}, moments, NOISY)
     np.testing.assert_array_equal(both["q"].factors, both["k"].factors)
     assert both["q"].ranges.shape == (3, 8) and both["k"].ranges.shape == (3, 12)
-    alone = crossbar.prepare({"q": stack[1, :, :8], "k": stack[1, :, 8:]}, moments[1], config)
+    alone = crossbar.prepare({"q": stack[1, :, :8], "k": stack[1, :, 8:]}, moments[1], NOISY)
     np.testing.assert_allclose(both["k"].factors[1], alone["k"].factors, rtol=1e-6)
     np.testing.assert_allclose(both["k"].ranges[1], alone["k"].ranges, rtol=1e-5)
-    chips = crossbar.program_tree(
-        {"k": stack[..., 8:]}, {"*": config}, jax.random.key(0), preparations={"k": both["k"]}
-    )
+    chips = crossbar.program_tree({"k": stack[..., 8:]}, {"*": NOISY}, jax.random.key(0), preparations={"k": both["k"]})
     of_layer = jax.tree.map(lambda leaf: leaf[1], chips["k"])
     x = inputs(40)
     assert np.corrcoef(crossbar.matmul(x, of_layer).ravel(), (x @ stack[1, :, 8:]).ravel())[0, 1] > 0.99
     with pytest.raises(ValueError, match="preparations of v, which are no weights"):
-        crossbar.program_tree({"k": stack}, {"*": config}, jax.random.key(0), preparations={"v": both["k"]})
+        crossbar.program_tree({"k": stack}, {"*": NOISY}, jax.random.key(0), preparations={"v": both["k"]})
 
 
 def test_gradients_pass_through_the_preparation():
-    weights, moments = drawn("normal")
-    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
-    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
-    chip = crossbar.program(weights, config, jax.random.key(0), preparation=preparation)
-    x = inputs(1)[0]
+    chip, x = prepared_chip(NOISY), inputs(1)[0]
     of_inputs = jax.jit(jax.grad(lambda x: crossbar.matmul(x, chip).sum()))(x)
     np.testing.assert_allclose(of_inputs, crossbar.programmed_weights(chip).sum(axis=1), rtol=1e-4, atol=1e-4)
     of_weights = jax.grad(
-        lambda w: crossbar.matmul(x, crossbar.program(w, config, jax.random.key(0), preparation=preparation)).sum()
-    )(weights)
+        lambda w: crossbar.matmul(x, crossbar.program(w, NOISY, jax.random.key(0), preparation=chip.preparation)).sum()
+    )(WEIGHTS)
     np.testing.assert_allclose(of_weights, np.outer(x, np.ones(20)), rtol=1e-3, atol=1e-3)
 
 
 def test_a_chip_is_saved_with_its_preparation(tmp_path):
-    weights, moments = drawn("normal")
-    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
-    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
-    chip = crossbar.program(weights, config, jax.random.key(0), preparation=preparation)
+    chip, x = prepared_chip(NOISY), inputs(4)
     crossbar.save_chip(chip, tmp_path / "chip.safetensors")
     again = crossbar.load_chip(tmp_path / "chip.safetensors")
-    assert again.preparation.identity == preparation.identity != ""
-    x = inputs(4)
+    assert again.preparation.identity == chip.preparation.identity != ""
     np.testing.assert_array_equal(crossbar.matmul(x, again), crossbar.matmul(x, chip))
 
 
 def test_calibration_sees_the_prepared_inputs():
-    weights, moments = drawn("normal")
-    dac = crossbar.DAC(scaling="calibrated")
-    config = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT, dac=dac, adc=crossbar.ADC(range="calibrated"))
-    preparation = crossbar.prepare({"w": weights}, moments, config)["w"]
-    chip = crossbar.program(weights, config, jax.random.key(0), preparation=preparation)
-    x = inputs(64) * jnp.sqrt(moments)[None]
+    converters = {"dac": crossbar.DAC(scaling="calibrated"), "adc": crossbar.ADC(range="calibrated")}
+    chip, x = prepared_chip(dataclasses.replace(NOISY, **converters)), inputs(64) * jnp.sqrt(MOMENTS)[None]
     for _ in range(2):
         chip = crossbar.calibrated(chip, crossbar.probe(x, chip)[1])
-    prepared = np.abs(np.asarray(preparation.inputs(x)))
+    prepared = np.abs(np.asarray(chip.preparation.inputs(x)))
     assert np.quantile(prepared, 0.99) < chip.input_limit < 1.3 * prepared.max()
     exact = crossbar.programmed_weights(chip)
     assert np.corrcoef(crossbar.matmul(x, chip).ravel(), (x @ exact).ravel())[0, 1] > 0.99
 
 
 def test_no_errors_keep_the_largest_weight_as_range():
-    weights, moments = drawn("normal")
     config = crossbar.CrossbarConfig(mapping=ALL)
-    assert crossbar.prepare({"w": weights}, moments, config)["w"].ranges is None
+    assert crossbar.prepare({"w": WEIGHTS}, MOMENTS, config)["w"].ranges is None
     assert "no errors" in str(crossbar.explain(config, (48, 20)))
-    assert "chosen" in str(crossbar.explain(dataclasses.replace(config, device=INDEPENDENT), (48, 20)))
-
-
-WEIGHTS, MOMENTS = drawn("normal")
-NOISY = crossbar.CrossbarConfig(mapping=ALL, device=INDEPENDENT)
+    assert "chosen" in str(crossbar.explain(NOISY, (48, 20)))
 
 
 @pytest.mark.parametrize(

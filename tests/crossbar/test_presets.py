@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,6 @@ import pytest
 
 from lorafusion_jax import crossbar
 from lorafusion_jax.crossbar import PRESETS, Cell, CrossbarConfig, Device, config_hash, load_config, matmul, save_config
-
-ROOT = Path(__file__).resolve().parents[2]
 
 FULL = CrossbarConfig(
     cell=Cell(on_off_ratio=50.0),
@@ -57,12 +54,7 @@ def test_presets_lose_as_much_as_their_converters_do(name, least, most):
     assert least < relative_error(name) < most
 
 
-ANALOGUE = CrossbarConfig(
-    cell=Cell(bits=None),
-    encoding=crossbar.Encoding(kind="offset"),
-    mapping=crossbar.Mapping(weight_bits=None),
-    dac=None,
-)
+ANALOGUE = dataclasses.replace(PRESETS["ideal"], encoding=crossbar.Encoding(kind="offset"))
 TABLE = crossbar.Table((0.25, 1.0), ((0.02, 0.05), (0.03, 0.06)), seconds=(1.0, 60.0), extrapolate=True)
 MEASURED = CrossbarConfig(cell=Cell(on_off_ratio=4.0), device=Device(programming=TABLE, time=3600.0))
 NESTED = CrossbarConfig(device=Device(drift=crossbar.PowerLaw(0.05, 0.01), time=10.0))

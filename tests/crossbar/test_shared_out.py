@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -105,10 +106,8 @@ def test_devices_share_out_tiles_and_read_the_bits_of_one(name, by):
     x, mesh = jax.random.normal(jax.random.key(2), (4, 64)), parts.make_mesh("model=2")
 
     def read(chip, x, of_y=None):
-        leaves, tree = jax.tree.flatten(chip)  # a compiled program's description is no array
-        of_leaves = jax.jit(lambda x, leaves: crossbar.matmul(x, tree.unflatten(leaves)), out_shardings=of_y)
-        compiled = of_leaves.lower(x, leaves).compile()
-        return compiled, compiled(x, leaves)
+        compiled, leaves = tiny.compiled(crossbar.matmul, x, chip, out_shardings=of_y)
+        return compiled, compiled(leaves)
 
     alone, wanted = read(chip, x)
     with jax.set_mesh(mesh):
@@ -201,10 +200,8 @@ def test_chips_of_a_flax_model_are_read_where_they_are():
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *chips)
     mesh = jax.make_mesh((4,), ("chips",), axis_types=(AxisType.Auto,))
     spread = jax.device_put(stacked, NamedSharding(mesh, P("chips")))
-    tree = jax.tree.structure(stacked)  # a compiled program's description is no array
-    read = jax.jit(lambda leaves: jax.vmap(lambda model: model(x))(tree.unflatten(leaves)))
-    stacked, spread = jax.tree.leaves(stacked), jax.tree.leaves(spread)
-    alone, shared = (read.lower(leaves).compile() for leaves in (stacked, spread))
+    read = jax.vmap(lambda model: model(x))
+    (alone, stacked), (shared, spread) = tiny.compiled(read, stacked), tiny.compiled(read, spread)
     assert not re.search(r"all-(reduce|gather|to-all)|collective-permute|reduce-scatter", shared.as_text())
     assert shared.cost_analysis()["flops"] == pytest.approx(alone.cost_analysis()["flops"] / 4, rel=0.05)
     held = [program.memory_analysis().argument_size_in_bytes for program in (alone, shared)]

@@ -16,7 +16,7 @@ from lorafusion_jax.crossbar import ADC, Chip, CrossbarConfig, calibrate_tree, o
 from lorafusion_jax.crossbar import matmul as read
 from lorafusion_jax.parts import dense
 
-_IDEAL = CrossbarConfig(cell=crossbar.Cell(bits=None), mapping=crossbar.Mapping(weight_bits=None), dac=None)
+_IDEAL = crossbar.PRESETS["ideal"]
 _NOISY = CrossbarConfig(device=crossbar.Device(programming=crossbar.Independent(0.05)))
 _READ_NOISE = CrossbarConfig(device=crossbar.Device(read_noise=crossbar.ReadNoise(0.02)))
 _CONVERTED = CrossbarConfig(

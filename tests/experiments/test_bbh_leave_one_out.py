@@ -10,7 +10,7 @@ import bbh_rows
 import numpy as np
 import pytest
 import small_llama
-from page_tables import rows_below
+from page_tables import assert_written, rows_below
 
 from lorafusion_jax.tasks import Example, Task, write_lorahub_split
 from lorafusion_jax.trials import read_lines
@@ -60,7 +60,7 @@ def test_a_test_question_that_any_task_trains_on_is_refused():
 def test_no_row_is_missing_and_tables_are_those_of_their_rows(results, base):
     lab = experiment.Lab(experiment.Options(out=results, base=base), {})
     assert lab.cells.missing(lab.jobs()) == []
-    assert list(csv.reader((results / "pilot.csv").read_text().splitlines())) == experiment.table(lab.cells.rows())
+    assert_written({"pilot": experiment.table(lab.cells.rows())}, results)
 
 
 @pytest.mark.parametrize(("below", "learned"), [(0.021, True), (0.019, False)])

@@ -1,10 +1,10 @@
 """The table of benchmarks on arrays: its numbers by hand, and its page against the rows next to it."""
 
-import csv
 from pathlib import Path
 
 import benchmarks_on_arrays as experiment
 import pytest
+from page_tables import assert_written
 
 from lorafusion_jax.trials import read_lines
 
@@ -30,9 +30,9 @@ def test_values_and_differences_of_items():
 )
 def test_the_page_has_the_tables_of_its_rows(rows):
     page = (_RESULTS.parent / "docs" / "results" / "benchmarks_on_arrays.md").read_text()
-    for name, lines in experiment.tables(read_lines(rows)).items():
-        with (rows.parent / f"{name}.csv").open() as file:
-            assert list(csv.reader(file)) == lines
+    tables = experiment.tables(read_lines(rows))
+    assert_written(tables, rows.parent)
+    for name, lines in tables.items():
         if rows.parent.name != "gemma":
             assert [line for line in lines if f"| {' | '.join(line)} |" not in page] == []
         elif name == "paired":  # a sentence has the last column

@@ -1,6 +1,5 @@
 """The pool's value: its draw, its rows, and the tests of its design by hand."""
 
-import csv
 import itertools
 import json
 from collections import Counter
@@ -10,7 +9,7 @@ import numpy as np
 import pool_value as experiment
 import pytest
 from lab import pool_cells, string_pools
-from page_tables import rows_below
+from page_tables import assert_written, rows_below
 from shuffle_labels import main as write_shuffled
 from string_tasks import split
 
@@ -40,7 +39,7 @@ def test_nothing_was_trained_on_a_target():
 
 
 def test_the_committed_draw_is_the_one_of_the_script():
-    assert list(csv.reader((_RESULTS / "draw.csv").read_text().splitlines())) == experiment.draw_table()
+    assert_written({"draw": experiment.draw_table()}, _RESULTS)
 
 
 def test_a_folder_with_the_adapters_of_another_pool_is_refused(tmp_path):
@@ -139,8 +138,7 @@ def test_a_contrast_needs_all_rows_of_its_arms():
 def test_the_page_has_the_tables_of_its_rows():
     rows = [row for file in sorted(_RESULTS.glob("rows_*.jsonl")) for row in experiment.read_lines(file)]
     tables = experiment.tables(rows, experiment.read_lines(_RESULTS / "tune.jsonl"))
-    for name, lines in tables.items():
-        assert list(csv.reader((_RESULTS / f"{name}.csv").read_text().splitlines())) == lines
+    assert_written(tables, _RESULTS)
     head = ["20 rows, minus LoRAFusion", "operations in the pool", "tasks", "nats", "interval"]
     shown = {(row[0], *row[2:]) for row in rows_below(_ROOT / "docs" / "results" / "pool_value.md", head)}
     assert shown and shown <= {(line[1], *line[3:]) for line in tables["contrasts"] if line[0] == "20"}

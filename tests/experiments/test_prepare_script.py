@@ -1,13 +1,12 @@
 """Preparing SmolLM2: its tables by hand, and its page against the committed rows."""
 
-import csv
 from pathlib import Path
 
 import prepare as experiment
 import prepare_small as small
 import pytest
 from lab.genres import GENRES
-from page_tables import rows_below
+from page_tables import assert_written, rows_below
 
 from lorafusion_jax.trials import append_lines, read_lines
 
@@ -43,9 +42,7 @@ def test_the_page_has_the_table_of_its_rows():
     found = {folder: experiment.tables(read_lines(folder / "rows.jsonl")) for folder in folders}
     found[_RESULTS] |= small.tables(read_lines(_RESULTS / "small.jsonl"))
     for folder, tables in found.items():
-        for part, lines in tables.items():
-            with (folder / f"{part}.csv").open() as file:
-                assert list(csv.reader(file)) == lines
+        assert_written(tables, folder)
     head = ["change", "excess loss", "interval", "worst chip"]
     shown = [[cell.strip("*") for cell in row] for row in rows_below(_PAGE, head)]
     assert shown == [[line[1], line[3], *line[5:7]] for line in found[_RESULTS]["main"][1:]]

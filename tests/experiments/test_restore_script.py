@@ -1,10 +1,9 @@
 """Restoring SmolLM2 on arrays: its tables by hand, and its page against the rows next to it."""
 
-import csv
 from pathlib import Path
 
 import restore as experiment
-from page_tables import rows_below
+from page_tables import assert_written, rows_below
 
 from lorafusion_jax.trials import append_lines, read_lines
 
@@ -87,12 +86,10 @@ def test_matches_of_fusions_are_means_over_chips():
 
 
 def test_the_page_has_the_tables_of_its_rows():
-    rows = read_lines(_ROOT / "results" / "restore" / "rows.jsonl")
-    for part, lines in experiment.tables(rows).items():
-        with (_ROOT / "results" / "restore" / f"{part}.csv").open() as file:
-            assert list(csv.reader(file)) == lines
+    tables = experiment.tables(read_lines(_ROOT / "results" / "restore" / "rows.jsonl"))
+    assert_written(tables, _ROOT / "results" / "restore")
     head = ["corrections", "parameters", "% of the weights", "excess loss", "over chips", "over windows"]
-    main = [[*line[1:3], *line[4:]] for line in experiment.tables(rows)["main"]]
+    main = [[*line[1:3], *line[4:]] for line in tables["main"]]
     shown = rows_below(_PAGE, head)
     assert shown and [row for row in shown if row[1:] not in main] == []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import warm_starts as experiment
-from page_tables import rows_below
+from page_tables import assert_written, rows_below
 
 from lorafusion_jax.trials import read_lines
 
@@ -19,8 +19,7 @@ _MEASURED = {(row["arm"], row["rows"]) for row in _ROWS}
 
 
 def test_committed_tables_are_those_of_the_committed_rows():
-    for name, lines in experiment.tables(_ALL, _TUNING).items():
-        assert list(csv.reader((_RESULTS / f"{name}.csv").read_text().splitlines())) == lines, name
+    assert_written(experiment.tables(_ALL, _TUNING), _RESULTS)
 
 
 @pytest.mark.parametrize(("arm", "rows"), sorted(_MEASURED))

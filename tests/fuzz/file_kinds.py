@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import damage
 import datasets
-import gguf
 import gguf_models
 import jax
 import jax.numpy as jnp
 import numpy as np
 import one_block
+import recipes
 from made_up_rows import made_up
 
 import lorafusion_jax as lf
@@ -124,10 +124,20 @@ def kinds(folder: Path) -> dict[str, Kind]:
         lf.load_base(file)
         lf.load_tokenizer(file)("ab")
 
-    bytes_file = _write_gguf(folder / "bytes.gguf", _BYTE_LEVEL)
-    pieces_file = _write_gguf(folder / "pieces.gguf", _PIECES)
-    made = gguf_models.make(folder / "qwen3.5", "qwen3.5", lambda _, shape: np.ones(shape))
-    delta_file = gguf_models.written(made, folder / "delta.gguf", kinds=lambda _: "Q8_0")
+    # Small tokenizers: most numbers of the header are the model's.
+    bytes_file, pieces_file, delta_file = (
+        gguf_models.written(
+            gguf_models.make(folder / name, model, lambda _, shape: np.ones(shape)),
+            folder / f"{name}.gguf",
+            tokenizer,
+            kinds=lambda title: "Q8_0" if ".layers." in title else None,
+        )
+        for name, model, tokenizer in (
+            ("bytes", "llama with biases, tied", _BYTE_LEVEL),
+            ("pieces", "llama", _PIECES),
+            ("delta", "qwen3.5", {}),
+        )
+    )
 
     def whole_pool() -> None:
         lf.load_pool(pool)
@@ -291,45 +301,14 @@ def _weight_map(base: Path) -> dict[str, str]:
         return dict.fromkeys(file.keys(), "one.safetensors")
 
 
-def _write_gguf(path: Path, tokenizer: dict[str, Any]) -> Path:
-    """Write a Llama of one layer, with matrices in 8 bits."""
-    writer, rng = gguf.GGUFWriter(path, "llama"), np.random.default_rng(0)
-    tokens, width, inner = len(tokenizer["tokens"]), 32, 64
-    sizes = {"embedding_length": width, "feed_forward_length": inner, "block_count": 1, "context_length": 64}
-    for key, size in (sizes | {"attention.head_count": 2, "vocab_size": tokens}).items():
-        writer.add_uint32(f"llama.{key}", size)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_float32("llama.rope.freq_base", 1e4)
-    for key, told in tokenizer.items():
-        add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[type(told)]
-        add(f"tokenizer.ggml.{key}", told)
-    shapes = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (width, width))
-    shapes |= {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
-    shapes |= {"attn_norm": (width,), "ffn_norm": (width,)}
-    named = {"token_embd": (tokens, width), "output_norm": (width,)}
-    named |= {f"blk.0.{name}": shape for name, shape in shapes.items()}
-    for name, shape in named.items():
-        numbers = rng.normal(size=shape).astype(np.float32)
-        kind = gguf.GGMLQuantizationType.Q8_0 if name.startswith("blk") and len(shape) == 2 else None
-        data = numbers if kind is None else gguf.quantize(numbers, kind)
-        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def _write_run(run: parts.RunFolder, base: Path, pool: Path) -> None:
-    environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2}
-    environment |= {"versions": {"lorafusion-jax": "0.1"}}
     options = lf.FuseOptions(base=str(base), pool=str(pool), task="task.jsonl", seeds=(1, 2))
     seed = {"seed": 1, "exact_match": 50.0, "loss": 0.5, "steps": 3, "modules": ["a"]}
+    seed |= {"option_accuracy": None, "forward_rows": 6, "backward_rows": 5}
     with run.locked():
-        written = {"options": parts.options_to_json(options), "modules": [["a"], ["b"]], "task_sha256": "0"}
-        written |= {"trained_sha256": ["0"]}
-        written |= {"digests": {"base": "0", "modules": {"a": "0"}, "basis": None}, "folders": {}}
-        run.write_config(written | {"max_new_tokens": 8, "environment": environment})
+        config = recipes.run_config(options, modules=[["a"], ["b"]], task_sha256="0", trained_sha256=["0"])
+        config["digests"] = {"base": "0", "modules": {"a": "0"}, "basis": None}
+        run.write_config(config)
         run.append_metrics({"step": n, "epoch": 1, "seed": 1, "loss": 0.5} for n in range(3))
         row = {"seed": 1, "row": 0, "input": "a", "target": "b", "prediction": "b", "correct": True}
         row |= {"option_correct": None}
@@ -337,9 +316,9 @@ def _write_run(run: parts.RunFolder, base: Path, pool: Path) -> None:
         results = {"task": "task", "method": "fusion", "trainable": 3, "trainable_by_group": {"coefficients": 3}}
         results |= {"exact_match": 50.0, "exact_match_std": None, "seeds": [seed], "test_rows": 2}
         results |= {"control": "none", "test_sha256": "0"}
-        run.write_results(results | {"seconds": {"train": 1.0}, "environment": environment})
+        run.write_results(results | {"seconds": {"train": 1.0}, "environment": config["environment"]})
     (run.folder / ".lock").unlink()
-    arrays.save(run.final, {"coefficients": np.ones((2, 3), np.float32)}, {"steps": [3, 3]})
+    arrays.save(run.final, {"coefficients": np.ones((2, 3), np.float32)}, {"steps": [3, 3], "seconds": 1.0})
 
 
 def _write_chips(folder: Path) -> Path:
@@ -394,22 +373,17 @@ def _write_corrections(folder: Path, chips: parts.Chips) -> None:
 
 
 _BYTE_LEVEL = {
-    "model": "gpt2",
-    "pre": "gpt-2",
-    "tokens": ["<s>", "</s>", "a", "b", "c", "ab"],
-    "token_type": [3, 3, 1, 1, 1, 1],
-    "merges": ["a b"],
-    "bos_token_id": 0,
-    "eos_token_id": 1,
+    "tokenizer.ggml.tokens": ["<pad>", "<s>", "</s>", "a", "b", "ab"],
+    "tokenizer.ggml.token_type": [3, 3, 3, 1, 1, 1],
+    "tokenizer.ggml.merges": ["a b"],
 }
 _PIECES = {
-    "model": "llama",
-    "tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a"],
-    "scores": [0.0, 0.0, 0.0, -5.0, -6.0, -7.0, -1.0, -2.0],
-    "token_type": [2, 3, 3, 1, 1, 1, 1, 1],
-    "unknown_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **dict.fromkeys(("tokenizer.ggml.pre", "tokenizer.ggml.merges", "tokenizer.chat_template")),
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁a"],
+    "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -5.0, -6.0, -7.0, -1.0, -2.0],
+    "tokenizer.ggml.token_type": [2, 3, 3, 1, 1, 1, 1, 1],
+    "tokenizer.ggml.unknown_token_id": 0,
 }
 _LLAMA = {
     "model_type": "llama",

@@ -18,15 +18,14 @@ from lorafusion_jax.cli import main
 from lorafusion_jax.cli.crossbar import programmed_report
 from lorafusion_jax.cli.evaluate import age_table
 from lorafusion_jax.crossbar import PRESETS as ARRAYS
-from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Independent, Mapping, PowerLaw, load_chip, save_config
+from lorafusion_jax.crossbar import Device, Independent, PowerLaw, load_chip, save_config
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.hardware.chips import Redrawn
 from lorafusion_jax.hardware.on_arrays import on_arrays
 from lorafusion_jax.runs.evaluate import Evaluation
 
-_ANALOGUE = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None)
 _DEVICE = Device(programming=Independent(0.02), drift=PowerLaw(0.05, 0.02), time=1.0)
-_NOISY = dataclasses.replace(_ANALOGUE, device=_DEVICE)
+_NOISY = dataclasses.replace(ARRAYS["ideal"], device=_DEVICE)
 _GRAPH, _ = nnx.split(tiny.t5())
 _DIGITAL = tiny.frozen(tiny.t5())
 _KEYS = jax.random.split(jax.random.key(5), 2)
@@ -44,7 +43,7 @@ def _loss(frozen, step=0):
 def test_configurations_that_differ_in_their_device_model_alone_are_different_programs():
     """Trees of registered dataclasses compare equal in jaxlib if only a class differs."""
     devices = [Device(programming=model(0.1)) for model in (Independent, crossbar.Proportional)]
-    rules = [{_WRITTEN: dataclasses.replace(_ANALOGUE, device=device)} for device in devices]
+    rules = [{_WRITTEN: dataclasses.replace(ARRAYS["ideal"], device=device)} for device in devices]
     drawn = [parts.program_on_arrays(_GRAPH, _DIGITAL, rule, _KEYS[0]) for rule in rules]
     assert _loss(drawn[0]) != _loss(drawn[1])
 
@@ -73,10 +72,10 @@ def test_ages_in_seconds_need_a_unit_and_a_drift_model():
         with pytest.raises(ValueError, match="an age of"):
             parts.aged(_NOISY, age)
     with pytest.raises(ValueError, match="an age of 1h, but these cells have no drift model: give device.drift"):
-        parts.aged(_ANALOGUE, "1h")
+        parts.aged(ARRAYS["ideal"], "1h")
     with pytest.raises(ValueError, match="--compensate, but these cells have no drift model: give device.drift"):
-        parts.aged(_ANALOGUE, None, compensate=True)
-    assert parts.aged(_ANALOGUE, "0").device.time == 0
+        parts.aged(ARRAYS["ideal"], None, compensate=True)
+    assert parts.aged(ARRAYS["ideal"], "0").device.time == 0
     assert (
         parts.aged(_NOISY, "1h", compensate=True).device.compensate and not parts.aged(_NOISY, "1h").device.compensate
     )

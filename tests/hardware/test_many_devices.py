@@ -14,13 +14,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from lorafusion_jax import Frozen, crossbar, fuse, parts, tasks
-from lorafusion_jax.crossbar import ADC, Cell, CrossbarConfig, Device, Encoding, Independent, Mapping, ReadNoise, Tile
+from lorafusion_jax.crossbar import ADC, CrossbarConfig, Device, Encoding, Independent, Mapping, ReadNoise, Tile
 from lorafusion_jax.hardware.program import program
 from lorafusion_jax.training.loss import seed_entropies
 
 _COLLECTIVES = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)")
 _NOISE = Device(programming=Independent(0.02), read_noise=ReadNoise(0.01))
-_NOISY = CrossbarConfig(cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, device=_NOISE)
+_NOISY = dataclasses.replace(crossbar.PRESETS["ideal"], device=_NOISE)
 
 
 def _mesh(asked):
@@ -40,10 +40,7 @@ def test_a_device_has_its_chips_alone_and_waits_for_no_other(small, tmp_path):
             count = len(problem.index)
             batches = jax.tree.map(lambda leaf, count=count: jnp.stack([leaf] * count), batch)
             given = parts.for_every_chip(params, 3), parts.on_mesh(batches, of_seeds=True), problem
-            leaves, tree = jax.tree.flatten(given)  # a compiled program's description is no array
-            compiled = (
-                jax.jit(lambda leaves, tree=tree: seed_entropies(*tree.unflatten(leaves))).lower(leaves).compile()
-            )
+            compiled, leaves = tiny.compiled(seed_entropies, *given)
             found.append(np.asarray(compiled(leaves))[:6])
         assert not _COLLECTIVES.search(compiled.as_text())
         flops.append(compiled.cost_analysis()["flops"])

@@ -15,7 +15,7 @@ import lorafusion_jax as lf
 from lorafusion_jax import crossbar
 from lorafusion_jax.adapters.norms import PairTerms
 from lorafusion_jax.adapters.updates import Dense, InBasis, Outputs
-from lorafusion_jax.crossbar import PRESETS, Cell, CrossbarConfig, Device, Mapping, observe, site_errors
+from lorafusion_jax.crossbar import PRESETS, Device, observe, site_errors
 from lorafusion_jax.hardware.calibration import logits_of
 from lorafusion_jax.methods.entry import SearchJob
 from lorafusion_jax.methods.lorahub import LORAHUB, objective_of
@@ -25,12 +25,7 @@ _KEY = jax.random.key(5)
 _IDEAL = {"*": PRESETS["ideal"]}
 # Values of both stacks and their modules, where it does not matter which weights are written: less to compile.
 _WRITTEN = "*.self.v"
-_NOISY = CrossbarConfig(
-    cell=Cell(bits=None),
-    mapping=Mapping(weight_bits=None),
-    dac=None,
-    device=Device(programming=crossbar.Independent(0.02)),
-)
+_NOISY = dataclasses.replace(PRESETS["ideal"], device=Device(programming=crossbar.Independent(0.02)))
 _READ_NOISE = dataclasses.replace(_NOISY, device=Device(read_noise=crossbar.ReadNoise(0.01)))
 
 _GRAPH, _BASE = nnx.split(tiny.t5())

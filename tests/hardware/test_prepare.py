@@ -177,8 +177,6 @@ def test_an_input_that_several_matrices_meet_is_transformed_once():
         found |= crossbar.prepare({name: weights[name] for name in names}, None, config)
     frozen = lf.Frozen(base, preparations=found)
     on_arrays = parts.program_on_arrays(graph, frozen, {"encoder.*": config}, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(on_arrays.base)
-    run = jax.jit(lambda leaves, batch: parts.logits_of_base(graph)(tree.unflatten(leaves), batch))
+    program, _ = tiny.compiled(parts.logits_of_base(graph), on_arrays.base, tiny.batch())
     products_of_attention = 2 * 3
-    compiled = run.lower(leaves, tiny.batch()).compile().as_text()
-    assert compiled.count(" dot(") == len(weights) + products_of_attention + 4
+    assert program.as_text().count(" dot(") == len(weights) + products_of_attention + 4

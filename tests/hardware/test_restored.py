@@ -15,6 +15,7 @@ import numpy as np
 import one_block
 import pytest
 import small_llama
+import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -47,8 +48,19 @@ def _options(home, **changed):
     return parts.RestoreOptions(**given | changed)
 
 
-def _loaded(home):
+@pytest.fixture(scope="module")
+def loaded(home):
     return parts.load_model(lf.LoadOptions(base=str(home / "base"), method="zero-shot"))
+
+
+@pytest.fixture(scope="module")
+def chips(home):
+    return parts.load_chips(str(home / "noisy.yaml"))
+
+
+@pytest.fixture(scope="module")
+def digest(home):
+    return parts.open_base(str(home / "base")).digest
 
 
 def _on_chip(loaded, chips, number, *at):
@@ -77,8 +89,7 @@ def test_matrices_have_the_rates_that_tuning_preferred():
 
 
 @pytest.mark.long
-def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
-    loaded, chips = _loaded(home), parts.load_chips(str(home / "noisy.yaml"))
+def test_loaded_corrections_are_on_the_chips_bit_by_bit(home, loaded, chips, digest):
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     run, key = parts.logits_of_base(graph), chips.chip_key(2)
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
@@ -90,7 +101,7 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     train = batches[: len(batches) - measured]
     targets = [run(frozen.base, batch) for batch in train]
     found = lf.restore(run, weights, parts.digital_matrices(loaded, weights), train, targets, how)
-    (of_disk,) = parts.load_restored(str(home / "restored"), chips, [2], parts.open_base(str(home / "base")).digest)
+    (of_disk,) = parts.load_restored(str(home / "restored"), chips, [2], digest)
     for site, correction in found.items():
         of_site = of_disk.corrections[site]
         np.testing.assert_allclose(of_site.scale, correction.scale, rtol=1e-4)
@@ -103,8 +114,7 @@ def test_loaded_corrections_are_on_the_chips_bit_by_bit(home):
     )
 
 
-def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_text(home):
-    loaded = _loaded(home)
+def test_windows_of_text_begin_with_the_token_that_the_model_expects_before_a_text(loaded):
     ids = loaded.tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
     rows = [np.concatenate([batch.input_ids[0], batch.labels[0]]) for batch in parts.windows(loaded, ids)]
     assert {len(row) for row in rows} == {128}
@@ -170,7 +180,7 @@ def test_an_encoder_decoder_reads_lines_and_answers_them_itself(home, tmp_path):
         ({"folder": "nowhere"}, "nowhere has no corrections of a chip: give a folder that `lorafusion restore` wrote"),
     ],
 )
-def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed, message):
+def test_corrections_of_other_chips_are_refused_by_name(home, digest, tmp_path, changed, message):
     name = str(home / "noisy.yaml")
     if "crossbar" in changed:
         save_config(crossbar.load_config("ideal"), tmp_path / "other.yaml")
@@ -181,7 +191,7 @@ def test_corrections_of_other_chips_are_refused_by_name(home, tmp_path, changed,
             str(home / changed.get("folder", "restored")),
             chips,
             [changed.get("chip", 0)],
-            changed.get("base", parts.open_base(str(home / "base")).digest),
+            changed.get("base", digest),
         )
 
 
@@ -250,9 +260,7 @@ def test_chips_over_devices_get_the_corrections_of_one_device(home, tmp_path, mo
 
     def compiled(*given):
         if not programs:
-            leaves, tree = jax.tree.flatten(given[:5])
-            again = jax.jit(lambda leaves: step(*tree.unflatten(leaves), *given[5:]))
-            programs.append(again.lower(leaves).compile().as_text())
+            programs.append(tiny.compiled(lambda *trees: step(*trees, *given[5:]), *given[:5])[0].as_text())
             parts_of_devices = [leaf.addressable_shards[0].data.shape[0] for leaf in jax.tree.leaves(given[2])]
             assert {*parts_of_devices} == {1}
         return step(*given)
@@ -282,21 +290,18 @@ def test_two_processes_do_not_write_into_one_folder(home, tmp_path):
     assert [path.name for path in out.iterdir()] == [".lock"]
 
 
-def test_a_linked_folder_next_to_the_chips_is_not_written_through(home, tmp_path):
+def test_a_linked_folder_next_to_the_chips_is_not_written_through(home, chips, digest, tmp_path):
     (outside := tmp_path / "outside").mkdir()
-    (chips := tmp_path / "chips").mkdir()
+    (folder := tmp_path / "chips").mkdir()
     manifest = dict.fromkeys(("base", "base_sha256", "config", "config_sha256"), "") | {"digital": [], "key": 0}
     manifest |= {"pool": None, "modules": {}, "basis_sha256": None, "chips": 1}
     counts = dict.fromkeys(("arrays", "cells", "utilisation"), 1) | dict.fromkeys(("pulses", "joules", "seconds"), [])
-    save_config(config := crossbar.load_config(str(home / "noisy.yaml")), chips / "config.yaml")
-    manifest |= {
-        "base_sha256": parts.open_base(str(home / "base")).digest,
-        "config_sha256": crossbar.config_hash(config),
-    }
-    (chips / "manifest.json").write_text(json.dumps(manifest | {"one_chip": counts | {"simulated_pulses": None}}))
-    (chips / "restored-scales").symlink_to(outside)
+    save_config(chips.config, folder / "config.yaml")
+    manifest |= {"base_sha256": digest, "config_sha256": crossbar.config_hash(chips.config)}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"one_chip": counts | {"simulated_pulses": None}}))
+    (folder / "restored-scales").symlink_to(outside)
     with pytest.raises(lf.FileError, match="restored-scales: a link, which could lead out of its folder"):
-        parts.restore_chips(_options(home, crossbar=str(chips)))
+        parts.restore_chips(_options(home, crossbar=str(folder)))
     assert not list(outside.iterdir())
 
 
@@ -318,26 +323,24 @@ def _scale(arrays):
         (lambda a: {"elsewhere/scale": a[_scale(a)]}, "a correction of 'elsewhere': expected one of the chips"),
     ],
 )
-def test_other_arrays_under_a_right_digest_are_refused(home, tmp_path, change, message):
+def test_other_arrays_under_a_right_digest_are_refused(home, loaded, chips, digest, tmp_path, change, message):
     folder = shutil.copytree(home / "restored" / "chip_0", tmp_path / "restored" / "chip_0")
     save_file(change(load_file(folder / "arrays.safetensors")), folder / "arrays.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["arrays.safetensors"] = hashlib.sha256((folder / "arrays.safetensors").read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    loaded, chips = _loaded(home), parts.load_chips(str(home / "noisy.yaml"))
-    graph, frozen, base = loaded.problem.graph, loaded.problem.frozen, parts.open_base(str(home / "base")).digest
+    graph, frozen = loaded.problem.graph, loaded.problem.frozen
     with pytest.raises(ValueError, match=f"{tmp_path / 'restored'}.*{message}"):
-        (restored,) = parts.load_restored(str(tmp_path / "restored"), chips, [0], base)
+        (restored,) = parts.load_restored(str(tmp_path / "restored"), chips, [0], digest)
         parts.program_on_arrays(graph, frozen, chips.rules(), chips.chip_key(0), restored=restored)
 
 
-def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, tmp_path):
+def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, chips, digest, tmp_path):
     for number, other in ((0, 2), (2, 0)):
         shutil.copytree(home / "restored" / f"chip_{number}", tmp_path / "exchanged" / f"chip_{other}")
-    chips, base = parts.load_chips(str(home / "noisy.yaml")), parts.open_base(str(home / "base")).digest
     message = r"chip_0: chip is 2: expected 0; rename it to chip_2"
     with pytest.raises(lf.FileError, match=message):
-        parts.load_restored(str(tmp_path / "exchanged"), chips, [0, 2], base)
+        parts.load_restored(str(tmp_path / "exchanged"), chips, [0, 2], digest)
     with pytest.raises(lf.FileError, match=message):
         parts.restore_chips(_options(home, out=tmp_path / "exchanged"))
     shutil.copytree(home / "restored", tmp_path / "mixed")
@@ -346,7 +349,7 @@ def test_corrections_of_two_chips_are_not_exchanged_nor_mixed(home, tmp_path):
     with pytest.raises(
         lf.FileError, match="chip_2: computed with other settings than chip 0: run `lorafusion restore`"
     ):
-        parts.load_restored(str(tmp_path / "mixed"), chips, [0, 2], base)
+        parts.load_restored(str(tmp_path / "mixed"), chips, [0, 2], digest)
 
 
 def test_chips_whose_pool_stays_digital_are_restored(home, tmp_path):
@@ -354,7 +357,7 @@ def test_chips_whose_pool_stays_digital_are_restored(home, tmp_path):
     assert made[0]["settings"]["digital"] == ["pool.*"]
 
 
-def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(home, tmp_path):
+def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(home, loaded, digest, tmp_path):
     drifting = crossbar.load_config("ideal")
     drifting = dataclasses.replace(drifting, device=crossbar.Device(drift=crossbar.PowerLaw(0.05, 0.02)))
     save_config(drifting, tmp_path / "drifting.yaml")
@@ -363,7 +366,7 @@ def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(home, tmp
         parts.restore_chips(_options(home, in_advance=True, out=tmp_path / "early", **given))
     for name in ("advance", "again"):
         parts.restore_chips(_options(home, age="1year", in_advance=name == "advance", out=tmp_path / name, **given))
-    loaded, chips = _loaded(home), parts.load_chips(str(tmp_path / "drifting.yaml"))
+    chips = parts.load_chips(given["crossbar"])
     graph, frozen = loaded.problem.graph, loaded.problem.frozen
     run = parts.logits_of_base(graph)
     aged_chip = _on_chip(loaded, chips, 0, parts.aged(chips.config, "1year"))
@@ -371,19 +374,18 @@ def test_corrections_made_in_advance_help_a_chip_that_drifts_otherwise(home, tmp
     target = run(frozen.base, batch)
     off = [parts.divergence(run(aged_chip, batch), target)]
     for name in ("advance", "again"):
-        (restored,) = parts.load_restored(str(tmp_path / name), chips, [0], parts.open_base(str(home / "base")).digest)
+        (restored,) = parts.load_restored(str(tmp_path / name), chips, [0], digest)
         off.append(parts.divergence(run(restored.on(aged_chip), batch), target))
     assert off[2] < off[1] < 0.8 * off[0]
 
 
-def test_generate_answers_on_the_restored_chip(home, tmp_path, capsys):
+def test_generate_answers_on_the_restored_chip(home, loaded, chips, digest, tmp_path, capsys):
     (tmp_path / "lines.txt").write_text("the cold bold\nuser assistant\n")
     asked = ["generate", "--base", str(home / "base"), "--file", str(tmp_path / "lines.txt"), "--max-new-tokens", "6"]
     on_chip = ["--crossbar", str(home / "noisy.yaml"), "--chip", "2", "--restore", str(home / "restored")]
     cli.main([*asked, *on_chip])
     printed = capsys.readouterr().out.splitlines()
-    loaded, chips = _loaded(home), parts.load_chips(str(home / "noisy.yaml"))
-    (restored,) = parts.load_restored(str(home / "restored"), chips, [2], parts.open_base(str(home / "base")).digest)
+    (restored,) = parts.load_restored(str(home / "restored"), chips, [2], digest)
     weights = _on_chip(loaded, chips, 2)
     model = nnx.merge(loaded.problem.graph, restored.on(weights))
     ids = jnp.array(loaded.tokenizer.encode("the cold bold")[:-1])[None]  # without the token that ends a text

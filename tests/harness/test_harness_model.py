@@ -29,11 +29,6 @@ def _requests(*arguments: tuple) -> list[Instance]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return small_llama.make(tmp_path_factory.mktemp("llama") / "base")
-
-
-@pytest.fixture(scope="module")
 def llama(base) -> HarnessLM:
     return HarnessLM(base=str(base), batch_size=4, max_length=24)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
-from flax import nnx
+import tiny
 from gguf_models import (
     BYTE_LEVEL,
     IDS,
@@ -36,10 +36,8 @@ from lorafusion_jax.io.gguf.base import GGUFBase
 from lorafusion_jax.io.gguf.reader import read_gguf
 from lorafusion_jax.io.gguf.tokenizer import build_tokenizer
 from lorafusion_jax.io.gguf.write import write_lora, write_merged
-from lorafusion_jax.parts import ConvertOptions, convert, dense, linear_shapes, open_base, shape_config, write_adapter
+from lorafusion_jax.parts import ConvertOptions, convert, dense, open_base, shape_config, write_adapter
 from lorafusion_jax.runs.merge import MergeOptions, merge
-
-_Kind = gguf.GGMLQuantizationType
 
 
 @pytest.mark.parametrize("kind", gguf.GGML_QUANT_SIZES, ids=lambda kind: kind.name)
@@ -87,10 +85,7 @@ def test_a_file_loads_as_its_folder_and_codes_have_another_digest(tmp_path, fold
         written(folder, tmp_path / f"{number}.gguf", kinds=lambda _name, kind=kind: kind)
         for number, kind in enumerate((None, "Q8_0", "Q8_0"))
     )
-    got, expected = (dict(nnx.to_flat_state(nnx.state(lf.load_base(source)))) for source in (file, folder))
-    assert got.keys() == expected.keys()
-    for path, variable in expected.items():
-        np.testing.assert_array_equal(got[path].get_value(), variable.get_value(), str(path))
+    tiny.assert_same_model(*map(lf.load_base, (file, folder)))
     assert open_base(coded).digest == open_base(again).digest != open_base(folder).digest
 
 
@@ -261,16 +256,13 @@ def test_sentence_piece_bytes_special_tokens_and_the_space_before():
 
 def test_a_file_is_converted_for_saved_and_read_back(tmp_path, folders):
     file = str(written(folders["llama"], tmp_path / "model.gguf"))
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
     path = "base_model.model.model.layers.0.self_attn.q_proj"
     factors = {f"{path}.lora_A.weight": np.ones((2, 64), np.float32), f"{path}.lora_B.weight": np.ones((64, 2), "f4")}
     # A copy of the base's head, as PEFT saves one: it is compared with the file's.
     copies = {"base_model.model.lm_head.weight": lf.base_tensor(file)("lm_head.weight")}
-    save_file(factors | copies, adapter / "adapter_model.safetensors")
-    manifest = convert(ConvertOptions(base=file, adapters=(str(adapter),), dry_run=True))
+    write_adapter(tmp_path / "adapter", config, factors | copies)
+    manifest = convert(ConvertOptions(base=file, adapters=(str(tmp_path / "adapter"),), dry_run=True))
     assert manifest["base"]["source"] == file and manifest["totals"]["adapters"] == 1
     assert shape_config(file) == lf.read_config(file)
     saved = tmp_path / "saved"
@@ -297,13 +289,14 @@ def test_a_merged_model_is_read_back_with_its_weights_and_metadata(tmp_path, fol
     tensors = {key: -array for key, array in load_file(folders[name] / "model.safetensors").items()}
     write_merged(tmp_path / "merged.gguf", GGUFBase(file), tensors, kind)
     merged = GGUFBase(tmp_path / "merged.gguf")
-    assert merged.config() == GGUFBase(file).config()
-    ours, theirs = (dict(nnx.to_flat_state(nnx.state(lf.load_base(base.place)))) for base in (merged, GGUFBase(file)))
-    assert ours.keys() == theirs.keys()
-    for path, weight in theirs.items():
-        # The weights are multiples of 1 / 64 below 8, which float16 has; a step of Q8_0 is at most 8 / 127.
-        tolerance = 0 if kind == "F16" else 8 / 127 / 2 + 2**-8
-        np.testing.assert_allclose(ours[path].get_value(), -weight.get_value(), 0, tolerance, err_msg=str(path))
+    assert merged.config == GGUFBase(file).config
+    # The weights are multiples of 1 / 64 below 8, which float16 has; a step of Q8_0 is at most 8 / 127.
+    tolerance = 0 if kind == "F16" else 8 / 127 / 2 + 2**-8
+
+    def negative(ours, theirs, err_msg):
+        np.testing.assert_allclose(ours, -theirs, 0, tolerance, err_msg=err_msg)
+
+    tiny.assert_same_model(lf.load_base(merged.place), lf.load_base(file), negative)
     reader = gguf.GGUFReader(tmp_path / "merged.gguf")
     assert {tensor.tensor_type.name for tensor in reader.tensors} == {kind, "F32"}
     assert reader.fields["general.quantization_version"].contents() == gguf.GGML_QUANT_VERSION
@@ -314,10 +307,7 @@ def test_a_model_of_a_folder_is_written_with_its_structure_and_tokenizer(tmp_pat
     folder, file = folders[name], tmp_path / "model.gguf"
     write_merged(file, open_base(folder).files, load_file(folder / "model.safetensors"), "F16")
     assert lf.read_config(file) == lf.read_config(folder)
-    ours, theirs = (dict(nnx.to_flat_state(nnx.state(lf.load_base(base)))) for base in (file, folder))
-    assert ours.keys() == theirs.keys()
-    for path, weight in theirs.items():
-        np.testing.assert_array_equal(ours[path].get_value(), weight.get_value(), str(path))
+    tiny.assert_same_model(*map(lf.load_base, (file, folder)))
     ours, theirs = lf.load_tokenizer(file), lf.load_tokenizer(folder)
     for text in ("the th é</s><think>", "ab  abc<turn>", string.printable):
         assert ours(text)["input_ids"] == theirs(text)["input_ids"]
@@ -396,11 +386,7 @@ def test_a_folder_that_no_file_describes_is_refused_with_the_remedy(tmp_path, fo
 @pytest.mark.parametrize("name", MODELS)
 def test_a_lora_has_the_names_and_the_order_of_rows_of_its_base(tmp_path, folders, name):
     config, content = lf.read_config(folders[name]), open_base(folders[name]).raw
-    draw = np.random.default_rng(0)
-    tensors = {}
-    for path, (d_in, d_out) in linear_shapes(config).items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = draw.normal(size=(2, d_in)).astype(np.float32)
-        tensors[f"base_model.model.{path}.lora_B.weight"] = draw.normal(size=(d_out, 2)).astype(np.float32)
+    tensors = tiny.lora_tensors(config, np.random.default_rng(0).standard_normal)
     write_lora(tmp_path / "lora.gguf", content, tensors, alpha=4.0)
     reader = gguf.GGUFReader(tmp_path / "lora.gguf")
     architecture = reader.fields["general.architecture"].contents()

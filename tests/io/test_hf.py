@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 import torch_files
 from flax import nnx
 from safetensors.numpy import load_file, save_file
@@ -82,14 +83,6 @@ def _lay_out(source, folder, layout):
     return folder
 
 
-def _assert_same_model(got, want):
-    assert got.config == want.config
-    a, b = (dict(nnx.to_flat_state(nnx.state(model))) for model in (got, want))
-    assert a.keys() == b.keys()
-    for path in a:
-        np.testing.assert_array_equal(np.asarray(a[path].get_value()), np.asarray(b[path].get_value()))
-
-
 def _run(model, input_ids, mask, decoder_ids):
     graph, state = nnx.split(model)
     arguments = (jnp.asarray(x) for x in (input_ids.astype(np.int32), mask > 0, decoder_ids.astype(np.int32)))
@@ -99,7 +92,7 @@ def _run(model, input_ids, mask, decoder_ids):
 @pytest.mark.smoke
 @pytest.mark.parametrize("layout", ["bin", "sharded safetensors", "sharded bin"])
 def test_every_layout_of_files_gives_the_same_model(base, tmp_path, layout):
-    _assert_same_model(lf.load_base(other := _lay_out(base, tmp_path / "other", layout)), lf.load_base(base))
+    tiny.assert_same_model(lf.load_base(other := _lay_out(base, tmp_path / "other", layout)), lf.load_base(base))
     assert open_base(other).digest == open_base(base).digest
 
 
@@ -108,7 +101,7 @@ def test_golden_with_the_configuration_of_transformers_5(goldens, tmp_path, layo
     source = goldens / "fusion/t5a/base"
     other = _lay_out(source, tmp_path / "other", layout)
     shutil.copyfile(source / "config.transformers5.json", other / "config.json")
-    _assert_same_model(lf.load_base(other), lf.load_base(source))
+    tiny.assert_same_model(lf.load_base(other), lf.load_base(source))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +171,7 @@ def test_copies_of_the_embedding_and_the_unused_table_are_let_pass(base):
         tensors[unused] = np.ones((32, 2), np.float32)
 
     _change(base, add)
-    _assert_same_model(lf.load_base(base), before)
+    tiny.assert_same_model(lf.load_base(base), before)
     _change(base, lambda tensors: tensors["decoder.embed_tokens.weight"].__iadd__(1))
     with pytest.raises(ValueError, match=r"decoder\.embed_tokens\.weight differs from shared\.weight"):
         lf.load_base(base)
@@ -217,7 +210,7 @@ def test_a_saved_model_is_the_same_and_keeps_its_files(base, tmp_path):
     (base / "tokenizer.json").write_text("{}")
     (base / "README.md").write_text("not copied")
     lf.save_base(lf.load_base(base), tmp_path / "again", base)
-    _assert_same_model(lf.load_base(tmp_path / "again"), lf.load_base(base))
+    tiny.assert_same_model(lf.load_base(tmp_path / "again"), lf.load_base(base))
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
         "config.json",
         "model.safetensors",

@@ -1,4 +1,4 @@
-"""Sixty configurations as trainers and users write them: each with the scalings that it gives, or why it is refused.
+"""Configurations as trainers and users write them: each with the scalings that it gives, or why it is refused.
 
 Every adapter has the modules `_Q` and `_DOWN`, and the base is a Qwen 2.5. What a configuration gives is PEFT's rule:
 alpha / r, with rslora alpha / sqrt(r), and patterns by PEFT's regular expressions.
@@ -41,10 +41,13 @@ _ACCEPTED = [
     ({"lora_alpha": 16, "alpha_pattern": {"q_proj": 4}}, (0.5, 2.0)),
     ({"lora_alpha": 16, "alpha_pattern": {"proj": 4}}, (2.0, 2.0)),
     ({"lora_alpha": 16, "alpha_pattern": {"self_attn.q_proj": 4, "q_proj": 8}}, (0.5, 2.0)),
+    ({"lora_alpha": 16, "alpha_pattern": {"[qk]_proj": 8, r"layers.[0-9].self_attn\.q_proj": 4}}, (1.0, 2.0)),
+    ({"lora_alpha": 16, "alpha_pattern": {r"^layers\.0\.self_attn\.q_proj": 24}}, (2.0, 2.0)),
     ({"lora_alpha": 16, "alpha_pattern": {r"^model\.layers\.0\.self_attn\.q_proj": 24}}, (3.0, 2.0)),
     ({"lora_alpha": 16, "alpha_pattern": {r"layers\.\d+\.mlp\.down_proj": 24}}, (2.0, 3.0)),
     ({"lora_alpha": 16, "alpha_pattern": None, "rank_pattern": None}, (2.0, 2.0)),
     ({"lora_alpha": 16, "rank_pattern": {"q_proj": 4}, "_ranks": (4, 8)}, (4.0, 2.0)),
+    ({"rank_pattern": {"q_proj": 4, "down_proj": 2}, "_ranks": (4, 2)}, (2.0, 4.0)),
     ({"lora_alpha": 16, "rank_pattern": {_DOWN: 32}, "_ranks": (8, 32)}, (2.0, 0.5)),
     ({"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 1}, "_ranks": (4, 8)}, (0.25, 1.0)),
     ({"r": 4, "rank_pattern": {"q_proj": 16}, "use_rslora": True, "_ranks": (16, 4)}, (2.0, 4.0)),
@@ -77,13 +80,10 @@ _REFUSED = [
     ({"base_model_name_or_path": "google/flan-t5-xl"}, "trained on 'google/flan-t5-xl'.*another family"),
     ({"peft_type": "lora"}, "peft_type is 'lora': expected LORA"),
     ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA': expected LORA; retrain as LoRA"),
-    ({"peft_type": "P_TUNING", "num_virtual_tokens": 20}, "peft_type is 'P_TUNING': expected LORA; retrain"),
     ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\]: expected LORA"),
     ({"init_lora_weights": "PiSSA"}, "init_lora_weights is 'PiSSA': PiSSA changes the base's own weights"),
     ({"init_lora_weights": "corda", "corda_config": {}}, "CorDA changes the base's own weights"),
     ({"bias": "lora_only"}, "bias is 'lora_only': trained biases cannot be mixed"),
-    ({"modules_to_save": ["embed_tokens", "lm_head"]}, "modules trained in full cannot be mixed"),
-    ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters is set"),
     ({"trainable_token_indices": {"embed_tokens": [1]}}, "trainable_token_indices is set"),
     ({"use_dora": True}, "has lora_A and lora_B but no lora_magnitude_vector"),
     ({"r": "8"}, "r is '8': expected an integer of 1 or more"),
@@ -107,10 +107,6 @@ def _read(fields, folder):
     save_file(tensors, adapter / "adapter_model.safetensors")
     modules = dict.fromkeys((_Q, _DOWN), (6, 5))
     return read_adapter(str(adapter), shapes=modules, base=open_base(str(base)))
-
-
-def test_there_are_sixty():
-    assert len(_ACCEPTED) + len(_REFUSED) == 60
 
 
 @pytest.mark.parametrize(("fields", "scalings"), _ACCEPTED)

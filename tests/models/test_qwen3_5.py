@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import recipes
 import small_llama
+import tiny
 from flax import nnx
-from safetensors.numpy import save_file
 
 import lorafusion_jax as lf
 from lorafusion_jax import parts
@@ -75,12 +76,10 @@ def test_a_config_that_cannot_be_run_is_refused_by_field(changes, message):
 def test_lora_on_the_convolution_is_refused_by_name(tmp_path):
     base = small_llama.make(tmp_path / "base", **small_llama.QWEN3_5)
     path = "model.layers.0.linear_attn.conv1d"
-    (tmp_path / "lora").mkdir()
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["conv1d"]}
-    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(fields))
     shapes = {"lora_A": (2, 64, 4), "lora_B": (64, 2, 1)}
     tensors = {f"base_model.model.{path}.{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
-    save_file(tensors, tmp_path / "lora" / "adapter_model.safetensors", metadata={"format": "pt"})
+    parts.write_adapter(tmp_path / "lora", fields, tensors)
     with pytest.raises(ValueError, match=r"layers\.0\.linear_attn\.conv1d.*LoRA on a convolution"):
         parts.convert(parts.ConvertOptions(base=str(base), adapters=(str(tmp_path / "lora"),), out=tmp_path / "pool"))
 
@@ -121,17 +120,11 @@ def test_a_fusion_on_a_plain_base_and_on_arrays(tmp_path):
     """Of adapters on every site."""
     layers = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
     base = small_llama.make(tmp_path / "base", **small_llama.QWEN3_5 | layers)
-    config, rng = lf.read_config(base), np.random.default_rng(0)
-    for number in range(2):
-        tensors = {}
-        for path, (d_in, d_out) in parts.linear_shapes(config).items():
-            for factor, shape in (("lora_A", (2, d_in)), ("lora_B", (d_out, 2))):
-                tensors[f"{path}.{factor}.weight"] = 0.1 * rng.standard_normal(shape, np.float32)
-        (folder := tmp_path / f"adapter_{number}").mkdir()
-        fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
-        (folder / "adapter_config.json").write_text(json.dumps(fields))
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    adapters = tuple(str(tmp_path / f"adapter_{number}") for number in range(2))
+    adapters, rng = (str(tmp_path / "one"), str(tmp_path / "two")), np.random.default_rng(0)
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+    for adapter in adapters:
+        tensors = tiny.lora_tensors(lf.read_config(base), lambda shape: rng.normal(size=shape, scale=0.1))
+        parts.write_adapter(Path(adapter), fields, tensors)
     parts.convert(parts.ConvertOptions(base=str(base), adapters=adapters, out=tmp_path / "pool"))
     rows = [{"input": f"{'the ' * (i % 3)}{word}", "target": word[::-1]} for i, word in enumerate(("hot", "tall") * 6)]
     (tmp_path / "task").mkdir()

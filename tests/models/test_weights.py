@@ -1,6 +1,7 @@
 """Products whose gradients are written out, and from separate arrays: against NumPy and stacks."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,62 +15,37 @@ from lorafusion_jax.models.weights import embed, heads_matmul, unembed, unstacke
 from lorafusion_jax.parts import Unstacked, dense, lora_adapter, set_matrices
 
 
-@pytest.mark.parametrize("d_out", [4, 6])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_and_their_gradients(dtype, d_out):
+@pytest.mark.parametrize(
+    ("function", "formula", "shapes"),
+    [
+        *((lf.matmul, "bti,io->bto", ((2, 3, 5), (5, d_out))) for d_out in (4, 6)),
+        *((heads_matmul, "bhtc,bhcs->bhts", ((2, 3, 4, 5), (2, 3, 5, width))) for width in (3, 7)),
+        *((unembed, "btd,vd->btv", ((*batch, 5), (7, 5))) for batch in ((2, 3), (1, 1))),
+        (unembed, "bd,vd->bv", ((1, 5), (7, 5))),
+    ],
+)
+def test_products_and_their_gradients(function, formula, shapes, dtype):
+    first, second, out = re.split(",|->", formula)
     rng = np.random.default_rng(0)
     # Small integers: exact in bfloat16, and so are their sums.
-    x, w, g = (rng.integers(-3, 4, shape) for shape in ((2, 3, 5), (5, d_out), (2, 3, d_out)))
-    given = [jnp.asarray(a, dtype) for a in (x, w, g)]
+    x, w = (rng.integers(-3, 4, shape) for shape in shapes)
+    y = np.einsum(formula, x, w)
+    g = rng.integers(-3, 4, y.shape)
+    wanted = (y, np.einsum(f"{out},{second}->{first}", g, w), np.einsum(f"{first},{out}->{second}", x, g))
 
     def product(x, w, g):
-        y, back = jax.vjp(lf.matmul, x, w)
-        return y, *back(g)
+        y, back = jax.vjp(function, x, w)
+        return y, *back(g.astype(y.dtype))
 
-    found = jax.jit(product)(*given)
-    for ours, wanted in zip(found, (x @ w, g @ w.T, np.einsum("bti,bto->io", x, g)), strict=True):
-        assert ours.dtype == dtype
-        np.testing.assert_array_equal(np.asarray(ours, np.float64), wanted)
-    mapped = jax.vmap(product, in_axes=(0, None, 0))(*given)
-    np.testing.assert_array_equal(np.asarray(mapped[0], np.float64), x @ w)
-    np.testing.assert_array_equal(np.asarray(mapped[1], np.float64), g @ w.T)
-    np.testing.assert_array_equal(np.asarray(mapped[2], np.float64), np.einsum("bti,bto->bio", x, g))
-
-
-@pytest.mark.parametrize("width", [3, 7])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_products_of_heads_and_their_gradients(dtype, width):
-    rng = np.random.default_rng(0)
-    x, y, g = (rng.integers(-3, 4, shape) for shape in ((2, 3, 4, 5), (2, 3, 5, width), (2, 3, 4, width)))
-
-    @jax.jit
-    def product(x, y, g):
-        z, back = jax.vjp(heads_matmul, x, y)
-        return z, *back(g.astype(z.dtype))
-
-    found = product(*(jnp.asarray(a, dtype) for a in (x, y, g)))
-    assert [a.dtype for a in found] == ["float32", dtype, dtype]
-    for ours, wanted in zip(found, (x @ y, g @ y.swapaxes(2, 3), x.swapaxes(2, 3) @ g), strict=True):
-        np.testing.assert_array_equal(np.asarray(ours, np.float64), wanted)
-
-
-@pytest.mark.parametrize("batch", [(2, 3), (1, 1), (1,)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_embedding_as_the_head(dtype, batch):
-    rng = np.random.default_rng(0)
-    x, table, g = (rng.integers(-3, 4, shape) for shape in ((*batch, 5), (7, 5), (*batch, 7)))
-
-    @jax.jit
-    def product(x, table, g):
-        y, back = jax.vjp(unembed, x, table)
-        return y, *back(g)
-
-    found = product(*(jnp.asarray(a, dtype) for a in (x, table, g)))
-    wanted = (x @ table.T, g @ table, np.einsum("ni,no->oi", x.reshape(-1, 5), g.reshape(-1, 7)))
-    mapped = jax.vmap(unembed, in_axes=(0, None))(jnp.asarray(x, dtype)[None], jnp.asarray(table, dtype))
-    for ours, theirs in zip((*found, mapped[0]), (*wanted, wanted[0]), strict=True):
-        assert ours.dtype == dtype
+    x, w, g = (jnp.asarray(a, dtype) for a in (x, w, g))
+    found = jax.jit(product)(x, w, g)
+    assert [a.dtype for a in found] == ["float32" if function is heads_matmul else dtype, dtype, dtype]
+    mapped = jax.vmap(product, in_axes=(0, None, 0))(jnp.stack([x, -x]), w, jnp.stack([g, g]))
+    for ours, both, theirs, sign in zip(found, mapped, wanted, (-1, 1, -1), strict=True):
+        assert both.dtype == ours.dtype
         np.testing.assert_array_equal(np.asarray(ours, np.float64), theirs)
+        np.testing.assert_array_equal(np.asarray(both, np.float64), [theirs, sign * theirs])
 
 
 def test_rows_of_an_embedding_and_their_gradients():

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import peft_models
 import pytest
+import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
@@ -101,10 +102,7 @@ def _export(folder: Path, name: str) -> _Export:
     base = gguf_models.make(folder / "base", name, draw)
     config = lf.read_config(base)
     for adapter, rank in (("one", 2), ("two", 3)):
-        tensors = {}
-        for path, (d_in, d_out) in parts.linear_shapes(config).items():
-            for factor, shape in (("A", (rank, d_in)), ("B", (d_out, rank))):
-                tensors[f"base_model.model.{path}.lora_{factor}.weight"] = draw("", shape).astype(np.float32)
+        tensors = tiny.lora_tensors(config, functools.partial(draw, ""), rank)
         fields = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
         parts.write_adapter(folder / "pool" / adapter, fields, tensors)
     # llama.cpp needs a token for every row of the embedding, as its converter writes them.

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import one_block
+import recipes
 
 import lorafusion_jax as lf
 from lorafusion_jax.parts import RunFolder
@@ -15,11 +16,8 @@ _HOSTILE = '<img src=x onerror=run()> [free](http:evil) `|*"); import os; #\n# A
 
 def _card(folder, options, modules, coefficients=None):
     run = RunFolder(folder / "run")
-    environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 2, "versions": {}}
-    recorded = {"modules": [modules], "task_sha256": _HOSTILE, "max_new_tokens": 8, "environment": environment}
-    recorded |= {"trained_sha256": [], "digests": {"base": "0", "modules": {}, "basis": None}, "folders": {}}
     with run.locked():
-        run.write_config({"options": options, **recorded})
+        run.write_config(recipes.run_config(options, modules=[modules], task_sha256=_HOSTILE))
     config = lf.read_config(one_block.SMALL / "base")
     write_card(folder, run, options, 1, config, format="adapter", coefficients=coefficients)
     return (folder / "README.md").read_text()

@@ -26,11 +26,6 @@ _ANSWERS = {"hot": "cold", "tall": "short", "bold": "old", "gold": "the gold"}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return small_llama.make(tmp_path_factory.mktemp("llama") / "base")
-
-
-@pytest.fixture(scope="module")
 def task(tmp_path_factory) -> Path:
     """Prompts of different lengths, whose answers recur and so are options."""
     folder = tmp_path_factory.mktemp("task")

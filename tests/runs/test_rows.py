@@ -13,7 +13,7 @@ import tiny
 from flax import nnx
 
 import lorafusion_jax as lf
-from lorafusion_jax.crossbar import Cell, CrossbarConfig, Device, Mapping, ReadNoise
+from lorafusion_jax.crossbar import PRESETS, Device, ReadNoise
 from lorafusion_jax.loading.model import evaluation_worth
 from lorafusion_jax.models.decoder import FAMILY
 from lorafusion_jax.parts import GREEDY, T5, Decoder, generate_rows, make_mesh, on_mesh, program_on_arrays
@@ -167,9 +167,7 @@ def test_a_stopped_row_gives_its_place_away():
 def test_chips_with_read_noise_answer_batch_after_batch():
     """As `generate` answers each batch, each with its own noise."""
     problem, params = _problem("t5", 2)
-    noisy = CrossbarConfig(
-        cell=Cell(bits=None), mapping=Mapping(weight_bits=None), dac=None, device=Device(read_noise=ReadNoise(0.1))
-    )
+    noisy = dataclasses.replace(PRESETS["ideal"], device=Device(read_noise=ReadNoise(0.1)))
     chip = program_on_arrays(problem.graph, problem.frozen, {"decoder.self.v": noisy}, jax.random.key(3))
     problem, prompts = problem.replace(frozen=chip), _prompts(11)
     wanted = np.zeros((2, 11, 6), np.int32)

@@ -239,8 +239,7 @@ def test_modules_that_no_row_uses_are_left_out():
     assert bank.with_modules_of(np.array([0, 1])) is bank
 
     def run(bank):
-        leaves, tree = jax.tree.flatten((bank, _rows(3), numbers))
-        program = jax.jit(lambda leaves: lf.TaskBank.logits(*tree.unflatten(leaves))).lower(leaves).compile()
+        program, leaves = tiny.compiled(lf.TaskBank.logits, bank, _rows(3), numbers)
         return program(leaves), program.cost_analysis()["flops"]
 
     (got, fewer), (wanted, more) = run(few), run(bank)
@@ -344,12 +343,7 @@ def test_a_bank_of_weights_prepared_for_a_sum_on_an_accelerator_holds_mixes_too(
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
-_NOISY = crossbar.CrossbarConfig(
-    cell=crossbar.Cell(bits=None),
-    mapping=crossbar.Mapping(weight_bits=None),
-    dac=None,
-    device=crossbar.Device(programming=crossbar.Independent(0.02)),
-)
+_NOISY = dataclasses.replace(crossbar.PRESETS["ideal"], device=crossbar.Device(programming=crossbar.Independent(0.02)))
 
 
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.long), 1], ids=["sum, magnitudes", "mix"])

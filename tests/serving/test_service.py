@@ -44,16 +44,14 @@ def write(small, tmp_path_factory):
         options = recipes.options({"modules": 2}, **values | {"test_rows": 6, "train_rows": 20} | changes)
         fuses = find(options.method).pool
         drawn = [(options.adapters or draw_modules(names, 2, seed)) if fuses else () for seed in seeds]
-        environment = {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}}
         task = load_task(options.task, **row_format(options), train_rows=options.train_rows, need=())
-        config = {"options": parts.options_to_json(options), "modules": drawn, "environment": environment}
-        config |= {"task_sha256": task.sha256, "trained_sha256": []}
+        config = recipes.run_config(options, modules=drawn, task_sha256=task.sha256)
         config["max_new_tokens"] = options.recipe.max_new_tokens or 8
-        config |= {"digests": digests(parts.load_model(options)), "folders": {}}
+        config["digests"] = digests(parts.load_model(options))
         folder = tmp_path_factory.mktemp("runs") / name
         folder.mkdir()
         parts.RunFolder(folder).write_config(config)
-        parts.save_arrays(folder / "final", params, {"steps": [1] * len(seeds)})
+        parts.save_arrays(folder / "final", params, {"steps": [1] * len(seeds), "seconds": 0.0})
         return folder
 
     return write_run

@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import datasets
 import jax.numpy as jnp
 import pytest
+import recipes
 import tokenizers
 import transformers
 from made_up_rows import made_up
@@ -26,17 +27,7 @@ from lorafusion_jax.runs.weight_list import read_weights
 from lorafusion_jax.tasks import Example, encode, load_task
 from lorafusion_jax.trials import append_rows, read_rows
 
-_OPTIONS = parts.options_to_json(lf.FuseOptions(base="base", task="task"))
-_CONFIG: dict[str, Any] = {
-    "options": _OPTIONS,
-    "modules": [[]],
-    "task_sha256": "",
-    "trained_sha256": [],
-    "max_new_tokens": 8,
-    "environment": {"seed_mode": "sequential", "dtype": "float32", "device": "cpu", "cores": 1, "versions": {}},
-    "digests": {"base": "", "modules": {}},
-    "folders": {},
-}
+_CONFIG = recipes.run_config(lf.FuseOptions(base="base", task="task"))
 
 
 class _Inner(TypedDict):
@@ -102,9 +93,8 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path, name, content, read):
 def test_an_option_of_a_newer_version_says_which():
     newer = _CONFIG["environment"] | {"versions": {"lorafusion-jax": "9.9"}}
     with pytest.raises(lf.FileError) as error:
-        parts.structured(
-            _CONFIG | {"environment": newer, "options": _OPTIONS | {"colour": "red"}}, RunConfig, "config.json"
-        )
+        options = _CONFIG["options"] | {"colour": "red"}
+        parts.structured(_CONFIG | {"environment": newer, "options": options}, RunConfig, "config.json")
     assert (error.value.file, error.value.field) == ("config.json", "options.colour")
     assert f"(written by version '9.9', this is {lf.__version__})" in str(error.value)
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import re
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +56,11 @@ def _trained(asked: str | None, *, together: int = 1) -> tuple[list, str, dict]:
             jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding
             for path, leaf in jax.tree_util.tree_leaves_with_path({"frozen": frozen, "state": state})
         }
-        # As lists of arrays: types are checked of what holds them, and a compiled program's description is no array.
-        leaves, tree = jax.tree.flatten((state, batch, problem, rates))
-        train = partial(train_seeds, optimisation=recipe.optimisation(2))
-        step = jax.jit(lambda leaves: jax.tree.leaves(train(*tree.unflatten(leaves))))
-        compiled = step.lower(leaves).compile(compiler_options=_QUICK)
+
+        def train(*given):
+            return jax.tree.leaves(train_seeds(*given, optimisation=recipe.optimisation(2)))
+
+        compiled, leaves = tiny.compiled(train, state, batch, problem, rates, options=_QUICK)
         once = compiled(leaves)
         count = len(jax.tree.leaves(state))
         if together == 2:

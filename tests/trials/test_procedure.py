@@ -8,8 +8,9 @@ import pytest
 
 from lorafusion_jax.trials import Scores, Training, TrialArm, procedure
 from lorafusion_jax.trials.folds import divide
-from lorafusion_jax.trials.tuning import TRAININGS, tune
+from lorafusion_jax.trials.tuning import tune
 
+_TUNING = 5.75  # full trainings that the tuning of an arm is worth
 _GROUPS = [f"question {number // 2}" for number in range(42)]
 _ARMS = [
     TrialArm(name="base", learns=False, role="base"),
@@ -60,7 +61,7 @@ def test_halving_finds_the_best_rates_of_all_that_it_may_try(best):
     (found,) = tune([(("a", 0.1), ("b", 0.01))], ["pool"], evaluate)
     grid = [(0.1 * 3.0**power, 0.01 * factor) for power in range(-3, 4) for factor in (1 / 3, 1, 3)]
     oracle = min((loss((("a", a), ("b", b))) for a, b in grid if a < 2.71), default=None)
-    assert sum(share for _, share in losses) == TRAININGS == 5.75
+    assert sum(share for _, share in losses) == _TUNING
     assert found.share == 1 and loss(found.rates) == pytest.approx(oracle)
     assert found.edge == {0.001: "low", 2.7: "high", 9.0: "high"}.get(best[0])
 
@@ -99,7 +100,7 @@ def test_each_row_is_tested_by_a_training_without_its_input(nested, by_fold):
     drawn = last.loss["rotated"] - last.loss["pool"]
     np.testing.assert_allclose(drawn, np.broadcast_to([[1], [2], [3]], (3, 42)), atol=1e-9)
     sizes = np.bincount(last.fold)
-    tuned = TRAININGS * 28 / 42 + nested * TRAININGS * sum(round((42 - n) * 2 / 3) for n in sizes) / 42
+    tuned = _TUNING * 28 / 42 + nested * _TUNING * sum(round((42 - n) * 2 / 3) for n in sizes) / 42
     assert last.spent["base"] == 0 and last.spent["pool"] == pytest.approx(4 + tuned, rel=0.04)
     assert last.spent["rotated"] - last.spent["pool"] == pytest.approx(8)
     of_fold = {dict(one.rates)["a"] for one in calls[-1] if one.arm == "pool" and one.share == 1}

@@ -27,8 +27,9 @@ class GGUFBase:
         with named(file):
             self._layout = gguf_layout(self._metadata.get("general.architecture"), "general.architecture")
 
+    @property
     def config(self) -> Mapping[str, Any]:
-        """Return the metadata as a config.json of Hugging Face."""
+        """The metadata as a config.json of Hugging Face."""
         with named(self.place):
             return self._layout.config_json(self._metadata, self._tensors)
 
@@ -47,12 +48,12 @@ class GGUFBase:
 
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Return the weights with Hugging Face's names and layout, [d_out, d_in]."""
-        places = self._layout.stored(self.config(), self._tensors)
+        places = self._layout.stored(self.config, self._tensors)
         return {hf.name: self._tensors[name].changed(hf) for name, hf in places.items()}
 
     def stored(self) -> Iterator[tuple[str, Stored | None, StoredTensor]]:
         """Yield each tensor's name, its place in Hugging Face's files (or None), and the tensor."""
-        known = self._layout.stored(self.config(), self._tensors)
+        known = self._layout.stored(self.config, self._tensors)
         for name, tensor in self._tensors.items():
             yield name, known.get(name), tensor
 
@@ -71,4 +72,4 @@ class GGUFBase:
         self.tokenizer().save_pretrained(folder)
 
     def _config_text(self) -> str:
-        return json.dumps(self.config(), indent=2) + "\n"
+        return json.dumps(self.config, indent=2) + "\n"

@@ -100,7 +100,7 @@ def _described(
     base: FolderBase, tensors: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, Any], list[tuple[str, Stored | None, np.ndarray]]]:
     """Return the metadata and the tensors of a GGUF file of a base in a Hugging Face folder."""
-    content = base.config()
+    content = base.config
     layout = gguf_layout(content.get("model_type"), "model_type")
     config, places = family_of_json(content).read_config(content), _places(layout, content)
     keys, further = layout.metadata(config)

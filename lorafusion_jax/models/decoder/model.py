@@ -9,6 +9,7 @@ queries for each of them, K head width, D model width, V vocabulary.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -204,6 +205,7 @@ class Decoder(nnx.Module):
     """A decoder-only model with random weights."""
 
     blocks: ClassVar[type[Any]] = Block
+    prefix: ClassVar[str] = ""  # of a site's name; both together are the path of its linear map in the model
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config: Architecture = config
@@ -223,10 +225,7 @@ class Decoder(nnx.Module):
         return self.config
 
     def variables(self) -> dict[str, Base]:
-        kernels = {}
-        for site in self.config.sites:
-            _, module, name = site.split(".")
-            kernels[site] = getattr(getattr(self.decoder, module), name).kernel
+        kernels = {site: attrgetter(f"{self.prefix}{site}.kernel")(self) for site in self.config.sites}
         return kernels if self.config.tied else kernels | {"head": self.head}
 
     def label_logits(

@@ -136,13 +136,7 @@ class Qwen35(Decoder):
     """A Qwen 3.5 with random weights."""
 
     blocks: ClassVar[type[Any]] = Group
-
-    def variables(self) -> dict[str, Base]:
-        kernels = {}
-        for site in self.config.sites:
-            stack, module, name = site.split(".")
-            kernels[site] = getattr(getattr(getattr(self.decoder, stack), module), name).kernel
-        return kernels if self.config.tied else kernels | {"head": self.head}
+    prefix: ClassVar[str] = "decoder."
 
     def _contexts(
         self,
