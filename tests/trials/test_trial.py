@@ -158,4 +158,6 @@ def test_lanes_equal_runs_of_fuse_on_the_same_rows(small, tmp_path, mode, monkey
 def test_a_trial_of_the_small_base_ends_with_a_sentence(options, capsys):
     ((one, outcomes),) = trial(dataclasses.replace(options, arms=("DoRA=dora",)))
     assert all(np.isfinite(loss).all() for loss in outcomes.loss.values()) and "DoRA" in outcomes.loss
-    assert outcomes.spent["LoRA"] == outcomes.spent["magnitudes"] == outcomes.spent["DoRA"]
+    # Tuning takes the same steps for every arm. Then two folds train on half of the rows each, for the chosen length.
+    tuning = [outcomes.spent[name] - outcomes.tuned[name].share for name in ("LoRA", "magnitudes", "DoRA")]
+    np.testing.assert_allclose(tuning, tuning[0])
