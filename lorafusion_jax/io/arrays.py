@@ -4,7 +4,7 @@ FOLDER/manifest.json         metadata, versions, SHA-256 of the file
 FOLDER/arrays.safetensors    each array by its path in the tree, such as `magnitudes/SITE`
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..support import processes
 from ..support.reading import FileError, T
 from ..support.text import shown, some
 from . import safetensors
-from .folders import RESTORE, check_files, read_manifest, sealed_folder
+from .folders import RESTORE, Manifest, check_files, newest_sound, read_manifest, sealed_folder
 
 _FILE = "arrays.safetensors"
 _DEEPEST = 10  # names in the path of an array
@@ -42,14 +42,15 @@ def load(folder: Path, *, metadata: type[T] | Any = dict[str, Any], what: str) -
     """
     manifest, described = read_manifest(folder, metadata, what)
     check_files(folder, manifest["files"])
-    if _FILE not in manifest["files"]:
-        raise FileError(folder, got=f"the manifest lists no {_FILE}", fix="copy the whole folder again")
-    arrays = {tuple(path.split("/")): array for path, array in safetensors.load(folder / _FILE).items()}
-    for path in arrays:
-        if len(path) > _DEEPEST or any(path[:above] in arrays for above in range(1, len(path))):
-            field = shown("/".join(path))
-            raise FileError(folder / _FILE, field=field, got="not the path of an array in a tree", fix=RESTORE)
-    return unflatten_dict(arrays), described
+    return _nested(folder, manifest), described
+
+
+def load_sound(
+    folder: Path, *, metadata: type[T] | Any, what: str, note: Callable[[str], None]
+) -> tuple[dict[str, Any], T] | None:
+    """Return what `load` does, or None if the folder is missing or damaged (see `folders.newest_sound`)."""
+    sound = newest_sound([folder], metadata, what, note=note) if folder.exists() else None
+    return sound and (_nested(folder, sound[1]), sound[2])
 
 
 def signature(tree: Any) -> dict[str, str]:
@@ -66,3 +67,14 @@ def check_signature(folder: Path, present: Mapping[str, str], expected: Mapping[
         got, needed = present.get(path, "absent"), expected.get(path, "no such array")
         if got != needed:
             raise FileError(folder, field=some([path]), got=got, expected=needed, fix=fix)
+
+
+def _nested(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    if _FILE not in manifest["files"]:
+        raise FileError(folder, got=f"the manifest lists no {_FILE}", fix="copy the whole folder again")
+    arrays = {tuple(path.split("/")): array for path, array in safetensors.load(folder / _FILE).items()}
+    for path in arrays:
+        if len(path) > _DEEPEST or any(path[:above] in arrays for above in range(1, len(path))):
+            field = shown("/".join(path))
+            raise FileError(folder / _FILE, field=field, got="not the path of an array in a tree", fix=RESTORE)
+    return unflatten_dict(arrays)

@@ -88,7 +88,8 @@ def _scores(names: dict[Path, str]) -> Scores:
                     "shots": "",
                     "trainable": results["trainable"],
                     "seconds": results["seconds"]["train"] / len(results["seeds"]),
-                    **{key: seed[key] for key in ("seed", "forward_rows", "exact_match", "option_accuracy", "loss")},
+                    "forward_rows": seed.get("forward_rows", 0),
+                    **{key: seed.get(key) for key in ("seed", "exact_match", "option_accuracy", "loss")},
                     **marks,
                 }
             )

@@ -41,7 +41,7 @@ class Environment(TypedDict):
     """Environment in which a run was begun."""
 
     seed_mode: SeedMode
-    unroll: bool  # the layers in training (`Architecture.unroll`)
+    unroll: NotRequired[bool]  # the layers in training (`Architecture.unroll`)
     dtype: str
     device: str
     cores: int
@@ -77,9 +77,9 @@ class SeedResults(TypedDict):
     loss: float | None
     steps: int
     modules: list[str]
-    option_accuracy: float | None
-    forward_rows: int
-    backward_rows: int
+    option_accuracy: NotRequired[float | None]
+    forward_rows: NotRequired[int]
+    backward_rows: NotRequired[int]
     left_out: NotRequired[dict[str, float]]  # share of the squared norm of a start that a LoRA's rank lacks, by site
 
 

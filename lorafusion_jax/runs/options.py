@@ -20,8 +20,7 @@ class ChipsOptions:
 
     Attributes:
       crossbar: run on simulated arrays: a folder that `lorafusion crossbar program` or `prepare` wrote, a preset
-        (ideal, isaac, puma, raella, neurram, aihwkit, crosssim), or a .yaml or .json file; by
-        default digitally.
+        (ideal, isaac, puma, raella, neurram, aihwkit, crosssim), or a .yaml or .json file; by default digitally.
       chip_key: key from which the chips of a preset or file are drawn; a folder has its own.
       keep_digital: patterns of weights that stay digital: `head`, `pool.*`; a folder has its own.
       norm: the magnitudes' norms are those of the `ideal` weights, or of the weights as `programmed`, read back.

@@ -107,7 +107,9 @@ def _run(options: FuseOptions, base: Base, set_up: SetUpHardware | None) -> dict
         setup = _chosen(setup, options, recorded)
     now = digests(setup)
     begin, left_out = _start_params(setup, last, now)
-    unroll = recorded["environment"]["unroll"] if recorded else set_up is None and unrolls(setup, last)
+    unroll = set_up is None and unrolls(setup, last)
+    if recorded is not None:
+        unroll = recorded["environment"].get("unroll", setup.config.unroll)
     config = _config(options, setup, now, unroll)
     if recorded is not None:
         _compare_environment(recorded, config)

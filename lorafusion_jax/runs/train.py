@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ..io import arrays, checkpoint
-from ..io.folders import newest_sound
 from ..methods.entry import SearchJob
 from ..support import interrupts, processes
 from ..training.fit import Epoch, fit, joined, start, whole_epochs
@@ -28,7 +27,7 @@ class FinalSteps(TypedDict):
     """Metadata of the trained parameters: steps of each seed, and seconds of training."""
 
     steps: list[int]
-    seconds: float
+    seconds: NotRequired[float]
 
 
 class _Reached(TypedDict):
@@ -36,7 +35,7 @@ class _Reached(TypedDict):
 
     epochs: int
     step: int
-    seconds: float
+    seconds: NotRequired[float]
 
 
 def train(
@@ -46,10 +45,11 @@ def train(
     method, began = options.entry, time.monotonic()
     if method.learns == "untrained":
         return {}, [0] * len(options.seeds), 0.0
-    if run.final.exists() and newest_sound([run.final], FinalSteps, FINAL, note=note):
-        params, metadata = arrays.load(run.final, metadata=FinalSteps, what=FINAL)
+    saved = arrays.load_sound(run.final, metadata=FinalSteps, what=FINAL, note=note)
+    if saved is not None:
+        params, metadata = saved
         params = on_mesh(jax.device_put(params), setup.config, of_seeds=True)
-        return params, metadata["steps"], metadata["seconds"]
+        return params, metadata["steps"], metadata.get("seconds", 0.0)
     with interrupts.released():
         if method.learns == "given":
             params, steps = start(setup.problem, options.seeds).params, [0] * len(options.seeds)
@@ -75,7 +75,7 @@ def _fit(run: RunFolder, setup: Setup, options: FuseOptions, begin: dict[str, An
     if saved is not None:
         state, metadata = saved
         state = on_mesh(jax.tree.map(jnp.asarray, state), setup.config, of_seeds=True)
-        reached, began = metadata["step"], began - metadata["seconds"]
+        reached, began = metadata["step"], began - metadata.get("seconds", 0.0)
     if steps:
         note(f"{run.folder}: going on from step {reached}")
     run.cut_metrics(reached)

@@ -1,6 +1,7 @@
 """Chips on disk: what is read back reads the same; another configuration is refused."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,20 @@ def test_a_file_with_values_that_no_chip_has_is_refused(old, new, message, tmp_p
     _described(path, change)
     with pytest.raises(ValueError, match=f"^{path}.*{message}"):
         load_chip(path)
+
+
+def test_a_chip_of_bit_planes_is_read_from_its_codes(tmp_path):
+    """As earlier versions stored perfect cells on some processors."""
+    path, weights = tmp_path / "chip.safetensors", jax.random.normal(_KEY, (2, 6, 4))
+    chips = crossbar.program_tree({"": weights}, {"*": _CONFIGS["packed"]}, _KEY)[""]
+    save_chip(chips, path)
+    arrays = {name: array for name, array in load_file(path).items() if not name.startswith("columns.")}
+    with safe_open(path, framework="np") as file:
+        meta = json.loads((file.metadata() or {})["chip"])
+    meta["plan"] |= {"path": "planes", "packing": None}
+    save_file(arrays | {"columns": np.zeros((2, 4, 2, 2, 1, 1, 4), np.uint32)}, path, {"chip": json.dumps(meta)})
+    x = jax.random.normal(jax.random.key(1), (3, 6))
+    np.testing.assert_array_equal(*(jax.vmap(matmul, (None, 0))(x, each) for each in (load_chip(path), chips)))
 
 
 def test_another_configuration_is_refused(tmp_path):

@@ -82,3 +82,14 @@ def test_a_manifest_that_lists_no_arrays(saved):
     (saved / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
     with pytest.raises(FileError, match=f"^{saved}: the manifest lists no arrays.safetensors"):
         arrays.load(saved, what="numbers")
+
+
+def test_a_damaged_folder_is_set_aside_so_that_it_can_be_made_again(saved):
+    notes: list[str] = []
+    arguments = {"metadata": dict[str, list[int]], "what": "numbers", "note": notes.append}
+    assert arrays.load_sound(saved.with_name("none"), **arguments) is None
+    found = arrays.load_sound(saved, **arguments)
+    assert found is not None and found[1] == {"steps": [3, 4]} and not notes
+    (saved / "manifest.json").write_text("{")
+    assert arrays.load_sound(saved, **arguments) is None
+    assert notes[0].endswith("It is kept as saved.damaged") and not saved.exists()

@@ -143,12 +143,13 @@ def test_a_killed_run_resumes_bit_for_bit(killed_after, fused, copied, capsys):
     assert reached is None or f"{folder}: going on from step {reached}\n" in said
 
 
-@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("recorded", [True, False, None])
 def test_a_resumed_run_compiles_its_layers_as_it_began(recorded, fused, copied, monkeypatch):
+    """Runs before 0.1.0 record nothing, and unroll the four layers of this model."""
     options, folder = copied
     config, found = json.loads((folder / "config.json").read_text()), []
-    assert config["environment"]["unroll"] is fused[1]["environment"]["unroll"] is True
-    config["environment"]["unroll"] = recorded
+    assert config["environment"].pop("unroll") is fused[1]["environment"]["unroll"] is True
+    config["environment"] |= {} if recorded is None else {"unroll": recorded}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "results.json").unlink()
 
@@ -159,7 +160,7 @@ def test_a_resumed_run_compiles_its_layers_as_it_began(recorded, fused, copied, 
     monkeypatch.setattr(run_lib, "train", train)
     with pytest.raises(SystemExit):
         lf.fuse(options)
-    assert found == [recorded]
+    assert found == [recorded is not False]
 
 
 def test_a_run_that_is_resumed_may_be_evaluated_in_smaller_batches(fused, copied):

@@ -20,8 +20,8 @@ from ..config.structure import split_config
 from ..mapping.bit_fields import Packed, Packing
 from ..mapping.geometry import Geometry
 from ..preparation.preparation import Preparation, check_preparation
-from ..read.paths.registry import PATHS
-from .chip import Chip, reconfigured
+from ..read.paths.registry import PATHS, columns_of
+from .chip import Chip, over_stack, reconfigured
 from .correction import Correction, check_correction
 from .plan import Plan
 
@@ -91,6 +91,8 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         arrays = {name: file.get_tensor(name) for name in file.keys()}
     if described is None:
         raise ValueError("it does not hold programmed arrays: give a file that save_chip wrote")
+    if "units" in arrays:
+        raise ValueError("an earlier version laid out its inverted columns: program the weights again")
     meta = parse_json(described)
     if "codes" in arrays and arrays["codes"].dtype != (held := jax.dtypes.canonicalize_dtype(arrays["codes"].dtype)):
         raise ValueError(f"it holds {arrays['codes'].dtype}, which JAX would make {held}: set jax_enable_x64 first")
@@ -119,6 +121,8 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
     if plan["packing"] is not None:
         places = {name: tuple(map(tuple, of_slices)) for name, of_slices in plan["packing"].items()}
         plan["packing"] = Packing(**places)
+    if in_bits := plan["path"] == "planes":  # an earlier version had bits of perfect cells, which follow from the codes
+        plan["path"], fields["columns"] = "loop", None
     known = {"path": tuple(PATHS), "integers": (False, True), "ties": ("shift", "divide", None)}
     for name, choices in known.items():
         if plan[name] not in choices:
@@ -128,6 +132,8 @@ def _load(path: Path, config: CrossbarConfig | None) -> Chip:
         raise ValueError(f"its name is {name!r:.40}: program the weights again")
     structure, values = split_config(config)
     chip = Chip(**fields, values=[], structure=structure, geometry=geometry, plan=Plan(**plan), name=name)
+    if in_bits:
+        chip = dataclasses.replace(chip, columns=over_stack(columns_of, chip.shape[:-2])(chip))
     if own := [stored[f"values.{i}"] for i in range(len(values)) if f"values.{i}" in stored]:
         return dataclasses.replace(chip, values=own)
     return reconfigured(chip, config)
